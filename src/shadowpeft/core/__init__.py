@@ -1,0 +1,20 @@
+"""The method's modules, its recurrence, its projection and its losses, without any model library."""
+
+from shadowpeft.core.losses import count_targets, head_loss, joint_loss, token_cross_entropy
+from shadowpeft.core.modules import Injection, Update, UpdateNorm
+from shadowpeft.core.projection import fold_projection, pseudo_inverse_projection
+from shadowpeft.core.recurrence import Trajectory, refine
+
+__all__ = [
+    "Injection",
+    "Trajectory",
+    "Update",
+    "UpdateNorm",
+    "count_targets",
+    "fold_projection",
+    "head_loss",
+    "joint_loss",
+    "pseudo_inverse_projection",
+    "refine",
+    "token_cross_entropy",
+]

@@ -1,0 +1,66 @@
+"""The recurrence over layers: what one forward carries, and the one step that is taken between two base layers.
+
+The paper's loop over l = 1 .. L-1 is ``inject(l) -> base layer l -> update(l)``. Nothing reads ``s^(L-1)``, so the last
+update does not exist, and what happens *between* base layers l-1 and l is ``update(l-1)`` followed by ``inject(l)``:
+that pair is :func:`refine`, and it needs nothing but the hidden state and the shadow state that reach it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from shadowpeft.core.modules import Injection, Update, UpdateNorm
+
+
+def refine(
+    h: Tensor,
+    s: Tensor,
+    injection: Injection,
+    alpha: float,
+    update: Update | None = None,
+    norm: UpdateNorm | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``s^(l-1) = update(s^(l-2), h^(l-1))`` (Eqs. 5-7), then ``h~^(l-1) = inject(h^(l-1), s^(l-1))`` (Eqs. 2-4).
+
+    Args:
+        h: output of base layer l-1, ``(B, T, d)``. s: shadow state that reached it, ``(B, T, d)``.
+        update: the update of layer l-1, or ``None`` at the first refined layer and in the ablation without updates.
+
+    Returns:
+        the input of base layer l and the shadow state it was corrected with, both ``(B, T, d)``.
+    """
+    if update is not None:
+        s = update(s, h, norm)
+    return injection(h, s, alpha), s
+
+
+class Trajectory:
+    """What one forward pass carries from layer to layer: the shadow states by layer. Lives for that pass only.
+
+    With gradients every state is kept (autograd holds them anyway), so that a checkpointed layer which runs again in
+    the backward pass reads the same state it read before; without gradients only the newest is.
+    """
+
+    def __init__(self, first_layer: int, s0: Tensor, keep_all: bool) -> None:
+        self.s0 = s0
+        self.keep_all = keep_all
+        self._states: dict[int, Tensor] = {first_layer - 1: s0}
+
+    def read(self, layer: int) -> Tensor:
+        """The shadow state that enters the refinement step before base layer ``layer``, ``(B, T, d)``.
+
+        Raises:
+            RuntimeError: if the layers ran out of order, so that there is no such state.
+        """
+        if layer - 1 not in self._states:
+            raise RuntimeError(
+                f"base layer {layer} ran without the shadow state of layer {layer - 1} (states of layers "
+                f"{sorted(self._states)} exist); decoder layers must run once each, in order"
+            )
+        return self._states[layer - 1]
+
+    def write(self, layer: int, s: Tensor) -> None:
+        """Store the shadow state that base layer ``layer`` was corrected with."""
+        if not self.keep_all:
+            self._states.clear()
+        self._states[layer] = s

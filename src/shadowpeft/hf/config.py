@@ -1,0 +1,213 @@
+"""The adapter's configuration: :class:`ShadowPeftConfig`, a PEFT config with the fields of design.md."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType, TaskType
+from torch import nn
+
+from shadowpeft.errors import ConfigError
+
+FORMAT_VERSION = 1
+VARIANTS = ("paper", "authors", "peft")
+SHADOW_INITS = ("random", "base_layers")
+PROJECTION_INITS = ("random", "pseudo_inverse")
+
+# The mathematical differences between the implementations (peers.md), as named fields of the configuration.
+# `authors` computes what the paper says: its last update exists but nothing reads it, so it is not built here.
+_VARIANT_FIELDS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "first_refined_layer": 1,
+        "update_activation": "silu",
+        "update_bias": False,
+        "update_norm": True,
+        "dropout_before_down": False,
+        "paper_init": True,
+    },
+    "peft": {
+        "first_refined_layer": 0,
+        "update_activation": "gelu",
+        "update_bias": True,
+        "update_norm": False,
+        "dropout_before_down": True,
+        "paper_init": False,
+    },
+}
+_VARIANT_FIELDS["authors"] = _VARIANT_FIELDS["paper"]
+
+_MIRROR_ONLY = (
+    "shadow_num_hidden_layers",
+    "shadow_intermediate_size",
+    "shadow_num_attention_heads",
+    "shadow_num_key_value_heads",
+    "shadow_head_dim",
+    "shadow_hidden_size",
+)
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """`` (did you mean 'x'?)`` or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+@dataclass
+class ShadowPeftConfig(PeftConfig):
+    """Configuration of a shadow adapter. Impossible combinations raise :class:`~shadowpeft.errors.ConfigError` here."""
+
+    r: int = 16
+    """Rank of the injection, ``W_down: d x r`` and ``W_up: r x d`` (Eq. 3)."""
+    shadow_alpha: float = 0.1
+    """Strength of the injected correction (Eq. 4)."""
+    shadow_dropout: float = 0.2
+    """Dropout probability in the correction (Eq. 3) and in the transform net (Eq. 13)."""
+    update_hidden_size: int | None = None
+    """Hidden width ``m`` of the update nets (Eqs. 13-14); None: ``r``."""
+    use_update: bool = True
+    """False: the shadow state stays ``s^(0)`` in every layer (the paper's ablation, 4.3)."""
+    shadow_model: Any = "mirror"
+    """"mirror": a small network of the base's own class. Otherwise a Hub id, a folder or a module to start from."""
+    shadow_num_hidden_layers: int | None = None
+    """Layers of a mirrored shadow; None: 1."""
+    shadow_intermediate_size: int | None = None
+    """MLP width of a mirrored shadow; None: the base's."""
+    shadow_num_attention_heads: int | None = None
+    """Attention heads of a mirrored shadow; None: the base's."""
+    shadow_num_key_value_heads: int | None = None
+    """Key-value heads of a mirrored shadow; None: the base's, at most the attention heads."""
+    shadow_head_dim: int | None = None
+    """Width of an attention head of a mirrored shadow; None: the base's."""
+    shadow_hidden_size: int | None = None
+    """Hidden width ``d_s`` of a mirrored shadow; None: the base's. Another width needs ``share_embeddings=False``."""
+    shadow_init: str = "random"
+    """"random", or "base_layers": a mirrored shadow of the same widths starts as a copy of the base's first layers."""
+    projection_init: str = "random"
+    """Start of ``W_p`` (Eq. 10) of an explicit shadow: "random", or "pseudo_inverse" (Eq. 12; needs the shadow's head)."""
+    share_embeddings: bool | None = None
+    """Feed the shadow with the base's frozen embeddings. None: yes for "mirror", no for an explicit shadow."""
+    auxiliary_loss_weight: float = 0.05
+    """lambda of the joint loss (Eqs. 8-9)."""
+    variant: str = "paper"
+    """"paper", "authors" or "peft": whose mathematics; see :meth:`mathematics`."""
+    modules_to_save: list[str] | None = None
+    """Further modules of the base to train and save in full, as in every PEFT method."""
+    shadow_backbone_config: dict[str, Any] | None = field(default=None, repr=False)
+    """Record: the shadow backbone's own configuration, so that an adapter can be rebuilt without its source."""
+    base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
+    """Record: identity of the base the adapter belongs to; compared at loading."""
+    base_alias: str | None = None
+    """Record: the built-in alias the base was loaded by (such as ``smollm2-135m``), for other machines."""
+    format_version: int = FORMAT_VERSION
+    """Version of the adapter's file format."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ShadowPeftConfig:
+        # PEFT drops unknown keys of a file with a warning and fills missing ones with defaults; a misspelt alpha would
+        # silently become 0.1 (peers.md, 17 and 22). It only catches TypeError, so the check is made before __init__.
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise ConfigError(f"unknown key '{name}' for ShadowPeftConfig{did_you_mean(name, known)}")
+        if "peft_type" in kwargs:  # only a configuration file names its own type
+            missing = sorted(_required_in_files() - set(kwargs))
+            if missing:
+                raise ConfigError(
+                    f"the adapter's configuration lacks the keys {missing}; every setting of the method must be in "
+                    "the file, take it from the run that made the adapter"
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SHADOWPEFT  # type: ignore[attr-defined]
+        # Found by the tuner for each base; an attribute, not a field, since it says nothing that a file should hold.
+        self.target_modules: str | None = None
+        self._loaded = self.base_fingerprint is not None
+        if self.task_type is not None:
+            self.task_type = TaskType(self.task_type)
+            if self.task_type not in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
+                raise ConfigError(f"task_type is {self.task_type.value}; a shadow supports CAUSAL_LM and SEQ_CLS")
+        for name in ("r", "update_hidden_size", *_MIRROR_ONLY):
+            value = getattr(self, name)
+            optional = name != "r"
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} is {value!r} but must be a whole number of at least 1")
+        if not isinstance(self.shadow_dropout, (int, float)) or not 0 <= self.shadow_dropout < 1:
+            raise ConfigError(f"shadow_dropout is {self.shadow_dropout!r} but must be in [0, 1)")
+        if not isinstance(self.shadow_alpha, (int, float)) or not 0 < abs(self.shadow_alpha) < 1e6:
+            raise ConfigError(f"shadow_alpha is {self.shadow_alpha!r} but must be a finite number other than 0")
+        if not isinstance(self.auxiliary_loss_weight, (int, float)) or not 0 <= self.auxiliary_loss_weight < 1e9:
+            raise ConfigError(f"auxiliary_loss_weight is {self.auxiliary_loss_weight!r} but must be finite and >= 0")
+        for name, allowed in (
+            ("variant", VARIANTS),
+            ("shadow_init", SHADOW_INITS),
+            ("projection_init", PROJECTION_INITS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r} but must be one of {', '.join(allowed)}")
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"the adapter has format version {self.format_version}, this shadowpeft reads {FORMAT_VERSION}; "
+                "upgrade shadowpeft or convert the adapter"
+            )
+        if not isinstance(self.shadow_model, (str, nn.Module)):
+            raise ConfigError(f"shadow_model is {type(self.shadow_model).__name__} but must be a string or a module")
+        if not self.is_mirror:
+            given = [name for name in (*_MIRROR_ONLY,) if getattr(self, name) is not None]
+            if given:
+                raise ConfigError(
+                    f"{', '.join(given)} shape a mirrored shadow, but shadow_model is given and brings its own shape; "
+                    "remove one of the two"
+                )
+            if self.shadow_init != "random":
+                raise ConfigError(
+                    "shadow_init='base_layers' fills a mirrored shadow, but shadow_model is given; remove one of them"
+                )
+        elif self.projection_init != "random":
+            raise ConfigError("projection_init='pseudo_inverse' needs an explicit shadow_model with an LM head")
+        if self.shadow_init == "base_layers":
+            given = [n for n in _MIRROR_ONLY[1:] if getattr(self, n) is not None]
+            if given:
+                raise ConfigError(
+                    f"shadow_init='base_layers' copies layers of the base's own widths, but {', '.join(given)} is set; "
+                    "remove one of them"
+                )
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether the shadow is built from the base's own configuration."""
+        return isinstance(self.shadow_model, str) and self.shadow_model == "mirror"
+
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether the base's frozen embeddings feed the shadow."""
+        return self.is_mirror if self.share_embeddings is None else self.share_embeddings
+
+    @property
+    def update_width(self) -> int:
+        """``m``."""
+        return self.r if self.update_hidden_size is None else self.update_hidden_size
+
+    def mathematics(self) -> dict[str, Any]:
+        """The variant's named differences: first refined layer, activation, biases, norm, place of dropout, start."""
+        return dict(_VARIANT_FIELDS[self.variant])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; a module given as ``shadow_model`` becomes its name, since the adapter holds its weights."""
+        module = self.shadow_model if isinstance(self.shadow_model, nn.Module) else None
+        if module is None:
+            return asdict(self)
+        self.shadow_model = getattr(module, "name_or_path", "") or "custom"
+        try:
+            return asdict(self)
+        finally:
+            self.shadow_model = module
+
+
+def _required_in_files() -> set[str]:
+    own = {f.name for f in fields(ShadowPeftConfig)} - {f.name for f in fields(PeftConfig)}
+    return (own | {"task_type"}) - {"base_alias"}

@@ -1,0 +1,165 @@
+"""The detached shadow as an ordinary model of a stock class (Eq. 11)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from shadowpeft.core import fold_projection
+from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.head import logit_scale, soft_cap
+from shadowpeft.hf.layer import ShadowHub
+
+
+def find_hub(model: nn.Module) -> ShadowHub:
+    """The hub of an adapted model.
+
+    Raises:
+        ConfigError: if ``model`` has no shadow adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, ShadowHub):
+            return module
+    raise ConfigError(f"{type(model).__name__} has no shadow adapter; make one with peft.get_peft_model")
+
+
+def adapted_base(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PeftModel (or the model itself)."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel:
+    """A stand-alone copy of the shadow as a stock transformers model; ``model`` stays as it was.
+
+    Backbone, embedding and head are float32 copies of what the shadow path uses: the base's frozen embedding (or the
+    shadow's own), the base's complete head. A projection is folded into the head, ``W_lm W_p`` (Eq. 11), which unties a
+    tied head; that product is rounded, everything else is exact.
+
+    Args:
+        model: a ``PeftModel`` with a shadow adapter, or a transformers model that carries one.
+        adapter_name: which adapter; None: the active one.
+
+    Returns:
+        For example a ``LlamaForCausalLM``: it saves, reloads, generates and drafts without this package.
+
+    Raises:
+        ConfigError: if there is no such adapter.
+        UnsupportedModelError: if the stock class cannot express the base's head (named in the message).
+    """
+    hub = find_hub(model)
+    base = adapted_base(model)
+    name = adapter_name or (hub.active_adapters[0] if hub.active_adapters else None)
+    if name not in hub.shadowpeft_backbone:
+        raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
+    parts = anatomy(base)
+    backbone: Any = hub.shadowpeft_backbone[name]
+    projection = hub.shadowpeft_projection[name].weight if name in hub.shadowpeft_projection else None
+    own_embedding = hub.embedding(name)
+    embedding = base.get_input_embeddings() if own_embedding is None else own_embedding
+    classifier = name in hub.shadowpeft_head
+    head = hub.shadowpeft_head[name] if classifier else base.get_output_embeddings()
+
+    config = _edge_config(backbone.config, parts.config, base, classifier)
+    if not classifier:
+        config.tie_word_embeddings = (
+            projection is None and own_embedding is None and head.weight.data_ptr() == embedding.weight.data_ptr()
+        )
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    edge: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    edge_body = edge.base_model
+
+    state = {k: v for k, v in backbone.state_dict().items() if not k.startswith("shadow_embedding.")}
+    missing, unexpected = edge_body.load_state_dict(state, strict=False)
+    table = edge.get_input_embeddings()
+    embedding_keys = {f"{n}.{k}" for n, m in edge_body.named_modules() if m is table for k in m.state_dict()}
+    if unexpected or set(missing) - embedding_keys:
+        raise UnsupportedModelError(
+            f"the shadow backbone does not fit {type(edge).__name__}: {sorted(set(missing) - embedding_keys)[:2]} missing, "
+            f"{unexpected[:2]} unknown"
+        )
+    rows = config.vocab_size
+    table.weight.copy_(_rows(embedding.weight, rows))
+    if not config.tie_word_embeddings or classifier:
+        _set_head(edge, head, projection, classifier)
+    edge.eval()
+    if not classifier:
+        edge.generation_config = copy.deepcopy(getattr(base, "generation_config", None)) or GenerationConfig()
+    return edge.to(next(backbone.parameters()).device)
+
+
+def _edge_config(
+    shadow: PreTrainedConfig, text: PreTrainedConfig, base: PreTrainedModel, classifier: bool
+) -> PreTrainedConfig:
+    config = copy.deepcopy(shadow)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, key, getattr(text, key, None))
+    config.vocab_size = text.vocab_size if classifier else _head_rows(base)
+    if classifier:
+        config.num_labels = base.config.num_labels
+        config.problem_type = base.config.problem_type
+        config.id2label, config.label2id = dict(base.config.id2label), dict(base.config.label2id)
+    elif (logit_scale(config), soft_cap(config)) != (logit_scale(text), soft_cap(text)):
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if hasattr(config, name) and getattr(text, name, None) is not None:
+                setattr(config, name, getattr(text, name))
+        if (logit_scale(config), soft_cap(config)) != (logit_scale(text), soft_cap(text)):
+            raise UnsupportedModelError(
+                f"the base's head scales or caps its logits (scale {logit_scale(text)}, soft-cap {soft_cap(text)}) and "
+                f"{config.model_type} cannot; use a shadow of the base's own architecture"
+            )
+    for stale in ("quantization_config", "_name_or_path"):
+        if hasattr(config, stale):
+            delattr(config, stale)
+    config.architectures = None
+    return config
+
+
+def _head_rows(base: PreTrainedModel) -> int:
+    return int(base.get_output_embeddings().weight.shape[0])
+
+
+def _rows(weight: Tensor, rows: int) -> Tensor:
+    if weight.shape[0] < rows:
+        raise UnsupportedModelError(
+            f"the embedding has {weight.shape[0]} rows but the head has {rows}; resize the base's embeddings first"
+        )
+    return weight[:rows]
+
+
+def _set_head(edge: PreTrainedModel, head: Any, projection: Tensor | None, classifier: bool) -> None:
+    stock: Any = _stock_classifier(edge) if classifier else edge.get_output_embeddings()
+    weight = head.weight.float()
+    if projection is not None:
+        weight = fold_projection(weight, projection)
+    bias = getattr(head, "bias", None)
+    if stock.weight.shape != weight.shape:
+        raise UnsupportedModelError(
+            f"the head has shape {tuple(weight.shape)} but {type(edge).__name__} has one of {tuple(stock.weight.shape)}"
+        )
+    stock.weight.copy_(weight)
+    if bias is not None and stock.bias is None:
+        raise UnsupportedModelError(
+            f"the base's head has a bias and that of {type(edge).__name__} has none; use a shadow of the base's own class"
+        )
+    if stock.bias is not None:
+        stock.bias.zero_() if bias is None else stock.bias.copy_(bias)
+
+
+def _stock_classifier(edge: PreTrainedModel) -> nn.Module:
+    for name in ("score", "classifier"):
+        if isinstance(getattr(edge, name, None), nn.Linear):
+            return getattr(edge, name)  # type: ignore[no-any-return]
+    raise UnsupportedModelError(f"{type(edge).__name__} has no linear classifier")

@@ -1,0 +1,98 @@
+"""Identity of a base model: architecture, shapes, vocabulary and a few weight values.
+
+The values are compared with a tolerance, so that the same weights in bfloat16 or behind a quantiser still match, while a
+model with other weights of the same shape does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from shadowpeft.errors import BaseMismatchError
+from shadowpeft.hf.backbone import Anatomy
+
+SAMPLES = 64
+SAME = 0.02
+"""Relative error up to which two samples are the same weights: bfloat16 rounding is at most 0.004."""
+RELATED = 0.35
+"""Up to here the weights are taken for a quantised or further trained relative; another model's error is about 1.4."""
+
+
+def fingerprint(model: nn.Module, parts: Anatomy) -> dict[str, Any]:
+    """Architecture, shapes, vocabulary, and ``SAMPLES`` values of the token embedding and of each sampled norm."""
+    config = parts.config
+    shapes = {
+        "hidden_size": parts.hidden_size,
+        "num_hidden_layers": parts.num_layers,
+        "vocab_size": int(config.vocab_size),
+        "layer": hashlib.sha256(
+            ";".join(
+                sorted(
+                    name
+                    for name, _ in parts.layers[0].named_parameters()
+                    if not name.startswith(("shadow_link", "base_layer"))
+                )
+            ).encode()
+        ).hexdigest()[:16],
+    }
+    return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts)}
+
+
+def _sample(model: nn.Module, parts: Anatomy) -> dict[str, list[float]]:
+    weights = {"embedding": model.get_input_embeddings().weight}  # type: ignore[operator]
+    for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):
+        for name, weight in layer.named_parameters():
+            if name.endswith("weight") and weight.dim() == 1 and "shadow_link" not in name:
+                weights[f"{position}.{name}"] = weight
+                break
+    values = {}
+    for name, weight in weights.items():
+        if weight.device.type == "meta" or not weight.is_floating_point():
+            continue
+        flat = weight.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+        values[name] = [float(f"{v:.6g}") for v in flat[index.to(flat.device)].float().tolist()]
+    return values
+
+
+def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
+    """Compare the fingerprint in an adapter with that of the base it is put on.
+
+    Raises:
+        BaseMismatchError: if architecture, shapes or weights differ. Weights that are close but not the same (a
+            quantised copy, a further trained sibling) give a warning with the measured distance.
+    """
+    advice = "; load the base model that the adapter names in base_model_name_or_path"
+    if not isinstance(recorded, dict) or not {"architecture", "shapes", "values"} <= set(recorded):
+        raise BaseMismatchError("the adapter's base_fingerprint is malformed, so its base cannot be checked" + advice)
+    if recorded["architecture"] != found["architecture"]:
+        raise BaseMismatchError(
+            f"the adapter was trained on a {recorded['architecture']} model, this base is {found['architecture']}{advice}"
+        )
+    for key, value in found["shapes"].items():
+        if recorded["shapes"].get(key) != value:
+            raise BaseMismatchError(
+                f"the adapter's base has {key} = {recorded['shapes'].get(key)}, this base has {value}{advice}"
+            )
+    for name in sorted(set(recorded["values"]) & set(found["values"])):
+        ours = torch.tensor(recorded["values"][name], dtype=torch.float64)
+        theirs = torch.tensor(found["values"][name], dtype=torch.float64)
+        if ours.shape != theirs.shape:
+            raise BaseMismatchError(f"the adapter's base_fingerprint has {ours.numel()} values for {name}{advice}")
+        distance = float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))
+        if not distance <= RELATED:
+            raise BaseMismatchError(
+                f"the adapter was trained on a base with other weights (relative difference {distance:.2g} in {name})"
+                f"{advice}"
+            )
+        if distance > SAME:
+            warnings.warn(
+                f"the base's weights differ from those the adapter was trained on by {distance:.2g} (relative, {name}): "
+                "expected for a quantised copy, otherwise check that this is the right base",
+                stacklevel=2,
+            )

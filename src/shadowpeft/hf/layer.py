@@ -1,0 +1,145 @@
+"""Where an adapter's parameters sit in the base's module tree: one hub on the backbone, one link on every refined layer.
+
+The base's modules are not wrapped. Each container is a ``ModuleDict`` keyed by adapter name whose attribute starts with
+the registered prefix, which is how PEFT and transformers find, save, rename and load what belongs to an adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from shadowpeft.core import Injection, Update, UpdateNorm, refine
+from shadowpeft.hf.backbone import ShadowParts
+from shadowpeft.hf.config import ShadowPeftConfig
+
+
+class ShadowTunerLayer(BaseTunerLayer):
+    """What hub and link have in common."""
+
+    def active_name(self) -> str | None:
+        """The adapter that takes part in a forward now, or None if there is none or adapters are disabled."""
+        if self.disable_adapters or not self.active_adapters:
+            return None
+        return str(self.active_adapters[0])
+
+    def get_base_layer(self) -> nn.Module:  # the parameters stand beside the base's, nothing is wrapped
+        return self  # type: ignore[return-value]
+
+
+class ShadowHub(nn.Module, ShadowTunerLayer):
+    """Shadow backbone, projection, shared norm and (classification) shadow head of every adapter."""
+
+    adapter_layer_names = ("shadowpeft_backbone", "shadowpeft_projection", "shadowpeft_norm", "shadowpeft_head")
+    other_param_names = ("shadowpeft_embedding",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shadowpeft_backbone = nn.ModuleDict()
+        self.shadowpeft_projection = nn.ModuleDict()
+        self.shadowpeft_norm = nn.ModuleDict()
+        self.shadowpeft_head = nn.ModuleDict()
+        self.shadowpeft_embedding = nn.ModuleDict()
+        self.configs: dict[str, ShadowPeftConfig] = {}
+
+    def add(
+        self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: nn.Module | None
+    ) -> None:
+        """Put the parts of one adapter in place.
+
+        Args:
+            d: base width. steps: number of refined layers; with fewer than two there is no update and no norm.
+            head: the base's classifier, which the shadow's starts as a copy of (Eq. 9), or None for a language model.
+        """
+        reference = next(parts.backbone.parameters())
+        self.configs[adapter] = config
+        self.shadowpeft_backbone[adapter] = parts.backbone
+        d_s = int(parts.backbone.config.hidden_size)
+        if d_s != d:
+            projection = nn.Linear(d_s, d, bias=False, device=reference.device, dtype=torch.float32)
+            if parts.projection is not None:
+                with torch.no_grad():
+                    projection.weight.copy_(parts.projection)
+            self.shadowpeft_projection[adapter] = projection
+        if parts.embedding is not None:
+            # a mirrored shadow's own table is new and must learn; a pretrained one stays as it is (method.md)
+            container = self.shadowpeft_backbone if config.is_mirror else self.shadowpeft_embedding
+            embedding = parts.embedding.requires_grad_(config.is_mirror)
+            if container is self.shadowpeft_embedding:
+                container[adapter] = embedding
+            else:
+                parts.backbone.shadow_embedding = embedding
+        if config.use_update and config.mathematics()["update_norm"] and steps > 1:
+            self.shadowpeft_norm[adapter] = UpdateNorm(d).to(reference.device)
+        if head is not None:
+            copy = nn.Linear(d, head.weight.shape[0], bias=getattr(head, "bias", None) is not None)
+            with torch.no_grad():
+                if head.weight.device.type == "meta":
+                    copy = copy.to_empty(device="meta")
+                else:
+                    copy = copy.to(device=head.weight.device)
+                    for target, source in zip(copy.parameters(), head.parameters(), strict=True):
+                        target.copy_(source)
+            self.shadowpeft_head[adapter] = copy
+
+    def embedding(self, adapter: str) -> nn.Module | None:
+        """The shadow's own token embedding, or None if it shares the base's."""
+        if adapter in self.shadowpeft_embedding:
+            return self.shadowpeft_embedding[adapter]
+        return getattr(self.shadowpeft_backbone[adapter], "shadow_embedding", None)
+
+    def initial_state(self, adapter: str, inputs_embeds: Tensor, **kwargs: Any) -> Tensor:
+        """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
+
+        Args:
+            inputs_embeds: ``(B, T, d_s)``. kwargs: mask, positions and cache view for the shadow backbone.
+        """
+        backbone = self.shadowpeft_backbone[adapter]
+        out = backbone(inputs_embeds=inputs_embeds.to(next(backbone.parameters()).dtype), return_dict=True, **kwargs)
+        state: Tensor = out.last_hidden_state
+        if adapter in self.shadowpeft_projection:
+            state = self.shadowpeft_projection[adapter](state)
+        return state
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+
+
+class ShadowLink(nn.Module, ShadowTunerLayer):
+    """``update(l-1)`` and ``inject(l)``: what happens between base layers l-1 and l, for every adapter."""
+
+    adapter_layer_names = ("shadowpeft_injection", "shadowpeft_update")
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.shadowpeft_injection = nn.ModuleDict()
+        self.shadowpeft_update = nn.ModuleDict()
+        self.alpha: dict[str, float] = {}
+
+    def add(self, adapter: str, config: ShadowPeftConfig, d: int, device: torch.device) -> None:
+        """Make the parameters of one adapter: ``2 d r``, and ``4 d m`` unless this is the first refined layer."""
+        math = config.mathematics()
+        dropout = float(config.shadow_dropout)
+        self.alpha[adapter] = float(config.shadow_alpha)
+        with torch.device(device):
+            self.shadowpeft_injection[adapter] = Injection(
+                d, config.r, dropout, dropout_first=math["dropout_before_down"], paper_init=math["paper_init"]
+            )
+            if config.use_update and self.layer > math["first_refined_layer"]:
+                self.shadowpeft_update[adapter] = Update(
+                    d, config.update_width, dropout, activation=math["update_activation"], bias=math["update_bias"]
+                )
+
+    def forward(self, adapter: str, h: Tensor, s: Tensor, norm: UpdateNorm | None) -> tuple[Tensor, Tensor]:
+        """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
+        update = self.shadowpeft_update[adapter] if adapter in self.shadowpeft_update else None
+        return refine(h, s, self.shadowpeft_injection[adapter], self.alpha[adapter], update, norm)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.alpha.pop(adapter_name, None)

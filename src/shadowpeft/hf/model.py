@@ -1,0 +1,235 @@
+"""The PEFT tuner: :class:`ShadowModel` puts hub, links and hooks into a base model and takes them out again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
+from shadowpeft.hf import hooks
+from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer
+
+PREFIX = "shadowpeft_"
+_HANDLES = "_shadowpeft_hook_handles"
+_CLASSIFIERS = ("score", "classifier")
+
+
+class ShadowModel(BaseTuner):
+    """Adapts a frozen decoder-only transformers model with a shadow network (ShadowPEFT, arXiv 2604.19254).
+
+    Made by ``get_peft_model(base, ShadowPeftConfig(...))``. The base's modules stay as they are: ``shadow_hub`` is added to
+    its backbone, ``shadow_link`` to every refined layer, and hooks do the rest (:mod:`shadowpeft.hf.hooks`).
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = ShadowTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # ---------------------------------------------------------------------------------------------------- attaching
+
+    def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
+        if peft_config.task_type is None:
+            raise ConfigError("task_type is missing; set it to 'CAUSAL_LM' or 'SEQ_CLS'")
+        parts = anatomy(self.model)
+        found = fingerprint(self.model, parts)
+        if peft_config._loaded and peft_config.base_fingerprint is not None:
+            check_fingerprint(peft_config.base_fingerprint, found)
+        else:
+            peft_config.base_fingerprint = found
+        first = peft_config.mathematics()["first_refined_layer"]
+        names = [f"{parts.layers_name}.{i}" for i in range(first, parts.num_layers)]
+        targets = [*([parts.backbone_name] if parts.backbone_name else []), *names]
+        if not parts.backbone_name:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is a bare backbone; load it with a head (AutoModelForCausalLM or "
+                "AutoModelForSequenceClassification)"
+            )
+        peft_config.target_modules = "|".join(re.escape(name) for name in targets)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: ShadowPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        parts = anatomy(self.model)
+        if current_key == parts.backbone_name:
+            self._add_hub(parts, peft_config, adapter_name)
+        else:
+            link = getattr(target, "shadow_link", None)
+            if link is None:
+                link = ShadowLink(int(current_key.rpartition(".")[2]))
+                link._disable_adapters = self._hub(parts)._disable_adapters
+                target.shadow_link = link
+            link.add(adapter_name, peft_config, parts.hidden_size, next(target.parameters()).device)
+            link.train(target.training)
+
+    def _hub(self, parts: Anatomy) -> ShadowHub:
+        return parts.backbone.shadow_hub  # type: ignore[return-value]
+
+    def _add_hub(self, parts: Anatomy, config: ShadowPeftConfig, adapter: str) -> None:
+        built = build_shadow(parts, config, self.model)
+        if getattr(parts.backbone, "shadow_hub", None) is None:
+            parts.backbone.shadow_hub = ShadowHub()
+            self._install_hooks(parts)
+        head = self._classifier() if config.task_type == "SEQ_CLS" else None
+        if config.task_type == "CAUSAL_LM" and self.model.get_output_embeddings() is None:
+            raise UnsupportedModelError(
+                f"task_type is CAUSAL_LM but {type(self.model).__name__} has no LM head; load the base with "
+                "AutoModelForCausalLM"
+            )
+        steps = parts.num_layers - config.mathematics()["first_refined_layer"]
+        self._hub(parts).add(adapter, config, built, parts.hidden_size, steps=steps, head=head)
+        self._hub(parts).train(parts.backbone.training)
+
+    def _classifier(self) -> nn.Module:
+        for name in _CLASSIFIERS:
+            head = getattr(self.model, name, None)
+            head = getattr(head, "original_module", head)
+            if isinstance(head, nn.Linear):
+                return head
+        raise UnsupportedModelError(
+            f"task_type is SEQ_CLS but {type(self.model).__name__} has no linear 'score' or 'classifier'; load the base with "
+            "AutoModelForSequenceClassification"
+        )
+
+    def _install_hooks(self, parts: Anatomy) -> None:
+        name = parts.backbone_name
+        names = hooks.names_of_parameters(self.model)
+        before = partial(hooks.before_model, backbone=name, names=names)
+        inner = partial(
+            hooks.before_backbone,
+            names=hooks.names_of_parameters(parts.backbone),
+            base_layers=parts.num_layers,
+        )
+        handles = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(partial(hooks.after_model, backbone=name), with_kwargs=True),
+            parts.backbone.register_forward_pre_hook(inner, with_kwargs=True),
+        ]
+        handles += [layer.register_forward_pre_hook(hooks.before_layer, with_kwargs=True) for layer in parts.layers]
+        setattr(self.model, _HANDLES, handles)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        for hub in (m for m in model.modules() if isinstance(m, ShadowHub)):
+            hub.shadowpeft_embedding.requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with
+        if not autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if not isinstance(module, ShadowTunerLayer):
+                continue
+            for container in module.adapter_layer_names:
+                parameters = getattr(module, container)
+                if adapter_name in parameters:
+                    parameters[adapter_name].float()
+
+    # ---------------------------------------------------------------------------------------------------- forwarding
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names= (a mixed batch) is not supported yet; call set_adapter and run one batch per adapter"
+            )
+        yield
+
+    # --------------------------------------------------------------------------------------------------- switching
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            ConfigError: for more than one name; shadows do not add up.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise ConfigError(f"{len(names)} adapters were given but only one shadow can be active at a time")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _check_merge_allowed(self) -> None:
+        raise ConfigError(
+            "a shadow depends on the input and cannot be merged into weights; use unload() for the base or "
+            "shadowpeft.detach(model) for the stand-alone shadow"
+        )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._check_merge_allowed()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        remove(self.model)
+        for name, module in list(self.model.named_modules()):
+            if hasattr(module, "unload_and_optionally_merge_module"):  # modules_to_save: back to the original
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    # ------------------------------------------------------------------------------------------------- serialisation
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # the adapter's name stands right after its container, in the middle of the key
+        return re.sub(rf"(\.{PREFIX}[a-z]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}(\.|$)")
+        expected = {k: v for k, v in model.state_dict().items() if own.search(k)}
+        missing = sorted(set(expected) - set(mapped))
+        unknown = sorted(k for k in mapped if k not in expected and PREFIX in k)
+        if missing or unknown:
+            raise AdapterFileError(
+                f"the adapter's weights do not fit its configuration: {len(missing)} tensors are missing "
+                f"{missing[:2]}, {len(unknown)} are unknown {unknown[:2]}; the file is truncated or of another adapter"
+            )
+        for key, value in expected.items():
+            if tuple(mapped[key].shape) != tuple(value.shape):
+                raise AdapterFileError(
+                    f"tensor {key} has shape {tuple(mapped[key].shape)} in the file but the configuration says "
+                    f"{tuple(value.shape)}; configuration and weights are of different adapters"
+                )
+            if not mapped[key].is_floating_point():
+                raise AdapterFileError(f"tensor {key} is {mapped[key].dtype} in the file but must be floating point")
+            if not bool(torch.isfinite(mapped[key]).all()):
+                raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
+        return mapped
+
+
+def remove(model: nn.Module) -> None:
+    """Take hub, links and hooks of every adapter out of ``model``; its own modules were never changed."""
+    for handle in getattr(model, _HANDLES, []):
+        handle.remove()
+    if hasattr(model, _HANDLES):
+        delattr(model, _HANDLES)
+    for module in list(model.modules()):
+        for name in ("shadow_hub", "shadow_link"):
+            if name in getattr(module, "_modules", {}):
+                del module._modules[name]
