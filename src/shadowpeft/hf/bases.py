@@ -58,8 +58,9 @@ def materialise(alias: str) -> Path:
 
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    if hasattr(model.config, "quantization_config"):  # the weights are plain float32 now
-        del model.config.quantization_config
+    for holder, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, mark):  # the weights are plain float32 now; with the marker they could not be saved
+            delattr(holder, mark)
     model.config._name_or_path = ""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f"{alias}.", dir=folder.parent))

@@ -357,3 +357,30 @@ def before_layer(
     if args:
         return (h, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": h}
+
+
+# --------------------------------------------------------------------------------------------------- the shadow alone
+
+
+def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *, items: Any = None) -> Tensor:
+    """The second term of Eq. 8 from the shadow alone: what the shadow path costs a batch, without running the base.
+
+    Args:
+        model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask`` and
+            ``shadow_labels`` ``(B, T)``. items: number of targets to normalise by; None: this batch's.
+
+    Returns:
+        0-d loss, not yet multiplied with lambda.
+    """
+    adapter = hub.active_name()
+    if adapter is None:
+        raise ConfigError("no adapter is enabled; enable or set one")
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    embedding = hub.embedding(adapter) or model.get_input_embeddings()  # type: ignore[operator]
+    passed = {"position_ids": batch["position_ids"]} if batch.get("position_ids") is not None else {}
+    s0 = hub.initial_state(
+        adapter, embedding(batch["input_ids"]), attention_mask=batch.get("attention_mask"), use_cache=False, **passed
+    )
+    targets = F.pad(batch["shadow_labels"][..., 1:], (0, 1), value=IGNORE)
+    count = count_targets(targets, shifted=False) if items is None else items
+    return _shadow_sum(model, config, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

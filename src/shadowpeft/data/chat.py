@@ -1,0 +1,225 @@
+"""Chat data: JSONL rows to token sequences with the prompt masked, and the collator that pads them.
+
+A row is ``{"messages": [...]}`` or ``{"prompt": ..., "response": ...}``. Two optional keys address the two paths:
+``"shadow_response"`` gives the shadow path another answer to the same prompt; ``"path"`` ("both", "base", "shadow") says
+who learns the row. A row with both answers becomes two sequences, each masking the other path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowpeft.core.losses import IGNORE
+from shadowpeft.errors import DataError
+
+PATHS = ("both", "base", "shadow")
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, each a checked chat row.
+
+    Raises:
+        DataError: naming file and line, if the file is missing or empty or a row is malformed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"data file '{file}' does not exist; check the path")
+    rows = []
+    with file.open(encoding="utf-8") as handle:
+        try:
+            for number, line in enumerate(handle, 1):
+                if line.strip():
+                    rows.append(check_row(_parse(line, file, number), f"{file}, line {number}"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 text ({error.reason} after line {len(rows)}); save it as UTF-8") from error
+    if not rows:
+        raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
+    return rows
+
+
+def _parse(line: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {number} is not valid JSON ({error.msg} at column {error.colno})") from error
+
+
+def check_row(row: Any, where: str) -> dict[str, Any]:
+    """A row in the one normal form ``{"messages", "response", "shadow_response", "path"}``.
+
+    Raises:
+        DataError: starting with ``where``, if something is missing or of the wrong type.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
+    if "messages" in row:
+        messages = row["messages"]
+        good = isinstance(messages, list) and messages
+        good = good and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        )
+        if not good:
+            raise DataError(f"{where}: 'messages' must be a list of objects with string 'role' and 'content'")
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise DataError(f"{where}: 'messages' must end with an 'assistant' message after at least one other")
+        history, response = messages[:-1], messages[-1]["content"]
+    elif "prompt" in row and "response" in row:
+        if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
+            raise DataError(f"{where}: 'prompt' and 'response' must be strings")
+        history, response = [{"role": "user", "content": row["prompt"]}], row["response"]
+    else:
+        raise DataError(f"{where} has the keys {sorted(row)[:6]} but needs 'messages', or 'prompt' and 'response'")
+    shadow, path = row.get("shadow_response"), row.get("path", "both")
+    if shadow is not None and not isinstance(shadow, str):
+        raise DataError(f"{where}: 'shadow_response' must be a string")
+    if path not in PATHS:
+        raise DataError(f"{where}: 'path' is {path!r} but must be one of {', '.join(PATHS)}")
+    if shadow is not None and path != "both":
+        raise DataError(f"{where}: 'shadow_response' with path '{path}' contradicts itself; leave one out")
+    return {"messages": history, "response": response, "shadow_response": shadow, "path": path}
+
+
+def fingerprint(rows: Iterable[dict[str, Any]]) -> str:
+    """sha256 over the rows, in order: identifies the data of a run."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+def render_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The text up to where the assistant's answer begins, by the tokenizer's chat template.
+
+    Raises:
+        DataError: if the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the tokenizer has no chat template, so prompts cannot be rendered or masked; set tokenizer.chat_template or "
+            "use an instruction-tuned base"
+        )
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    )
+
+
+@dataclass
+class Sequence:
+    """One training sequence: ``ids``, and where the answer starts; which paths learn it."""
+
+    ids: list[int]
+    start: int
+    base: bool
+    shadow: bool
+
+    def features(self) -> dict[str, Any]:
+        """``input_ids``, ``labels`` and ``shadow_labels``, prompt tokens masked with -100, and ``length``."""
+        target = [IGNORE] * self.start + self.ids[self.start :]
+        nothing = [IGNORE] * len(self.ids)
+        return {
+            "input_ids": self.ids,
+            "labels": target if self.base else nothing,
+            "shadow_labels": target if self.shadow else nothing,
+            "length": len(self.ids),
+        }
+
+
+def encode(
+    rows: list[dict[str, Any]], tokenizer: Any, *, max_length: int, too_long: str = "error", system: str | None = None
+) -> list[Sequence]:
+    """Tokenise checked rows.
+
+    Args:
+        max_length: longest sequence in tokens. too_long: "error", or "skip" to leave longer rows out.
+        system: a system message to put before rows that bring none.
+
+    Raises:
+        DataError: if a row is longer and ``too_long`` is "error", or nothing is left.
+    """
+    made: list[Sequence] = []
+    skipped = 0
+    for index, row in enumerate(rows):
+        messages = with_system(row["messages"], system)
+        prompt = render_prompt(tokenizer, messages)
+        head = tokenizer(prompt, add_special_tokens=False).input_ids
+        answers = [(row["response"], row["path"] in ("both", "base"), row["path"] in ("both", "shadow"))]
+        if row["shadow_response"] is not None:
+            answers = [(row["response"], True, False), (row["shadow_response"], False, True)]
+        for text, base, shadow in answers:
+            tail = _answer_ids(tokenizer, messages, prompt, text)
+            if len(head) + len(tail) > max_length:
+                if too_long == "error":
+                    raise DataError(
+                        f"row {index + 1} has {len(head) + len(tail)} tokens but data.max_length is {max_length}; raise "
+                        "max_length, shorten the row, or set data.too_long: skip"
+                    )
+                skipped += 1
+                continue
+            made.append(Sequence(head + tail, len(head), base, shadow))
+    if not made:
+        raise DataError(f"no row is left: all {skipped} are longer than data.max_length = {max_length}")
+    return made
+
+
+def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    """``messages`` with ``system`` in front, unless they bring a system message of their own."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _answer_ids(tokenizer: Any, messages: list[dict[str, str]], prompt: str, answer: str) -> list[int]:
+    """Tokens of the answer with what closes a turn, as the template writes it."""
+    whole = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": answer}], tokenize=False, enable_thinking=False
+    )
+    if whole.startswith(prompt):
+        tail = whole[len(prompt) :].rstrip("\n")
+    else:  # templates that rewrite what precedes the answer (thinking blocks): close the turn by hand
+        tail = answer + (tokenizer.eos_token or "")
+    return list(tokenizer(tail, add_special_tokens=False).input_ids)
+
+
+class ChatCollator:
+    """Pads a batch of :meth:`Sequence.features` on the right to its longest row.
+
+    Args:
+        pad_token_id: token for padding; padded positions are masked in attention and labels.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels`` and, if any row differs, ``shadow_labels``; all ``(B, T)``."""
+        width = max(len(f["input_ids"]) for f in features)
+
+        def pad(key: str, value: int) -> Tensor:
+            return torch.tensor([f[key] + [value] * (width - len(f[key])) for f in features])
+
+        batch = {"input_ids": pad("input_ids", self.pad_token_id), "labels": pad("labels", IGNORE)}
+        lengths = torch.tensor([len(f["input_ids"]) for f in features])
+        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+        batch["shadow_labels"] = pad("shadow_labels", IGNORE)
+        return batch
+
+
+class ChatDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Encoded sequences for a Trainer."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.sequences[index].features()

@@ -1,0 +1,170 @@
+"""A run as one YAML file, checked before anything loads: unknown keys, wrong types and impossible combinations."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shadowpeft.errors import ConfigError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class DataConfig(_Strict):
+    """Which rows to train and to evaluate on."""
+
+    train: str
+    """A JSONL file, or ``robot`` for the packaged robot-intent set."""
+    validation: str | None = None
+    """A JSONL file; None: no evaluation during training (``robot`` brings its own)."""
+    max_length: int = Field(default=512, ge=8)
+    """Longest sequence in tokens."""
+    too_long: Literal["error", "skip"] = "error"
+    """What happens to longer rows."""
+    system: str | None = None
+    """System message for rows that bring none."""
+
+
+class ShadowSection(_Strict):
+    """The fields of ``ShadowPeftConfig`` that a run may set; meanings there."""
+
+    r: int = Field(default=16, ge=1)
+    shadow_alpha: float = 0.1
+    shadow_dropout: float = Field(default=0.2, ge=0, lt=1)
+    update_hidden_size: int | None = Field(default=None, ge=1)
+    use_update: bool = True
+    shadow_model: str = "mirror"
+    shadow_num_hidden_layers: int | None = Field(default=None, ge=1)
+    shadow_intermediate_size: int | None = Field(default=None, ge=1)
+    shadow_num_attention_heads: int | None = Field(default=None, ge=1)
+    shadow_num_key_value_heads: int | None = Field(default=None, ge=1)
+    shadow_head_dim: int | None = Field(default=None, ge=1)
+    shadow_hidden_size: int | None = Field(default=None, ge=1)
+    shadow_init: Literal["random", "base_layers"] = "random"
+    projection_init: Literal["random", "pseudo_inverse"] = "random"
+    share_embeddings: bool | None = None
+    auxiliary_loss_weight: float = Field(default=0.05, ge=0)
+    variant: Literal["paper", "authors", "peft"] = "paper"
+
+
+class TrainingSection(_Strict):
+    """Optimisation, evaluation and saving."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    eval_batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    backbone_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the shadow backbone, as a multiple of ``learning_rate``."""
+    warmup: float = Field(default=0.01, ge=0)
+    """Share of the steps (below 1) or their number."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the frozen base; trainable weights are float32 always, and 16-bit runs use autocast."""
+    gradient_checkpointing: bool = False
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    eval_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)
+    group_by_length: bool = True
+    seed: int = 0
+    threads: int | None = Field(default=None, ge=1)
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSection:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps are both set; keep one")
+        if self.epochs is None and self.max_steps is None:
+            self.epochs = 1.0
+        return self
+
+
+class RunConfig(_Strict):
+    """One fine-tuning run."""
+
+    base: str
+    """Alias (``smollm2-135m``), folder or Hub id."""
+    data: DataConfig
+    shadow: ShadowSection = Field(default_factory=ShadowSection)
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    output: str = "runs/run"
+    """Folder of the run."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        if self.training.eval_every is not None and self.data.validation is None and self.data.train != "robot":
+            raise ValueError("training.eval_every is set but data.validation is not; set both or neither")
+        return self
+
+
+def parse_run(content: Any, where: str) -> RunConfig:
+    """Check the content of a run file.
+
+    Raises:
+        ConfigError: naming the key, what it was, what it must be, and the nearest known key.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with 'base' and 'data'")
+    try:
+        run = RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(error)}") from error
+    return run
+
+
+def read_run(path: str | Path) -> RunConfig:
+    """Read and check a run file (YAML, safe subset).
+
+    Raises:
+        ConfigError: if it is missing, not YAML, or describes no possible run.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"run file '{file}' does not exist; check the path")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f", line {line + 1}" if line is not None else ""
+        raise ConfigError(f"{file}{place} is not valid YAML ({getattr(error, 'problem', error)})") from error
+    run = parse_run(content, str(file))
+    from shadowpeft.hf.config import ShadowPeftConfig
+
+    ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.model_dump())
+    return run
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "shadow": ShadowSection, "training": TrainingSection}
+
+
+def _explain(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        place = ".".join(str(p) for p in item["loc"]) or "the run"
+        if item["type"] == "extra_forbidden":
+            section = _SECTIONS.get(str(item["loc"][0]), RunConfig) if len(item["loc"]) > 1 else RunConfig
+            known = list(section.model_fields)
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            elsewhere = [f"{n}.{item['loc'][-1]}" for n, s in _SECTIONS.items() if item["loc"][-1] in s.model_fields]
+            hint = f"did you mean '{close[0]}'?" if close else ""
+            hint = f"did you mean '{elsewhere[0]}'?" if elsewhere else hint
+            parts.append(f"unknown key '{place}'{', ' + hint if hint else f'; known keys: {', '.join(known)}'}")
+        elif item["type"] == "missing":
+            parts.append(f"key '{place}' is missing")
+        elif item["type"] == "value_error":
+            parts.append(str(item["ctx"]["error"]))
+        else:
+            parts.append(f"'{place}' is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(parts)

@@ -1,0 +1,152 @@
+"""What a person sees while a run goes on, and what stays of it: a progress line, metrics.jsonl, a loss plot."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RunCallback(TrainerCallback):
+    """Progress with ETA, tokens per second and both losses; metrics as JSONL; a clean stop on Ctrl-C.
+
+    The first Ctrl-C ends training after the current step with a checkpoint; a second one ends the process.
+
+    Args:
+        folder: the run folder, where ``metrics.jsonl`` goes. tokens_per_step: mean tokens of an optimiser step.
+    """
+
+    def __init__(self, folder: Path, tokens_per_step: float, console: Console, quiet: bool = False) -> None:
+        self.folder = folder
+        self.tokens_per_step = tokens_per_step
+        self.console = console
+        self.quiet = quiet
+        self.interrupted = False
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._previous: Any = None
+        self._started = 0.0
+        self._first = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar and take over Ctrl-C."""
+        self._started, self._first = time.monotonic(), state.global_step
+        # a resumed run repeats steps after its checkpoint: keep only the metrics up to it
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.is_file():
+            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+            metrics.write_text("".join(line + "\n" for line in kept))
+        if not self.quiet:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+                console=self.console,
+                refresh_per_second=2,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        except ValueError:  # not the main thread: Ctrl-C is somebody else's
+            self._previous = None
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.console.print("stopping after this step; press Ctrl-C again to stop at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Advance the bar; after Ctrl-C, save and stop."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+        if self.interrupted:
+            control.should_training_stop = True
+            control.should_save = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append to ``metrics.jsonl`` and show the newest losses."""
+        record = {"step": state.global_step, **(logs or {})}
+        seconds = time.monotonic() - self._started
+        rate = (state.global_step - self._first) * self.tokens_per_step / max(seconds, 1e-9)
+        if "loss" in record:
+            record["tokens_per_second"] = round(rate, 1)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+        if self._progress is not None and "task_loss" in record:
+            shown = f"task {record['task_loss']:.3f}  shadow {record['shadow_loss']:.3f}  {rate:.0f} tok/s"
+            self._progress.update(self._task, shown=shown)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar away and give Ctrl-C back."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The records of ``metrics.jsonl``."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def plot_losses(folder: Path) -> Path:
+    """Draw task and shadow loss, training and evaluation, into ``loss.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = read_metrics(folder)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    styles = (
+        ("task_loss", "attached, training", "#1f5fa8", "-"),
+        ("shadow_loss", "detached, training", "#c2571a", "-"),
+        ("eval_task_loss", "attached, validation", "#1f5fa8", "--"),
+        ("eval_shadow_loss", "detached, validation", "#c2571a", "--"),
+    )
+    for key, label, colour, line in styles:
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            marker = "o" if line == "--" else None
+            axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker=marker, markersize=4)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("cross-entropy per answer token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,339 @@
+"""One fine-tuning run from its configuration to its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from shadowpeft.data import chat
+from shadowpeft.data.robot import load as load_robot
+from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+from shadowpeft.hf.bases import is_alias, materialise
+from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.train.config import RunConfig
+from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
+from shadowpeft.train.trainer import ShadowTrainer, sync
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+ROBOT_SYSTEM = "You are a robot dog."
+"""System message of the robot set: short, so that prompts stay short, and the same for training and use."""
+
+
+def prepare_cpu(threads: int | None = None) -> None:
+    """Set thread count and flush denormals, before anything is computed.
+
+    A random shadow produces denormal numbers, which a CPU computes many times slower (peers.md, 25). The switch is per
+    thread and inherited by the threads that are started later, so it comes first.
+    """
+    torch.set_flush_denormal(True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def robot_rows(split: str) -> list[dict[str, Any]]:
+    """Rows of the packaged robot set in the form of :mod:`shadowpeft.data.chat`.
+
+    ``train`` joins the three training parts: skill commands for both paths, open-domain answers for the base path, open-domain
+    requests answered ``[REMOTE]`` for the shadow path (method.md, Appendix F).
+    """
+    paths = {"train_remote_base": "base", "train_remote_shadow": "shadow"}
+    names = {
+        "train": ["train_normal", "train_remote_base", "train_remote_shadow"],
+        "validation": ["validation_normal"],
+    }.get(split, [split])
+    return [
+        chat.check_row(
+            {"prompt": row["prompt"], "response": row["response"], "path": paths.get(name, "both")}, row["id"]
+        )
+        for name in names
+        for row in load_robot(name)
+    ]
+
+
+def read_rows(source: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, or of the packaged set for ``robot``."""
+    return robot_rows(split) if source == "robot" else chat.read_jsonl(source)
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of a base by alias, folder or Hub id, with a pad token."""
+    source = str(materialise(base)) if is_alias(base) else base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of base '{base}' could not be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
+    """Base and adapter of a run."""
+    base = load_base(run.base, dtype=DTYPES[run.training.precision])
+    if base.config.pad_token_id is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+    _check_tokenizers(run, tokenizer)
+    config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.model_dump())
+    config.base_alias = run.base if is_alias(run.base) else None
+    set_seed(run.training.seed)
+    return get_peft_model(base, config)
+
+
+def _check_tokenizers(run: RunConfig, tokenizer: Any) -> None:
+    if run.shadow.shadow_model == "mirror":
+        return
+    other = load_tokenizer(run.shadow.shadow_model)
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"the shadow model '{run.shadow.shadow_model}' has another tokenizer than the base '{run.base}'; a shadow reads "
+            "the base's tokens, use one of the same family"
+        )
+
+
+def encode_run(run: RunConfig, tokenizer: Any) -> tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]]:
+    """Training and validation sequences, and the record of the data (files, rows, fingerprints)."""
+    system = run.data.system if run.data.system is not None else (ROBOT_SYSTEM if run.data.train == "robot" else None)
+    options = {"max_length": run.data.max_length, "too_long": run.data.too_long, "system": system}
+    train_rows = read_rows(run.data.train, "train")
+    record: dict[str, Any] = {
+        "train": {"source": run.data.train, "rows": len(train_rows), "sha256": chat.fingerprint(train_rows)}
+    }
+    validation = run.data.validation or ("robot" if run.data.train == "robot" else None)
+    encoded = None
+    if validation is not None:
+        rows = read_rows(validation, "validation")
+        record["validation"] = {"source": validation, "rows": len(rows), "sha256": chat.fingerprint(rows)}
+        encoded = chat.encode(rows, tokenizer, **options)
+    return chat.encode(train_rows, tokenizer, **options), encoded, record
+
+
+def versions() -> dict[str, str]:
+    """Versions and machine, for records."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        **found,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": cuda or f"{os.cpu_count()} CPU cores",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def train(run: RunConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Train, evaluate both paths, save the adapter and the record of the run.
+
+    The folder ``run.output`` receives ``config.yaml``, ``versions.json``, ``data.json``, ``metrics.jsonl``, ``loss.png``,
+    ``checkpoint-N/``, ``adapter/`` and ``summary.json``.
+
+    Args:
+        resume: continue from the newest checkpoint in the folder.
+
+    Returns:
+        the summary: steps, losses, parameters, seconds, and whether Ctrl-C ended the run early.
+
+    Raises:
+        ConfigError: if the folder already holds a run and ``resume`` is not set, or there is nothing to resume.
+        ShadowPeftError: any defect of data, base or configuration; raised before training starts.
+    """
+    console = console or Console(stderr=True)
+    t = run.training
+    prepare_cpu(t.threads)
+    folder = Path(run.output)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or continue with --resume")
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if resume and last is None:
+        raise ConfigError(f"there is no checkpoint in '{folder}' to resume from; start without --resume")
+    if resume:
+        _check_same_run(run, folder)
+
+    tokenizer = load_tokenizer(run.base)
+    training, validation, record = encode_run(run, tokenizer)
+    model = build_model(run, tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(s.ids) for s in training + (validation or []))
+    if limit is not None and longest > limit:
+        raise DataError(f"a row has {longest} tokens but the base reads {limit}; lower data.max_length to {limit}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
+    write_json(folder / "versions.json", versions())
+    write_json(folder / "data.json", record)
+
+    args = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.eval_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.scheduler,
+        warmup_steps=t.warmup,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        num_train_epochs=t.epochs or 1.0,
+        max_steps=t.max_steps or -1,
+        label_smoothing_factor=t.label_smoothing,
+        gradient_checkpointing=t.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        bf16=t.precision == "bfloat16",
+        fp16=t.precision == "float16",
+        eval_strategy="steps" if validation is not None and t.eval_every else "no",
+        eval_steps=t.eval_every,
+        save_strategy="steps" if t.save_every else "no",
+        save_steps=t.save_every or 500,
+        save_total_limit=t.keep_checkpoints,
+        logging_steps=t.log_every,
+        train_sampling_strategy="group_by_length" if t.group_by_length else "random",
+        seed=t.seed,
+        report_to=list(t.report_to) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        prediction_loss_only=True,
+    )
+    mean_tokens = sum(len(s.ids) for s in training) / len(training)
+    shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
+    trainer = ShadowTrainer(
+        model=model,
+        args=args,
+        train_dataset=chat.ChatDataset(training),
+        eval_dataset=chat.ChatDataset(validation) if validation is not None else None,
+        data_collator=chat.ChatCollator(tokenizer.pad_token_id),
+        callbacks=[shown],
+        backbone_lr_ratio=t.backbone_lr_ratio,
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=last if resume else None)
+    seconds = time.monotonic() - started
+    final = trainer.evaluate() if validation is not None and not shown.interrupted else {}
+
+    summary = {
+        "steps": int(trainer.state.global_step),
+        "planned_steps": int(trainer.state.max_steps),
+        "interrupted": shown.interrupted,
+        "seconds": round(seconds, 1),
+        "train_loss": result.training_loss,
+        **{k: final[k] for k in ("eval_task_loss", "eval_shadow_loss") if k in final},
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "base": run.base,
+        "adapter": str(folder / "adapter"),
+    }
+    save_adapter(model, tokenizer, folder / "adapter", run, summary, record)
+    if read_metrics(folder):
+        plot_losses(folder)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _check_same_run(run: RunConfig, folder: Path) -> None:
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    now = run.model_dump()
+    changed = [
+        f"{section}.{key}"
+        for section in ("data", "shadow")
+        for key in now[section]
+        if stored.get(section, {}).get(key) != now[section][key]
+    ]
+    if stored.get("base") != run.base or changed:
+        raise ConfigError(
+            f"the run in '{folder}' was started with other settings ({', '.join(changed) or 'base'}); resume with the "
+            "configuration it was started with"
+        )
+
+
+def save_adapter(
+    model: PeftModel, tokenizer: Any, folder: Path, run: RunConfig, summary: dict[str, Any], record: dict[str, Any]
+) -> None:
+    """Write the adapter with tokenizer and model card, beside and renamed: a failure leaves the previous one whole."""
+    beside = folder.parent / f"partial-{folder.name}"
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        model.save_pretrained(str(beside))
+        tokenizer.save_pretrained(str(beside))
+        (beside / "README.md").write_text(model_card(run, summary, record), encoding="utf-8")
+        sync(beside)
+        old = folder.parent / f"old-{folder.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ShadowPeftError(
+            f"the adapter could not be written to '{folder}' ({error.strerror or error}); what was there before is "
+            "untouched, free some space and save again"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) -> str:
+    """README of an adapter: base, data, settings, results, how to use both halves."""
+    header = yaml.safe_dump(
+        {
+            "base_model": run.base,
+            "library_name": "peft",
+            "tags": ["shadowpeft", "adapter", "text-generation"],
+            "pipeline_tag": "text-generation",
+        },
+        sort_keys=False,
+    )
+    losses = "\n".join(
+        f"| {label} | {summary[key]:.4f} |"
+        for key, label in (("eval_task_loss", "attached"), ("eval_shadow_loss", "detached"))
+        if key in summary
+    )
+    table = f"\n| path | validation cross-entropy per answer token |\n|---|---|\n{losses}\n" if losses else ""
+    settings = yaml.safe_dump({"shadow": run.shadow.model_dump(), "training": run.training.model_dump()}, sort_keys=False)
+    return f"""---
+{header}---
+# Shadow adapter for {run.base}
+
+Trained with shadowpeft for {summary["steps"]} steps on `{record["train"]["source"]}`
+({record["train"]["rows"]} rows, sha256 `{record["train"]["sha256"][:16]}`); {summary["trainable_parameters"]:,} trainable
+parameters.
+{table}
+```python
+import shadowpeft
+
+model = shadowpeft.load("path/to/this/folder")  # attached: the adapted base
+edge = shadowpeft.detach(model)                 # detached: a stock transformers model
+```
+
+## Settings
+
+```yaml
+{settings}```
+"""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, written beside and renamed."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Text, written beside and renamed."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)

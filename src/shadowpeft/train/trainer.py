@@ -1,0 +1,255 @@
+"""transformers' Trainer with two paths: joint loss whoever computes the main one, both losses reported, whole checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from shadowpeft.core import count_targets
+from shadowpeft.core.losses import IGNORE
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.detach import adapted_base, find_hub
+from shadowpeft.hf.hooks import shadow_path_loss
+from shadowpeft.hf.layer import ShadowHub
+
+_PARTIAL = "partial-"
+
+
+class ShadowLossMixin:
+    """Put before a Trainer class: ``class MyTrainer(ShadowLossMixin, Trainer)``.
+
+    - ``shadow_labels`` in the batch reach the model, and each path is normalised by its own number of targets over the
+      whole accumulated batch.
+    - Label smoothing and ``compute_loss_func`` shape the task loss; ``lambda`` times the shadow's cross-entropy is added.
+    - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
+    - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
+    - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (method.md: a pretrained one wants less).
+    - Checkpoints are written beside and renamed, so a full disk or a kill never leaves half a checkpoint as the newest.
+    """
+
+    def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
+        if not 0 < backbone_lr_ratio < 1e6:
+            raise ConfigError(f"backbone_lr_ratio is {backbone_lr_ratio} but must be positive and finite")
+        self.backbone_lr_ratio = backbone_lr_ratio
+        self._shadow_num_items: Any = None
+        self._sums: dict[str, float] = {}
+        self._since = 0
+        self._eval_sums: dict[str, list[float]] = {}
+        self._run_dir: str | None = None
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        if type(self).__mro__.index(Trainer) and getattr(trainer.args, "loss_type", None) == "dft":
+            raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
+
+    # -------------------------------------------------------------------------------------------------------- the loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "shadow_labels" not in self._signature_columns:  # type: ignore[has-type]
+            self._signature_columns: list[str] = [*self._signature_columns, "shadow_labels"]  # type: ignore[has-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        trainer: Any = self
+        items = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+        self._shadow_num_items = None
+        if items is not None and batch_samples and "shadow_labels" in batch_samples[0]:
+            shifted = _shifts(trainer)
+            own = sum(count_targets(b["shadow_labels"], shifted=shifted) for b in batch_samples)
+            own = torch.as_tensor(own).to(device)
+            if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+                own = trainer.accelerator.gather(own).sum()
+            self._shadow_num_items = own
+        return items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The joint loss in training, the task loss in evaluation; see :class:`ShadowLossMixin`."""
+        trainer: Any = self
+        hub = find_hub(trainer.model)
+        name = hub.active_name()
+        if name is None:
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        weight = float(hub.configs[name].auxiliary_loss_weight)
+        inputs = dict(inputs)
+        shadow_labels, labels = inputs.get("shadow_labels"), inputs.get("labels")
+        shadow_items = num_items_in_batch if shadow_labels is None else self._shadow_num_items
+        scale = _device_scale(trainer, num_items_in_batch)
+
+        alone: Tensor | None = None
+        if model.training and shadow_labels is not None and labels is not None and trainer.args.world_size == 1:
+            only = _shadow_only_rows(labels, inputs)
+            if only is not None:
+                rest, only_rows = _split(inputs, only)
+                alone = shadow_path_loss(adapted_base(trainer.model), hub, only_rows, items=shadow_items) * weight
+                self._add("shadow_loss", alone / weight if weight else alone)
+                if rest is None:
+                    return (alone, None) if return_outputs else alone
+                inputs, shadow_labels, labels = rest, rest["shadow_labels"], rest["labels"]
+
+        own_loss = (trainer.label_smoother is not None or trainer.compute_loss_func is not None) and labels is not None
+        if own_loss and shadow_labels is None:
+            inputs["shadow_labels"] = labels
+        if "shadow_labels" in inputs and num_items_in_batch is not None:
+            inputs["shadow_num_items_in_batch"] = shadow_items
+        if own_loss:  # stock Trainer takes the labels away, so the model reports the shadow's loss alone
+            loss, outputs = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            self._report(loss / scale, outputs.shadow_loss, labels, inputs["shadow_labels"])
+            if model.training:
+                loss = loss + weight * scale * outputs.shadow_loss
+        else:
+            loss, outputs = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            if hasattr(outputs, "task_loss"):
+                goals = labels if shadow_labels is None else shadow_labels
+                self._report(outputs.task_loss, outputs.shadow_loss, labels, goals)
+        if alone is not None:
+            loss = loss + alone
+        return (loss, outputs) if return_outputs else loss
+
+    # --------------------------------------------------------------------------------------------------- both reported
+
+    def _add(self, key: str, value: Tensor | None) -> None:
+        if value is not None:
+            self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
+
+    def _report(self, task: Tensor | None, shadow: Tensor | None, labels: Any, shadow_labels: Any) -> None:
+        trainer: Any = self
+        if trainer.model.training:
+            self._add("task_loss", task)
+            self._add("shadow_loss", shadow)
+            return
+        shifted = _shifts(trainer)
+        for key, value, goals in (("task_loss", task, labels), ("shadow_loss", shadow, shadow_labels)):
+            if value is not None and goals is not None:
+                n = int(count_targets(goals, shifted=shifted))
+                total = self._eval_sums.setdefault(key, [0.0, 0.0])
+                total[0] += float(value.detach()) * n
+                total[1] += n
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean task and shadow loss of the optimiser steps since the last log."""
+        trainer: Any = self
+        if "loss" in logs and self._sums:
+            steps = max(trainer.state.global_step - self._since, 1)
+            logs = {**logs, **{key: value / steps for key, value in self._sums.items()}}
+            self._sums, self._since = {}, trainer.state.global_step
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock loop; adds ``eval_task_loss`` and ``eval_shadow_loss``, each per target of its own path."""
+        self._eval_sums = {}
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for key, (total, n) in self._eval_sums.items():
+            output.metrics[f"{prefix}_{key}"] = total / max(n, 1.0)
+        return output
+
+    # ------------------------------------------------------------------------------------------------------- optimiser
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, with a learning rate of its own for the shadow backbone."""
+        trainer: Any = self
+        made = trainer.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        if made and self.backbone_lr_ratio != 1.0:
+            backbone = {id(p) for n, p in trainer.model.named_parameters() if "shadowpeft_backbone." in n}
+            groups = []
+            for group in optimizer.param_groups:
+                for inside in (False, True):
+                    chosen = [p for p in group["params"] if (id(p) in backbone) == inside]
+                    if chosen:
+                        factor = self.backbone_lr_ratio if inside else 1.0
+                        groups.append({**group, "params": chosen, "lr": group["lr"] * factor})
+            optimizer.param_groups = groups
+        return optimizer
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        stock = super()._get_output_dir(trial)  # type: ignore[misc]
+        return str(stock) if self._run_dir is None else self._run_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        trainer: Any = self
+        if trainer.args.world_size > 1 or trainer.args.push_to_hub:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            return
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+        beside = run_dir / f"{_PARTIAL}{name}"
+        shutil.rmtree(beside, ignore_errors=True)
+        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+        self._run_dir = str(beside)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            sync(beside / name)
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            os.replace(beside / name, run_dir / name)
+        finally:
+            self._run_dir, trainer.args.save_total_limit = None, limit
+            shutil.rmtree(beside, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=limit,
+            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+
+class ShadowTrainer(ShadowLossMixin, Trainer):
+    """transformers' ``Trainer`` for a model with a shadow adapter; see :class:`ShadowLossMixin`."""
+
+
+def sync(folder: Path) -> None:
+    """Ask the system to have the files of ``folder`` on disk before it is renamed."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _shifts(trainer: Any) -> bool:
+    hub: ShadowHub = find_hub(trainer.model)
+    return hub.active_name() not in hub.shadowpeft_head
+
+
+def _device_scale(trainer: Any, items: Any) -> float:
+    if not trainer.args.average_tokens_across_devices or items is None:
+        return 1.0
+    return float(trainer.accelerator.num_processes // trainer.get_tp_size())
+
+
+def _shadow_only_rows(labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    """Mask ``(B,)`` of rows without a task target, or None if there are none (or the batch cannot be split by row)."""
+    only = (labels == IGNORE).all(-1) if labels.dim() == 1 else (labels[:, 1:] == IGNORE).all(-1)
+    if labels.dim() == 1 or not bool(only.any()):
+        return None
+    rows = labels.shape[0]
+    splittable = all(not isinstance(v, Tensor) or (v.dim() and v.shape[0] == rows) for v in inputs.values())
+    return only if splittable else None
+
+
+def _split(inputs: dict[str, Any], only: Tensor) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    def take(mask: Tensor) -> dict[str, Any]:
+        part = {k: v[mask] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        length = int(part["attention_mask"].sum(-1).max()) if "attention_mask" in part else None
+        if length is not None and bool(part["attention_mask"][:, 0].all()):  # right padding: drop columns nobody uses
+            part = {k: v[:, :length] if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in part.items()}
+        return part
+
+    return (None if bool(only.all()) else take(~only)), take(only)
