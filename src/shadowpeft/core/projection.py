@@ -36,7 +36,9 @@ def pseudo_inverse_projection(w_lm: Tensor, w_small: Tensor, *, chunk: int = 819
         gram.addmm_(a.T, a)
         right.addmm_(a.T, w_small[start : start + chunk].to(torch.float64))
     factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info) == 0:
+    pivots = factor.diagonal()
+    rounding = 100 * d * torch.finfo(torch.float64).eps  # with equal columns the last pivot is rounding, not always < 0
+    if int(info) == 0 and bool(pivots.min().square() > rounding * pivots.max().square()):
         solution = torch.cholesky_solve(right, factor)
     else:  # a head that is not of full column rank has many minimisers: take the one of least norm, as pinv does
         solution = torch.linalg.pinv(gram, hermitian=True) @ right
