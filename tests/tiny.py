@@ -58,6 +58,7 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
             layer_types=kinds[: shape["num_hidden_layers"]],
             final_logit_softcapping=3.0,
             query_pre_attn_scalar=8,
+            tie_word_embeddings=False,  # tied, a tiny random Gemma repeats its input token for ever
         )
         return Gemma3TextConfig(**{**own, **shape})
     if name == "mistral":

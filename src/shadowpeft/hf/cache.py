@@ -97,6 +97,10 @@ def _new_layers(cache: Cache, shadow_config: PreTrainedConfig) -> list[Any]:
         layers = StaticCache(config=shadow_config, max_cache_len=longest).layers
     else:
         layers = DynamicCache(config=shadow_config).layers
+        if (lazy := cache.layer_class_to_replicate) is not None:
+            # The base sizes a sliding mask by the first sliding layer of the whole cache. In a lazily built one none of
+            # its own is, so none of the shadow's may be; the mask still restricts attention to the window.
+            layers = [lazy() if layer.is_sliding else layer for layer in layers]
     # Recording of the past is switched on for a whole cache when it is made, before these layers exist. If no base
     # layer can tell whether it was, record: that is always correct and costs memory only for sliding windows.
     recorders = [layer.record_past for layer in cache.layers if hasattr(layer, "record_past")]
