@@ -142,7 +142,9 @@ def adapt(model: nn.Module, *, copy_base: bool = True, trained: bool = True, **f
     """``model`` (a copy of it) with an adapter whose weights, if ``trained``, are random instead of the start's."""
     model = copy.deepcopy(model) if copy_base else model
     mode = model.training
-    adapted = get_peft_model(model, adapter_config(**fields))
+    wanted = adapter_config(**fields)
+    torch.manual_seed(5)
+    adapted = get_peft_model(model, wanted)
     adapted.train(mode)
     if trained:
         randomise(adapted)
@@ -172,3 +174,16 @@ def padded(ids: Tensor, counts: list[int], side: str = "right") -> tuple[Tensor,
             part = slice(-count, None) if side == "right" else slice(None, count)
             ids[row, part], mask[row, part] = PAD, 0
     return ids, mask
+
+
+def tokenizer() -> Any:
+    """Whitespace tokenizer over ``w2 .. w60`` with the special tokens of :func:`config`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, "<bos>": 1, **{f"w{i}": i for i in range(2, V)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<bos>", unk_token="w2"
+    )

@@ -139,7 +139,6 @@ def after_model(
     training = model.training and torch.is_grad_enabled()
 
     task_loss = shadow_loss = None
-    logits = output[1 if as_tuple and call.labels is not None and not classifier else 0] if as_tuple else output.logits
     if call.fused:
         output.task_loss, output.shadow_loss = output.loss, None
         if training and weight > 0:
@@ -150,6 +149,7 @@ def after_model(
             output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
         return output
 
+    logits = output[1 if call.labels is not None and not classifier else 0] if as_tuple else output.logits
     if classifier:
         pooled = pool_last(s0, config, call.input_ids, call.attention_mask)
         head = hub.shadowpeft_head[call.adapter]
