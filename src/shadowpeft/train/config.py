@@ -160,7 +160,7 @@ def _explain(error: ValidationError) -> str:
             elsewhere = [f"{n}.{item['loc'][-1]}" for n, s in _SECTIONS.items() if item["loc"][-1] in s.model_fields]
             hint = f"did you mean '{close[0]}'?" if close else ""
             hint = f"did you mean '{elsewhere[0]}'?" if elsewhere else hint
-            parts.append(f"unknown key '{place}'{', ' + hint if hint else f'; known keys: {', '.join(known)}'}")
+            parts.append(f"unknown key '{place}', " + (hint or "known keys: " + ", ".join(known)))
         elif item["type"] == "missing":
             parts.append(f"key '{place}' is missing")
         elif item["type"] == "value_error":

@@ -1,0 +1,89 @@
+"""What several commands share: the model in a chosen mode, printing as table or JSON, a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shadowpeft.errors import ConfigError
+
+MODES = ("attached", "detached", "base")
+
+
+def quiet_libraries() -> None:
+    """Only errors from transformers: a command prints its own messages."""
+    import warnings
+
+    from transformers import logging
+    from transformers.utils import logging as hf_logging
+
+    logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def load_tokenizer_of(adapter: str, base: str | None) -> Any:
+    """The tokenizer saved with the adapter, else the base's."""
+    from transformers import AutoTokenizer
+
+    from shadowpeft.hf.checkpoint import read_config
+    from shadowpeft.train.run import load_tokenizer
+
+    if (Path(adapter) / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(adapter)
+    config = read_config(adapter)
+    name = base or config.base_alias or config.base_model_name_or_path
+    if not name:
+        raise ConfigError("neither the adapter nor its base has a tokenizer; pass --base")
+    return load_tokenizer(name)
+
+
+@contextmanager
+def in_mode(model: Any, mode: str) -> Iterator[Any]:
+    """The model to run for ``mode``: the adapted base, the detached shadow, or the bare base.
+
+    Raises:
+        ConfigError: for another mode.
+    """
+    import shadowpeft
+
+    if mode == "attached":
+        yield model
+    elif mode == "detached":
+        yield shadowpeft.detach(model)
+    elif mode == "base":
+        with model.disable_adapter():
+            yield model
+    else:
+        raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
+
+
+def show(console: Console, result: dict[str, Any], title: str, as_json: bool) -> None:
+    """Print a flat result, as a table or as JSON on standard output."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    table = Table(title=title, show_header=False)
+    for key, value in result.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(shown))
+    console.print(table)
+
+
+@contextmanager
+def bar(console: Console, label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar with ETA; yields a function that takes the number done."""
+    if quiet:
+        yield lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,51 @@
+"""``shadowpeft detach ADAPTER OUT``: the edge model as a stock transformers folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.errors import ConfigError, ShadowPeftError
+
+
+def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) -> None:
+    """Write the detached model and its tokenizer, beside and renamed."""
+    folder = Path(out)
+    if folder.exists():
+        raise ConfigError(f"'{folder}' exists; choose another folder")
+    quiet_libraries()
+    import shadowpeft
+    from shadowpeft.train.run import DTYPES
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is '{dtype}' but must be one of {', '.join(DTYPES)}")
+    tokenizer = load_tokenizer_of(adapter, base)
+    edge = shadowpeft.detach(shadowpeft.load(adapter, base)).to(DTYPES[dtype])
+    result = {**save_edge(edge, tokenizer, folder), "dtype": dtype}
+    show(Console(), result, "edge model", as_json)
+
+
+def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
+    """Save a detached model; returns class, parameters, bytes and folder."""
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        edge.save_pretrained(beside)  # type: ignore[attr-defined]
+        tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    except OSError as error:
+        raise ShadowPeftError(f"the edge model could not be written to '{folder}' ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {
+        "class": type(edge).__name__,
+        "parameters": sum(p.numel() for p in edge.parameters()),  # type: ignore[attr-defined]
+        "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        "folder": str(folder),
+    }

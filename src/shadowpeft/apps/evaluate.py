@@ -1,0 +1,79 @@
+"""``shadowpeft eval ADAPTER``: both paths and the bare base on a JSONL file or on the robot set."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shadowpeft.apps.common import MODES, bar, in_mode, load_tokenizer_of, quiet_libraries
+from shadowpeft.errors import ConfigError, DataError
+
+
+def main(
+    adapter: str,
+    data: str,
+    modes: list[str],
+    base: str | None,
+    limit: int | None,
+    max_new_tokens: int,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Evaluate and print one row a mode: loss per answer token, and exact match or intent accuracy."""
+    unknown = [m for m in modes if m not in MODES]
+    if unknown:
+        raise ConfigError(f"mode '{unknown[0]}' is unknown; choose from {', '.join(MODES)}")
+    quiet_libraries()
+    import shadowpeft
+    from shadowpeft import evaluate
+    from shadowpeft.data import chat
+    from shadowpeft.data.robot import load as load_robot
+    from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows
+
+    prepare_cpu()
+    robot = data == "robot"
+    system = ROBOT_SYSTEM if robot else None
+    raw: list[dict[str, Any]] = load_robot("test_normal") if robot else chat.read_jsonl(data)
+    checked = robot_rows("test_normal") if robot else raw
+    if limit is not None and limit < len(raw):
+        chosen = sorted(random.Random(0).sample(range(len(raw)), limit))
+        raw, checked = [raw[i] for i in chosen], [checked[i] for i in chosen]
+    tokenizer = load_tokenizer_of(adapter, base)
+    model = shadowpeft.load(adapter, base)
+    length = getattr(model.config, "max_position_embeddings", 10**9)
+    sequences = chat.encode(checked, tokenizer, max_length=length, system=system)
+    if not sequences:
+        raise DataError(f"'{data}' has no rows to evaluate")
+    console = Console(stderr=True)
+    results: dict[str, Any] = {"adapter": adapter, "data": data, "rows": len(raw), "modes": {}}
+    for mode in modes:
+        with in_mode(model, mode) as runner, bar(console, mode, len(raw), quiet=as_json) as progress:
+            record: dict[str, Any] = dict(evaluate.answer_loss(runner, sequences, tokenizer.pad_token_id))
+            if robot:
+                actions, _ = evaluate.intents(
+                    runner, tokenizer, raw, system=system, batch_size=batch_size, progress=progress
+                )
+                hits = [a == row["skill"] for a, row in zip(actions, raw, strict=True)]
+            else:
+                hits = evaluate.exact_match(
+                    runner,
+                    tokenizer,
+                    checked,
+                    system=system,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    progress=progress,
+                )
+        results["modes"][mode] = {**record, **evaluate.accuracy(hits)}
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    table = Table("mode", "loss", "intent accuracy" if robot else "exact match", "95 % interval", "rows", title=data)
+    for mode, r in results["modes"].items():
+        low, high = r["interval"]
+        table.add_row(mode, f"{r['loss']:.3f}", f"{r['accuracy']:.1%}", f"{low:.1%} - {high:.1%}", str(r["n"]))
+    Console().print(table)

@@ -1,0 +1,105 @@
+"""``shadowpeft generate`` and ``shadowpeft chat``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft.apps.common import in_mode, load_tokenizer_of, quiet_libraries
+from shadowpeft.errors import ConfigError
+
+
+def _sampling(temperature: float, seed: int) -> dict[str, Any]:
+    from transformers import set_seed
+
+    if temperature < 0:
+        raise ConfigError(f"temperature is {temperature} but must be at least 0")
+    set_seed(seed)
+    return {} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+
+
+
+def generate(
+    adapter: str,
+    prompt: str,
+    mode: str,
+    base: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """One answer to one prompt."""
+    quiet_libraries()
+    import shadowpeft
+    from shadowpeft.generate import answer
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    sampling = _sampling(temperature, seed)
+    tokenizer = load_tokenizer_of(adapter, base)
+    with in_mode(shadowpeft.load(adapter, base), mode) as model:
+        made = answer(
+            model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling
+        )[0]
+    if as_json:
+        print(json.dumps({"mode": mode, "text": made.text, "tokens": made.tokens, "seconds": round(made.seconds, 4)}))
+    else:
+        print(made.text)
+
+
+def chat(
+    adapter: str,
+    mode: str,
+    base: str | None,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Talk to the model; ``/mode attached|detached|base`` switches, ``/reset`` forgets, ``/quit`` ends."""
+    quiet_libraries()
+    import shadowpeft
+    from shadowpeft.generate import stream
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    console = Console()
+    sampling = _sampling(temperature, seed)
+    tokenizer = load_tokenizer_of(adapter, base)
+    model = shadowpeft.load(adapter, base)
+    history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    console.print(f"[bold]{mode}[/bold]  (/mode attached|detached|base, /reset, /quit)")
+    while True:
+        try:
+            text = console.input("[bold cyan]you[/bold cyan] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            history = history[:1] if system else []
+            continue
+        if text.startswith("/mode "):
+            wanted = text.split(maxsplit=1)[1]
+            try:
+                with in_mode(model, wanted):
+                    mode = wanted
+            except ConfigError as error:
+                console.print(str(error))
+            continue
+        if not text:
+            continue
+        history.append({"role": "user", "content": text})
+        console.print(f"[bold]{mode}[/bold] ", end="")
+        pieces = []
+        with in_mode(model, mode) as runner:
+            for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling):
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+        print()
+        history.append({"role": "assistant", "content": "".join(pieces)})

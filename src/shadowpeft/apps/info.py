@@ -1,0 +1,48 @@
+"""``shadowpeft info ADAPTER``: what an adapter is, without loading its base."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft.apps.common import quiet_libraries, show
+
+
+def main(adapter: str, as_json: bool) -> None:
+    """Print method, base, settings, parameters by part, and file sizes."""
+    quiet_libraries()
+    from safetensors import safe_open
+
+    from shadowpeft.hf.checkpoint import CONFIG, check_weights, find_file, read_config
+
+    config = read_config(adapter)
+    weights = check_weights(adapter)
+    counts: dict[str, int] = {}
+    with safe_open(weights, framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+            part = next((p for p in _PARTS if f"shadowpeft_{p}" in name), "modules to save")
+            counts[part] = counts.get(part, 0) + math.prod(handle.get_slice(name).get_shape())
+    backbone: dict[str, Any] = config.shadow_backbone_config or {}
+    identity: dict[str, Any] = config.base_fingerprint or {}
+    result = {
+        "base": config.base_alias or config.base_model_name_or_path,
+        "base_architecture": f"{identity.get('architecture')} {identity.get('shapes', {})}",
+        "task_type": str(getattr(config.task_type, "value", config.task_type)),
+        "variant": config.variant,
+        "shadow": f"{backbone.get('model_type')}, {backbone.get('num_hidden_layers')} layer(s), width "
+        f"{backbone.get('hidden_size')}",
+        "rank": config.r,
+        "update_width": config.update_width if config.use_update else 0,
+        "alpha": config.shadow_alpha,
+        "lambda": config.auxiliary_loss_weight,
+        **{f"parameters_{k.replace(' ', '_')}": v for k, v in sorted(counts.items())},
+        "parameters": sum(counts.values()),
+        "bytes": weights.stat().st_size + find_file(adapter, CONFIG).stat().st_size,
+        "format_version": config.format_version,
+    }
+    show(Console(), result, adapter, as_json)
+
+
+_PARTS = ("backbone", "projection", "norm", "head", "embedding", "injection", "update")

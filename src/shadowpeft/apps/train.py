@@ -1,0 +1,19 @@
+"""``shadowpeft train RUN.yaml``."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from shadowpeft.apps.common import quiet_libraries, show
+
+
+def main(run_file: str, resume: bool, as_json: bool) -> None:
+    """Check the run file, train, print the summary."""
+    from shadowpeft.train.config import read_run
+
+    run = read_run(run_file)
+    quiet_libraries()
+    from shadowpeft.train.run import train
+
+    summary = train(run, resume=resume, quiet=as_json)
+    show(Console(), summary, "run", as_json)

@@ -1,0 +1,177 @@
+"""The command line: a table of commands, each imported when it is called. No torch is imported for ``--help``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="shadowpeft",
+    help="Adapt a frozen language model with a shadow network; use it attached, detached, or both.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Base = Annotated[Optional[str], typer.Option(help="Base model: alias, folder or Hub id. Default: the adapter's own.")]
+Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
+Mode = Annotated[str, typer.Option(help="attached, detached or base.")]
+System = Annotated[Optional[str], typer.Option(help="System message.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0: greedy.")]
+Seed = Annotated[int, typer.Option(help="Seed for sampling.")]
+_state = {"debug": False}
+
+
+def _version(value: bool) -> None:
+    if value:
+        from shadowpeft import __version__
+
+        print(f"shadowpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune: one run, its folder, its adapter."""
+    from shadowpeft.apps import train as command
+
+    command.main(run, resume, json)
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str, typer.Option(help="JSONL file, or 'robot' for the packaged test set.")] = "robot",
+    mode: Annotated[Optional[list[str]], typer.Option(help="attached, detached, base; repeatable. Default: all.")] = None,
+    base: Base = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with a fixed seed.")] = None,
+    max_new_tokens: NewTokens = 64,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    json: Json = False,
+) -> None:
+    """Evaluate attached, detached and bare base on the same rows."""
+    from shadowpeft.apps import evaluate as command
+
+    command.main(
+        adapter, data, mode or ["base", "attached", "detached"], base, limit, max_new_tokens, batch_size, json
+    )
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    mode: Mode = "attached",
+    base: Base = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Answer one prompt."""
+    from shadowpeft.apps import generate as command
+
+    command.generate(adapter, prompt, mode, base, system, max_new_tokens, temperature, seed, json)
+
+
+@app.command()
+def chat(
+    adapter: Adapter,
+    mode: Mode = "attached",
+    base: Base = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk to the model in the terminal."""
+    from shadowpeft.apps import generate as command
+
+    command.chat(adapter, mode, base, system, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def detach(
+    adapter: Adapter,
+    out: Annotated[str, typer.Argument(help="New folder for the edge model.")],
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    json: Json = False,
+) -> None:
+    """Write the shadow as a stand-alone stock model."""
+    from shadowpeft.apps import detach as command
+
+    command.main(adapter, out, base, dtype, json)
+
+
+@app.command()
+def plan(
+    run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
+    json: Json = False,
+) -> None:
+    """Parameters, memory and time of a run, before it is trained."""
+    from shadowpeft.apps import plan as command
+
+    command.main(run, json)
+
+
+@app.command()
+def info(adapter: Adapter, json: Json = False) -> None:
+    """What an adapter is."""
+    from shadowpeft.apps import info as command
+
+    command.main(adapter, json)
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
+    full: Annotated[bool, typer.Option("--full", help="More steps and the whole test sets, without a time limit.")] = False,
+    json: Json = False,
+) -> None:
+    """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""
+    from shadowpeft.apps import demo as command
+
+    command.main(out, full, json)
+
+
+def main() -> None:
+    """Entry point: exit 0 done, 1 failed, 2 wrong usage or configuration; one sentence unless ``--debug``."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001  (the one place where any failure becomes a sentence and an exit code)
+        from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+
+        if _state["debug"]:
+            raise
+        if isinstance(error, ShadowPeftError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else "no further description"
+            print(f"error: {type(error).__name__}: {first} (run again with: shadowpeft --debug ...)", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
+
+
+if __name__ == "__main__":
+    main()

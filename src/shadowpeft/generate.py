@@ -1,0 +1,147 @@
+"""Text from a model, attached or detached: batched greedy or sampled answers to chat prompts, and the two-step procedure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowpeft.data.chat import render_prompt, with_system
+from shadowpeft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer."""
+
+    text: str
+    tokens: int
+    seconds: float
+    """Wall time of the batch it was made in, divided by the batch size."""
+
+
+def encode_prompts(tokenizer: Any, prompts: list[list[dict[str, str]]], device: Any) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``(B, T)`` of rendered chats, padded on the left."""
+    ids = [tokenizer(render_prompt(tokenizer, p), add_special_tokens=False).input_ids for p in prompts]
+    width = max(len(i) for i in ids)
+    pad = tokenizer.pad_token_id
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(i)) + i for i in ids], device=device),
+        "attention_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=device),
+    }
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[str] | list[list[dict[str, str]]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    system: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    **sampling: Any,
+) -> list[Answer]:
+    """Answers to prompts, in their order; greedy unless ``sampling`` says otherwise (``do_sample``, ``temperature``, ...).
+
+    Prompts are sorted by length into batches, so that little is padded.
+
+    Args:
+        prompts: user messages, or whole message lists. system: system message for prompts that bring none.
+        progress: called with the number of prompts done after each batch.
+
+    Raises:
+        DataError: if a prompt with its answer does not fit the model's context.
+    """
+    chats = [with_system(_messages(p), system) for p in prompts]
+    limit = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+    lengths = [len(tokenizer(render_prompt(tokenizer, c), add_special_tokens=False).input_ids) for c in chats]
+    if lengths and limit is not None and max(lengths) + max_new_tokens > limit:
+        raise DataError(
+            f"a prompt has {max(lengths)} tokens and {max_new_tokens} more are asked for, but the model reads {limit}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    order = sorted(range(len(chats)), key=lambda i: lengths[i])
+    device = next(model.parameters()).device
+    answers: list[Answer | None] = [None] * len(chats)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device)
+        began = time.perf_counter()
+        out = model.generate(  # type: ignore[operator]
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+        share = (time.perf_counter() - began) / len(chosen)
+        for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
+            kept = row[row != tokenizer.pad_token_id]
+            answers[i] = Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), int(kept.numel()), share)
+        if progress is not None:
+            progress(start + len(chosen))
+    return [a for a in answers if a is not None]
+
+
+def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def stream(
+    model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], *, max_new_tokens: int = 256, **sampling: Any
+) -> Iterator[str]:
+    """One answer, piece by piece as it is made."""
+    from threading import Thread
+
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = encode_prompts(tokenizer, [messages], next(model.parameters()).device)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            model.generate(  # type: ignore[operator]
+                **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **options
+            )
+        except BaseException as error:  # handed to the reader below, which raises it
+            failures.append(error)
+            streamer.end()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the two-step procedure did with one request (method.md, Appendix F)."""
+
+    device: Answer
+    cloud: Answer | None
+    reason: str
+    """"known skill", "[REMOTE]" or "unknown answer"."""
+
+    @property
+    def text(self) -> str:
+        """The answer the user gets."""
+        return self.device.text if self.cloud is None else self.cloud.text
+
+
+def routing_reason(action: str | None) -> str:
+    """Why an on-device answer with this action is kept or handed on."""
+    if action is None:
+        return "unknown answer"
+    return "[REMOTE]" if action == "REMOTE" else "known skill"
