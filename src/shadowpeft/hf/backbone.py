@@ -216,7 +216,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     own = split_embeddings(backbone)
     embedding = None if config.shares_embeddings else own
     backbone.to(dtype=torch.float32)
-    if next(parts.backbone.parameters()).device.type != "meta":
+    if "meta" not in (_device_of(parts.backbone).type, _device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
         backbone.to(_device_of(parts.backbone))
     projection = None
     if config.projection_init == "pseudo_inverse" and not loaded and shadow_config.hidden_size != parts.hidden_size:

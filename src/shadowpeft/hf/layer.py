@@ -26,6 +26,9 @@ class ShadowTunerLayer(BaseTunerLayer):
             return None
         return str(self.active_adapters[0])
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing: the tuner knows which base module stands beside this one and moves to its device."""
+
     def get_base_layer(self) -> nn.Module:  # the parameters stand beside the base's, nothing is wrapped
         return self  # type: ignore[return-value]
 
@@ -77,7 +80,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         if head is not None:
             copy = nn.Linear(d, head.weight.shape[0], bias=getattr(head, "bias", None) is not None)
             with torch.no_grad():
-                if head.weight.device.type == "meta":
+                if "meta" in (head.weight.device.type, copy.weight.device.type):  # low_cpu_mem_usage: a file fills it
                     copy = copy.to_empty(device="meta")
                 else:
                     copy = copy.to(device=head.weight.device)

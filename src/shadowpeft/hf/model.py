@@ -55,7 +55,15 @@ class ShadowModel(BaseTuner):
                 "AutoModelForSequenceClassification)"
             )
         peft_config.target_modules = "|".join(re.escape(name) for name in targets)
+        if peft_config.modules_to_save:
+            peft_config.modules_to_save = self._full_names(peft_config.modules_to_save)
         return peft_config
+
+    def _full_names(self, endings: list[str]) -> list[str]:
+        """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's."""
+        names = [name for name, _ in self.model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name]
+        found = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
+        return sorted({name for group in found for name in group})
 
     def _create_and_replace(
         self,
@@ -131,16 +139,22 @@ class ShadowModel(BaseTuner):
             hub.shadowpeft_embedding.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with
-        if not autocast_adapter_dtype:
-            return
-        for module in self.model.modules():
+        # Every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with. Weights
+        # that were assigned from a file (low_cpu_mem_usage) may be on another device than the base.
+        for name, module in self.model.named_modules():
             if not isinstance(module, ShadowTunerLayer):
                 continue
-            for container in module.adapter_layer_names:
+            beside = self.model.get_submodule(name.rpartition(".")[0])
+            device = next(p.device for n, p in beside.named_parameters() if PREFIX not in n)
+            for container in module.adapter_layer_names + module.other_param_names:
                 parameters = getattr(module, container)
-                if adapter_name in parameters:
-                    parameters[adapter_name].float()
+                if adapter_name not in parameters:
+                    continue
+                part = parameters[adapter_name]
+                if not any(p.device.type == "meta" for p in part.parameters()) and device.type != "meta":
+                    part.to(device)
+                if autocast_adapter_dtype and container in module.adapter_layer_names:
+                    part.float()
 
     # ---------------------------------------------------------------------------------------------------- forwarding
 

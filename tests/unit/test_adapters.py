@@ -1,0 +1,156 @@
+"""Property 7: adapters never leak into each other; unload gives the base back."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import adapt, adapter_config, base, randomise, tokens
+
+from shadowpeft.errors import ConfigError
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=tokens()).logits
+
+
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def two():
+    model = adapt(base("llama"))
+    torch.manual_seed(9)
+    model.add_adapter("second", adapter_config(r=2, shadow_model="small_llama", use_update=False))
+    model.set_adapter("second")
+    randomise(model, seed=8)
+    return model
+
+
+def test_two_adapters_do_not_mix():
+    plain = logits(base("llama"))
+    alone = logits(adapt(base("llama")))
+    model = two()
+    second = logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), alone)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+    assert not torch.equal(second, alone)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), alone)
+    assert not any("second" in name for name, _ in model.named_parameters())
+    assert "second" not in model.peft_config
+
+
+def test_deleting_the_active_adapter_falls_back_to_the_other():
+    model = two()
+    model.delete_adapter("default")
+    second = logits(model)
+    model.add_adapter("third", adapter_config())
+    assert torch.equal(logits(model), second)
+
+
+def test_only_the_active_adapter_trains():
+    model = two()
+    for name, other in (("default", "second"), ("second", "default")):
+        model.set_adapter(name)
+        model.zero_grad()
+        model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert any(p.grad is not None for n, p in model.named_parameters() if f".{name}." in n)
+        assert all(p.grad is None for n, p in model.named_parameters() if f".{other}." in n)
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_explicit_embeddings_stay_frozen_through_switching():
+    model = two()
+    for name in ("default", "second", "default"):
+        model.set_adapter(name)
+    model.set_adapter("second")
+    embedding = [p for n, p in model.named_parameters() if "shadowpeft_embedding" in n]
+    assert embedding
+    assert not any(p.requires_grad for p in embedding)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_unload_gives_the_base_back(name, task):
+    model = base(name, task=task)
+    expected, keys, hooks = logits(model), list(model.state_dict()), count_hooks(model)
+    modules = [type(m) for m in model.modules()]
+    adapted = adapt(model, copy_base=False, task_type=task)
+    assert adapted.get_base_model() is model
+    assert not torch.equal(logits(adapted), expected)
+    restored = adapted.unload()
+    assert restored is model
+    assert list(restored.state_dict()) == keys
+    assert count_hooks(restored) == hooks
+    assert [type(m) for m in restored.modules()] == modules
+    assert torch.equal(logits(restored), expected)
+    assert not hasattr(restored, "peft_config")
+
+
+def test_unload_restores_modules_to_save():
+    model = base("llama")
+    expected, keys = logits(model), list(model.state_dict())
+    adapted = adapt(model, copy_base=False, modules_to_save=["norm"])
+    restored = adapted.unload()
+    assert list(restored.state_dict()) == keys
+    assert torch.equal(logits(restored), expected)
+
+
+def test_a_base_can_be_adapted_again_and_by_another_method():
+    model = base("llama")
+    expected = logits(adapt(model))
+    restored = adapt(model, copy_base=False).unload()
+    assert torch.equal(logits(adapt(restored)), expected)
+    lora = get_peft_model(restored, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    assert torch.equal(logits(lora), logits(base("llama")))
+
+
+def test_merging_and_mixed_batches_are_refused():
+    model = two()
+    for call in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ConfigError, match="merge"):
+            call()
+    with pytest.raises(ConfigError, match="adapter_names"):
+        model(input_ids=tokens(2), adapter_names=["default", "second"])
+    with pytest.raises(ConfigError, match="one shadow"):
+        model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ConfigError, match="return_shadow"), model.disable_adapter():
+        model(input_ids=tokens(), return_shadow=True)
+
+
+def test_unknown_adapter_names_are_refused():
+    model = two()
+    with pytest.raises(ValueError, match="nobody"):
+        model.set_adapter("nobody")
+
+
+def test_transformers_own_adapter_api():
+    model = base("llama")
+    plain = logits(model)
+    torch.manual_seed(5)
+    model.add_adapter(adapter_config())
+    assert torch.equal(logits(model), plain)
+    randomise(model)
+    adapted = logits(model)
+    assert not torch.equal(adapted, plain)
+    model.disable_adapters()
+    assert torch.equal(logits(model), plain)
+    model.enable_adapters()
+    assert torch.equal(logits(model), adapted)
+    assert all("shadowpeft_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_classification_adapters_have_heads_of_their_own():
+    model = adapt(base("llama", task="SEQ_CLS"), task_type="SEQ_CLS")
+    first = logits(model)
+    model.add_adapter("second", adapter_config(task_type="SEQ_CLS"))
+    model.set_adapter("second")
+    randomise(model, seed=12)
+    assert not torch.equal(logits(model), first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)

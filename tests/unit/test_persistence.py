@@ -1,0 +1,224 @@
+"""Property 6: every loader gives the same bits back; adapter files hold the adapter and nothing else."""
+
+import json
+import shutil
+import warnings
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from tiny import KINDS, adapt, adapter_config, base, padded, randomise, tokens
+from transformers import AutoModelForCausalLM
+
+import shadowpeft
+
+OPTIONS = {
+    **KINDS,
+    "own_table": {"share_embeddings": False},
+    "narrow_width": {"shadow_hidden_size": 16, "share_embeddings": False},
+    "no_update": {"use_update": False},
+    "peft": {"variant": "peft"},
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base on disk and a function that saves a trained adapter for it."""
+
+    def save(name="llama", task="CAUSAL_LM", **fields):
+        base(name, task=task).save_pretrained(tmp_path / "base")
+        kind = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": peft.auto.AutoModelForSequenceClassification}[task]
+        plain = kind.from_pretrained(tmp_path / "base")
+        adapted = adapt(plain, task_type=task, **fields)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return plain, adapted, tmp_path / "adapter"
+
+    return save
+
+
+@torch.no_grad()
+def outputs(model):
+    out = model(input_ids=tokens(), return_shadow=True)
+    return out.logits, out.shadow_logits
+
+
+def assert_same(model, adapted):
+    for found, expected in zip(outputs(model), outputs(adapted), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_loader_is_exact(saved, name, option):
+    if name == "gpt2" and option == "narrow_width":
+        option = "mirror"
+    plain, adapted, folder = saved(name, **OPTIONS[option])
+    assert_same(PeftModel.from_pretrained(base(name), folder), adapted)
+    assert_same(PeftModel.from_pretrained(base(name), folder, adapter_name="other"), adapted)
+    assert_same(shadowpeft.load(folder, base(name)), adapted)
+    assert_same(shadowpeft.load(folder, str(folder.parent / "base"), adapter_name="x"), adapted)
+    assert_same(shadowpeft.load(folder), adapted)
+    assert_same(AutoPeftModelForCausalLM.from_pretrained(folder), adapted)
+    assert_same(AutoModelForCausalLM.from_pretrained(folder), adapted)
+    plain.load_adapter(str(folder))
+    assert_same(plain, adapted)
+
+
+def test_loading_into_a_model_that_has_an_adapter(saved):
+    _, adapted, folder = saved()
+    other = adapt(base("llama"), r=2)
+    before = outputs(other)
+    other.load_adapter(folder, adapter_name="second")
+    assert torch.equal(outputs(other)[0], before[0])
+    other.set_adapter("second")
+    assert_same(other, adapted)
+
+
+@pytest.mark.parametrize("name", ["default", "shadowpeft_backbone", "w_up", "weight", "модель"])
+def test_adapter_names(tmp_path, name):
+    model = base("llama")
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, adapter_config(shadow_model="small_llama"), adapter_name=name).eval()
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    assert_same(shadowpeft.load(folder, base("llama"), adapter_name="again"), adapted)
+    assert_same(shadowpeft.load(folder, base("llama"), adapter_name=name), adapted)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_files_hold_the_adapter_alone(saved, option):
+    plain, adapted, folder = saved(**OPTIONS[option])
+    assert {f.name for f in folder.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all("shadowpeft_" in key for key in tensors)
+    assert not any("default" in key for key in tensors)
+    own = {n for n, _ in adapted.named_parameters() if "shadowpeft_" in n}
+    assert len(tensors) == len(own)
+    ours = [t for t in tensors.values() if t.dim() == 2]
+    assert not any(t.shape == p.shape and torch.equal(t, p) for p in plain.parameters() if p.dim() == 2 for t in ours)
+
+
+def test_explicit_shadow_needs_neither_its_source_nor_its_table(saved, tmp_path):
+    source = base("llama", seed=2, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    source.save_pretrained(tmp_path / "small")
+    _, adapted, folder = saved(shadow_model=str(tmp_path / "small"))
+    shutil.rmtree(tmp_path / "small")
+    assert_same(shadowpeft.load(folder, base("llama")), adapted)
+    assert any("shadowpeft_embedding" in key for key in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_a_source_folder_gives_its_weights(tmp_path):
+    source = base("llama", seed=2, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    source.save_pretrained(tmp_path / "small")
+    from_folder = adapt(base("llama"), trained=False, shadow_model=str(tmp_path / "small"))
+    from_module = adapt(base("llama"), trained=False, shadow_model=source)
+    for model in (from_folder, from_module):
+        state = model.base_model.model.model.shadow_hub.shadowpeft_backbone["default"].state_dict()
+        for key, value in source.model.state_dict().items():
+            if not key.startswith("embed_tokens"):
+                assert torch.equal(state[key], value), key
+    with torch.no_grad():
+        expected = source.model(tokens()).last_hidden_state
+        hub = from_module.base_model.model.model.shadow_hub
+        s0 = from_module(tokens(), return_shadow=True).shadow_state
+        assert torch.equal(s0, hub.shadowpeft_projection["default"](expected))
+
+
+def test_a_module_given_as_shadow_is_copied():
+    source = base("llama", seed=2, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    before = {k: v.clone() for k, v in source.state_dict().items()}
+    adapt(base("llama"), shadow_model=source)
+    assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items())
+    assert list(before) == list(source.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_classification_with_trained_heads(saved, name, kind):
+    _, adapted, folder = saved(name, "SEQ_CLS", **KINDS[kind])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert sum("shadowpeft_head" in key for key in tensors) == 1
+    assert sum(key.endswith("score.weight") for key in tensors) == 1
+    assert_same(PeftModel.from_pretrained(base(name, task="SEQ_CLS", seed=1), folder), adapted)
+    assert_same(shadowpeft.load(folder), adapted)
+    assert_same(shadowpeft.load(folder, base(name, task="SEQ_CLS"), adapter_name="other"), adapted)
+
+
+@pytest.mark.parametrize("name", ["norm", "lm_head", "embed_tokens"])
+def test_modules_to_save_come_back(saved, name):
+    plain, adapted, folder = saved(modules_to_save=[name])
+    keys = list(load_file(folder / "adapter_model.safetensors"))
+    assert any(key.endswith(f"{name}.weight") and "shadowpeft_" not in key for key in keys)
+    loaded = shadowpeft.load(folder, base("llama"))
+    assert_same(loaded, adapted)
+    with torch.no_grad():
+        expected = shadowpeft.detach(adapted)(tokens()).logits
+        assert torch.equal(shadowpeft.detach(loaded)(tokens()).logits, expected)
+        torch.testing.assert_close(expected, outputs(adapted)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_loaded_for_inference_is_frozen_and_for_training_is_not(saved):
+    _, adapted, folder = saved()
+    frozen = shadowpeft.load(folder, base("llama"))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not frozen.training
+    trainable = shadowpeft.load(folder, base("llama"), is_trainable=True)
+    names = {n for n, p in trainable.named_parameters() if p.requires_grad}
+    assert names == {n for n, p in adapted.named_parameters() if p.requires_grad}
+
+
+def test_loading_is_silent_and_saving_twice_gives_the_same_bytes(saved, tmp_path):
+    _, _, folder = saved(shadow_model="small_llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = shadowpeft.load(folder, base("llama"))
+    again.save_pretrained(tmp_path / "twice")
+    first, second = (f / "adapter_model.safetensors" for f in (folder, tmp_path / "twice"))
+    assert first.read_bytes() == second.read_bytes()
+    ours, theirs = (json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path / "twice"))
+    assert {k for k in ours if ours[k] != theirs[k]} <= {"inference_mode", "base_model_name_or_path"}
+
+
+def test_configuration_is_complete_json(saved):
+    _, _, folder = saved(shadow_model=base("llama", seed=4, hidden_size=24, num_attention_heads=2, num_key_value_heads=2))
+    content = json.loads((folder / "adapter_config.json").read_text())
+    assert content["peft_type"] == "SHADOWPEFT"
+    assert content["format_version"] == 1
+    assert isinstance(content["shadow_model"], str)
+    assert content["shadow_backbone_config"]["hidden_size"] == 24
+    assert content["base_fingerprint"]["architecture"] == "llama"
+
+
+def test_low_memory_loading(saved):
+    _, adapted, folder = saved()
+    assert_same(PeftModel.from_pretrained(base("llama"), folder, low_cpu_mem_usage=True), adapted)
+
+
+def test_low_memory_loading_of_a_classifier(saved):
+    _, adapted, folder = saved(task="SEQ_CLS")
+    model = PeftModel.from_pretrained(base("llama", task="SEQ_CLS"), folder, low_cpu_mem_usage=True)
+    assert_same(model, adapted)
+
+
+def test_padded_batches_survive_a_round_trip(saved):
+    _, adapted, folder = saved("gemma3")
+    ids, mask = padded(tokens(), [0, 3, 1], "left")
+    loaded = shadowpeft.load(folder, base("gemma3"))
+    with torch.no_grad():
+        assert torch.equal(
+            loaded(input_ids=ids, attention_mask=mask).logits, adapted(input_ids=ids, attention_mask=mask).logits
+        )
+
+
+def test_bfloat16_base_keeps_float32_adapter_weights_in_the_file(tmp_path):
+    adapted = adapt(base("llama").bfloat16())
+    adapted.save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the same weights in bfloat16 are the same base
+        assert_same(shadowpeft.load(tmp_path, base("llama").bfloat16()), adapted)
+        shadowpeft.load(tmp_path, base("llama"))
