@@ -75,7 +75,10 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     config = _edge_config(backbone.config, parts.config, base, classifier)
     if not classifier:
         config.tie_word_embeddings = (
-            projection is None and own_embedding is None and head.weight.data_ptr() == embedding.weight.data_ptr()
+            projection is None
+            and own_embedding is None
+            and head.weight.data_ptr() == embedding.weight.data_ptr()
+            and (_scale(embedding) == 1.0 or config.model_type == parts.config.model_type)
         )
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     edge: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
@@ -92,6 +95,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         )
     rows = config.vocab_size
     table.weight.copy_(_rows(embedding.weight, rows))
+    if _scale(embedding) != _scale(table):  # Gemma multiplies inside its embedding module
+        table.weight.mul_(_scale(embedding) / _scale(table))
     if not config.tie_word_embeddings or classifier:
         _set_head(edge, head, projection, classifier)
     edge.eval()
@@ -125,6 +130,10 @@ def _edge_config(
             delattr(config, stale)
     config.architectures = None
     return config
+
+
+def _scale(embedding: nn.Module) -> float:
+    return float(getattr(embedding, "embed_scale", 1.0))
 
 
 def _head_rows(base: PreTrainedModel) -> int:

@@ -1,0 +1,224 @@
+"""Property 8: the detached model is the base's head on s0, in an ordinary class that reloads without this package."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ARCHITECTURES, KINDS, adapt, adapter_config, base, padded, randomise, tokens
+from transformers import AutoModelForCausalLM
+
+import shadowpeft
+from shadowpeft.errors import ConfigError, UnsupportedModelError
+
+CASES = {
+    **KINDS,
+    "own_table": {"share_embeddings": False},
+    "narrow_width": {"shadow_hidden_size": 16, "share_embeddings": False},
+    "two_layers": {"shadow_num_hidden_layers": 2},
+    "copied": {"shadow_init": "base_layers", "shadow_num_hidden_layers": 2},
+}
+
+
+def both(adapted, edge, ids=None, mask=None):
+    ids = tokens() if ids is None else ids
+    with torch.no_grad():
+        expected = adapted(input_ids=ids, attention_mask=mask, return_shadow=True).shadow_logits
+        return edge(input_ids=ids, attention_mask=mask).logits, expected
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "llama_tied", "mixtral", "qwen3_next"])
+def test_detached_logits_are_the_shadows(name, case):
+    if case == "narrow_width" and name == "gpt2":
+        case = "two_layers"
+    if case == "copied" and name == "qwen3_next":  # two attention layers: the third would be a linear one
+        fields = {"shadow_init": "base_layers", "shadow_num_hidden_layers": 1}
+    else:
+        fields = CASES[case]
+    adapted = adapt(base(name), **fields)
+    if name == "gemma3" and "shadow_model" in fields:
+        with pytest.raises(UnsupportedModelError, match=r"soft-cap 3\.0"):
+            shadowpeft.detach(adapted)
+        return
+    edge = shadowpeft.detach(adapted)
+    assert "shadowpeft" not in type(edge).__module__
+    found, expected = both(adapted, edge)
+    projected = any("shadowpeft_projection" in n for n, _ in adapted.named_parameters())
+    if projected:  # W_lm (W_p z) against (W_lm W_p) z: float32 sums of 32 and of 24 products
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    else:
+        assert torch.equal(found, expected)
+    tied = name in ("llama_tied", "gpt2")
+    own_table = "shadow_model" in fields or not fields.get("share_embeddings", True)
+    assert bool(edge.config.tie_word_embeddings) == (tied and not own_table and not projected)
+    shares = edge.get_input_embeddings().weight is edge.get_output_embeddings().weight
+    assert shares == bool(edge.config.tie_word_embeddings)
+
+
+def test_tied_soft_cap_is_carried_over():
+    adapted = adapt(base("gemma3", tie_word_embeddings=True))
+    edge = shadowpeft.detach(adapted)
+    assert edge.config.final_logit_softcapping == 3.0
+    found, expected = both(adapted, edge)
+    assert torch.equal(found, expected)
+    assert float(found.abs().max()) <= 3.0
+
+
+def test_the_model_stays_as_it_was_and_the_copy_is_its_own():
+    adapted = adapt(base("llama"))
+    before = {k: v.clone() for k, v in adapted.state_dict().items()}
+    edge = shadowpeft.detach(adapted)
+    with torch.no_grad():
+        for parameter in edge.parameters():
+            parameter.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in adapted.state_dict().items())
+    assert not edge.training
+
+
+def test_left_padding():
+    adapted = adapt(base("qwen3"))
+    ids, mask = padded(tokens(), [0, 3, 1], "left")
+    found, expected = both(adapted, shadowpeft.detach(adapted), ids, mask)
+    assert torch.equal(found[mask.bool()], expected[mask.bool()])
+
+
+def test_which_adapter():
+    adapted = adapt(base("llama"))
+    adapted.add_adapter("second", adapter_config(shadow_intermediate_size=24))
+    adapted.set_adapter("second")
+    randomise(adapted, seed=8)
+    found, expected = both(adapted, shadowpeft.detach(adapted))
+    assert torch.equal(found, expected)
+    first = shadowpeft.detach(adapted, "default")
+    adapted.set_adapter("default")
+    found, expected = both(adapted, first)
+    assert torch.equal(found, expected)
+    with pytest.raises(ConfigError, match=r"'nobody'.*default.*second"):
+        shadowpeft.detach(adapted, "nobody")
+    with pytest.raises(ConfigError, match="no shadow adapter"):
+        shadowpeft.detach(base("llama"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_detached_classifier(name, kind, side):
+    adapted = adapt(base(name, task="SEQ_CLS"), task_type="SEQ_CLS", **KINDS[kind])
+    edge = shadowpeft.detach(adapted)
+    ids, mask = padded(tokens(), [0, 3, 1], side)
+    found, expected = both(adapted, edge, ids, mask)
+    assert edge.config.num_labels == 3
+    assert edge.config.pad_token_id == adapted.config.pad_token_id
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # a folded projection sums in another order
+    if kind != "explicit":
+        assert torch.equal(found, expected)
+
+
+def test_label_names_travel():
+    model = base("llama", task="SEQ_CLS")
+    model.config.id2label = {0: "no", 1: "yes", 2: "maybe"}
+    model.config.label2id = {"no": 0, "yes": 1, "maybe": 2}
+    edge = shadowpeft.detach(adapt(model, task_type="SEQ_CLS"))
+    assert edge.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+
+
+def test_a_head_with_a_bias():
+    model = base("llama")
+    model.lm_head = torch.nn.Linear(32, 61, bias=True)
+    adapted = adapt(model)
+    with pytest.raises(UnsupportedModelError, match="bias"):
+        shadowpeft.detach(adapted)
+
+
+def test_logit_scale_is_carried_over():
+    from transformers import GraniteConfig
+
+    torch.manual_seed(1)
+    config = GraniteConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=4.0,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    adapted = adapt(model)
+    found, expected = both(adapted, shadowpeft.detach(adapted))
+    assert torch.equal(found, expected)
+    explicit = adapt(model, shadow_model="small_llama")
+    with pytest.raises(UnsupportedModelError, match=r"scale 0\.25"):
+        shadowpeft.detach(explicit)
+
+
+def test_an_embedding_that_scales_is_folded_into_the_edge_models_table():
+    # Gemma multiplies inside its embedding module, a Llama has no such place
+    model = base("gemma3", final_logit_softcapping=None)
+    small = base("llama", seed=2)
+    adapted = adapt(model, shadow_model=small, share_embeddings=True)
+    found, expected = both(adapted, shadowpeft.detach(adapted))
+    assert torch.equal(found, expected)
+
+
+def test_edge_generates_what_the_shadow_predicts():
+    adapted = adapt(base("llama"))
+    edge = shadowpeft.detach(adapted)
+    ids = tokens(1, 5)
+    found = edge.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        for _ in range(8):
+            token = adapted(input_ids=ids, return_shadow=True).shadow_logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, token], 1)
+    assert torch.equal(found, ids)
+
+
+def test_bfloat16_base_gives_a_float32_edge():
+    adapted = adapt(base("llama").bfloat16())
+    edge = shadowpeft.detach(adapted)
+    assert {p.dtype for p in edge.parameters()} == {torch.float32}
+    found, expected = both(adapted, edge)
+    torch.testing.assert_close(found, expected.float(), rtol=3e-2, atol=3e-2)  # the base's head runs in bfloat16
+
+
+CHILD = """
+import sys, pathlib, torch
+from transformers import AutoModelForCausalLM
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    ids = torch.load(folder / "ids.pt", weights_only=True)
+    torch.save(model.eval()(ids).logits, folder / "logits.pt")
+assert "shadowpeft" not in sys.modules, "the edge model must not need this package"
+"""
+
+
+def test_reloading_in_a_process_without_this_package(tmp_path):
+    names = ["llama", "llama_tied", "gemma3", "gpt2", "mistral"]
+    cases = [(name, "mirror") for name in names] + [("llama", "explicit"), ("llama_tied", "explicit")]
+    expected = {}
+    for name, case in cases:
+        edge = shadowpeft.detach(adapt(base(name), **CASES[case]))
+        folder = tmp_path / f"{name}-{case}"
+        edge.save_pretrained(folder)
+        torch.save(tokens(), folder / "ids.pt")
+        with torch.no_grad():
+            expected[folder] = edge(tokens()).logits
+        assert not any("shadow" in key for key in load_file(folder / "model.safetensors"))
+        text = (folder / "config.json").read_text()
+        assert "shadow" not in text
+        assert json.loads(text)["architectures"] == [type(edge).__name__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for folder, logits in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt", weights_only=True), logits), folder
