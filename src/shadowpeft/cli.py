@@ -38,7 +38,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     _state["debug"] = debug
 
@@ -59,9 +61,13 @@ def train(
 def evaluate(
     adapter: Adapter,
     data: Annotated[str, typer.Option(help="JSONL file, or 'robot' for the packaged test set.")] = "robot",
-    mode: Annotated[Optional[list[str]], typer.Option(help="attached, detached, base; repeatable. Default: all.")] = None,
+    mode: Annotated[
+        Optional[list[str]], typer.Option(help="attached, detached, base; repeatable. Default: all.")
+    ] = None,
     base: Base = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with a fixed seed.")] = None,
+    limit: Annotated[
+        Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with a fixed seed.")
+    ] = None,
     max_new_tokens: NewTokens = 64,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     json: Json = False,
@@ -69,9 +75,7 @@ def evaluate(
     """Evaluate attached, detached and bare base on the same rows."""
     from shadowpeft.apps import evaluate as command
 
-    command.main(
-        adapter, data, mode or ["base", "attached", "detached"], base, limit, max_new_tokens, batch_size, json
-    )
+    command.main(adapter, data, mode or ["base", "attached", "detached"], base, limit, max_new_tokens, batch_size, json)
 
 
 @app.command()
@@ -144,7 +148,9 @@ def info(adapter: Adapter, json: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
-    full: Annotated[bool, typer.Option("--full", help="More steps and the whole test sets, without a time limit.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="More steps and the whole test sets, without a time limit.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""
@@ -160,7 +166,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(1)
-    except Exception as error:  # noqa: BLE001  (the one place where any failure becomes a sentence and an exit code)
+    except Exception as error:
         from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 
         if _state["debug"]:

@@ -111,9 +111,13 @@ def stream(
     def run() -> None:
         try:
             model.generate(  # type: ignore[operator]
-                **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.pad_token_id, **options
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                pad_token_id=tokenizer.pad_token_id,
+                **options,
             )
-        except BaseException as error:  # handed to the reader below, which raises it
+        except BaseException as error:  # noqa: BLE001  (handed to the reader below, which raises it)
             failures.append(error)
             streamer.end()
 

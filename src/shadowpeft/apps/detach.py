@@ -40,7 +40,9 @@ def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:
-        raise ShadowPeftError(f"the edge model could not be written to '{folder}' ({error.strerror or error})") from error
+        raise ShadowPeftError(
+            f"the edge model could not be written to '{folder}' ({error.strerror or error})"
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return {

@@ -20,7 +20,6 @@ def _sampling(temperature: float, seed: int) -> dict[str, Any]:
     return {} if temperature == 0 else {"do_sample": True, "temperature": temperature}
 
 
-
 def generate(
     adapter: str,
     prompt: str,
@@ -42,9 +41,7 @@ def generate(
     sampling = _sampling(temperature, seed)
     tokenizer = load_tokenizer_of(adapter, base)
     with in_mode(shadowpeft.load(adapter, base), mode) as model:
-        made = answer(
-            model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling
-        )[0]
+        made = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
     if as_json:
         print(json.dumps({"mode": mode, "text": made.text, "tokens": made.tokens, "seconds": round(made.seconds, 4)}))
     else:

@@ -76,5 +76,5 @@ def head_loss(rows: Tensor, targets: Tensor, loss: HeadLoss, *, frozen: bool, ch
         0-d float32, connected to ``rows`` also when ``N = 0``.
     """
     if frozen and rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _HeadLoss.apply(rows, targets, loss, chunk)  # type: ignore[no-any-return]
+        return _HeadLoss.apply(rows, targets, loss, chunk)  # type: ignore[no-any-return, no-untyped-call]
     return loss(rows, targets).float()

@@ -39,7 +39,9 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
                 if line.strip():
                     rows.append(check_row(_parse(line, file, number), f"{file}, line {number}"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is not UTF-8 text ({error.reason} after line {len(rows)}); save it as UTF-8") from error
+            raise DataError(
+                f"{file} is not UTF-8 text ({error.reason} after line {len(rows)}); save it as UTF-8"
+            ) from error
     if not rows:
         raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
     return rows
@@ -62,9 +64,10 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
     if "messages" in row:
         messages = row["messages"]
-        good = isinstance(messages, list) and messages
+        good = isinstance(messages, list) and bool(messages)
         good = good and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
         )
         if not good:
             raise DataError(f"{where}: 'messages' must be a list of objects with string 'role' and 'content'")

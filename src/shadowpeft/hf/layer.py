@@ -41,11 +41,11 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shadowpeft_backbone = nn.ModuleDict()
-        self.shadowpeft_projection = nn.ModuleDict()
-        self.shadowpeft_norm = nn.ModuleDict()
-        self.shadowpeft_head = nn.ModuleDict()
-        self.shadowpeft_embedding = nn.ModuleDict()
+        self.shadowpeft_backbone: Any = nn.ModuleDict()
+        self.shadowpeft_projection: Any = nn.ModuleDict()
+        self.shadowpeft_norm: Any = nn.ModuleDict()
+        self.shadowpeft_head: Any = nn.ModuleDict()
+        self.shadowpeft_embedding: Any = nn.ModuleDict()
         self.configs: dict[str, ShadowPeftConfig] = {}
 
     def add(
@@ -120,8 +120,8 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
     def __init__(self, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.shadowpeft_injection = nn.ModuleDict()
-        self.shadowpeft_update = nn.ModuleDict()
+        self.shadowpeft_injection: Any = nn.ModuleDict()
+        self.shadowpeft_update: Any = nn.ModuleDict()
         self.alpha: dict[str, float] = {}
 
     def add(self, adapter: str, config: ShadowPeftConfig, d: int, device: torch.device) -> None:

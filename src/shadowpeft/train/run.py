@@ -76,7 +76,9 @@ def load_tokenizer(base: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer of base '{base}' could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"the tokenizer of base '{base}' could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -105,10 +107,12 @@ def _check_tokenizers(run: RunConfig, tokenizer: Any) -> None:
         )
 
 
-def encode_run(run: RunConfig, tokenizer: Any) -> tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]]:
+def encode_run(
+    run: RunConfig, tokenizer: Any
+) -> tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]]:
     """Training and validation sequences, and the record of the data (files, rows, fingerprints)."""
     system = run.data.system if run.data.system is not None else (ROBOT_SYSTEM if run.data.train == "robot" else None)
-    options = {"max_length": run.data.max_length, "too_long": run.data.too_long, "system": system}
+    options: dict[str, Any] = {"max_length": run.data.max_length, "too_long": run.data.too_long, "system": system}
     train_rows = read_rows(run.data.train, "train")
     record: dict[str, Any] = {
         "train": {"source": run.data.train, "rows": len(train_rows), "sha256": chat.fingerprint(train_rows)}
@@ -140,7 +144,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def train(run: RunConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False) -> dict[str, Any]:
+def train(
+    run: RunConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Train, evaluate both paths, save the adapter and the record of the run.
 
     The folder ``run.output`` receives ``config.yaml``, ``versions.json``, ``data.json``, ``metrics.jsonl``, ``loss.png``,
@@ -304,7 +310,9 @@ def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) 
         if key in summary
     )
     table = f"\n| path | validation cross-entropy per answer token |\n|---|---|\n{losses}\n" if losses else ""
-    settings = yaml.safe_dump({"shadow": run.shadow.model_dump(), "training": run.training.model_dump()}, sort_keys=False)
+    settings = yaml.safe_dump(
+        {"shadow": run.shadow.model_dump(), "training": run.training.model_dump()}, sort_keys=False
+    )
     return f"""---
 {header}---
 # Shadow adapter for {run.base}
