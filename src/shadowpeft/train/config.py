@@ -29,6 +29,8 @@ class DataConfig(_Strict):
     """What happens to longer rows."""
     system: str | None = None
     """System message for rows that bring none."""
+    shadow_repeats: int = Field(default=0, ge=0)
+    """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
 
 
 class ShadowSection(_Strict):

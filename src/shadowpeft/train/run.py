@@ -123,7 +123,9 @@ def encode_run(
         rows = read_rows(validation, "validation")
         record["validation"] = {"source": validation, "rows": len(rows), "sha256": chat.fingerprint(rows)}
         encoded = chat.encode(rows, tokenizer, **options)
-    return chat.encode(train_rows, tokenizer, **options), encoded, record
+    training = chat.encode(train_rows, tokenizer, **options)
+    again = [chat.Sequence(s.ids, s.start, base=False, shadow=True) for s in training if s.shadow]
+    return training + again * run.data.shadow_repeats, encoded, record
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,220 @@
+"""Speed and memory beside the bare base, LoRA, DoRA and PEFT's shadow: one process, alternating, paired medians.
+
+    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json]
+
+Decode: greedy tokens after a 32-token prompt. Prefill: 256 tokens. Training: one step of 4 x 128 tokens with AdamW, with
+LoRA at the rank whose trainable parameters come closest to the shadow's. Each ratio is the median over rounds of the
+time divided by the bare base's (training: by LoRA's) in the same round. Peak memory is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, logging
+
+import shadowpeft
+from shadowpeft.hf.bases import materialise
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load() -> Any:
+    """SmolLM2-135M in float32."""
+    return AutoModelForCausalLM.from_pretrained(materialise("smollm2-135m")).eval()
+
+
+def ours() -> Any:
+    """One-layer shadow, r = m = 16."""
+    return get_peft_model(load(), shadowpeft.ShadowPeftConfig(task_type="CAUSAL_LM", r=16)).eval()
+
+
+def peft_shadow() -> Any:
+    """PEFT's own shadow at the same settings."""
+    from peft import ShadowConfig
+
+    return get_peft_model(load(), ShadowConfig(task_type="CAUSAL_LM", r=16)).eval()
+
+
+def lora(rank: int = 16, dora: bool = False) -> Any:
+    """LoRA or DoRA on all linear layers."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=LINEARS, use_dora=dora)
+    return get_peft_model(load(), config).eval()
+
+
+def trainable(model: Any) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def matched_rank(budget: int) -> int:
+    """The LoRA rank whose trainable parameters are nearest to ``budget``."""
+    per_rank = trainable(lora(1))
+    return max(1, round(budget / per_rank))
+
+
+def randomise(model: Any) -> None:
+    """Non-zero ``W_up`` and LoRA ``B``, so that nothing is skipped or denormal."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and bool((parameter == 0).all()):
+            parameter.data.normal_(0, 0.01, generator=generator)
+
+
+def clock(run: Any) -> float:
+    """Seconds of one call."""
+    gc.collect()
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def decode(model: Any, ids: torch.Tensor, new: int) -> float:
+    """Seconds per generated token."""
+    seconds = clock(
+        lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new,
+                               do_sample=False, pad_token_id=2)
+    )
+    return seconds / new
+
+
+@torch.inference_mode()
+def prefill(model: Any, ids: torch.Tensor) -> float:
+    """Seconds for one forward over the prompt, last logits only, cache filled."""
+    return clock(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1))
+
+
+class Step:
+    """One training step: forward, backward, AdamW."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.train()
+        self.optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        self.ids = torch.randint(0, 49000, (4, 128), generator=torch.Generator().manual_seed(0))
+
+    def __call__(self) -> None:
+        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+
+def rounds(runs: dict[str, Any], count: int) -> dict[str, list[float]]:
+    """Alternating measurements after one warm-up each."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(count):
+        names = list(runs) if i % 2 == 0 else list(runs)[::-1]
+        for name in names:
+            times[name].append(runs[name]())
+        print(f"\r{i + 1}/{count}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return times
+
+
+def ratios(times: dict[str, list[float]], against: str) -> dict[str, float]:
+    """Median over rounds of time / time of ``against`` in the same round."""
+    return {
+        name: round(statistics.median(a / b for a, b in zip(values, times[against], strict=True)), 3)
+        for name, values in times.items()
+    }
+
+
+def peak(which: str, rank: int) -> None:
+    """Child process: two training steps, then the growth of peak memory over the loaded base, in MiB."""
+    torch.set_flush_denormal(True)
+    model = ours() if which == "shadow" else peft_shadow() if which == "peft_shadow" else lora(rank)
+    step = Step(model)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    step()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"peak_mib": after / 1024, "grown_mib": (after - before) / 1024}))
+
+
+def main() -> None:
+    """Measure everything and write one JSON record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--out", default="benchmarks/results.json")
+    parser.add_argument("--only", default="decode,prefill,train,memory,growth")
+    parser.add_argument("--peak", default=None)
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    if args.peak:
+        peak(args.peak, args.rank)
+        return
+    chosen = args.only.split(",")
+    generator = torch.Generator().manual_seed(0)
+    short = torch.randint(0, 49000, (1, 32), generator=generator)
+    long = torch.randint(0, 49000, (1, 256), generator=generator)
+    result: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": {"platform": platform.platform(), "threads": args.threads, "torch": torch.__version__},
+        "model": "SmolLM2-135M-Instruct, float32",
+        "rounds": args.rounds,
+    }
+    if {"decode", "prefill", "growth"} & set(chosen):
+        models = {"base": load(), "shadow": ours(), "lora": lora(), "peft_shadow": peft_shadow()}
+        for name, model in models.items():
+            if name != "base":
+                randomise(model)
+        if "decode" in chosen:
+            runs = {n: (lambda m=m: decode(m, short, args.new_tokens)) for n, m in models.items()}
+            times = rounds(runs, args.rounds)
+            result["decode"] = {"ratio_to_base": ratios(times, "base"),
+                                "median_ms_per_token": {n: round(1000 * statistics.median(t), 2) for n, t in times.items()}}
+        if "prefill" in chosen:
+            times = rounds({n: (lambda m=m: prefill(m, long)) for n, m in models.items()}, args.rounds)
+            result["prefill_256"] = {"ratio_to_base": ratios(times, "base"),
+                                     "median_ms": {n: round(1000 * statistics.median(t), 1) for n, t in times.items()}}
+        if "growth" in chosen:
+            per = {new: statistics.median(decode(models["shadow"], short, new) for _ in range(3)) for new in (32, 64, 128)}
+            result["ms_per_token_by_length"] = {str(k): round(1000 * v, 2) for k, v in per.items()}
+        del models
+        if "decode" in chosen:
+            pair = {"base": load(), "dora": lora(dora=True)}
+            times = rounds({n: (lambda m=m: decode(m, short, 8)) for n, m in pair.items()}, 3)
+            result["decode"]["ratio_to_base"]["dora"] = ratios(times, "base")["dora"]
+            del pair
+    shadow = ours()
+    budget = trainable(shadow)
+    rank = matched_rank(budget)
+    result["matched"] = {"shadow_parameters": budget, "lora_rank": rank, "lora_parameters": trainable(lora(rank))}
+    if "train" in chosen:
+        steps = {"lora": Step(lora(rank)), "shadow": Step(shadow), "peft_shadow": Step(peft_shadow())}
+        times = rounds({n: (lambda s=s: clock(s)) for n, s in steps.items()}, max(3, args.rounds // 2))
+        result["train_step"] = {"ratio_to_lora": ratios(times, "lora"),
+                                "median_seconds": {n: round(statistics.median(t), 2) for n, t in times.items()}}
+        del steps
+    if "memory" in chosen:
+        result["train_memory_mib"] = {}
+        for which in ("lora", "shadow", "peft_shadow"):
+            command = [sys.executable, __file__, "--peak", which, "--rank", str(rank), "--threads", str(args.threads)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            result["train_memory_mib"][which] = json.loads(out.strip().splitlines()[-1])
+    Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
