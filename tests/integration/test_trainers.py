@@ -103,8 +103,9 @@ def test_one_step(tmp_path, cls, kind):
 
 @pytest.mark.parametrize("cls", [Trainer, ShadowTrainer])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-def test_micro_batches_are_the_whole_batch(tmp_path, cls, checkpointing):
-    model, start, adapted = pair()
+@pytest.mark.parametrize("kind", [{}, {"shadow_model": "small_llama"}], ids=["mirror", "explicit"])
+def test_micro_batches_are_the_whole_batch(tmp_path, cls, checkpointing, kind):
+    model, start, adapted = pair(**kind)
     more = {}
     if checkpointing is not None:
         more = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": checkpointing})

@@ -6,6 +6,7 @@ the registered prefix, which is how PEFT and transformers find, save, rename and
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,11 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
             inputs_embeds: ``(B, T, d_s)``. kwargs: mask, positions and cache view for the shadow backbone.
         """
         backbone = self.shadowpeft_backbone[adapter]
-        out = backbone(inputs_embeds=inputs_embeds.to(next(backbone.parameters()).dtype), return_dict=True, **kwargs)
+        inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
+        if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and _checkpoints(backbone):
+            # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
+            inputs_embeds = inputs_embeds.detach().requires_grad_(True)
+        out = backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
         state: Tensor = out.last_hidden_state
         if adapter in self.shadowpeft_projection:
             state = self.shadowpeft_projection[adapter](state)
@@ -110,6 +115,27 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+
+
+def _checkpoints(backbone: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+
+
+def keep_in_float32(module: nn.Module) -> None:
+    """Make a half-precision module that trains (``modules_to_save``) float32; it takes and gives its old dtype still."""
+    dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    if dtype in (torch.bfloat16, torch.float16):
+        module.float()
+        module.register_forward_pre_hook(_to_float32)
+        module.register_forward_hook(partial(_to_dtype, dtype=dtype))
+
+
+def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def _to_dtype(module: nn.Module, args: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
 
 
 class ShadowLink(nn.Module, ShadowTunerLayer):

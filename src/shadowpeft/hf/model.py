@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
@@ -17,7 +18,7 @@ from shadowpeft.hf import hooks
 from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
-from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer
+from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
@@ -141,7 +142,9 @@ class ShadowModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with. Weights
         # that were assigned from a file (low_cpu_mem_usage) may be on another device than the base.
-        for name, module in self.model.named_modules():
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper) and autocast_adapter_dtype and adapter_name in module.modules_to_save:
+                keep_in_float32(module.modules_to_save[adapter_name])
             if not isinstance(module, ShadowTunerLayer):
                 continue
             beside = self.model.get_submodule(name.rpartition(".")[0])
