@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
@@ -74,7 +75,13 @@ def anatomy(model: nn.Module) -> Anatomy:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} has one decoder layer; a shadow corrects layers 1 to L-1 and needs two"
                 )
-            return Anatomy(model.get_submodule(parent), parent, module, name, text)
+            backbone = model.get_submodule(parent)
+            if not isinstance(backbone, PreTrainedModel):
+                raise UnsupportedModelError(
+                    f"the decoder layers of {type(model).__name__} belong to a {type(backbone).__name__}, which is no model "
+                    "by itself; a shadow needs a decoder-only transformers model"
+                )
+            return Anatomy(backbone, parent, module, name, text)
     raise UnsupportedModelError(
         f"no list of {length} decoder layers was found in {type(model).__name__}; only decoder-only transformers models "
         "are supported"
@@ -251,9 +258,23 @@ def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTra
     kind = values.pop("model_type")
     for drop in ("transformers_version", "architectures", "auto_map", "_name_or_path", "quantization_config"):
         values.pop(drop, None)
-    if config_class is not None and config_class.model_type == kind:
-        return config_class(**values)
-    return AutoConfig.for_model(kind, **values)
+    try:
+        if config_class is not None and config_class.model_type == kind:
+            return config_class(**values)
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"shadow_backbone_config describes no {kind} model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _pretrained(auto: Any, source: str) -> PreTrainedModel:
+    try:
+        return auto.from_pretrained(source, dtype=torch.float32)  # type: ignore[no-any-return]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"shadow_model '{source}' could not be loaded: {_first_line(error)}") from error
 
 
 def _tiny(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -266,7 +287,7 @@ def _explicit_source(config: ShadowPeftConfig) -> PreTrainedModel:
     """The backbone of the explicit shadow: a PreTrainedModel with token embedding, its head left behind."""
     source = config.shadow_model
     if isinstance(source, str):
-        source = AutoModel.from_pretrained(source, dtype=torch.float32)
+        source = _pretrained(AutoModel, source)
     if not isinstance(source, PreTrainedModel):
         raise UnsupportedModelError(
             f"shadow_model is a {type(source).__name__}; pass a transformers model, a folder or a Hub id"
@@ -318,9 +339,7 @@ def _copy_into(target: nn.Module, source: nn.Module) -> None:
 def _projection_start(config: ShadowPeftConfig, model: nn.Module) -> Tensor:
     source = config.shadow_model
     if isinstance(source, str):
-        from transformers import AutoModelForCausalLM
-
-        source = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        source = _pretrained(AutoModelForCausalLM, source)
     small = source.get_output_embeddings()
     large = model.get_output_embeddings()  # type: ignore[operator]
     if small is None or large is None:

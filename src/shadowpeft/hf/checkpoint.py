@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.model import clean_on_failure
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -74,6 +75,9 @@ def read_config(adapter: str | Path) -> ShadowPeftConfig:
     kind = content.get("peft_type")
     if kind != "SHADOWPEFT":
         raise AdapterFileError(f"{path} is a {kind} adapter; this package reads SHADOWPEFT adapters")
+    for record in ("shadow_backbone_config", "base_fingerprint"):
+        if record in content and not isinstance(content[record], dict):
+            raise AdapterFileError(f"{path} has {record} = {content[record]!r} but every saved adapter has an object there")
     try:
         return ShadowPeftConfig(**content)
     except TypeError as error:
@@ -156,11 +160,13 @@ def load(
     if shadow_model is not None:
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)
-    with warnings.catch_warnings():
+    with clean_on_failure(base), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(
                 base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
             )
+        except KeyError as error:  # PEFT looks up the trained modules of the base without asking
+            raise AdapterFileError(f"the adapter's weights lack {error}; the file is truncated or of another adapter") from error
         except UserWarning as warning:
             raise AdapterFileError(f"the adapter's weights are incomplete: {warning}") from warning

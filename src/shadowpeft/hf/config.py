@@ -121,6 +121,8 @@ class ShadowPeftConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):  # strings compare equal to their member
+            raise ConfigError(f"task_type is {self.task_type!r}; a shadow supports CAUSAL_LM and SEQ_CLS")
         super().__post_init__()
         self.peft_type = PeftType.SHADOWPEFT  # type: ignore[attr-defined]
         # Found by the tuner for each base; an attribute, not a field, since it says nothing that a file should hold.
@@ -128,13 +130,18 @@ class ShadowPeftConfig(PeftConfig):
         self._loaded = self.base_fingerprint is not None
         if self.task_type is not None:
             self.task_type = TaskType(self.task_type)
-            if self.task_type not in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
-                raise ConfigError(f"task_type is {self.task_type.value}; a shadow supports CAUSAL_LM and SEQ_CLS")
         for name in ("r", "update_hidden_size", *_MIRROR_ONLY):
             value = getattr(self, name)
             optional = name != "r"
             if not (optional and value is None) and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} is {value!r} but must be a whole number of at least 1")
+        if type(self.use_update) is not bool:
+            raise ConfigError(f"use_update is {self.use_update!r} but must be True or False")
+        if self.share_embeddings is not None and type(self.share_embeddings) is not bool:
+            raise ConfigError(f"share_embeddings is {self.share_embeddings!r} but must be True, False or None")
+        saved = self.modules_to_save
+        if saved is not None and (isinstance(saved, str) or not _all_strings(saved)):
+            raise ConfigError(f"modules_to_save is {saved!r} but must be a list of module names")
         if not isinstance(self.shadow_dropout, (int, float)) or not 0 <= self.shadow_dropout < 1:
             raise ConfigError(f"shadow_dropout is {self.shadow_dropout!r} but must be in [0, 1)")
         if not isinstance(self.shadow_alpha, (int, float)) or not 0 < abs(self.shadow_alpha) < 1e6:
@@ -206,6 +213,10 @@ class ShadowPeftConfig(PeftConfig):
             return asdict(self)
         finally:
             self.shadow_model = module
+
+
+def _all_strings(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(isinstance(item, str) for item in value)
 
 
 def _required_in_files() -> set[str]:

@@ -36,6 +36,10 @@ class ShadowModel(BaseTuner):
     tuner_layer_cls = ShadowTunerLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        with clean_on_failure(model):
+            super().__init__(model, *args, **kwargs)
+
     # ---------------------------------------------------------------------------------------------------- attaching
 
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
@@ -92,16 +96,16 @@ class ShadowModel(BaseTuner):
         return parts.backbone.shadow_hub  # type: ignore[return-value]
 
     def _add_hub(self, parts: Anatomy, config: ShadowPeftConfig, adapter: str) -> None:
-        built = build_shadow(parts, config, self.model)
-        if getattr(parts.backbone, "shadow_hub", None) is None:
-            parts.backbone.shadow_hub = ShadowHub()
-            self._install_hooks(parts)
         head = self._classifier() if config.task_type == "SEQ_CLS" else None
         if config.task_type == "CAUSAL_LM" and self.model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"task_type is CAUSAL_LM but {type(self.model).__name__} has no LM head; load the base with "
                 "AutoModelForCausalLM"
             )
+        built = build_shadow(parts, config, self.model)
+        if getattr(parts.backbone, "shadow_hub", None) is None:
+            parts.backbone.shadow_hub = ShadowHub()
+            self._install_hooks(parts)
         steps = parts.num_layers - config.mathematics()["first_refined_layer"]
         self._hub(parts).add(adapter, config, built, parts.hidden_size, steps=steps, head=head)
         self._hub(parts).train(parts.backbone.training)
@@ -198,12 +202,6 @@ class ShadowModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
         remove(self.model)
-        for name, module in list(self.model.named_modules()):
-            if hasattr(module, "unload_and_optionally_merge_module"):  # modules_to_save: back to the original
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.original_module)
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
         return self.model
 
     # ------------------------------------------------------------------------------------------------- serialisation
@@ -221,7 +219,9 @@ class ShadowModel(BaseTuner):
         own = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}(\.|$)")
         expected = {k: v for k, v in model.state_dict().items() if own.search(k)}
         missing = sorted(set(expected) - set(mapped))
-        unknown = sorted(k for k in mapped if k not in expected and PREFIX in k)
+        # PEFT loads whatever it finds: a key of the base would overwrite the base
+        trained = f".modules_to_save.{adapter_name}."
+        unknown = sorted(k for k in mapped if k not in expected and trained not in k)
         if missing or unknown:
             raise AdapterFileError(
                 f"the adapter's weights do not fit its configuration: {len(missing)} tensors are missing "
@@ -233,20 +233,37 @@ class ShadowModel(BaseTuner):
                     f"tensor {key} has shape {tuple(mapped[key].shape)} in the file but the configuration says "
                     f"{tuple(value.shape)}; configuration and weights are of different adapters"
                 )
-            if not mapped[key].is_floating_point():
-                raise AdapterFileError(f"tensor {key} is {mapped[key].dtype} in the file but must be floating point")
-            if not bool(torch.isfinite(mapped[key]).all()):
+        for key, value in mapped.items():
+            if not value.is_floating_point():
+                raise AdapterFileError(f"tensor {key} is {value.dtype} in the file but must be floating point")
+            if not bool(torch.isfinite(value).all()):
                 raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
         return mapped
 
 
+@contextmanager
+def clean_on_failure(model: nn.Module) -> Iterator[None]:
+    """If a first adapter cannot be attached or loaded, take what exists of it out of ``model`` again."""
+    first = not hasattr(model, "peft_config")
+    try:
+        yield
+    except BaseException:
+        if first:
+            remove(model)
+        raise
+
+
 def remove(model: nn.Module) -> None:
-    """Take hub, links and hooks of every adapter out of ``model``; its own modules were never changed."""
+    """Take hub, links, hooks and ``modules_to_save`` of every adapter out of ``model``; its own modules never changed."""
     for handle in getattr(model, _HANDLES, []):
         handle.remove()
-    if hasattr(model, _HANDLES):
-        delattr(model, _HANDLES)
-    for module in list(model.modules()):
-        for name in ("shadow_hub", "shadow_link"):
-            if name in getattr(module, "_modules", {}):
-                del module._modules[name]
+    for name in (_HANDLES, "peft_config"):
+        if hasattr(model, name):
+            delattr(model, name)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
+        for part in ("shadow_hub", "shadow_link"):
+            if part in getattr(module, "_modules", {}):
+                del module._modules[part]
