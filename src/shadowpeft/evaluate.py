@@ -65,13 +65,12 @@ def answer_loss(
     Works for adapted, detached and bare models alike: only the model's own loss in eval mode is read.
     """
     model.eval()
-    collate = ChatCollator(pad_token_id)
+    collate, device = ChatCollator(pad_token_id), next(model.parameters()).device
     total, count = 0.0, 0
     ordered = sorted(sequences, key=lambda s: len(s.ids))
     for start in range(0, len(ordered), batch_size):
         features = [Sequence(s.ids, s.start, True, False).features() for s in ordered[start : start + batch_size]]
-        batch = collate(features)
-        batch.pop("shadow_labels")
+        batch = {k: v.to(device) for k, v in collate(features).items() if k != "shadow_labels"}
         n = int((batch["labels"][:, 1:] != -100).sum())
         out = model(**batch, use_cache=False)
         total += float(out.loss) * n
@@ -88,9 +87,10 @@ def exact_match(
     system: str | None,
     max_new_tokens: int,
     batch_size: int,
+    detached: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[bool]:
-    """Whether the greedy answer equals the row's response, white space aside."""
+    """Whether the greedy answer equals the row's response (of the path that ``detached`` says), white space aside."""
     answers = answer(
         model,
         tokenizer,
@@ -100,4 +100,11 @@ def exact_match(
         batch_size=batch_size,
         progress=progress,
     )
-    return [a.text.split() == row["response"].split() for a, row in zip(answers, rows, strict=True)]
+    wanted = [target(row, detached) for row in rows]
+    return [a.text.split() == text.split() for a, text in zip(answers, wanted, strict=True)]
+
+
+def target(row: dict[str, Any], detached: bool) -> str:
+    """The answer of a checked row that the base path or, for ``detached``, the shadow path should give."""
+    own = row["shadow_response"] if detached else None
+    return str(row["response"] if own is None else own)

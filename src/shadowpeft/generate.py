@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowpeft.data.chat import render_prompt, with_system
+from shadowpeft.data.chat import render_prompt, stop_tokens, with_system
 from shadowpeft.errors import DataError
 
 
@@ -59,13 +59,11 @@ def answer(
         DataError: if a prompt with its answer does not fit the model's context.
     """
     chats = [with_system(_messages(p), system) for p in prompts]
-    limit = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+    if not chats:
+        return []
     lengths = [len(tokenizer(render_prompt(tokenizer, c), add_special_tokens=False).input_ids) for c in chats]
-    if lengths and limit is not None and max(lengths) + max_new_tokens > limit:
-        raise DataError(
-            f"a prompt has {max(lengths)} tokens and {max_new_tokens} more are asked for, but the model reads {limit}; "
-            "shorten the prompt or lower max_new_tokens"
-        )
+    _check_room(model, max(lengths), max_new_tokens)
+    ends = stop_tokens(model, tokenizer)
     order = sorted(range(len(chats)), key=lambda i: lengths[i])
     device = next(model.parameters()).device
     answers: list[Answer | None] = [None] * len(chats)
@@ -79,16 +77,30 @@ def answer(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             **options,
         )
         share = (time.perf_counter() - began) / len(chosen)
         for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
-            kept = row[row != tokenizer.pad_token_id]
+            kept = row[: _length(row.tolist(), ends)]
             answers[i] = Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), int(kept.numel()), share)
         if progress is not None:
             progress(start + len(chosen))
     return [a for a in answers if a is not None]
+
+
+def _check_room(model: nn.Module, length: int, max_new_tokens: int) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
+    if limit is not None and length + max_new_tokens > limit:
+        raise DataError(
+            f"a prompt has {length} tokens and {max_new_tokens} more are asked for, but the model reads {limit}; shorten the "
+            "prompt or lower max_new_tokens"
+        )
+
+
+def _length(row: list[int], ends: list[int]) -> int:
+    """Tokens of an answer up to and with the one that ends it; what follows in its row is padding."""
+    return next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
 
 
 def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
@@ -98,14 +110,21 @@ def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
 def stream(
     model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], *, max_new_tokens: int = 256, **sampling: Any
 ) -> Iterator[str]:
-    """One answer, piece by piece as it is made."""
+    """One answer, piece by piece as it is made; joined, the pieces are the text of :func:`answer`, white space aside.
+
+    Raises:
+        DataError: if the prompt with its answer does not fit the model's context.
+    """
     from threading import Thread
 
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = encode_prompts(tokenizer, [messages], next(model.parameters()).device)
+    _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
+    ends = stop_tokens(model, tokenizer)
+    model.eval()
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -115,6 +134,7 @@ def stream(
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends,
                 **options,
             )
         except BaseException as error:  # noqa: BLE001  (handed to the reader below, which raises it)

@@ -7,6 +7,7 @@ who learns the row. A row with both answers becomes two sequences, each masking 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import DataError
 
 PATHS = ("both", "base", "shadow")
+_KEYS = ("messages", "prompt", "response", "shadow_response", "path")
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
@@ -33,25 +36,26 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise DataError(f"data file '{file}' does not exist; check the path")
     rows = []
-    with file.open(encoding="utf-8") as handle:
-        try:
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    rows.append(check_row(_parse(line, file, number), f"{file}, line {number}"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file} is not UTF-8 text ({error.reason} after line {len(rows)}); save it as UTF-8"
-            ) from error
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                rows.append(check_row(_parse(line, f"{file}, line {number}"), f"{file}, line {number}"))
     if not rows:
         raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
     return rows
 
 
-def _parse(line: str, file: Path, number: int) -> Any:
+def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line)
+        content = json.loads(line.decode("utf-8-sig"))  # a byte-order mark, as some editors write, is no data
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {number} is not valid JSON ({error.msg} at column {error.colno})") from error
+        raise DataError(f"{where} is not valid JSON ({error.msg} at column {error.colno})") from error
+    return content
 
 
 def check_row(row: Any, where: str) -> dict[str, Any]:
@@ -62,6 +66,11 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
+    for key in row:
+        if key not in _KEYS and difflib.get_close_matches(key, ["shadow_response"], n=1, cutoff=0.85):
+            raise DataError(f"{where} has the key '{key}'; did you mean 'shadow_response'?")
+    if "messages" in row and ("prompt" in row or "response" in row):
+        raise DataError(f"{where} has 'messages' and also 'prompt' or 'response'; keep one form")
     if "messages" in row:
         messages = row["messages"]
         good = isinstance(messages, list) and bool(messages)
@@ -102,16 +111,22 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """The text up to where the assistant's answer begins, by the tokenizer's chat template.
 
     Raises:
-        DataError: if the tokenizer has no chat template.
+        DataError: if the tokenizer has no chat template, or its template refuses the messages.
     """
     if tokenizer.chat_template is None:
         raise DataError(
             "the tokenizer has no chat template, so prompts cannot be rendered or masked; set tokenizer.chat_template or "
             "use an instruction-tuned base"
         )
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    )
+    return _render(tokenizer, messages, add_generation_prompt=True)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options))
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise DataError(f"the chat template refuses messages with the roles {roles} ({error}); reorder them") from error
 
 
 @dataclass
@@ -181,14 +196,30 @@ def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict
 
 def _answer_ids(tokenizer: Any, messages: list[dict[str, str]], prompt: str, answer: str) -> list[int]:
     """Tokens of the answer with what closes a turn, as the template writes it."""
-    whole = tokenizer.apply_chat_template(
-        [*messages, {"role": "assistant", "content": answer}], tokenize=False, enable_thinking=False
-    )
+    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}])
     if whole.startswith(prompt):
         tail = whole[len(prompt) :].rstrip("\n")
     else:  # templates that rewrite what precedes the answer (thinking blocks): close the turn by hand
         tail = answer + (tokenizer.eos_token or "")
-    return list(tokenizer(tail, add_special_tokens=False).input_ids)
+    ids = list(tokenizer(tail, add_special_tokens=False).input_ids)
+    if (not ids or not _is_special(tokenizer, ids[-1])) and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)  # a template that closes no turn: nothing else would teach where to stop
+    return ids
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, the model's own, and what the chat template closes a turn with."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    found = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    if tokenizer.chat_template is not None:
+        turn = [{"role": "user", "content": "a"}]
+        closing = _answer_ids(tokenizer, turn, render_prompt(tokenizer, turn), "a")[-1]
+        found |= {closing} if _is_special(tokenizer, closing) else set()
+    return sorted(token for token in found if token is not None)
 
 
 class ChatCollator:
@@ -202,7 +233,7 @@ class ChatCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels`` and, if any row differs, ``shadow_labels``; all ``(B, T)``."""
+        """``input_ids``, ``attention_mask``, ``labels`` and ``shadow_labels``; all ``(B, T)``."""
         width = max(len(f["input_ids"]) for f in features)
 
         def pad(key: str, value: int) -> Tensor:

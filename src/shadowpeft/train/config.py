@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from shadowpeft.errors import ConfigError
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Strict):
@@ -33,11 +34,20 @@ class DataConfig(_Strict):
     """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
 
 
+_WIDTHS = (
+    "shadow_intermediate_size",
+    "shadow_num_attention_heads",
+    "shadow_num_key_value_heads",
+    "shadow_head_dim",
+    "shadow_hidden_size",
+)
+
+
 class ShadowSection(_Strict):
     """The fields of ``ShadowPeftConfig`` that a run may set; meanings there."""
 
     r: int = Field(default=16, ge=1)
-    shadow_alpha: float = 0.1
+    shadow_alpha: float = Field(default=0.1, gt=-1e6, lt=1e6)
     shadow_dropout: float = Field(default=0.2, ge=0, lt=1)
     update_hidden_size: int | None = Field(default=None, ge=1)
     use_update: bool = True
@@ -51,8 +61,36 @@ class ShadowSection(_Strict):
     shadow_init: Literal["random", "base_layers"] = "random"
     projection_init: Literal["random", "pseudo_inverse"] = "random"
     share_embeddings: bool | None = None
-    auxiliary_loss_weight: float = Field(default=0.05, ge=0)
+    auxiliary_loss_weight: float = Field(default=0.05, ge=0, lt=1e9)
     variant: Literal["paper", "authors", "peft"] = "paper"
+
+    @model_validator(mode="after")
+    def _possible(self) -> ShadowSection:
+        # ShadowPeftConfig refuses the same; here it is said before torch is imported
+        widths = [name for name in _WIDTHS if getattr(self, name) is not None]
+        mirror = self.shadow_model == "mirror"
+        if not mirror and (widths or self.shadow_num_hidden_layers is not None):
+            given = widths or ["shadow_num_hidden_layers"]
+            raise ValueError(
+                f"shadow.{given[0]} shapes a mirrored shadow but shadow.shadow_model is {self.shadow_model!r}, which brings "
+                "its own shape; remove one of them"
+            )
+        if not mirror and self.shadow_init == "base_layers":
+            raise ValueError(
+                "shadow.shadow_init: base_layers fills a mirrored shadow but shadow.shadow_model is set; remove one of them"
+            )
+        if mirror and self.projection_init == "pseudo_inverse":
+            raise ValueError(
+                "shadow.projection_init: pseudo_inverse needs a shadow.shadow_model with an LM head; set one or remove it"
+            )
+        if self.shadow_init == "base_layers" and widths:
+            raise ValueError(
+                f"shadow.shadow_init: base_layers copies the base's own widths but shadow.{widths[0]} is set; remove one of "
+                "them"
+            )
+        if self.shadow_alpha == 0:
+            raise ValueError("shadow.shadow_alpha is 0, which switches the correction off; give another number")
+        return self
 
 
 class TrainingSection(_Strict):
@@ -136,16 +174,33 @@ def read_run(path: str | Path) -> RunConfig:
     if not file.is_file():
         raise ConfigError(f"run file '{file}' does not exist; check the path")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f", line {line + 1}" if line is not None else ""
-        raise ConfigError(f"{file}{place} is not valid YAML ({getattr(error, 'problem', error)})") from error
-    run = parse_run(content, str(file))
-    from shadowpeft.hf.config import ShadowPeftConfig
+        raise ConfigError(
+            f"{file}{place} is not valid YAML ({getattr(error, 'problem', error)}); correct it"
+        ) from error
+    return parse_run(content, str(file))
 
-    ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.model_dump())
-    return run
+
+class _Loader(yaml.SafeLoader):
+    """The safe subset of YAML, with two mends: ``1e-3`` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key, str) else None)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, wants a point in a float; people write 1e-3
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "shadow": ShadowSection, "training": TrainingSection}

@@ -1,0 +1,265 @@
+"""Chat data: who learns what, where the prompt ends, what a malformed file says, and how batches are padded."""
+
+import json
+
+import pytest
+import torch
+
+from chatbase import CHATML, chat_model, chat_tokenizer, write_rows
+from shadowpeft.data import chat
+from shadowpeft.errors import DataError
+
+END = 3
+PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def sequences(rows, tokenizer=None, **options):
+    checked = [chat.check_row(row, f"row {i}") for i, row in enumerate(rows)]
+    return chat.encode(checked, tokenizer or chat_tokenizer(), **{"max_length": 256, **options})
+
+
+def learned(features, key, tokenizer):
+    """The text that a path is trained to say, from its unmasked labels."""
+    return tokenizer.decode([token for token in features[key] if token != -100])
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_both_forms_are_one():
+    short = chat.check_row({"prompt": "hi", "response": "ho"}, "here")
+    long = chat.check_row(
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, "here"
+    )
+    assert short == long
+    assert short == {
+        "messages": [{"role": "user", "content": "hi"}],
+        "response": "ho",
+        "shadow_response": None,
+        "path": "both",
+    }
+
+
+@pytest.mark.parametrize(("path", "base", "shadow"), [("both", 1, 1), ("base", 1, 0), ("shadow", 0, 1)])
+def test_path_says_who_learns(path, base, shadow):
+    tokenizer = chat_tokenizer()
+    (only,) = sequences([{"prompt": "hi", "response": "ho", "path": path}], tokenizer)
+    features = only.features()
+    assert learned(features, "labels", tokenizer) == "ho<|im_end|>" * base
+    assert learned(features, "shadow_labels", tokenizer) == "ho<|im_end|>" * shadow
+
+
+def test_a_shadow_response_makes_two_sequences_each_masking_the_other_path():
+    tokenizer = chat_tokenizer()
+    first, second = (
+        s.features() for s in sequences([{"prompt": "hi", "response": "long", "shadow_response": "[R]"}], tokenizer)
+    )
+    assert tokenizer.decode(first["input_ids"]) == PROMPT + "long<|im_end|>"
+    assert tokenizer.decode(second["input_ids"]) == PROMPT + "[R]<|im_end|>"
+    assert learned(first, "labels", tokenizer) == "long<|im_end|>"
+    assert learned(second, "shadow_labels", tokenizer) == "[R]<|im_end|>"
+    assert set(first["shadow_labels"]) == set(second["labels"]) == {-100}
+
+
+def test_the_prompt_is_masked_exactly_up_to_the_generation_prompt():
+    tokenizer = chat_tokenizer()
+    (one,) = sequences([{"prompt": "hi", "response": "ho\n"}], tokenizer)
+    assert tokenizer.decode(one.ids[: one.start]) == PROMPT
+    assert tokenizer.decode(one.ids[one.start :]) == "ho\n<|im_end|>"
+    assert one.ids[-1] == END
+    labels = one.features()["labels"]
+    assert labels[: one.start] == [-100] * one.start
+    assert labels[one.start :] == one.ids[one.start :]
+
+
+def test_only_the_last_turn_of_many_is_learned():
+    tokenizer = chat_tokenizer()
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    (one,) = sequences([{"messages": [{"role": r, "content": c} for r, c in turns]}], tokenizer)
+    assert learned(one.features(), "labels", tokenizer) == "d<|im_end|>"
+    assert tokenizer.decode(one.ids[: one.start]).count("<|im_start|>") == 4
+
+
+def test_system_message_only_where_a_row_brings_none():
+    tokenizer = chat_tokenizer()
+    own = {
+        "messages": [
+            {"role": "system", "content": "mine"},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "ho"},
+        ]
+    }
+    first, second = sequences([{"prompt": "hi", "response": "ho"}, own], tokenizer, system="yours")
+    assert tokenizer.decode(first.ids).startswith("<|im_start|>system\nyours<|im_end|>")
+    assert tokenizer.decode(second.ids).startswith("<|im_start|>system\nmine<|im_end|>")
+    assert "yours" not in tokenizer.decode(second.ids)
+
+
+def test_a_template_that_rewrites_the_prompt_is_closed_by_hand():
+    thinking = CHATML.replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
+    tokenizer = chat_tokenizer(thinking)
+    (one,) = sequences([{"prompt": "hi", "response": "ho"}], tokenizer)
+    assert tokenizer.decode(one.ids) == PROMPT + "<think></think>ho<|im_end|>"
+
+
+def test_a_template_that_closes_no_turn_gets_the_end_token():
+    bare = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    bare += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = chat_tokenizer(bare, eos="<eos>")
+    (one,) = sequences([{"prompt": "hi", "response": "ho"}], tokenizer)
+    assert tokenizer.decode(one.ids) == "user: hi\nassistant: ho<eos>"
+
+
+def test_stop_tokens_are_the_tokenizers_the_models_and_the_templates():
+    model = chat_model(eos_token_id=1)
+    assert chat.stop_tokens(model, chat_tokenizer(eos="<eos>")) == [1, END]
+    model.generation_config.eos_token_id = [0, 1]
+    assert chat.stop_tokens(model, chat_tokenizer()) == [0, 1, END]
+
+
+def test_no_chat_template():
+    with pytest.raises(DataError, match="no chat template"):
+        sequences([{"prompt": "hi", "response": "ho"}], chat_tokenizer(template=None))
+
+
+def test_a_template_that_refuses_the_roles():
+    picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    with pytest.raises(DataError, match=r"roles system, user .*no system"):
+        sequences([{"prompt": "hi", "response": "ho"}], chat_tokenizer(picky), system="be good")
+
+
+# --------------------------------------------------------------------------------------------------------- too long
+
+
+def test_too_long_is_an_error_that_names_the_row():
+    rows = [{"prompt": "hi", "response": "ho"}, {"prompt": "hi", "response": "o" * 50}]
+    with pytest.raises(DataError, match=r"row 2 has \d+ tokens but data.max_length is 64"):
+        sequences(rows, max_length=64)
+
+
+def test_too_long_rows_are_skipped():
+    rows = [{"prompt": "hi", "response": "o" * 50}, {"prompt": "hi", "response": "ho"}]
+    kept = sequences(rows, max_length=64, too_long="skip")
+    assert len(kept) == 1
+    assert chat_tokenizer().decode(kept[0].ids).endswith("ho<|im_end|>")
+    with pytest.raises(DataError, match="no row is left: all 2"):
+        sequences(rows, max_length=8, too_long="skip")
+
+
+def test_a_row_of_just_the_longest_length_is_kept():
+    (one,) = sequences([{"prompt": "hi", "response": "ho"}])
+    assert len(sequences([{"prompt": "hi", "response": "ho"}], max_length=len(one.ids))) == 1
+    with pytest.raises(DataError, match="max_length"):
+        sequences([{"prompt": "hi", "response": "ho"}], max_length=len(one.ids) - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+GOOD = json.dumps({"prompt": "hi", "response": "ho"})
+
+
+def test_a_file_with_blank_lines_and_a_byte_order_mark(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("﻿" + GOOD + "\n\n" + GOOD.replace("hi", "站起来") + "\n", encoding="utf-8")
+    rows = chat.read_jsonl(file)
+    assert [row["messages"][0]["content"] for row in rows] == ["hi", "站起来"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "hi", ', "not valid JSON .* at column"),
+        ("[1, 2]", "a JSON list but must be an object"),
+        ('{"prompt": "hi"}', r"the keys \['prompt'\] but needs 'messages', or 'prompt' and 'response'"),
+        ('{"prompt": "hi", "response": 3}', "must be strings"),
+        ('{"prompt": ["hi"], "response": "ho"}', "must be strings"),
+        ('{"messages": "hi"}', "must be a list of objects"),
+        ('{"messages": []}', "must be a list of objects"),
+        ('{"messages": [{"role": "user"}]}', "must be a list of objects"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "must end with an 'assistant' message"),
+        ('{"messages": [{"role": "assistant", "content": "hi"}]}', "after at least one other"),
+        ('{"prompt": "hi", "response": "ho", "shadow_response": 3}', "'shadow_response' must be a string"),
+        (
+            '{"prompt": "hi", "response": "ho", "path": "cloud"}',
+            "'path' is 'cloud' but must be one of both, base, shadow",
+        ),
+        ('{"prompt": "hi", "response": "ho", "path": ["base"]}', "'path' is .* but must be one of"),
+        ('{"prompt": "hi", "response": "ho", "shadow_response": "x", "path": "base"}', "contradicts itself"),
+        ('{"prompt": "hi", "response": "ho", "shadow_reponse": "x"}', "did you mean 'shadow_response'"),
+        ('{"prompt": "hi", "messages": []}', "keep one form"),
+        (r'{"prompt": "hi \ud83d", "response": "ho"}', "half a surrogate pair"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, message):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(GOOD + "\n\n" + line + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        chat.read_jsonl(file)
+    assert str(caught.value).startswith(f"{file}, line 3")
+    assert "\n" not in str(caught.value)
+
+
+def test_not_utf8_names_the_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(GOOD.encode() + b"\n" + '{"prompt": "grün", "response": "ja"}'.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match="line 2 is not UTF-8 text"):
+        chat.read_jsonl(file)
+
+
+@pytest.mark.parametrize("content", ["", "\n  \n"])
+def test_an_empty_file(tmp_path, content):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataError, match="holds no rows"):
+        chat.read_jsonl(file)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jsonl' does not exist"):
+        chat.read_jsonl(tmp_path / "nothing.jsonl")
+
+
+def test_the_fingerprint_follows_the_data(tmp_path):
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    changes = [
+        rows[::-1],
+        rows[:1],
+        [rows[0], {**rows[1], "response": "e"}],
+        [rows[0], {**rows[1], "path": "base"}],
+        [rows[0], {**rows[1], "shadow_response": "e"}],
+    ]
+
+    def of(content):
+        return chat.fingerprint(chat.read_jsonl(write_rows(tmp_path / "rows.jsonl", content)))
+
+    assert of(rows) == of([dict(reversed(row.items())) for row in rows])  # the order of keys says nothing
+    found = [of(rows), *(of(change) for change in changes)]
+    assert len(set(found)) == len(found)
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def test_the_collator_pads_and_masks():
+    tokenizer = chat_tokenizer()
+    rows = [{"prompt": "hi", "response": "h"}, {"prompt": "longer", "response": "answer", "path": "base"}]
+    made = sequences(rows, tokenizer)
+    batch = chat.ChatCollator(tokenizer.pad_token_id)([s.features() for s in made])
+    short, long = len(made[0].ids), len(made[1].ids)
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "shadow_labels"}
+    assert all(v.shape == (2, long) and v.dtype == torch.long for v in batch.values())
+    assert batch["input_ids"][0].tolist() == made[0].ids + [0] * (long - short)
+    assert batch["attention_mask"].tolist() == [[1] * short + [0] * (long - short), [1] * long]
+    for key in ("labels", "shadow_labels"):
+        assert (batch[key][0, short:] == -100).all()
+        assert (batch[key][0, made[0].start : short] == torch.tensor(made[0].ids[made[0].start :])).all()
+    assert (batch["shadow_labels"][1] == -100).all()
+    assert batch["labels"][1, made[1].start :].tolist() == made[1].ids[made[1].start :]
+
+
+def test_a_padding_token_that_is_the_end_token_stays_a_target():
+    tokenizer = chat_tokenizer(pad="<|im_end|>")
+    made = sequences([{"prompt": "hi", "response": "h"}, {"prompt": "hi", "response": "longer"}], tokenizer)
+    batch = chat.ChatCollator(tokenizer.pad_token_id)([s.features() for s in made])
+    assert (batch["labels"] == END).sum(-1).tolist() == [1, 1]
+    assert batch["attention_mask"].sum(-1).tolist() == [len(s.ids) for s in made]

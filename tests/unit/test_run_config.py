@@ -1,0 +1,185 @@
+"""Run files: what is refused, in which words, and that nothing heavy is imported before."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from chatbase import run_file
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.train.config import RunConfig, ShadowSection, parse_run, read_run
+
+BASIC = {"base": "smollm2-135m", "data": {"train": "rows.jsonl"}}
+
+
+def run(**sections):
+    return {**BASIC, **sections}
+
+
+def test_defaults():
+    made = parse_run(BASIC, "here")
+    assert (made.training.epochs, made.training.max_steps, made.shadow.r) == (1.0, None, 16)
+    assert RunConfig.model_validate(made.model_dump()) == made  # config.yaml of a run is a run file
+
+
+def test_the_shadow_section_has_the_configs_own_defaults():
+    config = ShadowPeftConfig(task_type="CAUSAL_LM")
+    for name, field in ShadowSection.model_fields.items():
+        assert getattr(config, name) == field.default, name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (run(bas="x"), "unknown key 'bas', did you mean 'base'"),
+        (run(shadow={"shadow_alfa": 0.5}), "unknown key 'shadow.shadow_alfa', did you mean 'shadow_alpha'"),
+        (run(training={"learning_rat": 0.1}), "unknown key 'training.learning_rat', did you mean 'learning_rate'"),
+        (run(learning_rate=0.1), "unknown key 'learning_rate', did you mean 'training.learning_rate'"),
+        (run(training={"r": 8}), "unknown key 'training.r', did you mean 'shadow.r'"),
+        (run(training={"zzz": 8}), "unknown key 'training.zzz', known keys: epochs, max_steps"),
+        ({"data": {"train": "x"}}, "key 'base' is missing"),
+        ({"base": "x", "data": {}}, "key 'data.train' is missing"),
+        (run(data="rows.jsonl"), "'data' is 'rows.jsonl'"),
+        (run(shadow={"r": "sixteen"}), "'shadow.r' is 'sixteen': input should be a valid integer"),
+        (run(shadow={"r": 16.0}), "'shadow.r' is 16.0"),
+        (run(shadow={"r": 0}), "'shadow.r' is 0: input should be greater than or equal to 1"),
+        (run(shadow={"shadow_dropout": 1.0}), "'shadow.shadow_dropout' is 1.0"),
+        (run(shadow={"use_update": "no"}), "'shadow.use_update' is 'no'"),
+        (run(shadow={"shadow_alpha": float("inf")}), "'shadow.shadow_alpha' is inf"),
+        (run(shadow={"shadow_alpha": 0.0}), "shadow.shadow_alpha is 0"),
+        (run(training={"learning_rate": -1.0}), "'training.learning_rate' is -1.0"),
+        (run(training={"precision": "int8"}), "'training.precision' is 'int8'"),
+        (run(training={"report_to": ["mlflow"]}), "'training.report_to.0' is 'mlflow'"),
+        (run(training={"epochs": 1, "max_steps": 5}), "epochs and max_steps are both set; keep one"),
+        (run(training={"eval_every": 5}), "training.eval_every is set but data.validation is not"),
+        (
+            run(shadow={"shadow_model": "other", "shadow_intermediate_size": 64}),
+            "shadow.shadow_intermediate_size shapes a mirrored shadow but shadow.shadow_model is 'other'",
+        ),
+        (
+            run(shadow={"shadow_model": "other", "shadow_num_hidden_layers": 2}),
+            "shadow.shadow_num_hidden_layers shapes a mirrored shadow",
+        ),
+        (run(shadow={"shadow_model": "other", "shadow_init": "base_layers"}), "base_layers fills a mirrored shadow"),
+        (
+            run(shadow={"shadow_init": "base_layers", "shadow_head_dim": 8}),
+            "base_layers copies the base's own widths but shadow.shadow_head_dim is set",
+        ),
+        (run(shadow={"projection_init": "pseudo_inverse"}), "pseudo_inverse needs a shadow.shadow_model"),
+        ([1], "holds a list but must be a mapping"),
+        (None, "holds a NoneType but must be a mapping"),
+    ],
+)
+def test_impossible_runs(content, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_run(content, "run.yaml")
+    assert str(caught.value).startswith("run.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shadow",
+    [
+        {"shadow_model": "other", "shadow_hidden_size": 8},
+        {"shadow_model": "other", "shadow_init": "base_layers"},
+        {"shadow_init": "base_layers", "shadow_num_attention_heads": 2},
+        {"projection_init": "pseudo_inverse"},
+        {"shadow_alpha": 0.0},
+        {"shadow_alpha": 1e7},
+        {"auxiliary_loss_weight": 1e10},
+    ],
+)
+def test_whatever_the_config_refuses_the_run_file_refuses_too(shadow):
+    with pytest.raises(ConfigError):
+        ShadowPeftConfig(task_type="CAUSAL_LM", **shadow)
+    with pytest.raises(ConfigError):
+        parse_run(run(shadow=shadow), "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "shadow",
+    [
+        {"shadow_init": "base_layers", "shadow_num_hidden_layers": 2},
+        {"shadow_model": "other", "projection_init": "pseudo_inverse"},
+        {"shadow_hidden_size": 16, "share_embeddings": False},
+    ],
+)
+def test_possible_combinations(shadow):
+    made = parse_run(run(shadow=shadow), "run.yaml").shadow.model_dump()
+    assert ShadowPeftConfig(task_type="CAUSAL_LM", **made).r == 16
+
+
+def test_several_mistakes_are_told_at_once():
+    with pytest.raises(ConfigError, match=r"shadow\.rr.*training\.batch_size"):
+        parse_run(run(shadow={"rr": 1}, training={"batch_size": 0}), "run.yaml")
+
+
+# --------------------------------------------------------------------------------------------------------------- YAML
+
+
+def written(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_number_without_a_point(tmp_path):
+    file = written(
+        tmp_path, "base: b\ndata: {train: t}\ntraining: {learning_rate: 1e-3, weight_decay: 1E-2, epochs: 2}\n"
+    )
+    made = read_run(file).training
+    assert (made.learning_rate, made.weight_decay, made.epochs) == (1e-3, 1e-2, 2)
+
+
+def test_what_yaml_writes_is_read_back(tmp_path):
+    content = run_file(tmp_path, "base", "rows.jsonl")
+    assert read_run(written(tmp_path, yaml.safe_dump(content))) == parse_run(content, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: b\ndata: {train: t\n", "line 3 is not valid YAML"),
+        ("base: b\nshadow:\n  r: 8\n  r: 16\n", "line 4 is not valid YAML (key 'r' is given twice)"),
+        ("base: !!python/object/apply:os.system ['true']\n", "line 1 is not valid YAML"),
+        ("", "holds a NoneType but must be a mapping"),
+    ],
+)
+def test_bad_yaml_names_its_line(tmp_path, text, message):
+    file = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        read_run(file)
+    assert str(file) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_not_utf8(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes("base: grün".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_run(file)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml' does not exist"):
+        read_run(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("text", ["base: b\ndata: {trian: t}\n", "shadow: {shadow_model: other, shadow_head_dim: 4}\n"])
+def test_a_wrong_run_file_is_refused_before_torch_is_imported(tmp_path, text):
+    file = written(tmp_path, text)
+    code = (
+        "import sys\n"
+        "from shadowpeft import cli\n"
+        f"sys.argv = ['shadowpeft', 'train', {str(file)!r}]\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as stop:\n"
+        "    print(stop.code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.startswith(f"error: {file}")
