@@ -26,19 +26,19 @@ from shadowpeft import ShadowPeftConfig
 V = 61
 PAD = 0
 WINDOW = 6
-_SHAPE: dict[str, Any] = dict(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.2,  # wide enough that every layer matters and greedy choices are clear
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-)
+_SHAPE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # wide enough that every layer matters and greedy choices are clear
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 
 
 def config(name: str, **overrides: Any) -> PreTrainedConfig:
@@ -52,14 +52,14 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
         return Qwen3Config(**{"head_dim": 8, **shape})
     if name == "gemma3":
         kinds = ["sliding_attention", "full_attention"] * 16
-        own = dict(
-            head_dim=8,
-            sliding_window=WINDOW,
-            layer_types=kinds[: shape["num_hidden_layers"]],
-            final_logit_softcapping=3.0,
-            query_pre_attn_scalar=8,
-            tie_word_embeddings=False,  # tied, a tiny random Gemma repeats its input token for ever
-        )
+        own = {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": kinds[: shape["num_hidden_layers"]],
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 8,
+            "tie_word_embeddings": False,  # tied, a tiny random Gemma repeats its input token for ever
+        }
         return Gemma3TextConfig(**{**own, **shape})
     if name == "mistral":
         return MistralConfig(**{"head_dim": 8, "sliding_window": WINDOW, **shape})
@@ -83,18 +83,18 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
     if name == "mixtral":
         return MixtralConfig(**{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, **shape})
     if name == "qwen3_next":
-        own = dict(
-            head_dim=8,
-            layer_types=["linear_attention", "full_attention"] * 2,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=16,
-        )
+        own = {
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        }
         return Qwen3NextConfig(**{**own, **shape})
     raise KeyError(name)
 
@@ -116,16 +116,16 @@ def base(name: str = "llama", *, task: str = "CAUSAL_LM", seed: int = 1, labels:
 
 def small_llama(seed: int = 2, **overrides: Any) -> Any:
     """An explicit shadow of another width, with its own embeddings."""
-    shape = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     return base("llama", seed=seed, **{**shape, **overrides})
 
 
 KINDS: dict[str, dict[str, Any]] = {
     "mirror": {},
-    "narrow": dict(
-        shadow_num_hidden_layers=2,
-        shadow_intermediate_size=24,
-    ),
+    "narrow": {
+        "shadow_num_hidden_layers": 2,
+        "shadow_intermediate_size": 24,
+    },
     "explicit": {"shadow_model": "small_llama"},
 }
 

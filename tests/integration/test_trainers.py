@@ -6,12 +6,12 @@ gradients it hands to the optimiser.
 
 import pytest
 import torch
-from naive import NaiveShadow, assert_same_gradients
-from tiny import adapt, adapter_config, base, padded, tokenizer, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowLossMixin, ShadowTrainer
 from shadowpeft.errors import UnsupervisedShadowError
+from tiny import adapt, adapter_config, base, padded, tokenizer, tokens
 
 LAMBDA = 0.7
 
@@ -31,7 +31,7 @@ def rows(shadow_labels=False, uneven=True):
     if uneven:
         labels[0, :7] = -100
         labels[2, :4] = -100
-    made = [dict(input_ids=ids[i], attention_mask=mask[i], labels=labels[i]) for i in range(4)]
+    made = [{"input_ids": ids[i], "attention_mask": mask[i], "labels": labels[i]} for i in range(4)]
     if shadow_labels:
         for i, row in enumerate(made):
             row["shadow_labels"] = labels[i].roll(1).masked_fill(mask[i] == 0, -100)
@@ -44,20 +44,20 @@ def whole(data):
 
 
 def arguments(folder, cls=TrainingArguments, **more):
-    made = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        max_steps=1,
-        max_grad_norm=0.0,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        optim="sgd",
-        remove_unused_columns=True,
-        dataloader_pin_memory=False,
-    )
+    made = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "optim": "sgd",
+        "remove_unused_columns": True,
+        "dataloader_pin_memory": False,
+    }
     return cls(**{**made, **more})
 
 
@@ -108,7 +108,7 @@ def test_micro_batches_are_the_whole_batch(tmp_path, cls, checkpointing, kind):
     model, start, adapted = pair(**kind)
     more = {}
     if checkpointing is not None:
-        more = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": checkpointing}}
     gradients, _ = train(
         cls, adapted, rows(), tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **more
     )
@@ -281,7 +281,7 @@ def sft(cls, model, folder, trainer_options=None, **more):
 def plain_rows():
     """Rows without padding, of two lengths: TRL's own collator pads and masks."""
     ids = tokens(4, 10)
-    return [dict(input_ids=ids[i][: 10 if i % 2 else 5]) for i in range(4)]
+    return [{"input_ids": ids[i][: 10 if i % 2 else 5]} for i in range(4)]
 
 
 def plain_whole():
@@ -291,7 +291,7 @@ def plain_whole():
     for i, row in enumerate(data):
         ids[i, : len(row["input_ids"])] = row["input_ids"]
         mask[i, : len(row["input_ids"])] = 1
-    return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import adapt, adapter_config, base, randomise, tokens
 
 from shadowpeft.errors import ConfigError
+from tiny import adapt, adapter_config, base, randomise, tokens
 
 
 @torch.no_grad()

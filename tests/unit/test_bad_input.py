@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import adapt, adapter_config, base, small_llama, tokens
 from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 import shadowpeft
@@ -19,6 +18,7 @@ from shadowpeft.errors import (
     ShadowPeftError,
     UnsupportedModelError,
 )
+from tiny import adapt, adapter_config, base, small_llama, tokens
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHITECTURES, KINDS, adapt, adapter_config, base, padded, randomise, tokens
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
 from shadowpeft.errors import ConfigError, UnsupportedModelError
+from tiny import ARCHITECTURES, KINDS, adapt, adapter_config, base, padded, randomise, tokens
 
 CASES = {
     **KINDS,

@@ -9,7 +9,7 @@ from naive import NaiveShadow, assert_same_gradients
 from tiny import ARCHITECTURES, KINDS, adapt, base, padded, randomise, tokens
 
 # float32, four layers of width 32: the fused and the naive order of summation differ by a few units of 1e-6 per layer
-CLOSE = dict(rtol=2e-4, atol=2e-5)
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 WIDER = (*ARCHITECTURES, "mixtral", "qwen3_next")
 
 
@@ -273,7 +273,7 @@ def test_a_fully_masked_row_does_not_count():
     adapted = adapt(model).train()
     ids, mask, labels = batch()
     labels[1] = -100
-    naive, found, expected = compare(model, adapted, ids, mask, labels)
+    _, found, expected = compare(model, adapted, ids, mask, labels)
     keep = torch.tensor([0, 2])
     alone = adapted(input_ids=ids[keep], attention_mask=mask[keep], labels=labels[keep])
     torch.testing.assert_close(found.loss, alone.loss, **CLOSE)

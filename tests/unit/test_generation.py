@@ -4,17 +4,17 @@ import copy
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, KINDS, PAD, WINDOW, V, adapt, base, padded, tokens
 from transformers import DynamicCache, StaticCache
 
 from shadowpeft import detach
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
+from tiny import ARCHITECTURES, KINDS, PAD, WINDOW, V, adapt, base, padded, tokens
 
 WIDER = (*ARCHITECTURES, "mixtral", "qwen3_next")
 NEW = 12
-GREEDY = dict(max_new_tokens=NEW, do_sample=False, pad_token_id=PAD)
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
 # float32: cached and uncached attention add up in another order
-CLOSE = dict(rtol=1e-3, atol=1e-4)
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def prompts(side="left"):
@@ -39,7 +39,7 @@ def uncached(model, ids, mask, steps=NEW):
 @pytest.mark.parametrize("name", WIDER)
 def test_greedy_with_left_padding_and_beyond_the_window(name, kind):
     model = adapt(base(name), **KINDS[kind])
-    ids, mask = prompts() if name != "qwen3_next" else (tokens(3, 7), torch.ones(3, 7, dtype=torch.long))
+    ids, mask = prompts()
     assert ids.shape[1] + NEW > 2 * WINDOW
     expected = uncached(model, ids, mask)
     assert len(set(expected[0, 7:].tolist())) > 2, "the tokens must differ for this to say anything"
@@ -50,12 +50,12 @@ def test_greedy_with_left_padding_and_beyond_the_window(name, kind):
 
 
 MODES = {
-    "beam": dict(num_beams=3),
-    "beam_returning_all": dict(num_beams=3, num_return_sequences=3),
-    "sampling": dict(do_sample=True, temperature=0.9, top_k=20),
-    "sampling_returning_several": dict(do_sample=True, num_return_sequences=3),
-    "beam_sampling": dict(do_sample=True, num_beams=3),
-    "repetition": dict(repetition_penalty=1.3),
+    "beam": {"num_beams": 3},
+    "beam_returning_all": {"num_beams": 3, "num_return_sequences": 3},
+    "sampling": {"do_sample": True, "temperature": 0.9, "top_k": 20},
+    "sampling_returning_several": {"do_sample": True, "num_return_sequences": 3},
+    "beam_sampling": {"do_sample": True, "num_beams": 3},
+    "repetition": {"repetition_penalty": 1.3},
 }
 
 
@@ -257,7 +257,7 @@ def test_cache_of_another_adapter_is_refused():
     ids = tokens(1, 8)
     cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
     model.set_adapter("other")
-    with pytest.raises(CacheMismatchError, match="'default'.*'other'"):
+    with pytest.raises(CacheMismatchError, match=r"'default'.*'other'"):
         model(input_ids=ids[:, 5:], past_key_values=cache, use_cache=True)
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from tiny import KINDS, adapt, adapter_config, base, padded, randomise, tokens
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
+from tiny import KINDS, adapt, adapter_config, base, padded, randomise, tokens
 
 OPTIONS = {
     **KINDS,
@@ -150,7 +150,7 @@ def test_classification_with_trained_heads(saved, name, kind):
 
 @pytest.mark.parametrize("name", ["norm", "lm_head", "embed_tokens"])
 def test_modules_to_save_come_back(saved, name):
-    plain, adapted, folder = saved(modules_to_save=[name])
+    _, adapted, folder = saved(modules_to_save=[name])
     keys = list(load_file(folder / "adapter_model.safetensors"))
     assert any(key.endswith(f"{name}.weight") and "shadowpeft_" not in key for key in keys)
     loaded = shadowpeft.load(folder, base("llama"))

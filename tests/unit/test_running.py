@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+
 from naive import NaiveShadow, assert_same_gradients
 from tiny import ARCHITECTURES, KINDS, adapt, base, padded, tokens
 

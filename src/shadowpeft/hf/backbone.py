@@ -195,7 +195,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
             if loaded
             else mirror_config(parts.config, config)
         )
-        shadow_class = type(parts.backbone)
+        shadow_class: Any = type(parts.backbone)
     else:
         if loaded:
             shadow_config = _config_from_record(config.shadow_backbone_config, None)

@@ -160,6 +160,7 @@ def load(
     if shadow_model is not None:
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)
+    assert isinstance(base, nn.Module)
     with clean_on_failure(base), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
@@ -167,6 +168,8 @@ def load(
                 base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
             )
         except KeyError as error:  # PEFT looks up the trained modules of the base without asking
-            raise AdapterFileError(f"the adapter's weights lack {error}; the file is truncated or of another adapter") from error
+            raise AdapterFileError(
+                f"the adapter's weights lack {error}; the file is truncated or of another adapter"
+            ) from error
         except UserWarning as warning:
             raise AdapterFileError(f"the adapter's weights are incomplete: {warning}") from warning

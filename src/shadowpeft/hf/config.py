@@ -121,15 +121,15 @@ class ShadowPeftConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):  # strings compare equal to their member
-            raise ConfigError(f"task_type is {self.task_type!r}; a shadow supports CAUSAL_LM and SEQ_CLS")
+        task: Any = self.task_type  # type: ignore[has-type]
+        if task not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):  # strings compare equal to their member
+            raise ConfigError(f"task_type is {task!r}; a shadow supports CAUSAL_LM and SEQ_CLS")
         super().__post_init__()
         self.peft_type = PeftType.SHADOWPEFT  # type: ignore[attr-defined]
         # Found by the tuner for each base; an attribute, not a field, since it says nothing that a file should hold.
         self.target_modules: str | None = None
         self._loaded = self.base_fingerprint is not None
-        if self.task_type is not None:
-            self.task_type = TaskType(self.task_type)
+        self.task_type = None if task is None else TaskType(task)
         for name in ("r", "update_hidden_size", *_MIRROR_ONLY):
             value = getattr(self, name)
             optional = name != "r"

@@ -59,16 +59,16 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         ConfigError: if there is no such adapter.
         UnsupportedModelError: if the stock class cannot express the base's head (named in the message).
     """
-    hub = find_hub(model)
-    base = adapted_base(model)
-    name = adapter_name or (hub.active_adapters[0] if hub.active_adapters else None)
+    hub: Any = find_hub(model)
+    base: Any = adapted_base(model)
+    name: Any = adapter_name or (hub.active_adapters[0] if hub.active_adapters else None)
     if name not in hub.shadowpeft_backbone:
         raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
     parts = anatomy(base)
     backbone: Any = hub.shadowpeft_backbone[name]
     projection = hub.shadowpeft_projection[name].weight if name in hub.shadowpeft_projection else None
     own_embedding = hub.embedding(name)
-    embedding = base.get_input_embeddings() if own_embedding is None else own_embedding
+    embedding: Any = base.get_input_embeddings() if own_embedding is None else own_embedding
     classifier = name in hub.shadowpeft_head
     head = hub.shadowpeft_head[name] if classifier else base.get_output_embeddings()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError
@@ -32,7 +32,7 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
     return None
 
 
-def lm_logits(head: nn.Module, config: PreTrainedConfig, state: Tensor) -> Tensor:
+def lm_logits(head: Any, config: PreTrainedConfig, state: Tensor) -> Tensor:
     """``W_lm s`` (Eqs. 8 and 11) as the base computes it: ``(..., d)`` to ``(..., V)``."""
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype

@@ -297,7 +297,8 @@ def before_backbone(
         use_cache=view is not None,
         **passed,
     )
-    call.norm = hub.shadowpeft_norm[adapter] if adapter in hub.shadowpeft_norm else None  # type: ignore[assignment]
+    norms: Any = hub.shadowpeft_norm  # a ModuleDict has no get()
+    call.norm = norms[adapter] if adapter in norms else None  # noqa: SIM401
     first = hub.configs[adapter].mathematics()["first_refined_layer"]
     call.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
     kwargs[CALL] = call

@@ -50,7 +50,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.configs: dict[str, ShadowPeftConfig] = {}
 
     def add(
-        self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: nn.Module | None
+        self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any
     ) -> None:
         """Put the parts of one adapter in place.
 
@@ -77,7 +77,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
             else:
                 parts.backbone.shadow_embedding = embedding
         if config.use_update and config.mathematics()["update_norm"] and steps > 1:
-            self.shadowpeft_norm[adapter] = UpdateNorm(d).to(reference.device)
+            self.shadowpeft_norm[adapter] = UpdateNorm(d).to(device=reference.device)
         if head is not None:
             copy = nn.Linear(d, head.weight.shape[0], bias=getattr(head, "bias", None) is not None)
             with torch.no_grad():
@@ -166,7 +166,7 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
 
     def forward(self, adapter: str, h: Tensor, s: Tensor, norm: UpdateNorm | None) -> tuple[Tensor, Tensor]:
         """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
-        update = self.shadowpeft_update[adapter] if adapter in self.shadowpeft_update else None
+        update = self.shadowpeft_update[adapter] if adapter in self.shadowpeft_update else None  # noqa: SIM401
         return refine(h, s, self.shadowpeft_injection[adapter], self.alpha[adapter], update, norm)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -34,7 +34,7 @@ class ShadowModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = ShadowTunerLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         with clean_on_failure(model):
