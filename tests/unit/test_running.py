@@ -2,11 +2,14 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from naive import NaiveShadow, assert_same_gradients
+from shadowpeft.errors import UnsupportedModelError
 from tiny import ARCHITECTURES, KINDS, adapt, base, padded, tokens
 
 CLOSE = dict(rtol=2e-4, atol=2e-5)  # noqa: C408
@@ -51,6 +54,31 @@ def test_checkpointing_runs_the_layers_again():
     adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted(**batch()).loss.backward()
     assert len(calls) == 12
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_are_checkpointed_together_with_their_hooks(reentrant):
+    # as transformers did up to 5.22
+    adapted = adapt(base("llama")).train()
+    plain = copy.deepcopy(adapted)
+    for layer in adapted.get_base_model().model.layers:
+        kind = type(layer)
+
+        class Whole(kind):
+            def __call__(self, *args, _call=kind.__call__, **kwargs):
+                return checkpoint(partial(_call, self, **kwargs), *args, use_reentrant=reentrant)
+
+        layer.__class__ = Whole
+    if reentrant:
+        with pytest.raises(UnsupportedModelError, match=r"'use_reentrant': False"):
+            adapted(**batch())
+        return
+    for each in (adapted, plain):
+        each(**batch(), use_cache=False).loss.backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name)
 
 
 def test_checkpointing_with_dropout_draws_the_same_mask_again():

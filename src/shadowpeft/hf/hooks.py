@@ -347,6 +347,13 @@ def before_layer(
             f"decoder layer {link.layer} was called without the shadow's state; call the whole model (if you did, this "
             "architecture does not pass keyword arguments on to its layers and is not supported)"
         )
+    if call.trajectory.keep_all and not torch.is_grad_enabled():
+        # up to 5.22 transformers checkpoints a layer together with its hooks; a reentrant checkpoint then cuts the path
+        # of gradients through the shadow state, which is no positional input of the layer
+        raise UnsupportedModelError(
+            f"decoder layer {link.layer} runs inside a reentrant checkpoint, which loses the shadow's gradients; use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or transformers 5.23 or newer"
+        )
     h = args[0] if args else kwargs["hidden_states"]
     s = call.trajectory.read(link.layer).to(h.device)
     norm = call.norm
