@@ -79,7 +79,7 @@ def mixed_rows() -> list[dict[str, Any]]:
     ]
 
 
-def run_file(folder: Path, base: str, train: str, **sections: Any) -> dict[str, Any]:
+def run_file(folder: Path, base: str, train: str, /, **sections: Any) -> dict[str, Any]:
     """The content of a run file for the tiny base; ``sections`` extend or replace parts of it."""
     content: dict[str, Any] = {
         "base": base,

@@ -21,6 +21,7 @@ def _register() -> None:
     from peft.utils import peft_types
 
     if NAME.upper() in peft_types.PeftType.__members__:
+        _refresh()
         return
     # PeftType is a str enum without an extension point, and transformers' adapter loading reads `.value` from the
     # member, so a plain string will not do: add a real member.
@@ -38,6 +39,18 @@ def _register() -> None:
     peft_types.register_peft_method(name=NAME, config_cls=ShadowPeftConfig, model_cls=ShadowModel, prefix=PREFIX)
 
 
+def _refresh() -> None:
+    """Point PEFT at this copy of the classes: a notebook may drop the package from ``sys.modules`` and import it again."""
+    from peft import mapping
+
+    from shadowpeft.hf.config import ShadowPeftConfig
+    from shadowpeft.hf.model import ShadowModel
+
+    member: Any = NAME.upper()
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = ShadowPeftConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = ShadowModel
+
+
 class _Loader(importlib.abc.Loader):
     """PEFT's own loader, with the registration after it."""
 
@@ -48,12 +61,21 @@ class _Loader(importlib.abc.Loader):
         return self.inner.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         self.inner.exec_module(module)
         _register()
+        _remove_finders()  # last: if PEFT cannot be imported, the next attempt must register too
 
     def __getattr__(self, name: str) -> Any:  # get_data, get_source, ...: importlib.resources and inspect ask for them
         return getattr(self.inner, name)
+
+
+def _is_ours(finder: Any) -> bool:
+    # by name: after this module was reloaded, an earlier finder is of another class
+    return type(finder).__name__ == "_Finder" and type(finder).__module__ == __name__
+
+
+def _remove_finders() -> None:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -65,7 +87,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         if fullname != "peft":
             return None
         for finder in sys.meta_path:
-            spec = None if isinstance(finder, _Finder) else finder.find_spec(fullname, path, target)
+            spec = None if _is_ours(finder) else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Loader(spec.loader)
@@ -78,4 +100,5 @@ def register_when_peft_loads() -> None:
     if "peft" in sys.modules:
         _register()
     else:
+        _remove_finders()
         sys.meta_path.insert(0, _Finder())

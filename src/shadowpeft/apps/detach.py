@@ -31,6 +31,8 @@ def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) ->
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
     """Save a detached model; returns class, parameters, bytes and folder."""
+    from shadowpeft.train.trainer import WRITE_ERRORS, reason
+
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -39,9 +41,9 @@ def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object
         tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
-    except OSError as error:
+    except WRITE_ERRORS as error:
         raise ShadowPeftError(
-            f"the edge model could not be written to '{folder}' ({error.strerror or error})"
+            f"the edge model could not be written to '{folder}' ({reason(error)}); free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

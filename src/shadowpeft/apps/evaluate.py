@@ -23,7 +23,10 @@ def main(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Evaluate and print one row a mode: loss per answer token, and exact match or intent accuracy."""
+    """Evaluate and print one row a mode: loss per answer token, and exact match or intent accuracy.
+
+    A mode is asked what its own path learns: a row with ``path`` or ``shadow_response`` counts as in training.
+    """
     unknown = [m for m in modes if m not in MODES]
     if unknown:
         raise ConfigError(f"mode '{unknown[0]}' is unknown; choose from {', '.join(MODES)}")
@@ -46,13 +49,15 @@ def main(
     model = shadowpeft.load(adapter, base)
     length = getattr(model.config, "max_position_embeddings", 10**9)
     sequences = chat.encode(checked, tokenizer, max_length=length, system=system)
-    if not sequences:
-        raise DataError(f"'{data}' has no rows to evaluate")
+    _check_paths(data, modes, sequences)
     console = Console(stderr=True)
     results: dict[str, Any] = {"adapter": adapter, "data": data, "rows": len(raw), "modes": {}}
     for mode in modes:
-        with in_mode(model, mode) as runner, bar(console, mode, len(raw), quiet=as_json) as progress:
-            record: dict[str, Any] = dict(evaluate.answer_loss(runner, sequences, tokenizer.pad_token_id))
+        detached = mode == "detached"
+        mine = [s for s in sequences if (s.shadow if detached else s.base)]
+        asked = [row for row in checked if row["path"] in ("both", "shadow" if detached else "base")]
+        with in_mode(model, mode) as runner, bar(console, mode, len(asked), quiet=as_json) as progress:
+            record: dict[str, Any] = dict(evaluate.answer_loss(runner, mine, tokenizer.pad_token_id))
             if robot:
                 actions, _ = evaluate.intents(
                     runner, tokenizer, raw, system=system, batch_size=batch_size, progress=progress
@@ -62,10 +67,11 @@ def main(
                 hits = evaluate.exact_match(
                     runner,
                     tokenizer,
-                    checked,
+                    asked,
                     system=system,
                     max_new_tokens=max_new_tokens,
                     batch_size=batch_size,
+                    detached=detached,
                     progress=progress,
                 )
         results["modes"][mode] = {**record, **evaluate.accuracy(hits)}
@@ -77,3 +83,12 @@ def main(
         low, high = r["interval"]
         table.add_row(mode, f"{r['loss']:.3f}", f"{r['accuracy']:.1%}", f"{low:.1%} - {high:.1%}", str(r["n"]))
     Console().print(table)
+
+
+def _check_paths(data: str, modes: list[str], sequences: list[Any]) -> None:
+    for mode in modes:
+        path = "shadow" if mode == "detached" else "base"
+        if not any(getattr(s, path) for s in sequences):
+            raise DataError(
+                f"'{data}' has no row for the {path} path, which mode '{mode}' answers with; leave that mode out"
+            )

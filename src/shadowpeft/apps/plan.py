@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -50,7 +51,8 @@ def plan(run: Any) -> dict[str, Any]:
 
     steps = t.max_steps
     if steps is None:
-        steps = round((t.epochs or 1.0) * len(sequences) / (t.batch_size * t.gradient_accumulation) + 0.5)
+        batches = math.ceil(len(sequences) / t.batch_size)
+        steps = math.ceil((t.epochs or 1.0) * max(math.ceil(batches / t.gradient_accumulation), 1))
     mean = sum(len(s.ids) for s in sequences) / len(sequences)
     longest = max(len(s.ids) for s in sequences)
     through_base = sum(len(s.ids) for s in sequences if s.base) / sum(len(s.ids) for s in sequences)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.errors import ShadowPeftError
 
 
 def main(run_file: str, resume: bool, as_json: bool) -> None:
@@ -17,3 +18,12 @@ def main(run_file: str, resume: bool, as_json: bool) -> None:
 
     summary = train(run, resume=resume, quiet=as_json)
     show(Console(), summary, "run", as_json)
+    if summary["interrupted"]:
+        raise InterruptedRunError(
+            f"stopped after step {summary['steps']} of {summary['planned_steps']}; continue with: shadowpeft train {run_file} "
+            "--resume"
+        )
+
+
+class InterruptedRunError(ShadowPeftError):
+    """Ctrl-C ended the run early; its checkpoint and adapter are saved."""

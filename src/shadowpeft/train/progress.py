@@ -43,8 +43,8 @@ class RunCallback(TrainerCallback):
         # a resumed run repeats steps after its checkpoint: keep only the metrics up to it
         metrics = self.folder / "metrics.jsonl"
         if metrics.is_file():
-            kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
-            metrics.write_text("".join(line + "\n" for line in kept))
+            kept = [record for record in read_metrics(self.folder) if record["step"] <= state.global_step]
+            metrics.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         if not self.quiet:
             self._progress = Progress(
                 TextColumn("training"),
@@ -79,6 +79,8 @@ class RunCallback(TrainerCallback):
         if self.interrupted:
             control.should_training_stop = True
             control.should_save = True
+        if self.interrupted or state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps are part of the record however long log_every is
         return control
 
     def on_log(
@@ -105,18 +107,25 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the bar away and give Ctrl-C back."""
+        self.close()
+
+    def close(self) -> None:
+        """The same, also for a run that ended with an error; a second call does nothing."""
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The records of ``metrics.jsonl``."""
+    """The records of ``metrics.jsonl``; a last line that a kill cut short is no record."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in whole if line]
 
 
 def plot_losses(folder: Path) -> Path:

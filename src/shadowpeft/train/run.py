@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
-from shadowpeft.train.trainer import ShadowTrainer, sync
+from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -80,6 +81,8 @@ def load_tokenizer(base: str) -> Any:
             f"the tokenizer of base '{base}' could not be loaded: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"the tokenizer of base '{base}' has neither a pad nor an eos token; give it one of them")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -168,16 +171,13 @@ def train(
     t = run.training
     prepare_cpu(t.threads)
     folder = Path(run.output)
-    if folder.exists() and any(folder.iterdir()) and not resume:
-        raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or continue with --resume")
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if resume and last is None:
-        raise ConfigError(f"there is no checkpoint in '{folder}' to resume from; start without --resume")
-    if resume:
-        _check_same_run(run, folder)
+    last = _start_or_resume(run, folder, resume)
+    _check_loggers(run)
 
     tokenizer = load_tokenizer(run.base)
     training, validation, record = encode_run(run, tokenizer)
+    if resume:
+        _check_same_data(record, folder)
     model = build_model(run, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(s.ids) for s in training + (validation or []))
@@ -205,6 +205,7 @@ def train(
         gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
         bf16=t.precision == "bfloat16",
         fp16=t.precision == "float16",
+        use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps" if validation is not None and t.eval_every else "no",
         eval_steps=t.eval_every,
         save_strategy="steps" if t.save_every else "no",
@@ -231,41 +232,105 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=last if resume else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=last)
+    finally:
+        shown.close()
     seconds = time.monotonic() - started
-    final = trainer.evaluate() if validation is not None and not shown.interrupted else {}
 
     summary = {
         "steps": int(trainer.state.global_step),
         "planned_steps": int(trainer.state.max_steps),
-        "interrupted": shown.interrupted,
+        "interrupted": shown.interrupted and trainer.state.global_step < trainer.state.max_steps,
         "seconds": round(seconds, 1),
         "train_loss": result.training_loss,
-        **{k: final[k] for k in ("eval_task_loss", "eval_shadow_loss") if k in final},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "base": run.base,
         "adapter": str(folder / "adapter"),
     }
     save_adapter(model, tokenizer, folder / "adapter", run, summary, record)
+    if validation is not None and not summary["interrupted"]:  # after saving: what fails here costs no training
+        final = trainer.evaluate()
+        summary.update({key: final[key] for key in ("eval_task_loss", "eval_shadow_loss")})
+        write_text(folder / "adapter" / "README.md", model_card(run, summary, record))
     if read_metrics(folder):
         plot_losses(folder)
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def _check_same_run(run: RunConfig, folder: Path) -> None:
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    now = run.model_dump()
-    changed = [
-        f"{section}.{key}"
-        for section in ("data", "shadow")
-        for key in now[section]
-        if stored.get(section, {}).get(key) != now[section][key]
-    ]
-    if stored.get("base") != run.base or changed:
+def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
+    """The checkpoint to continue from, or None for a new run."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"the run folder '{folder}' is a file; choose another output")
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not resume:
+        if folder.is_dir() and any(folder.iterdir()):
+            way = "continue with --resume" if last is not None else "remove it (it holds no checkpoint)"
+            raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or {way}")
+        return None
+    if last is None:
         raise ConfigError(
-            f"the run in '{folder}' was started with other settings ({', '.join(changed) or 'base'}); resume with the "
-            "configuration it was started with"
+            f"there is no checkpoint in '{folder}' to resume from; remove the folder if it exists and start without --resume"
+        )
+    _check_same_run(run, folder)
+    return last
+
+
+def _check_loggers(run: RunConfig) -> None:
+    for name in run.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"training.report_to names {name}, which is not installed; run: pip install 'shadowpeft[{name}]'"
+            )
+
+
+def _stored(file: Path) -> dict[str, Any]:
+    """A record of the run that is resumed (JSON is YAML, too)."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"'{file}', the record of the run to resume, cannot be read ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{file}', the record of the run to resume, is damaged; start a new run")
+    return content
+
+
+def _check_same_data(record: dict[str, Any], folder: Path) -> None:
+    stored = _stored(folder / "data.json")
+    for part, now in record.items():
+        if stored.get(part, {}).get("sha256") != now["sha256"]:
+            raise ConfigError(
+                f"the {part} data '{now['source']}' has changed since the run in '{folder}' was started; restore it or start "
+                "a new run"
+            )
+
+
+_FREE = (
+    "eval_batch_size",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "threads",
+    "report_to",
+)
+"""Settings that may change when a run is resumed: none of them is part of what is optimised."""
+
+
+def _check_same_run(run: RunConfig, folder: Path) -> None:
+    stored, now = _stored(folder / "config.yaml"), run.model_dump()
+    changed = ["base"] if stored.get("base") != run.base else []
+    changed += [
+        f"{section}.{key}"
+        for section in ("data", "shadow", "training")
+        for key in now[section]
+        if key not in _FREE and (stored.get(section) or {}).get(key) != now[section][key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run in '{folder}' was started with other settings ({', '.join(changed)}); resume with the configuration "
+            "it was started with"
         )
 
 
@@ -273,23 +338,24 @@ def save_adapter(
     model: PeftModel, tokenizer: Any, folder: Path, run: RunConfig, summary: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Write the adapter with tokenizer and model card, beside and renamed: a failure leaves the previous one whole."""
-    beside = folder.parent / f"partial-{folder.name}"
+    beside, old = folder.parent / f"partial-{folder.name}", folder.parent / f"old-{folder.name}"
     shutil.rmtree(beside, ignore_errors=True)
     try:
         model.save_pretrained(str(beside))
         tokenizer.save_pretrained(str(beside))
         (beside / "README.md").write_text(model_card(run, summary, record), encoding="utf-8")
         sync(beside)
-        old = folder.parent / f"old-{folder.name}"
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(beside, folder)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except WRITE_ERRORS as error:
+        if old.is_dir() and not folder.exists():
+            os.replace(old, folder)
         raise ShadowPeftError(
-            f"the adapter could not be written to '{folder}' ({error.strerror or error}); what was there before is "
-            "untouched, free some space and save again"
+            f"the adapter could not be written to '{folder}' ({reason(error)}); what was there before is untouched, free "
+            "some space and resume from the newest checkpoint"
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from shadowpeft.core import count_targets
+from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.hf.detach import adapted_base, find_hub
 from shadowpeft.hf.hooks import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub
 
 _PARTIAL = "partial-"
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
+"""What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError."""
 
 
 class ShadowLossMixin:
@@ -88,10 +95,12 @@ class ShadowLossMixin:
         alone: Tensor | None = None
         if model.training and shadow_labels is not None and labels is not None and trainer.args.world_size == 1:
             only = _shadow_only_rows(labels, inputs)
-            if only is not None:
+            if only is not None and shadow_items is not None:
                 rest, only_rows = _split(inputs, only)
-                alone = shadow_path_loss(adapted_base(trainer.model), hub, only_rows, items=shadow_items) * weight
-                self._add("shadow_loss", alone / weight if weight else alone)
+                with trainer.accelerator.autocast():  # as accelerate does around the model's own forward
+                    own = shadow_path_loss(adapted_base(trainer.model), hub, only_rows, items=shadow_items)
+                self._add("shadow_loss", own)
+                alone = own * weight
                 if rest is None:
                     return (alone, None) if return_outputs else alone
                 inputs, shadow_labels, labels = rest, rest["shadow_labels"], rest["labels"]
@@ -101,20 +110,21 @@ class ShadowLossMixin:
             inputs["shadow_labels"] = labels
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
+        with _both_losses(adapted_base(trainer.model)) as losses:
+            loss, outputs = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        task, shadow = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss)
         if own_loss:  # stock Trainer takes the labels away, so the model reports the shadow's loss alone
-            loss, outputs = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-            self._report(loss / scale, outputs.shadow_loss, labels, inputs["shadow_labels"])
+            task = loss / scale
+            if not model.training and trainer.label_smoother is not None:  # smoothing is for training alone
+                assert labels is not None
+                task = _plain_loss(outputs["logits"], labels, shifted=_shifts(trainer))
+            self._report(task, shadow, labels, inputs["shadow_labels"])
             if model.training:
-                loss = loss + weight * scale * outputs.shadow_loss
+                loss = loss + weight * scale * shadow
         else:
-            loss, outputs = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-            if hasattr(outputs, "task_loss"):
-                goals = labels if shadow_labels is None else shadow_labels
-                self._report(outputs.task_loss, outputs.shadow_loss, labels, goals)
+            self._report(task, shadow, labels, labels if shadow_labels is None else shadow_labels)
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
@@ -122,6 +132,8 @@ class ShadowLossMixin:
     # --------------------------------------------------------------------------------------------------- both reported
 
     def _add(self, key: str, value: Tensor | None) -> None:
+        if not self._sums:  # the first since the last log, or since the run was resumed
+            self._since = int(self.state.global_step)  # type: ignore[attr-defined]
         if value is not None:
             self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
 
@@ -145,7 +157,7 @@ class ShadowLossMixin:
         if "loss" in logs and self._sums:
             steps = max(trainer.state.global_step - self._since, 1)
             logs = {**logs, **{key: value / steps for key, value in self._sums.items()}}
-            self._sums, self._since = {}, trainer.state.global_step
+            self._sums = {}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +169,15 @@ class ShadowLossMixin:
             output.metrics[f"{prefix}_{key}"] = total / max(n, 1.0)
         return output
 
-    # ------------------------------------------------------------------------------------------------------- optimiser
+    # ------------------------------------------------------------------------------------------------ order, optimiser
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        stock = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        if type(stock) is not LengthGroupedSampler:
+            return stock
+        seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
+        return EpochSampler(stock.batch_size, stock.lengths, seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, with a learning rate of its own for the shadow backbone."""
@@ -195,9 +215,17 @@ class ShadowLossMixin:
         self._run_dir = str(beside)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
+                trainer.state.best_model_checkpoint = str(run_dir / name)
+                trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
             sync(beside / name)
             shutil.rmtree(run_dir / name, ignore_errors=True)
             os.replace(beside / name, run_dir / name)
+        except WRITE_ERRORS as error:
+            raise ShadowPeftError(
+                f"{name} could not be written to '{run_dir}' ({reason(error)}); earlier checkpoints are untouched, free some "
+                "space and resume"
+            ) from error
         finally:
             self._run_dir, trainer.args.save_total_limit = None, limit
             shutil.rmtree(beside, ignore_errors=True)
@@ -209,8 +237,34 @@ class ShadowLossMixin:
         )
 
 
+class EpochSampler(LengthGroupedSampler):
+    """Batches of rows of similar length, in an order that seed and epoch alone decide.
+
+    The stock sampler draws from the global generator, whose state at the start of an epoch is gone when a run is resumed
+    in the middle of a second epoch; such a run would see other rows.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(super().__iter__())
+
+
 class ShadowTrainer(ShadowLossMixin, Trainer):
     """transformers' ``Trainer`` for a model with a shadow adapter; see :class:`ShadowLossMixin`."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a write failed, in a few words."""
+    text = str(getattr(error, "strerror", None) or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def sync(folder: Path) -> None:
@@ -223,9 +277,34 @@ def sync(folder: Path) -> None:
             os.close(handle)
 
 
+@contextmanager
+def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+    """``(task_loss, shadow_loss)`` of every forward inside: accelerate's copy of a 16-bit output has lost the attributes."""
+    seen: list[tuple[Any, Any]] = []
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        if hasattr(output, "shadow_loss"):
+            seen.append((output.task_loss, output.shadow_loss))
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def _shifts(trainer: Any) -> bool:
     hub: ShadowHub = find_hub(trainer.model)
     return hub.active_name() not in hub.shadowpeft_head
+
+
+def _plain_loss(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
+    """Mean cross-entropy of the targets, without smoothing."""
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return token_cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), count_targets(labels, shifted=False)
+    )
 
 
 def _device_scale(trainer: Any, items: Any) -> float:
