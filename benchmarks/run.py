@@ -85,8 +85,14 @@ def clock(run: Any) -> float:
 def decode(model: Any, ids: torch.Tensor, new: int) -> float:
     """Seconds per generated token."""
     seconds = clock(
-        lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new,
-                               do_sample=False, pad_token_id=2)
+        lambda: model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=new,
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=2,
+        )
     )
     return seconds / new
 
@@ -181,14 +187,20 @@ def main() -> None:
         if "decode" in chosen:
             runs = {n: (lambda m=m: decode(m, short, args.new_tokens)) for n, m in models.items()}
             times = rounds(runs, args.rounds)
-            result["decode"] = {"ratio_to_base": ratios(times, "base"),
-                                "median_ms_per_token": {n: round(1000 * statistics.median(t), 2) for n, t in times.items()}}
+            result["decode"] = {
+                "ratio_to_base": ratios(times, "base"),
+                "median_ms_per_token": {n: round(1000 * statistics.median(t), 2) for n, t in times.items()},
+            }
         if "prefill" in chosen:
             times = rounds({n: (lambda m=m: prefill(m, long)) for n, m in models.items()}, args.rounds)
-            result["prefill_256"] = {"ratio_to_base": ratios(times, "base"),
-                                     "median_ms": {n: round(1000 * statistics.median(t), 1) for n, t in times.items()}}
+            result["prefill_256"] = {
+                "ratio_to_base": ratios(times, "base"),
+                "median_ms": {n: round(1000 * statistics.median(t), 1) for n, t in times.items()},
+            }
         if "growth" in chosen:
-            per = {new: statistics.median(decode(models["shadow"], short, new) for _ in range(3)) for new in (32, 64, 128)}
+            per = {
+                new: statistics.median(decode(models["shadow"], short, new) for _ in range(3)) for new in (32, 64, 128)
+            }
             result["ms_per_token_by_length"] = {str(k): round(1000 * v, 2) for k, v in per.items()}
         del models
         if "decode" in chosen:
@@ -203,8 +215,10 @@ def main() -> None:
     if "train" in chosen:
         steps = {"lora": Step(lora(rank)), "shadow": Step(shadow), "peft_shadow": Step(peft_shadow())}
         times = rounds({n: (lambda s=s: clock(s)) for n, s in steps.items()}, max(3, args.rounds // 2))
-        result["train_step"] = {"ratio_to_lora": ratios(times, "lora"),
-                                "median_seconds": {n: round(statistics.median(t), 2) for n, t in times.items()}}
+        result["train_step"] = {
+            "ratio_to_lora": ratios(times, "lora"),
+            "median_seconds": {n: round(statistics.median(t), 2) for n, t in times.items()},
+        }
         del steps
     if "memory" in chosen:
         result["train_memory_mib"] = {}

@@ -76,7 +76,9 @@ def main(out: str, full: bool, as_json: bool) -> None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         _print(result, Console())
-        console.print(f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}")
+        console.print(
+            f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}"
+        )
 
 
 def _train(folder: Path, full: bool, console: Console) -> tuple[dict[str, Any], Any, Any]:
@@ -136,17 +138,17 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     routed = [d if k else c for d, c, k in zip(on_device, in_cloud, kept, strict=True)]
     kept_remote = [routing_reason(a) == "known skill" for a in on_device_remote]
 
+    def spoken(made: list[str | None]) -> float:
+        return sum(a is None or a == "REMOTE" for a in made) / len(made)
+
     def hits(made: list[str | None]) -> dict[str, Any]:
         return evaluate.accuracy([a == b for a, b in zip(made, wanted, strict=True)])
 
-    spoken = lambda made: sum(a is None or a == "REMOTE" for a in made) / len(made)  # noqa: E731
     latency = {}
     single = [row["prompt"] for row in skills[:: max(1, len(skills) // 12)][:12]]
     for name, runner in (("detached", edge), ("attached", model)):
         answer(runner, tokenizer, single[:1], system=ROBOT_SYSTEM, max_new_tokens=12)
-        seconds = [
-            answer(runner, tokenizer, [p], system=ROBOT_SYSTEM, max_new_tokens=12)[0].seconds for p in single
-        ]
+        seconds = [answer(runner, tokenizer, [p], system=ROBOT_SYSTEM, max_new_tokens=12)[0].seconds for p in single]
         latency[name] = statistics.median(seconds) * 1000
     share = sum(kept) / len(kept)
     latency["routed"] = share * latency["detached"] + (1 - share) * (latency["detached"] + latency["attached"])
@@ -200,7 +202,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
 def _print(result: dict[str, Any], console: Console) -> None:
     skills, ms, size = result["skills"], result["median_milliseconds"], result["size"]
     table = Table(
-        "", "intent accuracy", "95 % interval", "median ms", title=f"skills, {skills['attached']['n']} held-out commands"
+        "",
+        "intent accuracy",
+        "95 % interval",
+        "median ms",
+        title=f"skills, {skills['attached']['n']} held-out commands",
     )
     for name in ("bare base", "attached", "detached", "routed"):
         r = skills[name]
@@ -221,7 +227,13 @@ def _print(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     table = Table("request", "where", "why", "answer", "ms", title="the paper's procedure: device first")
     for r in result["requests"]:
-        table.add_row(r["request"], r["where"], r["reason"].replace("[", "\\["), r["answer"].replace("[", "\\["), str(r["milliseconds"]))
+        table.add_row(
+            r["request"],
+            r["where"],
+            r["reason"].replace("[", "\\["),
+            r["answer"].replace("[", "\\["),
+            str(r["milliseconds"]),
+        )
     console.print(table)
 
 
@@ -255,7 +267,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = (("skill commands", on), ("open requests", 1 - off))
     for i, (_, device) in enumerate(rows):
         right.barh(i, 100 * device, color=colours["detached"], label="device" if i == 0 else None)
-        right.barh(i, 100 * (1 - device), left=100 * device, color=colours["attached"], label="cloud" if i == 0 else None)
+        right.barh(
+            i, 100 * (1 - device), left=100 * device, color=colours["attached"], label="cloud" if i == 0 else None
+        )
     right.set_yticks(range(2), [name for name, _ in rows])
     right.set_xlim(0, 100)
     right.set_xlabel("% of requests")
@@ -267,7 +281,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     size = result["size"]
     figure.suptitle(
         f"SmolLM2-135M with a shadow: adapter {size['adapter_parameters'] / 1e6:.1f}M parameters, "
-        f"{size['adapter_bytes'] / 1e6:.0f} MB; edge model {size['edge_parameters'] / 1e6:.0f}M, {size['edge_bytes'] / 1e6:.0f} MB"
+        f"{size['adapter_bytes'] / 1e6:.0f} MB; edge model {size['edge_parameters'] / 1e6:.0f}M, "
+        f"{size['edge_bytes'] / 1e6:.0f} MB"
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
