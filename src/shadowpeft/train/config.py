@@ -141,6 +141,8 @@ class RunConfig(_Strict):
     training: TrainingSection = Field(default_factory=TrainingSection)
     output: str = "runs/run"
     """Folder of the run."""
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hub id (owner/name) the adapter is uploaded to when the run has ended, with its model card; private if it is new."""
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:

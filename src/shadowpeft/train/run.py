@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
@@ -256,7 +258,26 @@ def train(
     if read_metrics(folder):
         plot_losses(folder)
     write_json(folder / "summary.json", summary)
+    if run.push_to_hub is not None:
+        push(folder / "adapter", run.push_to_hub)
     return summary
+
+
+def push(adapter: Path, hub_id: str) -> None:
+    """Upload an adapter's folder, model card included; the repository is made private if it does not exist.
+
+    Raises:
+        ShadowPeftError: if the Hub refuses or cannot be reached; the adapter stays where it is.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(hub_id, private=True, exist_ok=True)
+        api.upload_folder(folder_path=str(adapter), repo_id=hub_id, commit_message="Add shadow adapter")
+    except (HfHubHTTPError, OSError) as error:
+        raise ShadowPeftError(
+            f"the adapter is saved in '{adapter}' but could not be uploaded to '{hub_id}' ({str(error).splitlines()[0]}); "
+            "log in with `hf auth login` and upload that folder"
+        ) from error
 
 
 def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
