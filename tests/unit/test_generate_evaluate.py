@@ -1,0 +1,248 @@
+"""Answers in batches equal answers one by one, streamed equals whole, and evaluation counts what it says."""
+
+import math
+
+import pytest
+import torch
+
+import shadowpeft
+from chatbase import chat_model, chat_tokenizer
+from shadowpeft.apps.common import in_mode
+from shadowpeft.data import chat
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.evaluate import accuracy, answer_loss, exact_match, intents, target, wilson
+from shadowpeft.generate import answer, encode_prompts, routing_reason, stream
+from tiny import adapt
+
+PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "another one of middle length"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return adapt(chat_model(), auxiliary_loss_weight=0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chat_tokenizer()
+
+
+def ending(tokenizer):
+    """A model whose every second answer or so ends early: the end token is made likely."""
+    made = chat_model()
+    with torch.no_grad():
+        made.lm_head.weight[3] *= 3.0
+    return adapt(made)
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached", "base"])
+def test_batched_answers_are_those_given_one_by_one_in_order(model, tokenizer, mode):
+    done = []
+    with in_mode(model, mode) as runner:
+        together = answer(runner, tokenizer, PROMPTS, max_new_tokens=8, batch_size=3, progress=done.append)
+        alone = [answer(runner, tokenizer, [p], max_new_tokens=8)[0] for p in PROMPTS]
+    assert [a.text for a in together] == [a.text for a in alone]
+    assert [a.tokens for a in together] == [a.tokens for a in alone]
+    assert len({a.text for a in together}) > 2  # not all the same, or order could not be told
+    assert done == [3, 5]
+    assert all(a.seconds > 0 for a in together)
+
+
+def test_answers_end_where_the_end_token_is(tokenizer):
+    model = ending(tokenizer)
+    together = answer(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=5)
+    alone = [answer(model, tokenizer, [p], max_new_tokens=12)[0] for p in PROMPTS]
+    assert [(a.text, a.tokens) for a in together] == [(a.text, a.tokens) for a in alone]
+    assert len({a.tokens for a in together}) > 1  # some end early
+    assert min(a.tokens for a in together) < 12
+    assert all("<|im_end|>" not in a.text for a in together)
+
+
+def test_a_padding_token_that_is_the_end_token(tokenizer):
+    model = ending(tokenizer)
+    same = chat_tokenizer(pad="<|im_end|>")
+    expected = [(a.text, a.tokens) for a in answer(model, tokenizer, PROMPTS, max_new_tokens=12)]
+    assert [(a.text, a.tokens) for a in answer(model, same, PROMPTS, max_new_tokens=12)] == expected
+
+
+def test_modes_answer_differently(model, tokenizer):
+    found = []
+    for mode in ("attached", "detached", "base"):
+        with in_mode(model, mode) as runner:
+            found.append(tuple(a.text for a in answer(runner, tokenizer, PROMPTS, max_new_tokens=8)))
+    assert len(set(found)) == 3
+    with pytest.raises(ConfigError, match="mode is 'cloud'"), in_mode(model, "cloud"):
+        pass
+
+
+def test_message_lists_and_system(model, tokenizer):
+    plain = answer(model, tokenizer, ["sit"], max_new_tokens=6, system="be brief")
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "sit"}]
+    assert answer(model, tokenizer, [turns], max_new_tokens=6, system="ignored")[0].text == plain[0].text
+    assert answer(model, tokenizer, ["sit"], max_new_tokens=6)[0].text != plain[0].text
+    assert answer(model, tokenizer, []) == []
+
+
+def test_prompts_are_padded_on_the_left(tokenizer):
+    inputs = encode_prompts(tokenizer, [[{"role": "user", "content": p}] for p in ("x", "longer")], "cpu")
+    assert inputs["attention_mask"][0].tolist() == [0] * 5 + [1] * (inputs["input_ids"].shape[1] - 5)
+    assert inputs["input_ids"][0, :5].tolist() == [tokenizer.pad_token_id] * 5
+    assert tokenizer.decode(inputs["input_ids"][0, 5:]).endswith("<|im_start|>assistant\n")
+
+
+def test_sampling_follows_the_seed(model, tokenizer):
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return [a.text for a in answer(model, tokenizer, PROMPTS, max_new_tokens=8, do_sample=True, temperature=2.0)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize("how", ["answer", "stream"])
+def test_a_prompt_that_does_not_fit(model, tokenizer, how):
+    def ask(length):
+        if how == "answer":
+            return answer(model, tokenizer, ["x" * length], max_new_tokens=20)
+        return list(stream(model, tokenizer, [{"role": "user", "content": "x" * length}], max_new_tokens=20))
+
+    frame = len(tokenizer(chat.render_prompt(tokenizer, [{"role": "user", "content": ""}])).input_ids)
+    with pytest.raises(
+        DataError, match=rf"has {256 - 20 + 1} tokens and 20 more are asked for, but the model reads 256"
+    ):
+        ask(256 - 20 - frame + 1)
+    assert ask(256 - 20 - frame)
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached", "base"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_streamed_is_answered(model, tokenizer, mode, ends):
+    model = ending(tokenizer) if ends else model
+    with in_mode(model, mode) as runner:
+        for prompt in PROMPTS[:3]:
+            pieces = list(stream(runner, tokenizer, [{"role": "user", "content": prompt}], max_new_tokens=10))
+            assert "".join(pieces).strip() == answer(runner, tokenizer, [prompt], max_new_tokens=10)[0].text
+
+
+def test_streaming_stops_at_the_turns_end_that_only_the_template_knows(tokenizer):
+    made = ending(tokenizer)
+    made.generation_config.eos_token_id = None
+    other = chat_tokenizer(eos="<eos>")
+    expected = answer(ending(tokenizer), tokenizer, PROMPTS, max_new_tokens=12)
+    assert [a.tokens for a in answer(made, other, PROMPTS, max_new_tokens=12)] == [a.tokens for a in expected]
+    pieces = list(stream(made, other, [{"role": "user", "content": PROMPTS[0]}], max_new_tokens=12))
+    assert "".join(pieces).strip() == expected[0].text
+
+
+def test_a_failure_while_streaming_reaches_the_reader(model, tokenizer):
+    with pytest.raises(ValueError, match="temperature"):
+        list(
+            stream(
+                model, tokenizer, [{"role": "user", "content": "x"}], max_new_tokens=4, do_sample=True, temperature=-1.0
+            )
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [
+        # Newcombe (1998), table I, method 3 (Wilson without continuity correction)
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 0.8830, 1.0),
+    ],
+)
+def test_wilson(correct, n, low, high):
+    assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_accuracy():
+    assert wilson(0, 0) == (0.0, 1.0)
+    record = accuracy([True, False, True, True])
+    assert (record["accuracy"], record["n"]) == (0.75, 4)
+    assert record["interval"] == [round(x, 4) for x in wilson(3, 4)]
+
+
+def test_routing_reason():
+    assert routing_reason(None) == "unknown answer"
+    assert routing_reason("REMOTE") == "[REMOTE]"
+    assert routing_reason("Sit") == "known skill"
+
+
+def rows(tokenizer):
+    raw = [
+        {"prompt": "sit", "response": "[Sit()] ok"},
+        {"prompt": "why?", "response": "because of something longer"},
+        {"prompt": "stand", "response": "up"},
+    ]
+    checked = [chat.check_row(row, "row") for row in raw]
+    return checked, chat.encode(checked, tokenizer, max_length=256)
+
+
+@pytest.mark.parametrize("mode", ["attached", "detached", "base"])
+def test_the_loss_is_per_answer_token_however_rows_are_batched(model, tokenizer, mode):
+    _, sequences = rows(tokenizer)
+    with in_mode(model, mode) as runner:
+        found = [answer_loss(runner, sequences, 0, batch_size=size) for size in (1, 2, 8)]
+        total, count = 0.0, 0
+        for s in sequences:  # by hand: log-probabilities of the answer's tokens, one sequence at a time
+            with torch.no_grad():
+                log_p = runner(input_ids=torch.tensor([s.ids])).logits[0].log_softmax(-1)
+            for t in range(s.start, len(s.ids)):
+                total -= float(log_p[t - 1, s.ids[t]])
+                count += 1
+    for record in found:
+        assert record["loss"] == pytest.approx(total / count, rel=1e-5)
+        assert record["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+        assert record["tokens"] == count
+
+
+def test_the_detached_loss_is_the_shadow_loss(model, tokenizer):
+    _, sequences = rows(tokenizer)
+    batch = chat.ChatCollator(0)([s.features() for s in sequences])
+    with torch.no_grad():
+        out = model(**batch)
+    assert answer_loss(shadowpeft.detach(model), sequences, 0)["loss"] == pytest.approx(
+        float(out.shadow_loss), rel=1e-5
+    )
+    assert answer_loss(model, sequences, 0)["loss"] == pytest.approx(float(out.task_loss), rel=1e-5)
+
+
+def test_exact_match_counts_each_paths_own_answer(model, tokenizer):
+    said = {}
+    for mode in ("attached", "detached"):
+        with in_mode(model, mode) as runner:
+            said[mode] = answer(runner, tokenizer, ["sit"], max_new_tokens=6)[0].text
+    row = chat.check_row(
+        {"prompt": "sit", "response": said["attached"], "shadow_response": said["detached"] + " "}, "row"
+    )
+    wrong = chat.check_row({"prompt": "sit", "response": "something else"}, "row")
+    assert target(row, detached=False) == said["attached"]
+    for mode in ("attached", "detached"):
+        with in_mode(model, mode) as runner:
+            hits = exact_match(
+                runner,
+                tokenizer,
+                [row, wrong],
+                system=None,
+                max_new_tokens=6,
+                batch_size=2,
+                detached=mode == "detached",
+            )
+        assert hits == [True, False]
+
+
+def test_intents_are_parsed_from_answers(model, tokenizer, monkeypatch):
+    texts = iter(["[Sit()] ok", "[REMOTE] later", "[Fly()] no such", "words"])
+    monkeypatch.setattr(tokenizer.__class__, "decode", lambda self, ids, **options: next(texts))
+    actions, answers = intents(model, tokenizer, [{"prompt": "x"}] * 4, system=None, max_new_tokens=2)
+    assert actions == ["Sit", "REMOTE", None, None]
+    assert [a.text for a in answers] == ["[Sit()] ok", "[REMOTE] later", "[Fly()] no such", "words"]
