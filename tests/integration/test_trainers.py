@@ -96,9 +96,10 @@ def pair(name="llama", weight=LAMBDA, **fields):
 
 
 @pytest.mark.parametrize("cls", [Trainer, ShadowTrainer])
+@pytest.mark.parametrize("weight", [LAMBDA, 100.0])
 @pytest.mark.parametrize("kind", [{}, {"shadow_model": "small_llama"}], ids=["mirror", "explicit"])
-def test_one_step(tmp_path, cls, kind):
-    model, start, adapted = pair(**kind)
+def test_one_step(tmp_path, cls, kind, weight):
+    model, start, adapted = pair(weight=weight, **kind)
     gradients, _ = train(cls, adapted, rows(), tmp_path)
     check(model, start, gradients, **whole(rows()))
 
@@ -296,14 +297,14 @@ def plain_whole():
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(("name", "weight"), [("llama", LAMBDA), ("llama", 100.0), ("gemma3", LAMBDA)])
 @pytest.mark.parametrize("micro", [1, 4])
 @pytest.mark.parametrize("mixin", [False, True], ids=["stock", "mixin"])
-def test_sft_trainer(tmp_path, name, micro, mixin):
+def test_sft_trainer(tmp_path, name, weight, micro, mixin):
     from trl import SFTTrainer
 
     cls = type("Mixed", (ShadowLossMixin, SFTTrainer), {}) if mixin else SFTTrainer
-    model, start, adapted = pair(name)
+    model, start, adapted = pair(name, weight)
     gradients, _ = sft(
         cls, adapted, tmp_path, per_device_train_batch_size=micro, gradient_accumulation_steps=4 // micro
     )
