@@ -46,7 +46,8 @@ def plan(run: Any) -> dict[str, Any]:
         base = AutoModelForCausalLM.from_config(config)
     base_parameters = sum(p.numel() for p in base.parameters())
     embedding = base.get_input_embeddings().weight.numel()
-    model = get_peft_model(base, ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.model_dump()))
+    shadow = {**run.shadow.model_dump(), "projection_init": "random"}  # a start needs weights, which meta tensors lack
+    model = get_peft_model(base, ShadowPeftConfig(task_type="CAUSAL_LM", **shadow))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     steps = t.max_steps
