@@ -34,19 +34,21 @@ REQUESTS = (
 )
 """Ten requests of the shape of the paper's Table 3: skills in two languages, some indirect, and open-domain questions."""
 
-STEPS = 330
+STEPS = 170
 FULL_STEPS = 1600
 SETTINGS: dict[str, Any] = {
     "base": "smollm2-135m",
-    "data": {"train": "robot", "max_length": 128},
+    "data": {"train": "robot", "max_length": 128, "shadow_repeats": 3},
     "shadow": {
-        "shadow_alpha": 0.1,
+        "shadow_num_hidden_layers": 2,
+        "shadow_init": "base_layers",
+        "shadow_alpha": 0.5,
         "shadow_dropout": 0.1,
         "auxiliary_loss_weight": 1.0,
     },
     "training": {
-        "batch_size": 16,
-        "learning_rate": 1e-3,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
         "warmup": 0.05,
         "scheduler": "linear",
         "log_every": 10,

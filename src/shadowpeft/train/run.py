@@ -33,6 +33,7 @@ from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+ROBOT_REMOTE_REPEATS = 10
 ROBOT_SYSTEM = "You are a robot dog."
 """System message of the robot set: short, so that prompts stay short, and the same for training and use."""
 
@@ -52,7 +53,8 @@ def robot_rows(split: str) -> list[dict[str, Any]]:
     """Rows of the packaged robot set in the form of :mod:`shadowpeft.data.chat`.
 
     ``train`` joins the three training parts: skill commands for both paths, open-domain answers for the base path, open-domain
-    requests answered ``[REMOTE]`` for the shadow path (method.md, Appendix F).
+    requests answered ``[REMOTE]`` for the shadow path (method.md, Appendix F). The last are only 47, so they are repeated
+    ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions.
     """
     paths = {"train_remote_base": "base", "train_remote_shadow": "shadow"}
     names = {
@@ -64,7 +66,7 @@ def robot_rows(split: str) -> list[dict[str, Any]]:
             {"prompt": row["prompt"], "response": row["response"], "path": paths.get(name, "both")}, row["id"]
         )
         for name in names
-        for row in load_robot(name)
+        for row in load_robot(name) * (ROBOT_REMOTE_REPEATS if name == "train_remote_shadow" else 1)
     ]
 
 
