@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -403,11 +404,11 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(made, undisturbed, tmp_pa
         ({"training": {"report_to": ["wandb"]}}, ConfigError, r"wandb, which is not installed; run: pip install"),
     ],
 )
-def test_a_run_that_cannot_be_leaves_no_folder(made, tmp_path, sections, error, message):
-    if "report_to" in sections.get("training", {}):
-        import importlib.util
-
-        assert importlib.util.find_spec("wandb") is None
+def test_a_run_that_cannot_be_leaves_no_folder(made, tmp_path, monkeypatch, sections, error, message):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest)
+    )
     with pytest.raises(error, match=message):
         start(made, tmp_path / "run", **sections)
     assert not (tmp_path / "run").exists()
