@@ -117,9 +117,7 @@ def before_model(
     return (), kwargs
 
 
-def after_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str
-) -> Any:
+def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
     """Add ``task_loss``, ``shadow_loss`` and, where asked, ``shadow_logits`` and ``shadow_state``; join the losses."""
     call: ShadowCall | None = kwargs.get(CALL)
     if call is None:
@@ -131,51 +129,22 @@ def after_model(
             f"{type(model).__name__} does not pass keyword arguments on to its backbone; this architecture is not supported"
         )
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
-    config: PreTrainedConfig = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator, assignment]
     weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
-    s0 = call.trajectory.s0
+    training = model.training and torch.is_grad_enabled()
+    if call.fused:
+        return _join_fused(model, call, output, weight if training else 0.0)
     classifier = _is_classifier(hub, call.adapter)
     as_tuple = isinstance(output, tuple)
-    training = model.training and torch.is_grad_enabled()
-
-    task_loss = shadow_loss = None
-    if call.fused:
-        output.task_loss, output.shadow_loss = output.loss, None
-        if training and weight > 0:
-            if call.shadow_labels is not None:
-                raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
-            total = _shadow_sum(model, config, s0, _targets(call))
-            output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
-            output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
-        return output
-
-    logits = output[1 if call.labels is not None and not classifier else 0] if as_tuple else output.logits
-    if classifier:
-        pooled = pool_last(s0, config, call.input_ids, call.attention_mask)
-        head = hub.shadowpeft_head[call.adapter]
-        shadow_logits = head(pooled.to(head.weight.dtype))
-        if call.labels is not None:
-            task_loss = _classification_loss(model, logits, call.labels, call.num_items)
-        targets = call.labels if call.shadow_labels is None else call.shadow_labels
-        if targets is not None:
-            items = call.num_items if call.shadow_labels is None else call.shadow_num_items
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-                shadow_loss = _classification_loss(model, shadow_logits, targets, items)
-    else:
-        shadow_logits = None
-        if call.labels is not None:
-            task_loss = output[0] if as_tuple else output.loss
-        if call.labels is not None or call.shadow_labels is not None:
-            targets = _targets(call)
-            items = call.num_items if call.shadow_labels is None else call.shadow_num_items
-            if items is None:
-                items = count_targets(targets, shifted=False)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
-                total = _shadow_sum(model, config, s0, targets)
-                shadow_loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
-        if call.return_shadow:
-            head = model.get_output_embeddings()  # type: ignore[operator]
-            shadow_logits = lm_logits(head, config, _keep(s0, call.logits_to_keep))
+    if as_tuple and call.return_shadow:
+        raise ConfigError("return_shadow=True needs return_dict=True")
+    first = 1 if as_tuple and call.labels is not None and not classifier else 0  # where a tuple has its logits
+    logits = output[first] if as_tuple else output.logits
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (weight > 0 or call.return_shadow)):
+        shadow_loss, shadow_logits = (_classifier_path if classifier else _lm_path)(model, hub, call)
+    task_loss = None
+    if call.labels is not None:
+        stock = output[0] if as_tuple else output.loss
+        task_loss = _classification_loss(model, logits, call.labels, call.num_items) if classifier else stock
 
     loss = task_loss
     if task_loss is not None and training and shadow_loss is not None:
@@ -187,16 +156,60 @@ def after_model(
             logits, shadow_loss = supervision.demand_both(logits, shadow_loss)
 
     if as_tuple:
-        if call.return_shadow:
-            raise ConfigError("return_shadow=True needs return_dict=True")
-        rest = output[(2 if not classifier else 1) if call.labels is not None else 1 :]
-        return ((logits,) if loss is None else (loss, logits)) + tuple(rest)
+        return ((logits,) if loss is None else (loss, logits)) + tuple(output[first + 1 :])
     output.loss, output.logits = loss, logits
     # attributes, not fields: a field would turn Trainer's `predictions` into a tuple and break compute_metrics
     output.task_loss, output.shadow_loss = task_loss, shadow_loss
     if call.return_shadow:
-        output.shadow_logits, output.shadow_state = shadow_logits, s0
+        assert call.trajectory is not None
+        output.shadow_logits, output.shadow_state = shadow_logits, call.trajectory.s0
     return output
+
+
+def _join_fused(model: nn.Module, call: ShadowCall, output: Any, weight: float) -> Any:
+    """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
+    output.task_loss, output.shadow_loss = output.loss, None
+    if weight > 0:
+        if call.shadow_labels is not None:
+            raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
+        assert call.trajectory is not None
+        total = _shadow_sum(model, call.trajectory.s0, _targets(call))
+        output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
+        output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
+    return output
+
+
+def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
+    """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for."""
+    assert call.trajectory is not None
+    s0, loss, logits = call.trajectory.s0, None, None
+    if call.labels is not None or call.shadow_labels is not None:
+        targets = _targets(call)
+        items = call.num_items if call.shadow_labels is None else call.shadow_num_items
+        items = count_targets(targets, shifted=False) if items is None else items
+        total = _shadow_sum(model, s0, targets)
+        loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
+    if call.return_shadow:
+        kept = _keep(s0, call.logits_to_keep)
+        logits = lm_logits(model.get_output_embeddings(), _text_config(model), kept)  # type: ignore[operator]
+    return loss, logits
+
+
+def _classifier_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
+    """The shadow's loss (second term of Eq. 9) if there are targets, and its logits."""
+    assert call.trajectory is not None
+    pooled = pool_last(call.trajectory.s0, _text_config(model), call.input_ids, call.attention_mask)
+    head = hub.shadowpeft_head[call.adapter]
+    logits = head(pooled.to(head.weight.dtype))
+    targets = call.labels if call.shadow_labels is None else call.shadow_labels
+    if targets is None:
+        return None, logits
+    items = call.num_items if call.shadow_labels is None else call.shadow_num_items
+    return _classification_loss(model, logits, targets, items), logits
+
+
+def _text_config(model: nn.Module) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator, no-any-return]
 
 
 def _is_classifier(hub: ShadowHub, adapter: str) -> bool:
@@ -212,14 +225,18 @@ def _targets(call: ShadowCall) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
 
 
-def _shadow_sum(model: nn.Module, config: PreTrainedConfig, s0: Tensor, targets: Tensor) -> Tensor:
+def _shadow_sum(model: nn.Module, s0: Tensor, targets: Tensor) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def loss(rows: Tensor, goals: Tensor) -> Tensor:
-        logits = lm_logits(head, config, rows)
+        logits = lm_logits(head, _text_config(model), rows)
         return model.loss_function(  # type: ignore[operator, no-any-return]
-            logits=logits[None], labels=None, vocab_size=logits.shape[-1], num_items_in_batch=1, shift_labels=goals[None]
+            logits=logits[None],
+            labels=None,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=1,
+            shift_labels=goals[None],
         )
 
     targets = targets.to(s0.device)
@@ -383,7 +400,6 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     adapter = hub.active_name()
     if adapter is None:
         raise ConfigError("no adapter is enabled; enable or set one")
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     embedding = hub.embedding(adapter) or model.get_input_embeddings()  # type: ignore[operator]
     passed = {"position_ids": batch["position_ids"]} if batch.get("position_ids") is not None else {}
     s0 = hub.initial_state(
@@ -391,4 +407,4 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     )
     targets = F.pad(batch["shadow_labels"][..., 1:], (0, 1), value=IGNORE)
     count = count_targets(targets, shifted=False) if items is None else items
-    return _shadow_sum(model, config, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)
+    return _shadow_sum(model, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)
