@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, quiet_libraries
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, ShadowPeftError
 
 REQUESTS = (
     "Stand up, please!",
@@ -34,8 +34,8 @@ REQUESTS = (
 )
 """Ten requests of the shape of the paper's Table 3: skills in two languages, some indirect, and open-domain questions."""
 
-STEPS = 170
-FULL_STEPS = 1600
+STEPS = 260
+FULL_STEPS = 2800
 SETTINGS: dict[str, Any] = {
     "base": "smollm2-135m",
     "data": {"train": "robot", "max_length": 128, "shadow_repeats": 3},
@@ -44,11 +44,12 @@ SETTINGS: dict[str, Any] = {
         "shadow_init": "base_layers",
         "shadow_alpha": 0.5,
         "shadow_dropout": 0.1,
-        "auxiliary_loss_weight": 1.0,
+        "auxiliary_loss_weight": 4.0,
     },
     "training": {
-        "batch_size": 32,
+        "batch_size": 16,
         "learning_rate": 3e-3,
+        "backbone_lr_ratio": 1.5,
         "warmup": 0.05,
         "scheduler": "linear",
         "log_every": 10,
@@ -92,6 +93,11 @@ def _train(folder: Path, full: bool, console: Console) -> tuple[dict[str, Any], 
     content = {**SETTINGS, "output": str(folder / "run")}
     content["training"] = {**SETTINGS["training"], "max_steps": FULL_STEPS if full else STEPS}
     summary = train(parse_run(content, "the demo's run"), console=console)
+    if summary["interrupted"]:
+        raise ShadowPeftError(
+            f"training was stopped after {summary['steps']} of {summary['planned_steps']} steps, so there is no result; "
+            "run the demo again"
+        )
     adapter = summary["adapter"]
     return summary, shadowpeft.load(adapter), load_tokenizer_of(adapter, None)
 
