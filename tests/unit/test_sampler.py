@@ -1,0 +1,30 @@
+"""The order of training rows: batches of similar length, shuffled, decided by seed and epoch alone."""
+
+import torch
+
+from shadowpeft.train.trainer import EpochSampler
+
+LENGTHS = torch.randint(5, 80, (403,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def order(seed: int, epoch: int) -> list[int]:
+    sampler = EpochSampler(8, LENGTHS, seed)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_every_row_once_and_the_same_again() -> None:
+    assert sorted(order(0, 0)) == list(range(403))
+    torch.rand(3)  # the global generator has no say
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
+def test_batches_hold_similar_lengths_but_do_not_run_from_long_to_short() -> None:
+    lengths = torch.tensor([LENGTHS[i] for i in order(0, 0)][:400], dtype=torch.float64).view(50, 8)
+    within = (lengths.max(1).values - lengths.min(1).values).mean()
+    assert within < 5  # 8 random rows of lengths 5 to 79 spread over about 58
+    means = lengths.mean(1)
+    rank = torch.corrcoef(torch.stack([means, torch.arange(50, dtype=torch.float64)]))[0, 1]
+    assert abs(float(rank)) < 0.5  # the stock order within 50 batches has -1
