@@ -34,7 +34,7 @@ REQUESTS = (
 )
 """Ten requests of the shape of the paper's Table 3: skills in two languages, some indirect, and open-domain questions."""
 
-STEPS = 260
+STEPS = 350
 FULL_STEPS = 2800
 SETTINGS: dict[str, Any] = {
     "base": "smollm2-135m",
