@@ -5,6 +5,7 @@
 Decode: greedy tokens after a 32-token prompt. Prefill: 256 tokens. Training: one step of 4 x 128 tokens with AdamW, with
 LoRA at the rank whose trainable parameters come closest to the shadow's. Each ratio is the median over rounds of the
 time divided by the bare base's (training: by LoRA's) in the same round. Peak memory is measured in a process of its own.
+With --update, parts that are not measured keep their values in the record.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -104,15 +104,17 @@ def prefill(model: Any, ids: torch.Tensor) -> float:
 
 
 class Step:
-    """One training step: forward, backward, AdamW."""
+    """One training step on 4 x 128 tokens: forward, backward, AdamW; the first ``masked`` tokens of a row are no targets."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, masked: int = 0) -> None:
         self.model = model.train()
         self.optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         self.ids = torch.randint(0, 49000, (4, 128), generator=torch.Generator().manual_seed(0))
+        self.labels = self.ids.clone()
+        self.labels[:, :masked] = -100
 
     def __call__(self) -> None:
-        self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.model(input_ids=self.ids, labels=self.labels, use_cache=False).loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
 
@@ -140,15 +142,22 @@ def ratios(times: dict[str, list[float]], against: str) -> dict[str, float]:
 
 
 def peak(which: str, rank: int) -> None:
-    """Child process: two training steps, then the growth of peak memory over the loaded base, in MiB."""
-    torch.set_flush_denormal(True)
+    """Child process: two training steps; peak resident memory, and how far it is above that of the loaded model, in MiB."""
     model = ours() if which == "shadow" else peft_shadow() if which == "peft_shadow" else lora(rank)
     step = Step(model)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here: loading is not part of it
     step()
     step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"peak_mib": after / 1024, "grown_mib": (after - before) / 1024}))
+    print(json.dumps({"peak_mib": round(resident("VmHWM")), "above_model_mib": round(resident("VmHWM") - before)}))
+
+
+def resident(key: str) -> float:
+    """A line of this process's memory status (Linux), in MiB; ``ru_maxrss`` would inherit the parent's peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}; memory is measured on Linux only")
 
 
 def main() -> None:
@@ -159,6 +168,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--out", default="benchmarks/results.json")
     parser.add_argument("--only", default="decode,prefill,train,memory,growth")
+    parser.add_argument("--update", action="store_true")
     parser.add_argument("--peak", default=None)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
@@ -208,14 +218,19 @@ def main() -> None:
             times = rounds({n: (lambda m=m: decode(m, short, 8)) for n, m in pair.items()}, 3)
             result["decode"]["ratio_to_base"]["dora"] = ratios(times, "base")["dora"]
             del pair
-    shadow = ours()
-    budget = trainable(shadow)
+    budget = trainable(ours())
     rank = matched_rank(budget)
     result["matched"] = {"shadow_parameters": budget, "lora_rank": rank, "lora_parameters": trainable(lora(rank))}
-    if "train" in chosen:
-        steps = {"lora": Step(lora(rank)), "shadow": Step(shadow), "peft_shadow": Step(peft_shadow())}
+    for key, masked in (("train_step", 0), ("train_step_prompt_masked", 96)):
+        if "train" not in chosen:
+            break
+        steps = {
+            "lora": Step(lora(rank), masked),
+            "shadow": Step(ours(), masked),
+            "peft_shadow": Step(peft_shadow(), masked),
+        }
         times = rounds({n: (lambda s=s: clock(s)) for n, s in steps.items()}, max(3, args.rounds // 2))
-        result["train_step"] = {
+        result[key] = {
             "ratio_to_lora": ratios(times, "lora"),
             "median_seconds": {n: round(statistics.median(t), 2) for n, t in times.items()},
         }
@@ -226,6 +241,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--peak", which, "--rank", str(rank), "--threads", str(args.threads)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             result["train_memory_mib"][which] = json.loads(out.strip().splitlines()[-1])
+    if args.update and Path(args.out).is_file():
+        result = {**json.loads(Path(args.out).read_text(encoding="utf-8")), **result}
     Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
