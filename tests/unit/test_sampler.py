@@ -24,7 +24,7 @@ def test_every_row_once_and_the_same_again() -> None:
 def test_batches_hold_similar_lengths_but_do_not_run_from_long_to_short() -> None:
     lengths = torch.tensor([LENGTHS[i] for i in order(0, 0)][:400], dtype=torch.float64).view(50, 8)
     within = (lengths.max(1).values - lengths.min(1).values).mean()
-    assert within < 5  # 8 random rows of lengths 5 to 79 spread over about 58
+    assert within < 10  # windows of 12 batches cut lengths 5 to 79 into spans of about 6; 8 random rows span about 58
     means = lengths.mean(1)
     rank = torch.corrcoef(torch.stack([means, torch.arange(50, dtype=torch.float64)]))[0, 1]
     assert abs(float(rank)) < 0.5  # the stock order within 50 batches has -1
