@@ -39,7 +39,6 @@ slow: $(VENV)/dev  ## the tests that take long
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps shadow-peft
 	$(BIN)/python benchmarks/run.py
 
 clean:
