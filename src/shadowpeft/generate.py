@@ -1,4 +1,4 @@
-"""Text from a model, attached or detached: batched greedy or sampled answers to chat prompts, and the two-step procedure."""
+"""Text from a model, attached or detached: batched greedy or sampled answers to chat prompts, and why one is handed on."""
 
 from __future__ import annotations
 
@@ -149,23 +149,8 @@ def stream(
         raise failures[0]
 
 
-@dataclass(frozen=True)
-class Routed:
-    """What the two-step procedure did with one request (method.md, Appendix F)."""
-
-    device: Answer
-    cloud: Answer | None
-    reason: str
-    """"known skill", "[REMOTE]" or "unknown answer"."""
-
-    @property
-    def text(self) -> str:
-        """The answer the user gets."""
-        return self.device.text if self.cloud is None else self.cloud.text
-
-
 def routing_reason(action: str | None) -> str:
-    """Why an on-device answer with this action is kept or handed on."""
+    """Why an on-device answer with this action is kept ("known skill") or handed on (method.md, Appendix F)."""
     if action is None:
         return "unknown answer"
     return "[REMOTE]" if action == "REMOTE" else "known skill"
