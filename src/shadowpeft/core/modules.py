@@ -36,10 +36,13 @@ class Injection(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.w_down, a=math.sqrt(5))
 
-    def forward(self, h: Tensor, s: Tensor, alpha: float) -> Tensor:
-        """Base state ``h`` ``(B, T, d)`` and shadow state ``s`` ``(B, T, d)`` to the injected state ``(B, T, d)``."""
+    def forward(self, h: Tensor, s: Tensor, alpha: float, streams: int | None = None) -> Tensor:
+        """Base state ``h`` ``(B, T, d)`` and shadow state ``s`` ``(B, T, d)`` to the injected state ``(B, T, d)``.
+
+        With ``streams``, ``h`` has an axis of residual streams there; see :func:`shadowpeft.core.refine`.
+        """
         c = ops.correction(
-            h,
+            ops.read_streams(h, streams),
             s,
             self.w_down,
             self.w_up,
@@ -47,7 +50,7 @@ class Injection(nn.Module):
             dropout_first=self.dropout_first,
             training=self.training,
         )
-        return ops.inject(h, c, alpha)
+        return ops.inject(h, c if streams is None else c.unsqueeze(streams), alpha)
 
 
 class UpdateNorm(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from shadowpeft.core.modules import Injection, Update, UpdateNorm
+from shadowpeft.ops import read_streams
 
 
 def refine(
@@ -19,19 +20,22 @@ def refine(
     alpha: float,
     update: Update | None = None,
     norm: UpdateNorm | None = None,
+    streams: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``s^(l-1) = update(s^(l-2), h^(l-1))`` (Eqs. 5-7), then ``h~^(l-1) = inject(h^(l-1), s^(l-1))`` (Eqs. 2-4).
 
     Args:
         h: output of base layer l-1, ``(B, T, d)``. s: shadow state that reached it, ``(B, T, d)``.
         update: the update of layer l-1, or ``None`` at the first refined layer and in the ablation without updates.
+        streams: axis of ``h`` that counts parallel residual streams (hyper-connections, AltUp), or ``None`` for the usual
+            one stream. The shadow reads the mean over the streams and corrects each stream alike.
 
     Returns:
         the input of base layer l and the shadow state it was corrected with, both ``(B, T, d)``.
     """
     if update is not None:
-        s = update(s, h, norm)
-    return injection(h, s, alpha), s
+        s = update(s, read_streams(h, streams), norm)
+    return injection(h, s, alpha, streams), s
 
 
 class Trajectory:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,19 @@ _WIDTH_FIELDS = {
     "shadow_head_dim": ("head_dim",),
     "shadow_hidden_size": ("hidden_size",),
 }
+_BUILD_ERRORS = (
+    AttributeError,
+    AssertionError,
+    ConfigError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+_ORDINARY_TYPES = ("full_attention", "sliding_attention")
 _LINEAR_TYPES = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 
 
@@ -67,7 +82,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; a shadow needs a decoder-only model"
         )
-    length = int(text.num_hidden_layers)
+    length = _depth(text)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == length and _is_layer_list(name):
             parent = name.rpartition(".")[0]
@@ -83,8 +98,8 @@ def anatomy(model: nn.Module) -> Anatomy:
                 )
             return Anatomy(backbone, parent, module, name, text)
     raise UnsupportedModelError(
-        f"no list of {length} decoder layers was found in {type(model).__name__}; only decoder-only transformers models "
-        "are supported"
+        f"no list of {length} decoder layers, each of which runs once, was found in {type(model).__name__}; only decoder-only "
+        "transformers models are supported"
     )
 
 
@@ -92,27 +107,86 @@ def _is_layer_list(name: str) -> bool:
     return name.rpartition(".")[2] in ("layers", "h", "blocks", "layer", "block") and "shadow_hub" not in name
 
 
-def mirror_config(base: PreTrainedConfig, config: ShadowPeftConfig) -> PreTrainedConfig:
+def _depth(config: PreTrainedConfig) -> int:
+    """Number of decoder layers; the decoders of encoder-decoder families count them apart from the encoder's."""
+    return int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which layers of the base the layers of a mirrored shadow are modelled on."""
+
+    indices: list[int]
+    """For each layer of the shadow the layer of the base whose entries in per-layer lists it takes."""
+    kind: str | None = None
+    """An attention type that the base's own layers do not have, or None for that of ``indices``."""
+
+
+def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[LayerChoice]:
+    """What a mirrored shadow may be modelled on, best first.
+
+    The first full-attention layer, else one with a sliding window, else the first that is not recurrent, else the first.
+    Some architectures refuse or cannot run some type alone: then each other type in turn, and at last, if no depth is
+    asked for, one layer of each type. ``shadow_init="base_layers"``: the copied layers only.
+    """
+    depth = config.shadow_num_hidden_layers or 1
+    if config.shadow_init == "base_layers":
+        return [LayerChoice(copied_layers(base, depth))]
+    types = list(getattr(base, "layer_types", None) or [])
+    ordinary = [kind for kind in _ORDINARY_TYPES if kind in types]
+    order = [types.index(kind) for kind in ordinary]
+    order += [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
+    order += list(range(_depth(base)))
+    lists = [value for value in _per_layer(base).values() if len(value) == _depth(base)]
+    kinds: dict[str, int] = {}
+    for index in order:
+        kinds.setdefault(repr([value[index] for value in lists]), index)
+    choices = [LayerChoice([index] * depth) for index in kinds.values()]
+    if "layer_types" in vars(base) and not ordinary:
+        # every layer is of a special type (compressed, indexed); an ordinary one does for a shadow, where it is allowed
+        choices = [LayerChoice([index] * depth, kind) for kind in _ORDINARY_TYPES for index in kinds.values()] + choices
+    if config.shadow_num_hidden_layers is None and len(kinds) > 1:
+        choices.append(LayerChoice(sorted(kinds.values())))
+    return choices
+
+
+def _per_layer(base: PreTrainedConfig) -> dict[str, Any]:
+    """The stored fields of a configuration that say something of each layer, or name a cycle of layer types."""
+    length = _depth(base)
+    found = {}
+    for key, value in vars(base).items():
+        if isinstance(value, (list, tuple)) and value and not key.startswith("_"):
+            cycle = key.endswith("_types") and all(isinstance(kind, str) for kind in value) and len(value) < length
+            if len(value) == length or cycle:
+                found[key] = value
+    return found
+
+
+def mirror_config(
+    base: PreTrainedConfig, config: ShadowPeftConfig, choice: LayerChoice | None = None
+) -> PreTrainedConfig:
     """The base's configuration with fewer and, where asked, narrower layers.
 
-    Per-layer lists (layer types and the like) repeat the entry of the base's first full-attention layer; with
-    ``shadow_init="base_layers"`` they keep those of the layers that are copied.
+    Args:
+        choice: the layers whose entries in per-layer lists it takes; None: the first of :func:`layer_choices`.
 
     Raises:
         ConfigError: if a width is asked for that the architecture does not have or that does not divide.
     """
     new = copy.deepcopy(base)
-    length = int(base.num_hidden_layers)
-    depth = config.shadow_num_hidden_layers or 1
-    if config.shadow_init == "base_layers":
-        chosen = copied_layers(base, depth)
-    else:
-        types = list(getattr(base, "layer_types", None) or [])
-        chosen = [types.index("full_attention") if "full_attention" in types else 0] * depth
-    for key, value in list(vars(base).items()):
-        if isinstance(value, (list, tuple)) and len(value) == length and not key.startswith("_"):
-            setattr(new, key, [value[i] for i in chosen])
+    choice = layer_choices(base, config)[0] if choice is None else choice
+    depth = len(choice.indices)
+    for key, value in _per_layer(base).items():
+        setattr(new, key, [value[i % len(value)] for i in choice.indices])
+    if choice.kind is not None:
+        new.layer_types = [choice.kind] * depth
     new.num_hidden_layers = depth
+    for name in ("decoder_layers", "encoder_layers"):
+        if hasattr(new, name):
+            setattr(new, name, depth)
+    for counter, most in (("max_window_layers", depth), ("num_kv_shared_layers", 0)):
+        if getattr(new, counter, None) is not None:
+            setattr(new, counter, min(getattr(new, counter), most))
     for ours, theirs in _WIDTH_FIELDS.items():
         wanted = getattr(config, ours)
         if wanted is None:
@@ -121,8 +195,8 @@ def mirror_config(base: PreTrainedConfig, config: ShadowPeftConfig) -> PreTraine
         if name is None:
             raise ConfigError(f"{ours}={wanted} was given but {base.model_type} has no such width; remove it")
         setattr(new, name, wanted)
-    heads, kv_heads = new.num_attention_heads, getattr(new, "num_key_value_heads", None)
-    if kv_heads is not None:
+    heads, kv_heads = getattr(new, "num_attention_heads", None), getattr(new, "num_key_value_heads", None)
+    if heads is not None and kv_heads is not None:
         if config.shadow_num_key_value_heads is None and kv_heads > heads:
             new.num_key_value_heads = kv_heads = heads
         if heads % kv_heads:
@@ -130,10 +204,8 @@ def mirror_config(base: PreTrainedConfig, config: ShadowPeftConfig) -> PreTraine
                 f"the shadow has {heads} attention heads and {kv_heads} key-value heads, which does not divide; set "
                 "shadow_num_key_value_heads"
             )
-    if getattr(new, "head_dim", None) is None and new.hidden_size % heads:
+    if heads is not None and getattr(new, "head_dim", None) is None and new.hidden_size % heads:
         raise ConfigError(f"{heads} attention heads do not divide the shadow's width {new.hidden_size}")
-    if getattr(new, "max_window_layers", None) is not None:
-        new.max_window_layers = min(new.max_window_layers, depth)
     new.tie_word_embeddings = bool(getattr(base, "tie_word_embeddings", False))
     return new
 
@@ -153,13 +225,28 @@ def copied_layers(base: PreTrainedConfig, depth: int) -> list[int]:
     return chosen
 
 
-def split_embeddings(backbone: PreTrainedModel) -> nn.Module:
-    """Take the token embedding out of a backbone and return it; the backbone is then fed with ``inputs_embeds``."""
+class BorrowedEmbedding(nn.Module):
+    """Stands in a shadow backbone that reads the tokens themselves (per-layer embeddings, hash routing) and looks them up
+    in the base's embedding. It has no parameters; the base's backbone is referred to, not owned."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self._base = (base,)  # in a tuple, so that the base does not become a child
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``(B, T)`` tokens to float32 embeddings ``(B, T, d)``."""
+        embeds: Tensor = self._base[0].get_input_embeddings()(input_ids)  # type: ignore[operator]
+        return embeds.float()
+
+
+def replace_embeddings(backbone: PreTrainedModel, replacement: nn.Module | None) -> nn.Module:
+    """Put ``replacement`` in place of a backbone's token embedding and return that; with None the backbone is fed with
+    ``inputs_embeds``."""
     embedding = backbone.get_input_embeddings()
     for name, module in backbone.named_modules():
         if module is embedding:
             parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, None)
+            setattr(backbone.get_submodule(parent), child, replacement)
             return embedding
     raise UnsupportedModelError(f"the token embedding of {type(backbone).__name__} is not part of its backbone")
 
@@ -189,13 +276,16 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     loaded = config._loaded and config.shadow_backbone_config is not None
     embedding: nn.Module | None
     source: PreTrainedModel | None = None
+    reads_tokens, left = False, None
+    shadow_class: Any
     if config.is_mirror:
-        shadow_config = (
-            _config_from_record(config.shadow_backbone_config, type(parts.config))
-            if loaded
-            else mirror_config(parts.config, config)
-        )
-        shadow_class: Any = type(parts.backbone)
+        shadow_class = type(parts.backbone)
+        if loaded:
+            shadow_config = _config_from_record(config.shadow_backbone_config, type(parts.config))
+            _check_fits(parts.config, shadow_config, config)
+            built = _make(parts, config, shadow_class, shadow_config, whole=config.shadow_reads_tokens)
+        else:
+            shadow_config, built, reads_tokens, left = _first_that_runs(parts, config, shadow_class)
     else:
         if loaded:
             shadow_config = _config_from_record(config.shadow_backbone_config, None)
@@ -204,23 +294,17 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
             source = _explicit_source(config)
             shadow_config = source.config.get_text_config(decoder=True)
             shadow_class = type(source)
-    _check_fits(parts.config, shadow_config, config)
-    if source is not None:
-        backbone = _plain_copy(source)
-    else:
-        attention = getattr(parts.config, "_attn_implementation", None) or "eager"
-        attention = "sdpa" if "flash" in attention else attention  # the shadow's weights are float32
-        built = copy.deepcopy(shadow_config)
-        if config.shares_embeddings:
-            # the table is taken out again below; do not allocate vocabulary x width for it
-            built.vocab_size, built.pad_token_id = 1, None
-        with torch.device(_device_of(parts.backbone)):
-            backbone = shadow_class._from_config(built, attn_implementation=attention, dtype=torch.float32)
-        backbone.config.vocab_size = shadow_config.vocab_size
-        backbone.config.pad_token_id = shadow_config.pad_token_id
+        _check_fits(parts.config, shadow_config, config)
+        built = _plain_copy(source) if source is not None else _make(parts, config, shadow_class, shadow_config)
+    backbone: Any = built
     if config.shadow_init == "base_layers" and not loaded:
         _copy_base_layers(parts, backbone, copied_layers(parts.config, len(anatomy_of_backbone(backbone))))
-    own = split_embeddings(backbone)
+    if not loaded:
+        config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
+        if left is None:
+            left = [] if _device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
+        config.shadow_frozen = left
+    own = replace_embeddings(backbone, BorrowedEmbedding(parts.backbone) if config.shadow_reads_tokens else None)
     embedding = None if config.shares_embeddings else own
     backbone.to(dtype=torch.float32)
     if "meta" not in (_device_of(parts.backbone).type, _device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
@@ -231,6 +315,151 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     backbone.train(parts.backbone.training)
     config.shadow_backbone_config = json.loads(shadow_config.to_json_string(use_diff=False))
     return ShadowParts(backbone, embedding, projection)
+
+
+def _make(
+    parts: Anatomy, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig, *, whole: bool = False
+) -> PreTrainedModel:
+    """A random backbone of class ``kind`` in float32 beside the base; ``whole``: with its full token embedding."""
+    attention = getattr(parts.config, "_attn_implementation", None) or "eager"
+    attention = "sdpa" if "flash" in attention else attention  # the shadow's weights are float32
+    built = copy.deepcopy(shadow)
+    if config.shares_embeddings and not whole:
+        # the table is taken out again; do not allocate vocabulary x width for it (two rows: the padding's and another)
+        built.vocab_size, built.pad_token_id = 2, 0
+    with torch.device(_device_of(parts.backbone)):
+        backbone: PreTrainedModel = kind._from_config(built, attn_implementation=attention, dtype=torch.float32)
+    backbone.config.vocab_size = shadow.vocab_size
+    backbone.config.pad_token_id = shadow.pad_token_id
+    return backbone
+
+
+def _new_backbone(
+    parts: Anatomy, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig
+) -> tuple[PreTrainedModel, bool]:
+    """A random backbone and whether it must be run from tokens, since its layers read them."""
+    state = torch.get_rng_state()
+    backbone = _make(parts, config, kind, shadow)
+    if _device_of(backbone).type == "meta" or not config.shares_embeddings or _runs_from_embeddings(backbone):
+        return backbone, False
+    torch.set_rng_state(state)
+    return _make(parts, config, kind, shadow, whole=True), True
+
+
+def _probe(backbone: PreTrainedModel, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows = int(backbone.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    ids = torch.randint(0, rows, (1, tokens), generator=generator)
+    ids[0, 0] = rows - 1  # something else than padding
+    return ids.to(_device_of(backbone))
+
+
+@contextmanager
+def _evaluating(backbone: nn.Module) -> Iterator[None]:
+    training = backbone.training
+    backbone.eval()
+    try:
+        yield
+    finally:
+        backbone.train(training)
+
+
+def _runs_from_embeddings(backbone: PreTrainedModel) -> bool:
+    """Whether tokens and their embeddings give the same result (a backbone may read its tokens a second time)."""
+    ids = _probe(backbone, 4)
+    closed = [p for p in backbone.parameters() if not bool(p.any())]  # a gate that starts closed hides what it lets in later
+    with torch.no_grad(), _evaluating(backbone):
+        for parameter in closed:
+            parameter.fill_(0.1)
+        try:
+            embeds = backbone.get_input_embeddings()(ids)  # type: ignore[operator]
+            fed = backbone(inputs_embeds=embeds).last_hidden_state
+            read = backbone(input_ids=ids).last_hidden_state
+        except _BUILD_ERRORS:
+            return False
+        finally:
+            for parameter in closed:
+                parameter.zero_()
+    return bool(torch.allclose(fed, read, rtol=0, atol=0, equal_nan=True))
+
+
+def _unreached(backbone: PreTrainedModel, reads_tokens: bool) -> list[str]:
+    """Names of the tensors whose gradient never arrives: an indexer's choice, attention to an encoder that is not there.
+
+    Tried with a few tokens and, if that leaves any, with many, so that each expert and each compressed block takes part.
+    """
+    table = backbone.get_input_embeddings()
+    own = {id(p) for p in table.parameters()}  # type: ignore[operator]
+    fixed = [n for n, p in backbone.named_parameters() if not p.requires_grad]  # sinusoidal positions
+    names = [n for n, p in backbone.named_parameters() if id(p) not in own and p.requires_grad]
+    left = names
+    for tokens in (8, 512):
+        most = [getattr(backbone.config, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+        ids = _probe(backbone, min([tokens, *(int(n) for n in most if n)]))
+        given: dict[str, Any] = {"input_ids": ids}
+        if not reads_tokens:
+            width = int(backbone.config.hidden_size)
+            noise = torch.randn(1, ids.shape[1], width, generator=torch.Generator().manual_seed(0))
+            given = {"inputs_embeds": noise.to(_device_of(backbone)).requires_grad_(True) * 1.0}  # CTRL scales in place
+        with torch.enable_grad(), _evaluating(backbone):
+            out = backbone(**given, use_cache=False).last_hidden_state
+            values = dict(backbone.named_parameters())
+            gradients = torch.autograd.grad(out.sum(), [values[n] for n in names], allow_unused=True)
+        left = [n for n, gradient in zip(names, gradients, strict=True) if gradient is None]
+        if not left:
+            break
+    return fixed + left
+
+
+def _caches(backbone: PreTrainedModel) -> bool:
+    """Whether a token that follows a cached prompt gives what the whole gives."""
+    ids = _probe(backbone, 4)
+    if ids.device.type == "meta":
+        return False
+    with torch.no_grad(), _evaluating(backbone):
+        cache = backbone(input_ids=ids[:, :3], use_cache=True).past_key_values
+        last = backbone(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).last_hidden_state
+        return bool(torch.allclose(last[:, -1], backbone(input_ids=ids).last_hidden_state[:, -1], atol=1e-4))
+
+
+def _first_that_runs(
+    parts: Anatomy, config: ShadowPeftConfig, kind: Any
+) -> tuple[PreTrainedConfig, PreTrainedModel, bool, list[str]]:
+    """Configuration and backbone of a mirrored shadow: the first of :func:`layer_choices` that its own class accepts,
+    preferably one of which every tensor can learn; whether it reads tokens; and what cannot learn.
+
+    Raises:
+        UnsupportedModelError: if none can be built.
+    """
+    refusals, found = [], None
+    choices = layer_choices(parts.config, config)
+    for choice in choices:
+        state = torch.get_rng_state()
+        try:
+            shadow = mirror_config(parts.config, config, choice)
+            _check_fits(parts.config, shadow, config)
+            record = json.loads(shadow.to_json_string(use_diff=False))
+            shadow = _config_from_record(record, type(parts.config))
+            backbone, reads_tokens = _new_backbone(parts, config, kind, shadow)
+            left = [] if _device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
+            if choice.kind is not None and not _caches(backbone):
+                raise UnsupportedModelError(f"its layers of type {choice.kind} cannot use a cache")
+        except _BUILD_ERRORS as error:
+            if isinstance(error, ConfigError) and choice is choices[0]:
+                raise  # what was asked for is impossible, whatever the layer
+            torch.set_rng_state(state)
+            refusals.append(_first_line(error))
+            continue
+        if not left:
+            return shadow, backbone, reads_tokens, []
+        torch.set_rng_state(state)
+        found = found or (shadow, backbone, reads_tokens, left)
+    if found is None:
+        raise UnsupportedModelError(
+            f"no layer of {kind.__name__} can be built alone as a shadow ({refusals[0]}); pass shadow_model, a small model "
+            "with the base's tokenizer"
+        )
+    return found
 
 
 def anatomy_of_backbone(backbone: nn.Module) -> nn.ModuleList:
@@ -254,7 +483,7 @@ def _device_of(module: nn.Module) -> torch.device:
 def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
     if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
         raise ConfigError("shadow_backbone_config must be the JSON object of a transformers configuration")
-    values = dict(record)
+    values = PreTrainedConfig._decode_special_floats(dict(record))
     kind = values.pop("model_type")
     for drop in ("transformers_version", "architectures", "auto_map", "_name_or_path", "quantization_config"):
         values.pop(drop, None)
@@ -279,7 +508,7 @@ def _pretrained(auto: Any, source: str) -> PreTrainedModel:
 
 def _tiny(config: PreTrainedConfig) -> PreTrainedConfig:
     new = copy.deepcopy(config)
-    new.vocab_size, new.pad_token_id = 1, None
+    new.vocab_size, new.pad_token_id = 1, 0
     return new
 
 

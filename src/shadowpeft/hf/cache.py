@@ -7,6 +7,8 @@ sees a view that holds just those layers.
 
 from __future__ import annotations
 
+import copy
+import sys
 from typing import Any
 
 import torch
@@ -33,24 +35,28 @@ def shadow_view(
         raise UnsupportedModelError(
             f"past_key_values is a {type(cache).__name__}; a shadow needs a transformers Cache for decoder-only models"
         )
-    own = [layer for layer in cache.layers if getattr(layer, _OWNER, None) is not None]
+    own = [layer for layer in _all_layers(cache) if getattr(layer, _OWNER, None) is not None]
     if not own:
-        if any(_length(layer) for layer in cache.layers):
+        if any(_used(layer) for layer in cache.layers):
             raise CacheMismatchError(
                 "the cache already holds tokens that were read without the shadow; start from an empty cache with the "
                 "adapter enabled"
             )
-        _complete(cache, base_layers, base_config)
+        if _is_stock(cache):
+            _complete(cache, base_layers, base_config)
         own = _new_layers(cache, shadow_config)
         for layer in own:
             setattr(layer, _OWNER, adapter)
-        cache.layers.extend(own)
+        if _is_stock(cache):
+            cache.layers.extend(own)
+        else:
+            _pair(cache, own)
     elif getattr(own[0], _OWNER) != adapter:
         raise CacheMismatchError(
             f"the cache was filled with adapter '{getattr(own[0], _OWNER)}' but '{adapter}' is active; start from an empty "
             "cache"
         )
-    view = Cache(layers=own)
+    view = Cache(layers=own) if _is_stock(cache) else cache._shadowpeft_pair  # type: ignore[attr-defined]
     if not torch.compiler.is_compiling():
         base_length, shadow_length = _length(cache), _length(view)
         if base_length is not None and shadow_length is not None and base_length != shadow_length:
@@ -59,6 +65,59 @@ def shadow_view(
                 "the adapter disabled, start from an empty cache"
             )
     return view
+
+
+def own_cache(backbone: Any) -> Cache:
+    """The empty cache that an architecture makes for itself: a class of its own where its module has one."""
+    for value in vars(sys.modules[type(backbone).__module__]).values():
+        if isinstance(value, type) and issubclass(value, Cache) and value.__module__ == type(backbone).__module__:
+            return value()
+    return DynamicCache(config=backbone.config)
+
+
+def _is_stock(cache: Cache) -> bool:
+    """Whether all of ``cache`` is in its list of layers. An architecture's own class may count its layers otherwise."""
+    return type(cache).__module__ == Cache.__module__
+
+
+def _all_layers(cache: Cache) -> list[Any]:
+    pair = getattr(cache, "_shadowpeft_pair", None)
+    return list(cache.layers) + ([] if pair is None else list(pair.layers))
+
+
+class _Paired:
+    """Mixed into the class of an architecture's own cache: what happens to it happens to the shadow's cache beside it."""
+
+    _shadowpeft_pair: Cache
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._shadowpeft_pair.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._shadowpeft_pair.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._shadowpeft_pair.batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        self._shadowpeft_pair.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._shadowpeft_pair.reset()
+
+
+def _pair(cache: Cache, layers: list[Any]) -> None:
+    """Put the shadow's layers beside ``cache``, in an empty cache of the same class, and make the two change together."""
+    pair = copy.deepcopy(cache)
+    pair.layers = layers
+    kind = type(cache)
+    cache._shadowpeft_pair = pair  # type: ignore[attr-defined]
+    cache.__class__ = type(kind.__name__, (_Paired, kind), {"__module__": kind.__module__})
 
 
 def _length(cache_or_layer: Any) -> int | None:
@@ -72,6 +131,11 @@ def _length(cache_or_layer: Any) -> int | None:
     if isinstance(length, torch.Tensor) and torch.compiler.is_compiling():
         return None  # reading a tensor would break the graph; eager calls do the check
     return int(length)
+
+
+def _used(layer: Any) -> bool:
+    """Whether a layer of a cache has read anything."""
+    return bool(_length(layer)) or any(getattr(layer, "has_previous_state", {}).values())
 
 
 def _complete(cache: Cache, base_layers: int, base_config: PreTrainedConfig) -> None:

@@ -97,6 +97,10 @@ class ShadowPeftConfig(PeftConfig):
     """Further modules of the base to train and save in full, as in every PEFT method."""
     shadow_backbone_config: dict[str, Any] | None = field(default=None, repr=False)
     """Record: the shadow backbone's own configuration, so that an adapter can be rebuilt without its source."""
+    shadow_reads_tokens: bool = False
+    """Record: the layers of the shadow backbone read the tokens, so it is run from them and not from embeddings."""
+    shadow_frozen: list[str] | None = None
+    """Record: tensors of the shadow backbone that no gradient can reach (such as an indexer's); they are not trained."""
     base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     """Record: identity of the base the adapter belongs to; compared at loading."""
     base_alias: str | None = None
@@ -137,6 +141,11 @@ class ShadowPeftConfig(PeftConfig):
                 raise ConfigError(f"{name} is {value!r} but must be a whole number of at least 1")
         if type(self.use_update) is not bool:
             raise ConfigError(f"use_update is {self.use_update!r} but must be True or False")
+        if type(self.shadow_reads_tokens) is not bool:
+            raise ConfigError(f"shadow_reads_tokens is {self.shadow_reads_tokens!r} but must be True or False")
+        frozen = self.shadow_frozen
+        if frozen is not None and (isinstance(frozen, str) or not _all_strings(frozen)):
+            raise ConfigError(f"shadow_frozen is {frozen!r} but must be a list of parameter names")
         if self.share_embeddings is not None and type(self.share_embeddings) is not bool:
             raise ConfigError(f"share_embeddings is {self.share_embeddings!r} but must be True, False or None")
         saved = self.modules_to_save
@@ -221,4 +230,4 @@ def _all_strings(value: Any) -> bool:
 
 def _required_in_files() -> set[str]:
     own = {f.name for f in fields(ShadowPeftConfig)} - {f.name for f in fields(PeftConfig)}
-    return (own | {"task_type"}) - {"base_alias"}
+    return (own | {"task_type"}) - {"base_alias", "shadow_reads_tokens", "shadow_frozen"}

@@ -82,7 +82,11 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         )
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     edge: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
-    edge_body = edge.base_model
+    edge_body = next((module for module in edge.modules() if type(module) is type(backbone)), None)
+    if edge_body is None:
+        raise UnsupportedModelError(
+            f"{type(edge).__name__} has no {type(backbone).__name__} inside; the shadow's class has no stock model with a head"
+        )
 
     state = {k: v for k, v in backbone.state_dict().items() if not k.startswith("shadow_embedding.")}
     missing, unexpected = edge_body.load_state_dict(state, strict=False)
@@ -99,6 +103,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         table.weight.mul_(_scale(embedding) / _scale(table))
     if not config.tie_word_embeddings or classifier:
         _set_head(edge, head, projection, classifier)
+    if not hub.head.plain:
+        _carry_head(edge, base, parts.backbone_name, projection)
     edge.eval()
     if not classifier:
         edge.generation_config = copy.deepcopy(getattr(base, "generation_config", None)) or GenerationConfig()
@@ -165,6 +171,23 @@ def _set_head(edge: PreTrainedModel, head: Any, projection: Tensor | None, class
         )
     if stock.bias is not None:
         stock.bias.zero_() if bias is None else stock.bias.copy_(bias)
+
+
+def _carry_head(edge: PreTrainedModel, base: PreTrainedModel, backbone: str, projection: Tensor | None) -> None:
+    """Copy whatever else stands between backbone and logits (a dense layer, a norm); the classes must agree."""
+    if type(edge) is not type(base) or projection is not None:
+        raise UnsupportedModelError(
+            f"the head of {type(base).__name__} is more than a matrix, which a {type(edge).__name__}"
+            f"{' with a projection' if projection is not None else ''} cannot express; use a shadow of the base's own class "
+            "and width"
+        )
+    tables = {id(m) for m in (base.get_input_embeddings(), base.get_output_embeddings())}
+    for name, module in base.named_modules():
+        if not name or name == backbone or f"{name}.".startswith(f"{backbone}.") or f"{backbone}.".startswith(f"{name}."):
+            continue
+        if id(module) not in tables:
+            for key, value in module.named_parameters(recurse=False):
+                edge.get_submodule(name).get_parameter(key).copy_(value)
 
 
 def _stock_classifier(edge: PreTrainedModel) -> nn.Module:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, UnsupportedModelError
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -32,17 +36,129 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
     return None
 
 
-def lm_logits(head: Any, config: PreTrainedConfig, state: Tensor) -> Tensor:
-    """``W_lm s`` (Eqs. 8 and 11) as the base computes it: ``(..., d)`` to ``(..., V)``."""
+def lm_logits(model: Any, backbone: str, state: Tensor) -> Tensor:
+    """``W_lm s`` (Eqs. 8 and 11) as the base computes it, bias, scale, soft-cap and all: ``(N, d)`` to ``(N, V)``.
+
+    Args:
+        model: the whole base. backbone: name of its backbone, whose output is replaced by ``state``.
+    """
+    head = model.get_output_embeddings()
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
-    logits: Tensor = head(state.to(device=weight.device, dtype=dtype))
+    state = state.to(device=weight.device, dtype=dtype)
+    if not model.get_submodule(backbone).shadow_hub.head.plain:
+        return stock_logits(model, backbone, state)
+    return _table_logits(head, model.config.get_text_config(decoder=True), state)
+
+
+def _table_logits(head: nn.Module, config: PreTrainedConfig, state: Tensor) -> Tensor:
+    logits: Tensor = head(state)
     scale, cap = logit_scale(config), soft_cap(config)
     if scale != 1.0:
         logits = logits * scale
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+class _Output:
+    """What a backbone returns, with one entry: ``last_hidden_state``."""
+
+    def __init__(self, state: Tensor) -> None:
+        self.last_hidden_state = state
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """Stands in for a backbone for one call and returns what it was made with."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Output:
+        return _Output(self.state)
+
+
+def _forward_from(model: Any, backbone: str, state: Tensor, **kwargs: Any) -> Any:
+    """Run the base's own forward with its backbone's output replaced by ``state`` ``(B, T, d)``; ``model`` stays untouched."""
+    whole = parent = copy.copy(model)
+    *path, last = backbone.split(".")
+    for name in path:
+        parent._modules = {**parent._modules, name: copy.copy(parent._modules[name])}
+        parent = parent._modules[name]
+    parent._modules = {**parent._modules, last: _Given(state)}
+    ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+    return type(model).forward(whole, input_ids=ids, return_dict=True, **kwargs)
+
+
+def stock_logits(model: Any, backbone: str, state: Tensor) -> Tensor:
+    """The base's own logits for the states ``(N, d)`` in place of its backbone's output, ``(N, V)``."""
+    logits: Tensor = _forward_from(model, backbone, state[None]).logits[0]
+    return logits
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What was found out about everything behind a base's backbone."""
+
+    plain: bool = True
+    """Whether a matrix with bias, scale and soft-cap is all there is between backbone and logits."""
+    shift: int = 1
+    """How far ahead the loss looks: 1 if the state at ``t`` is to predict ``labels[t + 1]``; 0 for ``labels[t]``, as in the
+    decoders of encoder-decoder families, whose labels are shifted already."""
+    counts: bool = True
+    """Whether the loss is normalised by ``num_items_in_batch`` where that is given."""
+
+
+@torch.no_grad()
+def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFacts:
+    """Try the base's own forward on three random states in place of its backbone's output.
+
+    Raises:
+        UnsupportedModelError: if more than the last hidden state goes into logits or loss, or the loss is no cross-entropy.
+    """
+    head = model.get_output_embeddings()
+    offload = getattr(head, "_hf_hook", None)
+    device = getattr(offload, "execution_device", None) if offload is not None else head.weight.device
+    if device is None or torch.device(device).type == "meta":
+        return HeadFacts()
+    dtype = head.weight.dtype if head.weight.is_floating_point() else torch.float32
+    state = torch.randn(3, int(config.hidden_size), generator=torch.Generator().manual_seed(0))
+    state = state.to(device=device, dtype=dtype)
+    labels = torch.tensor([1, 0, 1], device=device)
+    try:
+        stock = stock_logits(model, backbone, state)
+        loss = _forward_from(model, backbone, state[None], labels=labels[None]).loss.float()
+        given = {"labels": labels[None], "num_items_in_batch": torch.tensor(16, device=device)}
+        counted = _forward_from(model, backbone, state[None], **given).loss.float() if _passes_on(model) else loss
+    except (AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"the head of {type(model).__name__} needs more than the last hidden state ({error}); a shadow has nothing else to "
+            "give to it"
+        ) from error
+    mine = _table_logits(head, config, state)
+    plain = mine.shape == stock.shape and bool(torch.allclose(mine.float(), stock.float(), rtol=1e-3, atol=1e-3))
+    logits = stock.float()
+    for shift in (1, 0):
+        total = F.cross_entropy(logits[: 3 - shift], labels[shift:], reduction="sum")
+        if torch.allclose(loss, total / (3 - shift), rtol=1e-2, atol=1e-3):
+            return HeadFacts(plain, shift, bool(torch.allclose(counted, total / 16, rtol=1e-2, atol=1e-3)))
+    raise UnsupportedModelError(
+        f"{type(model).__name__} computes a loss that is no cross-entropy over its tokens, so the shadow's loss cannot be "
+        "made alike; this architecture is not supported"
+    )
+
+
+def _passes_on(model: nn.Module) -> bool:
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def pool_last(

@@ -5,30 +5,34 @@
 ``layer`` (before): refine, i.e. advance the shadow state with the layer's input and correct that input.
 ``model`` (after): the shadow's loss and logits from ``s^(0)``; the joint loss.
 
-The :class:`ShadowCall` travels through the keyword arguments of the base's own forwards. Nothing is stored on a module, so
+The :class:`ShadowCall` travels through the keyword arguments of the base's own forwards, and where an architecture does not
+hand those down, through a context variable that is set for the duration of one forward. Nothing is stored on a module, so
 threads and interleaved generations cannot mix, and a checkpointed layer that runs again finds its own state again.
 """
 
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from shadowpeft.core import Trajectory, UpdateNorm, count_targets, head_loss, joint_loss, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf import supervision
-from shadowpeft.hf.cache import shadow_view
+from shadowpeft.hf.cache import own_cache, shadow_view
 from shadowpeft.hf.head import lm_logits, pool_last
 from shadowpeft.hf.layer import ShadowHub, ShadowLink
 
 CALL = "shadow_call"
+_CACHES = ("past_key_values", "cache_params")
+_current: ContextVar[ShadowCall | None] = ContextVar("shadowpeft_call", default=None)
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -49,35 +53,52 @@ class ShadowCall:
         self.attention_mask: Any = None
         self.trajectory: Trajectory | None = None
         self.norm: UpdateNorm | None = None
+        self.streams_first = False
+        self.tokens: list[Token[ShadowCall | None]] = []
 
 
-def names_of_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the positional parameters of ``module.forward``, in order.
+class Signature:
+    """The parameters of one module's forward."""
 
-    Raises:
-        UnsupportedModelError: if the forward does not pass on keyword arguments it does not know.
-    """
-    parameters = inspect.signature(type(module).forward).parameters
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        raise UnsupportedModelError(
-            f"{type(module).__name__}.forward takes no further keyword arguments, through which the shadow state travels; "
-            "this architecture is not supported"
-        )
-    return tuple(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)[1:]
+    def __init__(self, module: nn.Module) -> None:
+        parameters = inspect.signature(type(module).forward).parameters
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        self.names = tuple(n for n, p in parameters.items() if p.kind not in kinds)[1:]
+        self.passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        """Whether it takes keyword arguments that it does not name."""
+        self.cache = next((name for name in _CACHES if name in self.names), _CACHES[0])
+        """The name of its key-value cache."""
+
+    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positional arguments turned into keyword arguments."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def accepts(self, name: str) -> bool:
+        """Whether the forward takes a keyword argument of this name."""
+        return name in self.names or self.passes_on
 
 
-def _by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _enter(call: ShadowCall) -> None:
+    """Let modules that get no keyword arguments find ``call`` until :func:`_leave`."""
+    call.tokens.append(_current.set(call))
+
+
+def _leave() -> None:
+    call = _current.get()
+    if call is not None and call.tokens:
+        _current.reset(call.tokens.pop())
 
 
 # --------------------------------------------------------------------------------------------------------- whole model
 
 
 def before_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, backbone: str, names: tuple[str, ...]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, backbone: str, signature: Signature
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
-    kwargs = _by_name(names, args, kwargs)
+    kwargs = signature.by_name(args, kwargs)
+    if model.training and torch.is_grad_enabled() and "use_cache" in signature.names and kwargs.get(signature.cache) is None:
+        kwargs["use_cache"] = bool(kwargs.get("use_cache"))  # a cache that nobody asked for costs memory in training
     shadow_labels = kwargs.pop("shadow_labels", None)
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
@@ -110,16 +131,26 @@ def before_model(
                 count = (
                     count_targets(call.shift_labels, shifted=False)
                     if call.shift_labels is not None
-                    else count_targets(call.labels, shifted=True)
+                    else count_targets(call.labels, shifted=hub.head.shift == 1)
                 )
-            kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-    kwargs[CALL] = call
+            if signature.passes_on:
+                kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
+    if signature.passes_on:
+        kwargs[CALL] = call
+    if not (signature.passes_on and torch.compiler.is_compiling()):
+        _enter(call)
     return (), kwargs
+
+
+def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """The forward of ``module`` has ended, also by an error: take its call out of the context."""
+    if not torch.compiler.is_compiling():
+        _leave()
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
     """Add ``task_loss``, ``shadow_loss`` and, where asked, ``shadow_logits`` and ``shadow_state``; join the losses."""
-    call: ShadowCall | None = kwargs.get(CALL)
+    call: ShadowCall | None = kwargs.get(CALL) or _current.get()
     if call is None:
         if not isinstance(output, tuple):
             output.task_loss, output.shadow_loss = getattr(output, "loss", None), None
@@ -132,7 +163,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
     training = model.training and torch.is_grad_enabled()
     if call.fused:
-        return _join_fused(model, call, output, weight if training else 0.0)
+        return _join_fused(model, backbone, call, output, weight if training else 0.0)
     classifier = _is_classifier(hub, call.adapter)
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
@@ -140,11 +171,17 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     first = 1 if as_tuple and call.labels is not None and not classifier else 0  # where a tuple has its logits
     logits = output[first] if as_tuple else output.logits
     with torch.set_grad_enabled(torch.is_grad_enabled() and (weight > 0 or call.return_shadow)):
-        shadow_loss, shadow_logits = (_classifier_path if classifier else _lm_path)(model, hub, call)
+        if classifier:
+            shadow_loss, shadow_logits = _classifier_path(model, hub, call)
+        else:
+            shadow_loss, shadow_logits = _lm_path(model, backbone, hub, call)
     task_loss = None
     if call.labels is not None:
         stock = output[0] if as_tuple else output.loss
-        task_loss = _classification_loss(model, logits, call.labels, call.num_items) if classifier else stock
+        if classifier:
+            task_loss = _classification_loss(model, logits, call.labels, call.num_items)
+        else:
+            task_loss = stock if hub.head.counts else _recount(stock, logits, call, hub.head.shift)
 
     loss = task_loss
     if task_loss is not None and training and shadow_loss is not None:
@@ -166,32 +203,44 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return output
 
 
-def _join_fused(model: nn.Module, call: ShadowCall, output: Any, weight: float) -> Any:
+def _join_fused(model: nn.Module, backbone: str, call: ShadowCall, output: Any, weight: float) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
     if weight > 0:
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         assert call.trajectory is not None
-        total = _shadow_sum(model, call.trajectory.s0, _targets(call))
+        hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
+        total = _shadow_sum(model, backbone, call.trajectory.s0, _targets(call, hub))
         output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
     return output
 
 
-def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
+def _recount(loss: Tensor, logits: Tensor, call: ShadowCall, shift: int) -> Tensor:
+    """A mean over this batch's own targets, as some architectures compute it, as one over ``num_items_in_batch``."""
+    assert call.labels is not None
+    own = count_targets(call.labels, shifted=shift == 1)
+    if not int(own):
+        return logits.sum() * 0.0
+    return loss if call.num_items is None else loss * (own / torch.as_tensor(call.num_items, device=loss.device))
+
+
+def _lm_path(
+    model: nn.Module, backbone: str, hub: ShadowHub, call: ShadowCall
+) -> tuple[Tensor | None, Tensor | None]:
     """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for."""
     assert call.trajectory is not None
     s0, loss, logits = call.trajectory.s0, None, None
     if call.labels is not None or call.shadow_labels is not None:
-        targets = _targets(call)
+        targets = _targets(call, hub)
         items = call.num_items if call.shadow_labels is None else call.shadow_num_items
         items = count_targets(targets, shifted=False) if items is None else items
-        total = _shadow_sum(model, s0, targets)
+        total = _shadow_sum(model, backbone, s0, targets)
         loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
     if call.return_shadow:
         kept = _keep(s0, call.logits_to_keep)
-        logits = lm_logits(model.get_output_embeddings(), _text_config(model), kept)  # type: ignore[operator]
+        logits = lm_logits(model, backbone, kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
     return loss, logits
 
 
@@ -216,21 +265,25 @@ def _is_classifier(hub: ShadowHub, adapter: str) -> bool:
     return adapter in hub.shadowpeft_head
 
 
-def _targets(call: ShadowCall) -> Tensor:
+def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
     """The shadow path's target at every position, ``(B, T)``."""
     if call.shadow_labels is None and call.shift_labels is not None:
         return call.shift_labels
     labels = call.labels if call.shadow_labels is None else call.shadow_labels
     assert labels is not None
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
+    return _ahead(labels, hub)
 
 
-def _shadow_sum(model: nn.Module, s0: Tensor, targets: Tensor) -> Tensor:
+def _ahead(labels: Tensor, hub: ShadowHub) -> Tensor:
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.head.shift else labels
+
+
+def _shadow_sum(model: nn.Module, backbone: str, s0: Tensor, targets: Tensor) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def loss(rows: Tensor, goals: Tensor) -> Tensor:
-        logits = lm_logits(head, _text_config(model), rows)
+        logits = lm_logits(model, backbone, rows)
         return model.loss_function(  # type: ignore[operator, no-any-return]
             logits=logits[None],
             labels=None,
@@ -245,7 +298,10 @@ def _shadow_sum(model: nn.Module, s0: Tensor, targets: Tensor) -> Tensor:
     else:
         mask = targets != IGNORE
         rows, goals = s0[mask], targets[mask]
-    return head_loss(rows, goals, loss, frozen=not any(p.requires_grad for p in head.parameters()))
+    hub: Any = model.get_submodule(backbone).shadow_hub
+    plain = bool(hub.head.plain)
+    frozen = plain and not any(p.requires_grad for p in head.parameters())
+    return head_loss(rows, goals, loss, frozen=frozen)
 
 
 def _classification_loss(model: nn.Module, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
@@ -274,51 +330,43 @@ def before_backbone(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    names: tuple[str, ...],
+    signature: Signature,
     base_layers: int,
+    carried: bool,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Compute ``s^(0)`` (Eq. 1) from the backbone's own arguments and start the trajectory."""
     hub: ShadowHub = backbone.shadow_hub  # type: ignore[assignment]
     adapter = hub.active_name()
     if adapter is None:
         return None
-    kwargs = _by_name(names, args, kwargs)
-    call: ShadowCall = kwargs.get(CALL) or ShadowCall(adapter)
+    kwargs = signature.by_name(args, kwargs)
+    call: ShadowCall = kwargs.get(CALL) or _current.get() or ShadowCall(adapter)
     config: Any = backbone.config
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(signature.cache)
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(config, "use_cache", False) if use_cache is None else use_cache
     if getattr(backbone, "gradient_checkpointing", False) and backbone.training:
         use_cache = False
     if use_cache and cache is None:
-        cache = kwargs["past_key_values"] = DynamicCache(config=config)
+        cache = kwargs[signature.cache] = own_cache(backbone)
     shadow: Any = hub.shadowpeft_backbone[adapter]
     view = None if cache is None else shadow_view(cache, base_layers, config, shadow.config, adapter)
 
-    embeds, embedding = kwargs.get("inputs_embeds"), hub.embedding(adapter)
-    if embedding is not None:
-        if kwargs.get("input_ids") is None:
-            raise ConfigError(
-                "inputs_embeds were passed but the shadow has an embedding table of its own and needs input_ids; use "
-                "share_embeddings=True to run from embeddings"
-            )
-        embeds = embedding(kwargs["input_ids"])
-    elif embeds is None:
-        embeds = backbone.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
-    passed = {k: kwargs[k] for k in ("position_ids", *_PACKED) if kwargs.get(k) is not None}
-    s0 = hub.initial_state(
-        adapter,
-        embeds,
-        attention_mask=_shadow_mask(kwargs.get("attention_mask"), config, shadow.config),
-        past_key_values=view,
-        use_cache=view is not None,
-        **passed,
-    )
+    takes = Signature(shadow)
+    passed = {k: kwargs[k] for k in ("position_ids", *_PACKED) if kwargs.get(k) is not None and takes.accepts(k)}
+    if takes.accepts("attention_mask"):
+        passed["attention_mask"] = _shadow_mask(kwargs.get("attention_mask"), config, shadow.config)
+    passed.update({takes.cache: view, "use_cache": view is not None})
+    s0 = hub.initial_state(adapter, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), backbone, **passed)
     norms: Any = hub.shadowpeft_norm  # a ModuleDict has no get()
     call.norm = norms[adapter] if adapter in norms else None  # noqa: SIM401
+    call.streams_first = hasattr(config, "altup_num_inputs")  # shapes alone cannot tell where batch = tokens = streams
     first = hub.configs[adapter].mathematics()["first_refined_layer"]
     call.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
-    kwargs[CALL] = call
+    if signature.passes_on:
+        kwargs[CALL] = call
+    if not (carried and torch.compiler.is_compiling()):
+        _enter(call)
     return (), kwargs
 
 
@@ -351,18 +399,19 @@ def _only_type(config: PreTrainedConfig) -> str:
 
 
 def before_layer(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, hidden: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Refine the layer's input with the shadow state (Eqs. 2-7)."""
+    """Refine the layer's input, its argument ``hidden``, with the shadow state (Eqs. 2-7)."""
     call: ShadowCall | None = kwargs.pop(CALL, None)
     link: ShadowLink | None = getattr(layer, "shadow_link", None)
     adapter = None if link is None else link.active_name()
     if link is None or adapter is None or adapter not in link.shadowpeft_injection:
         return args, kwargs
+    if call is None:
+        call = _current.get()
     if call is None or call.trajectory is None:
         raise UnsupportedModelError(
-            f"decoder layer {link.layer} was called without the shadow's state; call the whole model (if you did, this "
-            "architecture does not pass keyword arguments on to its layers and is not supported)"
+            f"decoder layer {link.layer} was called without the shadow's state; call the whole model"
         )
     if call.trajectory.keep_all and not torch.is_grad_enabled():
         # up to 5.22 transformers checkpoints a layer together with its hooks; a reentrant checkpoint then cuts the path
@@ -371,17 +420,30 @@ def before_layer(
             f"decoder layer {link.layer} runs inside a reentrant checkpoint, which loses the shadow's gradients; use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or transformers 5.23 or newer"
         )
-    h = args[0] if args else kwargs["hidden_states"]
+    h = args[0] if args else kwargs[hidden]
     s = call.trajectory.read(link.layer).to(h.device)
-    norm = call.norm
+    norm, streams = call.norm, _streams(h, s, call.streams_first)
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-        h, s = checkpoint(link, adapter, h, s, norm, use_reentrant=False)
+        h, s = checkpoint(link, adapter, h, s, norm, streams, use_reentrant=False)
     else:
-        h, s = link(adapter, h, s, norm)
+        h, s = link(adapter, h, s, norm, streams)
     call.trajectory.write(link.layer, s)
     if args:
         return (h, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": h}
+    return args, {**kwargs, hidden: h}
+
+
+def _streams(h: Tensor, s: Tensor, streams_first: bool) -> int | None:
+    """The axis of ``h`` that counts residual streams, next to batch, tokens and width of ``s``; None if it has none."""
+    if h.dim() == s.dim():
+        return None
+    first, last = h.shape[1:] == s.shape, (*h.shape[:2], h.shape[-1]) == tuple(s.shape)
+    if h.dim() != s.dim() + 1 or not (first or last):
+        raise UnsupportedModelError(
+            f"a decoder layer gets hidden states of shape {tuple(h.shape)} but (batch, tokens, width) or one more axis of "
+            f"streams was expected for a shadow state of {tuple(s.shape)}; this architecture is not supported"
+        )
+    return 0 if first and (streams_first or not last) else 2
 
 
 # --------------------------------------------------------------------------------------------------- the shadow alone
@@ -400,11 +462,12 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     adapter = hub.active_name()
     if adapter is None:
         raise ConfigError("no adapter is enabled; enable or set one")
-    embedding = hub.embedding(adapter) or model.get_input_embeddings()  # type: ignore[operator]
-    passed = {"position_ids": batch["position_ids"]} if batch.get("position_ids") is not None else {}
-    s0 = hub.initial_state(
-        adapter, embedding(batch["input_ids"]), attention_mask=batch.get("attention_mask"), use_cache=False, **passed
-    )
-    targets = F.pad(batch["shadow_labels"][..., 1:], (0, 1), value=IGNORE)
+    takes = Signature(hub.shadowpeft_backbone[adapter])
+    passed = {
+        k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)
+    }
+    s0 = hub.initial_state(adapter, batch["input_ids"], None, model, use_cache=False, **passed)
+    targets = _ahead(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
-    return _shadow_sum(model, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)
+    name = next(name for name, module in model.named_modules() if getattr(module, "shadow_hub", None) is hub)
+    return _shadow_sum(model, name, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

@@ -14,8 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from shadowpeft.core import Injection, Update, UpdateNorm, refine
-from shadowpeft.hf.backbone import ShadowParts
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.backbone import BorrowedEmbedding, ShadowParts
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.head import HeadFacts
 
 
 class ShadowTunerLayer(BaseTunerLayer):
@@ -48,6 +50,9 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.shadowpeft_head: Any = nn.ModuleDict()
         self.shadowpeft_embedding: Any = nn.ModuleDict()
         self.configs: dict[str, ShadowPeftConfig] = {}
+        self.head = HeadFacts()
+        self.reads_tokens: set[str] = set()
+        """Adapters whose shadow looks the tokens up itself, through a :class:`BorrowedEmbedding`."""
 
     def add(
         self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any
@@ -61,6 +66,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         reference = next(parts.backbone.parameters())
         self.configs[adapter] = config
         self.shadowpeft_backbone[adapter] = parts.backbone
+        if any(isinstance(module, BorrowedEmbedding) for module in parts.backbone.modules()):
+            self.reads_tokens.add(adapter)
         d_s = int(parts.backbone.config.hidden_size)
         if d_s != d:
             projection = nn.Linear(d_s, d, bias=False, device=reference.device, dtype=torch.float32)
@@ -95,26 +102,60 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
             return self.shadowpeft_embedding[adapter]
         return getattr(self.shadowpeft_backbone[adapter], "shadow_embedding", None)
 
-    def initial_state(self, adapter: str, inputs_embeds: Tensor, **kwargs: Any) -> Tensor:
+    def initial_state(
+        self, adapter: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
+    ) -> Tensor:
         """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
 
         Args:
-            inputs_embeds: ``(B, T, d_s)``. kwargs: mask, positions and cache view for the shadow backbone.
+            input_ids: ``(B, T)``, or None to run from embeddings. inputs_embeds: the base's, ``(B, T, d)``, or None.
+            base: the model or backbone whose token embedding a shadow without one reads.
+            kwargs: mask, positions and cache view for the shadow backbone.
+
+        Raises:
+            ConfigError: if the shadow needs ``input_ids`` and there are none.
         """
         backbone = self.shadowpeft_backbone[adapter]
+        own = self.embedding(adapter)
+        borrowed = adapter in self.reads_tokens
+        if input_ids is None and (own is not None or borrowed):
+            raise ConfigError(
+                "inputs_embeds were passed but the shadow "
+                + ("reads the tokens in its layers" if borrowed else "has an embedding table of its own")
+                + " and needs input_ids; "
+                + ("pass those" if borrowed else "use share_embeddings=True to run from embeddings")
+            )
+        if borrowed:
+            out = backbone(input_ids=input_ids, return_dict=True, **kwargs)
+            return self._project(adapter, out.last_hidden_state)
+        if inputs_embeds is None or own is not None:
+            inputs_embeds = (base.get_input_embeddings() if own is None else own)(input_ids)
         inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
         if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and _checkpoints(backbone):
             # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
             inputs_embeds = inputs_embeds.detach().requires_grad_(True)
         out = backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
-        state: Tensor = out.last_hidden_state
+        return self._project(adapter, out.last_hidden_state)
+
+    def _project(self, adapter: str, state: Tensor) -> Tensor:
         if adapter in self.shadowpeft_projection:
             state = self.shadowpeft_projection[adapter](state)
         return state
 
+    def freeze_unreached(self) -> None:
+        """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""
+        for adapter, config in self.configs.items():
+            for name in config.shadow_frozen or ():
+                self.shadowpeft_backbone[adapter].get_parameter(name).requires_grad_(False)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.freeze_unreached()
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self.reads_tokens.discard(adapter_name)
 
 
 def _checkpoints(backbone: nn.Module) -> bool:
@@ -164,10 +205,12 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
                     d, config.update_width, dropout, activation=math["update_activation"], bias=math["update_bias"]
                 )
 
-    def forward(self, adapter: str, h: Tensor, s: Tensor, norm: UpdateNorm | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, adapter: str, h: Tensor, s: Tensor, norm: UpdateNorm | None, streams: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
         update = self.shadowpeft_update[adapter] if adapter in self.shadowpeft_update else None  # noqa: SIM401
-        return refine(h, s, self.shadowpeft_injection[adapter], self.alpha[adapter], update, norm)
+        return refine(h, s, self.shadowpeft_injection[adapter], self.alpha[adapter], update, norm, streams)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -18,6 +18,7 @@ from shadowpeft.hf import hooks
 from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
 
 PREFIX = "shadowpeft_"
@@ -104,7 +105,11 @@ class ShadowModel(BaseTuner):
             )
         built = build_shadow(parts, config, self.model)
         if getattr(parts.backbone, "shadow_hub", None) is None:
+            facts = HeadFacts()
+            if config.task_type == "CAUSAL_LM":
+                facts = examine_head(self.model, parts.backbone_name, parts.config)
             parts.backbone.shadow_hub = ShadowHub()
+            parts.backbone.shadow_hub.head = facts
             self._install_hooks(parts)
         steps = parts.num_layers - config.mathematics()["first_refined_layer"]
         self._hub(parts).add(adapter, config, built, parts.hidden_size, steps=steps, head=head)
@@ -123,25 +128,28 @@ class ShadowModel(BaseTuner):
 
     def _install_hooks(self, parts: Anatomy) -> None:
         name = parts.backbone_name
-        names = hooks.names_of_parameters(self.model)
-        before = partial(hooks.before_model, backbone=name, names=names)
-        inner = partial(
-            hooks.before_backbone,
-            names=hooks.names_of_parameters(parts.backbone),
-            base_layers=parts.num_layers,
-        )
+        whole, body = hooks.Signature(self.model), hooks.Signature(parts.backbone)
+        layers = [hooks.Signature(layer) for layer in parts.layers]
+        carried = all(signature.passes_on for signature in (whole, body, *layers))
+        before = partial(hooks.before_model, backbone=name, signature=whole)
+        inner = partial(hooks.before_backbone, signature=body, base_layers=parts.num_layers, carried=carried)
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(partial(hooks.after_model, backbone=name), with_kwargs=True),
+            self.model.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True),
             parts.backbone.register_forward_pre_hook(inner, with_kwargs=True),
+            parts.backbone.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True),
         ]
-        handles += [layer.register_forward_pre_hook(hooks.before_layer, with_kwargs=True) for layer in parts.layers]
+        for layer, signature in zip(parts.layers, layers, strict=True):
+            refine = partial(hooks.before_layer, hidden=signature.names[0])
+            handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
         setattr(self.model, _HANDLES, handles)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         for hub in (m for m in model.modules() if isinstance(m, ShadowHub)):
             hub.shadowpeft_embedding.requires_grad_(False)
+            hub.freeze_unreached()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with. Weights

@@ -1,5 +1,5 @@
 """Equations 2-7 of ShadowPEFT as pure functions of tensors."""
 
-from shadowpeft.ops.reference import advance, candidate_and_gate, correction, gated_update, inject
+from shadowpeft.ops.reference import advance, candidate_and_gate, correction, gated_update, inject, read_streams
 
-__all__ = ["advance", "candidate_and_gate", "correction", "gated_update", "inject"]
+__all__ = ["advance", "candidate_and_gate", "correction", "gated_update", "inject", "read_streams"]

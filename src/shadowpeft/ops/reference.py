@@ -43,8 +43,16 @@ def correction(
     return F.linear(F.dropout(F.linear(delta, w_down), dropout, training), w_up)
 
 
+def read_streams(h: Tensor, streams: int | None) -> Tensor:
+    """The one hidden state ``(B, T, d)`` of a decoder that carries ``n`` residual streams: their mean over axis ``streams``.
+
+    The paper's decoders have one stream (``streams=None``), for which this is ``h`` itself.
+    """
+    return h if streams is None else h.mean(streams)
+
+
 def inject(h: Tensor, c: Tensor, alpha: float) -> Tensor:
-    """``h~ = h + alpha * c`` (Eq. 4), in the dtype of ``h``; both ``(B, T, d)``."""
+    """``h~ = h + alpha * c`` (Eq. 4), in the dtype of ``h``; both ``(B, T, d)``, or broadcast over residual streams."""
     return torch.add(h, c.to(h.dtype), alpha=alpha)
 
 
