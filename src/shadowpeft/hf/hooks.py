@@ -132,7 +132,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
     training = model.training and torch.is_grad_enabled()
     if call.fused:
-        return _join_fused(model, call, output, weight if training else 0.0)
+        return _join_fused(model, hub, call, output, weight if training else 0.0)
     classifier = _is_classifier(hub, call.adapter)
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
@@ -166,14 +166,14 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return output
 
 
-def _join_fused(model: nn.Module, call: ShadowCall, output: Any, weight: float) -> Any:
+def _join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any, weight: float) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
     if weight > 0:
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         assert call.trajectory is not None
-        total = _shadow_sum(model, call.trajectory.s0, _targets(call))
+        total = _shadow_sum(model, hub, call.adapter, call.trajectory.s0, _targets(call))
         output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
     return output
@@ -187,11 +187,11 @@ def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor
         targets = _targets(call)
         items = call.num_items if call.shadow_labels is None else call.shadow_num_items
         items = count_targets(targets, shifted=False) if items is None else items
-        total = _shadow_sum(model, s0, targets)
+        total = _shadow_sum(model, hub, call.adapter, s0, targets)
         loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
     if call.return_shadow:
         kept = _keep(s0, call.logits_to_keep)
-        logits = lm_logits(model.get_output_embeddings(), _text_config(model), kept)  # type: ignore[operator]
+        logits = lm_logits(hub.lm_head(call.adapter, model), _text_config(model), kept)
     return loss, logits
 
 
@@ -213,7 +213,7 @@ def _text_config(model: nn.Module) -> PreTrainedConfig:
 
 
 def _is_classifier(hub: ShadowHub, adapter: str) -> bool:
-    return adapter in hub.shadowpeft_head
+    return hub.is_classifier(adapter)
 
 
 def _targets(call: ShadowCall) -> Tensor:
@@ -225,9 +225,9 @@ def _targets(call: ShadowCall) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
 
 
-def _shadow_sum(model: nn.Module, s0: Tensor, targets: Tensor) -> Tensor:
+def _shadow_sum(model: nn.Module, hub: ShadowHub, adapter: str, s0: Tensor, targets: Tensor) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = hub.lm_head(adapter, model)
 
     def loss(rows: Tensor, goals: Tensor) -> Tensor:
         logits = lm_logits(head, _text_config(model), rows)
@@ -407,4 +407,4 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     )
     targets = F.pad(batch["shadow_labels"][..., 1:], (0, 1), value=IGNORE)
     count = count_targets(targets, shifted=False) if items is None else items
-    return _shadow_sum(model, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)
+    return _shadow_sum(model, hub, adapter, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

@@ -56,7 +56,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 
         Args:
             d: base width. steps: number of refined layers; with fewer than two there is no update and no norm.
-            head: the base's classifier, which the shadow's starts as a copy of (Eq. 9), or None for a language model.
+            head: the base's head, which the shadow's own starts as a copy of (Eq. 9), or None if it reads the base's.
         """
         reference = next(parts.backbone.parameters())
         self.configs[adapter] = config
@@ -94,6 +94,14 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         if adapter in self.shadowpeft_embedding:
             return self.shadowpeft_embedding[adapter]
         return getattr(self.shadowpeft_backbone[adapter], "shadow_embedding", None)
+
+    def is_classifier(self, adapter: str) -> bool:
+        """Whether the adapter is one of a sequence classifier."""
+        return bool(self.configs[adapter].task_type == "SEQ_CLS")
+
+    def lm_head(self, adapter: str, model: Any) -> Any:
+        """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
+        return self.shadowpeft_head[adapter] if adapter in self.shadowpeft_head else model.get_output_embeddings()
 
     def initial_state(self, adapter: str, inputs_embeds: Tensor, **kwargs: Any) -> Tensor:
         """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
@@ -161,7 +169,11 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
             )
             if config.use_update and self.layer > math["first_refined_layer"]:
                 self.shadowpeft_update[adapter] = Update(
-                    d, config.update_width, dropout, activation=math["update_activation"], bias=math["update_bias"]
+                    d,
+                    config.update_width,
+                    dropout if math["dropout_in_update"] else 0.0,
+                    activation=math["update_activation"],
+                    bias=math["update_bias"],
                 )
 
     def forward(self, adapter: str, h: Tensor, s: Tensor, norm: UpdateNorm | None) -> tuple[Tensor, Tensor]:
