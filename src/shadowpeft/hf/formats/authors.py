@@ -44,6 +44,7 @@ from shadowpeft.hf.formats.common import (
     check_keys,
     explicit_config,
     fuse_update,
+    head_notes,
     hub_name,
     layout,
     link_name,
@@ -205,6 +206,8 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     if shadow.dead_table():
         done.dropped.append(f"{_BACKBONE}{shadow.table}: the base's embedding feeds the shadow")
     done.notes.append(f"lambda is not in the file; auxiliary_loss_weight is {DEFAULT_WEIGHT}, their default")
+    if task_type == "CAUSAL_LM":
+        done.notes += head_notes(parts.config)
     (_classifier_heads if task_type == "SEQ_CLS" else _lm_heads)(source, base, done)
     return done
 

@@ -18,6 +18,7 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import Anatomy, anatomy
 from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
 from shadowpeft.hf.detach import find_hub
+from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.projected import as_projected, is_projected, projected_config
 
 _ROOT = "base_model.model."
@@ -55,6 +56,16 @@ class Translation:
     """What the file holds and nothing reads, each with the reason."""
     notes: list[str] = field(default_factory=list)
     """What the file does not say or this package does differently."""
+
+
+def head_notes(config: PreTrainedConfig) -> list[str]:
+    """Both packages read ``s^(0)`` with the bare matrix of the base's head; here the shadow has the complete head."""
+    if (logit_scale(config), soft_cap(config)) == (1.0, None):
+        return []
+    return [
+        "the base scales or soft-caps its logits; the producer left that out on the shadow's path, so shadow logits and "
+        "shadow loss differ here (the adapted model's do not)"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- names

@@ -15,6 +15,7 @@ their tensor (``l`` = base layer)                           here
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from shadowpeft.hf.formats.common import (
     check_keys,
     explicit_config,
     fuse_update,
+    head_notes,
     hub_name,
     layout,
     link_name,
@@ -183,6 +185,8 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
         done.dropped.append(f"{_BACKBONE}{shadow.table}: the base's embedding feeds the shadow")
     if content.get("init_weights") is False:
         done.dropped.append("init_weights: it is about the start of training")
+    if task_type == "CAUSAL_LM":
+        done.notes += head_notes(parts.config)
     if content["share_embeddings"] and not shared:
         done.notes.append("share_embeddings is true in the file but PEFT does not share here, and neither does this adapter")
     return done
@@ -202,6 +206,12 @@ def _coverage(source: Source, parts: Anatomy) -> range:
         raise AdapterFileError(
             f"'{source.name}' holds tensors for the layers {found} of {parts.layers_name}, its target_modules choose {chosen} "
             f"of this base's {parts.num_layers}; they must agree and have no gap, so pass the base it was trained on"
+        )
+    if found[0] == 0 and found[-1] < parts.num_layers - 1:
+        warnings.warn(
+            f"'{source.name}' adapts layers 0 to {found[-1]} of {parts.num_layers}; PEFT adapts all unless told otherwise, so "
+            f"check that it was not trained on a base of {found[-1] + 1} layers",
+            stacklevel=2,
         )
     return range(found[0], found[-1] + 1)
 
