@@ -42,7 +42,9 @@ def _share(inner, kind):
         inner._explicit_share_base_embeddings = True
 
 
-def produce(folder, name="llama", config=None, kind=None, task="CAUSAL_LM", trained=True, save=True, weight=0.3, **shape):
+def produce(
+    folder, name="llama", config=None, kind=None, task="CAUSAL_LM", trained=True, save=True, weight=0.3, **shape
+):
     """Their model with random (or a few steps trained) weights, saved; and an untouched base."""
     plain = base(name, task=task, **shape)
     values = {"injection_hidden_size": 5, "gate_hidden_size": 3, "alpha": 0.7, "dropout": 0.0, **(config or {})}
@@ -111,9 +113,7 @@ def test_gradients_are_theirs(tmp_path, case):
         parameter = inner.get_parameter(key)
         gradients[key] = torch.zeros_like(value) if parameter.grad is None else parameter.grad
     parts = parts_of(plain)
-    shadow = formats.authors.layout(
-        parts, inner.shadow_model.config, mirror=kind is None, shared=kind != "small"
-    )
+    shadow = formats.authors.layout(parts, inner.shadow_model.config, mirror=kind is None, shared=kind != "small")
     assert_gradients(ours, authors.to_ours(gradients, parts, shadow))
 
 
@@ -135,7 +135,13 @@ def test_settings_come_from_their_file(tmp_path):
     config = {"num_shadow_layers": 2, "dropout": 0.15, "alpha": 1.5, **NARROW}
     plain, _ = produce(tmp_path, config=config, trained=False)
     ours = shadowpeft.load(tmp_path, plain).peft_config["default"]
-    assert (ours.variant, ours.r, ours.update_width, ours.shadow_alpha, ours.shadow_dropout) == ("authors", 5, 3, 1.5, 0.15)
+    assert (ours.variant, ours.r, ours.update_width, ours.shadow_alpha, ours.shadow_dropout) == (
+        "authors",
+        5,
+        3,
+        1.5,
+        0.15,
+    )
     assert (ours.shadow_num_hidden_layers, ours.shadow_num_key_value_heads) == (2, 1)
     assert ours.auxiliary_loss_weight == authors.DEFAULT_WEIGHT
 
@@ -203,7 +209,7 @@ def test_left_padding_pools_the_last_token_where_theirs_does_not(tmp_path):
 
 
 def test_lost_classifier_heads_are_an_error(tmp_path):
-    plain, theirs = produce(tmp_path, task="SEQ_CLS")
+    plain, _ = produce(tmp_path, task="SEQ_CLS")
     (tmp_path / authors.MODULES).unlink()
     with pytest.raises(AdapterFileError, match="classifier heads are missing"):
         shadowpeft.load(tmp_path, plain)
@@ -416,7 +422,7 @@ def test_bad_weights_are_refused_by_name(tmp_path):
     refused({**good, "shadow_model.norm.weight": torch.full((32,), float("nan"))}, "shadow_model.norm.weight.*NaN")
     refused({**good, "shadow_model.norm.weight": torch.zeros(32, dtype=torch.int64)}, "must be floating point")
     save_file(good, path)
-    with pytest.raises(AdapterFileError, match="missing.*update_gates.3"):
+    with pytest.raises(AdapterFileError, match=r"missing.*update_gates\.3"):
         shadowpeft.load(tmp_path, base("llama", num_hidden_layers=6))
     with pytest.raises(ConfigError, match="does not name its base"):
         shadowpeft.load(tmp_path)

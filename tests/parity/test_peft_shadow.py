@@ -122,7 +122,13 @@ def test_dropout_falls_in_the_same_places(tmp_path, small, name):
 def test_settings_come_from_their_file(tmp_path, small):
     plain, _ = produce(tmp_path, small, config={"shadow_dropout": 0.15, "update_hidden_size": None}, trained=False)
     ours = shadowpeft.load(tmp_path, plain).peft_config["default"]
-    assert (ours.variant, ours.r, ours.update_width, ours.shadow_alpha, ours.shadow_dropout) == ("peft", 5, 5, 0.7, 0.15)
+    assert (ours.variant, ours.r, ours.update_width, ours.shadow_alpha, ours.shadow_dropout) == (
+        "peft",
+        5,
+        5,
+        0.7,
+        0.15,
+    )
     assert (ours.auxiliary_loss_weight, ours.refined_layers) == (0.3, None)
 
 
@@ -153,7 +159,9 @@ def test_saved_modules(tmp_path, small):
     with torch.no_grad():
         expected, found = theirs(**lm_batch()), ours(**lm_batch())
     torch.testing.assert_close(found.logits, expected.logits, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(found.shadow_loss, expected.shadow_loss, atol=TOLERANCE, rtol=0)  # it reads the trained head
+    torch.testing.assert_close(
+        found.shadow_loss, expected.shadow_loss, atol=TOLERANCE, rtol=0
+    )  # it reads the trained head
     assert not torch.equal(ours.base_model.model.lm_head.modules_to_save["default"].weight, plain.lm_head.weight)
 
 
@@ -212,7 +220,8 @@ def test_the_base_comes_from_their_record(tmp_path, small):
     from transformers import AutoModelForCausalLM
 
     theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), peft.ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        peft.ShadowConfig(task_type="CAUSAL_LM", shadow_dropout=0.0),
     )
     randomise(theirs)
     theirs.eval().save_pretrained(tmp_path / "theirs")

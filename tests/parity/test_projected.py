@@ -1,4 +1,4 @@
-"""Projected checkpoints: made by the authors' package and by this one, as shadow of a new adapter, of a loaded one, and alone."""
+"""Projected checkpoints, the authors' and ours: as the shadow of a new adapter, of a loaded one, and alone."""
 
 import copy
 import json
@@ -25,7 +25,9 @@ FOLDED = 1e-4
 
 
 def small_qwen3(**options):
-    return base("qwen3", seed=2, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **options)
+    return base(
+        "qwen3", seed=2, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **options
+    )
 
 
 SMALL = {"llama": small_llama, "qwen3": small_qwen3}
@@ -181,7 +183,12 @@ def test_nothing_that_a_file_names_is_imported(tmp_path, key, monkeypatch):
     projected.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    for named in ("trap:Trap", "trap.LlamaModel", "os:system", "transformers.models.llama.modeling_llama:LlamaAttention"):
+    for named in (
+        "trap:Trap",
+        "trap.LlamaModel",
+        "os:system",
+        "transformers.models.llama.modeling_llama:LlamaAttention",
+    ):
         _edit(tmp_path, **{key: named})
         with pytest.raises(AdapterFileError, match="nothing that a file names is imported"):
             projected.read_projected(tmp_path)
@@ -209,10 +216,10 @@ def test_bad_files_are_refused_by_name(tmp_path):
     path = tmp_path / "model.safetensors"
     good = load_file(path)
     save_file({**good, "shadow_model.extra": torch.zeros(2)}, path)
-    with pytest.raises(AdapterFileError, match="unknown.*shadow_model.extra"):
+    with pytest.raises(AdapterFileError, match=r"unknown.*shadow_model\.extra"):
         projected.read_projected(tmp_path)
     save_file({**good, "lm_head.weight": torch.full((61, 32), float("nan"))}, path)
-    with pytest.raises(AdapterFileError, match="lm_head.weight.*NaN"):
+    with pytest.raises(AdapterFileError, match=r"lm_head\.weight.*NaN"):
         projected.read_projected(tmp_path)
     with pytest.raises(AdapterFileError, match="a model and not an adapter"):
         shadowpeft.load(tmp_path, base("llama"))

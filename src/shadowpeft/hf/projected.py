@@ -110,7 +110,9 @@ def read_projected(name: str | Path) -> Projected:
     expected = {_BACKBONE + k: tuple(v.shape) for k, v in backbone.state_dict().items()}
     expected[_PROJECTION] = (width, int(inner.hidden_size))
     expected[_HEAD] = (vocabulary, width)
-    check_tensors(tensors, expected, f"the projected checkpoint '{name}'", "configuration and weights do not belong together")
+    check_tensors(
+        tensors, expected, f"the projected checkpoint '{name}'", "configuration and weights do not belong together"
+    )
     backbone.load_state_dict({k[len(_BACKBONE) :]: v for k, v in tensors.items() if k.startswith(_BACKBONE)})
     backbone.config._name_or_path = str(name)
     return Projected(backbone.eval(), tensors[_PROJECTION], tensors[_HEAD])
@@ -126,7 +128,9 @@ def _read_weights(name: str | Path) -> dict[str, Tensor]:
             raise error from None
         shards = sorted(set(index.values())) if isinstance(index, dict) else []
         if not shards or any(not isinstance(s, str) or Path(s).name != s for s in shards):
-            raise AdapterFileError(f"{INDEX} of '{name}' names no files beside it; the checkpoint is damaged") from error
+            raise AdapterFileError(
+                f"{INDEX} of '{name}' names no files beside it; the checkpoint is damaged"
+            ) from error
         return {k: v for shard in shards for k, v in read_tensors(find_file(name, shard)).items()}
     return read_tensors(path)
 
@@ -135,7 +139,11 @@ def as_projected(module: nn.Module) -> Projected | None:
     """The parts of a projected model that is already in memory, recognised by its parts; None for any other module."""
     projection, backbone = getattr(module, "shadow_hidden_projection", None), getattr(module, "shadow_model", None)
     head = getattr(module, "lm_head", None)
-    if not isinstance(projection, nn.Linear) or not isinstance(backbone, PreTrainedModel) or not isinstance(head, nn.Linear):
+    if (
+        not isinstance(projection, nn.Linear)
+        or not isinstance(backbone, PreTrainedModel)
+        or not isinstance(head, nn.Linear)
+    ):
         return None
     return Projected(backbone, projection.weight.detach().float(), head.weight.detach().float())
 

@@ -22,7 +22,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file ({error}); it is truncated or damaged") from error
+        raise AdapterFileError(
+            f"{path} is not a whole safetensors file ({error}); it is truncated or damaged"
+        ) from error
     if not tensors:
         raise AdapterFileError(f"{path} holds no tensors; the adapter was not saved completely")
     for name, value in tensors.items():
@@ -46,4 +48,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
         )
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise AdapterFileError(f"{what}: tensor {name} has shape {tuple(found[name].shape)} but needs {shape}; {advice}")
+            raise AdapterFileError(
+                f"{what}: tensor {name} has shape {tuple(found[name].shape)} but needs {shape}; {advice}"
+            )

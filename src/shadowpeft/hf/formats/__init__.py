@@ -91,7 +91,9 @@ def load(
     else:
         model = named
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"base is a {type(model).__name__} but must be a transformers model without an adapter, or a name")
+        raise ConfigError(
+            f"base is a {type(model).__name__} but must be a transformers model without an adapter, or a name"
+        )
     task = "SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM"
     if source.task_type not in (None, task):
         raise ConfigError(f"'{adapter}' is a {source.task_type} adapter but the base is a {type(model).__name__}")

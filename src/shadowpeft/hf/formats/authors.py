@@ -180,7 +180,10 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
         shadow = layout(parts, config, mirror=False, shared=False)
         if _BACKBONE + shadow.table not in source.tensors:
             shadow = layout(parts, config, mirror=False, shared=True)
-        fields = {"shadow_model": name if isinstance(shadow_model, str) else "custom", "share_embeddings": shadow.shared}
+        fields = {
+            "shadow_model": name if isinstance(shadow_model, str) else "custom",
+            "share_embeddings": shadow.shared,
+        }
     r, m = content["injection_hidden_size"], content["gate_hidden_size"]
     config = make_config(
         source.path,
@@ -252,7 +255,9 @@ def _values(head: nn.Module) -> dict[str, Tensor]:
 def _stored(source: Source, name: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {k[len(name) + 1 :]: v for k, v in source.heads.items() if k.startswith(name + ".")}
     if found:
-        check_tensors(found, {k: tuple(v.shape) for k, v in own.items()}, f"{name} of '{source.name}'", "pass its own base")
+        check_tensors(
+            found, {k: tuple(v.shape) for k, v in own.items()}, f"{name} of '{source.name}'", "pass its own base"
+        )
     return found
 
 
@@ -296,7 +301,9 @@ def _lm_heads(source: Source, base: PreTrainedModel, done: Translation) -> None:
         done.config.own_shadow_head = True
         done.state.update({hub_name(anatomy(base), f"head.{k}"): v for k, v in (shadow or own).items()})
         if not shadow:
-            done.notes.append("shadow_lm_head was not trained; the shadow keeps a copy of the base's, and would train it")
+            done.notes.append(
+                "shadow_lm_head was not trained; the shadow keeps a copy of the base's, and would train it"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -314,7 +321,8 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
     refused = {
         f"variant={config.variant!r}": config.variant == "peft",
         "use_update=False": not config.use_update,
-        f"refined_layers={config.refined_layers}": list(config.refined(parts.num_layers)) != list(range(1, parts.num_layers)),
+        f"refined_layers={config.refined_layers}": list(config.refined(parts.num_layers))
+        != list(range(1, parts.num_layers)),
         f"update_hidden_size={config.update_width} (it needs 2 or more)": config.update_width < 2,
     }
     if any(refused.values()):
@@ -322,7 +330,9 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
             f"the authors' format cannot express {', '.join(k for k, no in refused.items() if no)}; keep shadowpeft's own"
         )
     sizes: dict[str, int] = {}
-    notes = [f"lambda is not part of the format; pass shadow_loss_weight={config.auxiliary_loss_weight} when loading it"]
+    notes = [
+        f"lambda is not part of the format; pass shadow_loss_weight={config.auxiliary_loss_weight} when loading it"
+    ]
     if config.is_mirror and shadow.shared:
         sizes = sizes_of(parts.config, shadow.config, _SIZES)
     else:
@@ -344,7 +354,9 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
         "num_shadow_layers": int(shadow.config.num_hidden_layers),
         **{key: sizes.get(key) for key in _SIZES},
     }
-    check_tensors(tensors, expected(parts, shadow, config.r, config.update_width), "the adapter", f"the base has width {d}")
+    check_tensors(
+        tensors, expected(parts, shadow, config.r, config.update_width), "the adapter", f"the base has width {d}"
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / WEIGHTS)
@@ -399,5 +411,9 @@ def _heads_to_write(own: Adapted) -> dict[str, Tensor]:
     original = _values(getattr(head, "original_module", head))
     if main and not shadow:
         shadow = main  # without a head of its own, the shadow reads the trained one
-    heads = {f"{main_name}.{k}": v for k, v in (main or original).items()} if main or own.config.task_type == "SEQ_CLS" else {}
+    heads = (
+        {f"{main_name}.{k}": v for k, v in (main or original).items()}
+        if main or own.config.task_type == "SEQ_CLS"
+        else {}
+    )
     return {**heads, **{f"{shadow_name}.{k}": v for k, v in shadow.items()}}

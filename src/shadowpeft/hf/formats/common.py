@@ -95,7 +95,9 @@ def name_of(model: nn.Module, part: nn.Module) -> str:
     for name, module in model.named_modules():
         if module is part:
             return name
-    raise UnsupportedModelError(f"a {type(part).__name__} is no part of {type(model).__name__}; pass an unmodified base")
+    raise UnsupportedModelError(
+        f"a {type(part).__name__} is no part of {type(model).__name__}; pass an unmodified base"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- tensors
@@ -235,7 +237,9 @@ def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
         body = shadow_model.base_model if projected is None else projected.backbone
         config = getattr(body, "config", None)
         if not isinstance(config, PreTrainedConfig):
-            raise ConfigError(f"shadow_model is a {type(shadow_model).__name__}; pass a transformers model, folder or Hub id")
+            raise ConfigError(
+                f"shadow_model is a {type(shadow_model).__name__}; pass a transformers model, folder or Hub id"
+            )
         return config.get_text_config(decoder=True), str(getattr(shadow_model, "name_or_path", "") or "custom")
     name = str(shadow_model)
     if is_projected(name):
@@ -271,8 +275,6 @@ def backbone_from_ours(parts: Anatomy, shadow: ShadowLayout, state: Mapping[str,
     return tensors
 
 
-
-
 # -------------------------------------------------------------------------------------------------------- configuration
 
 
@@ -284,7 +286,9 @@ def check_keys(content: Mapping[str, Any], known: set[str], required: set[str], 
     """
     for key in content:
         if key not in known:
-            raise ConfigError(f"unknown key '{key}' in {path}{did_you_mean(key, sorted(known))}; nothing is dropped unseen")
+            raise ConfigError(
+                f"unknown key '{key}' in {path}{did_you_mean(key, sorted(known))}; nothing is dropped unseen"
+            )
     missing = sorted(required - set(content))
     if missing:
         raise ConfigError(f"{path} lacks the keys {missing}; take them from the run that made the adapter")

@@ -57,8 +57,24 @@ from shadowpeft.hf.tensors import check_tensors, read_tensors
 _SIZES = ("shadow_hidden_size", "shadow_intermediate_size", "shadow_num_attention_heads")
 _COVERAGE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _VALUES = ("r", "shadow_alpha", "shadow_dropout", "auxiliary_loss_weight")
-_GENERAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
-_REQUIRED = {*_VALUES, "peft_type", "task_type", "shadow_model", "share_embeddings", "update_hidden_size", "target_modules"}
+_GENERAL = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+_REQUIRED = {
+    *_VALUES,
+    "peft_type",
+    "task_type",
+    "shadow_model",
+    "share_embeddings",
+    "update_hidden_size",
+    "target_modules",
+}
 _KNOWN = {*_GENERAL, *_REQUIRED, *_SIZES, *_COVERAGE, "shadow_num_hidden_layers", "modules_to_save", "init_weights"}
 _BACKBONE, _PROJECTION = "base_model.shadow_backbone.default.", "base_model.shadow_projection.default.weight"
 _HEAD = "base_model.shadow_head.default."
@@ -146,7 +162,9 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
         fields = {"shadow_num_hidden_layers": depth, **sizes, "share_embeddings": shared}
     else:
         if depth is not None or any(v is not None for v in sizes.values()):
-            raise ConfigError(f"{source.path} sizes a mirrored shadow but names shadow_model = '{content['shadow_model']}'")
+            raise ConfigError(
+                f"{source.path} sizes a mirrored shadow but names shadow_model = '{content['shadow_model']}'"
+            )
         shadow_config, name = explicit_config(content["shadow_model"] if shadow_model is None else shadow_model)
         shared = False  # theirs never shares with an explicit shadow, whatever the file says
         fields = {"shadow_model": name, "share_embeddings": False}
@@ -188,7 +206,9 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     if task_type == "CAUSAL_LM":
         done.notes += head_notes(parts.config)
     if content["share_embeddings"] and not shared:
-        done.notes.append("share_embeddings is true in the file but PEFT does not share here, and neither does this adapter")
+        done.notes.append(
+            "share_embeddings is true in the file but PEFT does not share here, and neither does this adapter"
+        )
     return done
 
 
@@ -288,7 +308,10 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
     layers, notes = config.refined(parts.num_layers), []
     sizes: dict[str, Any] = {}
     if config.is_mirror:
-        sizes = {**sizes_of(parts.config, shadow.config, _SIZES), "shadow_num_hidden_layers": shadow.config.num_hidden_layers}
+        sizes = {
+            **sizes_of(parts.config, shadow.config, _SIZES),
+            "shadow_num_hidden_layers": shadow.config.num_hidden_layers,
+        }
         shadow_model = "mirror"
     else:
         shadow_model = _source_of_shadow(config.shadow_model, shadow)
@@ -304,7 +327,9 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
                 link_name(parts, layer, f"injection.w_{what}")
             ]
         if layer != layers[-1]:
-            fused = {k: own.state[link_name(parts, layer + 1, f"update.{k}")] for k in ("w_in", "w_out", "b_in", "b_out")}
+            fused = {
+                k: own.state[link_name(parts, layer + 1, f"update.{k}")] for k in ("w_in", "w_out", "b_in", "b_out")
+            }
             tensors.update(split_update(fused, *_update(parts, layer)))
     shapes = expected(parts, shadow, layers, config.r, config.update_width)
     tensors.update({name: torch.zeros(shape) for name, shape in shapes.items() if name not in tensors})
@@ -344,7 +369,9 @@ def _source_of_shadow(shadow_model: Any, shadow: ShadowLayout) -> str:
     config, _ = explicit_config(shadow_model)
     differing = sorted(k for k, v in shadow.record.items() if k in _SHAPE and getattr(config, k, None) != v)
     if differing:
-        raise ConfigError(f"the shadow differs from '{shadow_model}' in {', '.join(differing)}; keep shadowpeft's own format")
+        raise ConfigError(
+            f"the shadow differs from '{shadow_model}' in {', '.join(differing)}; keep shadowpeft's own format"
+        )
     return str(Path(shadow_model).resolve()) if Path(shadow_model).is_dir() else shadow_model
 
 

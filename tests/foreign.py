@@ -47,7 +47,9 @@ def lm_batch(step=0):
 def assert_gradients(adapted, expected, skip=()):
     """Every trainable tensor of ``adapted`` has the mapped gradient (by file name) of the producer's model."""
     found = {
-        n.replace(".default", ""): p.grad for n, p in adapted.named_parameters() if p.requires_grad and "shadowpeft_" in n
+        n.replace(".default", ""): p.grad
+        for n, p in adapted.named_parameters()
+        if p.requires_grad and "shadowpeft_" in n
     }
     assert set(found) == {n for n in expected if not n.endswith("shadowpeft_embedding.weight")}
     largest = max(float(g.norm()) for g in expected.values())
