@@ -191,6 +191,28 @@ def test_classifier_heads(tmp_path, name, listed):
     assert torch.equal(head, plain.score.weight) == (listed == ["shadow_classifier_head"])
 
 
+@pytest.mark.parametrize("stored", ["SEQ_CLS", "CAUSAL_LM"])
+def test_a_classifier_s_base_by_its_folder(tmp_path, stored):
+    """The task and the number of classes come from the heads in the file, also for a base that was saved without one."""
+    plain, theirs = produce(tmp_path / "theirs", task="SEQ_CLS")
+    whole = plain if stored == "SEQ_CLS" else base("llama")
+    whole.model.load_state_dict(plain.model.state_dict())
+    whole.save_pretrained(tmp_path / "base")
+    ours = shadowpeft.load(tmp_path / "theirs", tmp_path / "base")
+    with torch.no_grad():
+        found, expected = ours(input_ids=tokens(), return_shadow=True), theirs(input_ids=tokens())
+    torch.testing.assert_close(found.logits, expected.logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(found.shadow_logits, expected.shadow_logits, atol=TOLERANCE, rtol=0)
+
+
+def test_what_was_dropped_is_logged(tmp_path, caplog):
+    plain, _ = produce(tmp_path, "gpt2", trained=False)
+    with caplog.at_level("INFO", logger="shadowpeft"):
+        shadowpeft.load(tmp_path, plain)
+    for said in ("nothing reads the last update", "shadow_model.wte.weight", "lambda is not in the file"):
+        assert said in caplog.text
+
+
 def test_left_padding_pools_the_last_token_where_theirs_does_not(tmp_path):
     plain, theirs = produce(tmp_path, task="SEQ_CLS")
     ours = load(tmp_path, plain)

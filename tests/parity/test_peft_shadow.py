@@ -275,7 +275,8 @@ def test_an_explicit_shadow_can_be_given(tmp_path, small):
         ({"target_modules": ["model.layers.0"], "layers_pattern": "layers"}, "PEFT refuses"),
         ({"modules_to_save": ["lm_head"]}, "missing.*lm_head"),
         ({"modules_to_save": ["nothing"]}, "does not have"),
-        ({"base_model_name_or_path": 3}, "needs a string or null"),
+        ({"base_model_name_or_path": 3}, "needs strings or null"),
+        ({"revision": 3}, "needs strings or null"),
     ],
 )
 def test_bad_configurations_are_refused_by_name(tmp_path, small, changes, said):

@@ -8,6 +8,7 @@ configuration and tensors, and what was dropped or left unsaid. Projected checkp
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from shadowpeft.hf.model import clean_on_failure
 from shadowpeft.hf.projected import is_projected
 
 OURS, AUTHORS, PEFT, PROJECTED = "shadowpeft", "authors", "peft", "projected"
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["AUTHORS", "OURS", "PEFT", "PROJECTED", "Translation", "detect", "load", "write"]
 
@@ -86,8 +89,12 @@ def load(
     named = source.base if base is None else base
     if not isinstance(named, nn.Module):
         task = source.task_type or _task_of(str(named))
-        labels = {"num_labels": source.num_labels} if task == "SEQ_CLS" and source.num_labels is not None else {}
-        model: nn.Module = load_base(named, task, **labels)
+        options: dict[str, Any] = {}
+        if task == "SEQ_CLS" and source.num_labels is not None:
+            options["num_labels"] = source.num_labels
+        if base is None and source.revision is not None:
+            options["revision"] = source.revision
+        model: nn.Module = load_base(named, task, **options)
     else:
         model = named
     if not isinstance(model, PreTrainedModel):
@@ -109,6 +116,10 @@ def load(
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
         set_peft_model_state_dict(adapted, translation.state, adapter_name=adapter_name)
         adapted.train(mode if is_trainable else False)
+    for line in translation.dropped:
+        _log.info("'%s': dropped %s", adapter, line)
+    for line in translation.notes:
+        _log.info("'%s': %s", adapter, line)
     return adapted, translation
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ class Source:
 
     base: str | None = None
     """The format does not name its base."""
+    revision: str | None = None
 
     @property
     def num_labels(self) -> int | None:
@@ -141,7 +143,8 @@ def _optional(adapter: str | Path, name: str) -> Path | None:
     try:
         return find_file(adapter, name)
     except AdapterFileError as error:
-        if type(error.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+        absent = isinstance(error.__cause__, EntryNotFoundError)
+        if absent and not isinstance(error.__cause__, LocalEntryNotFoundError):  # the latter: no network
             return None
         raise
 

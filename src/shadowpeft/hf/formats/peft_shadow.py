@@ -99,6 +99,7 @@ class Source:
     tensors: dict[str, Tensor]
     task_type: str
     base: str | None
+    revision: str | None
 
     @property
     def num_labels(self) -> int | None:
@@ -124,12 +125,13 @@ def open_source(adapter: str | Path) -> Source:
             f"{path} has shadow_model = {content['shadow_model']!r} and share_embeddings = {content['share_embeddings']!r} "
             "but needs a string and true or false"
         )
-    base = content.get("base_model_name_or_path")
-    if base is not None and not isinstance(base, str):
-        raise ConfigError(f"{path} has base_model_name_or_path = {base!r} but needs a string or null")
-    return Source(
-        str(adapter), path, content, read_tensors(find_file(adapter, WEIGHTS)), content["task_type"], base or None
-    )
+    base, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not isinstance(base, (str, type(None))) or not isinstance(revision, (str, type(None))):
+        raise ConfigError(
+            f"{path} has base_model_name_or_path = {base!r} and revision = {revision!r} but needs strings or null"
+        )
+    tensors = read_tensors(find_file(adapter, WEIGHTS))
+    return Source(str(adapter), path, content, tensors, content["task_type"], base or None, revision or None)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
