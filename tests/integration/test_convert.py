@@ -6,18 +6,20 @@ import sys
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import shadowpeft
+from chatbase import chat_model, chat_tokenizer, plain_rows, run_file, save_base, write_rows
 from shadowpeft import cli
-from shadowpeft.hf import formats
+from shadowpeft.hf import formats, projected
 from tiny import adapt, base, small_llama, tokenizer, tokens
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["shadowpeft", "convert", *map(str, arguments)])
+    def call(*arguments, command="convert"):
+        monkeypatch.setattr(sys, "argv", ["shadowpeft", command, *map(str, arguments)])
         code = 0
         try:
             cli.main()
@@ -156,3 +158,26 @@ def test_an_unwritable_parent(folders, run):
     code, _, err = run(folders / "peft", folders / "file" / "out")
     assert code == 1
     assert "cannot be written" in err
+
+
+def test_a_run_starts_from_a_projected_checkpoint(tmp_path, run):
+    """``shadow.shadow_model`` of a run file: planned, trained, and needed no more afterwards."""
+    small = chat_model(hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
+    base_folder = save_base(tmp_path / "base")
+    start = adapt(chat_model(), shadow_model=small)
+    projected.save_projected(start, tmp_path / "projected")
+    chat_tokenizer().save_pretrained(tmp_path / "projected")
+    content = run_file(tmp_path / "run", base_folder, write_rows(tmp_path / "rows.jsonl", plain_rows()))
+    content["shadow"] = {"r": 4, "shadow_model": str(tmp_path / "projected")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    counts = []
+    for command in ("plan", "train"):
+        code, out, err = run(tmp_path / "run.yaml", "--json", command=command)
+        assert (code, err) == (0, "")
+        counts.append(json.loads(out)["trainable_parameters"])
+    assert counts[0] == counts[1]
+    (tmp_path / "projected" / "model.safetensors").unlink()
+    hub = shadowpeft.load(tmp_path / "run" / "adapter").base_model.model.model.shadow_hub
+    trained = hub.shadowpeft_projection["default"].weight
+    began = start.base_model.model.model.shadow_hub.shadowpeft_projection["default"].weight
+    assert 0 < float((trained - began).detach().norm()) < 0.3 * float(began.detach().norm())  # from there, not from anew

@@ -27,6 +27,7 @@ CASES = {
     "explicit": ("llama", {"shadow_model": "small"}),
     "some-layers": ("llama", {"target_modules": ["model.layers.1", "model.layers.2"]}),
     "by-pattern": ("qwen3", {"target_modules": r"model\.layers\.[123]"}),
+    "index-that-peft-ignores": ("llama", {"layers_to_transform": [0, 1], "layers_pattern": "layers"}),
     "excluded": ("llama", {"target_modules": r".*\.layers\.\d+", "exclude_modules": r".*\.layers\.3"}),
 }
 
@@ -66,6 +67,7 @@ def trained_state(theirs):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*adapts layers 0 to 2 of 4")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_and_tokens_are_theirs(tmp_path, small, case):
     plain, theirs = produce(tmp_path, small, *CASES[case])
@@ -90,6 +92,7 @@ def test_logits_losses_and_tokens_are_theirs(tmp_path, small, case):
     assert torch.equal(theirs.generate(input_ids=prompt, max_new_tokens=8, do_sample=False), ours_tokens)
 
 
+@pytest.mark.filterwarnings("ignore:.*adapts layers 0 to 2 of 4")
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_theirs(tmp_path, small, case):
     plain, theirs = produce(tmp_path, small, *CASES[case])
@@ -165,6 +168,7 @@ def test_saved_modules(tmp_path, small):
     assert not torch.equal(ours.base_model.model.lm_head.modules_to_save["default"].weight, plain.lm_head.weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*adapts layers 0 to 2 of 4")
 @pytest.mark.parametrize("case", CASES)
 def test_written_back_it_runs_in_peft_and_returns_to_the_bit(tmp_path, small, case):
     plain, theirs = produce(tmp_path / "theirs", small, *CASES[case])
