@@ -81,7 +81,7 @@ class NaiveShadow:
         s0 = z if w_p is None else z @ w_p.T  # Eqs. 1, 10
         state = {"s": s0}
         layers = decoder_layers(self.base)
-        first = 0 if peft else 1
+        first, last = c.refined_layers or (0 if peft else 1, len(layers) - 1)
 
         def link(layer: int, name: str) -> Tensor | None:
             return self.get(f".{layer}.shadow_link.shadowpeft_{name}")
@@ -123,9 +123,9 @@ class NaiveShadow:
             return update
 
         handles = []
-        for layer in range(first, len(layers)):
+        for layer in range(first, last + 1):
             handles.append(layers[layer].register_forward_pre_hook(before(layer)))
-            if c.use_update and layer < len(layers) - 1:
+            if c.use_update and layer < last:
                 handles.append(layers[layer].register_forward_hook(after(layer)))
         head = getattr(self.base, "score", None)
         trained = self.get(f"score.modules_to_save.{a}.weight")
@@ -147,9 +147,10 @@ class NaiveShadow:
     # ------------------------------------------------------------------------------------------------------ Eqs. 8-9
 
     def head(self, state: Tensor) -> Tensor:
-        """The base's complete LM head."""
+        """The base's complete LM head, or the shadow's own."""
         lm = self.base.get_output_embeddings()
-        logits = state @ lm.weight.T
+        own = self.get(f"shadowpeft_head.{self.adapter}.weight")
+        logits = state @ (lm.weight if own is None else own).T
         if getattr(lm, "bias", None) is not None:
             logits = logits + lm.bias
         cap = getattr(self.base.config, "final_logit_softcapping", None)

@@ -127,6 +127,29 @@ def detach(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")],
+    out: Annotated[str, typer.Argument(help="New folder.")],
+    base: Base = None,
+    to: Annotated[
+        Optional[str],
+        typer.Option(
+            help="shadowpeft, authors, peft or projected; stock for a projected checkpoint. Default: shadowpeft or stock."
+        ),
+    ] = None,
+    shadow_model: Annotated[
+        Optional[str], typer.Option(help="The model an explicit shadow started from, where the files do not say.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
+    json: Json = False,
+) -> None:
+    """Translate an adapter between this package's format, the authors' and PEFT's SHADOW."""
+    from shadowpeft.apps import convert as command
+
+    command.main(source, out, base, to, shadow_model, force, json)
+
+
+@app.command()
 def plan(
     run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
     json: Json = False,

@@ -92,6 +92,10 @@ def test_logits_losses_and_gradients_equal_the_naive_loop(name, kind):
         {"shadow_hidden_size": 16, "share_embeddings": False, "shadow_head_dim": 8},
         {"shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 1, "shadow_head_dim": 16},
         {"variant": "peft", "use_update": False},
+        {"refined_layers": [0, 2]},
+        {"refined_layers": [2, 2]},
+        {"variant": "peft", "refined_layers": [1, 3]},
+        {"own_shadow_head": True},
     ],
     ids=str,
 )

@@ -191,10 +191,10 @@ def mirror_config(
         wanted = getattr(config, ours)
         if wanted is None:
             continue
-        name = next((n for n in theirs if hasattr(new, n)), None)
-        if name is None:
+        field = next((n for n in theirs if hasattr(new, n)), None)
+        if field is None:
             raise ConfigError(f"{ours}={wanted} was given but {base.model_type} has no such width; remove it")
-        setattr(new, name, wanted)
+        setattr(new, field, wanted)
     heads, kv_heads = getattr(new, "num_attention_heads", None), getattr(new, "num_key_value_heads", None)
     if heads is not None and kv_heads is not None:
         if config.shadow_num_key_value_heads is None and kv_heads > heads:
@@ -278,6 +278,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     source: PreTrainedModel | None = None
     reads_tokens, left = False, None
     shadow_class: Any
+    projected = None
     if config.is_mirror:
         shadow_class = type(parts.backbone)
         if loaded:
@@ -291,7 +292,10 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
             shadow_config = _config_from_record(config.shadow_backbone_config, None)
             shadow_class = type(AutoModel.from_config(_tiny(shadow_config)))
         else:
-            source = _explicit_source(config)
+            from shadowpeft.hf.projected import given_projected, start_projection  # it imports this module
+
+            projected = given_projected(config.shadow_model)
+            source = _explicit_source(config) if projected is None else projected.backbone
             shadow_config = source.config.get_text_config(decoder=True)
             shadow_class = type(source)
         _check_fits(parts.config, shadow_config, config)
@@ -310,7 +314,14 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     if "meta" not in (_device_of(parts.backbone).type, _device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
         backbone.to(_device_of(parts.backbone))
     projection = None
-    if config.projection_init == "pseudo_inverse" and not loaded and shadow_config.hidden_size != parts.hidden_size:
+    if projected is not None:
+        if config.projection_init != "random":
+            raise ConfigError(
+                f"projection_init='{config.projection_init}' was given but the projected checkpoint brings its own "
+                "projection; remove projection_init"
+            )
+        projection = start_projection(projected, model, parts.hidden_size)
+    elif config.projection_init == "pseudo_inverse" and not loaded and shadow_config.hidden_size != parts.hidden_size:
         projection = _projection_start(config, model)
     backbone.train(parts.backbone.training)
     config.shadow_backbone_config = json.loads(shadow_config.to_json_string(use_diff=False))

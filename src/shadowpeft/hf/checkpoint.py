@@ -74,7 +74,10 @@ def read_config(adapter: str | Path) -> ShadowPeftConfig:
     content = read_json(path)
     kind = content.get("peft_type")
     if kind != "SHADOWPEFT":
-        raise AdapterFileError(f"{path} is a {kind} adapter; this package reads SHADOWPEFT adapters")
+        raise AdapterFileError(
+            f"{path} is a {kind} adapter; this package reads SHADOWPEFT adapters, and those of other shadow packages with "
+            "shadowpeft.load or after: shadowpeft convert"
+        )
     for record in ("shadow_backbone_config", "base_fingerprint"):
         if record in content and not isinstance(content[record], dict):
             raise AdapterFileError(f"{path} has {record} = {content[record]!r} but every saved adapter has an object there")
@@ -126,16 +129,17 @@ def load(
     adapter: str | Path,
     base: nn.Module | str | Path | None = None,
     *,
-    shadow_model: nn.Module | None = None,
+    shadow_model: nn.Module | str | Path | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> PeftModel:
     """Load a shadow adapter onto its base.
 
     Args:
-        adapter: folder or Hub id.
+        adapter: folder or Hub id, in this package's format, the authors' or that of PEFT's ``SHADOW``.
         base: a model, a path, an alias or a Hub id; None: the one the adapter names.
-        shadow_model: for adapters whose shadow backbone is of a class transformers does not know; a module of that class.
+        shadow_model: for adapters whose shadow backbone is of a class transformers does not know, a module of that class;
+            for an explicit shadow in the authors' or PEFT's format, the model (module, folder or Hub id) it started from.
         adapter_name: name for the adapter in the model. is_trainable: keep it trainable; otherwise it is frozen, in eval mode.
 
     Returns:
@@ -146,6 +150,18 @@ def load(
         ConfigError: a configuration key is unknown, missing or impossible, or the base cannot be loaded.
         BaseMismatchError: the adapter belongs to another base.
     """
+    from shadowpeft.hf import formats  # it builds on this module
+
+    kind = formats.detect(adapter)
+    if kind != formats.OURS:
+        model, _ = formats.load(
+            adapter, kind, base, shadow_model=shadow_model, adapter_name=adapter_name, is_trainable=is_trainable
+        )
+        return model
+    if isinstance(shadow_model, (str, Path)):
+        raise ConfigError(
+            f"shadow_model is '{shadow_model}', but this adapter holds its shadow's configuration and weights; leave it out"
+        )
     config = read_config(adapter)
     check_weights(adapter)
     if base is None:

@@ -26,6 +26,7 @@ _VARIANT_FIELDS: dict[str, dict[str, Any]] = {
         "update_bias": False,
         "update_norm": True,
         "dropout_before_down": False,
+        "dropout_in_update": True,
         "paper_init": True,
     },
     "peft": {
@@ -34,6 +35,7 @@ _VARIANT_FIELDS: dict[str, dict[str, Any]] = {
         "update_bias": True,
         "update_norm": False,
         "dropout_before_down": True,
+        "dropout_in_update": False,
         "paper_init": False,
     },
 }
@@ -93,6 +95,11 @@ class ShadowPeftConfig(PeftConfig):
     """lambda of the joint loss (Eqs. 8-9)."""
     variant: str = "paper"
     """"paper", "authors" or "peft": whose mathematics; see :meth:`mathematics`."""
+    refined_layers: list[int] | None = None
+    """First and last base layer that is corrected; None: from the variant's first (1, or 0 for "peft") to the last."""
+    own_shadow_head: bool = False
+    """Language models: the shadow path has a trained LM head of its own, which starts as a copy of the base's; by default it
+    reads the base's. Classifiers always have their own (Eq. 9)."""
     modules_to_save: list[str] | None = None
     """Further modules of the base to train and save in full, as in every PEFT method."""
     shadow_backbone_config: dict[str, Any] | None = field(default=None, repr=False)
@@ -146,6 +153,19 @@ class ShadowPeftConfig(PeftConfig):
         frozen = self.shadow_frozen
         if frozen is not None and (isinstance(frozen, str) or not _all_strings(frozen)):
             raise ConfigError(f"shadow_frozen is {frozen!r} but must be a list of parameter names")
+        if type(self.own_shadow_head) is not bool or (self.own_shadow_head and self.task_type == TaskType.SEQ_CLS):
+            raise ConfigError(
+                f"own_shadow_head is {self.own_shadow_head!r} but must be True or False, and False for SEQ_CLS, where the "
+                "shadow always has a head of its own"
+            )
+        layers = self.refined_layers
+        if layers is not None:
+            whole = isinstance(layers, (list, tuple)) and len(layers) == 2 and all(type(i) is int for i in layers)
+            if not whole or not 0 <= layers[0] <= layers[1]:
+                raise ConfigError(
+                    f"refined_layers is {layers!r} but must be [first, last] with 0 <= first <= last, or None"
+                )
+            self.refined_layers = list(layers)
         if self.share_embeddings is not None and type(self.share_embeddings) is not bool:
             raise ConfigError(f"share_embeddings is {self.share_embeddings!r} but must be True, False or None")
         saved = self.modules_to_save
@@ -209,8 +229,23 @@ class ShadowPeftConfig(PeftConfig):
         return self.r if self.update_hidden_size is None else self.update_hidden_size
 
     def mathematics(self) -> dict[str, Any]:
-        """The variant's named differences: first refined layer, activation, biases, norm, place of dropout, start."""
-        return dict(_VARIANT_FIELDS[self.variant])
+        """The variant's named differences: refined layers, activation, biases, norm, places of dropout, start."""
+        named = dict(_VARIANT_FIELDS[self.variant])
+        if self.refined_layers is not None:
+            named["first_refined_layer"] = self.refined_layers[0]
+        return named
+
+    def refined(self, num_layers: int) -> range:
+        """The indices of the refined layers of a base with ``num_layers`` layers.
+
+        Raises:
+            ConfigError: if the base has no such layers.
+        """
+        first = self.mathematics()["first_refined_layer"]
+        last = num_layers - 1 if self.refined_layers is None else self.refined_layers[1]
+        if last >= num_layers:
+            raise ConfigError(f"refined_layers is {self.refined_layers} but the base has layers 0 to {num_layers - 1}")
+        return range(first, last + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; a module given as ``shadow_model`` becomes its name, since the adapter holds its weights."""
@@ -230,4 +265,10 @@ def _all_strings(value: Any) -> bool:
 
 def _required_in_files() -> set[str]:
     own = {f.name for f in fields(ShadowPeftConfig)} - {f.name for f in fields(PeftConfig)}
-    return (own | {"task_type"}) - {"base_alias", "shadow_reads_tokens", "shadow_frozen"}
+    return (own | {"task_type"}) - {
+        "base_alias",
+        "own_shadow_head",
+        "refined_layers",
+        "shadow_frozen",
+        "shadow_reads_tokens",
+    }

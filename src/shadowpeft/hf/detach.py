@@ -69,8 +69,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     projection = hub.shadowpeft_projection[name].weight if name in hub.shadowpeft_projection else None
     own_embedding = hub.embedding(name)
     embedding: Any = base.get_input_embeddings() if own_embedding is None else own_embedding
-    classifier = name in hub.shadowpeft_head
-    head = hub.shadowpeft_head[name] if classifier else base.get_output_embeddings()
+    classifier = hub.is_classifier(name)
+    head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, classifier)
     if not classifier:
@@ -103,7 +103,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         table.weight.mul_(_scale(embedding) / _scale(table))
     if not config.tie_word_embeddings or classifier:
         _set_head(edge, head, projection, classifier)
-    if not hub.head.plain:
+    if not hub.facts.plain:
         _carry_head(edge, base, parts.backbone_name, projection)
     edge.eval()
     if not classifier:

@@ -36,18 +36,18 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
     return None
 
 
-def lm_logits(model: Any, backbone: str, state: Tensor) -> Tensor:
+def lm_logits(model: Any, hub: Any, adapter: str, state: Tensor) -> Tensor:
     """``W_lm s`` (Eqs. 8 and 11) as the base computes it, bias, scale, soft-cap and all: ``(N, d)`` to ``(N, V)``.
 
     Args:
-        model: the whole base. backbone: name of its backbone, whose output is replaced by ``state``.
+        model: the whole base. hub: its :class:`~shadowpeft.hf.layer.ShadowHub`.
     """
-    head = model.get_output_embeddings()
+    head = hub.lm_head(adapter, model)
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
     state = state.to(device=weight.device, dtype=dtype)
-    if not model.get_submodule(backbone).shadow_hub.head.plain:
-        return stock_logits(model, backbone, state)
+    if not hub.facts.plain:
+        return stock_logits(model, hub.backbone_name, state)
     return _table_logits(head, model.config.get_text_config(decoder=True), state)
 
 

@@ -131,7 +131,7 @@ def before_model(
                 count = (
                     count_targets(call.shift_labels, shifted=False)
                     if call.shift_labels is not None
-                    else count_targets(call.labels, shifted=hub.head.shift == 1)
+                    else count_targets(call.labels, shifted=hub.facts.shift == 1)
                 )
             if signature.passes_on:
                 kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
@@ -163,7 +163,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
     training = model.training and torch.is_grad_enabled()
     if call.fused:
-        return _join_fused(model, backbone, call, output, weight if training else 0.0)
+        return _join_fused(model, hub, call, output, weight if training else 0.0)
     classifier = _is_classifier(hub, call.adapter)
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
@@ -174,14 +174,14 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         if classifier:
             shadow_loss, shadow_logits = _classifier_path(model, hub, call)
         else:
-            shadow_loss, shadow_logits = _lm_path(model, backbone, hub, call)
+            shadow_loss, shadow_logits = _lm_path(model, hub, call)
     task_loss = None
     if call.labels is not None:
         stock = output[0] if as_tuple else output.loss
         if classifier:
             task_loss = _classification_loss(model, logits, call.labels, call.num_items)
         else:
-            task_loss = stock if hub.head.counts else _recount(stock, logits, call, hub.head.shift)
+            task_loss = stock if hub.facts.counts else _recount(stock, logits, call, hub.facts.shift)
 
     loss = task_loss
     if task_loss is not None and training and shadow_loss is not None:
@@ -203,15 +203,14 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return output
 
 
-def _join_fused(model: nn.Module, backbone: str, call: ShadowCall, output: Any, weight: float) -> Any:
+def _join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any, weight: float) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
     if weight > 0:
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         assert call.trajectory is not None
-        hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
-        total = _shadow_sum(model, backbone, call.trajectory.s0, _targets(call, hub))
+        total = _shadow_sum(model, hub, call.adapter, call.trajectory.s0, _targets(call, hub))
         output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
     return output
@@ -226,9 +225,7 @@ def _recount(loss: Tensor, logits: Tensor, call: ShadowCall, shift: int) -> Tens
     return loss if call.num_items is None else loss * (own / torch.as_tensor(call.num_items, device=loss.device))
 
 
-def _lm_path(
-    model: nn.Module, backbone: str, hub: ShadowHub, call: ShadowCall
-) -> tuple[Tensor | None, Tensor | None]:
+def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
     """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for."""
     assert call.trajectory is not None
     s0, loss, logits = call.trajectory.s0, None, None
@@ -236,11 +233,11 @@ def _lm_path(
         targets = _targets(call, hub)
         items = call.num_items if call.shadow_labels is None else call.shadow_num_items
         items = count_targets(targets, shifted=False) if items is None else items
-        total = _shadow_sum(model, backbone, s0, targets)
+        total = _shadow_sum(model, hub, call.adapter, s0, targets)
         loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
     if call.return_shadow:
         kept = _keep(s0, call.logits_to_keep)
-        logits = lm_logits(model, backbone, kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
+        logits = lm_logits(model, hub, call.adapter, kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
     return loss, logits
 
 
@@ -262,7 +259,7 @@ def _text_config(model: nn.Module) -> PreTrainedConfig:
 
 
 def _is_classifier(hub: ShadowHub, adapter: str) -> bool:
-    return adapter in hub.shadowpeft_head
+    return hub.is_classifier(adapter)
 
 
 def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
@@ -275,15 +272,15 @@ def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
 
 
 def _ahead(labels: Tensor, hub: ShadowHub) -> Tensor:
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.head.shift else labels
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.facts.shift else labels
 
 
-def _shadow_sum(model: nn.Module, backbone: str, s0: Tensor, targets: Tensor) -> Tensor:
+def _shadow_sum(model: nn.Module, hub: ShadowHub, adapter: str, s0: Tensor, targets: Tensor) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = hub.lm_head(adapter, model)
 
     def loss(rows: Tensor, goals: Tensor) -> Tensor:
-        logits = lm_logits(model, backbone, rows)
+        logits = lm_logits(model, hub, adapter, rows)
         return model.loss_function(  # type: ignore[operator, no-any-return]
             logits=logits[None],
             labels=None,
@@ -298,9 +295,7 @@ def _shadow_sum(model: nn.Module, backbone: str, s0: Tensor, targets: Tensor) ->
     else:
         mask = targets != IGNORE
         rows, goals = s0[mask], targets[mask]
-    hub: Any = model.get_submodule(backbone).shadow_hub
-    plain = bool(hub.head.plain)
-    frozen = plain and not any(p.requires_grad for p in head.parameters())
+    frozen = hub.facts.plain and not any(p.requires_grad for p in head.parameters())
     return head_loss(rows, goals, loss, frozen=frozen)
 
 
@@ -469,5 +464,4 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     s0 = hub.initial_state(adapter, batch["input_ids"], None, model, use_cache=False, **passed)
     targets = _ahead(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
-    name = next(name for name, module in model.named_modules() if getattr(module, "shadow_hub", None) is hub)
-    return _shadow_sum(model, name, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)
+    return _shadow_sum(model, hub, adapter, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

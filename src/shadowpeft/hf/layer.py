@@ -50,7 +50,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.shadowpeft_head: Any = nn.ModuleDict()
         self.shadowpeft_embedding: Any = nn.ModuleDict()
         self.configs: dict[str, ShadowPeftConfig] = {}
-        self.head = HeadFacts()
+        self.facts = HeadFacts()
+        self.backbone_name = ""
         self.reads_tokens: set[str] = set()
         """Adapters whose shadow looks the tokens up itself, through a :class:`BorrowedEmbedding`."""
 
@@ -61,7 +62,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 
         Args:
             d: base width. steps: number of refined layers; with fewer than two there is no update and no norm.
-            head: the base's classifier, which the shadow's starts as a copy of (Eq. 9), or None for a language model.
+            head: the base's head, which the shadow's own starts as a copy of (Eq. 9), or None if it reads the base's.
         """
         reference = next(parts.backbone.parameters())
         self.configs[adapter] = config
@@ -101,6 +102,14 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         if adapter in self.shadowpeft_embedding:
             return self.shadowpeft_embedding[adapter]
         return getattr(self.shadowpeft_backbone[adapter], "shadow_embedding", None)
+
+    def is_classifier(self, adapter: str) -> bool:
+        """Whether the adapter is one of a sequence classifier."""
+        return bool(self.configs[adapter].task_type == "SEQ_CLS")
+
+    def lm_head(self, adapter: str, model: Any) -> Any:
+        """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
+        return self.shadowpeft_head[adapter] if adapter in self.shadowpeft_head else model.get_output_embeddings()
 
     def initial_state(
         self, adapter: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
@@ -202,7 +211,11 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
             )
             if config.use_update and self.layer > math["first_refined_layer"]:
                 self.shadowpeft_update[adapter] = Update(
-                    d, config.update_width, dropout, activation=math["update_activation"], bias=math["update_bias"]
+                    d,
+                    config.update_width,
+                    dropout if math["dropout_in_update"] else 0.0,
+                    activation=math["update_activation"],
+                    bias=math["update_bias"],
                 )
 
     def forward(

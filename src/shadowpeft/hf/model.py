@@ -52,8 +52,7 @@ class ShadowModel(BaseTuner):
             check_fingerprint(peft_config.base_fingerprint, found)
         else:
             peft_config.base_fingerprint = found
-        first = peft_config.mathematics()["first_refined_layer"]
-        names = [f"{parts.layers_name}.{i}" for i in range(first, parts.num_layers)]
+        names = [f"{parts.layers_name}.{i}" for i in peft_config.refined(parts.num_layers)]
         targets = [*([parts.backbone_name] if parts.backbone_name else []), *names]
         if not parts.backbone_name:
             raise UnsupportedModelError(
@@ -93,38 +92,42 @@ class ShadowModel(BaseTuner):
             link.add(adapter_name, peft_config, parts.hidden_size, next(target.parameters()).device)
             link.train(target.training)
 
+    def _facts(self, parts: Anatomy) -> HeadFacts:
+        """What stands behind the base's backbone; found out once, with the first adapter."""
+        hub = getattr(parts.backbone, "shadow_hub", None)
+        if hub is not None:
+            return hub.facts  # type: ignore[no-any-return]
+        if self.model.get_output_embeddings() is None:  # a classifier
+            return HeadFacts()
+        return examine_head(self.model, parts.backbone_name, parts.config)
+
     def _hub(self, parts: Anatomy) -> ShadowHub:
         return parts.backbone.shadow_hub  # type: ignore[return-value]
 
     def _add_hub(self, parts: Anatomy, config: ShadowPeftConfig, adapter: str) -> None:
-        head = self._classifier() if config.task_type == "SEQ_CLS" else None
+        head = classifier_of(self.model) if config.task_type == "SEQ_CLS" else None
         if config.task_type == "CAUSAL_LM" and self.model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"task_type is CAUSAL_LM but {type(self.model).__name__} has no LM head; load the base with "
                 "AutoModelForCausalLM"
             )
+        if config.own_shadow_head:
+            if not self._facts(parts).plain:
+                raise UnsupportedModelError(
+                    f"own_shadow_head=True replaces the LM head's matrix, but the head of {type(self.model).__name__} is more "
+                    "than a matrix; set own_shadow_head=False"
+                )
+            head = self.model.get_output_embeddings()
+            head = getattr(head, "original_module", head)
         built = build_shadow(parts, config, self.model)
         if getattr(parts.backbone, "shadow_hub", None) is None:
-            facts = HeadFacts()
-            if config.task_type == "CAUSAL_LM":
-                facts = examine_head(self.model, parts.backbone_name, parts.config)
+            facts = self._facts(parts)
             parts.backbone.shadow_hub = ShadowHub()
-            parts.backbone.shadow_hub.head = facts
+            parts.backbone.shadow_hub.facts, parts.backbone.shadow_hub.backbone_name = facts, parts.backbone_name
             self._install_hooks(parts)
-        steps = parts.num_layers - config.mathematics()["first_refined_layer"]
+        steps = len(config.refined(parts.num_layers))
         self._hub(parts).add(adapter, config, built, parts.hidden_size, steps=steps, head=head)
         self._hub(parts).train(parts.backbone.training)
-
-    def _classifier(self) -> nn.Module:
-        for name in _CLASSIFIERS:
-            head = getattr(self.model, name, None)
-            head = getattr(head, "original_module", head)
-            if isinstance(head, nn.Linear):
-                return head
-        raise UnsupportedModelError(
-            f"task_type is SEQ_CLS but {type(self.model).__name__} has no linear 'score' or 'classifier'; load the base with "
-            "AutoModelForSequenceClassification"
-        )
 
     def _install_hooks(self, parts: Anatomy) -> None:
         name = parts.backbone_name
@@ -247,6 +250,23 @@ class ShadowModel(BaseTuner):
             if not bool(torch.isfinite(value).all()):
                 raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
         return mapped
+
+
+def classifier_of(model: nn.Module) -> nn.Linear:
+    """The base's own linear classifier.
+
+    Raises:
+        UnsupportedModelError: if it has none.
+    """
+    for name in _CLASSIFIERS:
+        head = getattr(model, name, None)
+        head = getattr(head, "original_module", head)
+        if isinstance(head, nn.Linear):
+            return head
+    raise UnsupportedModelError(
+        f"task_type is SEQ_CLS but {type(model).__name__} has no linear 'score' or 'classifier'; load the base with "
+        "AutoModelForSequenceClassification"
+    )
 
 
 @contextmanager

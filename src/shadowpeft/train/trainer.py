@@ -301,7 +301,8 @@ def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
 def _shifts(trainer: Any) -> bool:
     hub: ShadowHub = find_hub(trainer.model)
-    return hub.active_name() not in hub.shadowpeft_head
+    name = hub.active_name()
+    return name is None or not hub.is_classifier(name)
 
 
 def _plain_loss(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:

@@ -1,0 +1,122 @@
+"""``shadowpeft convert SRC DST``: an adapter of one shadow package as one of another."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.errors import ConfigError, ShadowPeftError
+
+TARGETS = ("shadowpeft", "authors", "peft", "projected", "stock")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def main(
+    source: str, out: str, base: str | None, to: str | None, shadow_model: str | None, force: bool, as_json: bool
+) -> None:
+    """Convert and report: both formats, what was dropped, what the target leaves unsaid."""
+    folder = Path(out)
+    if to is not None and to not in TARGETS:
+        raise ConfigError(f"--to is '{to}' but must be one of {', '.join(TARGETS)}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"'{folder}' is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"'{folder}' is not empty; choose another folder, or replace it with --force")
+    if Path(source).is_dir() and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+        raise ConfigError(f"'{folder}' holds the source '{source}'; choose another folder")
+    quiet_libraries()
+    result = convert(source, folder, base=base, to=to, shadow_model=shadow_model)
+    if not as_json:
+        result = {k: "; ".join(v) or "nothing" if isinstance(v, list) else v for k, v in result.items()}
+    show(Console(), result, "converted", as_json)
+
+
+def convert(
+    source: str, folder: Path, *, base: str | None = None, to: str | None = None, shadow_model: str | None = None
+) -> dict[str, Any]:
+    """Convert ``source`` into ``folder``, written beside and renamed; returns the report.
+
+    Raises:
+        ConfigError: if the target cannot express the adapter, naming what.
+        AdapterFileError: if the source is damaged.
+    """
+    from shadowpeft.hf import formats
+    from shadowpeft.hf.checkpoint import load
+    from shadowpeft.train.trainer import WRITE_ERRORS, reason
+
+    kind = formats.detect(source)
+    to = to or ("stock" if kind == formats.PROJECTED else formats.OURS)
+    if (kind == formats.PROJECTED) != (to == "stock"):
+        raise ConfigError(
+            f"'{source}' is in the format '{kind}' and cannot become '{to}'; a projected checkpoint becomes 'stock', an "
+            "adapter one of the others (a stock edge model comes from: shadowpeft detach)"
+        )
+    dropped: list[str] = []
+    notes: list[str] = []
+    model: Any
+    if kind == formats.PROJECTED:
+        from shadowpeft.hf.projected import read_projected, to_stock
+
+        model = to_stock(read_projected(source))
+        notes.append("the projection is folded into the head, which rounds its product")
+    elif kind == formats.OURS:
+        model = load(source, base, shadow_model=shadow_model)
+    else:
+        model, translation = formats.load(source, kind, base, shadow_model=shadow_model)
+        dropped, notes = translation.dropped, translation.notes
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ShadowPeftError(f"'{folder}' cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        notes = notes + _write(model, beside, to)
+        if Path(source).is_dir():
+            for name in _TOKENIZER:
+                if (Path(source) / name).is_file():
+                    shutil.copy2(Path(source) / name, beside / name)
+        beside.chmod(0o755)  # mkdtemp makes it private
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    except WRITE_ERRORS as error:
+        raise ShadowPeftError(
+            f"'{folder}' could not be written ({reason(error)}); free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {
+        "source": source,
+        "from": kind,
+        "to": to,
+        "folder": str(folder),
+        "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+        "dropped": dropped,
+        "notes": notes,
+    }
+
+
+def _write(model: Any, folder: Path, to: str) -> list[str]:
+    from shadowpeft.hf import formats
+    from shadowpeft.hf.projected import save_projected
+
+    if to in (formats.AUTHORS, formats.PEFT):
+        return formats.write(model, folder, to)
+    if to == formats.PROJECTED:
+        save_projected(model, folder)
+        return ["the refinement of the base is left behind; this is the shadow alone, with its projection"]
+    model.save_pretrained(folder)
+    return []

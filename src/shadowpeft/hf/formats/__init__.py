@@ -1,0 +1,144 @@
+"""Adapters of other packages: which format a folder or Hub id holds, reading it onto a base, and writing it.
+
+One file per format: :mod:`~shadowpeft.hf.formats.authors` (package ``shadow-peft``) and
+:mod:`~shadowpeft.hf.formats.peft_shadow` (PEFT's ``SHADOW``). A reader gives a :class:`~.common.Translation`: this package's
+configuration and tensors, and what was dropped or left unsaid. Projected checkpoints are models, not adapters; they are in
+:mod:`shadowpeft.hf.projected`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.bases import is_alias
+from shadowpeft.hf.checkpoint import CONFIG, find_file, load_base, read_json
+from shadowpeft.hf.fingerprint import fingerprint
+from shadowpeft.hf.formats import authors, peft_shadow
+from shadowpeft.hf.formats.common import Translation
+from shadowpeft.hf.model import clean_on_failure
+from shadowpeft.hf.projected import is_projected
+
+OURS, AUTHORS, PEFT, PROJECTED = "shadowpeft", "authors", "peft", "projected"
+
+_log = logging.getLogger(__name__)
+
+__all__ = ["AUTHORS", "OURS", "PEFT", "PROJECTED", "Translation", "detect", "load", "write"]
+
+
+def detect(adapter: str | Path) -> str:
+    """Which format a folder or Hub id holds: ``shadowpeft``, ``authors``, ``peft`` or ``projected``.
+
+    An unreadable or foreign ``adapter_config.json`` counts as this package's format, whose reader says what is wrong.
+
+    Raises:
+        AdapterFileError: if it holds two formats, or none.
+    """
+    own = first = None
+    try:
+        own = find_file(adapter, CONFIG)
+    except AdapterFileError as error:
+        first = error
+    try:
+        find_file(adapter, authors.CONFIG)
+    except AdapterFileError:
+        if own is None:
+            if is_projected(adapter):
+                return PROJECTED
+            assert first is not None
+            raise first from None
+        return PEFT if read_json(own).get("peft_type") == "SHADOW" else OURS
+    if own is not None:
+        raise AdapterFileError(f"'{adapter}' has both {CONFIG} and {authors.CONFIG}; give a folder with one adapter")
+    return AUTHORS
+
+
+def load(
+    adapter: str | Path,
+    kind: str,
+    base: nn.Module | str | Path | None = None,
+    *,
+    shadow_model: Any = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+) -> tuple[PeftModel, Translation]:
+    """Load an adapter of another package onto its base; arguments and errors as :func:`shadowpeft.load`.
+
+    Args:
+        kind: what :func:`detect` said.
+
+    Returns:
+        the adapted model and the translation, whose tensors are in the model.
+    """
+    if kind == PROJECTED:
+        raise AdapterFileError(
+            f"'{adapter}' is a projected checkpoint, a model and not an adapter; use it as shadow_model=, or turn it into a "
+            "stock model with: shadowpeft convert"
+        )
+    reader: Any = {AUTHORS: authors, PEFT: peft_shadow}[kind]
+    source = reader.open_source(adapter)
+    if base is None and source.base is None:
+        raise ConfigError(f"'{adapter}' does not name its base; pass base= (on the command line --base)")
+    named = source.base if base is None else base
+    if not isinstance(named, nn.Module):
+        task = source.task_type or _task_of(str(named))
+        options: dict[str, Any] = {}
+        if task == "SEQ_CLS" and source.num_labels is not None:
+            options["num_labels"] = source.num_labels
+        if base is None and source.revision is not None:
+            options["revision"] = source.revision
+        model: nn.Module = load_base(named, task, **options)
+    else:
+        model = named
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"base is a {type(model).__name__} but must be a transformers model without an adapter, or a name"
+        )
+    task = "SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM"
+    if source.task_type not in (None, task):
+        raise ConfigError(f"'{adapter}' is a {source.task_type} adapter but the base is a {type(model).__name__}")
+    with clean_on_failure(model):
+        translation: Translation = reader.translate(source, model, task, shadow_model)
+        config = translation.config
+        config.base_fingerprint = fingerprint(model, anatomy(model))
+        config._loaded = True
+        config.inference_mode = not is_trainable
+        if not isinstance(named, nn.Module) and is_alias(str(named)):
+            config.base_alias = str(named)
+        mode = model.training
+        adapted = get_peft_model(model, config, adapter_name=adapter_name)
+        set_peft_model_state_dict(adapted, translation.state, adapter_name=adapter_name)
+        adapted.train(mode if is_trainable else False)
+    for line in translation.dropped:
+        _log.info("'%s': dropped %s", adapter, line)
+    for line in translation.notes:
+        _log.info("'%s': %s", adapter, line)
+    return adapted, translation
+
+
+def _task_of(base: str) -> str:
+    if is_alias(base):
+        return "CAUSAL_LM"
+    try:
+        named = getattr(AutoConfig.from_pretrained(base), "architectures", None) or []
+    except (OSError, ValueError):
+        return "CAUSAL_LM"  # load_base says why it cannot be read
+    return "SEQ_CLS" if any(name.endswith("ForSequenceClassification") for name in named) else "CAUSAL_LM"
+
+
+def write(model: PeftModel, folder: str | Path, kind: str, adapter_name: str | None = None) -> list[str]:
+    """Write an adapter in the format ``authors`` or ``peft``; returns what the format leaves unsaid.
+
+    Raises:
+        ConfigError: naming what the format cannot express.
+    """
+    writer: Any = {AUTHORS: authors, PEFT: peft_shadow}[kind]
+    notes: list[str] = writer.write(model, folder, adapter_name)
+    return notes
