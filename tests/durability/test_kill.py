@@ -5,6 +5,7 @@ n-th change of a file (open for writing, rename, make, delete), which covers wha
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -36,7 +37,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**__import__("os").environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)},
         )
         assert json.loads(self.process.stdout.readline()) == {"ready": True}
         rows = write_rows(folder / "train.jsonl", plain_rows(10) + mixed_rows())

@@ -29,7 +29,7 @@ from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
-from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, clear_leftovers, reason, sync
+from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -188,7 +188,6 @@ def train(
     if limit is not None and longest > limit:
         raise DataError(f"a row has {longest} tokens but the base reads {limit}; lower data.max_length to {limit}")
     folder.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(folder)
     write_json(folder / "versions.json", versions())
     write_json(folder / "data.json", record)
     # last: a folder with this file is a run that can be resumed, from its start if there is no checkpoint yet

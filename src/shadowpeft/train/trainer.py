@@ -201,6 +201,13 @@ class ShadowLossMixin:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, after what a killed run left half-written or half-deleted in the folder is taken away."""
+        trainer: Any = self
+        if trainer.args.should_save:
+            clear_leftovers(Path(trainer.args.output_dir))
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         if trainer.state.global_step >= trainer.state.max_steps:
