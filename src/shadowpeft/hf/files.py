@@ -92,6 +92,10 @@ def read_header(path: Path) -> dict[str, Declared]:
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 part = handle.get_slice(name)
                 found[name] = Declared(part.get_dtype(), tuple(part.get_shape()))
+    except MemoryError as error:
+        raise AdapterFileError(
+            f"{path} with {path.stat().st_size:,} bytes does not fit into memory; it is no adapter, or free some memory"
+        ) from error
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise AdapterFileError(
             f"{path} is not a whole safetensors file ({shorten(error)}); it is truncated or damaged"

@@ -27,7 +27,6 @@ BUILD_ERRORS = (
     AttributeError,
     ImportError,
     LookupError,
-    MemoryError,
     OSError,
     RuntimeError,
     StrictDataclassError,
