@@ -41,7 +41,11 @@ def model():
     """A classifier whose head, shadow head and final norm train."""
     set_seed(3)
     return adapt(
-        base("llama", task="SEQ_CLS"), trained=False, task_type="SEQ_CLS", shadow_dropout=0.2, modules_to_save=["model.norm"]
+        base("llama", task="SEQ_CLS"),
+        trained=False,
+        task_type="SEQ_CLS",
+        shadow_dropout=0.2,
+        modules_to_save=["model.norm"],
     ).train()
 
 

@@ -69,7 +69,7 @@ def child(request):
         sys.addaudithook(changes)
         code = run_job(request)
         Path(request["log"]).with_suffix(".changes").write_text(str(changes.count))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (a forked child must never return into the server)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -103,11 +103,9 @@ def serve(request):
 
 
 def main():
-    import conftest  # noqa: F401  (one thread, no network)
     import matplotlib.pyplot  # noqa: F401
-    import transformers.models.llama.modeling_llama
 
-    import classifier
+    import conftest  # noqa: F401  (one thread, no network)
     import shadowpeft.apps.train
     import shadowpeft.cli
     import shadowpeft.train.run  # noqa: F401

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from classifier import HEADS
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 import shadowpeft
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
-from classifier import HEADS
 from shadowpeft.train.progress import read_metrics
 from tiny import base
 

@@ -147,7 +147,9 @@ def flipped(draw: Any) -> Damage:
 def inserted(draw: Any) -> Damage:
     name, share = draw(FILES), draw(SHARE)
     piece = draw(
-        st.one_of(st.binary(min_size=1, max_size=64), st.sampled_from([b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"{", b'"']))
+        st.one_of(
+            st.binary(min_size=1, max_size=64), st.sampled_from([b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"{", b'"'])
+        )
     )
 
     def damage(folder: Path) -> None:
@@ -162,7 +164,9 @@ def inserted(draw: Any) -> Damage:
 def replaced(draw: Any) -> Damage:
     """A file becomes something else altogether."""
     name = draw(FILES)
-    kind = draw(st.sampled_from(["empty", "garbage", "folder", "missing", "pickle", "bin", "loop", "outside", "fifo", "json"]))
+    kind = draw(
+        st.sampled_from(["empty", "garbage", "folder", "missing", "pickle", "bin", "loop", "outside", "fifo", "json"])
+    )
     garbage = draw(st.binary(max_size=200))
 
     def damage(folder: Path) -> None:
@@ -264,7 +268,16 @@ RECORD = [
     "problem_type",
     "pruned_heads",
 ]
-ADDED = ["auto_map", "trust_remote_code", "target_modules", "shadow_alpah", "runtime_config", "__class__", "", "x" * 3000]
+ADDED = [
+    "auto_map",
+    "trust_remote_code",
+    "target_modules",
+    "shadow_alpah",
+    "runtime_config",
+    "__class__",
+    "",
+    "x" * 3000,
+]
 VALUES = st.one_of(
     st.sampled_from(ODD),
     st.sampled_from(HUGE),
@@ -315,8 +328,12 @@ def other_record(draw: Any) -> Damage:
 @st.composite
 def code_names(draw: Any) -> Damage:
     """Every place that elsewhere makes a loader import and call something."""
-    target = draw(st.sampled_from(["os.system", "pathlib.Path.touch", "owner/name--modeling.Model", "kernels-community/x"]))
-    place = draw(st.sampled_from(["auto_map", "_attn_implementation", "attn_implementation", "torch_dtype", "hidden_act"]))
+    target = draw(
+        st.sampled_from(["os.system", "pathlib.Path.touch", "owner/name--modeling.Model", "kernels-community/x"])
+    )
+    place = draw(
+        st.sampled_from(["auto_map", "_attn_implementation", "attn_implementation", "torch_dtype", "hidden_act"])
+    )
     value = {"AutoModel": target, "AutoConfig": target} if place == "auto_map" else target
 
     def change(content: dict[str, Any]) -> None:
@@ -336,7 +353,9 @@ def saved_whole(draw: Any) -> Damage:
 @st.composite
 def text(draw: Any) -> Damage:
     """What a JSON writer would not write: a key twice, deep nesting, endless digits, NaN, another top level."""
-    kind = draw(st.sampled_from(["twice", "deep", "deep value", "digits", "nan", "list", "number", "string", "null", "bom"]))
+    kind = draw(
+        st.sampled_from(["twice", "deep", "deep value", "digits", "nan", "list", "number", "string", "null", "bom"])
+    )
     key = draw(st.sampled_from(KEYS))
 
     def damage(folder: Path) -> None:
@@ -364,12 +383,18 @@ def text(draw: Any) -> Damage:
 @st.composite
 def other_tensor(draw: Any) -> Damage:
     """One tensor with another shape, dtype, value or name, or gone, or twice."""
-    which, kind = draw(st.integers(0, 200)), draw(
-        st.sampled_from(["shape", "dtype", "value", "drop", "rename", "add", "empty", "one", "base", "named"])
+    which, kind = (
+        draw(st.integers(0, 200)),
+        draw(st.sampled_from(["shape", "dtype", "value", "drop", "rename", "add", "empty", "one", "base", "named"])),
     )
-    dtype, value = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e39, 1e30]))
+    dtype, value = (
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e39, 1e30])),
+    )
     name = draw(
-        st.sampled_from(["../../x", "", "base_model.model.lm_head.weight", "__class__", "a\0b", "x" * 2000, "модель", "a.b"])
+        st.sampled_from(
+            ["../../x", "", "base_model.model.lm_head.weight", "__class__", "a\0b", "x" * 2000, "модель", "a.b"]
+        )
     )
     axis = draw(st.integers(0, 1))
 
@@ -406,7 +431,10 @@ def other_tensor(draw: Any) -> Damage:
 @st.composite
 def other_header(draw: Any) -> Damage:
     """Sizes, offsets and dtypes that the data do not have."""
-    which, kind = draw(st.integers(0, 200)), draw(st.sampled_from(["shape", "offsets", "dtype", "entry", "extra", "metadata"]))
+    which, kind = (
+        draw(st.integers(0, 200)),
+        draw(st.sampled_from(["shape", "offsets", "dtype", "entry", "extra", "metadata"])),
+    )
     numbers = draw(st.lists(st.sampled_from([*HUGE, 32, 61]), min_size=1, max_size=3))
     dtype = draw(st.sampled_from(["F64", "F16", "I64", "BOOL", "F8_E4M3", "U8", "X", "", "F4", "F32 ", "C64"]))
     entry = draw(VALUES)

@@ -261,8 +261,8 @@ def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTra
     kind = values.pop("model_type")
     if config_class is not None and config_class.model_type != kind:
         raise ConfigError(
-            f"shadow_backbone_config is of a {quote(kind)} model but a mirrored shadow of this base is {config_class.model_type}; "
-            "configuration and base do not belong together"
+            f"shadow_backbone_config is of a {quote(kind)} model but a mirrored shadow of this base is "
+            f"{config_class.model_type}; configuration and base do not belong together"
         )
     if config_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
         raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, which is no decoder that transformers knows")

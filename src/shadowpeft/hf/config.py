@@ -12,7 +12,7 @@ from peft.utils import PeftType, TaskType
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.files import quote, read_json
+from shadowpeft.hf.files import quote, read_json, shorten
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -137,7 +137,7 @@ class ShadowPeftConfig(PeftConfig):
         self.weights_file: Path | None = None
         for name, kinds in _FILE_FIELDS.items():
             value = getattr(self, name)
-            if value is not None and type(value) not in kinds or isinstance(value, str) and "\0" in value:
+            if (value is not None and type(value) not in kinds) or (isinstance(value, str) and "\0" in value):
                 raise ConfigError(f"{name} is {quote(value)} but must be {kinds[0].__name__} or None")
         self.task_type = None if task is None else TaskType(task)
         for name in ("r", "update_hidden_size", *_MIRROR_ONLY):
@@ -208,7 +208,10 @@ class ShadowPeftConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         weights = any(folder.glob("adapter_model*")) if folder.is_dir() else False
         if not weights or not (folder / CONFIG).is_file():
-            return super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+            found = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+            if folder.is_dir() and getattr(found, "_loaded", False):  # it names its base, so a run has made weights
+                raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; give the folder that save_pretrained wrote")
+            return found
         if not (folder / WEIGHTS).is_file():
             raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; weights are read from safetensors files only, never pickle")
         config = config_from_file(folder / CONFIG)
@@ -276,9 +279,9 @@ def config_from_file(path: Path) -> ShadowPeftConfig:
     try:
         return ShadowPeftConfig(**content)
     except ConfigError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {shorten(error, 600)}") from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path} has a value of the wrong type ({error})") from error
+        raise ConfigError(f"{path} has a value of the wrong type ({shorten(error)})") from error
 
 
 def _all_strings(value: Any) -> bool:

@@ -40,9 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise AdapterFileError(f"{path} has {size} bytes but a configuration has a few thousand; it is damaged")
-        content = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_constant
-        )
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can be neither printed nor saved again
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read ({error.strerror}); check the file") from error
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, 10,000 brackets

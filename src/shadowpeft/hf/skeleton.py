@@ -151,4 +151,6 @@ def compare(path: Path, header: dict[str, Declared], wanted: dict[str, Tensor]) 
                 f"{tuple(value.shape)}; configuration and weights are of different adapters"
             )
         if not value.is_floating_point() and header[name].dtype in FLOATS:
-            raise AdapterFileError(f"tensor {quote(name)} is {header[name].dtype} in {path} but {value.dtype} in the model")
+            raise AdapterFileError(
+                f"tensor {quote(name)} is {header[name].dtype} in {path} but {value.dtype} in the model"
+            )

@@ -89,8 +89,9 @@ class Judge:
 
     def load(self, folder: Path, task: str, way: str) -> tuple[str, str | None]:
         """``(outcome, complaint)`` of one way of loading."""
-        import shadowpeft
         from peft import PeftModel
+
+        import shadowpeft
         from shadowpeft.apps import info
         from shadowpeft.errors import ShadowPeftError
         from shadowpeft.hf.checkpoint import read_config
