@@ -39,26 +39,41 @@ _TRIAL = "trial"
 
 
 def skeleton(model: nn.Module) -> Any:
-    """A copy of ``model`` whose parameters and buffers are on the meta device; other adapters' configurations are left out."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:  # accelerate's hook for offloaded weights holds them
-            memo[id(hook)] = hook
-        for config in getattr(module, "configs", {}).values():
-            memo[id(config)] = config
-    attached = getattr(model, "peft_config", None)
-    if attached is not None:
-        memo[id(attached)] = attached
-    bare = copy.deepcopy(model, memo)
-    if attached is not None:
+    """A copy of ``model`` whose parameters and buffers are on the meta device.
+
+    Modules and their containers are new, so that the copy can be changed; every other attribute is shared, since it may be
+    large (the weights that accelerate offloaded) or not copyable. The configurations of other adapters are left out.
+    """
+    bare = _clone(model, {})
+    if hasattr(bare, "peft_config"):
         del bare.peft_config
     return bare
+
+
+def _clone(module: nn.Module, seen: dict[int, Any]) -> nn.Module:
+    if id(module) in seen:
+        return seen[id(module)]  # type: ignore[no-any-return]
+    new = module.__class__.__new__(module.__class__)
+    seen[id(module)] = new
+    # containers of hooks, names and settings are copied one level deep: what is registered on the copy stays there
+    new.__dict__ = {
+        key: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for key, value in module.__dict__.items()
+    }
+    for name, parameter in module._parameters.items():
+        new._parameters[name] = None if parameter is None else _empty(parameter, seen)
+    for name, buffer in module._buffers.items():
+        new._buffers[name] = None if buffer is None else _empty(buffer, seen)
+    for name, child in module._modules.items():
+        new._modules[name] = None if child is None else _clone(child, seen)
+    return new
+
+
+def _empty(tensor: Tensor, seen: dict[int, Any]) -> Any:
+    if id(tensor) not in seen:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        seen[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return seen[id(tensor)]
 
 
 def implied(tuner: Any, model: nn.Module, config: ShadowPeftConfig) -> tuple[dict[str, Tensor], int]:
