@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow bench clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,12 @@ types: $(VENV)/dev
 
 slow: $(VENV)/dev  ## the tests that take long
 	$(BIN)/python -m pytest -m slow
+
+durability: $(VENV)/dev  ## kill runs fifty times and compare their ends with an undisturbed one
+	$(BIN)/python -m pytest -m durability tests/durability
+
+fuzz: $(VENV)/dev  ## a thousand damaged adapter folders
+	$(BIN)/python -m pytest -m fuzz tests/hostile
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py

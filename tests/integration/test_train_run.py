@@ -206,6 +206,45 @@ def test_a_resumed_run_without_grouping_by_length(made, tmp_path):
     assert losses(folder) == losses(tmp_path / "whole")
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(made, undisturbed, tmp_path):
+    folder = cut(undisturbed, tmp_path, 0)
+    shutil.rmtree(folder / "partial-checkpoint-1")
+    with pytest.raises(ConfigError, match=r"not empty.*--resume"):
+        start(made, folder, training=LONG, data={"validation": made["validation"]})
+    start(made, folder, resume=True, training=LONG, data={"validation": made["validation"]})
+    assert_identical(tensors(folder / "adapter"), tensors(undisturbed / "adapter"))
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_what_a_kill_before_the_first_step_leaves_is_no_run_yet(made, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("versions.json", "data.json", ".config.yaml.partial"):
+        (tmp_path / "run" / name).write_text("half")
+    start(made, tmp_path / "run", training={"max_steps": 1})
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_a_finished_run_that_is_resumed_takes_no_further_step(made, undisturbed, tmp_path):
+    folder = cut(undisturbed, tmp_path, 6)
+    summary = start(made, folder, resume=True, training=LONG, data={"validation": made["validation"]})
+    assert summary["steps"] == 6
+    assert_identical(tensors(folder / "adapter"), tensors(undisturbed / "adapter"))
+    before, after = (json.loads((f / "summary.json").read_text()) for f in (undisturbed, folder))
+    assert after["train_loss"] == before["train_loss"]  # of the whole run, not of what came after the kill
+    assert len(read_metrics(folder)) == len(read_metrics(undisturbed))
+
+
+def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_left(made, undisturbed, tmp_path, monkeypatch):
+    """The older one is renamed before it is deleted; a deletion never happens under a checkpoint's name."""
+    deleted = []
+    stock = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **more: (deleted.append(Path(path).name), stock(path, **more)))
+    start(made, tmp_path / "run", training={**LONG, "keep_checkpoints": 1})
+    assert [name for name in deleted if "checkpoint" in name]
+    assert not [name for name in deleted if name.startswith("checkpoint")]
+    assert [p.name for p in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-6"]
+
+
 def test_settings_that_change_nothing_may_change(made, undisturbed, tmp_path):
     folder = cut(undisturbed, tmp_path, 4)
     options = {**LONG, "log_every": 2, "save_every": 3}

@@ -13,10 +13,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files import plain_record, quote
 
 _WIDTH_FIELDS = {
     "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -290,7 +292,8 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     else:
         if loaded:
             shadow_config = _config_from_record(config.shadow_backbone_config, None)
-            shadow_class = type(AutoModel.from_config(_tiny(shadow_config)))
+            with torch.device("meta"):  # only its class is wanted
+                shadow_class = type(AutoModel.from_config(_tiny(shadow_config)))
         else:
             from shadowpeft.hf.projected import given_projected, start_projection  # it imports this module
 
@@ -308,6 +311,9 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
         if left is None:
             left = [] if _device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
         config.shadow_frozen = left
+    strange = sorted(set(config.shadow_frozen or ()) - {name for name, _ in backbone.named_parameters()})
+    if strange:
+        raise ConfigError(f"shadow_frozen names {quote(strange[0])}, which the shadow backbone does not have")
     own = replace_embeddings(backbone, BorrowedEmbedding(parts.backbone) if config.shadow_reads_tokens else None)
     embedding = None if config.shares_embeddings else own
     backbone.to(dtype=torch.float32)
@@ -494,12 +500,17 @@ def _device_of(module: nn.Module) -> torch.device:
 def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
     if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
         raise ConfigError("shadow_backbone_config must be the JSON object of a transformers configuration")
-    values = PreTrainedConfig._decode_special_floats(dict(record))
+    values = plain_record(PreTrainedConfig._decode_special_floats(dict(record)))
     kind = values.pop("model_type")
-    for drop in ("transformers_version", "architectures", "auto_map", "_name_or_path", "quantization_config"):
-        values.pop(drop, None)
+    if config_class is not None and config_class.model_type != kind:
+        raise ConfigError(
+            f"shadow_backbone_config is of a {quote(kind)} model but a mirrored shadow of this base is "
+            f"{config_class.model_type}; configuration and base do not belong together"
+        )
+    if config_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
+        raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, which is no decoder that transformers knows")
     try:
-        if config_class is not None and config_class.model_type == kind:
+        if config_class is not None:
             return config_class(**values)
         return AutoConfig.for_model(kind, **values)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.bases import is_alias, materialise
-from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
+from shadowpeft.hf.files import check_dtypes, quote, read_header
 from shadowpeft.hf.model import clean_on_failure
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 4 * 2**20
 
 
 def find_file(adapter: str | Path, name: str) -> Path:
@@ -46,23 +41,6 @@ def find_file(adapter: str | Path, name: str) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        AdapterFileError: if it is too large, not JSON, or not an object.
-    """
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterFileError(f"{path} has {path.stat().st_size} bytes but a configuration has a few thousand")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterFileError(f"{path} is not valid JSON ({error}); it is truncated or damaged") from error
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{path} holds a JSON {type(content).__name__} but must hold an object")
-    return content
-
-
 def read_config(adapter: str | Path) -> ShadowPeftConfig:
     """The configuration of an adapter, every key checked.
 
@@ -70,21 +48,7 @@ def read_config(adapter: str | Path) -> ShadowPeftConfig:
         AdapterFileError: if the file is missing or damaged, or is another method's.
         ConfigError: if a key is unknown, missing or impossible.
     """
-    path = find_file(adapter, CONFIG)
-    content = read_json(path)
-    kind = content.get("peft_type")
-    if kind != "SHADOWPEFT":
-        raise AdapterFileError(
-            f"{path} is a {kind} adapter; this package reads SHADOWPEFT adapters, and those of other shadow packages with "
-            "shadowpeft.load or after: shadowpeft convert"
-        )
-    for record in ("shadow_backbone_config", "base_fingerprint"):
-        if record in content and not isinstance(content[record], dict):
-            raise AdapterFileError(f"{path} has {record} = {content[record]!r} but every saved adapter has an object there")
-    try:
-        return ShadowPeftConfig(**content)
-    except TypeError as error:
-        raise ConfigError(f"{path} has a value of the wrong type ({error})") from error
+    return config_from_file(find_file(adapter, CONFIG))
 
 
 def check_weights(adapter: str | Path) -> Path:
@@ -94,13 +58,7 @@ def check_weights(adapter: str | Path) -> Path:
         AdapterFileError: if it is missing, truncated, or not safetensors (pickle files are never read).
     """
     path = find_file(adapter, WEIGHTS)
-    try:
-        with safe_open(path, framework="pt") as handle:
-            names = list(handle.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file ({error}); it is truncated or damaged") from error
-    if not names:
-        raise AdapterFileError(f"{path} holds no tensors; the adapter was not saved completely")
+    check_dtypes(path, read_header(path))
     return path
 
 
@@ -113,10 +71,10 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
     auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
-        model: PreTrainedModel = auto.from_pretrained(source, **kwargs)
+        model: PreTrainedModel = auto.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -163,7 +121,9 @@ def load(
             f"shadow_model is '{shadow_model}', but this adapter holds its shadow's configuration and weights; leave it out"
         )
     config = read_config(adapter)
-    check_weights(adapter)
+    config.weights_file = check_weights(adapter)
+    if config.base_alias is not None and not is_alias(config.base_alias):
+        raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
     if base is None:
         named = config.base_model_name_or_path
         if config.base_alias is not None and not (named and Path(named).is_dir()):

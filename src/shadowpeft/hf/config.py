@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType, TaskType
 from torch import nn
 
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.files import quote, read_json, shorten
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 VARIANTS = ("paper", "authors", "peft")
 SHADOW_INITS = ("random", "base_layers")
@@ -121,7 +125,7 @@ class ShadowPeftConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                raise ConfigError(f"unknown key '{name}' for ShadowPeftConfig{did_you_mean(name, known)}")
+                raise ConfigError(f"unknown key {quote(name)} for ShadowPeftConfig{did_you_mean(name[:99], known)}")
         if "peft_type" in kwargs:  # only a configuration file names its own type
             missing = sorted(_required_in_files() - set(kwargs))
             if missing:
@@ -140,6 +144,12 @@ class ShadowPeftConfig(PeftConfig):
         # Found by the tuner for each base; an attribute, not a field, since it says nothing that a file should hold.
         self.target_modules: str | None = None
         self._loaded = self.base_fingerprint is not None
+        # The weights file beside the configuration file this was read from: compared with it before anything is built.
+        self.weights_file: Path | None = None
+        for name, kinds in _FILE_FIELDS.items():
+            value = getattr(self, name)
+            if (value is not None and type(value) not in kinds) or (isinstance(value, str) and "\0" in value):
+                raise ConfigError(f"{name} is {quote(value)} but must be {kinds[0].__name__} or None")
         self.task_type = None if task is None else TaskType(task)
         for name in ("r", "update_hidden_size", *_MIRROR_ONLY):
             value = getattr(self, name)
@@ -213,6 +223,30 @@ class ShadowPeftConfig(PeftConfig):
                     "remove one of them"
                 )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The configuration in a folder or on the Hub.
+
+        A folder that holds weights is an adapter, and all of it is judged as :func:`shadowpeft.load` does; one that holds a
+        configuration alone is a template.
+
+        Raises:
+            AdapterFileError: if the file is damaged, or the weights are not safetensors.
+            ConfigError: if a key is unknown, missing or impossible.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        weights = any(folder.glob("adapter_model*")) if folder.is_dir() else False
+        if not weights or not (folder / CONFIG).is_file():
+            found = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+            if folder.is_dir() and getattr(found, "_loaded", False):  # it names its base, so a run has made weights
+                raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; give the folder that save_pretrained wrote")
+            return found
+        if not (folder / WEIGHTS).is_file():
+            raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; weights are read from safetensors files only, never pickle")
+        config = config_from_file(folder / CONFIG)
+        config.weights_file = folder / WEIGHTS
+        return config
+
     @property
     def is_mirror(self) -> bool:
         """Whether the shadow is built from the base's own configuration."""
@@ -257,6 +291,41 @@ class ShadowPeftConfig(PeftConfig):
             return asdict(self)
         finally:
             self.shadow_model = module
+
+
+_FILE_FIELDS: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "base_alias": (str,),
+    "peft_version": (str,),
+    "inference_mode": (bool,),
+    "auto_mapping": (dict,),
+}
+"""Fields that PEFT or a loader hands on to others, and what they may be."""
+
+
+def config_from_file(path: Path) -> ShadowPeftConfig:
+    """The configuration in the file of a saved adapter, every key checked.
+
+    Raises:
+        AdapterFileError: if the file is damaged or another method's.
+        ConfigError: if a key is unknown, missing or impossible.
+    """
+    content = read_json(path)
+    kind = content.get("peft_type")
+    if kind != "SHADOWPEFT":
+        raise AdapterFileError(f"{path} is a {quote(kind)} adapter; this package reads SHADOWPEFT adapters")
+    for record in ("shadow_backbone_config", "base_fingerprint"):
+        if record in content and not isinstance(content[record], dict):
+            raise AdapterFileError(
+                f"{path} has {record} = {quote(content[record])} but every saved adapter has an object there"
+            )
+    try:
+        return ShadowPeftConfig(**content)
+    except ConfigError as error:
+        raise type(error)(f"{path}: {shorten(error, 600)}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path} has a value of the wrong type ({shorten(error)})") from error
 
 
 def _all_strings(value: Any) -> bool:

@@ -68,7 +68,7 @@ def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
             quantised copy, a further trained sibling) give a warning with the measured distance.
     """
     advice = "; load the base model that the adapter names in base_model_name_or_path"
-    if not isinstance(recorded, dict) or not {"architecture", "shapes", "values"} <= set(recorded):
+    if not _is_fingerprint(recorded):
         raise BaseMismatchError("the adapter's base_fingerprint is malformed, so its base cannot be checked" + advice)
     if recorded["architecture"] != found["architecture"]:
         raise BaseMismatchError(
@@ -79,7 +79,12 @@ def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
             raise BaseMismatchError(
                 f"the adapter's base has {key} = {recorded['shapes'].get(key)}, this base has {value}{advice}"
             )
-    for name in sorted(set(recorded["values"]) & set(found["values"])):
+    shared = sorted(set(recorded["values"]) & set(found["values"]))
+    if found["values"] and not shared:
+        raise BaseMismatchError(
+            "the adapter's base_fingerprint holds no weight values of this base, so its base cannot be checked" + advice
+        )
+    for name in shared:
         ours = torch.tensor(recorded["values"][name], dtype=torch.float64)
         theirs = torch.tensor(found["values"][name], dtype=torch.float64)
         if ours.shape != theirs.shape:
@@ -96,3 +101,15 @@ def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
                 "expected for a quantised copy, otherwise check that this is the right base",
                 stacklevel=2,
             )
+
+
+def _is_fingerprint(recorded: Any) -> bool:
+    """Whether a record from a file has the form that :func:`fingerprint` writes."""
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("architecture"), str):
+        return False
+    if not isinstance(recorded.get("shapes"), dict) or not isinstance(recorded.get("values"), dict):
+        return False
+    return all(
+        isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
+        for values in recorded["values"].values()
+    )

@@ -17,9 +17,11 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf import hooks
 from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files import FLOATS, check_exact
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
+from shadowpeft.hf.skeleton import check_file
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
@@ -62,6 +64,15 @@ class ShadowModel(BaseTuner):
         peft_config.target_modules = "|".join(re.escape(name) for name in targets)
         if peft_config.modules_to_save:
             peft_config.modules_to_save = self._full_names(peft_config.modules_to_save)
+            for name in peft_config.modules_to_save:
+                if any(f"{target}.".startswith(f"{name}." if name else "") for target in targets):
+                    raise ConfigError(
+                        f"modules_to_save names '{name}', which holds the shadow's own parts; name modules inside a layer, "
+                        "the head or the final norm"
+                    )
+        if peft_config.weights_file is not None:
+            check_file(type(self), self.model, peft_config, peft_config.weights_file)
+            peft_config.weights_file = None  # once; what is attached later by this configuration need not be in the file
         return peft_config
 
     def _full_names(self, endings: list[str]) -> list[str]:
@@ -232,7 +243,9 @@ class ShadowModel(BaseTuner):
         missing = sorted(set(expected) - set(mapped))
         # PEFT loads whatever it finds: a key of the base would overwrite the base
         trained = f".modules_to_save.{adapter_name}."
-        unknown = sorted(k for k in mapped if k not in expected and trained not in k)
+        expected.update({k: v for k, v in model.state_dict().items() if trained in k and k in mapped})
+        unknown = sorted(k for k in mapped if k not in expected)
+        unknown += ["a tensor under two names"] * (len(state_dict) - len(mapped))
         if missing or unknown:
             raise AdapterFileError(
                 f"the adapter's weights do not fit its configuration: {len(missing)} tensors are missing "
@@ -245,10 +258,11 @@ class ShadowModel(BaseTuner):
                     f"{tuple(value.shape)}; configuration and weights are of different adapters"
                 )
         for key, value in mapped.items():
-            if not value.is_floating_point():
+            if value.dtype not in FLOATS.values():
                 raise AdapterFileError(f"tensor {key} is {value.dtype} in the file but must be floating point")
             if not bool(torch.isfinite(value).all()):
                 raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
+            check_exact(key, value, expected[key].dtype)
         return mapped
 
 

@@ -31,8 +31,9 @@ from transformers import __version__ as transformers_version
 from shadowpeft.core import fold_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import _config_from_record
-from shadowpeft.hf.checkpoint import find_file, read_json
+from shadowpeft.hf.checkpoint import find_file
 from shadowpeft.hf.detach import adapted_base, find_hub
+from shadowpeft.hf.files import read_json
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.tensors import check_tensors, read_tensors
 

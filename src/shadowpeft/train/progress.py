@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -40,11 +41,11 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Show the bar and take over Ctrl-C."""
         self._started, self._first = time.monotonic(), state.global_step
-        # a resumed run repeats steps after its checkpoint: keep only the metrics up to it
+        # a resumed run repeats what came after its checkpoint: keep only the records that the checkpoint knows
         metrics = self.folder / "metrics.jsonl"
         if metrics.is_file():
-            kept = [record for record in read_metrics(self.folder) if record["step"] <= state.global_step]
-            metrics.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            kept = read_metrics(self.folder)[: len(state.log_history)]
+            write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
         if not self.quiet:
             self._progress = Progress(
                 TextColumn("training"),
@@ -79,8 +80,10 @@ class RunCallback(TrainerCallback):
         if self.interrupted:
             control.should_training_stop = True
             control.should_save = True
-        if self.interrupted or state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps are part of the record however long log_every is
+        if self.interrupted or control.should_save or state.global_step >= state.max_steps:
+            # the last steps are part of the record however long log_every is, and the sums since the last record are
+            # not part of a checkpoint
+            control.should_log = True
         return control
 
     def on_log(
@@ -117,6 +120,16 @@ class RunCallback(TrainerCallback):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
+
+
+def write_text(path: Path, content: str) -> None:
+    """Text, written beside, on disk, and renamed: whoever reads sees the old or the new text."""
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w", encoding="utf-8") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

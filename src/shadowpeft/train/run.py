@@ -28,7 +28,7 @@ from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.train.config import RunConfig
-from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
+from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
 from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -162,7 +162,7 @@ def train(
     ``checkpoint-N/``, ``adapter/`` and ``summary.json``.
 
     Args:
-        resume: continue from the newest checkpoint in the folder.
+        resume: continue from the newest checkpoint in the folder, or from the start if the run was killed before its first.
 
     Returns:
         the summary: steps, losses, parameters, seconds, and whether Ctrl-C ended the run early.
@@ -188,9 +188,10 @@ def train(
     if limit is not None and longest > limit:
         raise DataError(f"a row has {longest} tokens but the base reads {limit}; lower data.max_length to {limit}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
     write_json(folder / "versions.json", versions())
     write_json(folder / "data.json", record)
+    # last: a folder with this file is a run that can be resumed, from its start if there is no checkpoint yet
+    write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
 
     args = TrainingArguments(
         output_dir=str(folder),
@@ -237,7 +238,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     try:
-        result = trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last)
     finally:
         shown.close()
     seconds = time.monotonic() - started
@@ -247,7 +248,7 @@ def train(
         "planned_steps": int(trainer.state.max_steps),
         "interrupted": shown.interrupted and trainer.state.global_step < trainer.state.max_steps,
         "seconds": round(seconds, 1),
-        "train_loss": result.training_loss,
+        "train_loss": next((r["train_loss"] for r in reversed(trainer.state.log_history) if "train_loss" in r), None),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "base": run.base,
         "adapter": str(folder / "adapter"),
@@ -287,17 +288,22 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"the run folder '{folder}' is a file; choose another output")
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    started = (folder / "config.yaml").is_file()
     if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
-            way = "continue with --resume" if last is not None else "remove it (it holds no checkpoint)"
+        if folder.is_dir() and (started or any(path.name not in _FIRST_FILES for path in folder.iterdir())):
+            way = "continue with --resume" if last is not None or started else "remove it (it holds no checkpoint)"
             raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or {way}")
         return None
-    if last is None:
+    if last is None and not started:
         raise ConfigError(
             f"there is no checkpoint in '{folder}' to resume from; remove the folder if it exists and start without --resume"
         )
     _check_same_run(run, folder)
     return last
+
+
+_FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
+"""What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
 
 
 def _check_loggers(run: RunConfig) -> None:
@@ -429,10 +435,3 @@ edge = shadowpeft.detach(model)                 # detached: a stock transformers
 def write_json(path: Path, content: Any) -> None:
     """JSON, written beside and renamed."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Text, written beside and renamed."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)

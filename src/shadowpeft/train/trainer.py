@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
@@ -158,6 +158,9 @@ class ShadowLossMixin:
             steps = max(trainer.state.global_step - self._since, 1)
             logs = {**logs, **{key: value / steps for key, value in self._sums.items()}}
             self._sums = {}
+        whole = _mean_loss(trainer.state.log_history) if "train_loss" in logs else None
+        if whole is not None:  # stock Trainer's is the mean since the last resume
+            logs = {**logs, "train_loss": whole}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +201,35 @@ class ShadowLossMixin:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock, after what a killed run left half-written or half-deleted in the folder is taken away."""
+        trainer: Any = self
+        if trainer.args.should_save:
+            clear_leftovers(Path(trainer.args.output_dir))
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            # resumed from the checkpoint of the last step: stock Trainer looks at max_steps only after one step more
+            trainer.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # as stock, but renamed first
+        try:
+            output = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            trainer.args.save_total_limit = limit
+        best = trainer.state.best_model_checkpoint
+        if trainer.args.should_save and limit == 1 and best is not None:
+            for path in map(Path, sort_checkpoints(self._get_output_dir(None))):
+                if not path.samefile(best):
+                    discard(path)
+        return output
+
     def _get_output_dir(self, trial: Any) -> str:
         stock = super()._get_output_dir(trial)  # type: ignore[misc]
         return str(stock) if self._run_dir is None else self._run_dir
@@ -210,7 +242,7 @@ class ShadowLossMixin:
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         beside = run_dir / f"{_PARTIAL}{name}"
-        shutil.rmtree(beside, ignore_errors=True)
+        clear_leftovers(run_dir)
         limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self._run_dir = str(beside)
         try:
@@ -219,8 +251,10 @@ class ShadowLossMixin:
                 trainer.state.best_model_checkpoint = str(run_dir / name)
                 trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
             sync(beside / name)
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+            if (run_dir / name).exists():  # aside first: a kill while it is deleted would leave half of it as the newest
+                os.replace(run_dir / name, beside / "replaced")
             os.replace(beside / name, run_dir / name)
+            sync_names(run_dir)
         except WRITE_ERRORS as error:
             raise ShadowPeftError(
                 f"{name} could not be written to '{run_dir}' ({reason(error)}); earlier checkpoints are untouched, free some "
@@ -229,12 +263,7 @@ class ShadowLossMixin:
         finally:
             self._run_dir, trainer.args.save_total_limit = None, limit
             shutil.rmtree(beside, ignore_errors=True)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        rotate(run_dir, limit, trainer.state.best_model_checkpoint)
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -276,11 +305,45 @@ def reason(error: BaseException) -> str:
 def sync(folder: Path) -> None:
     """Ask the system to have the files of ``folder`` on disk before it is renamed."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_names(path)
+
+
+def sync_names(path: Path) -> None:
+    """The same for one file, or for the names in one folder: after a rename, the new name is on disk too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted; nothing of it was ever a checkpoint."""
+    for path in run_dir.glob(f"{_PARTIAL}{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
+    """Keep the newest ``limit`` checkpoints; the newest and the best one stay always.
+
+    Each is renamed before it is deleted, so that a kill never leaves half a checkpoint under a checkpoint's name. The stock
+    rotation deletes in place and orders by time of change, and a deletion that was cut short is a change.
+    """
+    found = sort_checkpoints(str(run_dir), use_mtime=True)
+    if not limit or not found:
+        return
+    protected = {found[-1], *([] if best is None else [str(Path(best))])}
+    surplus = len(found) - max(limit, len(protected))
+    for path in [Path(p) for p in found if p not in protected][: max(surplus, 0)]:
+        discard(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; it loses its name first."""
+    aside = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -297,6 +360,16 @@ def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
         yield seen
     finally:
         handle.remove()
+
+
+def _mean_loss(history: list[dict[str, float]]) -> float | None:
+    """Mean training loss of a step over the whole run, from its logged means; None if nothing was logged."""
+    total, last = 0.0, 0.0
+    for record in history:
+        if "loss" in record:
+            total += record["loss"] * (record["step"] - last)
+            last = record["step"]
+    return total / last if last else None
 
 
 def _shifts(trainer: Any) -> bool:

@@ -19,7 +19,8 @@ from transformers import AutoConfig, PreTrainedModel
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.bases import is_alias
-from shadowpeft.hf.checkpoint import CONFIG, find_file, load_base, read_json
+from shadowpeft.hf.checkpoint import CONFIG, find_file, load_base
+from shadowpeft.hf.files import read_json
 from shadowpeft.hf.fingerprint import fingerprint
 from shadowpeft.hf.formats import authors, peft_shadow
 from shadowpeft.hf.formats.common import Translation

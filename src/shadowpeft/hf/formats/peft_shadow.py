@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS, find_file, read_json
+from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS, find_file
+from shadowpeft.hf.files import read_json
 from shadowpeft.hf.formats.common import (
     ShadowLayout,
     Translation,

@@ -1,0 +1,216 @@
+"""Files that came from somewhere else: JSON and safetensors, judged before anything is built or allocated by them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from shadowpeft.errors import AdapterFileError
+
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_COUNT = 4096
+"""Layers, heads or experts that a configuration may ask for if the weights file does not hold as many tensors."""
+MAX_NUMBER = 2**40
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and is no dtype to train in."""
+
+_COUNTS = re.compile(r"(^|_)(num|n|number)_|layers?$|heads?$|experts?$|blocks?$|depth")
+
+
+class Declared(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        AdapterFileError: if it cannot be read, is too large, not JSON, names a key twice, or is not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise AdapterFileError(f"{path} has {size} bytes but a configuration has a few thousand; it is damaged")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_constant)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can be neither printed nor saved again
+    except OSError as error:
+        raise AdapterFileError(f"{path} cannot be read ({error.strerror}); check the file") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of 5,000 digits, 10,000 brackets
+        raise AdapterFileError(f"{path} is not valid JSON ({shorten(error)}); it is truncated or damaged") from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{path} holds a JSON {type(content).__name__} but must hold an object")
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {quote(twice)} is given twice")
+    return content
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no value of a setting")
+    return float(name)
+
+
+def quote(value: Any, limit: int = 80) -> str:
+    """``repr`` of a value from a file, on one line and not longer than a message can bear."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def shorten(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
+
+
+def read_header(path: Path) -> dict[str, Declared]:
+    """Names, dtypes and shapes in a safetensors file; no tensor is read.
+
+    safetensors itself refuses headers whose offsets overlap, leave holes or do not match the shapes and the file's size.
+
+    Raises:
+        AdapterFileError: if the file is truncated, damaged, not safetensors, or holds no tensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            found = {}
+            for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
+                part = handle.get_slice(name)
+                found[name] = Declared(part.get_dtype(), tuple(part.get_shape()))
+    except MemoryError as error:
+        raise AdapterFileError(
+            f"{path} with {path.stat().st_size:,} bytes does not fit into memory; it is no adapter, or free some memory"
+        ) from error
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise AdapterFileError(
+            f"{path} is not a whole safetensors file ({shorten(error)}); it is truncated or damaged"
+        ) from error
+    if not found:
+        raise AdapterFileError(f"{path} holds no tensors; the adapter was not saved completely")
+    return found
+
+
+def check_dtypes(path: Path, header: dict[str, Declared]) -> None:
+    """Every tensor is a floating-point number that a model can train with.
+
+    Raises:
+        AdapterFileError: naming the first that is not.
+    """
+    for name, (dtype, _) in header.items():
+        if dtype not in FLOATS:
+            raise AdapterFileError(
+                f"tensor {quote(name)} in {path} is {_torch_name(dtype)} but must be floating point ({', '.join(FLOATS)}); "
+                "the file is damaged or of another program"
+            )
+
+
+def _torch_name(dtype: str) -> str:
+    return re.sub(r"^I(\d+)$", r"int\1", dtype)
+
+
+def check_values(path: Path, header: dict[str, Declared], wanted: dict[str, torch.Tensor]) -> None:
+    """Every tensor is finite in the file and in the dtype of the model's own (``wanted``, by name); read one by one.
+
+    Raises:
+        AdapterFileError: naming the first that is not.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in header:
+                value = handle.get_tensor(name)
+                if not bool(torch.isfinite(value).all()):
+                    raise AdapterFileError(
+                        f"tensor {quote(name)} in {path} holds NaN or infinite values; the adapter is damaged"
+                    )
+                check_exact(name, value, wanted[name].dtype if name in wanted else torch.float32)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged") from error
+
+
+def check_exact(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """A float64 tensor loses nothing in the dtype of the model.
+
+    Raises:
+        AdapterFileError: if it does; what was loaded would not be what the file says.
+    """
+    narrow = dtype if dtype.is_floating_point else torch.float32
+    if value.dtype == torch.float64 and not torch.equal(value.to(narrow).double(), value):
+        raise AdapterFileError(
+            f"tensor {quote(name)} is float64 in the file but {str(narrow).removeprefix('torch.')} in the model, which cannot "
+            "hold its values; save the adapter from a model of its own dtype"
+        )
+
+
+def check_numbers(record: Any, tensors: int, where: str = "shadow_backbone_config") -> None:
+    """Counts that the weights file cannot fill, before a model is built by them: 10**9 layers would be 10**9 objects.
+
+    Args:
+        record: JSON content. tensors: how many tensors the file holds; each layer, head list or expert list needs some.
+
+    Raises:
+        AdapterFileError: naming the setting.
+    """
+    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+        name = f"{where}.{key}" if isinstance(record, dict) else f"{where}[{key}]"
+        if isinstance(value, (dict, list)):
+            check_numbers(value, tensors, name)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            limit = max(MAX_COUNT, tensors) if isinstance(key, str) and _COUNTS.search(key) else MAX_NUMBER
+            if isinstance(value, int) and abs(value) > limit:
+                raise AdapterFileError(
+                    f"{name[:120]} is {quote(value, 40)}, more than the {tensors} tensors of the adapter can belong to; its "
+                    "configuration is damaged"
+                )
+            if isinstance(value, float) and math.isnan(value):
+                raise AdapterFileError(f"{name[:120]} is NaN; the adapter's configuration is damaged")
+
+
+_NOT_OF_A_BACKBONE = frozenset(
+    {
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        "dtype",
+        "torch_dtype",
+        "num_labels",  # makes a dictionary of as many entries
+        "id2label",
+        "label2id",
+        "trust_remote_code",
+        "custom_pipelines",
+        "backbone",
+        "use_pretrained_backbone",
+        "torchscript",
+    }
+)
+
+
+def plain_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recorded configuration that shapes a backbone.
+
+    Left out at every depth: keys that name code (``auto_map``), where the numbers come from, how they are stored, which
+    kernel computes attention (it may be the name of a repository to fetch and run), and private keys.
+    """
+    return {
+        key: plain_record(value) if isinstance(value, dict) else value
+        for key, value in record.items()
+        if isinstance(key, str)
+        and key not in _NOT_OF_A_BACKBONE
+        and not key.startswith(("_", "auto_", "attn_implementation"))
+        and not key.endswith("_implementation")
+    }
