@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.weights import device_of, real_weight
 
 _WIDTH_FIELDS = {
     "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -214,7 +215,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
         if config.shares_embeddings:
             # the table is taken out again below; do not allocate vocabulary x width for it
             built.vocab_size, built.pad_token_id = 1, None
-        with torch.device(_device_of(parts.backbone)):
+        with torch.device(device_of(parts.backbone)):
             backbone = shadow_class._from_config(built, attn_implementation=attention, dtype=torch.float32)
         backbone.config.vocab_size = shadow_config.vocab_size
         backbone.config.pad_token_id = shadow_config.pad_token_id
@@ -223,8 +224,8 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     own = split_embeddings(backbone)
     embedding = None if config.shares_embeddings else own
     backbone.to(dtype=torch.float32)
-    if "meta" not in (_device_of(parts.backbone).type, _device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
-        backbone.to(_device_of(parts.backbone))
+    if "meta" not in (device_of(parts.backbone).type, device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
+        backbone.to(device_of(parts.backbone))
     projection = None
     if config.projection_init == "pseudo_inverse" and not loaded and shadow_config.hidden_size != parts.hidden_size:
         projection = _projection_start(config, model)
@@ -245,10 +246,6 @@ def _plain_copy(source: PreTrainedModel) -> PreTrainedModel:
     if any(type(p).__name__ not in ("Parameter", "Tensor") for p in source.parameters()):
         raise UnsupportedModelError("the shadow model is quantised; load it unquantised, it is trained in float32")
     return copy.deepcopy(source)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
@@ -327,11 +324,13 @@ def _copy_base_layers(parts: Anatomy, backbone: PreTrainedModel, chosen: list[in
 def _copy_into(target: nn.Module, source: nn.Module) -> None:
     state = {k: v for k, v in source.state_dict().items() if "shadow_link" not in k}
     for key, value in target.state_dict().items():
-        if key not in state or state[key].shape != value.shape:
-            found = tuple(state[key].shape) if key in state else "nothing"
+        fits = key in state and state[key].shape == value.shape and type(state[key]) is Tensor
+        fits = fits and state[key].is_floating_point() == value.is_floating_point()
+        if not fits or (state[key].is_meta and not value.is_meta):
+            found = f"{tuple(state[key].shape)}, {state[key].dtype}" if key in state else "nothing"
             raise ConfigError(
                 f"shadow_init='base_layers' needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
-                f"{found}; a quantised base cannot be copied, use shadow_init='random'"
+                f"{found}; a quantised or offloaded base cannot be copied, use shadow_init='random'"
             )
         value.copy_(state[key])
 
@@ -344,4 +343,5 @@ def _projection_start(config: ShadowPeftConfig, model: nn.Module) -> Tensor:
     large = model.get_output_embeddings()  # type: ignore[operator]
     if small is None or large is None:
         raise ConfigError("projection_init='pseudo_inverse' needs the LM heads of shadow and base; one has none")
-    return pseudo_inverse_projection(large.weight.detach(), small.weight.detach())
+    with real_weight(large) as wide, real_weight(small) as narrow:
+        return pseudo_inverse_projection(wide, narrow)

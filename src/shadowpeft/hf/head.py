@@ -36,7 +36,8 @@ def lm_logits(head: Any, config: PreTrainedConfig, state: Tensor) -> Tensor:
     """``W_lm s`` (Eqs. 8 and 11) as the base computes it: ``(..., d)`` to ``(..., V)``."""
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
-    logits: Tensor = head(state.to(device=weight.device, dtype=dtype))
+    device = state.device if weight.device.type == "meta" else weight.device  # an offloaded head moves its input itself
+    logits: Tensor = head(state.to(device=device, dtype=dtype))
     scale, cap = logit_scale(config), soft_cap(config)
     if scale != 1.0:
         logits = logits * scale

@@ -27,6 +27,7 @@ from shadowpeft.hf import supervision
 from shadowpeft.hf.cache import shadow_view
 from shadowpeft.hf.head import lm_logits, pool_last
 from shadowpeft.hf.layer import ShadowHub, ShadowLink
+from shadowpeft.hf.weights import allow_gradients
 
 CALL = "shadow_call"
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -87,6 +88,8 @@ def before_model(
         if return_shadow:
             raise ConfigError("return_shadow=True was passed but no adapter is enabled; enable or set one")
         return (), kwargs
+    if torch.is_grad_enabled() and model.training and not torch.compiler.is_compiling():
+        allow_gradients(model)
     call = ShadowCall(adapter)
     call.return_shadow = return_shadow
     call.fused = bool(kwargs.get("fused_lm_head", False))

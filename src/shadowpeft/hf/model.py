@@ -19,6 +19,7 @@ from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
+from shadowpeft.hf.weights import device_of, is_offloaded
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
@@ -62,6 +63,13 @@ class ShadowModel(BaseTuner):
         peft_config.target_modules = "|".join(re.escape(name) for name in targets)
         if peft_config.modules_to_save:
             peft_config.modules_to_save = self._full_names(peft_config.modules_to_save)
+            modules = dict(self.model.named_modules())
+            for name in set(modules) & set(peft_config.modules_to_save):
+                if is_offloaded(self.model) and any(p.is_meta for p in modules[name].parameters()):
+                    raise ConfigError(
+                        f"modules_to_save names {name}, whose weights are offloaded and cannot train; keep it on a device in "
+                        "device_map"
+                    )
         return peft_config
 
     def _full_names(self, endings: list[str]) -> list[str]:
@@ -89,7 +97,7 @@ class ShadowModel(BaseTuner):
                 link = ShadowLink(int(current_key.rpartition(".")[2]))
                 link._disable_adapters = self._hub(parts)._disable_adapters
                 target.shadow_link = link
-            link.add(adapter_name, peft_config, parts.hidden_size, next(target.parameters()).device)
+            link.add(adapter_name, peft_config, parts.hidden_size, device_of(target))
             link.train(target.training)
 
     def _hub(self, parts: Anatomy) -> ShadowHub:
@@ -152,7 +160,7 @@ class ShadowModel(BaseTuner):
             if not isinstance(module, ShadowTunerLayer):
                 continue
             beside = self.model.get_submodule(name.rpartition(".")[0])
-            device = next(p.device for n, p in beside.named_parameters() if PREFIX not in n)
+            device = device_of(beside)
             for container in module.adapter_layer_names + module.other_param_names:
                 parameters = getattr(module, container)
                 if adapter_name not in parameters:
