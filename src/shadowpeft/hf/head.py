@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.weights import plain
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -37,7 +40,12 @@ def lm_logits(head: Any, config: PreTrainedConfig, state: Tensor) -> Tensor:
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
     device = state.device if weight.device.type == "meta" else weight.device  # an offloaded head moves its input itself
-    logits: Tensor = head(state.to(device=device, dtype=dtype))
+    state = state.to(device=device, dtype=dtype)
+    if isinstance(head, FSDPModule):
+        # FSDP counts the calls of a head that it shards together with the last norm; a second one would put it out of step
+        logits = F.linear(state, plain(weight), None if head.bias is None else plain(head.bias))
+    else:
+        logits = head(state)
     scale, cap = logit_scale(config), soft_cap(config)
     if scale != 1.0:
         logits = logits * scale

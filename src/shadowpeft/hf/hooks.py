@@ -135,7 +135,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
     training = model.training and torch.is_grad_enabled()
     if call.fused:
-        return _join_fused(model, call, output, weight if training else 0.0)
+        return _join_fused(model, call, output, weight, training)
     classifier = _is_classifier(hub, call.adapter)
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
@@ -169,15 +169,17 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return output
 
 
-def _join_fused(model: nn.Module, call: ShadowCall, output: Any, weight: float) -> Any:
+def _join_fused(model: nn.Module, call: ShadowCall, output: Any, weight: float, training: bool) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
     if weight > 0:
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         assert call.trajectory is not None
-        total = _shadow_sum(model, call.trajectory.s0, _targets(call))
-        output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
+        with torch.set_grad_enabled(training):
+            total = _shadow_sum(model, call.trajectory.s0, _targets(call))
+        if training:
+            output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
     return output
 

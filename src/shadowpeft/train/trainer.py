@@ -25,6 +25,7 @@ from shadowpeft.hf.hooks import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub
 
 _PARTIAL = "partial-"
+_LOSSES = ("task_loss", "shadow_loss")
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 """What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError."""
 
@@ -46,12 +47,15 @@ class ShadowLossMixin:
             raise ConfigError(f"backbone_lr_ratio is {backbone_lr_ratio} but must be positive and finite")
         self.backbone_lr_ratio = backbone_lr_ratio
         self._shadow_num_items: Any = None
+        self._normalised = False
         self._sums: dict[str, float] = {}
         self._since = 0
         self._eval_sums: dict[str, list[float]] = {}
         self._run_dir: str | None = None
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        if trainer.args.ddp_find_unused_parameters is None:  # every trainable weight has a gradient in every step
+            trainer.args.ddp_find_unused_parameters = False
         if type(self).__mro__.index(Trainer) and getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
 
@@ -91,6 +95,7 @@ class ShadowLossMixin:
         shadow_labels, labels = inputs.get("shadow_labels"), inputs.get("labels")
         shadow_items = num_items_in_batch if shadow_labels is None else self._shadow_num_items
         scale = _device_scale(trainer, num_items_in_batch)
+        self._normalised = num_items_in_batch is not None and (scale != 1.0 or trainer.accelerator.num_processes == 1)
 
         alone: Tensor | None = None
         if model.training and shadow_labels is not None and labels is not None and trainer.args.world_size == 1:
@@ -115,6 +120,11 @@ class ShadowLossMixin:
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         task, shadow = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss)
+        if getattr(outputs, "log_probs", None) is not None:  # TRL's fused head: both are means over this micro-batch
+            task, shadow = _fused_losses(outputs, shadow, num_items_in_batch if model.training else None)
+        elif num_items_in_batch is None and model.training:
+            accumulated = getattr(trainer, "current_gradient_accumulation_steps", 1)
+            task, shadow = (None if v is None else v / accumulated for v in (task, shadow))
         if own_loss:  # stock Trainer takes the labels away, so the model reports the shadow's loss alone
             task = loss / scale
             if not model.training and trainer.label_smoother is not None:  # smoothing is for training alone
@@ -137,6 +147,15 @@ class ShadowLossMixin:
         if value is not None:
             self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
 
+    def _over_processes(self, sums: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Pairs of numbers by name, added up over the processes (each must call this, whichever names it has)."""
+        trainer: Any = self
+        if trainer.accelerator.num_processes == 1:
+            return sums
+        own = torch.tensor([sums.get(key, [0.0, 0.0]) for key in _LOSSES], device=trainer.args.device)
+        total = trainer.accelerator.reduce(own, "sum").tolist()
+        return {key: pair for key, pair in zip(_LOSSES, total, strict=True) if pair[1]}
+
     def _report(self, task: Tensor | None, shadow: Tensor | None, labels: Any, shadow_labels: Any) -> None:
         trainer: Any = self
         if trainer.model.training:
@@ -152,11 +171,13 @@ class ShadowLossMixin:
                 total[1] += n
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean task and shadow loss of the optimiser steps since the last log."""
+        """Adds the mean task and shadow loss of the optimiser steps since the last log, over all processes."""
         trainer: Any = self
-        if "loss" in logs and self._sums:
+        if "loss" in logs:
             steps = max(trainer.state.global_step - self._since, 1)
-            logs = {**logs, **{key: value / steps for key, value in self._sums.items()}}
+            totals = self._over_processes({key: [value, 1.0] for key, value in self._sums.items()})
+            share = 1.0 if self._normalised else 1.0 / trainer.accelerator.num_processes  # of one process in the mean
+            logs = {**logs, **{key: total * share / steps for key, (total, _) in totals.items()}}
             self._sums = {}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -165,7 +186,7 @@ class ShadowLossMixin:
         self._eval_sums = {}
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", "eval")
-        for key, (total, n) in self._eval_sums.items():
+        for key, (total, n) in self._over_processes(self._eval_sums).items():
             output.metrics[f"{prefix}_{key}"] = total / max(n, 1.0)
         return output
 
@@ -204,37 +225,60 @@ class ShadowLossMixin:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         trainer: Any = self
-        if trainer.args.world_size > 1 or trainer.args.push_to_hub:
+        if trainer.args.push_to_hub:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             return
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         beside = run_dir / f"{_PARTIAL}{name}"
-        shutil.rmtree(beside, ignore_errors=True)
+        writes = trainer.args.should_save  # one process of all, or of each machine that has folders of its own
+        if writes:
+            shutil.rmtree(beside, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self._run_dir = str(beside)
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
-                trainer.state.best_model_checkpoint = str(run_dir / name)
-                trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-            sync(beside / name)
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-            os.replace(beside / name, run_dir / name)
-        except WRITE_ERRORS as error:
-            raise ShadowPeftError(
-                f"{name} could not be written to '{run_dir}' ({reason(error)}); earlier checkpoints are untouched, free some "
-                "space and resume"
-            ) from error
+            with self._all_or_none(name, run_dir):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            with self._all_or_none(name, run_dir):
+                if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
+                    trainer.state.best_model_checkpoint = str(run_dir / name)
+                    if writes:
+                        trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
+                if writes:
+                    sync(beside / name)
+                    shutil.rmtree(run_dir / name, ignore_errors=True)
+                    os.replace(beside / name, run_dir / name)
         finally:
             self._run_dir, trainer.args.save_total_limit = None, limit
-            shutil.rmtree(beside, ignore_errors=True)
-        rotate_checkpoints(
-            output_dir=str(run_dir),
-            save_total_limit=limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+            if writes:
+                shutil.rmtree(beside, ignore_errors=True)
+        if writes:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    @contextmanager
+    def _all_or_none(self, name: str, run_dir: Path) -> Iterator[None]:
+        """Writes inside succeed in every process, or fail in every process with one message."""
+        failure: BaseException | None = None
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            failure = error
+        why = None if failure is None else reason(failure)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            reasons: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(reasons, why)
+            why = next((each for each in reasons if each is not None), None)
+        if why is not None:
+            raise ShadowPeftError(
+                f"{name} could not be written to '{run_dir}' ({why}); earlier checkpoints are untouched, free some space and "
+                "resume"
+            ) from failure
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -311,6 +355,14 @@ def _plain_loss(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
     return token_cross_entropy(
         logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), count_targets(labels, shifted=False)
     )
+
+
+def _fused_losses(outputs: Any, shadow: Tensor | None, items: Any) -> tuple[Tensor, Tensor | None]:
+    """Task and shadow loss of a forward with TRL's fused head, each divided by ``items`` targets (None: its own)."""
+    own = outputs.label_mask.sum()
+    count = torch.as_tensor(own if items is None else items, device=own.device).clamp(min=1)
+    task = -outputs.log_probs.detach().sum() / count
+    return task, None if shadow is None else shadow * own / count
 
 
 def _device_scale(trainer: Any, items: Any) -> float:
