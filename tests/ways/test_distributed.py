@@ -41,7 +41,9 @@ def launch(folder, *scenarios):
         "PYTHONPATH": os.pathsep.join(paths),
     }
     worker = [str(Path(__file__).parent / "worker.py"), str(folder), *scenarios]
-    done = subprocess.run([*command, *worker], env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        [*command, *worker], env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 

@@ -179,30 +179,30 @@ def evaluation(out: Path) -> None:
 def resume(out: Path) -> None:
     """Four steps in one go, and two steps, then two more from the checkpoint of another trainer."""
     data = [row for seed in range(4) for row in rows(seed=seed)]
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "save_total_limit": 2}
-    for name in ("through", "resumed"):
+
+    def run(folder: Path, steps: int, resume_from: str | None = None) -> None:
         model = adapt(base("llama"), auxiliary_loss_weight=LAMBDA, shadow_dropout=0.3)
-        folder = out / name
-        if name == "resumed":
-            train(ShadowTrainer, model, data, out, **{**options, "output_dir": str(folder), "max_steps": 2})
-            model = adapt(base("llama"), auxiliary_loss_weight=LAMBDA, shadow_dropout=0.3)
-            options["resume"] = str(folder / "checkpoint-2")
-        wanted = {**options, "output_dir": str(folder)}
-        made = ShadowTrainer(
-            model=model,
-            args=TrainingArguments(
-                report_to=[],
-                use_cpu=True,
-                disable_tqdm=True,
-                per_device_train_batch_size=2,
-                logging_strategy="no",
-                **{k: v for k, v in wanted.items() if k != "resume"},
-            ),
-            train_dataset=data,
+        arguments = TrainingArguments(
+            str(folder),
+            max_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            save_total_limit=2,
+            lr_scheduler_type="constant",
+            learning_rate=1e-3,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_strategy="no",
         )
-        made.train(resume_from_checkpoint=wanted.get("resume"))
-        keep(out, f"resume-{name}", {n: full(p) for n, p in model.named_parameters() if p.requires_grad})
+        ShadowTrainer(model=model, args=arguments, train_dataset=data).train(resume_from_checkpoint=resume_from)
+        keep(out, f"resume-{folder.name}", {n: full(p) for n, p in model.named_parameters() if p.requires_grad})
         dist.barrier()
+
+    run(out / "through", 4)
+    run(out / "resumed", 2)
+    run(out / "resumed", 4, str(out / "resumed" / "checkpoint-2"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- FSDP2
@@ -258,7 +258,8 @@ def fsdp2(accelerator: Any) -> Any:
     """Accelerate with ``fsdp_version: 2``: it takes that on accelerators only and keeps DDP on a CPU, so set it by hand."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    accelerator.state.distributed_type = DistributedType.FSDP
+    for state in (PartialState(), accelerator.state):  # a prepared optimiser copies the one into the other
+        state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -287,10 +288,11 @@ def fsdp_accelerate(out: Path) -> None:
                 accelerator.backward(result.loss * 2)
                 optimiser.step()
             keep(out, f"fsdp_accelerate-{name}-{kind}", gradients(model))
-            # accelerator.get_state_dict also passes broadcast_from_rank0=True, which leaves sharded tensors on a CPU
-            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            state = accelerator.get_state_dict(model)
             if accelerator.is_main_process:
-                accelerator.unwrap_model(model).save_pretrained(out / f"fsdp-accelerate-{name}-{kind}", state_dict=state)
+                accelerator.unwrap_model(model).save_pretrained(
+                    out / f"fsdp-accelerate-{name}-{kind}", state_dict=state
+                )
             with torch.no_grad():
                 logits = model.eval()(input_ids=tokens()).logits
             keep(out, f"fsdp_accelerate_logits-{name}-{kind}", {"logits": full(logits)})

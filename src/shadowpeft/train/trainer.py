@@ -130,11 +130,13 @@ class ShadowLossMixin:
             if not model.training and trainer.label_smoother is not None:  # smoothing is for training alone
                 assert labels is not None
                 task = _plain_loss(outputs["logits"], labels, shifted=_shifts(trainer))
-            self._report(task, shadow, labels, inputs["shadow_labels"])
+            self._report(task, shadow, labels, inputs["shadow_labels"], None, shadow_items)
             if model.training:
                 loss = loss + weight * scale * shadow
         else:
-            self._report(task, shadow, labels, labels if shadow_labels is None else shadow_labels)
+            fused = getattr(outputs, "log_probs", None) is not None
+            items = (None, None) if fused else (num_items_in_batch, shadow_items)
+            self._report(task, shadow, labels, labels if shadow_labels is None else shadow_labels, *items)
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
@@ -156,18 +158,28 @@ class ShadowLossMixin:
         total = trainer.accelerator.reduce(own, "sum").tolist()
         return {key: pair for key, pair in zip(_LOSSES, total, strict=True) if pair[1]}
 
-    def _report(self, task: Tensor | None, shadow: Tensor | None, labels: Any, shadow_labels: Any) -> None:
+    def _report(
+        self,
+        task: Tensor | None,
+        shadow: Tensor | None,
+        labels: Any,
+        shadow_labels: Any,
+        task_items: Any,
+        shadow_items: Any,
+    ) -> None:
+        """Add up what is logged. In evaluation a loss may be divided by the ``items`` of all processes (None: its own)."""
         trainer: Any = self
         if trainer.model.training:
             self._add("task_loss", task)
             self._add("shadow_loss", shadow)
             return
         shifted = _shifts(trainer)
-        for key, value, goals in (("task_loss", task, labels), ("shadow_loss", shadow, shadow_labels)):
+        paths = (("task_loss", task, labels, task_items), ("shadow_loss", shadow, shadow_labels, shadow_items))
+        for key, value, goals, items in paths:
             if value is not None and goals is not None:
                 n = int(count_targets(goals, shifted=shifted))
                 total = self._eval_sums.setdefault(key, [0.0, 0.0])
-                total[0] += float(value.detach()) * n
+                total[0] += float(value.detach()) * (n if items is None else float(items))
                 total[1] += n
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
