@@ -67,7 +67,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
     parts = anatomy(base)
     backbone: Any = hub.shadowpeft_backbone[name]
-    projection = hub.shadowpeft_projection[name] if name in hub.shadowpeft_projection else None
+    projection = hub.shadowpeft_projection[name] if name in hub.shadowpeft_projection else None  # noqa: SIM401
     own_embedding = hub.embedding(name)
     embedding: Any = base.get_input_embeddings() if own_embedding is None else own_embedding
     classifier = name in hub.shadowpeft_head
@@ -151,7 +151,7 @@ def _rows(weight: Tensor, rows: int) -> Tensor:
     return weight[:rows]
 
 
-def _set_head(edge: PreTrainedModel, head: Any, projection: nn.Module | None, classifier: bool) -> None:
+def _set_head(edge: PreTrainedModel, head: Any, projection: Any, classifier: bool) -> None:
     stock: Any = _stock_classifier(edge) if classifier else edge.get_output_embeddings()
     with real_weight(head) as stored:
         weight = stored.float() if projection is None else fold_projection(stored.float(), plain(projection.weight))

@@ -43,7 +43,8 @@ def lm_logits(head: Any, config: PreTrainedConfig, state: Tensor) -> Tensor:
     state = state.to(device=device, dtype=dtype)
     if isinstance(head, FSDPModule):
         # FSDP counts the calls of a head that it shards together with the last norm; a second one would put it out of step
-        logits = F.linear(state, plain(weight), None if head.bias is None else plain(head.bias))
+        bias = getattr(head, "bias", None)
+        logits = F.linear(state, plain(weight), None if bias is None else plain(bias))
     else:
         logits = head(state)
     scale, cap = logit_scale(config), soft_cap(config)

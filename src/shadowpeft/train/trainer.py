@@ -54,10 +54,15 @@ class ShadowLossMixin:
         self._run_dir: str | None = None
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        if trainer.args.ddp_find_unused_parameters is None:  # every trainable weight has a gradient in every step
-            trainer.args.ddp_find_unused_parameters = False
         if type(self).__mro__.index(Trainer) and getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As stock, without ``find_unused_parameters``: every trainable weight has a gradient in every step."""
+        trainer: Any = self
+        if trainer.args.ddp_find_unused_parameters is None:
+            trainer.args.ddp_find_unused_parameters = False
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     # -------------------------------------------------------------------------------------------------------- the loss
 
@@ -119,12 +124,15 @@ class ShadowLossMixin:
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        task, shadow = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss)
-        if getattr(outputs, "log_probs", None) is not None:  # TRL's fused head: both are means over this micro-batch
-            task, shadow = _fused_losses(outputs, shadow, num_items_in_batch if model.training else None)
-        elif num_items_in_batch is None and model.training:
-            accumulated = getattr(trainer, "current_gradient_accumulation_steps", 1)
-            task, shadow = (None if v is None else v / accumulated for v in (task, shadow))
+        task, shadow, fused = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss, None)
+        if model.training:
+            share: Any = 1.0  # of this micro-batch in what is logged
+            if num_items_in_batch is None:
+                share = 1.0 / getattr(trainer, "current_gradient_accumulation_steps", 1)
+            elif fused is not None:
+                share = fused / torch.as_tensor(num_items_in_batch, device=fused.device).clamp(min=1)
+            if not own_loss:
+                task, shadow = (None if value is None else value.detach() * share for value in (task, shadow))
         if own_loss:  # stock Trainer takes the labels away, so the model reports the shadow's loss alone
             task = loss / scale
             if not model.training and trainer.label_smoother is not None:  # smoothing is for training alone
@@ -134,8 +142,7 @@ class ShadowLossMixin:
             if model.training:
                 loss = loss + weight * scale * shadow
         else:
-            fused = getattr(outputs, "log_probs", None) is not None
-            items = (None, None) if fused else (num_items_in_batch, shadow_items)
+            items = (num_items_in_batch, shadow_items) if fused is None else (None, None)
             self._report(task, shadow, labels, labels if shadow_labels is None else shadow_labels, *items)
         if alone is not None:
             loss = loss + alone
@@ -340,13 +347,17 @@ def sync(folder: Path) -> None:
 
 
 @contextmanager
-def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
-    """``(task_loss, shadow_loss)`` of every forward inside: accelerate's copy of a 16-bit output has lost the attributes."""
-    seen: list[tuple[Any, Any]] = []
+def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
+    """``(task_loss, shadow_loss, n)`` of every forward inside: accelerate's copy of a 16-bit output has lost the attributes.
+
+    ``n`` is the number of targets by which TRL's fused head has divided its losses, else None.
+    """
+    seen: list[tuple[Any, Any, Any]] = []
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         if hasattr(output, "shadow_loss"):
-            seen.append((output.task_loss, output.shadow_loss))
+            mask = getattr(output, "label_mask", None)
+            seen.append((output.task_loss, output.shadow_loss, None if mask is None else mask.sum()))
 
     handle = model.register_forward_hook(look)
     try:
@@ -367,14 +378,6 @@ def _plain_loss(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
     return token_cross_entropy(
         logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), count_targets(labels, shifted=False)
     )
-
-
-def _fused_losses(outputs: Any, shadow: Tensor | None, items: Any) -> tuple[Tensor, Tensor | None]:
-    """Task and shadow loss of a forward with TRL's fused head, each divided by ``items`` targets (None: its own)."""
-    own = outputs.label_mask.sum()
-    count = torch.as_tensor(own if items is None else items, device=own.device).clamp(min=1)
-    task = -outputs.log_probs.detach().sum() / count
-    return task, None if shadow is None else shadow * own / count
 
 
 def _device_scale(trainer: Any, items: Any) -> float:
