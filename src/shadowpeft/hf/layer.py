@@ -146,7 +146,11 @@ def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _to_dtype(module: nn.Module, args: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
-    return output.to(dtype) if isinstance(output, Tensor) else output
+    if not isinstance(output, Tensor):
+        return output
+    kind = output.device.type
+    as_the_base = torch.is_autocast_enabled(kind) and output.dtype == torch.get_autocast_dtype(kind)
+    return output if as_the_base else output.to(dtype)
 
 
 class ShadowLink(nn.Module, ShadowTunerLayer):

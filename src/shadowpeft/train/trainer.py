@@ -357,7 +357,9 @@ def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
     def look(module: nn.Module, args: Any, output: Any) -> None:
         if hasattr(output, "shadow_loss"):
             mask = getattr(output, "label_mask", None)
-            seen.append((output.task_loss, output.shadow_loss, None if mask is None else mask.sum()))
+            task = output.task_loss  # a copy: over several processes Trainer scales the loss of an evaluation in place
+            task = None if task is None else task.detach().clone()
+            seen.append((task, output.shadow_loss, None if mask is None else mask.sum()))
 
     handle = model.register_forward_hook(look)
     try:
