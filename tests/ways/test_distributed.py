@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 import shadowpeft
 from naive import NaiveShadow, assert_same_gradients
-from shadowpeft import ShadowTrainer
 from tiny import KINDS, adapt, base, tokens
 from ways.data import LAMBDA, rows, whole
 
@@ -231,12 +230,3 @@ def test_accelerates_fsdp2_equals_one_process(fsdp, name, kind):
 @pytest.mark.parametrize("split", ["whole", "micro"])
 def test_shadow_trainer_with_fsdp2_equals_one_process(fsdp, split):
     check(fsdp, f"fsdp_trainer-{split}", data=rows(shadow_labels=True))
-
-
-def test_accelerate_takes_fsdp_on_accelerators_only(tmp_path):
-    # why worker.py sets the type by hand; if this fails, accelerate has learnt it and the hand can go
-    from accelerate import state
-
-    source = Path(state.__file__).read_text()
-    assert ShadowTrainer
-    assert "DistributedType.MULTI_CPU" in source

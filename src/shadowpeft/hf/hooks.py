@@ -172,7 +172,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _join_fused(model: nn.Module, call: ShadowCall, output: Any, weight: float, training: bool) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
-    if weight > 0:
+    if weight > 0 and (training or call.shadow_labels is None):
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         assert call.trajectory is not None
