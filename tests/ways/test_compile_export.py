@@ -56,7 +56,7 @@ def test_as_many_graphs_with_a_cache_as_the_base(name, cache, kind):
 
 
 @pytest.mark.parametrize("kind", ["mirror", "explicit"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_generation_with_a_compiled_step_and_a_static_cache(name, kind):
     adapted = adapt(base(name), **KINDS[kind])
     ids, mask = padded(tokens(3, 7), [0, 3, 1], "left")
@@ -85,6 +85,7 @@ def test_inductor_decodes_with_a_static_cache_as_eager_does(kind):
     assert torch.equal(torch.cat(found, 1), eager)
 
 
+@pytest.mark.slow
 def test_compiled_bfloat16_base_in_the_trainer(tmp_path):
     weights = []
     for compiled in (False, True):
@@ -173,6 +174,7 @@ def test_exported_detached_model_equals_eager(name, kind, dynamic):
     check_export(detach(adapt(base(name), **KINDS[kind])), dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mirror", "explicit"])
 def test_strict_export_of_the_attached_model(kind):
     check_export(adapt(base("llama"), **KINDS[kind]).get_base_model(), dynamic=False, strict=True)
