@@ -19,6 +19,7 @@ from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import plain_record, quote
+from shadowpeft.hf.weights import device_of, real_weight
 
 _WIDTH_FIELDS = {
     "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -309,7 +310,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     if not loaded:
         config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
         if left is None:
-            left = [] if _device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
+            left = [] if device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
         config.shadow_frozen = left
     strange = sorted(set(config.shadow_frozen or ()) - {name for name, _ in backbone.named_parameters()})
     if strange:
@@ -317,8 +318,8 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     own = replace_embeddings(backbone, BorrowedEmbedding(parts.backbone) if config.shadow_reads_tokens else None)
     embedding = None if config.shares_embeddings else own
     backbone.to(dtype=torch.float32)
-    if "meta" not in (_device_of(parts.backbone).type, _device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
-        backbone.to(_device_of(parts.backbone))
+    if "meta" not in (device_of(parts.backbone).type, device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
+        backbone.to(device_of(parts.backbone))
     projection = None
     if projected is not None:
         if config.projection_init != "random":
@@ -344,7 +345,7 @@ def _make(
     if config.shares_embeddings and not whole:
         # the table is taken out again; do not allocate vocabulary x width for it (two rows: the padding's and another)
         built.vocab_size, built.pad_token_id = 2, 0
-    with torch.device(_device_of(parts.backbone)):
+    with torch.device(device_of(parts.backbone)):
         backbone: PreTrainedModel = kind._from_config(built, attn_implementation=attention, dtype=torch.float32)
     backbone.config.vocab_size = shadow.vocab_size
     backbone.config.pad_token_id = shadow.pad_token_id
@@ -357,7 +358,7 @@ def _new_backbone(
     """A random backbone and whether it must be run from tokens, since its layers read them."""
     state = torch.get_rng_state()
     backbone = _make(parts, config, kind, shadow)
-    if _device_of(backbone).type == "meta" or not config.shares_embeddings or _runs_from_embeddings(backbone):
+    if device_of(backbone).type == "meta" or not config.shares_embeddings or _runs_from_embeddings(backbone):
         return backbone, False
     torch.set_rng_state(state)
     return _make(parts, config, kind, shadow, whole=True), True
@@ -368,7 +369,7 @@ def _probe(backbone: PreTrainedModel, tokens: int) -> Tensor:
     rows = int(backbone.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     ids = torch.randint(0, rows, (1, tokens), generator=generator)
     ids[0, 0] = rows - 1  # something else than padding
-    return ids.to(_device_of(backbone))
+    return ids.to(device_of(backbone))
 
 
 @contextmanager
@@ -417,7 +418,7 @@ def _unreached(backbone: PreTrainedModel, reads_tokens: bool) -> list[str]:
         if not reads_tokens:
             width = int(backbone.config.hidden_size)
             noise = torch.randn(1, ids.shape[1], width, generator=torch.Generator().manual_seed(0))
-            given = {"inputs_embeds": noise.to(_device_of(backbone)).requires_grad_(True) * 1.0}  # CTRL scales in place
+            given = {"inputs_embeds": noise.to(device_of(backbone)).requires_grad_(True) * 1.0}  # CTRL scales in place
         with torch.enable_grad(), _evaluating(backbone):
             out = backbone(**given, use_cache=False).last_hidden_state
             values = dict(backbone.named_parameters())
@@ -458,7 +459,7 @@ def _first_that_runs(
             record = json.loads(shadow.to_json_string(use_diff=False))
             shadow = _config_from_record(record, type(parts.config))
             backbone, reads_tokens = _new_backbone(parts, config, kind, shadow)
-            left = [] if _device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
+            left = [] if device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
             if choice.kind is not None and not _caches(backbone):
                 raise UnsupportedModelError(f"its layers of type {choice.kind} cannot use a cache")
         except _BUILD_ERRORS as error:
@@ -491,10 +492,6 @@ def _plain_copy(source: PreTrainedModel) -> PreTrainedModel:
     if any(type(p).__name__ not in ("Parameter", "Tensor") for p in source.parameters()):
         raise UnsupportedModelError("the shadow model is quantised; load it unquantised, it is trained in float32")
     return copy.deepcopy(source)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
@@ -578,11 +575,13 @@ def _copy_base_layers(parts: Anatomy, backbone: PreTrainedModel, chosen: list[in
 def _copy_into(target: nn.Module, source: nn.Module) -> None:
     state = {k: v for k, v in source.state_dict().items() if "shadow_link" not in k}
     for key, value in target.state_dict().items():
-        if key not in state or state[key].shape != value.shape:
-            found = tuple(state[key].shape) if key in state else "nothing"
+        fits = key in state and state[key].shape == value.shape and type(state[key]) is Tensor
+        fits = fits and state[key].is_floating_point() == value.is_floating_point()
+        if not fits or (state[key].is_meta and not value.is_meta):
+            found = f"{tuple(state[key].shape)}, {state[key].dtype}" if key in state else "nothing"
             raise ConfigError(
                 f"shadow_init='base_layers' needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
-                f"{found}; a quantised base cannot be copied, use shadow_init='random'"
+                f"{found}; a quantised or offloaded base cannot be copied, use shadow_init='random'"
             )
         value.copy_(state[key])
 
@@ -595,4 +594,5 @@ def _projection_start(config: ShadowPeftConfig, model: nn.Module) -> Tensor:
     large = model.get_output_embeddings()  # type: ignore[operator]
     if small is None or large is None:
         raise ConfigError("projection_init='pseudo_inverse' needs the LM heads of shadow and base; one has none")
-    return pseudo_inverse_projection(large.weight.detach(), small.weight.detach())
+    with real_weight(large) as wide, real_weight(small) as narrow:
+        return pseudo_inverse_projection(wide, narrow)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
 from shadowpeft.hf.files import check_dtypes, quote, read_header
 from shadowpeft.hf.model import clean_on_failure
+from shadowpeft.hf.weights import is_offloaded
 
 
 def find_file(adapter: str | Path, name: str) -> Path:
@@ -83,6 +86,20 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     return model
 
 
+@contextmanager
+def _where_it_is(base: nn.Module) -> Iterator[None]:
+    """PEFT spreads an offloaded model over the devices anew, which on a machine without accelerator fails for weights on
+    disk; the base stays where its owner put it, and the adapter goes beside its layers."""
+    placed = getattr(base, "hf_device_map", None) if is_offloaded(base) else None
+    if placed is not None:
+        del base.hf_device_map
+    try:
+        yield
+    finally:
+        if placed is not None:
+            base.hf_device_map = placed
+
+
 def load(
     adapter: str | Path,
     base: nn.Module | str | Path | None = None,
@@ -137,7 +154,7 @@ def load(
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)
     assert isinstance(base, nn.Module)
-    with clean_on_failure(base), warnings.catch_warnings():
+    with clean_on_failure(base), _where_it_is(base), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(

@@ -20,6 +20,7 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.layer import ShadowHub
+from shadowpeft.hf.weights import plain, real_weight, share_weight
 
 
 def find_hub(model: nn.Module) -> ShadowHub:
@@ -66,7 +67,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
     parts = anatomy(base)
     backbone: Any = hub.shadowpeft_backbone[name]
-    projection = hub.shadowpeft_projection[name].weight if name in hub.shadowpeft_projection else None
+    projection = hub.shadowpeft_projection[name] if name in hub.shadowpeft_projection else None  # noqa: SIM401
     own_embedding = hub.embedding(name)
     embedding: Any = base.get_input_embeddings() if own_embedding is None else own_embedding
     classifier = hub.is_classifier(name)
@@ -77,7 +78,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         config.tie_word_embeddings = (
             projection is None
             and own_embedding is None
-            and head.weight.data_ptr() == embedding.weight.data_ptr()
+            and share_weight(head, embedding, bool(getattr(parts.config, "tie_word_embeddings", False)))
             and (_scale(embedding) == 1.0 or config.model_type == parts.config.model_type)
         )
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
@@ -88,7 +89,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
             f"{type(edge).__name__} has no {type(backbone).__name__} inside; the shadow's class has no stock model with a head"
         )
 
-    state = {k: v for k, v in backbone.state_dict().items() if not k.startswith("shadow_embedding.")}
+    state = {k: plain(v) for k, v in backbone.state_dict().items() if not k.startswith("shadow_embedding.")}
     missing, unexpected = edge_body.load_state_dict(state, strict=False)
     table = edge.get_input_embeddings()
     embedding_keys = {f"{n}.{k}" for n, m in edge_body.named_modules() if m is table for k in m.state_dict()}
@@ -98,7 +99,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
             f"{unexpected[:2]} unknown"
         )
     rows = config.vocab_size
-    table.weight.copy_(_rows(embedding.weight, rows))
+    with real_weight(embedding) as weight:
+        table.weight.copy_(_rows(weight, rows))
     if _scale(embedding) != _scale(table):  # Gemma multiplies inside its embedding module
         table.weight.mul_(_scale(embedding) / _scale(table))
     if not config.tie_word_embeddings or classifier:
@@ -143,7 +145,8 @@ def _scale(embedding: nn.Module) -> float:
 
 
 def _head_rows(base: PreTrainedModel) -> int:
-    return int(base.get_output_embeddings().weight.shape[0])
+    head = base.get_output_embeddings()
+    return int(getattr(head, "out_features", head.weight.shape[0]))
 
 
 def _rows(weight: Tensor, rows: int) -> Tensor:
@@ -154,11 +157,10 @@ def _rows(weight: Tensor, rows: int) -> Tensor:
     return weight[:rows]
 
 
-def _set_head(edge: PreTrainedModel, head: Any, projection: Tensor | None, classifier: bool) -> None:
+def _set_head(edge: PreTrainedModel, head: Any, projection: Any, classifier: bool) -> None:
     stock: Any = _stock_classifier(edge) if classifier else edge.get_output_embeddings()
-    weight = head.weight.float()
-    if projection is not None:
-        weight = fold_projection(weight, projection)
+    with real_weight(head) as stored:
+        weight = stored.float() if projection is None else fold_projection(stored.float(), plain(projection.weight))
     bias = getattr(head, "bias", None)
     if stock.weight.shape != weight.shape:
         raise UnsupportedModelError(
@@ -170,7 +172,7 @@ def _set_head(edge: PreTrainedModel, head: Any, projection: Tensor | None, class
             f"the base's head has a bias and that of {type(edge).__name__} has none; use a shadow of the base's own class"
         )
     if stock.bias is not None:
-        stock.bias.zero_() if bias is None else stock.bias.copy_(bias)
+        stock.bias.zero_() if bias is None else stock.bias.copy_(plain(bias))
 
 
 def _carry_head(edge: PreTrainedModel, base: PreTrainedModel, backbone: str, projection: Tensor | None) -> None:

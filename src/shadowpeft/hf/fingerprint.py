@@ -15,6 +15,7 @@ from torch import nn
 
 from shadowpeft.errors import BaseMismatchError
 from shadowpeft.hf.backbone import Anatomy
+from shadowpeft.hf.weights import real_weight
 
 SAMPLES = 64
 SAME = 0.02
@@ -44,19 +45,20 @@ def fingerprint(model: nn.Module, parts: Anatomy) -> dict[str, Any]:
 
 
 def _sample(model: nn.Module, parts: Anatomy) -> dict[str, list[float]]:
-    weights = {"embedding": model.get_input_embeddings().weight}  # type: ignore[operator]
+    sources: dict[str, nn.Module] = {"embedding": model.get_input_embeddings()}  # type: ignore[operator]
     for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):
         for name, weight in layer.named_parameters():
             if name.endswith("weight") and weight.dim() == 1 and "shadow_link" not in name:
-                weights[f"{position}.{name}"] = weight
+                sources[f"{position}.{name}"] = layer.get_submodule(name.rpartition(".")[0])
                 break
     values = {}
-    for name, weight in weights.items():
-        if weight.device.type == "meta" or not weight.is_floating_point():
-            continue
-        flat = weight.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
-        values[name] = [float(f"{v:.6g}") for v in flat[index.to(flat.device)].float().tolist()]
+    for name, source in sources.items():
+        with real_weight(source) as real:
+            if real.device.type == "meta" or not real.is_floating_point():
+                continue
+            flat = real.reshape(-1)
+            index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+            values[name] = [float(f"{v:.6g}") for v in flat[index.to(flat.device)].float().tolist()]
     return values
 
 

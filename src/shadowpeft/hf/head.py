@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.hf.weights import device_of, plain
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -45,14 +47,20 @@ def lm_logits(model: Any, hub: Any, adapter: str, state: Tensor) -> Tensor:
     head = hub.lm_head(adapter, model)
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
-    state = state.to(device=weight.device, dtype=dtype)
+    device = state.device if weight.device.type == "meta" else weight.device  # an offloaded head moves its input itself
+    state = state.to(device=device, dtype=dtype)
     if not hub.facts.plain:
         return stock_logits(model, hub.backbone_name, state)
     return _table_logits(head, model.config.get_text_config(decoder=True), state)
 
 
 def _table_logits(head: nn.Module, config: PreTrainedConfig, state: Tensor) -> Tensor:
-    logits: Tensor = head(state)
+    if isinstance(head, FSDPModule):
+        # FSDP counts the calls of a head that it shards together with the last norm; a second one would put it out of step
+        bias = getattr(head, "bias", None)
+        logits = F.linear(state, plain(head.weight), None if bias is None else plain(bias))  # type: ignore[arg-type]
+    else:
+        logits = head(state)
     scale, cap = logit_scale(config), soft_cap(config)
     if scale != 1.0:
         logits = logits * scale
@@ -125,9 +133,8 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
         UnsupportedModelError: if more than the last hidden state goes into logits or loss, or the loss is no cross-entropy.
     """
     head = model.get_output_embeddings()
-    offload = getattr(head, "_hf_hook", None)
-    device = getattr(offload, "execution_device", None) if offload is not None else head.weight.device
-    if device is None or torch.device(device).type == "meta":
+    device = device_of(head)
+    if device.type == "meta":
         return HeadFacts()
     dtype = head.weight.dtype if head.weight.is_floating_point() else torch.float32
     state = torch.randn(3, int(config.hidden_size), generator=torch.Generator().manual_seed(0))
@@ -144,12 +151,12 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
             "give to it"
         ) from error
     mine = _table_logits(head, config, state)
-    plain = mine.shape == stock.shape and bool(torch.allclose(mine.float(), stock.float(), rtol=1e-3, atol=1e-3))
+    simple = mine.shape == stock.shape and bool(torch.allclose(mine.float(), stock.float(), rtol=1e-3, atol=1e-3))
     logits = stock.float()
     for shift in (1, 0):
         total = F.cross_entropy(logits[: 3 - shift], labels[shift:], reduction="sum")
         if torch.allclose(loss, total / (3 - shift), rtol=1e-2, atol=1e-3):
-            return HeadFacts(plain, shift, bool(torch.allclose(counted, total / 16, rtol=1e-2, atol=1e-3)))
+            return HeadFacts(simple, shift, bool(torch.allclose(counted, total / 16, rtol=1e-2, atol=1e-3)))
     raise UnsupportedModelError(
         f"{type(model).__name__} computes a loss that is no cross-entropy over its tokens, so the shadow's loss cannot be "
         "made alike; this architecture is not supported"

@@ -29,6 +29,7 @@ from shadowpeft.hf import supervision
 from shadowpeft.hf.cache import own_cache, shadow_view
 from shadowpeft.hf.head import lm_logits, pool_last
 from shadowpeft.hf.layer import ShadowHub, ShadowLink
+from shadowpeft.hf.weights import allow_gradients
 
 CALL = "shadow_call"
 _CACHES = ("past_key_values", "cache_params")
@@ -108,6 +109,8 @@ def before_model(
         if return_shadow:
             raise ConfigError("return_shadow=True was passed but no adapter is enabled; enable or set one")
         return (), kwargs
+    if torch.is_grad_enabled() and model.training and not torch.compiler.is_compiling():
+        allow_gradients(model)
     call = ShadowCall(adapter)
     call.return_shadow = return_shadow
     call.fused = bool(kwargs.get("fused_lm_head", False))
@@ -163,7 +166,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
     training = model.training and torch.is_grad_enabled()
     if call.fused:
-        return _join_fused(model, hub, call, output, weight if training else 0.0)
+        return _join_fused(model, hub, call, output, weight, training)
     classifier = _is_classifier(hub, call.adapter)
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
@@ -203,15 +206,19 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return output
 
 
-def _join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any, weight: float) -> Any:
+def _join_fused(
+    model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any, weight: float, training: bool
+) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
-    if weight > 0:
+    if weight > 0 and (training or call.shadow_labels is None):
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         assert call.trajectory is not None
-        total = _shadow_sum(model, hub, call.adapter, call.trajectory.s0, _targets(call, hub))
-        output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
+        with torch.set_grad_enabled(training):
+            total = _shadow_sum(model, hub, call.adapter, call.trajectory.s0, _targets(call, hub))
+        if training:
+            output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
     return output
 

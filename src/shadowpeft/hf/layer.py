@@ -18,6 +18,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.hf.backbone import BorrowedEmbedding, ShadowParts
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.head import HeadFacts
+from shadowpeft.hf.weights import device_of, real_weight
 
 
 class ShadowTunerLayer(BaseTunerLayer):
@@ -31,6 +32,14 @@ class ShadowTunerLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Nothing: the tuner knows which base module stands beside this one and moves to its device."""
+
+    @property
+    def weight(self) -> Tensor:  # the inherited one asks the base layer, which here is this very module
+        raise AttributeError(f"{type(self).__name__} has no weight of its own")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError(f"{type(self).__name__} has no bias of its own")
 
     def get_base_layer(self) -> nn.Module:  # the parameters stand beside the base's, nothing is wrapped
         return self  # type: ignore[return-value]
@@ -87,14 +96,16 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         if config.use_update and config.mathematics()["update_norm"] and steps > 1:
             self.shadowpeft_norm[adapter] = UpdateNorm(d).to(device=reference.device)
         if head is not None:
-            copy = nn.Linear(d, head.weight.shape[0], bias=getattr(head, "bias", None) is not None)
+            copy = nn.Linear(d, head.out_features, bias=getattr(head, "bias", None) is not None)
             with torch.no_grad():
-                if "meta" in (head.weight.device.type, copy.weight.device.type):  # low_cpu_mem_usage: a file fills it
+                if "meta" in (device_of(head).type, copy.weight.device.type):  # low_cpu_mem_usage: a file fills it
                     copy = copy.to_empty(device="meta")
                 else:
-                    copy = copy.to(device=head.weight.device)
-                    for target, source in zip(copy.parameters(), head.parameters(), strict=True):
-                        target.copy_(source)
+                    copy = copy.to(device=device_of(head))
+                    with real_weight(head) as weight:
+                        copy.weight.copy_(weight)
+                        if copy.bias is not None:
+                            copy.bias.copy_(head.bias)
             self.shadowpeft_head[adapter] = copy
 
     def embedding(self, adapter: str) -> nn.Module | None:
@@ -185,7 +196,11 @@ def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _to_dtype(module: nn.Module, args: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
-    return output.to(dtype) if isinstance(output, Tensor) else output
+    if not isinstance(output, Tensor):
+        return output
+    kind = output.device.type
+    as_the_base = torch.is_autocast_enabled(kind) and output.dtype == torch.get_autocast_dtype(kind)
+    return output if as_the_base else output.to(dtype)
 
 
 class ShadowLink(nn.Module, ShadowTunerLayer):

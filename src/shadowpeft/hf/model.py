@@ -22,6 +22,7 @@ from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
 from shadowpeft.hf.skeleton import check_file
+from shadowpeft.hf.weights import device_of, is_offloaded
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
@@ -70,6 +71,13 @@ class ShadowModel(BaseTuner):
                         f"modules_to_save names '{name}', which holds the shadow's own parts; name modules inside a layer, "
                         "the head or the final norm"
                     )
+            modules = dict(self.model.named_modules())
+            for name in set(modules) & set(peft_config.modules_to_save):
+                if is_offloaded(self.model) and any(p.is_meta for p in modules[name].parameters()):
+                    raise ConfigError(
+                        f"modules_to_save names {name}, whose weights are offloaded and cannot train; keep it on a device in "
+                        "device_map"
+                    )
         if peft_config.weights_file is not None:
             check_file(type(self), self.model, peft_config, peft_config.weights_file)
             peft_config.weights_file = None  # once; what is attached later by this configuration need not be in the file
@@ -100,7 +108,7 @@ class ShadowModel(BaseTuner):
                 link = ShadowLink(int(current_key.rpartition(".")[2]))
                 link._disable_adapters = self._hub(parts)._disable_adapters
                 target.shadow_link = link
-            link.add(adapter_name, peft_config, parts.hidden_size, next(target.parameters()).device)
+            link.add(adapter_name, peft_config, parts.hidden_size, device_of(target))
             link.train(target.training)
 
     def _facts(self, parts: Anatomy) -> HeadFacts:
@@ -174,7 +182,7 @@ class ShadowModel(BaseTuner):
             if not isinstance(module, ShadowTunerLayer):
                 continue
             beside = self.model.get_submodule(name.rpartition(".")[0])
-            device = next(p.device for n, p in beside.named_parameters() if PREFIX not in n)
+            device = device_of(beside)
             for container in module.adapter_layer_names + module.other_param_names:
                 parameters = getattr(module, container)
                 if adapter_name not in parameters:

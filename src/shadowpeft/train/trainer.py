@@ -25,6 +25,7 @@ from shadowpeft.hf.hooks import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub
 
 _PARTIAL = "partial-"
+_LOSSES = ("task_loss", "shadow_loss")
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 """What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError."""
 
@@ -46,6 +47,7 @@ class ShadowLossMixin:
             raise ConfigError(f"backbone_lr_ratio is {backbone_lr_ratio} but must be positive and finite")
         self.backbone_lr_ratio = backbone_lr_ratio
         self._shadow_num_items: Any = None
+        self._normalised = False
         self._sums: dict[str, float] = {}
         self._since = 0
         self._eval_sums: dict[str, list[float]] = {}
@@ -54,6 +56,13 @@ class ShadowLossMixin:
         trainer: Any = self
         if type(self).__mro__.index(Trainer) and getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As stock, without ``find_unused_parameters``: every trainable weight has a gradient in every step."""
+        trainer: Any = self
+        if trainer.args.ddp_find_unused_parameters is None:
+            trainer.args.ddp_find_unused_parameters = False
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     # -------------------------------------------------------------------------------------------------------- the loss
 
@@ -91,6 +100,7 @@ class ShadowLossMixin:
         shadow_labels, labels = inputs.get("shadow_labels"), inputs.get("labels")
         shadow_items = num_items_in_batch if shadow_labels is None else self._shadow_num_items
         scale = _device_scale(trainer, num_items_in_batch)
+        self._normalised = num_items_in_batch is not None and (scale != 1.0 or trainer.accelerator.num_processes == 1)
 
         alone: Tensor | None = None
         if model.training and shadow_labels is not None and labels is not None and trainer.args.world_size == 1:
@@ -114,17 +124,26 @@ class ShadowLossMixin:
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
-        task, shadow = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss)
+        task, shadow, fused = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss, None)
+        if model.training:
+            share: Any = 1.0  # of this micro-batch in what is logged
+            if num_items_in_batch is None:
+                share = 1.0 / getattr(trainer, "current_gradient_accumulation_steps", 1)
+            elif fused is not None:
+                share = fused / torch.as_tensor(num_items_in_batch, device=fused.device).clamp(min=1)
+            if not own_loss:
+                task, shadow = (None if value is None else value.detach() * share for value in (task, shadow))
         if own_loss:  # stock Trainer takes the labels away, so the model reports the shadow's loss alone
             task = loss / scale
             if not model.training and trainer.label_smoother is not None:  # smoothing is for training alone
                 assert labels is not None
                 task = _plain_loss(outputs["logits"], labels, shifted=_shifts(trainer))
-            self._report(task, shadow, labels, inputs["shadow_labels"])
+            self._report(task, shadow, labels, inputs["shadow_labels"], None, shadow_items)
             if model.training:
                 loss = loss + weight * scale * shadow
         else:
-            self._report(task, shadow, labels, labels if shadow_labels is None else shadow_labels)
+            items = (num_items_in_batch, shadow_items) if fused is None else (None, None)
+            self._report(task, shadow, labels, labels if shadow_labels is None else shadow_labels, *items)
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
@@ -137,26 +156,47 @@ class ShadowLossMixin:
         if value is not None:
             self._sums[key] = self._sums.get(key, 0.0) + float(value.detach())
 
-    def _report(self, task: Tensor | None, shadow: Tensor | None, labels: Any, shadow_labels: Any) -> None:
+    def _over_processes(self, sums: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Pairs of numbers by name, added up over the processes (each must call this, whichever names it has)."""
+        trainer: Any = self
+        if trainer.accelerator.num_processes == 1:
+            return sums
+        own = torch.tensor([sums.get(key, [0.0, 0.0]) for key in _LOSSES], device=trainer.args.device)
+        total = trainer.accelerator.reduce(own, "sum").tolist()
+        return {key: pair for key, pair in zip(_LOSSES, total, strict=True) if pair[1]}
+
+    def _report(
+        self,
+        task: Tensor | None,
+        shadow: Tensor | None,
+        labels: Any,
+        shadow_labels: Any,
+        task_items: Any,
+        shadow_items: Any,
+    ) -> None:
+        """Add up what is logged. In evaluation a loss may be divided by the ``items`` of all processes (None: its own)."""
         trainer: Any = self
         if trainer.model.training:
             self._add("task_loss", task)
             self._add("shadow_loss", shadow)
             return
         shifted = _shifts(trainer)
-        for key, value, goals in (("task_loss", task, labels), ("shadow_loss", shadow, shadow_labels)):
+        paths = (("task_loss", task, labels, task_items), ("shadow_loss", shadow, shadow_labels, shadow_items))
+        for key, value, goals, items in paths:
             if value is not None and goals is not None:
                 n = int(count_targets(goals, shifted=shifted))
                 total = self._eval_sums.setdefault(key, [0.0, 0.0])
-                total[0] += float(value.detach()) * n
+                total[0] += float(value.detach()) * (n if items is None else float(items))
                 total[1] += n
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean task and shadow loss of the optimiser steps since the last log."""
+        """Adds the mean task and shadow loss of the optimiser steps since the last log, over all processes."""
         trainer: Any = self
-        if "loss" in logs and self._sums:
+        if "loss" in logs:
             steps = max(trainer.state.global_step - self._since, 1)
-            logs = {**logs, **{key: value / steps for key, value in self._sums.items()}}
+            totals = self._over_processes({key: [value, 1.0] for key, value in self._sums.items()})
+            share = 1.0 if self._normalised else 1.0 / trainer.accelerator.num_processes  # of one process in the mean
+            logs = {**logs, **{key: total * share / steps for key, (total, _) in totals.items()}}
             self._sums = {}
         whole = _mean_loss(trainer.state.log_history) if "train_loss" in logs else None
         if whole is not None:  # stock Trainer's is the mean since the last resume
@@ -168,7 +208,7 @@ class ShadowLossMixin:
         self._eval_sums = {}
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", "eval")
-        for key, (total, n) in self._eval_sums.items():
+        for key, (total, n) in self._over_processes(self._eval_sums).items():
             output.metrics[f"{prefix}_{key}"] = total / max(n, 1.0)
         return output
 
@@ -236,34 +276,57 @@ class ShadowLossMixin:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         trainer: Any = self
-        if trainer.args.world_size > 1 or trainer.args.push_to_hub:
+        if trainer.args.push_to_hub:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             return
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         beside = run_dir / f"{_PARTIAL}{name}"
-        clear_leftovers(run_dir)
+        writes = trainer.args.should_save  # one process of all, or of each machine that has folders of its own
+        if writes:
+            clear_leftovers(run_dir)
+        trainer.accelerator.wait_for_everyone()
         limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self._run_dir = str(beside)
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
-                trainer.state.best_model_checkpoint = str(run_dir / name)
-                trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-            sync(beside / name)
-            if (run_dir / name).exists():  # aside first: a kill while it is deleted would leave half of it as the newest
-                os.replace(run_dir / name, beside / "replaced")
-            os.replace(beside / name, run_dir / name)
-            sync_names(run_dir)
-        except WRITE_ERRORS as error:
-            raise ShadowPeftError(
-                f"{name} could not be written to '{run_dir}' ({reason(error)}); earlier checkpoints are untouched, free some "
-                "space and resume"
-            ) from error
+            with self._all_or_none(name, run_dir):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            with self._all_or_none(name, run_dir):
+                if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
+                    trainer.state.best_model_checkpoint = str(run_dir / name)
+                    if writes:
+                        trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
+                if writes:
+                    sync(beside / name)
+                    if (run_dir / name).exists():  # aside first: a kill while it is deleted would leave half of it
+                        os.replace(run_dir / name, beside / "replaced")
+                    os.replace(beside / name, run_dir / name)
+                    sync_names(run_dir)
         finally:
             self._run_dir, trainer.args.save_total_limit = None, limit
-            shutil.rmtree(beside, ignore_errors=True)
-        rotate(run_dir, limit, trainer.state.best_model_checkpoint)
+            if writes:
+                shutil.rmtree(beside, ignore_errors=True)
+        if writes:
+            rotate(run_dir, limit, trainer.state.best_model_checkpoint)
+
+    @contextmanager
+    def _all_or_none(self, name: str, run_dir: Path) -> Iterator[None]:
+        """Writes inside succeed in every process, or fail in every process with one message."""
+        failure: BaseException | None = None
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            failure = error
+        why = None if failure is None else reason(failure)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            reasons: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(reasons, why)
+            why = next((each for each in reasons if each is not None), None)
+        if why is not None:
+            raise ShadowPeftError(
+                f"{name} could not be written to '{run_dir}' ({why}); earlier checkpoints are untouched, free some space and "
+                "resume"
+            ) from failure
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -347,13 +410,19 @@ def discard(checkpoint: Path) -> None:
 
 
 @contextmanager
-def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
-    """``(task_loss, shadow_loss)`` of every forward inside: accelerate's copy of a 16-bit output has lost the attributes."""
-    seen: list[tuple[Any, Any]] = []
+def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
+    """``(task_loss, shadow_loss, n)`` of every forward inside: accelerate's copy of a 16-bit output has lost the attributes.
+
+    ``n`` is the number of targets by which TRL's fused head has divided its losses, else None.
+    """
+    seen: list[tuple[Any, Any, Any]] = []
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         if hasattr(output, "shadow_loss"):
-            seen.append((output.task_loss, output.shadow_loss))
+            mask = getattr(output, "label_mask", None)
+            task = output.task_loss  # a copy: over several processes Trainer scales the loss of an evaluation in place
+            task = None if task is None else task.detach().clone()
+            seen.append((task, output.shadow_loss, None if mask is None else mask.sum()))
 
     handle = model.register_forward_hook(look)
     try:

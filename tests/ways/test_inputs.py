@@ -1,0 +1,139 @@
+"""What goes in: padding on either side, packed sequences, embeddings, deep-copied prefixes, 16-bit bases, threads."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from naive import NaiveShadow, assert_same_gradients
+from tiny import KINDS, adapt, adapter_config, base, padded, randomise, tokens
+
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # float32 sums in another order
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_padding_on_either_side_equals_the_row_alone(name, kind, side):
+    adapted = adapt(base(name), **KINDS[kind])
+    ids, mask = padded(tokens(3, 9), [0, 4, 2], side)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = adapted(input_ids=ids, attention_mask=mask, position_ids=position, return_shadow=True)
+        for row in range(3):
+            alone = adapted(input_ids=ids[row][mask[row].bool()][None], return_shadow=True)
+            for key in ("logits", "shadow_logits"):
+                torch.testing.assert_close(getattr(found, key)[row][mask[row].bool()], getattr(alone, key)[0], **CLOSE)
+
+
+def flattened():
+    rows = [tokens(1, n, 50 + n)[0] for n in (4, 7, 5)]
+    features = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows]
+    return rows, DataCollatorWithFlattening(return_tensors="pt")(features)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_packed_sequences_equal_the_rows_alone(name, kind):
+    adapted = adapt(base(name), **KINDS[kind])
+    rows, packed = flattened()
+    with torch.no_grad():
+        found = adapted(**packed, use_cache=False, return_shadow=True)
+        alone = [adapted(input_ids=row[None], return_shadow=True) for row in rows]
+    for key in ("logits", "shadow_logits"):
+        torch.testing.assert_close(getattr(found, key), torch.cat([getattr(a, key) for a in alone], 1), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["mirror", "explicit"])
+def test_packed_training_equals_the_rows_alone(kind):
+    model = base("llama")
+    adapted = adapt(model, auxiliary_loss_weight=0.5, **KINDS[kind]).train()
+    rows, packed = flattened()
+    adapted(**packed, use_cache=False).loss.backward()
+    naive = NaiveShadow(model, adapted)
+    count = sum(len(row) - 1 for row in rows)
+    for row in rows:
+        (naive(row[None], row[None]).loss * (len(row) - 1) / count).backward()
+    assert_same_gradients(adapted, naive)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_inputs_embeds_equal_input_ids(name):
+    adapted = adapt(base(name))
+    with torch.no_grad():
+        embeds = adapted.get_input_embeddings()(tokens())
+        found = adapted(inputs_embeds=embeds, return_shadow=True)
+        expected = adapted(input_ids=tokens(), return_shadow=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.shadow_logits, expected.shadow_logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+def test_a_deep_copied_prefix_continued_twice_equals_uncached(name, kind):
+    adapted = adapt(base(name), **KINDS[kind])
+    prefix, cache = tokens(2, 8), DynamicCache(config=adapted.config)
+    with torch.no_grad():
+        adapted(input_ids=prefix, past_key_values=cache, use_cache=True)
+        for seed in (61, 62):
+            rest = tokens(2, 4, seed)
+            found = adapted(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+            whole = adapted(input_ids=torch.cat([prefix, rest], 1), use_cache=False).logits[:, 8:]
+            torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-4)  # cached attention adds up in another order
+    assert cache.get_seq_length() == 8
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_untrained_adapter_on_16_bits_and_under_autocast_gives_the_bases_bits(name, task, dtype, autocast):
+    model = base(name, task=task).to(dtype)
+    adapted = adapt(model, trained=False, task_type=task)
+    ids, mask = padded(tokens(), [0, 3, 1])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        found = adapted(input_ids=ids, attention_mask=mask).logits
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_generation_under_autocast():
+    adapted = adapt(base("llama"))
+    options = {"input_ids": tokens(2, 6), "max_new_tokens": 4, "pad_token_id": 0}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapted.generate(**options), adapted.generate(**options, use_cache=False))
+
+
+def test_threads_generate_and_run_without_mixing():
+    # set_adapter is a setting of the whole model, so each of two models with its own adapter serves half of the threads
+    models = [adapt(base("llama")) for _ in range(2)]
+    models[1].add_adapter("second", adapter_config(r=2))
+    models[1].set_adapter("second")
+    randomise(models[1], seed=8)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    texts = [tokens(1, 6, 200 + i) for i in range(4)]
+    with torch.no_grad():
+        expected = [
+            (models[i % 2].generate(input_ids=t, **options), models[i % 2](t).logits) for i, t in enumerate(texts)
+        ]
+    wrong = []
+
+    def work(i):
+        with torch.no_grad():
+            for turn in range(20):
+                if turn % 2:
+                    same = torch.equal(models[i % 2].generate(input_ids=texts[i], **options), expected[i][0])
+                else:
+                    same = torch.equal(models[i % 2](texts[i]).logits, expected[i][1])
+                if not same:
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

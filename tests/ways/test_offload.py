@@ -1,0 +1,147 @@
+"""``device_map`` with weights on the CPU or on disk: the adapter is real, beside its layer, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import shadowpeft
+from naive import NaiveShadow, assert_same_gradients
+from shadowpeft.errors import ConfigError
+from tiny import KINDS, adapt, adapter_config, base, tokens
+
+PARTS = ["model.embed_tokens", *[f"model.layers.{i}" for i in range(4)], "model.norm", "model.rotary_emb", "lm_head"]
+MAPS = {
+    "cpu": {"": "cpu"},
+    "some layers on disk": {part: "disk" if part in ("model.layers.1", "model.layers.2") else "cpu" for part in PARTS},
+    "everything on disk": {"": "disk"},
+}
+CLASSIFIER = {"all but the classifier on disk": {"model": "disk", "score": "cpu"}}
+
+
+def offloaded(folder, where, auto=AutoModelForCausalLM):
+    return auto.from_pretrained(
+        folder / "base", device_map={**MAPS, **CLASSIFIER}[where], offload_folder=folder / "offload"
+    ).eval()
+
+
+@pytest.fixture(params=["llama", "llama_tied"])
+def plain(request, tmp_path):
+    model = base(request.param)
+    model.save_pretrained(tmp_path / "base")
+    return model
+
+
+@torch.no_grad()
+def outputs(model):
+    out = model(input_ids=tokens(), return_shadow=True)
+    return out.logits, out.shadow_logits
+
+
+def own(model):
+    return {n: p for n, p in model.named_parameters() if "shadowpeft_" in n}
+
+
+@pytest.mark.parametrize("where", MAPS)
+def test_attaching_to_an_offloaded_base(plain, tmp_path, where):
+    with torch.no_grad():
+        expected = plain(tokens()).logits
+    model = offloaded(tmp_path, where)
+    assert any(p.is_meta for p in model.parameters()) == (where != "cpu")
+    adapted = adapt(model, copy_base=False, trained=False)
+    assert own(adapted)
+    assert not any(p.is_meta for p in own(adapted).values())
+    assert torch.equal(outputs(adapted)[0], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", MAPS)
+def test_loading_generating_and_saving_again(plain, tmp_path, where, kind):
+    trained = adapt(plain, **KINDS[kind])
+    trained.save_pretrained(tmp_path / "adapter")
+    model = offloaded(tmp_path, where)
+    adapted = shadowpeft.load(tmp_path / "adapter", model)
+    for found, expected in zip(outputs(adapted), outputs(trained), strict=True):
+        assert torch.equal(found, expected)
+    assert getattr(model, "hf_device_map", None) is not None or where == "cpu"
+    options = {"input_ids": tokens(2, 5), "max_new_tokens": 5, "pad_token_id": 0}
+    assert torch.equal(adapted.generate(**options), trained.generate(**options))
+
+    adapted.save_pretrained(tmp_path / "again")
+    with (
+        safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as before,
+        safe_open(tmp_path / "again" / "adapter_model.safetensors", "pt") as after,
+    ):
+        assert set(before.keys()) == set(after.keys())
+        for name in list(before.keys()):
+            assert torch.equal(before.get_tensor(name), after.get_tensor(name)), name
+
+
+@pytest.mark.parametrize("where", MAPS)
+def test_training_on_an_offloaded_base_equals_the_naive_loop(plain, tmp_path, where):
+    adapted = adapt(offloaded(tmp_path, where), copy_base=False, auxiliary_loss_weight=0.5).train()
+    naive = NaiveShadow(plain, adapted)
+    naive(input_ids=tokens(), labels=tokens()).loss.backward()
+    adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert_same_gradients(adapted, naive)
+
+
+@pytest.mark.parametrize("kind", ["mirror", "explicit"])
+@pytest.mark.parametrize("where", MAPS)
+def test_detaching_from_an_offloaded_base(plain, tmp_path, where, kind):
+    adapted = adapt(offloaded(tmp_path, where), copy_base=False, **KINDS[kind])
+    edge = shadowpeft.detach(adapted)
+    reference = shadowpeft.detach(adapt(plain, **KINDS[kind]))
+    assert edge.config.tie_word_embeddings == reference.config.tie_word_embeddings
+    expected = reference.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in edge.state_dict().items())
+
+
+def test_classifier_with_its_backbone_on_disk(tmp_path):
+    plain = base("llama", task="SEQ_CLS")
+    plain.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        expected = plain(tokens()).logits
+    auto = AutoModelForSequenceClassification
+    model = offloaded(tmp_path, "all but the classifier on disk", auto)
+    adapted = adapt(model, copy_base=False, trained=False, task_type="SEQ_CLS")
+    head = adapted.base_model.model.model.shadow_hub.shadowpeft_head["default"].weight
+    assert torch.equal(head, plain.score.weight)
+    with torch.no_grad():
+        assert torch.equal(adapted(tokens()).logits, expected)
+    with pytest.raises(ConfigError, match=r"modules_to_save.*offloaded"):  # it trains, so it needs real weights
+        adapt(offloaded(tmp_path, "everything on disk", auto), copy_base=False, task_type="SEQ_CLS")
+
+
+def test_identity_of_an_offloaded_base_is_checked(plain, tmp_path):
+    adapt(plain).save_pretrained(tmp_path / "adapter")
+    base("llama", seed=99).save_pretrained(tmp_path / "base")
+    with pytest.raises(shadowpeft.errors.BaseMismatchError, match="other weights"):
+        shadowpeft.load(tmp_path / "adapter", offloaded(tmp_path, "everything on disk"))
+
+
+def test_copying_layers_that_are_offloaded_is_refused(plain, tmp_path):
+    model = offloaded(tmp_path, "everything on disk")
+    with pytest.raises(ConfigError, match="offloaded"):
+        adapt(model, copy_base=False, shadow_init="base_layers")
+
+
+def test_training_further_modules_of_an_offloaded_base_is_refused(plain, tmp_path):
+    model = offloaded(tmp_path, "everything on disk")
+    with pytest.raises(ConfigError, match=r"modules_to_save.*offloaded"):
+        adapt(model, copy_base=False, modules_to_save=["norm"])
+
+
+def test_a_second_adapter_on_an_offloaded_base(plain, tmp_path):
+    reference, model = copy.deepcopy(plain), offloaded(tmp_path, "some layers on disk")
+    logits = []
+    for each in (reference, model):
+        adapted = adapt(each, copy_base=False)
+        torch.manual_seed(6)
+        adapted.add_adapter("second", adapter_config(r=2))
+        adapted.set_adapter("second")
+        assert not any(p.is_meta for p in own(adapted).values())
+        logits.append(outputs(adapted)[0])
+    assert torch.equal(*logits)
