@@ -29,7 +29,7 @@ test: $(VENV)/dev lint types  ## lint, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev
-	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks scripts
 	$(BIN)/lint-imports
 
 types: $(VENV)/dev
@@ -46,6 +46,9 @@ fuzz: $(VENV)/dev  ## a thousand damaged adapter folders
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py
+
+architectures: $(VENV)/dev  ## try every decoder architecture and write docs/architectures.md
+	$(BIN)/python scripts/architectures.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

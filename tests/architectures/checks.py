@@ -27,6 +27,7 @@ class StepFailed(AssertionError):
     def __init__(self, step: str, error: BaseException) -> None:
         self.step = step
         self.refused = isinstance(error, shadowpeft.errors.ShadowPeftError)
+        self.reason = " ".join(f"{error}".split())
         super().__init__(f"{step}: {type(error).__name__}: {error}")
 
 

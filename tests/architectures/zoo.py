@@ -119,13 +119,87 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "nemotron_h": {"n_groups": 2, "chunk_size": 16},
     "zaya": {"num_experts_per_tok": 1},
+    "dots1": {"head_dim": 8, "num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 16,
+        "mamba_n_groups": 2,
+    },
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16, "mamba_n_heads": 4, "mamba_chunk_size": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_dt_rank": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_d_head": 16, "mamba_n_heads": 4},
 }
+# Whose configuration only describes other models' parts, or whose forward needs pictures or sound.
+MULTIMODAL = [
+    "blt",
+    "dots3_note",
+    "emu3",
+    "fuyu",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "gemma4_assistant",
+    "gemma4_unified",
+    "gemma4_unified_assistant",
+    "git",
+    "got_ocr2",
+    "llama4",
+    "mllama",
+    "moshi",
+    "moss_transcribe_diarize",
+    "musicgen",
+    "musicgen_melody",
+    "phi4_multimodal",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+]
+# Classes of encoder or encoder-decoder families that can also be built as a decoder.
+ENCODER_FAMILIES = [
+    "bart",
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "marian",
+    "mbart",
+    "megatron-bert",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "prophetnet",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xlnet",
+    "xmod",
+]
 TOKENS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
-def names(kind: str = "all") -> list[str]:
-    """Model types of ``MODEL_FOR_CAUSAL_LM_MAPPING``."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def decoders() -> list[str]:
+    """The model types of ``MODEL_FOR_CAUSAL_LM_MAPPING`` that are language models and decoders."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MULTIMODAL) - set(ENCODER_FAMILIES))
+
+
+def encoder_families() -> list[str]:
+    """The model types of the mapping that are encoders or encoder-decoders at home and can be built as decoders."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(ENCODER_FAMILIES))
 
 
 def config(name: str, **overrides: Any) -> PreTrainedConfig:
@@ -141,6 +215,8 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
     fields.update(TOKENS)
     if "is_decoder" in vars(default):
         fields["is_decoder"] = True
+    if "kv_lora_rank" in fields:
+        fields["num_key_value_heads"] = 4  # multi-head latent attention
     fields.update(SPECIAL.get(name, {}))
     fields.update(overrides)
     return kind(**fields)

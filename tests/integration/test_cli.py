@@ -51,7 +51,7 @@ for line in sys.stdin:
     code, arguments, out = json.loads(line)
     if (child := os.fork()) == 0:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT)
-        os.dup2(handle, 1), os.dup2(handle, 2)
+        os.dup2(handle, 1), os.dup2(os.open(out + ".err", os.O_WRONLY | os.O_CREAT), 2)
         sys.argv = ["-c", *arguments]
         exec(compile(code, "<case>", "exec"), {"__name__": "__main__"})
         sys.stdout.flush()
@@ -72,12 +72,12 @@ def fresh(tmp_path_factory):
         assert server.stdout.readline() == "ready\n"
 
         def run(code, *arguments):
-            out = folder / f"{len(list(folder.iterdir()))}.txt"
+            out = folder / f"{len(list(folder.iterdir()))}.txt"  # its errors go beside it
             server.stdin.write(json.dumps([code, [str(a) for a in arguments], str(out)]) + "\n")
             server.stdin.flush()
             status = server.stdout.readline()
             said = out.read_text()
-            assert status == "0\n", said
+            assert status == "0\n", said + Path(f"{out}.err").read_text()
             return said
 
         yield run

@@ -19,6 +19,7 @@ from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import plain_record, quote
+from shadowpeft.hf.signature import CACHE_NAMES
 from shadowpeft.hf.weights import device_of, real_weight
 
 _WIDTH_FIELDS = {
@@ -176,8 +177,9 @@ def mirror_config(
     Raises:
         ConfigError: if a width is asked for that the architecture does not have or that does not divide.
     """
-    new = copy.deepcopy(base)
     choice = layer_choices(base, config)[0] if choice is None else choice
+    varied = getattr(base, "is_heterogeneous", False)  # widths of its own in each layer: take those of the chosen one
+    new = copy.deepcopy(base.per_layer_config[choice.indices[0]] if varied else base)
     depth = len(choice.indices)
     for key, value in _per_layer(base).items():
         setattr(new, key, [value[i % len(value)] for i in choice.indices])
@@ -393,6 +395,7 @@ def _runs_from_embeddings(backbone: PreTrainedModel) -> bool:
             embeds = backbone.get_input_embeddings()(ids)  # type: ignore[operator]
             fed = backbone(inputs_embeds=embeds).last_hidden_state
             read = backbone(input_ids=ids).last_hidden_state
+            backbone(inputs_embeds=embeds + 1.0)  # Gemma 4 looks up whose embedding it was given
         except _BUILD_ERRORS:
             return False
         finally:
@@ -430,14 +433,18 @@ def _unreached(backbone: PreTrainedModel, reads_tokens: bool) -> list[str]:
 
 
 def _caches(backbone: PreTrainedModel) -> bool:
-    """Whether a token that follows a cached prompt gives what the whole gives."""
+    """Whether a token that follows a cached prompt gives what the whole gives; so too if the class has no cache."""
     ids = _probe(backbone, 4)
     if ids.device.type == "meta":
-        return False
+        return True
     with torch.no_grad(), _evaluating(backbone):
-        cache = backbone(input_ids=ids[:, :3], use_cache=True).past_key_values
-        last = backbone(input_ids=ids[:, 3:], past_key_values=cache, use_cache=True).last_hidden_state
-        return bool(torch.allclose(last[:, -1], backbone(input_ids=ids).last_hidden_state[:, -1], atol=1e-4))
+        out = backbone(input_ids=ids[:, :3], use_cache=True)
+        cache = {name: out[name] for name in CACHE_NAMES if out.get(name) is not None}
+        if not cache:
+            return True
+        last = backbone(input_ids=ids[:, 3:], use_cache=True, **cache).last_hidden_state[:, -1]
+        whole = backbone(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
+    return bool((last - whole).abs().max() <= 1e-3 * whole.abs().max().clamp(min=1))
 
 
 def _first_that_runs(
@@ -450,21 +457,24 @@ def _first_that_runs(
         UnsupportedModelError: if none can be built.
     """
     refusals, found = [], None
-    choices = layer_choices(parts.config, config)
-    for choice in choices:
+    for choice in layer_choices(parts.config, config):
         state = torch.get_rng_state()
         try:
             shadow = mirror_config(parts.config, config, choice)
             _check_fits(parts.config, shadow, config)
+        except ConfigError:
+            raise  # what was asked for is impossible, whatever the layer
+        except _BUILD_ERRORS as error:
+            refusals.append(_first_line(error))
+            continue
+        try:
             record = json.loads(shadow.to_json_string(use_diff=False))
             shadow = _config_from_record(record, type(parts.config))
             backbone, reads_tokens = _new_backbone(parts, config, kind, shadow)
             left = [] if device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
-            if choice.kind is not None and not _caches(backbone):
-                raise UnsupportedModelError(f"its layers of type {choice.kind} cannot use a cache")
+            if not _caches(backbone):
+                raise UnsupportedModelError("cached and uncached states differ")
         except _BUILD_ERRORS as error:
-            if isinstance(error, ConfigError) and choice is choices[0]:
-                raise  # what was asked for is impossible, whatever the layer
             torch.set_rng_state(state)
             refusals.append(_first_line(error))
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.hf.signature import Signature
 from shadowpeft.hf.weights import device_of, plain
 
 
@@ -86,9 +86,16 @@ class _Output:
 class _Given(nn.Module):
     """Stands in for a backbone for one call and returns what it was made with."""
 
-    def __init__(self, state: Tensor) -> None:
+    def __init__(self, state: Tensor, backbone: nn.Module) -> None:
         super().__init__()
         self.state = state
+        self._stands_for = (backbone,)  # in a tuple, so that it does not become a child
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stands_for"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> _Output:
         return _Output(self.state)
@@ -101,7 +108,7 @@ def _forward_from(model: Any, backbone: str, state: Tensor, **kwargs: Any) -> An
     for name in path:
         parent._modules = {**parent._modules, name: copy.copy(parent._modules[name])}
         parent = parent._modules[name]
-    parent._modules = {**parent._modules, last: _Given(state)}
+    parent._modules = {**parent._modules, last: _Given(state, parent._modules[last])}
     ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
     return type(model).forward(whole, input_ids=ids, return_dict=True, **kwargs)
 
@@ -144,7 +151,7 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
         stock = stock_logits(model, backbone, state)
         loss = _forward_from(model, backbone, state[None], labels=labels[None]).loss.float()
         given = {"labels": labels[None], "num_items_in_batch": torch.tensor(16, device=device)}
-        counted = _forward_from(model, backbone, state[None], **given).loss.float() if _passes_on(model) else loss
+        counted = _forward_from(model, backbone, state[None], **given).loss.float() if Signature(model).passes_on else loss
     except (AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
             f"the head of {type(model).__name__} needs more than the last hidden state ({error}); a shadow has nothing else to "
@@ -161,11 +168,6 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
         f"{type(model).__name__} computes a loss that is no cross-entropy over its tokens, so the shadow's loss cannot be "
         "made alike; this architecture is not supported"
     )
-
-
-def _passes_on(model: nn.Module) -> bool:
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def pool_last(

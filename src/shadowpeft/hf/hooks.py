@@ -12,7 +12,6 @@ threads and interleaved generations cannot mix, and a checkpointed layer that ru
 
 from __future__ import annotations
 
-import inspect
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -29,10 +28,10 @@ from shadowpeft.hf import supervision
 from shadowpeft.hf.cache import own_cache, shadow_view
 from shadowpeft.hf.head import lm_logits, pool_last
 from shadowpeft.hf.layer import ShadowHub, ShadowLink
+from shadowpeft.hf.signature import Signature
 from shadowpeft.hf.weights import allow_gradients
 
 CALL = "shadow_call"
-_CACHES = ("past_key_values", "cache_params")
 _current: ContextVar[ShadowCall | None] = ContextVar("shadowpeft_call", default=None)
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -56,27 +55,6 @@ class ShadowCall:
         self.norm: UpdateNorm | None = None
         self.streams_first = False
         self.tokens: list[Token[ShadowCall | None]] = []
-
-
-class Signature:
-    """The parameters of one module's forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        parameters = inspect.signature(type(module).forward).parameters
-        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        self.names = tuple(n for n, p in parameters.items() if p.kind not in kinds)[1:]
-        self.passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        """Whether it takes keyword arguments that it does not name."""
-        self.cache = next((name for name in _CACHES if name in self.names), _CACHES[0])
-        """The name of its key-value cache."""
-
-    def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positional arguments turned into keyword arguments."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
-
-    def accepts(self, name: str) -> bool:
-        """Whether the forward takes a keyword argument of this name."""
-        return name in self.names or self.passes_on
 
 
 def _enter(call: ShadowCall) -> None:
@@ -354,7 +332,7 @@ def before_backbone(
     shadow: Any = hub.shadowpeft_backbone[adapter]
     view = None if cache is None else shadow_view(cache, base_layers, config, shadow.config, adapter)
 
-    takes = Signature(shadow)
+    takes = hub.takes[adapter]
     passed = {k: kwargs[k] for k in ("position_ids", *_PACKED) if kwargs.get(k) is not None and takes.accepts(k)}
     if takes.accepts("attention_mask"):
         passed["attention_mask"] = _shadow_mask(kwargs.get("attention_mask"), config, shadow.config)
@@ -464,7 +442,7 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     adapter = hub.active_name()
     if adapter is None:
         raise ConfigError("no adapter is enabled; enable or set one")
-    takes = Signature(hub.shadowpeft_backbone[adapter])
+    takes = hub.takes[adapter]
     passed = {
         k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)
     }

@@ -18,6 +18,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.hf.backbone import BorrowedEmbedding, ShadowParts
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.head import HeadFacts
+from shadowpeft.hf.signature import Signature
 from shadowpeft.hf.weights import device_of, real_weight
 
 
@@ -59,6 +60,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.shadowpeft_head: Any = nn.ModuleDict()
         self.shadowpeft_embedding: Any = nn.ModuleDict()
         self.configs: dict[str, ShadowPeftConfig] = {}
+        self.takes: dict[str, Signature] = {}
         self.facts = HeadFacts()
         self.backbone_name = ""
         self.reads_tokens: set[str] = set()
@@ -76,6 +78,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         reference = next(parts.backbone.parameters())
         self.configs[adapter] = config
         self.shadowpeft_backbone[adapter] = parts.backbone
+        self.takes[adapter] = Signature(parts.backbone)
         if any(isinstance(module, BorrowedEmbedding) for module in parts.backbone.modules()):
             self.reads_tokens.add(adapter)
         d_s = int(parts.backbone.config.hidden_size)
@@ -175,6 +178,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self.takes.pop(adapter_name, None)
         self.reads_tokens.discard(adapter_name)
 
 

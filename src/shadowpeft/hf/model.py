@@ -21,6 +21,7 @@ from shadowpeft.hf.files import FLOATS, check_exact
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
+from shadowpeft.hf.signature import Signature
 from shadowpeft.hf.skeleton import check_file
 from shadowpeft.hf.weights import device_of, is_offloaded
 
@@ -150,8 +151,8 @@ class ShadowModel(BaseTuner):
 
     def _install_hooks(self, parts: Anatomy) -> None:
         name = parts.backbone_name
-        whole, body = hooks.Signature(self.model), hooks.Signature(parts.backbone)
-        layers = [hooks.Signature(layer) for layer in parts.layers]
+        whole, body = Signature(self.model), Signature(parts.backbone)
+        layers = [Signature(layer) for layer in parts.layers]
         carried = all(signature.passes_on for signature in (whole, body, *layers))
         before = partial(hooks.before_model, backbone=name, signature=whole)
         inner = partial(hooks.before_backbone, signature=body, base_layers=parts.num_layers, carried=carried)

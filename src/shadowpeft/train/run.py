@@ -298,6 +298,10 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
         raise ConfigError(
             f"there is no checkpoint in '{folder}' to resume from; remove the folder if it exists and start without --resume"
         )
+    if last is None and (folder / "summary.json").is_file():
+        raise ConfigError(
+            f"the run in '{folder}' has ended and left no checkpoint to resume from; its adapter is in '{folder / 'adapter'}'"
+        )
     _check_same_run(run, folder)
     return last
 

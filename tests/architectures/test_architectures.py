@@ -1,0 +1,79 @@
+"""A fixed spread of architectures, one of each kind; `make architectures` tries them all and writes docs/architectures.md."""
+
+import json
+from pathlib import Path
+
+import matrix
+import pytest
+import zoo
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+SPREAD = {
+    "llama": "the usual decoder",
+    "gpt2": "one list of merged projections",
+    "gptj": "tuples between layers",
+    "bloom": "no keyword arguments for its layers, no positions",
+    "falcon": "several head layouts",
+    "opt": "a decoder inside a model inside a model",
+    "openai-gpt": "no cache",
+    "cohere": "a logit scale",
+    "gemma2": "soft-caps, sliding windows",
+    "gemma3n_text": "parallel streams, embeddings per layer",
+    "gemma4_text": "widths of its own in each layer",
+    "modernbert-decoder": "a dense layer and a norm before the head",
+    "trocr": "labels that are shifted already, sinusoidal positions",
+    "whisper": "attention to an encoder that is not there",
+    "mixtral": "experts",
+    "deepseek_v3": "latent attention, shared experts",
+    "deepseek_v4": "hyper-connections, hash routing, compressed attention",
+    "hy_v4": "hyper-connections, an indexer",
+    "llama4_text": "chunked attention, experts in some layers",
+    "minimax": "a cache class of its own",
+    "mamba": "state space",
+    "falcon_h1": "state space and attention in one layer, multipliers on the backbone",
+    "recurrent_gemma": "recurrent and attention layers by a cycle of types",
+    "qwen3_next": "linear attention, experts",
+    "olmo_hybrid": "refuses a shadow of one type of layer",
+    "lfm2": "convolutions",
+    "inkling_text": "a head with a multiplier",
+}
+REFUSED = {
+    "hrm_text": "runs its layers in cycles",
+    "bert": "its layers belong to an encoder",
+    "xlnet": "cannot run from a shadow's input",
+    "prophetnet": "predicts several tokens at once",
+}
+RECORD = Path(__file__).parents[2] / "docs" / "records" / "architectures.json"
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_every_step_holds(name):
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {name}")
+    result = matrix.isolated(matrix.shadowed, name)
+    assert result.get("passed"), result
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_at_attaching_by_name(name):
+    result = matrix.isolated(matrix.shadowed, name)
+    assert (result.get("passed"), result.get("failed"), result.get("refused")) == (False, "attach", True), result
+    assert len(result["reason"]) > 40
+
+
+def test_the_committed_table_holds_what_is_promised():
+    record = json.loads(RECORD.read_text())["architectures"]
+    decoders = [n for n in zoo.decoders() if "parameters" in record.get(n, {})]
+    passed = [n for n in decoders if record[n]["passed"]]
+    assert len(decoders) >= 105
+    assert len(passed) >= 0.95 * len(decoders)
+    for name in (*decoders, *(n for n in zoo.encoder_families() if "parameters" in record.get(n, {}))):
+        assert record[name]["passed"] or record[name]["refused"], f"{name} is neither right nor refused: {record[name]}"
+
+
+def test_a_hang_and_a_crash_are_reported_not_shared():
+    import os
+    import time
+
+    assert "more than 1 s" in matrix.isolated(lambda name: time.sleep(30), "x", limit=1)["error"]
+    assert "died" in matrix.isolated(lambda name: os.abort(), "x")["error"]
