@@ -310,7 +310,15 @@ PATHS = [
 @st.composite
 def other_setting(draw: Any) -> Damage:
     key, value, drop = draw(st.sampled_from(KEYS + ADDED)), draw(VALUES), draw(st.integers(0, 5)) == 0
-    return edit(lambda content: content.pop(key, None) if drop else content.update({key: value}))
+    which = draw(st.none() | st.integers(0, 60))  # one of the keys that are there, whatever the format
+
+    def change(content: dict[str, Any]) -> None:
+        name = key if which is None else sorted(content)[which % len(content)]
+        content.pop(name, None)
+        if not drop:
+            content[name] = value
+
+    return edit(change)
 
 
 @st.composite
@@ -322,7 +330,14 @@ def other_record(draw: Any) -> Damage:
     kinds = ["gpt2", "bert", "t5", "mamba", "timm_backbone", "rag", "llama", "qwen3", "clip", "auto", "mixtral"]
     if key == "model_type":
         value = draw(st.sampled_from(kinds))
-    return edit(lambda content: content[part].pop(key, None) if drop else content[part].update({key: value}))
+
+    def change(content: dict[str, Any]) -> None:
+        record = content.setdefault(part, {})  # other packages have no such record
+        record.pop(key, None)
+        if not drop:
+            record[key] = value
+
+    return edit(change)
 
 
 @st.composite
@@ -337,8 +352,8 @@ def code_names(draw: Any) -> Damage:
     value = {"AutoModel": target, "AutoConfig": target} if place == "auto_map" else target
 
     def change(content: dict[str, Any]) -> None:
-        content["shadow_backbone_config"].update({place: value, "trust_remote_code": True})
-        content["shadow_backbone_config"]["model_type"] = draw_kind
+        record = content.setdefault("shadow_backbone_config", {})
+        record.update({place: value, "trust_remote_code": True, "model_type": draw_kind})
 
     draw_kind = draw(st.sampled_from(["llama", "custom", "causal_lm_with_hidden_projection"]))
     return edit(change)

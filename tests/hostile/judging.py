@@ -113,8 +113,38 @@ class Judge:
             return f"{type(error).__name__}: {error}", complaint
         return "loaded", self.loaded(task, made, folder)
 
-    def judge(self, folder: Path, task: str) -> dict[str, Any]:
+    def foreign(self, folder: Path, task: str) -> dict[str, Any]:
+        """An adapter in another package's format, which only ``shadowpeft.load`` reads."""
+        import torch
+
+        import shadowpeft
+        from shadowpeft.errors import ShadowPeftError
+
+        before, model = digest(folder), copy.deepcopy(self.bases[task])
+        try:
+            made = shadowpeft.load(folder, model)
+        except ShadowPeftError as error:
+            outcome = f"{type(error).__name__}: {error}"
+            complaint = self.message(error, folder) or self.untouched(task, model)
+        except Exception as error:  # noqa: BLE001  (the point: nothing but the package's own errors may come)
+            outcome = f"{type(error).__name__}: {error}"[:300]
+            complaint = "".join(traceback.format_exception(error)[-6:])
+        else:
+            outcome, complaint = "loaded", None
+            with torch.no_grad():
+                if not torch.isfinite(made(self.tokens).logits).all():
+                    complaint = "the loaded adapter's logits are not finite"
+                with made.disable_adapter():
+                    if not torch.equal(made(self.tokens).logits, self.logits[task]):
+                        complaint = "with the adapter disabled the base computes something else"
+        if complaint is None and digest(folder) != before:
+            complaint = "the folder was changed"
+        return {"load": outcome, "complaint": complaint}
+
+    def judge(self, folder: Path, task: str, foreign: bool) -> dict[str, Any]:
         """Every way; the first complaint."""
+        if foreign:
+            return self.foreign(folder, task)
         before = digest(folder)
         outcome: dict[str, Any] = {"complaint": None}
         for way in ("load", "config", "info", "peft"):
@@ -169,11 +199,11 @@ class Worker:
             os.waitpid(self.pid, 0)
             self.pid = 0
 
-    def judge(self, folder: Path, task: str) -> dict[str, Any]:
+    def judge(self, folder: Path, task: str, foreign: bool = False) -> dict[str, Any]:
         """The outcome; a process that dies or says nothing in ``SECONDS`` is a complaint."""
         if not self.pid:
             self.start()
-        self.requests.write(json.dumps([str(folder), task]) + "\n")
+        self.requests.write(json.dumps([str(folder), task, foreign]) + "\n")
         self.requests.flush()
         ready, _, _ = select.select([self.answers], [], [], SECONDS + 10)
         line = self.answers.readline() if ready else ""
@@ -195,9 +225,9 @@ def _serve(bases: dict[str, Any], source: int, sink: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + SPARE, used + SPARE))
         with os.fdopen(source) as requests, os.fdopen(sink, "w") as answers:
             for line in requests:
-                folder, task = json.loads(line)
+                folder, task, foreign = json.loads(line)
                 signal.alarm(SECONDS)
-                outcome = judge.judge(Path(folder), task)
+                outcome = judge.judge(Path(folder), task, foreign)
                 signal.alarm(0)
                 answers.write(json.dumps(outcome) + "\n")
                 answers.flush()

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from shadowpeft.hf.formats import write
 from tiny import adapt, base
 
 ADAPTERS = {
@@ -28,7 +29,13 @@ ADAPTERS = {
     "saved whole": ("CAUSAL_LM", {"modules_to_save": ["model.norm"]}),
     "classifier": ("SEQ_CLS", {}),
 }
-UNDAMAGEABLE = (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError)
+FOREIGN = {
+    "authors": ("authors", {"shadow_config.json": CONFIG, "shadow_adapter.safetensors": WEIGHTS}),
+    "authors' modules": ("authors", {"shadow_config.json": CONFIG, "shadow_modules.safetensors": WEIGHTS}),
+    "peft": ("peft", {}),
+}
+"""Kind of the format, and which of its files the damages, which know our names, are to hit."""
+UNDAMAGEABLE = (ArithmeticError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     for name, (task, fields) in ADAPTERS.items():
         adapt(bases[task], task_type=task, **fields).save_pretrained(folder / name)
+    for name, (kind, _) in FOREIGN.items():
+        fields = {"own_shadow_head": True} if name.endswith("modules") else {}
+        write(adapt(bases["CAUSAL_LM"], variant=kind, **fields), folder / name, kind)
     worker = judging.Worker(bases)
     yield folder, worker
     worker.stop()
@@ -49,16 +59,22 @@ def judge(made, tmp_path, name, damages):
     shutil.rmtree(tmp_path / "case", ignore_errors=True)
     copied = tmp_path / "case" / "adapter"
     shutil.copytree(folder / name, copied)
+    names = FOREIGN[name][1] if name in FOREIGN else {}
+    for theirs, ours in names.items():
+        (copied / theirs).rename(copied / ours)
     for damage in damages:
         if not all((copied / file).is_file() for file in (CONFIG, WEIGHTS)):
             break
         damage(copied)
-    outcome = worker.judge(copied, ADAPTERS[name][0])
+    for theirs, ours in names.items():
+        if os.path.lexists(copied / ours):
+            (copied / ours).rename(copied / theirs)
+    outcome = worker.judge(copied, ADAPTERS.get(name, ["CAUSAL_LM"])[0], name in FOREIGN)
     assert not canary(copied).exists(), "something in the folder was executed"
     return outcome
 
 
-def fuzz(made, tmp_path, cases):
+def fuzz(made, tmp_path, cases, kinds=tuple(ADAPTERS)):
     """``cases`` drawn folders; how many were loaded and how many refused by which error."""
     seen, complaints = Counter(), []
 
@@ -71,7 +87,7 @@ def fuzz(made, tmp_path, cases):
         print_blob=False,
         phases=[Phase.generate],
     )
-    @given(st.sampled_from(sorted(ADAPTERS)), DAMAGES, st.booleans(), DAMAGES)
+    @given(st.sampled_from(sorted(kinds)), DAMAGES, st.booleans(), DAMAGES)
     def case(name, first, twice, second):
         outcome = judge_or_skip(name, [first, second] if twice else [first])
         seen[outcome.get("load", "nothing").partition(":")[0]] += 1
@@ -85,7 +101,7 @@ def fuzz(made, tmp_path, cases):
             return judge(made, tmp_path, name, damages[:1])
 
     case()
-    assert not complaints, (len(complaints), complaints[:5])
+    assert not complaints, f"{len(complaints)} complaints, such as " + json.dumps(complaints[:4], indent=1)
     return seen
 
 
@@ -124,6 +140,25 @@ def test_sixty_damaged_folders(made, tmp_path):
     seen = fuzz(made, tmp_path, 60)
     assert sum(seen.values()) >= 60
     assert seen["AdapterFileError"] > 20
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_whole_adapters_of_other_packages_load(made, tmp_path, name):
+    assert judge(made, tmp_path, name, []) == {"complaint": None, "load": "loaded"}
+
+
+def test_thirty_damaged_folders_of_other_packages(made, tmp_path):
+    seen = fuzz(made, tmp_path, 30, FOREIGN)
+    assert seen["AdapterFileError"] + seen["ConfigError"] > 10
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(1800)
+def test_a_thousand_damaged_folders_of_other_packages(made, tmp_path):
+    seen = fuzz(made, tmp_path, 1000, FOREIGN)
+    print(dict(seen))
+    assert seen["AdapterFileError"] > 300
+    assert seen["loaded"] > 20
 
 
 @pytest.mark.fuzz

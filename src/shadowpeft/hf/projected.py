@@ -33,7 +33,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf.backbone import _config_from_record
 from shadowpeft.hf.checkpoint import find_file
 from shadowpeft.hf.detach import adapted_base, find_hub
-from shadowpeft.hf.files import read_json
+from shadowpeft.hf.files import quote, read_json
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.tensors import check_tensors, read_tensors
 
@@ -80,7 +80,7 @@ def _read_config(name: str | Path) -> tuple[PreTrainedConfig, int, int]:
     missing = [k for k in ("shadow_model_config", "base_hidden_size", "vocab_size") if not content.get(k)]
     if content.get("model_type") != MODEL_TYPE or missing:
         raise AdapterFileError(
-            f"{path} has model_type {content.get('model_type')!r} and lacks {missing}; a projected checkpoint has "
+            f"{path} has model_type {quote(content.get('model_type'))} and lacks {missing}; a projected checkpoint has "
             f"model_type {MODEL_TYPE!r}, shadow_model_config, base_hidden_size and vocab_size"
         )
     inner = _config_from_record(content["shadow_model_config"], None)
@@ -92,7 +92,7 @@ def _read_config(name: str | Path) -> tuple[PreTrainedConfig, int, int]:
         module, _, symbol = re.sub(":", ".", named, count=1).rpartition(".")
         if named and (module.partition(".")[0] != "transformers" or symbol not in {c.__name__ for c in allowed}):
             raise AdapterFileError(
-                f"{path} names {key} = {named!r}, but a {inner.model_type} backbone has "
+                f"{path} names {key} = {quote(named)}, but a {inner.model_type} backbone has "
                 f"{' or '.join(c.__name__ for c in allowed)}; nothing that a file names is imported"
             )
     return inner, int(content["base_hidden_size"]), int(content["vocab_size"])

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.backbone import Anatomy, anatomy
 from shadowpeft.hf.checkpoint import find_file
-from shadowpeft.hf.files import read_json
+from shadowpeft.hf.files import check_numbers, quote, read_json
 from shadowpeft.hf.formats.common import (
     Adapted,
     ShadowLayout,
@@ -119,20 +119,22 @@ def open_source(adapter: str | Path) -> Source:
     check_keys(content, _REQUIRED | set(_SIZES) | {"modules_to_save"}, _REQUIRED, path)
     requested = content.get("modules_to_save") or []
     if not isinstance(requested, list) or not all(isinstance(name, str) for name in requested):
-        raise ConfigError(f"{path} has modules_to_save = {requested!r} but needs a list of names")
+        raise ConfigError(f"{path} has modules_to_save = {quote(requested)} but needs a list of names")
     tensors = read_tensors(find_file(adapter, WEIGHTS))
+    check_numbers(content, len(tensors), str(path))
     heads = read_tensors(found) if (found := _optional(adapter, MODULES)) is not None else {}
     stored = {name.partition(".")[0] for name in heads}
     known = {name for pair in _HEADS.values() for name in pair}
     tasks = [task for task, pair in _HEADS.items() if set(pair) & (stored | set(requested))]
     if stored - known or set(requested) - known or len(tasks) > 1:
         raise AdapterFileError(
-            f"'{adapter}' holds the modules {sorted(stored)} and lists {requested}, but the format knows "
+            f"'{adapter}' holds the modules {quote(sorted(stored))} and lists {quote(requested)}, but the format knows "
             f"{' and '.join(_HEADS['CAUSAL_LM'])}, or {' and '.join(_HEADS['SEQ_CLS'])}; nothing else can be carried"
         )
     if requested and stored != set(requested):
         raise AdapterFileError(
-            f"'{adapter}' lists modules_to_save = {requested} but {MODULES} holds {sorted(stored) or 'nothing'}: trained heads "
+            f"'{adapter}' lists modules_to_save = {quote(requested)} but {MODULES} holds {quote(sorted(stored))}: "
+            "trained heads 
             "are missing; save it with the task model's save_pretrained"
         )
     return Source(str(adapter), path, content, tensors, heads, tasks[0] if tasks else None)
@@ -169,7 +171,7 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     sizes = {key: content.get(key) for key in _SIZES}
     for key, value in {"num_shadow_layers": depth, **sizes}.items():
         if (value is not None or key == "num_shadow_layers") and (type(value) is not int or value < 1):
-            raise ConfigError(f"{source.path} has {key} = {value!r} but needs a whole number of at least 1")
+            raise ConfigError(f"{source.path} has {key} = {quote(value)} but needs a whole number of at least 1")
     fields: dict[str, Any] = {}
     if shadow_model is None:
         if _BACKBONE + "embed_tokens.weight" in source.tensors or _PROJECTION in source.tensors:

@@ -18,8 +18,10 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import Anatomy, anatomy
 from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
 from shadowpeft.hf.detach import find_hub
+from shadowpeft.hf.files import shorten
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.projected import as_projected, is_projected, projected_config
+from shadowpeft.hf.skeleton import BUILD_ERRORS
 
 _ROOT = "base_model.model."
 _SIZES = {
@@ -169,9 +171,18 @@ class ShadowLayout:
 
 
 def layout(parts: Anatomy, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
-    """Names and shapes of a shadow backbone, without allocating it."""
-    with torch.device("meta"):
-        backbone: Any = type(parts.backbone)(copy.deepcopy(config)) if mirror else AutoModel.from_config(config)
+    """Names and shapes of a shadow backbone, without allocating it.
+
+    Raises:
+        ConfigError: if the configuration describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            backbone: Any = type(parts.backbone)(copy.deepcopy(config)) if mirror else AutoModel.from_config(config)
+    except BUILD_ERRORS as error:
+        raise ConfigError(
+            f"the sizes in the adapter's configuration describe no {config.model_type} model ({shorten(error)}); it is damaged"
+        ) from error
     shapes = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     table = name_of(backbone, backbone.get_input_embeddings()) + ".weight"
     if shared and table == "embed_tokens.weight":

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.backbone import Anatomy, anatomy
 from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS, find_file
-from shadowpeft.hf.files import read_json
+from shadowpeft.hf.files import check_numbers, quote, read_json
 from shadowpeft.hf.formats.common import (
     ShadowLayout,
     Translation,
@@ -120,18 +120,20 @@ def open_source(adapter: str | Path) -> Source:
     content = read_json(path)
     check_keys(content, _KNOWN, _REQUIRED, path)
     if content["task_type"] not in ("CAUSAL_LM", "SEQ_CLS"):
-        raise ConfigError(f"{path} has task_type {content['task_type']!r}; a shadow supports CAUSAL_LM and SEQ_CLS")
+        raise ConfigError(f"{path} has task_type {quote(content['task_type'])}; a shadow supports CAUSAL_LM and SEQ_CLS")
     if not isinstance(content["shadow_model"], str) or type(content["share_embeddings"]) is not bool:
         raise ConfigError(
-            f"{path} has shadow_model = {content['shadow_model']!r} and share_embeddings = {content['share_embeddings']!r} "
-            "but needs a string and true or false"
+            f"{path} has shadow_model = {quote(content['shadow_model'])} and share_embeddings = "
+            f"{quote(content['share_embeddings'])} but needs a string and true or false"
         )
     base, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
     if not isinstance(base, (str, type(None))) or not isinstance(revision, (str, type(None))):
         raise ConfigError(
-            f"{path} has base_model_name_or_path = {base!r} and revision = {revision!r} but needs strings or null"
+            f"{path} has base_model_name_or_path = {quote(base)} and revision = {quote(revision)} but needs strings or "
+            "null"
         )
     tensors = read_tensors(find_file(adapter, WEIGHTS))
+    check_numbers(content, len(tensors), str(path))
     return Source(str(adapter), path, content, tensors, content["task_type"], base or None, revision or None)
 
 
@@ -153,7 +155,7 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     depth, sizes = content.get("shadow_num_hidden_layers"), {key: content.get(key) for key in _SIZES}
     for key, value in {"shadow_num_hidden_layers": depth, **sizes}.items():
         if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"{source.path} has {key} = {value!r} but needs a whole number of at least 1, or null")
+            raise ConfigError(f"{source.path} has {key} = {quote(value)} but needs a whole number of at least 1, or null")
     mirror = content["shadow_model"] == "mirror"
     fields: dict[str, Any]
     if mirror:
@@ -243,10 +245,10 @@ def _saved_modules(source: Source, base: PreTrainedModel) -> dict[str, Tensor]:
     """Tensors of ``modules_to_save``, by their name in the file, with the base's own values for their shapes."""
     names = source.content.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{source.path} has modules_to_save = {names!r} but needs a list of names")
+        raise ConfigError(f"{source.path} has modules_to_save = {quote(names)} but needs a list of names")
     chosen = [name for name, _ in base.named_modules() if any(name == n or name.endswith("." + n) for n in names)]
     if not chosen and names and source.task_type != "SEQ_CLS":
-        raise AdapterFileError(f"'{source.name}' saves the modules {names}, which this base does not have")
+        raise AdapterFileError(f"'{source.name}' saves the modules {quote(names)}, which this base does not have")
     return {
         base_name(f"{module}.{key}"): value
         for module in chosen
