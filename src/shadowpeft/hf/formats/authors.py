@@ -134,7 +134,7 @@ def open_source(adapter: str | Path) -> Source:
     if requested and stored != set(requested):
         raise AdapterFileError(
             f"'{adapter}' lists modules_to_save = {quote(requested)} but {MODULES} holds {quote(sorted(stored))}: "
-            "trained heads 
+            "trained heads "
             "are missing; save it with the task model's save_pretrained"
         )
     return Source(str(adapter), path, content, tensors, heads, tasks[0] if tasks else None)
