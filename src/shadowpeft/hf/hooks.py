@@ -72,12 +72,16 @@ def _leave() -> None:
 
 
 def before_model(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, backbone: str, signature: Signature
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    backbone: str,
+    signature: Signature,
+    carried: bool,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
     kwargs = signature.by_name(args, kwargs)
-    if model.training and torch.is_grad_enabled() and "use_cache" in signature.names and kwargs.get(signature.cache) is None:
-        kwargs["use_cache"] = bool(kwargs.get("use_cache"))  # a cache that nobody asked for costs memory in training
     shadow_labels = kwargs.pop("shadow_labels", None)
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
@@ -87,8 +91,11 @@ def before_model(
         if return_shadow:
             raise ConfigError("return_shadow=True was passed but no adapter is enabled; enable or set one")
         return (), kwargs
-    if torch.is_grad_enabled() and model.training and not torch.compiler.is_compiling():
-        allow_gradients(model)
+    if torch.is_grad_enabled() and model.training:
+        if "use_cache" in signature.names and kwargs.get(signature.cache) is None:
+            kwargs["use_cache"] = bool(kwargs.get("use_cache"))  # a cache that nobody asked for costs memory in training
+        if not torch.compiler.is_compiling():
+            allow_gradients(model)
     call = ShadowCall(adapter)
     call.return_shadow = return_shadow
     call.fused = bool(kwargs.get("fused_lm_head", False))
@@ -118,14 +125,14 @@ def before_model(
                 kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
     if signature.passes_on:
         kwargs[CALL] = call
-    if not (signature.passes_on and torch.compiler.is_compiling()):
+    if not (carried and torch.compiler.is_compiling()):
         _enter(call)
     return (), kwargs
 
 
-def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, carried: bool) -> None:
     """The forward of ``module`` has ended, also by an error: take its call out of the context."""
-    if not torch.compiler.is_compiling():
+    if not (carried and torch.compiler.is_compiling()):
         _leave()
 
 

@@ -21,7 +21,7 @@ from shadowpeft.hf.files import FLOATS, check_exact
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
-from shadowpeft.hf.signature import Signature
+from shadowpeft.hf.signature import Signature, hands_down
 from shadowpeft.hf.skeleton import check_file
 from shadowpeft.hf.weights import device_of, is_offloaded
 
@@ -154,17 +154,21 @@ class ShadowModel(BaseTuner):
         whole, body = Signature(self.model), Signature(parts.backbone)
         layers = [Signature(layer) for layer in parts.layers]
         carried = all(signature.passes_on for signature in (whole, body, *layers))
-        before = partial(hooks.before_model, backbone=name, signature=whole)
-        inner = partial(hooks.before_backbone, signature=body, base_layers=parts.num_layers, carried=carried)
+        carried = carried and hands_down(self.model, parts.layers[1], hooks.CALL, device_of(self.model))
+        # what travels in a context variable cannot be traced: there, torch.compile leaves the hooks out of its graphs
+        traced: Any = (lambda hook: hook) if carried else torch.compiler.disable
+        before = traced(partial(hooks.before_model, backbone=name, signature=whole, carried=carried))
+        inner = traced(partial(hooks.before_backbone, signature=body, base_layers=parts.num_layers, carried=carried))
+        leave, after = traced(partial(hooks.leave, carried=carried)), traced(partial(hooks.after_model, backbone=name))
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(partial(hooks.after_model, backbone=name), with_kwargs=True),
-            self.model.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True),
+            self.model.register_forward_hook(after, with_kwargs=True),
+            self.model.register_forward_hook(leave, with_kwargs=True, always_call=True),
             parts.backbone.register_forward_pre_hook(inner, with_kwargs=True),
-            parts.backbone.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True),
+            parts.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
         for layer, signature in zip(parts.layers, layers, strict=True):
-            refine = partial(hooks.before_layer, hidden=signature.names[0])
+            refine = traced(partial(hooks.before_layer, hidden=signature.names[0]))
             handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
         setattr(self.model, _HANDLES, handles)
 

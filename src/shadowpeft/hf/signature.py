@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -30,3 +31,38 @@ class Signature:
     def accepts(self, name: str) -> bool:
         """Whether the forward takes a keyword argument of this name."""
         return name in self.names or self.passes_on
+
+
+class _ArrivedError(Exception):
+    """Ends a trial forward: what was looked for has been seen."""
+
+
+@torch.no_grad()
+def hands_down(model: nn.Module, layer: nn.Module, name: str, device: torch.device) -> bool:
+    """Whether a keyword argument ``name`` that ``model`` does not know reaches its decoder layer ``layer``.
+
+    Signatures do not tell: some architectures take further keyword arguments everywhere and drop them on the way. One token is
+    sent on its way and stopped at ``layer``, so nothing behind it runs. A model without weights is taken to hand it down, and so
+    is a quantised one, which a forward may change (bitsandbytes packs 4-bit weights for inference).
+    """
+    if device.type == "meta" or any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
+        return True
+    marker, seen = object(), []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs.get(name) is marker)
+        raise _ArrivedError
+
+    modes = [(module, module.training) for module in model.modules()]
+    handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        for module, _ in modes:
+            module.training = False  # no dropout: random numbers are not ours to use up
+        model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False, **{name: marker})
+    except _ArrivedError:
+        pass
+    finally:
+        handle.remove()
+        for module, training in modes:
+            module.training = training
+    return seen == [True]
