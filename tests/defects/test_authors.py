@@ -19,7 +19,7 @@ from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.hf import hooks
 from shadowpeft.train.config import RunConfig
-from tiny import PAD, adapt, base, padded, randomise, small_llama, tokens
+from tiny import adapt, base, padded, randomise, small_llama, tokens
 
 authors = pytest.importorskip("shadow_peft")
 EXACT = 1e-5
@@ -69,7 +69,7 @@ def test_defect_14_a_missing_tensor_is_no_silent_random_one():
     model = adapt(base("llama"))
     backbone = next(m for n, m in model.named_modules() if n.endswith("shadowpeft_backbone.default"))
     del backbone.layers[0].mlp.down_proj
-    with pytest.raises(UnsupportedModelError, match="down_proj.weight'] missing"):
+    with pytest.raises(UnsupportedModelError, match=r"down_proj\.weight'\] missing"):
         shadowpeft.detach(model)
     other = theirs()
     del other.peft_model.shadow_model.layers[0].mlp.down_proj
@@ -93,7 +93,6 @@ def test_defect_15_left_padded_classification_pools_the_last_token():
     other = theirs(task="SEQ_CLS")
     other.set_inference_mode("shadow_only")
     assert gap(other, lambda m, **x: m(**x).logits) > 0.05
-    assert PAD == base("llama").config.pad_token_id
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
