@@ -18,8 +18,8 @@ from tiny import adapt, randomise
 ALL = {
     "python", "torch", "transformers", "peft", "trl", "accelerate", "device", "denormal numbers", "format", "base", "dtype",
     "vocabulary", "pad token", "padding side", "end of text", "chat template", "adapter's vocabulary",
-    "adapter's chat template", "detached = shadow", "cached = uncached", "left padding", "lambda", "shadow targets", "stock Trainer", "TRL's SFTTrainer",
-    "disabled = base",
+    "adapter's chat template", "detached = shadow", "cached = uncached", "left padding", "lambda", "shadow targets",
+    "stock Trainer", "TRL's SFTTrainer", "disabled = base",
 }  # fmt: skip
 
 

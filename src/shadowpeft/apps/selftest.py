@@ -211,10 +211,8 @@ def _judge_lambda(report: Report, name: str, model: Any, run: Callable[[], Tenso
             "set auxiliary_loss_weight above 0 (0.05 by default), unless only the attached model is wanted",
         )
     else:
-        report.ok(
-            name,
-            f"{weight:g} takes effect in {where}: backbone gradient {float(own.norm()):.2g}, {float(more.norm()):.2g} with 1 more",
-        )
+        sizes = f"{float(own.norm()):.2g}, {float(more.norm()):.2g} with 1 more"
+        report.ok(name, f"{weight:g} takes effect in {where}: backbone gradient {sizes}")
 
 
 def _lambda(report: Report, name: str, model: Any, ids: Tensor, tokenizer: Any) -> None:
