@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from shadowpeft import versions
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "docs/records/versions.json", ROOT / "docs/versions.md"
 CORE = ["tests/unit/test_equality.py", "tests/unit/test_generation.py", "tests/unit/test_persistence.py"]
@@ -107,16 +109,19 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"Record: [records/versions.json](records/versions.json). Python {record['python']}, {record['platform']}.",
         "",
-        "| transformers | PEFT | TRL | passed | failed | date | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "| transformers | PEFT | TRL | passed | failed | verdict | within the limits | date |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name, row in record["environments"].items():
         v = row["versions"]
-        verdict = "works" if row["exit"] == 0 else "does not work" if not row["passed"] else "works in part"
+        share = row["passed"] / max(1, row["passed"] + len(row["failed"]))
+        verdict = "works" if row["exit"] == 0 else "works but for what is named below" if share > 0.9 else "does not work"
+        limits = {n: versions.TESTED[n].oldest for n in ("transformers", "peft", "trl")}
+        inside = all(versions.release(v[n]) >= versions.release(oldest) for n, oldest in limits.items())
         lines.append(
-            f"| {v['transformers']} | {v['peft']} | {v['trl']} | {row['passed']} | {len(row['failed'])} | {row['date']} "
-            f"| {verdict} |"
+            f"| {v['transformers']} | {v['peft']} | {v['trl']} | {row['passed']} | {len(row['failed'])} | {verdict} "
+            f"| {'yes' if inside else 'no'} | {row['date']} |"
         )
         if row["exit"]:
             tests = sorted({f.split("::")[-1].split("[")[0] for f in row["failed"]})
@@ -131,19 +136,20 @@ def main() -> None:
     """Run the environments and write record and page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", action="append", choices=list(ENVIRONMENTS), help="repeatable; default: all")
+    parser.add_argument("--render", action="store_true", help="only write the page of what is recorded")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "versions")
     arguments = parser.parse_args()
     record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"environments": {}}
-    record["python"], record["platform"] = platform.python_version(), platform.platform()
+    record["python"], record["platform"] = platform.python_version(), f"{platform.system()} {platform.machine()}"
     record["torch"] = metadata.version("torch")
-    for name in arguments.only or ENVIRONMENTS:
+    for name in [] if arguments.render else arguments.only or ENVIRONMENTS:
         result = run(name, arguments.work)
         record["environments"][name] = result
         ordered = {n: record["environments"][n] for n in ENVIRONMENTS if n in record["environments"]}
         record["environments"] = ordered
         RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        PAGE.write_text(page(record), encoding="utf-8")
         print(f"{name}: {result['passed']} passed, {len(result['failed'])} failed, {result['seconds']} s", flush=True)
+    PAGE.write_text(page(record), encoding="utf-8")
 
 
 if __name__ == "__main__":
