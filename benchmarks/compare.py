@@ -352,7 +352,7 @@ def mode_interleaved(kind: str) -> bool:
 
 
 def architecture(kind: str, name: str) -> bool | str:
-    """Attach, forward, a finite loss with gradients, cached = uncached ("attached only"), and a detached model that generates."""
+    """Attach, train with a finite loss, cached = uncached ("attached only" up to here), and a detached model that generates."""
     base = zoo.build(name)
     ids = torch.randint(2, zoo.VOCAB - 2, (2, 12), generator=torch.Generator().manual_seed(3))
     if kind == "base":
@@ -445,7 +445,7 @@ def measure(rows: dict[str, tuple[str, Callable[[str], Any]]]) -> dict[str, dict
 
 def architectures(limit: int | None) -> dict[str, Any]:
     """How many architectures each implementation handles, of those whose stock model is sound by itself."""
-    names = zoo.names()
+    names = zoo.decoders()
     chosen = names if limit is None else names[:: max(1, len(names) // limit)][:limit]
     sound = [n for n in chosen if forked(lambda n=n: architecture("base", n), 20)["value"] is True]
     result: dict[str, Any] = {"of": len(sound), "tried": len(chosen), "fails": {}}
@@ -453,7 +453,8 @@ def architectures(limit: int | None) -> dict[str, Any]:
         outcomes = {n: forked(lambda n=n, kind=kind: architecture(kind, n), 30) for n in sound}
         result[kind] = sum(o["value"] is True for o in outcomes.values())
         result[f"{kind}_attached"] = sum(bool(o["value"]) for o in outcomes.values())
-        result["fails"][kind] = {n: o.get("reason") or o["value"] or "wrong" for n, o in outcomes.items() if o["value"] is not True}
+        failed = {n: o for n, o in outcomes.items() if o["value"] is not True}
+        result["fails"][kind] = {n: o.get("reason") or o["value"] or "wrong" for n, o in failed.items()}
         print(f"architectures: {kind} {result[kind]} of {len(sound)}", file=sys.stderr, flush=True)
     return result
 
@@ -541,7 +542,7 @@ def page(record: dict[str, Any]) -> str:
     if found:
         lines += ["", "## Architectures", ""]
         lines.append(
-            f"{found['tried']} causal-LM architectures of transformers were built tiny; in {found['of']} of them the stock "
+            f"{found['tried']} decoder architectures of transformers were built tiny; in {found['of']} of them the stock "
             "model generates the same with and without a cache, and only those count. Not handled:"
         )
         for kind, label in KINDS.items():
