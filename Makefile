@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench architectures compare versions clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,12 @@ bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's s
 
 architectures: $(VENV)/dev  ## try every decoder architecture and write docs/architectures.md
 	$(BIN)/python scripts/architectures.py
+
+compare: $(VENV)/dev  ## what this package, PEFT's shadow and the authors' code do, measured; under ten minutes
+	$(BIN)/python benchmarks/compare.py --readme
+
+versions: $(VENV)/dev  ## the tests with other releases of transformers, PEFT and TRL; half an hour
+	$(BIN)/python scripts/versions.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,9 @@ PREFIX = "shadowpeft_"
 
 
 def _register() -> None:
+    from shadowpeft import versions
+
+    versions.check()  # before anything of this package is imported that an old release may not have the parts for
     from peft.utils import peft_types
 
     if NAME.upper() in peft_types.PeftType.__members__:

@@ -169,6 +169,20 @@ def info(adapter: Adapter, json: Json = False) -> None:
 
 
 @app.command()
+def doctor(
+    adapter: Annotated[
+        Optional[str], typer.Argument(help="Folder or Hub id of an adapter of any format. Default: the environment alone.")
+    ] = None,
+    base: Base = None,
+    json: Json = False,
+) -> None:
+    """Check versions, device, adapter, base and tokenizer, and test the model on itself."""
+    from shadowpeft.apps import doctor as command
+
+    command.main(adapter, base, json)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
     full: Annotated[

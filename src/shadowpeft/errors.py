@@ -31,3 +31,7 @@ class UnsupervisedShadowError(ShadowPeftError, RuntimeError):
 
 class DataError(ShadowPeftError, ValueError):
     """A data file or row is malformed; the message names file and line."""
+
+
+class VersionError(ShadowPeftError, ImportError):
+    """An installed release of torch, transformers, PEFT or TRL is older than the oldest that works."""

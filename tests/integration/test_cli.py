@@ -18,7 +18,7 @@ from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from shadowpeft import cli
 from shadowpeft.train.progress import read_metrics
 
-COMMANDS = ("train", "eval", "generate", "chat", "detach", "convert", "plan", "info", "demo")
+COMMANDS = ("train", "eval", "generate", "chat", "detach", "convert", "plan", "info", "doctor", "demo")
 
 
 def call(monkeypatch, capsys, *arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, ShadowPeftError
@@ -45,6 +47,8 @@ class ShadowLossMixin:
     def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
         if not 0 < backbone_lr_ratio < 1e6:
             raise ConfigError(f"backbone_lr_ratio is {backbone_lr_ratio} but must be positive and finite")
+        if "trl" in sys.modules:
+            versions.check("trl")
         self.backbone_lr_ratio = backbone_lr_ratio
         self._shadow_num_items: Any = None
         self._normalised = False

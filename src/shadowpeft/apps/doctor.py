@@ -1,0 +1,256 @@
+"""``shadowpeft doctor [ADAPTER]``: whether this set-up works; each check with its reason and the remedy."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft import versions
+from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
+from shadowpeft.errors import ConfigError, ShadowPeftError
+
+_COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
+
+
+def main(adapter: str | None, base: str | None, as_json: bool) -> None:
+    """Print every check; exit 1 if one failed.
+
+    Raises:
+        ConfigError: for a base without an adapter.
+    """
+    if adapter is None and base is not None:
+        raise ConfigError("--base was given without an adapter; give the adapter too, or neither for the environment alone")
+    console = Console(highlight=False)
+    report = Report(None if as_json else lambda check: _print(console, check))
+    diagnose(report, adapter, base)
+    if as_json:
+        print(json.dumps({"passed": not report.failed, "checks": [vars(c) for c in report.checks]}, indent=2))
+    else:
+        counts = {state: sum(c.state == state for c in report.checks) for state in (OK, WARNING, FAILED)}
+        console.print(f"{counts[OK]} ok, {counts[WARNING]} warnings, {counts[FAILED]} failed")
+    if report.failed:
+        sys.exit(1)
+
+
+def diagnose(report: Report, adapter: str | None, base: str | None) -> None:
+    """Run the checks in order; what needs a part that failed is left out."""
+    if not environment(report) or adapter is None:
+        return
+    from shadowpeft.apps.common import quiet_libraries
+    from shadowpeft.apps.selftest import self_test
+
+    quiet_libraries()
+    model, name = loaded(report, adapter, base)
+    if model is None:
+        return
+    tokenizer = tokenizers(report, model, adapter, name)
+    self_test(report, model, tokenizer)
+
+
+def _print(console: Console, check: Check) -> None:
+    console.print(f"[{_COLOURS[check.state]}]{check.state:<8}[/] {check.name}: ", end="", soft_wrap=True)
+    console.print(check.text, markup=False, soft_wrap=True)
+    if check.fix:
+        console.print(f"         fix: {check.fix}", markup=False, soft_wrap=True)
+
+
+# --------------------------------------------------------------------------------------------------------- environment
+
+
+def environment(report: Report) -> bool:
+    """Python, packages, device; whether the packages can be imported."""
+    report.require(
+        sys.version_info >= (3, 10), "python", platform.python_version(), "shadowpeft needs Python 3.10 or newer"
+    )
+    usable = True
+    for package, limits in versions.TESTED.items():
+        kind, found = versions.state(package)
+        tested = f"tested: {limits.oldest} to {limits.newest}"
+        upgrade = f"pip install '{package}>={limits.oldest}'"
+        if kind == versions.OK:
+            report.ok(package, f"{found} ({tested})")
+        elif kind == versions.MISSING and not limits.required:
+            report.ok(package, f"not installed; only needed for its trainers ({tested})")
+        elif kind == versions.NEW:
+            report.warn(package, f"{found} is newer than what was tested ({tested})", "watch the self-test below")
+        else:
+            usable = usable and not limits.required
+            report.fail(package, f"{found or 'not installed'} ({tested})", upgrade)
+    found = versions.installed("accelerate")
+    report.require(found is not None, "accelerate", found or "not installed", "pip install accelerate")
+    if usable:
+        device(report)
+    return usable
+
+
+def device(report: Report) -> None:
+    """Where models run by default, threads, denormal numbers."""
+    import torch
+
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    if torch.cuda.is_available():
+        report.ok("device", f"CUDA, {torch.cuda.get_device_name(0)}; the checks below run on the CPU")
+    elif torch.backends.mps.is_available():
+        report.ok("device", "MPS; the checks below run on the CPU")
+    else:
+        report.ok("device", f"CPU, {torch.get_num_threads()} threads")
+    report.require(
+        float(torch.tensor([1e-39]).mul(1.0)) == 0.0,
+        "denormal numbers",
+        "flushed to zero by every command of this package; in your own script call torch.set_flush_denormal(True) first",
+        "this processor cannot flush them; training a random shadow on it may take twice as long",
+        otherwise=WARNING,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- adapter and base
+
+
+def loaded(report: Report, adapter: str, base: str | None) -> tuple[Any, str | None]:
+    """The adapted model and the name of its base; None and a failed check where it does not load."""
+    import torch
+
+    import shadowpeft
+    from shadowpeft.errors import BaseMismatchError
+    from shadowpeft.hf import formats
+
+    try:
+        kind = formats.detect(adapter)
+        report.ok("format", f"{kind}, {adapter}")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            model = shadowpeft.load(adapter, base, is_trainable=True)
+    except BaseMismatchError as error:
+        report.fail("base", str(error), "pass the base that the adapter was trained on with --base")
+        return None, None
+    except ShadowPeftError as error:
+        report.fail("adapter", str(error), "see the message; nothing after it was checked")
+        return None, None
+    config = model.peft_config["default"]
+    name = base or config.base_alias or config.base_model_name_or_path or model.get_base_model().name_or_path
+    differing = [str(w.message) for w in seen if "base's weights differ" in str(w.message)]
+    if differing:
+        report.warn("base", differing[0], "use the base of the training run unless this is its quantised copy")
+    elif kind == formats.OURS:
+        report.ok("base", f"{name}: architecture, shapes, vocabulary and sampled weights are those of the adapter's record")
+    else:
+        report.warn("base", f"{name}: shapes fit, but the {kind} format records no identity of the base", "shadowpeft convert")
+    trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    inner = model.get_base_model()
+    report.require(
+        trained == {"float32"},
+        "dtype",
+        f"base {str(inner.dtype).removeprefix('torch.')}, trained weights {', '.join(sorted(trained))}, on {inner.device}",
+        "keep the trained weights in float32, or small steps are lost in rounding",
+        otherwise=WARNING,
+    )
+    if inner.dtype == torch.float16 and inner.device.type == "cpu":
+        report.warn("dtype of the base", "float16 on a CPU is slow and overflows early", "load the base in float32 or bfloat16")
+    return model, name
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> Any:
+    """Compare the tokenizer with the model, and the adapter's own with the base's; the tokenizer in use, or None."""
+    own = _tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
+    of_base = None if base is None else _tokenizer(base)
+    used = own or of_base
+    if used is None:
+        report.warn(
+            "tokenizer", "neither the adapter nor its base has one", "save it beside the base or the adapter: save_pretrained"
+        )
+        return None
+    config = model.get_base_model().config.get_text_config(decoder=True)
+    classifier = model.get_base_model().get_output_embeddings() is None
+    rows = model.get_input_embeddings().weight.shape[0]
+    report.require(
+        len(used) <= rows,
+        "vocabulary",
+        f"{len(used)} tokens, {rows} embedding rows",
+        "the tokenizer is of another model or has added tokens; use the base's own, or resize the base before training",
+    )
+    _padding(report, used, config, classifier)
+    _special(report, used, model, classifier)
+    if not classifier:
+        report.require(
+            used.chat_template is not None,
+            "chat template",
+            "present" if used.chat_template is not None else "missing: prompts cannot be rendered by the commands",
+            "set tokenizer.chat_template, or use an instruction-tuned base",
+            otherwise=WARNING,
+        )
+    if own is not None and of_base is not None:
+        report.require(
+            own.get_vocab() == of_base.get_vocab(),
+            "adapter's vocabulary",
+            "the adapter's tokenizer and the base's have the same tokens"
+            if own.get_vocab() == of_base.get_vocab()
+            else "the adapter's tokenizer and the base's have other tokens",
+            "use the base that the adapter was trained on",
+        )
+        if not classifier:
+            report.require(
+                own.chat_template == of_base.chat_template,
+                "adapter's chat template",
+                "as the base's" if own.chat_template == of_base.chat_template else "differs from the base's",
+                "take the tokenizer from the adapter's folder, as the commands do; the adapter was trained with it",
+                otherwise=WARNING,
+            )
+    return used
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from shadowpeft.hf.bases import is_alias, materialise
+
+    try:
+        return AutoTokenizer.from_pretrained(str(materialise(source)) if is_alias(source) else source)
+    except (OSError, ValueError, KeyError):
+        return None  # there is none: the caller says so
+
+
+def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> None:
+    ours, models = tokenizer.pad_token_id, config.pad_token_id
+    models = models[0] if isinstance(models, list) else models
+    if ours is None:
+        report.warn("pad token", "the tokenizer has none", "tokenizer.pad_token = tokenizer.eos_token")
+    elif models is None and classifier:
+        report.fail("pad token", "the model has none, so a batch cannot be pooled", f"model.config.pad_token_id = {ours}")
+    elif models is not None and ours != models:
+        report.fail("pad token", f"the tokenizer's is {ours}, the model's {models}", f"model.config.pad_token_id = {ours}")
+    else:
+        report.ok("pad token", f"{ours}" + ("" if models is not None else " (the model names none)"))
+    if tokenizer.padding_side == "right" and not classifier:
+        report.warn(
+            "padding side",
+            "right: correct for training, but a padded batch must not be generated from",
+            "tokenizer.padding_side = 'left' before generate (the commands of this package pad on the left themselves)",
+        )
+    else:
+        report.ok("padding side", tokenizer.padding_side)
+
+
+def _special(report: Report, tokenizer: Any, model: Any, classifier: bool) -> None:
+    if classifier:
+        return
+    ends = getattr(model.get_base_model().generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    found = tokenizer.eos_token_id
+    report.require(
+        not ends or found in ends,
+        "end of text",
+        f"the tokenizer's is {found}, generation stops at {ends or 'nothing'}",
+        f"model.generation_config.eos_token_id = {sorted({*ends, found} - {None})}",
+        otherwise=WARNING,
+    )
