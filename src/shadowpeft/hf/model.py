@@ -14,7 +14,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import hooks
+from shadowpeft.hf import call as calls
+from shadowpeft.hf import hooks, mixed
 from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import FLOATS, check_exact
@@ -198,11 +199,29 @@ class ShadowModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ConfigError(
-                "adapter_names= (a mixed batch) is not supported yet; call set_adapter and run one batch per adapter"
-            )
-        yield
+        """Fix, for one forward or generate of a ``PeftModel``, ``adapter_names`` and the weights each adapter has now."""
+        names = kwargs.get("adapter_names")
+        if torch.compiler.is_compiling():
+            if names is not None:
+                raise ConfigError("adapter_names was passed to a compiled model; call the model itself")
+            yield
+            return
+        request = calls.Request(self.model)
+        if names is not None:
+            hub = self._hub(anatomy(self.model))
+            mixed.check_mode(self.model)
+            request.names = mixed.check_names(names, hub)
+            # PeftModel.forward keeps its inputs to itself; only generate shows them, whose beams repeat each prompt
+            prompts = mixed.batch_rows({"input_ids": args[0], **kwargs} if args else kwargs)
+            if prompts is not None:
+                mixed.check_length(request.names, prompts)
+                mixed.check_not_compiled(self.model, kwargs)
+                request.repeats = True
+        token = calls.request.set(request)
+        try:
+            yield
+        finally:
+            calls.request.reset(token)
 
     # --------------------------------------------------------------------------------------------------- switching
 
