@@ -115,8 +115,8 @@ def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: st
     for field, ours, theirs in pairs:
         if ours != theirs:
             raise ConfigError(
-                f"adapter '{name}' is loaded with {field} = {quote(ours)} but the new one has {quote(theirs)}; only weights can "
-                "be swapped, load the new one under another name"
+                f"adapter '{name}' is loaded with {field} = {quote(ours)} but the new one has {quote(theirs)}; only weights "
+                "can be swapped, load the new one under another name"
             )
 
 
