@@ -253,7 +253,7 @@ def test_disabled_adapters_leave_the_base(llama):
 
 @torch.no_grad()
 def test_names_do_not_outlive_their_call(llama):
-    plain, model = llama
+    _, model = llama
     ids = tokens(2)
     model.set_adapter("default")
     expected = model(input_ids=ids).logits

@@ -20,7 +20,7 @@ def llama():
     return plain, several(plain)
 
 
-def prompts(rows=len(NAMES)):
+def prompts(rows=8):
     return padded(tokens(rows, 7), [0, 3, 1, 0, 2, 0, 1, 0][:rows], "left")
 
 

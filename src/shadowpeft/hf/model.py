@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -235,6 +236,20 @@ class ShadowModel(BaseTuner):
         if len(names) > 1:
             raise ConfigError(f"{len(names)} adapters were given but only one shadow can be active at a time")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter out; if it was active, the first by name of those that are left becomes active.
+
+        PEFT lets each layer choose a successor among the adapters that it holds, so layers that hold different ones would
+        disagree; here the choice is made before, for all of them.
+        """
+        hub: Any = self._hub(anatomy(self.model))
+        left = sorted(set(hub.configs) - {adapter_name})
+        if adapter_name in hub.active_adapters and left:
+            warnings.warn(f"adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now", stacklevel=2)
+            self.set_adapter(left[0], inference_mode=not any(p.requires_grad for p in hub.parameters()))
+        super().delete_adapter(adapter_name)
+        self.active_adapter = list(hub.active_adapters)
 
     def _check_merge_allowed(self) -> None:
         raise ConfigError(
