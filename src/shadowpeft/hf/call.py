@@ -5,6 +5,9 @@ A :class:`ShadowCall` travels through keyword arguments or a context variable an
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -91,6 +94,29 @@ class Request:
 
 _current: ContextVar[ShadowCall | None] = ContextVar("shadowpeft_call", default=None)
 request: ContextVar[Request | None] = ContextVar("shadowpeft_request", default=None)
+
+
+_lock = threading.Lock()
+_named = 0
+any_named = False
+"""Whether a request with names runs in any thread: compiled code cannot read a context variable, but this it can."""
+
+
+@contextmanager
+def asking(asked: Request) -> Iterator[None]:
+    """Let the forward passes inside find ``asked``."""
+    global _named, any_named
+    token, named = request.set(asked), asked.names is not None
+    with _lock:
+        _named += named
+        any_named = _named > 0
+    try:
+        yield
+    finally:
+        request.reset(token)
+        with _lock:
+            _named -= named
+            any_named = _named > 0
 
 
 def current() -> ShadowCall | None:

@@ -100,6 +100,9 @@ def _start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCa
     """The call of this forward pass, by row where ``adapter_names`` says so; None if the base answers alone."""
     names = kwargs.pop("adapter_names", None)
     compiling, repeats = torch.compiler.is_compiling(), False
+    if compiling and (names is not None or calls.any_named):
+        # not traced: the forward pass then runs as it is, where it can, and raises this where it must be one graph
+        raise ConfigError("adapter_names was passed to a compiled model; call the model itself, or compile per adapter")
     asked = None if compiling else calls.request.get()
     if asked is not None and asked.model is not model:  # such as an assistant's forward inside a generation
         asked = None
@@ -108,8 +111,6 @@ def _start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCa
     if names is None:
         adapter = hub.active_name()
         return None if adapter is None else ShadowCall([Part(mixed.held_weights(hub, model, adapter, asked))])
-    if compiling:
-        raise ConfigError("adapter_names was passed to a compiled model; call the model itself, or compile per adapter")
     mixed.check_mode(model)
     if hub.disable_adapters:
         raise ConfigError("adapter_names was passed but the adapters are disabled; enable them or leave it out")

@@ -218,11 +218,8 @@ class ShadowModel(BaseTuner):
                 mixed.check_length(request.names, prompts)
                 mixed.check_not_compiled(self.model, kwargs)
                 request.repeats = True
-        token = calls.request.set(request)
-        try:
+        with calls.asking(request):
             yield
-        finally:
-            calls.request.reset(token)
 
     # --------------------------------------------------------------------------------------------------- switching
 
