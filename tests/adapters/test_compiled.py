@@ -33,6 +33,7 @@ def test_a_compiled_model_gives_each_row_its_adapter(model, what):
         torch.testing.assert_close(compiled(input_ids=ids, adapter_names=NAMES).logits, mixed)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_graph_is_refused(model):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -41,6 +42,7 @@ def test_one_graph_is_refused(model):
         compiled(input_ids=tokens(), adapter_names=NAMES)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_swap_needs_no_new_graph(model, tmp_path):
     model = adapt(base("llama"))

@@ -64,6 +64,7 @@ def test_modes_with_left_padding(llama, mode):
     assert len({tuple(row[7:].tolist()) for row in found}) >= 6
 
 
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("mode", ["greedy", "beam", "static"])
 @pytest.mark.parametrize("name", ["gemma3", "mistral", "gpt2", "qwen3_next"])
 def test_other_architectures(name, mode):
