@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.hf.detach import detach
     from shadowpeft.hf.model import ShadowModel
+    from shadowpeft.hf.swap import swap
     from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ _LAZY = {
     "ShadowTrainer": "shadowpeft.train.trainer",
     "detach": "shadowpeft.hf.detach",
     "load": "shadowpeft.hf.checkpoint",
+    "swap": "shadowpeft.hf.swap",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "detach",
     "load",
+    "swap",
 ]
 
 register_when_peft_loads()

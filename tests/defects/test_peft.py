@@ -251,6 +251,7 @@ def test_defect_12_recurrent_and_hybrid_decoders_work(name):
     ids, made = tokens(2, 7), decoder(name)
     plain = logits(made, ids)
     model = adapt(made, trained=False)
+    # not bit by bit: torch.matmul sums in another order for a weight that wants no gradient, and attaching freezes Mamba's
     assert float((logits(model, ids) - plain).abs().max()) < EXACT
     randomise(model)
     assert float((logits(model, ids) - plain).abs().max()) > 1e-2

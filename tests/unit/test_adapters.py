@@ -110,13 +110,11 @@ def test_a_base_can_be_adapted_again_and_by_another_method():
     assert torch.equal(logits(lora), logits(base("llama")))
 
 
-def test_merging_and_mixed_batches_are_refused():
+def test_merging_is_refused():
     model = two()
     for call in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ConfigError, match="merge"):
             call()
-    with pytest.raises(ConfigError, match="adapter_names"):
-        model(input_ids=tokens(2), adapter_names=["default", "second"])
     with pytest.raises(ConfigError, match="one shadow"):
         model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ConfigError, match="return_shadow"), model.disable_adapter():

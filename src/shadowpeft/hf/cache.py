@@ -15,27 +15,40 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
+from shadowpeft.hf.call import ShadowCall
 
 _OWNER = "_shadowpeft_adapter"
+_VERSION = "_shadowpeft_version"
+_NAMES = "_shadowpeft_names"
 
 
-def shadow_view(
-    cache: Cache, base_layers: int, base_config: PreTrainedConfig, shadow_config: PreTrainedConfig, adapter: str
-) -> Cache:
-    """The shadow's part of ``cache``, appended at the first call.
+def shadow_views(cache: Cache, base_layers: int, base_config: PreTrainedConfig, call: ShadowCall) -> list[Cache]:
+    """The shadows' parts of ``cache``, one for each part of ``call``, appended at the first call.
+
+    In a mixed batch each adapter has layers of its own that hold its rows only; rows of the base have none.
 
     Args:
         cache: the base's cache, whose list of layers is extended in place.
-        base_layers: number of layers of the base. adapter: name of the active adapter.
+        base_layers: number of layers of the base.
 
     Raises:
-        CacheMismatchError: if the cache already holds tokens that the active adapter's shadow has not read.
+        CacheMismatchError: if the cache already holds tokens that the shadows of ``call`` have not read.
     """
+    if not call.parts:
+        return []
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
         raise UnsupportedModelError(
             f"past_key_values is a {type(cache).__name__}; a shadow needs a transformers Cache for decoder-only models"
         )
-    own = [layer for layer in _all_layers(cache) if getattr(layer, _OWNER, None) is not None]
+    if call.names is not None and not _is_stock(cache):
+        raise UnsupportedModelError(
+            f"past_key_values is a {type(cache).__name__}, which cannot hold several shadows; pass use_cache=False or run one "
+            "batch per adapter"
+        )
+    own = _shadow_layers(cache)
+    if own and _owners(own) != _wanted(call) and not any(_used(layer) for layer in _all_layers(cache)) and _is_stock(cache):
+        cache.layers = [layer for layer in cache.layers if not hasattr(layer, _OWNER)]  # empty after reset(): start anew
+        own = []
     if not own:
         if any(_used(layer) for layer in cache.layers):
             raise CacheMismatchError(
@@ -44,27 +57,131 @@ def shadow_view(
             )
         if _is_stock(cache):
             _complete(cache, base_layers, base_config)
-        own = _new_layers(cache, shadow_config)
-        for layer in own:
-            setattr(layer, _OWNER, adapter)
+        for part in call.parts:
+            layers = _new_layers(cache, part.weights.backbone.config)
+            for layer in layers:
+                setattr(layer, _OWNER, part.adapter)
+                setattr(layer, _VERSION, part.weights.version)
+            own.extend(layers if part.rows is None else [_divide(layer, call.names or ()) for layer in layers])
         if _is_stock(cache):
             cache.layers.extend(own)
         else:
             _pair(cache, own)
-    elif getattr(own[0], _OWNER) != adapter:
+    _check_owners(own, call)
+    views = []
+    for part in call.parts:
+        layers = [layer for layer in own if getattr(layer, _OWNER) == part.adapter]
+        view = Cache(layers=layers) if _is_stock(cache) else cache._shadowpeft_pair  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling():
+            base_length, shadow_length = _length(cache), _length(view)
+            if base_length is not None and shadow_length is not None and base_length != shadow_length:
+                raise CacheMismatchError(
+                    f"the cache holds {base_length} tokens of the base and {shadow_length} of the shadow; some were read "
+                    "with the adapter disabled, start from an empty cache"
+                )
+        views.append(view)
+    return views
+
+
+def check_untouched(cache: Any) -> None:
+    """A batch whose rows are all the base's continues no cache that shadows have filled.
+
+    Raises:
+        CacheMismatchError: if one has.
+    """
+    owners = _owners(_shadow_layers(cache)) if isinstance(cache, Cache) else {}
+    if owners:
         raise CacheMismatchError(
-            f"the cache was filled with adapter '{getattr(own[0], _OWNER)}' but '{adapter}' is active; start from an empty "
-            "cache"
+            f"the cache was filled with {_say(owners)} but every row of adapter_names is '__base__'; start from an empty cache"
         )
-    view = Cache(layers=own) if _is_stock(cache) else cache._shadowpeft_pair  # type: ignore[attr-defined]
-    if not torch.compiler.is_compiling():
-        base_length, shadow_length = _length(cache), _length(view)
-        if base_length is not None and shadow_length is not None and base_length != shadow_length:
+
+
+def _shadow_layers(cache: Cache) -> list[Any]:
+    return [layer for layer in _all_layers(cache) if getattr(layer, _OWNER, None) is not None]
+
+
+def _owners(layers: list[Any]) -> dict[str, list[int] | None]:
+    """Which rows each adapter's layers hold (None: all rows there are); adapters whose rows were all taken out are not
+    listed."""
+    found: dict[str, list[int] | None] = {}
+    for layer in layers:
+        names = getattr(layer, _NAMES, None)
+        if names is None or all(name == getattr(layer, _OWNER) for name in names):
+            found[getattr(layer, _OWNER)] = None
+        elif getattr(layer, _OWNER) in names:
+            found[getattr(layer, _OWNER)] = [i for i, name in enumerate(names) if name == getattr(layer, _OWNER)]
+    return found
+
+
+def _wanted(call: ShadowCall) -> dict[str, list[int] | None]:
+    return {part.adapter: part.rows for part in call.parts}
+
+
+def _say(owners: dict[str, list[int] | None]) -> str:
+    return ", ".join(f"adapter '{name}'" + ("" if rows is None else f" in rows {rows}") for name, rows in owners.items())
+
+
+def _check_owners(layers: list[Any], call: ShadowCall) -> None:
+    owners, wanted = _owners(layers), _wanted(call)
+    if owners != wanted:
+        raise CacheMismatchError(
+            f"the cache was filled with {_say(owners)} but {_say(wanted)} is active; start from an empty cache"
+        )
+    for part in call.parts:
+        for layer in layers:
+            versions = {0, getattr(layer, _VERSION), part.weights.version}
+            if getattr(layer, _OWNER) == part.adapter and not torch.compiler.is_compiling() and len(versions) == 3:
+                raise CacheMismatchError(
+                    f"the weights of adapter '{part.adapter}' were replaced after this cache was filled; start from an empty "
+                    "cache"
+                )
+
+
+class _Divided:
+    """Mixed into the class of a cache layer that holds the rows of one adapter: indices are those of the whole batch."""
+
+    def _local(self, source: list[int], names: tuple[str, ...]) -> list[int]:
+        """Which of the layer's own rows the rows of the new batch come from; row ``i`` is the old row ``source[i]``."""
+        mine = [i for i, name in enumerate(names) if name == getattr(self, _OWNER)]
+        place = {row: position for position, row in enumerate(mine)}
+        return [place[row] for row in source if row in place]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        names: tuple[str, ...] = getattr(self, _NAMES)
+        source = beam_idx.tolist()
+        moved = [(i, row) for i, row in enumerate(source) if names[i] != names[row]]
+        if moved:
+            i, row = moved[0]
             raise CacheMismatchError(
-                f"the cache holds {base_length} tokens of the base and {shadow_length} of the shadow; some were read with "
-                "the adapter disabled, start from an empty cache"
+                f"row {i} of adapter '{names[i]}' was to continue row {row} of adapter '{names[row]}'; rows may only change "
+                "places within an adapter"
             )
-    return view
+        local = torch.tensor(self._local(source, names), dtype=torch.long, device=beam_idx.device)
+        super().reorder_cache(local)  # type: ignore[misc]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        setattr(self, _NAMES, tuple(name for name in getattr(self, _NAMES) for _ in range(repeats)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        names: tuple[str, ...] = getattr(self, _NAMES)
+        source = (indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist()
+        local = torch.tensor(self._local(source, names), dtype=torch.long, device=indices.device)
+        super().batch_select_indices(local)  # type: ignore[misc]
+        setattr(self, _NAMES, tuple(names[row] for row in source))
+
+
+_divided: dict[type, Any] = {}
+
+
+def _divide(layer: Any, names: tuple[str, ...]) -> Any:
+    """``layer``, not yet used, as one that holds the rows of its owner in a batch whose rows belong to ``names``."""
+    kind = type(layer)
+    if kind not in _divided:
+        _divided[kind] = type(kind.__name__, (_Divided, kind), {"__module__": kind.__module__})
+    divided = _divided[kind].__new__(_divided[kind])
+    divided.__dict__.update(vars(layer), **{_NAMES: names})
+    return divided
 
 
 def own_cache(backbone: Any) -> Cache:

@@ -38,13 +38,13 @@ def soft_cap(config: PreTrainedConfig) -> float | None:
     return None
 
 
-def lm_logits(model: Any, hub: Any, adapter: str, state: Tensor) -> Tensor:
+def lm_logits(model: Any, hub: Any, head: Any, state: Tensor) -> Tensor:
     """``W_lm s`` (Eqs. 8 and 11) as the base computes it, bias, scale, soft-cap and all: ``(N, d)`` to ``(N, V)``.
 
     Args:
-        model: the whole base. hub: its :class:`~shadowpeft.hf.layer.ShadowHub`.
+        model: the whole base. hub: its :class:`~shadowpeft.hf.layer.ShadowHub`. head: the LM head, the base's or the
+            shadow's own.
     """
-    head = hub.lm_head(adapter, model)
     weight = head.weight
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
     device = state.device if weight.device.type == "meta" else weight.device  # an offloaded head moves its input itself

@@ -12,7 +12,6 @@ threads and interleaved generations cannot mix, and a checkpointed layer that ru
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
@@ -21,51 +20,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-from shadowpeft.core import Trajectory, UpdateNorm, count_targets, head_loss, joint_loss, token_cross_entropy
+from shadowpeft.core import Trajectory, count_targets, head_loss, joint_loss, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf import supervision
-from shadowpeft.hf.cache import own_cache, shadow_view
+from shadowpeft.hf import call as calls
+from shadowpeft.hf import mixed, supervision
+from shadowpeft.hf.cache import check_untouched, own_cache, shadow_views
+from shadowpeft.hf.call import CALL, Part, ShadowCall
 from shadowpeft.hf.head import lm_logits, pool_last
-from shadowpeft.hf.layer import ShadowHub, ShadowLink
+from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step, Weights, initial_state
 from shadowpeft.hf.signature import Signature
 from shadowpeft.hf.weights import allow_gradients
 
-CALL = "shadow_call"
-_current: ContextVar[ShadowCall | None] = ContextVar("shadowpeft_call", default=None)
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-class ShadowCall:
-    """One forward pass: which adapter, what was asked for, and the shadow states. Passed along, never stored."""
-
-    def __init__(self, adapter: str) -> None:
-        self.adapter = adapter
-        self.labels: Tensor | None = None
-        self.shift_labels: Tensor | None = None
-        self.shadow_labels: Tensor | None = None
-        self.num_items: Any = None
-        self.shadow_num_items: Any = None
-        self.return_shadow = False
-        self.fused = False
-        self.logits_to_keep: Any = 0
-        self.input_ids: Tensor | None = None
-        self.attention_mask: Any = None
-        self.trajectory: Trajectory | None = None
-        self.norm: UpdateNorm | None = None
-        self.streams_first = False
-        self.tokens: list[Token[ShadowCall | None]] = []
-
-
-def _enter(call: ShadowCall) -> None:
-    """Let modules that get no keyword arguments find ``call`` until :func:`_leave`."""
-    call.tokens.append(_current.set(call))
-
-
-def _leave() -> None:
-    call = _current.get()
-    if call is not None and call.tokens:
-        _current.reset(call.tokens.pop())
 
 
 # --------------------------------------------------------------------------------------------------------- whole model
@@ -80,25 +47,31 @@ def before_model(
     signature: Signature,
     carried: bool,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take out ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
+    """Take out ``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
     kwargs = signature.by_name(args, kwargs)
     shadow_labels = kwargs.pop("shadow_labels", None)
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
-    adapter = hub.active_name()
-    if adapter is None:
+    call = _start(hub, model, kwargs)
+    if call is None:
         if return_shadow:
             raise ConfigError("return_shadow=True was passed but no adapter is enabled; enable or set one")
         return (), kwargs
+    if return_shadow and call.names is not None and mixed.BASE in call.names:
+        raise ConfigError(
+            f"return_shadow=True was passed but row {call.names.index(mixed.BASE)} is '{mixed.BASE}', which has no shadow; "
+            "leave such rows out"
+        )
     if torch.is_grad_enabled() and model.training:
         if "use_cache" in signature.names and kwargs.get(signature.cache) is None:
             kwargs["use_cache"] = bool(kwargs.get("use_cache"))  # a cache that nobody asked for costs memory in training
         if not torch.compiler.is_compiling():
             allow_gradients(model)
-    call = ShadowCall(adapter)
     call.return_shadow = return_shadow
     call.fused = bool(kwargs.get("fused_lm_head", False))
+    if call.fused and call.names is not None:
+        raise ConfigError("adapter_names cannot be used with a fused LM head; leave out fused_lm_head")
     call.labels, call.shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
     call.shadow_labels = shadow_labels
     call.logits_to_keep = kwargs.get("logits_to_keep", 0)
@@ -109,8 +82,8 @@ def before_model(
             "num_items_in_batch was passed with shadow_labels but shadow_num_items_in_batch was not; each path is "
             "normalised by its own targets, pass both (shadowpeft.ShadowTrainer does)"
         )
-    if call.labels is not None:
-        if _is_classifier(hub, adapter):
+    if call.labels is not None and call.parts:
+        if _is_classifier(call):
             # stock classifiers return NaN for a fully masked batch and do not rescale for gradient accumulation
             kwargs.pop("labels")
         elif not call.fused:
@@ -126,33 +99,55 @@ def before_model(
     if signature.passes_on:
         kwargs[CALL] = call
     if not (carried and torch.compiler.is_compiling()):
-        _enter(call)
+        calls.enter(call)
     return (), kwargs
+
+
+def _start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCall | None:
+    """The call of this forward pass, by row where ``adapter_names`` says so; None if the base answers alone."""
+    names = kwargs.pop("adapter_names", None)
+    compiling, repeats = torch.compiler.is_compiling(), False
+    if compiling and (names is not None or calls.any_named):
+        # not traced: the forward pass then runs as it is, where it can, and raises this where it must be one graph
+        raise ConfigError("adapter_names was passed to a compiled model; call the model itself, or compile per adapter")
+    asked = None if compiling else calls.request.get()
+    if asked is not None and asked.model is not model:  # such as an assistant's forward inside a generation
+        asked = None
+    if names is None and asked is not None:
+        names, repeats = asked.names, asked.repeats
+    if names is None:
+        adapter = hub.active_name()
+        return None if adapter is None else ShadowCall([Part(mixed.held_weights(hub, model, adapter, asked))])
+    mixed.check_mode(model)
+    if hub.disable_adapters:
+        raise ConfigError("adapter_names was passed but the adapters are disabled; enable them or leave it out")
+    names = mixed.check_length(mixed.check_names(names, hub), mixed.batch_rows(kwargs), repeats=repeats)
+    return mixed.mixed_call(hub, model, names, {} if asked is None else asked.held)
 
 
 def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, carried: bool) -> None:
     """The forward of ``module`` has ended, also by an error: take its call out of the context."""
     if not (carried and torch.compiler.is_compiling()):
-        _leave()
+        calls.leave()
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
     """Add ``task_loss``, ``shadow_loss`` and, where asked, ``shadow_logits`` and ``shadow_state``; join the losses."""
-    call: ShadowCall | None = kwargs.get(CALL) or _current.get()
-    if call is None:
+    call: ShadowCall | None = kwargs.get(CALL) or calls.current()
+    if call is None or not call.parts:
         if not isinstance(output, tuple):
             output.task_loss, output.shadow_loss = getattr(output, "loss", None), None
         return output
-    if call.trajectory is None:
+    if not call.started:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not pass keyword arguments on to its backbone; this architecture is not supported"
         )
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
-    weight = float(hub.configs[call.adapter].auxiliary_loss_weight)
+    weight = max(float(part.weights.config.auxiliary_loss_weight) for part in call.parts)  # one part in training
     training = model.training and torch.is_grad_enabled()
     if call.fused:
         return _join_fused(model, hub, call, output, weight, training)
-    classifier = _is_classifier(hub, call.adapter)
+    classifier = _is_classifier(call)
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
         raise ConfigError("return_shadow=True needs return_dict=True")
@@ -186,8 +181,8 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     # attributes, not fields: a field would turn Trainer's `predictions` into a tuple and break compute_metrics
     output.task_loss, output.shadow_loss = task_loss, shadow_loss
     if call.return_shadow:
-        assert call.trajectory is not None
-        output.shadow_logits, output.shadow_state = shadow_logits, call.trajectory.s0
+        output.shadow_logits = shadow_logits
+        output.shadow_state = mixed.assemble(call.parts, [_s0(part) for part in call.parts], len(logits))
     return output
 
 
@@ -199,9 +194,9 @@ def _join_fused(
     if weight > 0 and (training or call.shadow_labels is None):
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
-        assert call.trajectory is not None
+        (part,) = call.parts
         with torch.set_grad_enabled(training):
-            total = _shadow_sum(model, hub, call.adapter, call.trajectory.s0, _targets(call, hub))
+            total = _shadow_sum(model, hub, part.weights, _s0(part), _targets(call, hub))
         if training:
             output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
@@ -217,41 +212,73 @@ def _recount(loss: Tensor, logits: Tensor, call: ShadowCall, shift: int) -> Tens
     return loss if call.num_items is None else loss * (own / torch.as_tensor(call.num_items, device=loss.device))
 
 
+def _s0(part: Part) -> Tensor:
+    assert part.trajectory is not None
+    return part.trajectory.s0
+
+
 def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
-    """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for."""
-    assert call.trajectory is not None
-    s0, loss, logits = call.trajectory.s0, None, None
-    if call.labels is not None or call.shadow_labels is not None:
-        targets = _targets(call, hub)
+    """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for.
+
+    In a mixed batch the loss is that of all rows which have a shadow, whichever it is.
+    """
+    loss, logits, pieces = None, None, []
+    targeted = call.labels is not None or call.shadow_labels is not None
+    targets = _targets(call, hub) if targeted else None
+    total: Any = 0.0
+    count: Any = 0
+    for part in call.parts:
+        with mixed.alone(part):
+            if targets is not None:
+                goals = part.pick(targets)
+                total = total + _shadow_sum(model, hub, part.weights, _s0(part), goals)
+                count = count + count_targets(goals, shifted=False).to(total.device)
+            if call.return_shadow:
+                kept = _keep(_s0(part), call.logits_to_keep)
+                head = _lm_head(model, part.weights)
+                pieces.append(lm_logits(model, hub, head, kept.flatten(0, 1)).unflatten(0, kept.shape[:2]))
+    if targets is not None:
         items = call.num_items if call.shadow_labels is None else call.shadow_num_items
-        items = count_targets(targets, shifted=False) if items is None else items
-        total = _shadow_sum(model, hub, call.adapter, s0, targets)
-        loss = total / torch.as_tensor(items, device=total.device).clamp(min=1)
+        loss = total / torch.as_tensor(count if items is None else items, device=total.device).clamp(min=1)
     if call.return_shadow:
-        kept = _keep(s0, call.logits_to_keep)
-        logits = lm_logits(model, hub, call.adapter, kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
+        logits = mixed.assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
     return loss, logits
 
 
 def _classifier_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
-    """The shadow's loss (second term of Eq. 9) if there are targets, and its logits."""
-    assert call.trajectory is not None
-    pooled = pool_last(call.trajectory.s0, _text_config(model), call.input_ids, call.attention_mask)
-    head = hub.shadowpeft_head[call.adapter]
-    logits = head(pooled.to(head.weight.dtype))
+    """The shadow's loss (second term of Eq. 9) if there are targets, and its logits.
+
+    In a mixed batch both are those of the rows which have a shadow, part by part.
+    """
+    pieces = []
+    for part in call.parts:
+        ids = None if call.input_ids is None else part.pick(call.input_ids)
+        mask = call.attention_mask
+        mask = part.pick(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+        head: Any = part.weights.head
+        pieces.append(head(pool_last(_s0(part), _text_config(model), ids, mask).to(head.weight.dtype)))
     targets = call.labels if call.shadow_labels is None else call.shadow_labels
-    if targets is None:
-        return None, logits
-    items = call.num_items if call.shadow_labels is None else call.shadow_num_items
-    return _classification_loss(model, logits, targets, items), logits
+    loss = None
+    if targets is not None:
+        items = call.num_items if call.shadow_labels is None else call.shadow_num_items
+        goals = torch.cat([part.pick(targets) for part in call.parts]) if call.names is not None else targets
+        loss = _classification_loss(model, torch.cat(pieces) if call.names is not None else pieces[0], goals, items)
+    if call.names is not None and mixed.BASE in call.names:
+        return loss, None
+    return loss, mixed.assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
+
+
+def _lm_head(model: Any, weights: Weights) -> Any:
+    """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else the base's."""
+    return model.get_output_embeddings() if weights.head is None else weights.head
 
 
 def _text_config(model: nn.Module) -> PreTrainedConfig:
     return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator, no-any-return]
 
 
-def _is_classifier(hub: ShadowHub, adapter: str) -> bool:
-    return hub.is_classifier(adapter)
+def _is_classifier(call: ShadowCall) -> bool:
+    return any(part.weights.is_classifier for part in call.parts)
 
 
 def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
@@ -267,12 +294,12 @@ def _ahead(labels: Tensor, hub: ShadowHub) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.facts.shift else labels
 
 
-def _shadow_sum(model: nn.Module, hub: ShadowHub, adapter: str, s0: Tensor, targets: Tensor) -> Tensor:
+def _shadow_sum(model: nn.Module, hub: ShadowHub, weights: Weights, s0: Tensor, targets: Tensor) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
-    head = hub.lm_head(adapter, model)
+    head = _lm_head(model, weights)
 
     def loss(rows: Tensor, goals: Tensor) -> Tensor:
-        logits = lm_logits(model, hub, adapter, rows)
+        logits = lm_logits(model, hub, head, rows)
         return model.loss_function(  # type: ignore[operator, no-any-return]
             logits=logits[None],
             labels=None,
@@ -323,11 +350,15 @@ def before_backbone(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Compute ``s^(0)`` (Eq. 1) from the backbone's own arguments and start the trajectory."""
     hub: ShadowHub = backbone.shadow_hub  # type: ignore[assignment]
-    adapter = hub.active_name()
-    if adapter is None:
-        return None
     kwargs = signature.by_name(args, kwargs)
-    call: ShadowCall = kwargs.get(CALL) or _current.get() or ShadowCall(adapter)
+    call: ShadowCall | None = kwargs.get(CALL)
+    if call is None and not (carried and torch.compiler.is_compiling()):
+        call = calls.current()
+    if call is None:
+        adapter = hub.active_name()
+        if adapter is None:
+            return None
+        call = ShadowCall([Part(hub.records.get(adapter) or hub.read(adapter))])
     config: Any = backbone.config
     cache = kwargs.get(signature.cache)
     use_cache = kwargs.get("use_cache")
@@ -336,25 +367,61 @@ def before_backbone(
         use_cache = False
     if use_cache and cache is None:
         cache = kwargs[signature.cache] = own_cache(backbone)
-    shadow: Any = hub.shadowpeft_backbone[adapter]
-    view = None if cache is None else shadow_view(cache, base_layers, config, shadow.config, adapter)
-
-    takes = hub.takes[adapter]
-    passed = {k: kwargs[k] for k in ("position_ids", *_PACKED) if kwargs.get(k) is not None and takes.accepts(k)}
-    if takes.accepts("attention_mask"):
-        passed["attention_mask"] = _shadow_mask(kwargs.get("attention_mask"), config, shadow.config)
-    passed.update({takes.cache: view, "use_cache": view is not None})
-    s0 = hub.initial_state(adapter, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), backbone, **passed)
-    norms: Any = hub.shadowpeft_norm  # a ModuleDict has no get()
-    call.norm = norms[adapter] if adapter in norms else None  # noqa: SIM401
+    if cache is not None and not call.parts:
+        check_untouched(cache)
+    views = [None] * len(call.parts) if cache is None else shadow_views(cache, base_layers, config, call)
+    for part, view in zip(call.parts, views, strict=True):
+        _run_shadow(part, view, call, backbone, kwargs)
     call.streams_first = hasattr(config, "altup_num_inputs")  # shapes alone cannot tell where batch = tokens = streams
-    first = hub.configs[adapter].mathematics()["first_refined_layer"]
-    call.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
     if signature.passes_on:
         kwargs[CALL] = call
     if not (carried and torch.compiler.is_compiling()):
-        _enter(call)
+        calls.enter(call)
     return (), kwargs
+
+
+def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: dict[str, Any]) -> None:
+    """``s^(0)`` of one part (Eq. 1), from its rows of the backbone's arguments ``kwargs``."""
+    weights = part.weights
+    takes = weights.takes
+    rows = None if part.rows is None else len(call.names or ())
+    passed = {
+        k: _pick(part, k, kwargs[k], rows)
+        for k in ("position_ids", *_PACKED)
+        if kwargs.get(k) is not None and takes.accepts(k)
+    }
+    if takes.accepts("attention_mask"):
+        mask = _shadow_mask(kwargs.get("attention_mask"), backbone.config, weights.backbone.config)
+        passed["attention_mask"] = _pick(part, "attention_mask", mask, rows)
+    passed.update({takes.cache: view, "use_cache": view is not None})
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    s0 = initial_state(
+        weights,
+        None if ids is None else part.pick(ids),
+        None if embeds is None else part.pick(embeds),
+        backbone,
+        **passed,
+    )
+    first = weights.config.mathematics()["first_refined_layer"]
+    part.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
+
+
+def _pick(part: Part, name: str, value: Any, rows: int | None) -> Any:
+    """The part's rows of an argument of the backbone, in a batch of ``rows`` (None: the part has all)."""
+    if rows is None or value is None:
+        return value
+    if isinstance(value, dict):
+        return {key: _pick(part, name, each, rows) for key, each in value.items()}
+    if isinstance(value, Tensor) and name not in _PACKED:
+        axis = 1 if name == "position_ids" and value.dim() == 3 else 0  # several kinds of positions come first
+        if value.shape[axis] == 1:
+            return value
+        if value.shape[axis] == rows:
+            return part.pick(value, axis)
+    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise UnsupportedModelError(
+        f"{name} is {shape}, which cannot be divided by the {rows} rows of adapter_names; run one batch per adapter"
+    )
 
 
 def _shadow_mask(mask: Any, base: PreTrainedConfig, shadow: PreTrainedConfig) -> Any:
@@ -391,44 +458,68 @@ def before_layer(
     """Refine the layer's input, its argument ``hidden``, with the shadow state (Eqs. 2-7)."""
     call: ShadowCall | None = kwargs.pop(CALL, None)
     link: ShadowLink | None = getattr(layer, "shadow_link", None)
-    adapter = None if link is None else link.active_name()
-    if link is None or adapter is None or adapter not in link.shadowpeft_injection:
+    if link is None:
         return args, kwargs
+    if call is None and not torch.compiler.is_compiling():
+        call = calls.current()
     if call is None:
-        call = _current.get()
-    if call is None or call.trajectory is None:
-        raise UnsupportedModelError(
-            f"decoder layer {link.layer} was called without the shadow's state; call the whole model"
-        )
-    if call.trajectory.keep_all and not torch.is_grad_enabled():
+        adapter = link.active_name()
+        if adapter is None or adapter not in link.shadowpeft_injection:
+            return args, kwargs
+        raise _without_state(link)
+    h = whole = args[0] if args else kwargs[hidden]
+    for part in call.parts:
+        weights = part.weights
+        step = weights.steps.get(link.layer) if weights.whole else link.step(weights.adapter)
+        if step is not None:
+            h = _refine(layer, link, call, part, step, h, whole)
+    if args:
+        return (h, *args[1:]), kwargs
+    return args, {**kwargs, hidden: h}
+
+
+def _without_state(link: ShadowLink) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"decoder layer {link.layer} was called without the shadow's state; call the whole model"
+    )
+
+
+def _refine(
+    layer: nn.Module, link: ShadowLink, call: ShadowCall, part: Part, step: Step, h: Tensor, whole: Tensor
+) -> Tensor:
+    """``h`` with the rows of ``part`` corrected; ``whole`` is the layer's input before any part corrected its own."""
+    if part.trajectory is None:
+        raise _without_state(link)
+    if part.trajectory.keep_all and not torch.is_grad_enabled():
         # up to 5.22 transformers checkpoints a layer together with its hooks; a reentrant checkpoint then cuts the path
         # of gradients through the shadow state, which is no positional input of the layer
         raise UnsupportedModelError(
             f"decoder layer {link.layer} runs inside a reentrant checkpoint, which loses the shadow's gradients; use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or transformers 5.23 or newer"
         )
-    h = args[0] if args else kwargs[hidden]
-    s = call.trajectory.read(link.layer).to(h.device)
-    norm, streams = call.norm, _streams(h, s, call.streams_first)
+    s = part.trajectory.read(link.layer).to(h.device)
+    norm = part.weights.norm
+    shape = s.shape if part.rows is None else (len(call.names or ()), *s.shape[1:])
+    streams = _streams(h, tuple(shape), call.streams_first)
+    axis = 1 if streams == 0 else 0  # of the rows of the batch
+    own = part.pick(whole, axis)
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-        h, s = checkpoint(link, adapter, h, s, norm, streams, use_reentrant=False)
+        own, s = checkpoint(link, step, own, s, norm, streams, use_reentrant=False)
     else:
-        h, s = link(adapter, h, s, norm, streams)
-    call.trajectory.write(link.layer, s)
-    if args:
-        return (h, *args[1:]), kwargs
-    return args, {**kwargs, hidden: h}
+        own, s = link(step, own, s, norm, streams)
+    part.trajectory.write(link.layer, s)
+    return own if part.rows is None else h.index_copy(axis, part.index(h.device), own)
 
 
-def _streams(h: Tensor, s: Tensor, streams_first: bool) -> int | None:
-    """The axis of ``h`` that counts residual streams, next to batch, tokens and width of ``s``; None if it has none."""
-    if h.dim() == s.dim():
+def _streams(h: Tensor, shape: tuple[int, ...], streams_first: bool) -> int | None:
+    """The axis of ``h`` that counts residual streams, next to batch, tokens and width (``shape``); None if it has none."""
+    if h.dim() == len(shape):
         return None
-    first, last = h.shape[1:] == s.shape, (*h.shape[:2], h.shape[-1]) == tuple(s.shape)
-    if h.dim() != s.dim() + 1 or not (first or last):
+    first, last = tuple(h.shape[1:]) == shape, (*h.shape[:2], h.shape[-1]) == shape
+    if h.dim() != len(shape) + 1 or not (first or last):
         raise UnsupportedModelError(
             f"a decoder layer gets hidden states of shape {tuple(h.shape)} but (batch, tokens, width) or one more axis of "
-            f"streams was expected for a shadow state of {tuple(s.shape)}; this architecture is not supported"
+            f"streams was expected for a shadow state of {shape}; this architecture is not supported"
         )
     return 0 if first and (streams_first or not last) else 2
 
@@ -449,11 +540,12 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     adapter = hub.active_name()
     if adapter is None:
         raise ConfigError("no adapter is enabled; enable or set one")
-    takes = hub.takes[adapter]
+    weights = mixed.weights_of(hub, model, adapter)
+    takes = weights.takes
     passed = {
         k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)
     }
-    s0 = hub.initial_state(adapter, batch["input_ids"], None, model, use_cache=False, **passed)
+    s0 = initial_state(weights, batch["input_ids"], None, model, use_cache=False, **passed)
     targets = _ahead(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
-    return _shadow_sum(model, hub, adapter, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)
+    return _shadow_sum(model, hub, weights, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

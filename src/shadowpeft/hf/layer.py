@@ -6,6 +6,9 @@ the registered prefix, which is how PEFT and transformers find, save, rename and
 
 from __future__ import annotations
 
+import itertools
+import threading
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,44 @@ from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.head import HeadFacts
 from shadowpeft.hf.signature import Signature
 from shadowpeft.hf.weights import device_of, real_weight
+
+STRUCTURE = threading.RLock()
+"""Held while the weights of an adapter are collected or replaced, so that nobody collects half of a replacement."""
+_versions = itertools.count(1)
+
+Step = tuple[Injection, Update | None, float]
+"""What happens before one base layer: injection, update (None at the first refined layer and in the ablation), alpha."""
+
+
+@dataclass
+class Weights:
+    """Everything of one adapter that takes part in a forward pass."""
+
+    adapter: str
+    config: ShadowPeftConfig
+    version: int
+    """Differs between weights of one name that a swap or a deletion separates; 0: not known (compiled code)."""
+    backbone: Any
+    embedding: nn.Module | None
+    """The shadow's own token embedding, or None if it shares the base's."""
+    projection: nn.Module | None
+    norm: UpdateNorm | None
+    head: nn.Module | None
+    """The shadow's own head, or None if it reads the base's."""
+    reads_tokens: bool
+    takes: Signature
+    """What the shadow backbone's forward accepts."""
+    steps: dict[int, Step] = field(default_factory=dict)
+    """By base layer; empty unless ``whole``."""
+    saved: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    """For each of PEFT's wrappers around a module of the base the one that this adapter uses; empty unless ``whole``."""
+    whole: bool = False
+    """Whether ``steps`` and ``saved`` were collected; otherwise the links look their own up."""
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the adapter is one of a sequence classifier."""
+        return bool(self.config.task_type == "SEQ_CLS")
 
 
 class ShadowTunerLayer(BaseTunerLayer):
@@ -65,6 +106,9 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.backbone_name = ""
         self.reads_tokens: set[str] = set()
         """Adapters whose shadow looks the tokens up itself, through a :class:`BorrowedEmbedding`."""
+        self.versions: dict[str, int] = {}
+        self.records: dict[str, Weights] = {}
+        """What :func:`shadowpeft.hf.mixed.weights_of` has collected."""
 
     def add(
         self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any
@@ -77,6 +121,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         """
         reference = next(parts.backbone.parameters())
         self.configs[adapter] = config
+        self.versions[adapter] = next(_versions)
+        self.records.clear()  # another adapter may bring a trained module of the base that all of them now pass
         self.shadowpeft_backbone[adapter] = parts.backbone
         self.takes[adapter] = Signature(parts.backbone)
         if any(isinstance(module, BorrowedEmbedding) for module in parts.backbone.modules()):
@@ -125,45 +171,24 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
         return self.shadowpeft_head[adapter] if adapter in self.shadowpeft_head else model.get_output_embeddings()
 
-    def initial_state(
-        self, adapter: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
-    ) -> Tensor:
-        """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
+    def read(self, adapter: str) -> Weights:
+        """What the hub holds of ``adapter``."""
 
-        Args:
-            input_ids: ``(B, T)``, or None to run from embeddings. inputs_embeds: the base's, ``(B, T, d)``, or None.
-            base: the model or backbone whose token embedding a shadow without one reads.
-            kwargs: mask, positions and cache view for the shadow backbone.
+        def get(container: Any) -> Any:  # a ModuleDict has no get()
+            return container[adapter] if adapter in container else None  # noqa: SIM401
 
-        Raises:
-            ConfigError: if the shadow needs ``input_ids`` and there are none.
-        """
-        backbone = self.shadowpeft_backbone[adapter]
-        own = self.embedding(adapter)
-        borrowed = adapter in self.reads_tokens
-        if input_ids is None and (own is not None or borrowed):
-            raise ConfigError(
-                "inputs_embeds were passed but the shadow "
-                + ("reads the tokens in its layers" if borrowed else "has an embedding table of its own")
-                + " and needs input_ids; "
-                + ("pass those" if borrowed else "use share_embeddings=True to run from embeddings")
-            )
-        if borrowed:
-            out = backbone(input_ids=input_ids, return_dict=True, **kwargs)
-            return self._project(adapter, out.last_hidden_state)
-        if inputs_embeds is None or own is not None:
-            inputs_embeds = (base.get_input_embeddings() if own is None else own)(input_ids)
-        inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
-        if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and _checkpoints(backbone):
-            # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
-            inputs_embeds = inputs_embeds.detach().requires_grad_(True)
-        out = backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs)
-        return self._project(adapter, out.last_hidden_state)
-
-    def _project(self, adapter: str, state: Tensor) -> Tensor:
-        if adapter in self.shadowpeft_projection:
-            state = self.shadowpeft_projection[adapter](state)
-        return state
+        return Weights(
+            adapter,
+            self.configs[adapter],
+            0 if torch.compiler.is_compiling() else self.versions[adapter],  # a swap needs no new graph
+            self.shadowpeft_backbone[adapter],
+            self.embedding(adapter),
+            get(self.shadowpeft_projection),
+            get(self.shadowpeft_norm),
+            get(self.shadowpeft_head),
+            adapter in self.reads_tokens,
+            self.takes[adapter],
+        )
 
     def freeze_unreached(self) -> None:
         """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""
@@ -180,6 +205,50 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.configs.pop(adapter_name, None)
         self.takes.pop(adapter_name, None)
         self.reads_tokens.discard(adapter_name)
+        self.versions.pop(adapter_name, None)
+        self.records.clear()
+
+
+def new_version() -> int:
+    """A number that no weights have had in this process."""
+    return next(_versions)
+
+
+def initial_state(
+    weights: Weights, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
+) -> Tensor:
+    """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
+
+    Args:
+        input_ids: ``(B, T)``, or None to run from embeddings. inputs_embeds: the base's, ``(B, T, d)``, or None.
+        base: the model or backbone whose token embedding a shadow without one reads.
+        kwargs: mask, positions and cache view for the shadow backbone.
+
+    Raises:
+        ConfigError: if the shadow needs ``input_ids`` and there are none.
+    """
+    backbone, own, borrowed = weights.backbone, weights.embedding, weights.reads_tokens
+    if input_ids is None and (own is not None or borrowed):
+        raise ConfigError(
+            "inputs_embeds were passed but the shadow "
+            + ("reads the tokens in its layers" if borrowed else "has an embedding table of its own")
+            + " and needs input_ids; "
+            + ("pass those" if borrowed else "use share_embeddings=True to run from embeddings")
+        )
+    if borrowed:
+        return _project(weights, backbone(input_ids=input_ids, return_dict=True, **kwargs))
+    if inputs_embeds is None or own is not None:
+        inputs_embeds = (base.get_input_embeddings() if own is None else own)(input_ids)
+    inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
+    if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and _checkpoints(backbone):
+        # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
+        inputs_embeds = inputs_embeds.detach().requires_grad_(True)
+    return _project(weights, backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs))
+
+
+def _project(weights: Weights, output: Any) -> Tensor:
+    state: Tensor = output.last_hidden_state
+    return state if weights.projection is None else weights.projection(state)
 
 
 def _checkpoints(backbone: nn.Module) -> bool:
@@ -237,12 +306,19 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
                     bias=math["update_bias"],
                 )
 
+    def step(self, adapter: str) -> Step | None:
+        """What this layer holds of ``adapter``, or None if it does not refine this layer."""
+        if adapter not in self.shadowpeft_injection:
+            return None
+        update = self.shadowpeft_update[adapter] if adapter in self.shadowpeft_update else None  # noqa: SIM401
+        return self.shadowpeft_injection[adapter], update, self.alpha[adapter]
+
     def forward(
-        self, adapter: str, h: Tensor, s: Tensor, norm: UpdateNorm | None, streams: int | None = None
+        self, step: Step, h: Tensor, s: Tensor, norm: UpdateNorm | None, streams: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
-        update = self.shadowpeft_update[adapter] if adapter in self.shadowpeft_update else None  # noqa: SIM401
-        return refine(h, s, self.shadowpeft_injection[adapter], self.alpha[adapter], update, norm, streams)
+        injection, update, alpha = step
+        return refine(h, s, injection, alpha, update, norm, streams)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import hooks
+from shadowpeft.hf import call as calls
+from shadowpeft.hf import hooks, mixed
 from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import FLOATS, check_exact
@@ -202,11 +204,26 @@ class ShadowModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ConfigError(
-                "adapter_names= (a mixed batch) is not supported yet; call set_adapter and run one batch per adapter"
-            )
-        yield
+        """Fix, for one forward or generate of a ``PeftModel``, ``adapter_names`` and the weights each adapter has now."""
+        names = kwargs.get("adapter_names")
+        if torch.compiler.is_compiling():
+            if names is not None:
+                raise ConfigError("adapter_names was passed to a compiled model; call the model itself")
+            yield
+            return
+        request = calls.Request(self.model)
+        if names is not None:
+            hub = self._hub(anatomy(self.model))
+            mixed.check_mode(self.model)
+            request.names = mixed.check_names(names, hub)
+            # PeftModel.forward keeps its inputs to itself; only generate shows them, whose beams repeat each prompt
+            prompts = mixed.batch_rows({"input_ids": args[0], **kwargs} if args else kwargs)
+            if prompts is not None:
+                mixed.check_length(request.names, prompts)
+                mixed.check_not_compiled(self.model, kwargs)
+                request.repeats = True
+        with calls.asking(request):
+            yield
 
     # --------------------------------------------------------------------------------------------------- switching
 
@@ -220,6 +237,20 @@ class ShadowModel(BaseTuner):
         if len(names) > 1:
             raise ConfigError(f"{len(names)} adapters were given but only one shadow can be active at a time")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter out; if it was active, the first by name of those that are left becomes active.
+
+        PEFT lets each layer choose a successor among the adapters that it holds, so layers that hold different ones would
+        disagree; here the choice is made before, for all of them.
+        """
+        hub: Any = self._hub(anatomy(self.model))
+        left = sorted(set(hub.configs) - {adapter_name})
+        if adapter_name in hub.active_adapters and left:
+            warnings.warn(f"adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now", stacklevel=2)
+            self.set_adapter(left[0], inference_mode=not any(p.requires_grad for p in hub.parameters()))
+        super().delete_adapter(adapter_name)
+        self.active_adapter = list(hub.active_adapters)
 
     def _check_merge_allowed(self) -> None:
         raise ConfigError(

@@ -42,8 +42,8 @@ def hands_down(model: nn.Module, layer: nn.Module, name: str, device: torch.devi
     """Whether a keyword argument ``name`` that ``model`` does not know reaches its decoder layer ``layer``.
 
     Signatures do not tell: some architectures take further keyword arguments everywhere and drop them on the way. One token is
-    sent on its way and stopped at ``layer``, so nothing behind it runs. A model without weights is taken to hand it down, and so
-    is a quantised one, which a forward may change (bitsandbytes packs 4-bit weights for inference).
+    sent on its way and stopped at ``layer``, so nothing behind it runs. A model without weights is taken to hand it down; so is
+    a quantised one, which a forward may change (bitsandbytes packs 4-bit weights for inference).
     """
     if device.type == "meta" or any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
         return True
