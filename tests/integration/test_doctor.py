@@ -237,7 +237,7 @@ def test_a_layer_that_breaks_the_cache(monkeypatch, capsys, adapter):
 def test_a_shadow_without_its_cache(monkeypatch, capsys, adapter):
     from transformers import DynamicCache
 
-    monkeypatch.setattr(hooks, "shadow_view", lambda *a, **k: DynamicCache())
+    monkeypatch.setattr(hooks, "shadow_views", lambda *a, **k: [DynamicCache()])
     code, checks = run(monkeypatch, capsys, adapter)
     assert code == 1
     assert "cached = uncached" in states(checks, "failed")
