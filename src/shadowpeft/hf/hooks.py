@@ -499,8 +499,10 @@ def _refine(
         )
     s = part.trajectory.read(link.layer).to(h.device)
     norm = part.weights.norm
-    shape = s.shape if part.rows is None else (len(call.names or ()), *s.shape[1:])
-    streams = _streams(h, tuple(shape), call.streams_first)
+    streams = None
+    if h.dim() != s.dim():
+        shape = s.shape if part.rows is None else (len(call.names or ()), *s.shape[1:])
+        streams = _streams(h, tuple(shape), call.streams_first)
     axis = 1 if streams == 0 else 0  # of the rows of the batch
     own = part.pick(whole, axis)
     if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
@@ -511,10 +513,8 @@ def _refine(
     return own if part.rows is None else h.index_copy(axis, part.index(h.device), own)
 
 
-def _streams(h: Tensor, shape: tuple[int, ...], streams_first: bool) -> int | None:
-    """The axis of ``h`` that counts residual streams, next to batch, tokens and width (``shape``); None if it has none."""
-    if h.dim() == len(shape):
-        return None
+def _streams(h: Tensor, shape: tuple[int, ...], streams_first: bool) -> int:
+    """The axis of ``h`` that counts residual streams, next to batch, tokens and width (``shape``)."""
     first, last = tuple(h.shape[1:]) == shape, (*h.shape[:2], h.shape[-1]) == shape
     if h.dim() != len(shape) + 1 or not (first or last):
         raise UnsupportedModelError(
