@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data import chat
+from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.bases import is_alias, materialise
@@ -34,8 +35,6 @@ from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 ROBOT_REMOTE_REPEATS = 10
-ROBOT_SYSTEM = "You are a robot dog."
-"""System message of the robot set: short, so that prompts stay short, and the same for training and use."""
 
 
 def prepare_cpu(threads: int | None = None) -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 from shadowpeft.data.robot.compose import Row, build
 from shadowpeft.data.robot.skills import MEANINGS, SKILLS, SPLITS
 
-__all__ = ["MEANINGS", "SKILLS", "SPLITS", "build", "load", "parse_action", "write_jsonl"]
+__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "build", "load", "parse_action", "write_jsonl"]
+
+SYSTEM = "You are a robot dog."
+"""System message of the set: short, so that prompts stay short, and the same for training and use."""
 
 _ACTION = re.compile(r"\s*\[(?:(REMOTE)|(\w+)\(\))\]")
 

@@ -1,0 +1,75 @@
+"""Robot-dog intents (method.md, Appendix F), on the packaged set: run the right skill, and none for anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shadowpeft.data import robot as package
+from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.robot import SYSTEM, parse_action
+from shadowpeft.data.tasks.base import Example, Task, mean, shares
+from shadowpeft.errors import DataError
+
+REMOTE = "REMOTE"
+_SPLITS = {
+    "train": ("train_normal", "train_remote_base", "train_remote_shadow"),
+    "validation": ("validation_normal", "validation_remote"),
+    "test": ("test_normal", "test_remote"),
+    "test_large": ("test_normal", "test_remote_large"),
+}
+_PATHS = {"train_remote_base": "base", "train_remote_shadow": "shadow"}
+
+
+class Robot(Task):
+    """A skill command is right if that skill is called; an open request is right if no skill is.
+
+    The router hands on whatever is no known skill, with ``[REMOTE]`` or without, so one rule judges both paths: the shadow
+    answers ``[REMOTE]``, the base path answers in words. ``test_large`` has 320 open requests instead of the paper's 18.
+    """
+
+    name = "robot"
+    max_new_tokens = 16
+    system = SYSTEM
+
+    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        if split not in _SPLITS:
+            raise DataError(f"split is '{split}' but task 'robot' has {', '.join(_SPLITS)}")
+        rows: list[dict[str, Any]] = [dict(row) for name in _SPLITS[split] for row in package.load(name)]
+        origin = {
+            "from": "package",
+            "name": ["shadowpeft.data.robot:" + name for name in _SPLITS[split]],
+            "fingerprint": fingerprint(rows),
+            "partial": False,
+            "lacks": "",
+            "rows": len(rows),
+        }
+        return rows, origin
+
+    def lead(self, shots: int, seed: int) -> str:
+        raise DataError("task 'robot' has no form with worked examples; set shots to 0")
+
+    def example(self, row: dict[str, Any], identity: str) -> Example:
+        meta = {"lang": row["lang"], "path": _PATHS.get(row["split"], "both")}
+        return Example(row["id"], row["prompt"], row["response"], row["skill"], (), meta)
+
+    def parse(self, text: str) -> str | None:
+        """The skill an answer starts with, ``REMOTE``, or None for words."""
+        return parse_action(text)
+
+    def per_example(self, prediction: Any, example: Example) -> float:
+        if example.gold == REMOTE:
+            return float(prediction is None or prediction == REMOTE)
+        return float(prediction == example.gold)
+
+    def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """``score``; ``skill``, ``en``, ``zh``, ``remote``: parts of it; ``tagged``: open requests answered ``[REMOTE]``."""
+        groups = {
+            "skill": lambda e: e.gold != REMOTE,
+            "remote": lambda e: e.gold == REMOTE,
+            "en": lambda e: e.meta["lang"] == "en",
+            "zh": lambda e: e.meta["lang"] == "zh",
+        }
+        found = shares(self, predictions, examples, groups)
+        asked = [float(p == REMOTE) for p, e in zip(predictions, examples, strict=True) if e.gold == REMOTE]
+        return {**found, "tagged": mean(asked)} if asked else found
