@@ -60,22 +60,62 @@ def train(
 @app.command("eval")
 def evaluate(
     adapter: Adapter,
-    data: Annotated[str, typer.Option(help="JSONL file, or 'robot' for the packaged test set.")] = "robot",
+    data: Annotated[
+        Optional[str], typer.Option(help="JSONL file, or 'robot' for the packaged test set. Default: robot.")
+    ] = None,
+    task: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Instead of --data: mmlu, gsm8k, squad_v2, squad_v2_devsplit, amazon_reviews, newsgroups, clinc150 or robot."
+        ),
+    ] = None,
     mode: Annotated[
-        Optional[list[str]], typer.Option(help="attached, detached, base; repeatable. Default: all.")
+        Optional[list[str]],
+        typer.Option(help="attached, detached, base (with --task also lora, dora); repeatable. Default: all that fit."),
     ] = None,
     base: Base = None,
     limit: Annotated[
         Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with a fixed seed.")
     ] = None,
-    max_new_tokens: NewTokens = 64,
+    max_new_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
+    shots: Annotated[int, typer.Option(min=0, help="With --task: worked examples before each question.")] = 0,
+    method: Annotated[
+        Optional[str], typer.Option(help="With --task: generate, likelihood or classify. Default: the task's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="With --task: which rows --limit and --shots draw.")] = 0,
+    out: Annotated[
+        Optional[str], typer.Option(help="With --task: folder for predictions and records; continued if it is there.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Evaluate attached, detached and bare base on the same rows."""
     from shadowpeft.apps import evaluate as command
 
-    command.main(adapter, data, mode or ["base", "attached", "detached"], base, limit, max_new_tokens, batch_size, json)
+    if task is None:
+        modes = mode or ["base", "attached", "detached"]
+        command.main(adapter, data or "robot", modes, base, limit, max_new_tokens or 64, batch_size, json)
+        return
+    if data is not None or max_new_tokens is not None:
+        given = "--data" if data is not None else "--max-new-tokens"
+        raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
+    command.run_task(
+        adapter,
+        task,
+        mode,
+        base,
+        split=split,
+        shots=shots,
+        limit=limit,
+        seed=seed,
+        method=method,
+        batch_size=batch_size,
+        out=out,
+        as_json=json,
+    )
 
 
 @app.command()

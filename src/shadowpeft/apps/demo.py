@@ -118,7 +118,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     import shadowpeft
     from shadowpeft import evaluate
     from shadowpeft.apps.detach import save_edge
-    from shadowpeft.data.robot import load
+    from shadowpeft.data.robot import load, parse_action
     from shadowpeft.generate import answer, routing_reason
     from shadowpeft.train.run import ROBOT_SYSTEM, versions
 
@@ -164,7 +164,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     requests = []
     for prompt in REQUESTS:
         first = answer(edge, tokenizer, [prompt], system=ROBOT_SYSTEM, max_new_tokens=24)[0]
-        reason = routing_reason(evaluate.parse_action(first.text))
+        reason = routing_reason(parse_action(first.text))
         second = None
         if reason != "known skill":
             second = answer(model, tokenizer, [prompt], system=ROBOT_SYSTEM, max_new_tokens=40)[0]

@@ -1,9 +1,10 @@
-"""``shadowpeft eval ADAPTER``: both paths and the bare base on a JSONL file or on the robot set."""
+"""``shadowpeft eval ADAPTER``: both paths and the bare base on a JSONL file, on the robot set, or on a task."""
 
 from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -92,3 +93,91 @@ def _check_paths(data: str, modes: list[str], sequences: list[Any]) -> None:
             raise DataError(
                 f"'{data}' has no row for the {path} path, which mode '{mode}' answers with; leave that mode out"
             )
+
+
+def run_task(
+    adapter: str,
+    name: str,
+    modes: list[str] | None,
+    base: str | None,
+    *,
+    split: str,
+    shots: int,
+    limit: int | None,
+    seed: int,
+    method: str | None,
+    batch_size: int,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Evaluate an adapter (a shadow, LoRA or DoRA) on a task and print one row a mode; ``out`` receives a folder a mode."""
+    from shadowpeft.data.tasks import get_task
+
+    task = get_task(name)
+    quiet_libraries()
+    from shadowpeft.evaluate import evaluate_task
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    model, tokenizer, fitting = _load_for_task(adapter, base, task)
+    if modes is None:  # the bare base of a classifier has a random head, so only generating tasks ask it
+        modes = fitting if task.kind == "classify" else ["base", *fitting]
+    records = {}
+    for mode in modes:
+        records[mode] = evaluate_task(
+            model,
+            tokenizer,
+            task,
+            mode=mode,
+            split=split,
+            shots=shots,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            method=method,
+            folder=Path(out) / mode if out else None,
+            extra={"adapter": adapter},
+            progress=(lambda done: None) if as_json else None,
+        )
+    if as_json:
+        print(json.dumps({"adapter": adapter, "task": name, "modes": records}, indent=2, ensure_ascii=False))
+        return
+    table = Table("mode", "score", "95 % interval", "n", "tokens/s", "record", title=f"{name}, {split}")
+    for mode, r in records.items():
+        low, high = r["interval"]
+        shown = (f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"])
+        table.add_row(mode, *shown)
+    Console().print(table)
+    origin = next(iter(records.values()))["data"]
+    where = ", ".join(origin.get("name") or origin.get("path") or [])
+    lacks = f" (partial: {origin['lacks']})" if origin["partial"] else ""
+    Console().print(f"data from the {origin['from']}: {where}{lacks}")
+
+
+def _load_for_task(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str]]:
+    """Model, tokenizer, and the modes that fit the adapter's method."""
+    from peft import PeftConfig, PeftModel
+
+    import shadowpeft
+    from shadowpeft.hf.checkpoint import find_file, load_base, read_config
+    from shadowpeft.train.run import load_tokenizer
+
+    kind = json.loads(find_file(adapter, "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
+    plain = kind == "LORA"
+    config: Any = PeftConfig.from_pretrained(adapter) if plain else read_config(adapter)
+    named = base or getattr(config, "base_alias", None) or config.base_model_name_or_path
+    if not named:
+        raise ConfigError("the adapter does not name its base; pass --base")
+    tokenizer = load_tokenizer(named) if plain else load_tokenizer_of(adapter, base)
+    wanted = "SEQ_CLS" if task.kind == "classify" else "CAUSAL_LM"
+    found = str(getattr(config.task_type, "value", config.task_type))
+    if found != wanted:
+        raise ConfigError(f"task '{task.name}' needs a {wanted} adapter but '{adapter}' is a {found} one; choose another task")
+    options = {"num_labels": len(task.labels)} if task.labels else {}
+    model: Any = load_base(named, wanted, **options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if plain:
+        method = "dora" if config.use_dora else "lora"
+        return PeftModel.from_pretrained(model, adapter), tokenizer, [method]
+    return shadowpeft.load(adapter, model), tokenizer, ["attached", "detached"]

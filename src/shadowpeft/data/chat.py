@@ -194,6 +194,19 @@ def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict
     return [{"role": "system", "content": system}, *messages]
 
 
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Tokens of :func:`render_prompt`."""
+    return list(tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False).input_ids)
+
+
+def answer_ids(tokenizer: Any, messages: list[dict[str, str]], answer: str, *, closed: bool = True) -> list[int]:
+    """Tokens of an answer to ``messages`` as training sees them; without ``closed``, those that end the turn left out."""
+    ids = _answer_ids(tokenizer, messages, render_prompt(tokenizer, messages), answer)
+    while not closed and len(ids) > 1 and _is_special(tokenizer, ids[-1]):
+        ids = ids[:-1]
+    return ids
+
+
 def _answer_ids(tokenizer: Any, messages: list[dict[str, str]], prompt: str, answer: str) -> list[int]:
     """Tokens of the answer with what closes a turn, as the template writes it."""
     whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer}])

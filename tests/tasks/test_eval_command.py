@@ -1,0 +1,107 @@
+"""``shadowpeft eval --task``: shadow, LoRA and classifier adapters from their folders, records on disk, usage errors."""
+
+import gzip
+import json
+import sys
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForSequenceClassification
+
+from chatbase import chat_model, chat_tokenizer, save_base
+from shadowpeft import cli
+from tiny import adapt, randomise
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHADOWPEFT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SHADOWPEFT_DATA_FROM", "folder")
+    rows = {
+        "mmlu/test": [
+            {"question": f"q{i}", "subject": "s", "choices": ["1", "2", "3", "4"], "answer": i % 4} for i in range(6)
+        ],
+        "clinc150/test": [{"text": f"wake me at {i}", "intent": "alarm"} for i in range(5)],
+    }
+    for name, content in rows.items():
+        file = tmp_path / "data" / f"{name}.jsonl.gz"
+        file.parent.mkdir(parents=True)
+        with gzip.open(file, "wt") as handle:
+            handle.writelines(json.dumps(row) + "\n" for row in content)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base folder, and adapters of several methods trained on it, as far as random weights are trained."""
+    root = tmp_path_factory.mktemp("adapters")
+    base = save_base(root / "base", max_position_embeddings=512)
+    made = {"shadow": adapt(chat_model(max_position_embeddings=512))}
+    made["dora"] = get_peft_model(
+        chat_model(max_position_embeddings=512),
+        LoraConfig(task_type="CAUSAL_LM", r=2, use_dora=True, target_modules=["q_proj"], base_model_name_or_path=base),
+    )
+    randomise(made["dora"])
+    made["classifier"] = adapt(LlamaForSequenceClassification.from_pretrained(base, num_labels=151), task_type="SEQ_CLS")
+    for name, model in made.items():
+        next(iter(model.peft_config.values())).base_model_name_or_path = base
+        model.save_pretrained(str(root / name))
+        chat_tokenizer().save_pretrained(str(root / name))
+    return root
+
+
+def call(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["shadowpeft", "eval", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize(
+    ("adapter", "task", "modes"),
+    [
+        ("shadow", "mmlu", ["base", "attached", "detached"]),
+        ("dora", "mmlu", ["base", "dora"]),
+        ("classifier", "clinc150", ["attached", "detached"]),
+    ],
+)
+def test_every_method_of_adaptation(monkeypatch, capsys, tmp_path, data, folders, adapter, task, modes):
+    arguments = (folders / adapter, "--task", task, "--out", tmp_path / "out", "--limit", 4, "--json")
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    found = json.loads(out)["modes"]
+    assert list(found) == modes
+    for mode, record in found.items():
+        assert (record["n"], record["mode"], record["data"]["from"]) == (4, mode, "folder")
+        assert json.loads((tmp_path / "out" / mode / "record.json").read_text()) == record
+        assert (tmp_path / "out" / mode / "predictions.jsonl").read_text().count("\n") == 4
+    assert call(monkeypatch, capsys, *arguments)[1] == out  # resumed: nothing left to do, the same records
+
+
+def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folders):
+    code, out, err = call(
+        monkeypatch, capsys, folders / "shadow", "--task", "mmlu", "--mode", "base", "--method", "likelihood"
+    )
+    assert code == 0, err
+    assert "mmlu, test" in out
+    assert "data from the folder: mmlu/test.jsonl.gz" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--task", "gsm8"), "did you mean 'gsm8k'"),
+        (("--task", "mmlu", "--data", "robot"), "leave --data or --task out"),
+        (("--task", "mmlu", "--max-new-tokens", "3"), "leave --max-new-tokens or --task out"),
+        (("--task", "mmlu", "--mode", "lora"), "mode is 'lora' but the model is shadowpeft"),
+        (("--task", "clinc150"), "needs a SEQ_CLS adapter"),
+        (("--task", "gsm8k"), "does not exist and the Hub is not used"),
+    ],
+)
+def test_usage_errors(monkeypatch, capsys, data, folders, arguments, said):
+    code, _, err = call(monkeypatch, capsys, folders / "shadow", *arguments)
+    assert code == 2
+    assert said in " ".join(err.replace("│", " ").split())
