@@ -41,7 +41,9 @@ def folders(tmp_path_factory):
         LoraConfig(task_type="CAUSAL_LM", r=2, use_dora=True, target_modules=["q_proj"], base_model_name_or_path=base),
     )
     randomise(made["dora"])
-    made["classifier"] = adapt(LlamaForSequenceClassification.from_pretrained(base, num_labels=151), task_type="SEQ_CLS")
+    made["classifier"] = adapt(
+        LlamaForSequenceClassification.from_pretrained(base, num_labels=151), task_type="SEQ_CLS"
+    )
     for name, model in made.items():
         next(iter(model.peft_config.values())).base_model_name_or_path = base
         model.save_pretrained(str(root / name))

@@ -82,9 +82,14 @@ def commit() -> str | None:
 
 
 def weights_digest(model: nn.Module, samples: int = 16) -> str:
-    """sha256 over names, shapes and ``samples`` values of every parameter: tells one trained adapter from another."""
+    """sha256 over names, shapes and ``samples`` values of every parameter: tells one trained adapter from another.
+
+    A head that an adapter has replaced (PEFT keeps it as ``original_module``) is left out: it is drawn anew at every loading.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
+        if ".original_module." in name:
+            continue
         flat = weight.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
         values = flat[index.to(flat.device)].double().tolist() if flat.device.type != "meta" else []
