@@ -176,7 +176,7 @@ def read_run(path: str | Path) -> RunConfig:
     if not file.is_file():
         raise ConfigError(f"run file '{file}' does not exist; check the path")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f", line {line + 1}" if line is not None else ""
@@ -186,7 +186,7 @@ def read_run(path: str | Path) -> RunConfig:
     return parse_run(content, str(file))
 
 
-class _Loader(yaml.SafeLoader):
+class RunLoader(yaml.SafeLoader):
     """The safe subset of YAML, with two mends: ``1e-3`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -200,7 +200,7 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1, which PyYAML reads, wants a point in a float; people write 1e-3
-_Loader.add_implicit_resolver(
+RunLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 

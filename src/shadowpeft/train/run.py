@@ -28,7 +28,7 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.train.config import RunConfig
+from shadowpeft.train.config import RunConfig, TrainingSection
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
 from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
 
@@ -152,6 +152,41 @@ def versions() -> dict[str, str]:
     }
 
 
+def training_arguments(t: TrainingSection, folder: Path, *, evaluates: bool) -> TrainingArguments:
+    """transformers' settings of a run; ``evaluates``: whether a validation set is looked at every ``eval_every`` steps."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.eval_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.scheduler,
+        warmup_steps=t.warmup,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        num_train_epochs=t.epochs or 1.0,
+        max_steps=t.max_steps or -1,
+        label_smoothing_factor=t.label_smoothing,
+        gradient_checkpointing=t.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        bf16=t.precision == "bfloat16",
+        fp16=t.precision == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="steps" if evaluates and t.eval_every else "no",
+        eval_steps=t.eval_every,
+        save_strategy="steps" if t.save_every else "no",
+        save_steps=t.save_every or 500,
+        save_total_limit=t.keep_checkpoints,
+        logging_steps=t.log_every,
+        train_sampling_strategy="group_by_length" if t.group_by_length else "random",
+        seed=t.seed,
+        report_to=list(t.report_to) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        prediction_loss_only=True,
+    )
+
+
 def train(
     run: RunConfig, *, resume: bool = False, console: Console | None = None, quiet: bool = False
 ) -> dict[str, Any]:
@@ -192,37 +227,7 @@ def train(
     # last: a folder with this file is a run that can be resumed, from its start if there is no checkpoint yet
     write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
 
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=t.batch_size,
-        per_device_eval_batch_size=t.eval_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation,
-        learning_rate=t.learning_rate,
-        lr_scheduler_type=t.scheduler,
-        warmup_steps=t.warmup,
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
-        num_train_epochs=t.epochs or 1.0,
-        max_steps=t.max_steps or -1,
-        label_smoothing_factor=t.label_smoothing,
-        gradient_checkpointing=t.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
-        bf16=t.precision == "bfloat16",
-        fp16=t.precision == "float16",
-        use_cpu=not torch.cuda.is_available(),
-        eval_strategy="steps" if validation is not None and t.eval_every else "no",
-        eval_steps=t.eval_every,
-        save_strategy="steps" if t.save_every else "no",
-        save_steps=t.save_every or 500,
-        save_total_limit=t.keep_checkpoints,
-        logging_steps=t.log_every,
-        train_sampling_strategy="group_by_length" if t.group_by_length else "random",
-        seed=t.seed,
-        report_to=list(t.report_to) or "none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        prediction_loss_only=True,
-    )
+    args = training_arguments(t, folder, evaluates=validation is not None)
     mean_tokens = sum(len(s.ids) for s in training) / len(training)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
     trainer = ShadowTrainer(

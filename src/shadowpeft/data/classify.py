@@ -1,0 +1,61 @@
+"""Texts with a class: token sequences for a sequence classifier, and the collator that pads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowpeft.errors import DataError
+
+
+def encode_texts(texts: list[str], tokenizer: Any, *, max_length: int) -> list[list[int]]:
+    """Token ids of each text, as the tokenizer writes a text of its own, cut on the right to ``max_length`` tokens.
+
+    An empty text (20 Newsgroups has some) becomes one token, so that there is a last token to pool.
+
+    Raises:
+        DataError: if there is no text.
+    """
+    if not texts:
+        raise DataError("there is no text to classify; give at least one row")
+    ids = tokenizer(texts, truncation=True, max_length=max_length).input_ids
+    return [list(row) or [tokenizer.eos_token_id] for row in ids]
+
+
+class ClassDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Encoded texts and their class indices for a Trainer."""
+
+    def __init__(self, ids: list[list[int]], classes: list[int]) -> None:
+        if len(ids) != len(classes):
+            raise DataError(f"there are {len(ids)} texts but {len(classes)} classes; give one class per text")
+        self.ids, self.classes = ids, classes
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[index], "labels": self.classes[index]}
+
+
+class ClassCollator:
+    """Pads a batch on the right to its longest row.
+
+    Args:
+        pad_token_id: token for padding; the base pools the last token that is not it, so it must not end a text.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` ``(B, T)``, ``labels`` ``(B,)``."""
+        width = max(len(f["input_ids"]) for f in features)
+        rows = [f["input_ids"] + [self.pad_token_id] * (width - len(f["input_ids"])) for f in features]
+        lengths = torch.tensor([len(f["input_ids"]) for f in features])
+        return {
+            "input_ids": torch.tensor(rows),
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "labels": torch.tensor([f["labels"] for f in features]),
+        }

@@ -1,0 +1,59 @@
+"""Two tiny tasks in the form of ``shadowpeft.data.tasks``: one that generates, one that classifies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SIZES = {"train": 24, "validation": 10, "test": 12}
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    prompt: str
+    answer: str
+    gold: Any
+    choices: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Fake:
+    """Says which of three letters a text is full of; with ``paths`` some rows are for one path only."""
+
+    max_new_tokens = 4
+
+    def __init__(self, kind: str, paths: bool = False) -> None:
+        self.kind, self.paths = kind, paths
+        self.name = f"fake_{kind}"
+        self.labels = ("a", "b", "c") if kind == "classify" else ()
+
+    def load(self, split: str, *, shots: int = 0, limit: int | None = None, seed: int = 0) -> list[Row]:
+        rows = []
+        for i in range(SIZES[split]):
+            letter = "abc"[i % 3]
+            text = split[:2] + letter * (2 + i % 7) + str(i)
+            path = ("base", "shadow", "both")[i % 3] if self.paths else "both"
+            rows.append(Row(f"{split}-{i}", "sh " * shots + text, letter, letter, ("a", "b", "c"), {"path": path}))
+        return rows[:limit]
+
+    def parse(self, text: str) -> str:
+        return text.strip()[:1]
+
+    def per_example(self, prediction: Any, example: Row) -> float:
+        return float(prediction == example.gold)
+
+    def score(self, predictions: Sequence[Any], examples: Sequence[Row]) -> dict[str, float]:
+        hits = [self.per_example(p, e) for p, e in zip(predictions, examples, strict=True)]
+        return {"score": sum(hits) / len(hits)}
+
+    def source(self, split: str) -> dict[str, Any]:
+        text = "\n".join(r.prompt for r in self.load(split))
+        return {
+            "from": "folder",
+            "path": "inline",
+            "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+            "partial": False,
+        }
