@@ -57,3 +57,30 @@ class Fake:
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
             "partial": False,
         }
+
+
+def evaluate_fake(
+    model: Any, tokenizer: Any, task: Fake, *, mode: str, folder: Any, method: str, split: str = "test", **options: Any
+) -> dict[str, Any]:
+    """A stand-in for ``evaluate_task``: real predictions of the model, in the form of its record."""
+    import torch
+    from experiments.runner import bootstrap
+
+    import shadowpeft
+    from shadowpeft.generate import answer
+
+    rows = task.load(split, shots=options.get("shots", 0), limit=options.get("limit"))
+    runner = shadowpeft.detach(model) if mode == "detached" else model
+    runner.eval()
+    assert method in ("classify", "generate")
+    if method == "classify":
+        with torch.no_grad():
+            ids = [torch.tensor([tokenizer(r.prompt).input_ids]) for r in rows]
+            found = [task.labels[int(runner(input_ids=i).logits.argmax())] for i in ids]
+    else:
+        texts = answer(runner, tokenizer, [r.prompt for r in rows], max_new_tokens=task.max_new_tokens)
+        found = [task.parse(t.text) for t in texts]
+    hits = [task.per_example(p, r) for p, r in zip(found, rows, strict=True)]
+    record = {**task.score(found, rows), "interval": list(bootstrap(hits)), "n": len(rows), "mode": mode}
+    (folder / "record.json").write_text(str(record))
+    return record

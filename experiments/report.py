@@ -1,0 +1,467 @@
+"""``docs/results.md`` and ``docs/figures`` from the committed records and nothing else; a cell without a record says "not run"."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.spec import KINDS, MODES, RECORDS, SPECS, Cell, Spec, cells, evaluation_name, names, read_spec
+from shadowpeft.train.progress import write_text
+
+ROOT = Path(__file__).parent.parent
+PAPER = Path(__file__).parent / "paper.yaml"
+NOT_RUN = "not run"
+TITLES = {
+    "mmlu": "MMLU",
+    "gsm8k": "GSM8K",
+    "squad_v2": "SQuAD v2",
+    "amazon_reviews": "Amazon",
+    "newsgroups": "20 Newsgroups",
+    "clinc150": "CLINC150",
+    "robot": "Robot intents",
+}
+NAMES = {"lora": "LoRA", "dora": "DoRA", "base": "Base, untrained"}
+COLOURS = {"attached": "#1f5fa8", "detached": "#c2571a", "lora": "#4b8b3b", "dora": "#7a4fa3", "base": "#777777"}
+
+HEAD = """# Results
+
+Made by `python -m experiments report` from the files in `experiments/records`; nothing is typed in by hand. Every number of ours links
+to the record it comes from. Scores are percentages of the whole test rows named in the record; brackets hold the 95 % bootstrap interval
+over examples. With several seeds the number is their mean, the brackets hold the mean of their intervals, and each seed's own
+number follows. "{not_run}" means that no record exists. The paper's numbers are printed beside ours for comparison: they are of
+other bases, larger budgets and, where a note says so, other rows.
+
+How equal conditions are kept is described in [experiments.md](experiments.md).
+"""
+
+
+@dataclass
+class Page:
+    """Where a report reads and writes."""
+
+    records: Path = RECORDS
+    specs: Path = SPECS
+    docs: Path = ROOT / "docs"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """The record of a cell, or None."""
+        file = self.records / cell.spec / f"{cell.id}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def link(self, record: dict[str, Any], text: str) -> str:
+        """``text`` as a link to the record."""
+        path = os.path.relpath(self.records / f"{record['id']}.json", self.docs)
+        return f"[{text}]({Path(path).as_posix()})"
+
+
+def read(cell: Cell) -> dict[str, Any] | None:
+    """The committed record of a cell, or None if it was not run."""
+    return Page().read(cell)
+
+
+def write(page: Page | None = None) -> list[Path]:
+    """Write the page and its figures; returns their paths."""
+    page = page or Page()
+    figures = page.docs / "figures"
+    specs = [read_spec(name, page.specs) for name in names(page.specs)]
+    specs.sort(key=lambda s: (KINDS.index(s.kind), s.name))
+    written = []
+    for spec in specs:
+        draw = FIGURES.get(spec.kind)
+        path = figures / f"{spec.name}.png"
+        if draw is not None and any(page.read(cell) is not None for cell in cells(spec)):
+            figures.mkdir(parents=True, exist_ok=True)
+            draw(page, spec, path)
+            written.append(path)
+    page.docs.mkdir(parents=True, exist_ok=True)
+    write_text(page.docs / "results.md", text(page))
+    return [page.docs / "results.md", *written]
+
+
+def text(page: Page) -> str:
+    """The content of ``docs/results.md``."""
+    specs = [read_spec(name, page.specs) for name in names(page.specs)]
+    specs.sort(key=lambda s: (KINDS.index(s.kind), s.name))
+    paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
+    return "\n".join([HEAD.format(not_run=NOT_RUN), *(section(page, spec, paper) for spec in specs)])
+
+
+def section(page: Page, spec: Spec, paper: dict[str, Any]) -> str:
+    """One spec: what it is, what was run, the table, the figure, the training behind it."""
+    every = cells(spec)
+    found = [page.read(cell) for cell in every]
+    done = sum(record is not None for record in found)
+    old = [
+        cell.id
+        for cell, record in zip(every, found, strict=True)
+        if record is not None and record["settings_sha256"] != cell.digest()
+    ]
+    lines = [f"## {spec.title}", "", f"Spec `{spec.name}`, base `{spec.base}`, {done} of {len(every)} cells run."]
+    if spec.note:
+        lines += ["", spec.note.strip()]
+    if old:
+        lines += ["", f"Records of other settings than the spec has now: {', '.join(old)}."]
+    lines += ["", *TABLES[spec.kind](page, spec, paper)]
+    note = paper.get(spec.kind, {}).get("note")
+    if note and spec.paper:
+        lines += ["", note.strip()]
+    if done and spec.kind in FIGURES:
+        lines += ["", f"![{spec.title}](figures/{spec.name}.png)"]
+    if done and spec.kind != "latency":
+        lines += ["", *training_table(page, spec)]
+    return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------- numbers
+
+
+def share(page: Page, records: list[dict[str, Any] | None], key: str) -> str:
+    """A score in percent with its interval and links; several seeds: mean, mean interval, and each."""
+    there = [r for r in records if r is not None and key in r["results"]]
+    if not there:
+        return NOT_RUN
+    scores = [100 * r["results"][key]["score"] for r in there]
+    lows, highs = zip(*(r["results"][key]["interval"] for r in there), strict=True)
+    interval = f"[{100 * statistics.mean(lows):.1f}, {100 * statistics.mean(highs):.1f}]"
+    if len(there) == 1 and len(records) == 1:
+        return f"{page.link(there[0], f'{scores[0]:.1f}')} {interval}"
+    each = " ".join(page.link(r, f"{s:.1f}") for r, s in zip(there, scores, strict=True))
+    missing = len(records) - len(there)
+    return f"{statistics.mean(scores):.1f} {interval} ({each}" + (f"; {missing} seeds {NOT_RUN})" if missing else ")")
+
+
+def label(spec: Spec, name: str, mode: str) -> str:
+    """A row's name."""
+    method = spec.methods[name]
+    own = method.label or NAMES.get(method.method) or ("Shadow" if name == "shadow" else name)
+    return f"{own}, {mode}" if method.method == "shadow" else own
+
+
+def parameters(page: Page, spec: Spec, name: str) -> str:
+    """Trainable parameters of a method over the tasks (a classification head makes them differ), with links."""
+    found: dict[int, dict[str, Any]] = {}
+    for cell in cells(spec):
+        record = page.read(cell) if cell.name == name else None
+        number = None if record is None else record.get("training", {}).get("trainable_parameters")
+        if number is not None and record is not None:
+            found.setdefault(number, record)
+    if not found:
+        return "0" if spec.methods[name].method == "base" else NOT_RUN
+    return ", ".join(page.link(record, f"{number:,}") for number, record in sorted(found.items()))
+
+
+def of(page: Page, spec: Spec, task: str, name: str) -> list[dict[str, Any] | None] | None:
+    """The records of a task and method, one a seed; None if the spec has no such cell."""
+    own = [cell for cell in cells(spec) if cell.task == task and cell.name == name]
+    return [page.read(cell) for cell in own] if own else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------------ tables
+
+
+def _columns(spec: Spec) -> list[tuple[str, str, Any]]:
+    """(trained on, title, evaluation) of every column of a table of tasks."""
+    found = []
+    for task, part in spec.tasks.items():
+        for evaluation in part.evaluate:
+            title = TITLES.get(evaluation.task or task, evaluation.task or task)
+            title += f", {evaluation.how}" if evaluation.how else ""
+            title += f", {evaluation.shots}-shot" if evaluation.shots else ""
+            found.append((task, title, evaluation))
+    return found
+
+
+def _key(task: str, mode: str, evaluation: Any) -> str:
+    return evaluation_name({**evaluation.model_dump(), "task": evaluation.task or task}, mode)
+
+
+def tasks_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
+    """Methods down, tasks across; the paper's rows below ours."""
+    columns = _columns(spec)
+    rows = []
+    for name, method in spec.methods.items():
+        for mode in MODES[method.method]:
+            row = [label(spec, name, mode), parameters(page, spec, name) if mode != "detached" else ""]
+            for task, _, evaluation in columns:
+                records = of(page, spec, task, name)
+                row.append("" if records is None else share(page, records, _key(task, mode, evaluation)))
+            rows.append(row)
+    published = paper.get(spec.kind, {})
+    for name, values in published.get("models", {}).get(spec.paper, {}).items():
+        scores = dict(zip(published["columns"], values["scores"], strict=True))
+        count = f"{values['parameters']:,}" if "parameters" in values else ""
+        row = [f"paper, {spec.paper}: {name}", count]
+        for task, _, evaluation in columns:
+            own = evaluation.task or task
+            row.append(f"{scores[own]:.2f}" if own in scores and evaluation.how is None else "")
+        rows.append(row)
+    return table(["method", "trainable parameters", *(title for _, title, _ in columns)], rows)
+
+
+def ood_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
+    """Trained on (down) against tested on (across)."""
+    tested: dict[str, str] = {}
+    for _, title, evaluation in _columns(spec):
+        tested.setdefault(evaluation.task or "", title)
+    rows = []
+    for task, part in spec.tasks.items():
+        for name, method in spec.methods.items():
+            records = of(page, spec, task, name)
+            if records is None:
+                continue
+            for mode in MODES[method.method]:
+                row = [TITLES.get(task, task), label(spec, name, mode)]
+                for other in tested:
+                    match = next((e for e in part.evaluate if e.task == other), None)
+                    row.append("" if match is None else share(page, records, _key(task, mode, match)))
+                rows.append(row)
+    published = paper["ood"]
+    for name, values in published["models"].get(spec.paper, {}).items():
+        trained, method_name = name.split(", ")
+        scores = dict(zip(published["columns"], values, strict=True))
+        shown = [f"{scores[other]:.2f}" if other in scores else "" for other in tested]
+        rows.append([f"paper, {spec.paper}: {TITLES[trained]}", method_name, *shown])
+    return table(["trained on", "method", *tested.values()], rows)
+
+
+def scaling_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
+    """As :func:`tasks_table`, then the paper's points."""
+    lines = tasks_table(page, spec, {})
+    points = [
+        [f"paper, {spec.paper}: {name}", f"{count:,}", TITLES.get(task, task), f"{score:.2f}"]
+        for task, series in paper["scaling"]["models"].get(spec.paper, {}).items()
+        for name, values in series.items()
+        for count, score in values
+    ]
+    return lines + (["", *table(["method", "trainable parameters", "task", "score"], points)] if points else [])
+
+
+def latency_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
+    """Milliseconds, quartiles, and the ratio to the bare base of the same process."""
+    new = spec.latency.new_tokens
+    rows = []
+    for task in spec.tasks:
+        for name, method in spec.methods.items():
+            for mode in MODES[method.method]:
+                records = of(page, spec, task, name)
+                record = None if records is None else records[0]
+                row = [label(spec, name, mode)]
+                if record is None:
+                    rows.append([*row, NOT_RUN, NOT_RUN, NOT_RUN])
+                    continue
+                result = record["results"][mode]
+                low, high = result["interval"]
+                value = page.link(record, f"{result['milliseconds']:.1f}")
+                shown = [
+                    f"{value} [{low:.1f}, {high:.1f}]",
+                    f"{result['ratio']:.2f}",
+                ]
+                rows.append([*row, *shown, f"{record['processor']}, {record['versions']['threads']} threads"])
+    for name, value in paper["latency"]["models"].get(spec.paper, {}).items():
+        rows.append([f"paper, {spec.paper}: {name}", f"{value:.1f}", "", ""])
+    return table(["method", f"ms for {new} tokens [quartiles]", "ratio to the base", "device"], rows)
+
+
+def system_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
+    """The robot as a system: who answers, how well, how fast."""
+    rows = []
+    for task in spec.tasks:
+        for name, method in spec.methods.items():
+            records = of(page, spec, task, name)
+            own = "Shadow first, attached behind" if method.method == "shadow" else label(spec, name, "")
+            if records is None:
+                continue
+            there = [r for r in records if r is not None]
+            row = [own, *(share(page, records, key) for key in ("commands", "open", "all"))]
+            if there:
+                row.append(" ".join(page.link(r, f"{r['results']['all']['milliseconds']:.0f}") for r in there))
+                row.append(" ".join(page.link(r, f"{100 * r['results']['all']['handed_on']:.1f}") for r in there))
+            else:
+                row += [NOT_RUN, NOT_RUN]
+            rows.append(row)
+    return table(["system", "commands", "open requests", "all", "mean ms a request", "handed on, %"], rows)
+
+
+def training_table(page: Page, spec: Spec) -> list[str]:
+    """What each trained cell was given and used."""
+    rows = []
+    for cell in cells(spec):
+        record = page.read(cell)
+        if record is None or "rate" not in record:
+            continue
+        training, rate = record["training"], record["rate"]
+        chosen = f"{rate['chosen']:g}" + (" (edge of the grid)" if rate.get("at_edge") else "")
+        if rate["record"] is not None:
+            chosen = page.link({"id": rate["record"]}, chosen)
+        peak = training.get("peak_memory_mib")
+        rows.append(
+            [
+                page.link(record, record["id"]),
+                chosen,
+                f"{training['steps']:,}",
+                f"{training['tokens']:,}",
+                f"{training['seconds']:,.0f}",
+                "unknown" if peak is None else f"{peak:,.0f}",
+                record["processor"],
+                f"`{record['commit'][:8]}`",
+            ]
+        )
+    header = ["record", "learning rate", "steps", "tokens", "seconds", "peak MiB", "device", "commit"]
+    return ["Training behind these numbers:", "", *table(header, rows)] if rows else []
+
+
+TABLES: dict[str, Callable[[Page, Spec, dict[str, Any]], list[str]]] = {
+    "table1": tasks_table,
+    "ablation": tasks_table,
+    "ood": ood_table,
+    "scaling": scaling_table,
+    "latency": latency_table,
+    "system": system_table,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- figures
+
+
+def _canvas(width: float = 8.0) -> tuple[Any, Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(width, 4.5), layout="constrained")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    return plt, figure, axes
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.savefig(
+        path, dpi=130, metadata={"Software": None}
+    )  # without a version, so that equal records give equal files
+    plt.close(figure)
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> tuple[float, float, float] | None:
+    """Score and interval in percent, means over the seeds that were run."""
+    there = [r["results"][key] for r in records if key in r["results"]]
+    if not there:
+        return None
+    low = statistics.mean(r["interval"][0] for r in there)
+    high = statistics.mean(r["interval"][1] for r in there)
+    return 100 * statistics.mean(r["score"] for r in there), 100 * low, 100 * high
+
+
+def bars(page: Page, spec: Spec, path: Path) -> None:
+    """Score and interval of every method on every task that was run."""
+    columns = _columns(spec)
+    plt, figure, axes = _canvas(max(8.0, 1.6 * len(columns)))
+    series = [(name, mode) for name, method in spec.methods.items() for mode in MODES[method.method]]
+    width = 0.8 / len(series)
+    shades = plt.get_cmap("tab10")
+    for number, (name, mode) in enumerate(series):
+        places, values, errors = [], [], []
+        for at, (task, _, evaluation) in enumerate(columns):
+            records = [r for r in of(page, spec, task, name) or [] if r is not None]
+            found = _mean(records, _key(task, mode, evaluation))
+            if found is not None:
+                places.append(at + (number - (len(series) - 1) / 2) * width)
+                values.append(found[0])
+                errors.append((found[0] - found[1], found[2] - found[0]))
+        if values:
+            both = [[max(e[side], 0.0) for e in errors] for side in (0, 1)]
+            axes.bar(places, values, width, yerr=both, label=label(spec, name, mode), color=shades(number), capsize=2)
+    axes.set_xticks(range(len(columns)), [title.replace(", ", ",\n") for _, title, _ in columns])
+    axes.set_ylabel("score, %")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, ncols=2)
+    _save(plt, figure, path)
+
+
+def curves(page: Page, spec: Spec, path: Path) -> None:
+    """Score against trainable parameters, one line a method and task."""
+    plt, figure, axes = _canvas()
+    for task, _, evaluation in _columns(spec):
+        for kind in ("shadow", "lora", "dora"):
+            for mode in MODES[kind]:
+                points = []
+                for name, method in spec.methods.items():
+                    records = [r for r in of(page, spec, task, name) or [] if r is not None]
+                    found = _mean(records, _key(task, mode, evaluation)) if method.method == kind else None
+                    if found is not None:
+                        points.append((records[0]["training"]["trainable_parameters"], *found))
+                if points:
+                    x, y, low, high = zip(*sorted(points), strict=True)
+                    name = f"{TITLES.get(task, task)}, {NAMES.get(kind, 'shadow ' + mode)}"
+                    axes.plot(x, y, "o-", color=COLOURS[mode], label=name)
+                    axes.fill_between(x, low, high, color=COLOURS[mode], alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("trainable parameters")
+    axes.set_ylabel("score, %")
+    axes.legend(frameon=False)
+    _save(plt, figure, path)
+
+
+def latencies(page: Page, spec: Spec, path: Path) -> None:
+    """Milliseconds with quartiles, a bar a method."""
+    plt, figure, axes = _canvas()
+    shown: list[tuple[str, str, dict[str, Any]]] = []
+    for task in spec.tasks:
+        for name, method in spec.methods.items():
+            record = (of(page, spec, task, name) or [None])[0]
+            if record is not None:
+                shown += [(label(spec, name, mode), mode, record["results"][mode]) for mode in MODES[method.method]]
+    values = [result["milliseconds"] for _, _, result in shown]
+    errors = [
+        [max(r["milliseconds"] - r["interval"][0], 0.0) for _, _, r in shown],
+        [max(r["interval"][1] - r["milliseconds"], 0.0) for _, _, r in shown],
+    ]
+    axes.bar(range(len(shown)), values, yerr=errors, color=[COLOURS[mode] for _, mode, _ in shown], capsize=3)
+    axes.set_xticks(range(len(shown)), [name.replace(", ", ",\n") for name, _, _ in shown])
+    axes.set_ylabel(f"ms for {spec.latency.new_tokens} new tokens")
+    _save(plt, figure, path)
+
+
+def trade(page: Page, spec: Spec, path: Path) -> None:
+    """Accuracy against latency, a point a system and seed."""
+    plt, figure, axes = _canvas()
+    for task in spec.tasks:
+        for name, method in spec.methods.items():
+            mode = MODES[method.method][0]
+            results = [r["results"]["all"] for r in of(page, spec, task, name) or [] if r is not None]
+            if results:
+                y = [100 * r["score"] for r in results]
+                low = [max(v - 100 * r["interval"][0], 0.0) for v, r in zip(y, results, strict=True)]
+                high = [max(100 * r["interval"][1] - v, 0.0) for v, r in zip(y, results, strict=True)]
+                own = "shadow first, attached behind" if method.method == "shadow" else label(spec, name, "")
+                x = [r["milliseconds"] for r in results]
+                axes.errorbar(x, y, yerr=[low, high], fmt="o", color=COLOURS[mode], label=own, capsize=3)
+    axes.set_xlabel("mean ms a request")
+    axes.set_ylabel("right, %")
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    _save(plt, figure, path)
+
+
+FIGURES: dict[str, Callable[[Page, Spec, Path], None]] = {
+    "table1": bars,
+    "ablation": bars,
+    "scaling": curves,
+    "latency": latencies,
+    "system": trade,
+}
