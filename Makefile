@@ -29,7 +29,7 @@ test: $(VENV)/dev lint types  ## lint, types, tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev
-	$(BIN)/ruff check src tests examples benchmarks scripts
+	$(BIN)/ruff check src tests experiments examples benchmarks scripts
 	$(BIN)/lint-imports
 
 types: $(VENV)/dev

@@ -1,4 +1,4 @@
-"""``docs/results.md`` and ``docs/figures`` from the committed records and nothing else; a cell without a record says "not run"."""
+"""``docs/results.md`` and ``docs/figures`` from the committed records alone; a cell without a record says "not run"."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TITLES = {
     "mmlu": "MMLU",
     "gsm8k": "GSM8K",
     "squad_v2": "SQuAD v2",
+    "squad_v2_devsplit": "SQuAD v2 (devsplit)",
     "amazon_reviews": "Amazon",
     "newsgroups": "20 Newsgroups",
     "clinc150": "CLINC150",
@@ -32,11 +33,11 @@ COLOURS = {"attached": "#1f5fa8", "detached": "#c2571a", "lora": "#4b8b3b", "dor
 
 HEAD = """# Results
 
-Made by `python -m experiments report` from the files in `experiments/records`; nothing is typed in by hand. Every number of ours links
-to the record it comes from. Scores are percentages of the whole test rows named in the record; brackets hold the 95 % bootstrap interval
-over examples. With several seeds the number is their mean, the brackets hold the mean of their intervals, and each seed's own
-number follows. "{not_run}" means that no record exists. The paper's numbers are printed beside ours for comparison: they are of
-other bases, larger budgets and, where a note says so, other rows.
+Made by `python -m experiments report` from the files in `experiments/records`; nothing is typed in by hand. Every number of
+ours links to the record it comes from. Scores are percentages of the test rows that the record names; brackets hold the 95 %
+bootstrap interval over examples. With several seeds the number is their mean, the brackets hold the mean of their intervals,
+and each seed's own number follows. "{not_run}" means that no record exists. The paper's numbers are printed beside ours for
+comparison: they are of other bases, larger budgets and, where a note says so, other rows.
 
 How equal conditions are kept is described in [experiments.md](experiments.md).
 """

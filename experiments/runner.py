@@ -191,8 +191,8 @@ class Runner:
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["settings_sha256"] != digest(settings):
                 raise ConfigError(
-                    f"the record {found['id']} was made with other settings ({', '.join(changed(found['settings'], settings))}); "
-                    "delete it to search again"
+                    f"the record {found['id']} was made with other settings "
+                    f"({', '.join(changed(found['settings'], settings))}); delete it to search again"
                 )
             return {"chosen": found["chosen"], "record": found["id"], "at_edge": found["at_edge"]}
         task = self.get_task(cell.task)
@@ -247,9 +247,12 @@ class Runner:
         """The trained adapter on its base, the summary of its training, and its folder; trained once for equal settings."""
         tokenizer = self.tokenizer(cell.base)
         base = baselines.load_task_base(cell.base, task, tokenizer, precision=cell.precision, seed=seed)
-        data = baselines.encode_examples(
-            task, task.load("train", shots=cell.shots, seed=0), tokenizer, max_length=cell.max_length
-        )
+        examples = [
+            e
+            for e in task.load("train", shots=cell.shots, seed=0)
+            for _ in range(cell.shadow_row_repeats if e.meta.get("path") == "shadow" else 1)
+        ]
+        data = baselines.encode_examples(task, examples, tokenizer, max_length=cell.max_length)
         section = TrainingSection.model_validate({**cell.train, "seed": seed, "learning_rate": rate})
         steps = planned_steps(cell, data, section, share)
         section = section.model_copy(
@@ -271,9 +274,10 @@ class Runner:
                 cell.match,
                 cell.max_length,
                 cell.shots,
+                cell.shadow_row_repeats,
                 optimised,
+                task.source("train")["fingerprint"],
             ]
-            + [task.source("train")["fingerprint"]]
         )
         folder = self.work / "train" / key[:16]
         summary_file, adapter = folder / "summary.json", folder / "adapter"
@@ -435,11 +439,7 @@ class Runner:
                 first, handed, second = ask(model, rows), [], {}
         outcomes = [second.get(i, first[i])[0] for i in range(len(rows))]
         seconds = [first[i][1] + (second[i][1] if i in second else 0.0) for i in range(len(rows))]
-        # an open request is answered well if no skill is executed; a command, if its own skill is
-        hits = [
-            (out in (None, "REMOTE")) if row.gold == "REMOTE" else out == row.gold
-            for out, row in zip(outcomes, rows, strict=True)
-        ]
+        hits = [task.per_example(out, row) for out, row in zip(outcomes, rows, strict=True)]
         kinds = {"commands": [r.gold != "REMOTE" for r in rows], "open": [r.gold == "REMOTE" for r in rows]}
         results: dict[str, Any] = {}
         for name, mask in {"all": [True] * len(rows), **kinds}.items():
@@ -447,7 +447,7 @@ class Runner:
             if chosen:
                 results[name] = {
                     "score": sum(hits[i] for i in chosen) / len(chosen),
-                    "interval": list(bootstrap([float(hits[i]) for i in chosen])),
+                    "interval": list(bootstrap([hits[i] for i in chosen])),
                     "n": len(chosen),
                     "milliseconds": 1000 * statistics.mean(seconds[i] for i in chosen),
                     "handed_on": sum(i in second for i in chosen) / len(chosen),

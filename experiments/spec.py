@@ -145,6 +145,8 @@ class Cell:
     """Budget in training tokens; None: ``train`` holds epochs or steps."""
     max_length: int
     shots: int
+    shadow_row_repeats: int
+    """How often an epoch shows rows that only the shadow path learns."""
     train: dict[str, Any]
     rates: dict[str, Any] | None
     evaluate: list[dict[str, Any]]
@@ -298,6 +300,7 @@ def _cell(spec: Spec, task: str, part: TaskPart, name: str, method: Method, seed
                 )
             match = _merged(_layers(spec, part, method.match, "fields"))
         tokens, max_length, shots = train.pop("tokens", None), train.pop("max_length", 512), train.pop("shots", 0)
+        repeats = train.pop("shadow_row_repeats", 1)
         if untrained:
             train, rates, tokens = {}, None, None
         else:
@@ -328,6 +331,7 @@ def _cell(spec: Spec, task: str, part: TaskPart, name: str, method: Method, seed
         tokens=tokens,
         max_length=max_length,
         shots=shots,
+        shadow_row_repeats=repeats,
         train=train,
         rates=rates,
         evaluate=[{**e.model_dump(), "task": e.task or task} for e in part.evaluate],
