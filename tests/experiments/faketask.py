@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.tasks import Example, Task
 
 SIZES = {"train": 24, "validation": 10, "test": 12}
 
 
-@dataclass(frozen=True)
-class Row:
-    id: str
-    prompt: str
-    answer: str
-    gold: Any
-    choices: tuple[str, ...] = ()
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-class Fake:
+class Fake(Task):
     """Says which of three letters a text is full of; with ``paths`` some rows are for one path only."""
 
     max_new_tokens = 4
@@ -30,33 +20,19 @@ class Fake:
         self.name = f"fake_{kind}"
         self.labels = ("a", "b", "c") if kind == "classify" else ()
 
-    def load(self, split: str, *, shots: int = 0, limit: int | None = None, seed: int = 0) -> list[Row]:
-        rows = []
+    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        made = []
         for i in range(SIZES[split]):
             letter = "abc"[i % 3]
-            text = split[:2] + letter * (2 + i % 7) + str(i)
             path = ("base", "shadow", "both")[i % 3] if self.paths else "both"
-            rows.append(Row(f"{split}-{i}", "sh " * shots + text, letter, letter, ("a", "b", "c"), {"path": path}))
-        return rows[:limit]
+            made.append({"text": split[:2] + letter * (2 + i % 7) + str(i), "letter": letter, "path": path})
+        return made, {"from": "folder", "path": "inline", "fingerprint": fingerprint(made), "partial": False}
+
+    def example(self, row: dict[str, Any], identity: str) -> Example:
+        return Example(identity, row["text"], row["letter"], row["letter"], ("a", "b", "c"), {"path": row["path"]})
 
     def parse(self, text: str) -> str:
         return text.strip()[:1]
-
-    def per_example(self, prediction: Any, example: Row) -> float:
-        return float(prediction == example.gold)
-
-    def score(self, predictions: Sequence[Any], examples: Sequence[Row]) -> dict[str, float]:
-        hits = [self.per_example(p, e) for p, e in zip(predictions, examples, strict=True)]
-        return {"score": sum(hits) / len(hits)}
-
-    def source(self, split: str) -> dict[str, Any]:
-        text = "\n".join(r.prompt for r in self.load(split))
-        return {
-            "from": "folder",
-            "path": "inline",
-            "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
-            "partial": False,
-        }
 
 
 def evaluate_fake(

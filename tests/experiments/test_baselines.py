@@ -159,8 +159,9 @@ def test_the_head_of_a_classifier_starts_equal_for_every_method(tmp_path):
 
 def test_rows_for_the_shadow_alone_leave_lora_at_rest(tmp_path):
     class Shadow(Fake):
-        def load(self, split, **kwargs):
-            return [r for r in super().load(split, **kwargs) if r.meta["path"] == "shadow"]
+        def rows(self, split):
+            made, origin = super().rows(split)
+            return [row for row in made if row["path"] == "shadow"], origin
 
     model, summary = trained("lora", Shadow("generate", paths=True), tmp_path, steps=3)
     assert summary["train_loss"] == 0.0
@@ -224,8 +225,8 @@ def test_rates_are_never_chosen_on_test_or_training_rows(split):
 
 def test_a_validation_split_made_of_test_rows_is_refused():
     class Leaky(Fake):
-        def load(self, split, **kwargs):
-            return super().load("test" if split == "validation" else split, **kwargs)
+        def rows(self, split):
+            return super().rows("test" if split == "validation" else split)
 
     baselines.check_splits(Fake("generate"), choose_on="validation")
     with pytest.raises(DataError, match=r"100.0% of the validation rows .* test split"):

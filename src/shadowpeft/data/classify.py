@@ -1,4 +1,4 @@
-"""Texts with a class: token sequences for a sequence classifier, and the collator that pads them."""
+"""Texts with a class, encoded (:func:`shadowpeft.data.tasks.class_ids`): a data set, and the collator that pads them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ import torch
 from torch import Tensor
 
 from shadowpeft.errors import DataError
-
-
-def encode_texts(texts: list[str], tokenizer: Any, *, max_length: int) -> list[list[int]]:
-    """Token ids of each text, as the tokenizer writes a text of its own, cut on the right to ``max_length`` tokens.
-
-    An empty text (20 Newsgroups has some) becomes one token, so that there is a last token to pool.
-
-    Raises:
-        DataError: if there is no text.
-    """
-    if not texts:
-        raise DataError("there is no text to classify; give at least one row")
-    ids = tokenizer(texts, truncation=True, max_length=max_length).input_ids
-    return [list(row) or [tokenizer.eos_token_id] for row in ids]
 
 
 class ClassDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -23,7 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data import chat
-from shadowpeft.data.classify import ClassCollator, ClassDataset, encode_texts
+from shadowpeft.data.classify import ClassCollator, ClassDataset
+from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
@@ -123,7 +124,7 @@ def match_rank(
 
 
 def load_task_base(
-    name: str, task: Any, tokenizer: Any, *, precision: str = "float32", seed: int = 0
+    name: str, task: Task, tokenizer: Any, *, precision: str = "float32", seed: int = 0
 ) -> PreTrainedModel:
     """The base for a task: a language model, or a classifier over the task's labels whose new head ``seed`` alone decides."""
     set_seed(seed)
@@ -194,24 +195,8 @@ def _master_weights(model: PeftModel) -> PeftModel:
 # -------------------------------------------------------------------------------------------------------------- the data
 
 
-def chat_rows(examples: Sequence[Any]) -> list[dict[str, Any]]:
-    """Checked chat rows of task examples; ``meta`` may hold ``path`` and ``shadow_response`` (:mod:`shadowpeft.data.chat`)."""
-    return [
-        chat.check_row(
-            {
-                "prompt": e.prompt,
-                "response": e.answer,
-                "path": e.meta.get("path", "both"),
-                "shadow_response": e.meta.get("shadow_response"),
-            },
-            f"example {e.id}",
-        )
-        for e in examples
-    ]
-
-
 def encode_examples(
-    task: Any, examples: Sequence[Any], tokenizer: Any, *, max_length: int, system: str | None = None
+    task: Task, examples: Sequence[Example], tokenizer: Any, *, max_length: int
 ) -> chat.ChatDataset | ClassDataset:
     """A data set for the Trainer: masked chats for a "generate" task (longer ones are left out), cut texts for "classify"."""
     if task.kind == "classify":
@@ -221,13 +206,13 @@ def encode_examples(
             raise DataError(
                 f"example {unknown.id} has the class '{unknown.answer}', which is none of the {len(where)} labels"
             )
-        ids = encode_texts([e.prompt for e in examples], tokenizer, max_length=max_length)
+        ids = [class_ids(tokenizer, e.prompt, max_length) for e in examples]
         return ClassDataset(ids, [where[e.answer] for e in examples])
-    rows = chat_rows(examples)
-    return chat.ChatDataset(chat.encode(rows, tokenizer, max_length=max_length, too_long="skip", system=system))
+    rows = training_rows(task, examples)
+    return chat.ChatDataset(chat.encode(rows, tokenizer, max_length=max_length, too_long="skip"))
 
 
-def check_splits(task: Any, *, choose_on: str, limit: float = 0.05) -> None:
+def check_splits(task: Task, *, choose_on: str, limit: float = 0.05) -> None:
     """Learning rates are chosen on rows that are neither trained on nor tested on.
 
     Args:
