@@ -318,6 +318,10 @@ class Runner:
         rest = {key: value for key, value in options.items() if key in ("split", "shots", "limit", "batch_size")}
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = self.tokenizer(cell.base)
+        if how == "classify":
+            rest["max_length"] = cell.max_length  # read as much of a text as in training
+        if self.quiet:
+            rest["progress"] = lambda done: None
         return self.evaluate(model, tokenizer, task, mode=mode, method=how, folder=folder, resume=True, seed=0, **rest)
 
     def _train_and_evaluate(self, cell: Cell) -> dict[str, Any]:
