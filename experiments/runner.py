@@ -13,7 +13,6 @@ import json
 import platform
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +25,10 @@ from rich.console import Console
 
 import shadowpeft
 from experiments.spec import MODES, RECORDS, SPECS, Cell, Spec, cells, digest, evaluation_name, read_spec
+from shadowpeft.data.tasks import Task, get_task
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate import answer_loss
+from shadowpeft.evaluate import answer_loss, evaluate_task
+from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.generate import answer, routing_reason
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
@@ -44,20 +45,6 @@ class Paused(Exception):
     """The time is up; what was done is kept."""
 
 
-def default_task(name: str) -> Any:
-    """A task of ``shadowpeft.data.tasks``."""
-    from shadowpeft.data.tasks import get_task
-
-    return get_task(name)
-
-
-def default_evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """``shadowpeft.evaluate.evaluate_task``."""
-    from shadowpeft.evaluate import evaluate_task
-
-    return evaluate_task(*args, **kwargs)
-
-
 @dataclass
 class Runner:
     """Where things are and who does them; the last two are replaced in tests."""
@@ -68,8 +55,8 @@ class Runner:
     limit_minutes: float | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
     quiet: bool = False
-    get_task: Callable[[str], Any] = default_task
-    evaluate: Callable[..., dict[str, Any]] = default_evaluate
+    get_task: Callable[[str], Task] = get_task
+    evaluate: Callable[..., dict[str, Any]] = evaluate_task
 
     def __post_init__(self) -> None:
         self.deadline = None if self.limit_minutes is None else time.monotonic() + 60 * self.limit_minutes
@@ -451,7 +438,7 @@ class Runner:
             if chosen:
                 results[name] = {
                     "score": sum(hits[i] for i in chosen) / len(chosen),
-                    "interval": list(bootstrap([hits[i] for i in chosen])),
+                    "interval": bootstrap([hits[i] for i in chosen]),
                     "n": len(chosen),
                     "milliseconds": 1000 * statistics.mean(seconds[i] for i in chosen),
                     "handed_on": sum(i in second for i in chosen) / len(chosen),
@@ -487,14 +474,6 @@ def autocast(cell: Cell) -> Iterator[None]:
         yield
 
 
-def bootstrap(values: list[float], rounds: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling the examples."""
-    drawn = torch.randint(0, len(values), (rounds, len(values)), generator=torch.Generator().manual_seed(0))
-    means = torch.tensor(values, dtype=torch.float64)[drawn].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def quartiles(values: list[float]) -> list[float]:
     """First and third quartile."""
     found = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.75], dtype=torch.float64))
@@ -527,24 +506,6 @@ def write_record(record: dict[str, Any], records: Path) -> None:
     file = record_file(record["id"], records)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
-
-
-def commit() -> str:
-    """The commit that runs, with ``+changes`` if tracked files differ from it; "unknown" outside a checkout."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    # a record that another cell of the same run has written is no change of the code
-    dirty = [line for line in status.stdout.splitlines() if "experiments/records/" not in line]
-    return head.stdout.strip() + ("+changes" if dirty else "")
 
 
 def processor() -> str:
