@@ -102,7 +102,7 @@ def trained(method, task, folder, *, seed=0, steps=5, deadline=None, lr=0.01, sa
     section = TrainingSection(
         max_steps=steps, batch_size=4, learning_rate=lr, log_every=1, threads=1, seed=seed, save_every=save_every
     )
-    return model, baselines.train_task(model, tokenizer, data, section, folder / "run", deadline=deadline)
+    return model, baselines.train_task(model, tokenizer, data, section, folder / "run", deadline=deadline, quiet=False)
 
 
 @pytest.mark.parametrize("kind", ["generate", "classify"])

@@ -178,7 +178,7 @@ def test_a_record_of_other_settings_is_refused_and_named(base, ran, tmp_path):
     place = Place(tmp_path, tiny_spec(base))
     shutil.copytree(ran.folder / "records", tmp_path / "records")
     file = tmp_path / "specs" / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tiny_spec(base, train={"tokens": 900})))
+    file.write_text(yaml.safe_dump(tiny_spec(base, train={"tokens": 900}), sort_keys=False))
     with pytest.raises(
         ConfigError, match=r"tiny/classify-shadow-s0 was made with other settings .*\(tokens\); delete it"
     ):

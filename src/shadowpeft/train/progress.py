@@ -103,7 +103,8 @@ class RunCallback(TrainerCallback):
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
         if self._progress is not None and "task_loss" in record:
-            shown = f"task {record['task_loss']:.3f}  shadow {record['shadow_loss']:.3f}  {rate:.0f} tok/s"
+            shadow = f"shadow {record['shadow_loss']:.3f}  " if "shadow_loss" in record else ""  # LoRA has none
+            shown = f"task {record['task_loss']:.3f}  {shadow}{rate:.0f} tok/s"
             self._progress.update(self._task, shown=shown)
 
     def on_train_end(
