@@ -183,7 +183,8 @@ def test_a_record_of_other_settings_is_refused_and_named(base, ran, tmp_path):
         ConfigError, match=r"tiny/classify-shadow-s0 was made with other settings .*\(tokens\); delete it"
     ):
         place.runner().run("tiny")
-    assert "Records of other settings than the spec has now: classify-shadow-s0, classify-lora-s0" in report_module.text(place.page)
+    page = report_module.text(place.page)
+    assert "Records of other settings than the spec has now: classify-shadow-s0, classify-lora-s0" in page
 
 
 # ------------------------------------------------------------------------------------------------------------ other kinds
