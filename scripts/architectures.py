@@ -106,7 +106,7 @@ def page(record: dict[str, object]) -> str:
         "How differences between architectures are met without naming any:",
         "",
         "- The call that carries the shadow's state travels through keyword arguments, and through a context variable where an "
-        "architecture does not hand those down (Bloom, Falcon, GPT-J, OPT and others). Under `torch.compile` these break the "
+        "architecture does not hand those down (Bloom, Falcon, GPT-J, Mamba and others). Under `torch.compile` these break the "
         "graph once per layer.",
         "- A decoder with parallel residual streams (hyper-connections, AltUp) is read as the mean over its streams and "
         "corrected in all of them.",
