@@ -317,7 +317,7 @@ def training_table(page: Page, spec: Spec) -> list[str]:
                 f"{training['seconds']:,.0f}",
                 "unknown" if peak is None else f"{peak:,.0f}",
                 record["processor"],
-                f"`{record['commit'][:8]}`",
+                f"`{record['commit'][:8]}`" if record["commit"] else "unknown",
             ]
         )
     header = ["record", "learning rate", "steps", "tokens", "seconds", "peak MiB", "device", "commit"]
