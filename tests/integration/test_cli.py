@@ -15,22 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
-from shadowpeft import cli
+from commands import call
 from shadowpeft.train.progress import read_metrics
 
 COMMANDS = ("train", "eval", "generate", "chat", "detach", "convert", "plan", "info", "doctor", "demo")
-
-
-def call(monkeypatch, capsys, *arguments):
-    """Run a command in this process: exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["shadowpeft", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def python(code, *arguments, **options):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
@@ -11,24 +10,17 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer, plain_rows, run_file, save_base, write_rows
-from shadowpeft import cli
+from commands import call
 from shadowpeft.hf import formats, projected
 from tiny import adapt, base, small_llama, tokenizer, tokens
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    def call(*arguments, command="convert"):
-        monkeypatch.setattr(sys, "argv", ["shadowpeft", command, *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
+    def convert(*arguments, command="convert"):
+        return call(monkeypatch, capsys, command, *arguments)
 
-    return call
+    return convert
 
 
 @pytest.fixture

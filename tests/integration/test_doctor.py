@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from chatbase import CHATML, chat_model, chat_tokenizer, save_base
+from commands import call
 from shadowpeft import cli, versions
 from shadowpeft.apps import selftest
 from shadowpeft.hf import hooks
@@ -58,16 +59,10 @@ def adapter(tmp_path_factory, base_folder):
 
 def run(monkeypatch, capsys, *arguments):
     """Exit code and checks by name."""
-    monkeypatch.setattr(sys, "argv", ["shadowpeft", "doctor", *map(str, arguments), "--json"])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out = capsys.readouterr()
-    if not out.out:
-        return code, out.err
-    found = json.loads(out.out)
+    code, out, err = call(monkeypatch, capsys, "doctor", *arguments, "--json")
+    if not out:
+        return code, err
+    found = json.loads(out)
     assert found["passed"] == (code == 0)
     return code, {check["name"]: check for check in found["checks"]}
 

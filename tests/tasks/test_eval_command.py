@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import sys
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
 from chatbase import chat_model, chat_tokenizer, save_base
-from shadowpeft import cli
+from commands import call
 from tiny import adapt, randomise
 
 
@@ -51,17 +50,6 @@ def folders(tmp_path_factory):
     return root
 
 
-def call(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["shadowpeft", "eval", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 @pytest.mark.parametrize(
     ("adapter", "task", "modes"),
     [
@@ -72,7 +60,7 @@ def call(monkeypatch, capsys, *arguments):
 )
 def test_every_method_of_adaptation(monkeypatch, capsys, tmp_path, data, folders, adapter, task, modes):
     arguments = (folders / adapter, "--task", task, "--out", tmp_path / "out", "--limit", 4, "--json")
-    code, out, err = call(monkeypatch, capsys, *arguments)
+    code, out, err = call(monkeypatch, capsys, "eval", *arguments)
     assert code == 0, err
     found = json.loads(out)["modes"]
     assert list(found) == modes
@@ -80,12 +68,12 @@ def test_every_method_of_adaptation(monkeypatch, capsys, tmp_path, data, folders
         assert (record["n"], record["mode"], record["data"]["from"]) == (4, mode, "folder")
         assert json.loads((tmp_path / "out" / mode / "record.json").read_text()) == record
         assert (tmp_path / "out" / mode / "predictions.jsonl").read_text().count("\n") == 4
-    assert call(monkeypatch, capsys, *arguments)[1] == out  # resumed: nothing left to do, the same records
+    assert call(monkeypatch, capsys, "eval", *arguments)[1] == out  # resumed: nothing left to do, the same records
 
 
 def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folders):
     code, out, err = call(
-        monkeypatch, capsys, folders / "shadow", "--task", "mmlu", "--mode", "base", "--method", "likelihood"
+        monkeypatch, capsys, "eval", folders / "shadow", "--task", "mmlu", "--mode", "base", "--method", "likelihood"
     )
     assert code == 0, err
     assert "mmlu, test" in out
@@ -104,6 +92,6 @@ def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folder
     ],
 )
 def test_usage_errors(monkeypatch, capsys, data, folders, arguments, said):
-    code, _, err = call(monkeypatch, capsys, folders / "shadow", *arguments)
+    code, _, err = call(monkeypatch, capsys, "eval", folders / "shadow", *arguments)
     assert code == 2
     assert said in " ".join(err.replace("│", " ").split())

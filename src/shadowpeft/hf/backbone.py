@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import plain_record, quote
+from shadowpeft.hf.files import BUILD_ERRORS, plain_record, quote, shorten
 from shadowpeft.hf.signature import CACHE_NAMES
 from shadowpeft.hf.weights import device_of, real_weight
 
@@ -29,18 +29,6 @@ _WIDTH_FIELDS = {
     "shadow_head_dim": ("head_dim",),
     "shadow_hidden_size": ("hidden_size",),
 }
-_BUILD_ERRORS = (
-    AttributeError,
-    AssertionError,
-    ConfigError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
 _ORDINARY_TYPES = ("full_attention", "sliding_attention")
 _LINEAR_TYPES = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 
@@ -311,9 +299,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
         _copy_base_layers(parts, backbone, copied_layers(parts.config, len(anatomy_of_backbone(backbone))))
     if not loaded:
         config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
-        if left is None:
-            left = [] if device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
-        config.shadow_frozen = left
+        config.shadow_frozen = _unreached(backbone, reads_tokens) if left is None else left
     strange = sorted(set(config.shadow_frozen or ()) - {name for name, _ in backbone.named_parameters()})
     if strange:
         raise ConfigError(f"shadow_frozen names {quote(strange[0])}, which the shadow backbone does not have")
@@ -396,7 +382,7 @@ def _runs_from_embeddings(backbone: PreTrainedModel) -> bool:
             fed = backbone(inputs_embeds=embeds).last_hidden_state
             read = backbone(input_ids=ids).last_hidden_state
             backbone(inputs_embeds=embeds + 1.0)  # Gemma 4 looks up whose embedding it was given
-        except _BUILD_ERRORS:
+        except BUILD_ERRORS:
             return False
         finally:
             for parameter in closed:
@@ -409,6 +395,8 @@ def _unreached(backbone: PreTrainedModel, reads_tokens: bool) -> list[str]:
 
     Tried with a few tokens and, if that leaves any, with many, so that each expert and each compressed block takes part.
     """
+    if device_of(backbone).type == "meta":  # nothing to try
+        return []
     table = backbone.get_input_embeddings()
     own = {id(p) for p in table.parameters()}  # type: ignore[operator]
     fixed = [n for n, p in backbone.named_parameters() if not p.requires_grad]  # sinusoidal positions
@@ -464,19 +452,19 @@ def _first_that_runs(
             _check_fits(parts.config, shadow, config)
         except ConfigError:
             raise  # what was asked for is impossible, whatever the layer
-        except _BUILD_ERRORS as error:
-            refusals.append(_first_line(error))
+        except BUILD_ERRORS as error:
+            refusals.append(shorten(error))
             continue
         try:
             record = json.loads(shadow.to_json_string(use_diff=False))
             shadow = _config_from_record(record, type(parts.config))
             backbone, reads_tokens = _new_backbone(parts, config, kind, shadow)
-            left = [] if device_of(backbone).type == "meta" else _unreached(backbone, reads_tokens)
+            left = _unreached(backbone, reads_tokens)
             if not _caches(backbone):
                 raise UnsupportedModelError("cached and uncached states differ")
-        except _BUILD_ERRORS as error:
+        except BUILD_ERRORS as error:
             torch.set_rng_state(state)
-            refusals.append(_first_line(error))
+            refusals.append(shorten(error))
             continue
         if not left:
             return shadow, backbone, reads_tokens, []
@@ -521,18 +509,14 @@ def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTra
             return config_class(**values)
         return AutoConfig.for_model(kind, **values)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"shadow_backbone_config describes no {kind} model: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise ConfigError(f"shadow_backbone_config describes no {kind} model: {shorten(error)}") from error
 
 
 def _pretrained(auto: Any, source: str) -> PreTrainedModel:
     try:
         return auto.from_pretrained(source, dtype=torch.float32)  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"shadow_model '{source}' could not be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"shadow_model '{source}' could not be loaded: {shorten(error)}") from error
 
 
 def _tiny(config: PreTrainedConfig) -> PreTrainedConfig:

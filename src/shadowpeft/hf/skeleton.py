@@ -11,29 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import FLOATS, Declared, check_dtypes, check_numbers, check_values, quote, read_header, shorten
+from shadowpeft.hf.files import (
+    BUILD_ERRORS,
+    FLOATS,
+    Declared,
+    check_dtypes,
+    check_numbers,
+    check_values,
+    quote,
+    read_header,
+    shorten,
+)
 
 SPARE_BYTES = 64 * 2**20
 """Buffers (masks, tables of positions) that a shadow may have beyond as much as the base's buffers and its own weights."""
-BUILD_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
-)
-"""What transformers' configurations and classes raise for values that describe no model: they judge few of them."""
 _WRAPPED = "base_model.model."
 _TRIAL = "trial"
 

@@ -18,10 +18,9 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import Anatomy, anatomy
 from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
 from shadowpeft.hf.detach import find_hub
-from shadowpeft.hf.files import shorten
+from shadowpeft.hf.files import BUILD_ERRORS, shorten
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.projected import as_projected, is_projected, projected_config
-from shadowpeft.hf.skeleton import BUILD_ERRORS
 
 _ROOT = "base_model.model."
 _SIZES = {
