@@ -141,7 +141,9 @@ def bfloat16(kind: str) -> str:
     """Share of the shadow backbone's weights that ten AdamW steps of 2e-4 leave as they were."""
     model = attach(kind, tiny.base().to(torch.bfloat16), trained=False, weight=1.0)
     names = ("shadowpeft_backbone", "shadow_backbone", "shadow_model")
-    trained = [p for n, p in model.named_parameters() if p.requires_grad and p.dim() == 2 and any(k in n for k in names)]
+    trained = [
+        p for n, p in model.named_parameters() if p.requires_grad and p.dim() == 2 and any(k in n for k in names)
+    ]
     start = [p.detach().clone() for p in trained]
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
     for step in range(10):
@@ -155,7 +157,9 @@ def bfloat16(kind: str) -> str:
 
 def masked_batch(kind: str) -> bool:
     ids = tiny.tokens()
-    return bool(torch.isfinite(attach(kind, tiny.base()).train()(input_ids=ids, labels=torch.full_like(ids, -100)).loss))
+    return bool(
+        torch.isfinite(attach(kind, tiny.base()).train()(input_ids=ids, labels=torch.full_like(ids, -100)).loss)
+    )
 
 
 def every_gradient(kind: str) -> str:
@@ -285,7 +289,9 @@ def _same_uncached(kind: str, **options: Any) -> bool:
         found = []
         for use_cache in (True, False):
             set_seed(3)
-            found.append(generate(model, tiny.tokens(2, 9, seed=seed), use_cache=use_cache, max_new_tokens=16, **options))
+            found.append(
+                generate(model, tiny.tokens(2, 9, seed=seed), use_cache=use_cache, max_new_tokens=16, **options)
+            )
         if not torch.equal(*found):
             return False
     return True
@@ -357,7 +363,9 @@ def architecture(kind: str, name: str) -> bool | str:
     ids = torch.randint(2, zoo.VOCAB - 2, (2, 12), generator=torch.Generator().manual_seed(3))
     if kind == "base":
         options = {"max_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        return torch.equal(base.generate(ids, use_cache=True, **options), base.generate(ids, use_cache=False, **options))
+        return torch.equal(
+            base.generate(ids, use_cache=True, **options), base.generate(ids, use_cache=False, **options)
+        )
     model = attach(kind, base, trained=False, weight=0.5)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):

@@ -123,6 +123,8 @@ class Spec(_Strict):
 
 _EITHER = (("tokens", "epochs", "max_steps"), ("grid", "from"))
 """Keys of which one replaces the others."""
+_UNCOUNTED = ("shadow_alpha", "shadow_dropout", "shadow_init", "projection_init", "auxiliary_loss_weight")
+"""Fields of a shadow that change no number of parameters: a budget that is matched to it does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ def _cell(spec: Spec, task: str, part: TaskPart, name: str, method: Method, seed
                     f"{where}: match names '{method.match}', but LoRA and DoRA match a shadow of the same spec"
                 )
             match = _merged(_layers(spec, part, method.match, "fields"))
+            match = {key: value for key, value in match.items() if key not in _UNCOUNTED}
         tokens, max_length, shots = train.pop("tokens", None), train.pop("max_length", 512), train.pop("shots", 0)
         repeats = train.pop("shadow_row_repeats", 1)
         if untrained:

@@ -74,7 +74,9 @@ def run(name: str, work: Path) -> dict[str, Any]:
         "import json; from importlib.metadata import version as v\n"
         "print(json.dumps({n: v(n) for n in ('torch', 'transformers', 'peft', 'trl', 'accelerate')}))"
     )
-    used = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True).stdout
+    used = subprocess.run(
+        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     began = time.perf_counter()
     command = [sys.executable, "-c", UNCHECKED, "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -116,7 +118,9 @@ def page(record: dict[str, Any]) -> str:
     for name, row in record["environments"].items():
         v = row["versions"]
         share = row["passed"] / max(1, row["passed"] + len(row["failed"]))
-        verdict = "works" if row["exit"] == 0 else "works but for what is named below" if share > 0.9 else "does not work"
+        verdict = (
+            "works" if row["exit"] == 0 else "works but for what is named below" if share > 0.9 else "does not work"
+        )
         limits = {n: versions.TESTED[n].oldest for n in ("transformers", "peft", "trl")}
         inside = all(versions.release(v[n]) >= versions.release(oldest) for n, oldest in limits.items())
         lines.append(
@@ -139,7 +143,9 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the page of what is recorded")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "versions")
     arguments = parser.parse_args()
-    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"environments": {}}
+    record: dict[str, Any] = (
+        json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"environments": {}}
+    )
     record["python"], record["platform"] = platform.python_version(), f"{platform.system()} {platform.machine()}"
     record["torch"] = metadata.version("torch")
     for name in [] if arguments.render else arguments.only or ENVIRONMENTS:

@@ -171,7 +171,9 @@ class NaiveShadow:
         out, s0 = self.states(input_ids, attention_mask, **extra)
         shadow_labels = labels if shadow_labels is None else shadow_labels
         if self.config.task_type == "SEQ_CLS":
-            last = [max(i for i, t in enumerate(row) if t != self.base.config.pad_token_id) for row in input_ids.tolist()]
+            last = [
+                max(i for i, t in enumerate(row) if t != self.base.config.pad_token_id) for row in input_ids.tolist()
+            ]
             pooled = torch.stack([s0[i, t] for i, t in enumerate(last)])
             shadow_logits = pooled @ self.get(f"shadowpeft_head.{self.adapter}.weight").T
             total, count = cross_entropy(out.logits, labels)

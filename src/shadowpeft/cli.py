@@ -168,7 +168,9 @@ def detach(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")
+    ],
     out: Annotated[str, typer.Argument(help="New folder.")],
     base: Base = None,
     to: Annotated[
@@ -211,7 +213,8 @@ def info(adapter: Adapter, json: Json = False) -> None:
 @app.command()
 def doctor(
     adapter: Annotated[
-        Optional[str], typer.Argument(help="Folder or Hub id of an adapter of any format. Default: the environment alone.")
+        Optional[str],
+        typer.Argument(help="Folder or Hub id of an adapter of any format. Default: the environment alone."),
     ] = None,
     base: Base = None,
     json: Json = False,

@@ -192,7 +192,8 @@ def test_classifiers_with_their_own_heads():
 def test_trained_modules_of_the_base_that_only_some_adapters_have():
     plain = base("llama")
     model = several(
-        plain, {"default": {}, "normed": {"modules_to_save": ["model.norm"]}, "headed": {"modules_to_save": ["lm_head"]}}
+        plain,
+        {"default": {}, "normed": {"modules_to_save": ["model.norm"]}, "headed": {"modules_to_save": ["lm_head"]}},
     )
     names = ["default", "normed", BASE, "headed", "normed"]
     ids = tokens(len(names))

@@ -255,7 +255,5 @@ def test_an_assistant_is_not_given_the_names(llama):
     helper = several(base("llama", seed=9), {"default": {}, "explicit": {"shadow_model": "small_llama"}})
     ids = tokens(1, 7)
     expected = alone(model, plain, ["late"], ids, torch.ones_like(ids), **GREEDY)
-    found = model.generate(
-        input_ids=ids, adapter_names=["late"], assistant_model=helper.get_base_model(), **GREEDY
-    )
+    found = model.generate(input_ids=ids, adapter_names=["late"], assistant_model=helper.get_base_model(), **GREEDY)
     assert torch.equal(found, expected)

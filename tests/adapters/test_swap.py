@@ -55,8 +55,10 @@ def test_swap_and_roll_back(tmp_path, kind):
     before, learns = state(model), {n: p.requires_grad for n, p in model.named_parameters()}
     shadowpeft.swap(model, tmp_path / "new")
     assert torch.equal(logits(model), new)
-    assert torch.equal(model(input_ids=tokens(), return_shadow=True).shadow_logits,
-                       other(input_ids=tokens(), return_shadow=True).shadow_logits)
+    assert torch.equal(
+        model(input_ids=tokens(), return_shadow=True).shadow_logits,
+        other(input_ids=tokens(), return_shadow=True).shadow_logits,
+    )
     assert {n: p.requires_grad for n, p in model.named_parameters()} == learns
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
     shadowpeft.swap(model, tmp_path / "old")

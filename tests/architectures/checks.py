@@ -46,7 +46,11 @@ def logits(model: nn.Module, ids: Tensor, **kwargs: Any) -> Tensor:
 
 def greedy(model: Any, ids: Tensor, use_cache: bool) -> Tensor:
     return model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=use_cache
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=use_cache,
     )
 
 
@@ -65,7 +69,9 @@ def check(name: str) -> dict[str, Any]:
     before, has_cache = copy.deepcopy(base.state_dict()), _has_cache(base, ids)
     with step("attach"):
         torch.manual_seed(5)
-        config = ShadowPeftConfig(task_type="CAUSAL_LM", r=4, shadow_alpha=0.5, shadow_dropout=0.0, auxiliary_loss_weight=0.5)
+        config = ShadowPeftConfig(
+            task_type="CAUSAL_LM", r=4, shadow_alpha=0.5, shadow_dropout=0.0, auxiliary_loss_weight=0.5
+        )
         model = get_peft_model(base, config)
     with step("identity"):
         assert torch.equal(logits(model.eval(), ids), plain), "logits differ from the base's before training"
@@ -140,4 +146,6 @@ def _train(model: Any, ids: Tensor) -> None:
         optimiser.step()
     zero = sorted(set(trainable) - seen)
     assert not zero, f"{len(zero)} trainable tensors only get zero gradients, such as {zero[0]}"
-    assert all(p.grad is None for n, p in model.named_parameters() if n not in trainable), "a base tensor has a gradient"
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in trainable), (
+        "a base tensor has a gradient"
+    )

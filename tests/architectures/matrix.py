@@ -43,7 +43,9 @@ def isolated(work: Callable[[str], dict[str, Any]], name: str, limit: int = LIMI
     _, status = os.waitpid(child, 0)
     if not content:
         late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-        content = json.dumps({"error": f"took more than {limit} s" if late else f"the process died ({status})"}).encode()
+        content = json.dumps(
+            {"error": f"took more than {limit} s" if late else f"the process died ({status})"}
+        ).encode()
     return {**json.loads(content), "seconds": round(time.perf_counter() - start, 2)}
 
 

@@ -30,7 +30,9 @@ def theirs(model=None, task="CAUSAL_LM", trained=True, **fields):
     """The authors' model on a base, with weights that are not zero."""
     torch.manual_seed(5)
     values = {"injection_hidden_size": 4, "gate_hidden_size": 4, "alpha": 0.7, "dropout": 0.0, **fields}
-    inner = authors.get_shadow_model(base("llama", task=task) if model is None else model, authors.ShadowConfig(**values))
+    inner = authors.get_shadow_model(
+        base("llama", task=task) if model is None else model, authors.ShadowConfig(**values)
+    )
     wrapper = authors.ShadowForCausalLM if task == "CAUSAL_LM" else authors.ShadowForSequenceClassification
     made = wrapper(inner).eval()
     if trained:

@@ -110,7 +110,9 @@ def theirs(weight):
 
 @pytest.mark.parametrize("way", ["smoothing", "own loss"])
 def test_defect_26_lambda_takes_effect_whoever_computes_the_main_loss(tmp_path, way):
-    small, large = (trained(adapt(base("llama"), auxiliary_loss_weight=w), tmp_path, ShadowTrainer, way) for w in (0.05, 100.0))
+    small, large = (
+        trained(adapt(base("llama"), auxiliary_loss_weight=w), tmp_path, ShadowTrainer, way) for w in (0.05, 100.0)
+    )
     assert float((large - small).norm() / small.norm()) > 10
     with pytest.raises(UnsupervisedShadowError):  # stock Trainer takes the labels away: no silent loss of lambda
         trained(adapt(base("llama")), tmp_path, Trainer, way)

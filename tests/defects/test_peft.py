@@ -273,4 +273,6 @@ def decoder(name):
         return base(name)
     torch.manual_seed(1)
     shape = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 8, "initializer_range": 0.2}
-    return AutoModelForCausalLM.from_config(MambaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=None)).eval()
+    return AutoModelForCausalLM.from_config(
+        MambaConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    ).eval()

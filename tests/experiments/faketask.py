@@ -37,7 +37,9 @@ class Fake(Task):
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
         letter = row["letter"]
-        gold = self.labels.index(letter) if self.kind == "classify" else letter  # a classifier names a class by its place
+        gold = (
+            self.labels.index(letter) if self.kind == "classify" else letter
+        )  # a classifier names a class by its place
         return Example(identity, row["text"], letter, gold, ("a", "b", "c"), {"path": row["path"]})
 
     def parse(self, text: str) -> str:

@@ -35,7 +35,16 @@ FOREIGN = {
     "peft": ("peft", {}),
 }
 """Kind of the format, and which of its files the damages, which know our names, are to hit."""
-UNDAMAGEABLE = (ArithmeticError, OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError)
+UNDAMAGEABLE = (
+    ArithmeticError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 @pytest.fixture(scope="module")

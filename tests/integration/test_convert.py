@@ -172,4 +172,6 @@ def test_a_run_starts_from_a_projected_checkpoint(tmp_path, run):
     hub = shadowpeft.load(tmp_path / "run" / "adapter").base_model.model.model.shadow_hub
     trained = hub.shadowpeft_projection["default"].weight
     began = start.base_model.model.model.shadow_hub.shadowpeft_projection["default"].weight
-    assert 0 < float((trained - began).detach().norm()) < 0.3 * float(began.detach().norm())  # from there, not from anew
+    assert (
+        0 < float((trained - began).detach().norm()) < 0.3 * float(began.detach().norm())
+    )  # from there, not from anew

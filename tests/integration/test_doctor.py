@@ -29,7 +29,9 @@ def _quick(monkeypatch, request):
     """TRL's import and trainer take seconds; one test has them."""
     if "with_trl" not in request.fixturenames:
         real = selftest.importlib.util.find_spec
-        monkeypatch.setattr(selftest.importlib.util, "find_spec", lambda name, *a: None if name == "trl" else real(name, *a))
+        monkeypatch.setattr(
+            selftest.importlib.util, "find_spec", lambda name, *a: None if name == "trl" else real(name, *a)
+        )
 
 
 @pytest.fixture

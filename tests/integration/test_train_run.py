@@ -234,7 +234,9 @@ def test_a_finished_run_that_is_resumed_takes_no_further_step(made, undisturbed,
     assert len(read_metrics(folder)) == len(read_metrics(undisturbed))
 
 
-def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_left(made, undisturbed, tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_left(
+    made, undisturbed, tmp_path, monkeypatch
+):
     """The older one is renamed before it is deleted; a deletion never happens under a checkpoint's name."""
     deleted = []
     stock = shutil.rmtree

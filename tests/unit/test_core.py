@@ -39,7 +39,9 @@ def test_injection_starts_as_the_paper_says():
     torch.manual_seed(0)
     injection = Injection(512, 64)
     assert torch.count_nonzero(injection.w_up) == 0
-    assert abs(float(injection.w_down.detach().std()) - 0.02) < 4e-4  # 32,768 draws: the standard error of a std is 0.4 %
+    assert (
+        abs(float(injection.w_down.detach().std()) - 0.02) < 4e-4
+    )  # 32,768 draws: the standard error of a std is 0.4 %
     assert abs(float(injection.w_down.detach().mean())) < 5e-4
 
 

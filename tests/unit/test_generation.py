@@ -80,7 +80,10 @@ def test_static_cache(name, kind):
     model = adapt(base(name), **KINDS[kind])
     ids, mask = prompts()
     expected = uncached(model, ids, mask)
-    if (name, kind) == ("mistral", "explicit"):  # a window's worth of slots, and nothing says how long the text may grow
+    if (name, kind) == (
+        "mistral",
+        "explicit",
+    ):  # a window's worth of slots, and nothing says how long the text may grow
         with pytest.raises(UnsupportedModelError, match="dynamic cache"):
             model.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", disable_compile=True)
         return

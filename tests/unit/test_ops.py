@@ -101,7 +101,9 @@ def test_advance_is_equations_5_to_7_on_the_normalised_state(norm):
 
 
 def test_gradients_of_the_whole_step():
-    def step(h: Tensor, s: Tensor, down: Tensor, up: Tensor, w_in: Tensor, w_out: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def step(
+        h: Tensor, s: Tensor, down: Tensor, up: Tensor, w_in: Tensor, w_out: Tensor, w: Tensor, b: Tensor
+    ) -> Tensor:
         s = ops.advance(s, h, w_in, w_out, norm_weight=w, norm_bias=b)
         return ops.inject(h, ops.correction(h, s, down, up), 0.3) + s
 

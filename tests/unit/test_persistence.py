@@ -186,7 +186,9 @@ def test_loading_is_silent_and_saving_twice_gives_the_same_bytes(saved, tmp_path
 
 
 def test_configuration_is_complete_json(saved):
-    _, _, folder = saved(shadow_model=base("llama", seed=4, hidden_size=24, num_attention_heads=2, num_key_value_heads=2))
+    _, _, folder = saved(
+        shadow_model=base("llama", seed=4, hidden_size=24, num_attention_heads=2, num_key_value_heads=2)
+    )
     content = json.loads((folder / "adapter_config.json").read_text())
     assert content["peft_type"] == "SHADOWPEFT"
     assert content["format_version"] == 1

@@ -105,7 +105,9 @@ def test_copied_layers_of_a_hybrid_base_are_its_attention_layers():
 def test_copied_layers_are_a_copy_that_trains_and_saves(tmp_path):
     model = base("llama")
     adapted = adapt(model, shadow_init="base_layers", shadow_num_hidden_layers=2)
-    assert torch.equal(adapted.base_model.model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(
+        adapted.base_model.model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight
+    )
     adapted.save_pretrained(tmp_path)
     loaded = shadowpeft.load(tmp_path, base("llama"))
     with torch.no_grad():

@@ -37,7 +37,8 @@ def test_what_is_installed_here_is_the_newest_tested(package):
 
 
 @pytest.mark.parametrize(
-    ("package", "found"), [("transformers", "5.19.0"), ("transformers", "4.57.1"), ("peft", "0.20.0"), ("torch", "2.5.1+cu124")]
+    ("package", "found"),
+    [("transformers", "5.19.0"), ("transformers", "4.57.1"), ("peft", "0.20.0"), ("torch", "2.5.1+cu124")],
 )
 def test_an_older_release_is_refused_with_the_remedy(monkeypatch, package, found):
     pretend(monkeypatch, **{package: found})
@@ -82,4 +83,6 @@ def test_an_old_release_is_refused_when_peft_is_imported():
         "    print(type(error).__name__, error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("VersionError transformers 5.1.0 is installed but shadowpeft needs 5.20 or newer"), done
+    assert done.stdout.startswith("VersionError transformers 5.1.0 is installed but shadowpeft needs 5.20 or newer"), (
+        done
+    )

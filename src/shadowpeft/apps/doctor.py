@@ -25,7 +25,9 @@ def main(adapter: str | None, base: str | None, as_json: bool) -> None:
         ConfigError: for a base without an adapter.
     """
     if adapter is None and base is not None:
-        raise ConfigError("--base was given without an adapter; give the adapter too, or neither for the environment alone")
+        raise ConfigError(
+            "--base was given without an adapter; give the adapter too, or neither for the environment alone"
+        )
     console = Console(highlight=False)
     report = Report(None if as_json else lambda check: _print(console, check))
     diagnose(report, adapter, base)
@@ -140,9 +142,13 @@ def loaded(report: Report, adapter: str, base: str | None) -> tuple[Any, str | N
     if differing:
         report.warn("base", differing[0], "use the base of the training run unless this is its quantised copy")
     elif kind == formats.OURS:
-        report.ok("base", f"{name}: architecture, shapes, vocabulary and sampled weights are those of the adapter's record")
+        report.ok(
+            "base", f"{name}: architecture, shapes, vocabulary and sampled weights are those of the adapter's record"
+        )
     else:
-        report.warn("base", f"{name}: shapes fit, but the {kind} format records no identity of the base", "shadowpeft convert")
+        report.warn(
+            "base", f"{name}: shapes fit, but the {kind} format records no identity of the base", "shadowpeft convert"
+        )
     trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     inner = model.get_base_model()
     report.require(
@@ -153,7 +159,9 @@ def loaded(report: Report, adapter: str, base: str | None) -> tuple[Any, str | N
         otherwise=WARNING,
     )
     if inner.dtype == torch.float16 and inner.device.type == "cpu":
-        report.warn("dtype of the base", "float16 on a CPU is slow and overflows early", "load the base in float32 or bfloat16")
+        report.warn(
+            "dtype of the base", "float16 on a CPU is slow and overflows early", "load the base in float32 or bfloat16"
+        )
     return model, name
 
 
@@ -167,7 +175,9 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
     used = own or of_base
     if used is None:
         report.warn(
-            "tokenizer", "neither the adapter nor its base has one", "save it beside the base or the adapter: save_pretrained"
+            "tokenizer",
+            "neither the adapter nor its base has one",
+            "save it beside the base or the adapter: save_pretrained",
         )
         return None
     config = model.get_base_model().config.get_text_config(decoder=True)
@@ -226,9 +236,13 @@ def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> N
     if ours is None:
         report.warn("pad token", "the tokenizer has none", "tokenizer.pad_token = tokenizer.eos_token")
     elif models is None and classifier:
-        report.fail("pad token", "the model has none, so a batch cannot be pooled", f"model.config.pad_token_id = {ours}")
+        report.fail(
+            "pad token", "the model has none, so a batch cannot be pooled", f"model.config.pad_token_id = {ours}"
+        )
     elif models is not None and ours != models:
-        report.fail("pad token", f"the tokenizer's is {ours}, the model's {models}", f"model.config.pad_token_id = {ours}")
+        report.fail(
+            "pad token", f"the tokenizer's is {ours}, the model's {models}", f"model.config.pad_token_id = {ours}"
+        )
     else:
         report.ok("pad token", f"{ours}" + ("" if models is not None else " (the model names none)"))
     if tokenizer.padding_side == "right" and not classifier:

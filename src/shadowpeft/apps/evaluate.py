@@ -172,7 +172,9 @@ def _load_for_task(adapter: str, base: str | None, task: Any) -> tuple[Any, Any,
     wanted = "SEQ_CLS" if task.kind == "classify" else "CAUSAL_LM"
     found = str(getattr(config.task_type, "value", config.task_type))
     if found != wanted:
-        raise ConfigError(f"task '{task.name}' needs a {wanted} adapter but '{adapter}' is a {found} one; choose another task")
+        raise ConfigError(
+            f"task '{task.name}' needs a {wanted} adapter but '{adapter}' is a {found} one; choose another task"
+        )
     options = {"num_labels": len(task.labels)} if task.labels else {}
     model: Any = load_base(named, wanted, **options)
     if model.config.pad_token_id is None:

@@ -43,7 +43,9 @@ def self_test(report: Report, model: Any, tokenizer: Any) -> None:
             step(report, name, model.eval(), ids, tokenizer)
         except _BROKEN as error:
             first = (str(error).strip().splitlines() or ["no description"])[0]
-            report.fail(name, f"{type(error).__name__}: {first}"[:300], "this architecture or set-up breaks the method here")
+            report.fail(
+                name, f"{type(error).__name__}: {first}"[:300], "this architecture or set-up breaks the method here"
+            )
         model.zero_grad(set_to_none=True)
 
 
@@ -78,7 +80,9 @@ def _identity(report: Report, name: str, model: Any, ids: Tensor, tokenizer: Any
         "another hook or patch on the base is active; take it off",
     )
     if change == 0.0:
-        report.warn("effect", "the adapter changes no logit: it was never trained", "train it, or check that this is the one")
+        report.warn(
+            "effect", "the adapter changes no logit: it was never trained", "train it, or check that this is the one"
+        )
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -152,7 +156,13 @@ def _left_padding(report: Report, name: str, model: Any, ids: Tensor, tokenizer:
         beside = model(input_ids=padded, attention_mask=mask, return_shadow=True)
         gaps = [_gap(model, getattr(beside, k), getattr(alone, k)) for k in ("logits", "shadow_logits")]
     else:
-        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "output_logits": True, "pad_token_id": pad}
+        options = {
+            "max_new_tokens": 4,
+            "min_new_tokens": 4,
+            "do_sample": False,
+            "output_logits": True,
+            "pad_token_id": pad,
+        }
         options["return_dict_in_generate"] = True
         alone = model.generate(short, **_mask(short), **options)
         beside = model.generate(padded, attention_mask=mask, **options)
@@ -203,7 +213,9 @@ def _judge_lambda(report: Report, name: str, model: Any, run: Callable[[], Tenso
     own, more = _by_lambda(model, run)
     moved = float((more - own).norm())
     if not (moved > 1e-3 * float(more.norm()) and moved > 0):
-        report.fail(name, f"lambda changes nothing in {where}: the shadow is never supervised", "use shadowpeft.ShadowTrainer")
+        report.fail(
+            name, f"lambda changes nothing in {where}: the shadow is never supervised", "use shadowpeft.ShadowTrainer"
+        )
     elif weight == 0:
         report.warn(
             name,
@@ -217,7 +229,9 @@ def _judge_lambda(report: Report, name: str, model: Any, run: Callable[[], Tenso
 
 def _lambda(report: Report, name: str, model: Any, ids: Tensor, tokenizer: Any) -> None:
     labels = _labels(model, ids)
-    _judge_lambda(report, name, model, lambda: model(input_ids=ids, **_mask(ids), labels=labels).loss, "a plain forward")
+    _judge_lambda(
+        report, name, model, lambda: model(input_ids=ids, **_mask(ids), labels=labels).loss, "a plain forward"
+    )
 
 
 def _targets(report: Report, name: str, model: Any, ids: Tensor, tokenizer: Any) -> None:
@@ -259,7 +273,9 @@ def _trl(report: Report, name: str, model: Any, ids: Tensor, tokenizer: Any) -> 
         return
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(output_dir=folder, report_to=[], use_cpu=True, bf16=False, max_length=None, disable_tqdm=True)
+        arguments = SFTConfig(
+            output_dir=folder, report_to=[], use_cpu=True, bf16=False, max_length=None, disable_tqdm=True
+        )
         data = Dataset.from_list([{"input_ids": row} for row in ids.tolist()])
         trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
         batch = trainer.data_collator([{"input_ids": row} for row in ids.tolist()])

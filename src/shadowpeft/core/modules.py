@@ -70,9 +70,7 @@ class Update(nn.Module):
     Starts as four default ``nn.Linear`` layers would: uniform in ``+-1/sqrt(fan_in)``.
     """
 
-    def __init__(
-        self, d: int, m: int, dropout: float = 0.0, *, activation: str = "silu", bias: bool = False
-    ) -> None:
+    def __init__(self, d: int, m: int, dropout: float = 0.0, *, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
         self.dropout = dropout
         self.activation = activation

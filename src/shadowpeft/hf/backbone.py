@@ -373,7 +373,9 @@ def _evaluating(backbone: nn.Module) -> Iterator[None]:
 def _runs_from_embeddings(backbone: PreTrainedModel) -> bool:
     """Whether tokens and their embeddings give the same result (a backbone may read its tokens a second time)."""
     ids = _probe(backbone, 4)
-    closed = [p for p in backbone.parameters() if not bool(p.any())]  # a gate that starts closed hides what it lets in later
+    closed = [
+        p for p in backbone.parameters() if not bool(p.any())
+    ]  # a gate that starts closed hides what it lets in later
     with torch.no_grad(), _evaluating(backbone):
         for parameter in closed:
             parameter.fill_(0.1)

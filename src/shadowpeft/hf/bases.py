@@ -52,7 +52,9 @@ def materialise(alias: str) -> Path:
         return folder
     source = gguf_file(alias)
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"base '{alias}' is a GGUF file and needs the gguf package; run: pip install 'shadowpeft[gguf]'")
+        raise ConfigError(
+            f"base '{alias}' is a GGUF file and needs the gguf package; run: pip install 'shadowpeft[gguf]'"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

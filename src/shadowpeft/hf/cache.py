@@ -46,8 +46,15 @@ def shadow_views(cache: Cache, base_layers: int, base_config: PreTrainedConfig, 
             "batch per adapter"
         )
     own = _shadow_layers(cache)
-    if own and _owners(own) != _wanted(call) and not any(_used(layer) for layer in _all_layers(cache)) and _is_stock(cache):
-        cache.layers = [layer for layer in cache.layers if not hasattr(layer, _OWNER)]  # empty after reset(): start anew
+    if (
+        own
+        and _owners(own) != _wanted(call)
+        and not any(_used(layer) for layer in _all_layers(cache))
+        and _is_stock(cache)
+    ):
+        cache.layers = [
+            layer for layer in cache.layers if not hasattr(layer, _OWNER)
+        ]  # empty after reset(): start anew
         own = []
     if not own:
         if any(_used(layer) for layer in cache.layers):
@@ -118,7 +125,9 @@ def _wanted(call: ShadowCall) -> dict[str, list[int] | None]:
 
 
 def _say(owners: dict[str, list[int] | None]) -> str:
-    return ", ".join(f"adapter '{name}'" + ("" if rows is None else f" in rows {rows}") for name, rows in owners.items())
+    return ", ".join(
+        f"adapter '{name}'" + ("" if rows is None else f" in rows {rows}") for name, rows in owners.items()
+    )
 
 
 def _check_owners(layers: list[Any], call: ShadowCall) -> None:

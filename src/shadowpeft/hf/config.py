@@ -242,7 +242,9 @@ class ShadowPeftConfig(PeftConfig):
                 raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; give the folder that save_pretrained wrote")
             return found
         if not (folder / WEIGHTS).is_file():
-            raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; weights are read from safetensors files only, never pickle")
+            raise AdapterFileError(
+                f"'{folder}' has no {WEIGHTS}; weights are read from safetensors files only, never pickle"
+            )
         config = config_from_file(folder / CONFIG)
         config.weights_file = folder / WEIGHTS
         return config

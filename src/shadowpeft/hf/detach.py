@@ -185,7 +185,12 @@ def _carry_head(edge: PreTrainedModel, base: PreTrainedModel, backbone: str, pro
         )
     tables = {id(m) for m in (base.get_input_embeddings(), base.get_output_embeddings())}
     for name, module in base.named_modules():
-        if not name or name == backbone or f"{name}.".startswith(f"{backbone}.") or f"{backbone}.".startswith(f"{name}."):
+        if (
+            not name
+            or name == backbone
+            or f"{name}.".startswith(f"{backbone}.")
+            or f"{backbone}.".startswith(f"{name}.")
+        ):
             continue
         if id(module) not in tables:
             for key, value in module.named_parameters(recurse=False):

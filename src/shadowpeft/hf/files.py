@@ -116,7 +116,9 @@ def read_header(path: Path) -> dict[str, Declared]:
         ) from error
     for name, (_, shape) in found.items():
         if any(size >= 2**62 for size in shape):  # an empty tensor may declare any number beside its zero
-            raise AdapterFileError(f"tensor {quote(name)} in {path} declares a size of {max(shape):,}; the file is damaged")
+            raise AdapterFileError(
+                f"tensor {quote(name)} in {path} declares a size of {max(shape):,}; the file is damaged"
+            )
     if not found:
         raise AdapterFileError(f"{path} holds no tensors; the adapter was not saved completely")
     return found

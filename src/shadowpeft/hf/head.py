@@ -151,7 +151,9 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
         stock = stock_logits(model, backbone, state)
         loss = _forward_from(model, backbone, state[None], labels=labels[None]).loss.float()
         given = {"labels": labels[None], "num_items_in_batch": torch.tensor(16, device=device)}
-        counted = _forward_from(model, backbone, state[None], **given).loss.float() if Signature(model).passes_on else loss
+        counted = (
+            _forward_from(model, backbone, state[None], **given).loss.float() if Signature(model).passes_on else loss
+        )
     except (AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
             f"the head of {type(model).__name__} needs more than the last hidden state ({error}); a shadow has nothing else to "
@@ -170,9 +172,7 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
     )
 
 
-def pool_last(
-    state: Tensor, config: PreTrainedConfig, input_ids: Tensor | None, attention_mask: Any | None
-) -> Tensor:
+def pool_last(state: Tensor, config: PreTrainedConfig, input_ids: Tensor | None, attention_mask: Any | None) -> Tensor:
     """The state that stock classifiers read: of the last token that is not padding. ``(B, T, d)`` to ``(B, d)``.
 
     Raises:

@@ -65,7 +65,9 @@ def before_model(
         )
     if torch.is_grad_enabled() and model.training:
         if "use_cache" in signature.names and kwargs.get(signature.cache) is None:
-            kwargs["use_cache"] = bool(kwargs.get("use_cache"))  # a cache that nobody asked for costs memory in training
+            kwargs["use_cache"] = bool(
+                kwargs.get("use_cache")
+            )  # a cache that nobody asked for costs memory in training
         if not torch.compiler.is_compiling():
             allow_gradients(model)
     call.return_shadow = return_shadow
@@ -186,9 +188,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return output
 
 
-def _join_fused(
-    model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any, weight: float, training: bool
-) -> Any:
+def _join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any, weight: float, training: bool) -> Any:
     """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
     output.task_loss, output.shadow_loss = output.loss, None
     if weight > 0 and (training or call.shadow_labels is None):
@@ -542,9 +542,7 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
         raise ConfigError("no adapter is enabled; enable or set one")
     weights = mixed.weights_of(hub, model, adapter)
     takes = weights.takes
-    passed = {
-        k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)
-    }
+    passed = {k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)}
     s0 = initial_state(weights, batch["input_ids"], None, model, use_cache=False, **passed)
     targets = _ahead(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items

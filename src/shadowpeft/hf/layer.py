@@ -110,9 +110,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.records: dict[str, Weights] = {}
         """What :func:`shadowpeft.hf.mixed.weights_of` has collected."""
 
-    def add(
-        self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any
-    ) -> None:
+    def add(self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any) -> None:
         """Put the parts of one adapter in place.
 
         Args:

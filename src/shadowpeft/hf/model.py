@@ -83,12 +83,16 @@ class ShadowModel(BaseTuner):
                     )
         if peft_config.weights_file is not None:
             check_file(type(self), self.model, peft_config, peft_config.weights_file)
-            peft_config.weights_file = None  # once; what is attached later by this configuration need not be in the file
+            peft_config.weights_file = (
+                None  # once; what is attached later by this configuration need not be in the file
+            )
         return peft_config
 
     def _full_names(self, endings: list[str]) -> list[str]:
         """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's."""
-        names = [name for name, _ in self.model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name]
+        names = [
+            name for name, _ in self.model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name
+        ]
         found = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
         return sorted({name for group in found for name in group})
 
@@ -184,7 +188,11 @@ class ShadowModel(BaseTuner):
         # Every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with. Weights
         # that were assigned from a file (low_cpu_mem_usage) may be on another device than the base.
         for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper) and autocast_adapter_dtype and adapter_name in module.modules_to_save:
+            if (
+                isinstance(module, ModulesToSaveWrapper)
+                and autocast_adapter_dtype
+                and adapter_name in module.modules_to_save
+            ):
                 keep_in_float32(module.modules_to_save[adapter_name])
             if not isinstance(module, ShadowTunerLayer):
                 continue
@@ -247,7 +255,9 @@ class ShadowModel(BaseTuner):
         hub: Any = self._hub(anatomy(self.model))
         left = sorted(set(hub.configs) - {adapter_name})
         if adapter_name in hub.active_adapters and left:
-            warnings.warn(f"adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now", stacklevel=2)
+            warnings.warn(
+                f"adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now", stacklevel=2
+            )
             self.set_adapter(left[0], inference_mode=not any(p.requires_grad for p in hub.parameters()))
         super().delete_adapter(adapter_name)
         self.active_adapter = list(hub.active_adapters)

@@ -40,7 +40,14 @@ _SHAPING = (
     "shares_embeddings",
     "shadow_reads_tokens",
 )
-_TAKEN_OVER = ("shadow_alpha", "shadow_dropout", "auxiliary_loss_weight", "shadow_model", "shadow_init", "projection_init")
+_TAKEN_OVER = (
+    "shadow_alpha",
+    "shadow_dropout",
+    "auxiliary_loss_weight",
+    "shadow_model",
+    "shadow_init",
+    "projection_init",
+)
 
 
 class _Slot:
@@ -154,7 +161,9 @@ def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.M
                     "one under another name"
                 )
             if not bool(torch.isfinite(value).all()):
-                raise AdapterFileError(f"tensor {quote(key)} in {path} holds NaN or infinite values; the adapter is damaged")
+                raise AdapterFileError(
+                    f"tensor {quote(key)} in {path} holds NaN or infinite values; the adapter is damaged"
+                )
             check_exact(key, value, tensor.dtype)
             with torch.no_grad():
                 tensor.copy_(value)

@@ -120,7 +120,9 @@ def open_source(adapter: str | Path) -> Source:
     content = read_json(path)
     check_keys(content, _KNOWN, _REQUIRED, path)
     if content["task_type"] not in ("CAUSAL_LM", "SEQ_CLS"):
-        raise ConfigError(f"{path} has task_type {quote(content['task_type'])}; a shadow supports CAUSAL_LM and SEQ_CLS")
+        raise ConfigError(
+            f"{path} has task_type {quote(content['task_type'])}; a shadow supports CAUSAL_LM and SEQ_CLS"
+        )
     if not isinstance(content["shadow_model"], str) or type(content["share_embeddings"]) is not bool:
         raise ConfigError(
             f"{path} has shadow_model = {quote(content['shadow_model'])} and share_embeddings = "
@@ -155,7 +157,9 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     depth, sizes = content.get("shadow_num_hidden_layers"), {key: content.get(key) for key in _SIZES}
     for key, value in {"shadow_num_hidden_layers": depth, **sizes}.items():
         if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(f"{source.path} has {key} = {quote(value)} but needs a whole number of at least 1, or null")
+            raise ConfigError(
+                f"{source.path} has {key} = {quote(value)} but needs a whole number of at least 1, or null"
+            )
     mirror = content["shadow_model"] == "mirror"
     fields: dict[str, Any]
     if mirror:
