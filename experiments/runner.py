@@ -233,8 +233,8 @@ class Runner:
 
     def _trained_stably(self, cell: Cell, task: Any, rate: dict[str, Any]) -> tuple[PeftModel, dict[str, Any], Path]:
         """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the last task
-        loss is more than a tenth above that of the rate's own trial (less is noise of a few batches), the next lower rate of the
-        grid is taken, for every method alike.
+        loss is more than a tenth above that of the rate's own trial (less is noise of a few batches), the next lower rate of
+        the grid is taken, for every method alike.
 
         ``rate`` keeps ``chosen`` and gets ``used`` and ``diverged``.
         """
