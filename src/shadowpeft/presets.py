@@ -16,8 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shadow_num_hidden_layers": 2,
     },
 }
-"""``paper``: the settings behind Table 1 where they are one for all tasks (method.md). ``tuned``: the ablation of SmolLM2-135M in
-docs/results.md."""
+"""``paper``: the settings behind Table 1 where they are one for all tasks (method.md). ``tuned``: the ablation of
+SmolLM2-135M in docs/results.md."""
 
 _SHAPES = (
     "shadow_intermediate_size",
