@@ -225,6 +225,42 @@ def doctor(
     command.main(adapter, base, json)
 
 
+route = typer.Typer(name="route", help="Routing between device and cloud.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(route)
+
+
+@route.command()
+def calibrate(
+    source: Annotated[str, typer.Argument(help="Folder of an adapter, or of an edge model.")],
+    target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.01,
+    data: Annotated[
+        str, typer.Option(help="JSONL file with prompt and skill, or 'robot' for the packaged validation set.")
+    ] = "robot",
+    check: Annotated[
+        Optional[str], typer.Option(help="Further rows to measure the choice on: a JSONL file, or 'robot' (test set).")
+    ] = None,
+    base: Base = None,
+    signal: Annotated[
+        str, typer.Option(help="auto, logprob, mean_logprob, min_logprob, margin or entropy.")
+    ] = "auto",
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Hold the share's 95 % upper bound under the target, not the share.")
+    ] = False,
+    cloud: Annotated[bool, typer.Option(help="Ask the attached model too, for the accuracy of the whole.")] = True,
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
+    out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
+    json: Json = False,
+) -> None:
+    """Fit a confidence on held-out requests and choose which answers stay on the device."""
+    from shadowpeft.apps import route as command
+
+    command.calibrate(
+        source, data, check, base, target, signal, bound, cloud, system, max_new_tokens, limit, out, json
+    )
+
+
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
