@@ -32,11 +32,16 @@ def calibrate(
 ) -> None:
     """Calibrate ``source``, an adapter or an edge model, and save ``routing.json`` and ``routing.png`` beside it."""
     from shadowpeft.serve.calibration import require_sklearn
+    from shadowpeft.serve.router import FILE, SIGNALS
 
     if not 0 <= target <= 1:
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
+    if signal not in ("auto", *SIGNALS):
+        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join(SIGNALS)}")
     require_sklearn()
     folder = Path(out or source)
+    if out is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise ConfigError(f"'{folder}' is no folder to save the calibration in; pass --out")
     rows = {"fit": read_intents(data, "fit", limit)}
@@ -45,7 +50,6 @@ def calibrate(
     quiet_libraries()
     from shadowpeft.data.robot import SYSTEM, parse_action
     from shadowpeft.serve import calibration as fitting
-    from shadowpeft.serve.router import FILE
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
@@ -114,7 +118,9 @@ def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
     if not good:
         raise DataError(f"{where} must have the strings 'prompt' and 'skill'")
     if row["skill"] not in known:
-        raise DataError(f"{where} has the skill {row['skill']!r}, which is none; see shadowpeft.data.robot.SKILLS, or REMOTE")
+        raise DataError(
+            f"{where} has the skill {row['skill']!r}, which is none; see shadowpeft.data.robot.SKILLS, or REMOTE"
+        )
     return row  # type: ignore[no-any-return]
 
 
@@ -125,7 +131,9 @@ def _backends(source: str, base: str | None, cloud: bool) -> tuple[Any, Any]:
 
     if is_edge_folder(source):
         if cloud:
-            raise ConfigError(f"'{source}' is an edge model and has no attached path; pass --no-cloud, or the adapter's folder")
+            raise ConfigError(
+                f"'{source}' is an edge model and has no attached path; pass --no-cloud, or the adapter's folder"
+            )
         return Detached(*load_edge(source), "edge"), None
     tokenizer = load_tokenizer_of(source, base)
     model = shadowpeft.load(source, base)
@@ -140,9 +148,7 @@ def _answers(
 
     with bar(console, label, len(rows), quiet=quiet) as progress:
         prompts = [row["prompt"] for row in rows]
-        return scored_answers(
-            backend, backend.names[0], prompts, system=system, max_tokens=tokens, progress=progress
-        )
+        return scored_answers(backend, backend.names[0], prompts, system=system, max_tokens=tokens, progress=progress)
 
 
 def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: Any) -> Any:
@@ -161,7 +167,9 @@ def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: A
 
 def _print(made: Any, console: Console) -> None:
     r = made.report
-    table = Table("", "fit (cross-fitted)", "check", title=f"signal {made.signal}, keep at {made.threshold:.4f} and above")
+    table = Table(
+        "", "fit (cross-fitted)", "check", title=f"signal {made.signal}, keep at {made.threshold:.4f} and above"
+    )
     rows = [
         ("requests", "n"),
         ("with a known action", "known_actions"),

@@ -167,7 +167,9 @@ class Detached(Backend):
         for field in ("model_type", "vocab_size"):
             old, given = getattr(self.model.config, field), getattr(new.config, field)
             if old != given:
-                raise ConfigError(f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart")
+                raise ConfigError(
+                    f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart"
+                )
         self.model = new
 
 

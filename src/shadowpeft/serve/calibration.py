@@ -44,11 +44,19 @@ def require_sklearn() -> None:
     import importlib.util
 
     if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError("route calibrate needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'")
+        raise ConfigError(
+            "route calibrate needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'"
+        )
 
 
 def calibrate(
-    samples: Sequence[Sample], *, target: float, signal: str = "auto", bound: bool = False, folds: int = 5, seed: int = 0
+    samples: Sequence[Sample],
+    *,
+    target: float,
+    signal: str = "auto",
+    bound: bool = False,
+    folds: int = 5,
+    seed: int = 0,
 ) -> Calibration:
     """Fit on ``samples`` and choose the threshold that keeps most while at most ``target`` of what is kept is wrong.
 

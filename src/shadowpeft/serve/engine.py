@@ -195,7 +195,9 @@ class Engine:
         """
         limits, names = self.limits, self.backend.names
         if name not in names:
-            raise ConfigError(f"model '{name}' is not loaded{did_you_mean(name, list(names))}; there are {sorted(names)}")
+            raise ConfigError(
+                f"model '{name}' is not loaded{did_you_mean(name, list(names))}; there are {sorted(names)}"
+            )
         if prompt == 0:
             raise DataError("the prompt has no tokens; say something")
         if prompt > limits.prompt_tokens:

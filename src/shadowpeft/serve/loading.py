@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,25 @@ def load_adapters(named: dict[str, str], base: str | None) -> Any:
         else:
             model.load_adapter(folder, name)
     return model.eval()
+
+
+def is_lora(path: str) -> bool:
+    """Whether ``path`` is a folder with a LoRA or DoRA adapter."""
+    file = Path(path) / "adapter_config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("peft_type") == "LORA"
+
+
+def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
+    """The base with a LoRA or DoRA adapter, and the base's tokenizer: what a shadow is compared with."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.train.run import load_tokenizer
+
+    named = base or PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not named:
+        raise ConfigError("the adapter does not name its base; pass --base")
+    model = PeftModel.from_pretrained(load_base(named, "CAUSAL_LM"), path).eval()
+    own = (Path(path) / "tokenizer_config.json").is_file()
+    return model.get_base_model(), AutoTokenizer.from_pretrained(path) if own else load_tokenizer(named)

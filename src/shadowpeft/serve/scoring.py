@@ -60,7 +60,9 @@ def scored_answers(
             if progress is not None:
                 progress(done)
 
-    engine = Engine(backend, Limits(rows=rows, queue=len(prompts) + 1, prompt_tokens=backend.context, new_tokens=backend.context))
+    engine = Engine(
+        backend, Limits(rows=rows, queue=len(prompts) + 1, prompt_tokens=backend.context, new_tokens=backend.context)
+    )
     collectors = []
     for prompt in prompts:
         ids = _prompt_ids(backend.tokenizer, prompt, system)
