@@ -151,7 +151,7 @@ def _check(options: Options, named: dict[str, str]) -> None:
 
 def _cloud_backend(named: dict[str, str], base: str | None) -> Any:
     from shadowpeft.serve.backend import Attached
-    from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters, load_edge
+    from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters
 
     first = next(iter(named.values()))
     if is_edge_folder(first) or is_lora(first):
@@ -159,18 +159,18 @@ def _cloud_backend(named: dict[str, str], base: str | None) -> Any:
             raise ConfigError(
                 f"'{first}' is no shadow adapter and cannot share a server with others; start one for each"
             )
-        return _plain(next(iter(named)), first, base, load_edge)
+        return _plain(next(iter(named)), first, base)
     tokenizer = load_tokenizer_of(first, base)
     return Attached(load_adapters(named, base), tokenizer, named, "base")
 
 
-def _plain(name: str, folder: str, base: str | None, load_edge: Any) -> Any:
+def _plain(name: str, folder: str, base: str | None) -> Any:
     from shadowpeft.serve.backend import Detached
-    from shadowpeft.serve.loading import is_lora, load_lora
+    from shadowpeft.serve.loading import is_lora, load_edge, load_lora
 
-    if is_lora(folder):
-        return Detached(*load_lora(folder, base), name)
-    return Detached(*load_edge(folder), name, folder)
+    lora = is_lora(folder)
+    model, tokenizer = load_lora(folder, base) if lora else load_edge(folder)
+    return Detached(model, tokenizer, name, None if lora else folder)
 
 
 def _edge_backend(named: dict[str, str], base: str | None) -> Any:
@@ -180,7 +180,8 @@ def _edge_backend(named: dict[str, str], base: str | None) -> Any:
 
     name, folder = next(iter(named.items()))
     if is_edge_folder(folder):
-        return Detached(*load_edge(folder), name, folder)
+        model, tokenizer = load_edge(folder)
+        return Detached(model, tokenizer, name, folder)
     tokenizer = load_tokenizer_of(folder, base)
     return Detached(shadowpeft.detach(shadowpeft.load(folder, base)), tokenizer, name)
 

@@ -85,10 +85,12 @@ class Generation:
 class Answer(ABC):
     """Attributes:
     note: where the answer was made and why, and how long it took; complete at the end.
+    first: seconds until its beginning was there.
     """
 
-    def __init__(self, note: dict[str, Any]) -> None:
-        self.note = note
+    def __init__(self, note: dict[str, Any], began: float) -> None:
+        self.note, self.began = note, began
+        self.first: float | None = None
 
     @abstractmethod
     async def begin(self) -> None:
@@ -111,9 +113,8 @@ class Local(Answer):
     """An answer of this server's engine; what it has made already is given first."""
 
     def __init__(self, generation: Generation, shape: Shape, began: float) -> None:
-        super().__init__(shape.note)
-        self.generation, self.shape, self.began = generation, shape, began
-        self.first: float | None = None
+        super().__init__(shape.note, began)
+        self.generation, self.shape = generation, shape
 
     async def begin(self) -> None:
         if not self.generation.tokens and self.generation.finish is None:
@@ -158,9 +159,8 @@ class Forwarded(Answer):
     def __init__(
         self, cloud: Cloud, path: str, body: dict[str, Any], model: str, note: dict[str, Any], began: float
     ) -> None:
-        super().__init__(note)
-        self.cloud, self.path, self.body, self.model, self.began = cloud, path, body, model, began
-        self.first: float | None = None
+        super().__init__(note, began)
+        self.cloud, self.path, self.body, self.model = cloud, path, body, model
         self._whole: dict[str, Any] | None = None
         self._chunks: AsyncIterator[dict[str, Any]] | None = None
         self._head: dict[str, Any] | None = None

@@ -84,7 +84,7 @@ def calibrate(
         )
     right = np.array([s.right for s in known], dtype=float)
     areas = {name: auroc(right, _column(known, name)) for name in SIGNALS}
-    best = max(SIGNALS, key=lambda name: areas[name] if areas[name] is not None else 0.5)
+    best = max(SIGNALS, key=lambda name: areas[name] or 0.0)
     chosen = best if signal == "auto" else signal
     x = _column(known, chosen)
     out_of_fold = _cross_fit(x, right, folds, seed)

@@ -286,16 +286,17 @@ async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) 
             pass
 
     task: asyncio.Future[T] = asyncio.ensure_future(work)
-    listener = asyncio.ensure_future(listen())
+    listener: asyncio.Future[Any] = asyncio.ensure_future(listen())
+    both: set[asyncio.Future[Any]] = {task, listener}
     try:
-        await asyncio.wait({task, listener}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise GoneError("the client left")
     finally:
-        for each in (task, listener):
+        for each in both:
             each.cancel()
-        await asyncio.gather(task, listener, return_exceptions=True)
+        await asyncio.gather(*both, return_exceptions=True)
 
 
 def _report(failure: BaseException) -> None:
@@ -314,7 +315,8 @@ def _add_errors(app: FastAPI) -> None:
     async def malformed(_: Request, failure: RequestValidationError) -> Response:
         first = failure.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else str(first["msg"])
+        said = str(first["msg"]).removeprefix("Value error, ")
+        message = f"{where}: {said}" if where else said
         return answer(400, message, param=where or None)
 
     @app.exception_handler(HTTPException)
