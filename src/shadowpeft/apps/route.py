@@ -144,11 +144,20 @@ def _backends(source: str, base: str | None, cloud: bool) -> tuple[Any, Any]:
 def _answers(
     backend: Any, rows: list[dict[str, Any]], system: str | None, tokens: int, label: str, console: Console, quiet: bool
 ) -> list[Any]:
+    from shadowpeft.data.robot import parse_action
+    from shadowpeft.serve.router import settled
     from shadowpeft.serve.scoring import scored_answers
 
     with bar(console, label, len(rows), quiet=quiet) as progress:
-        prompts = [row["prompt"] for row in rows]
-        return scored_answers(backend, backend.names[0], prompts, system=system, max_tokens=tokens, progress=progress)
+        return scored_answers(
+            backend,
+            backend.names[0],
+            [row["prompt"] for row in rows],
+            system=system,
+            max_tokens=tokens,
+            until=lambda pieces, _: settled(pieces, parse_action),  # what follows the action does not count
+            progress=progress,
+        )
 
 
 def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: Any) -> Any:

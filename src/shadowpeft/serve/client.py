@@ -168,7 +168,7 @@ class Cloud:
     def _judge(status: int, content: bytes) -> None:
         if status == 429:
             raise CloudError(CLOUD_BUSY, "the cloud has too many requests")
-        if status in (401, 403) or status >= 500:
+        if status in (401, 403) or not 400 <= status < 500:
             raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}")
         try:
             told = json.loads(content)

@@ -182,12 +182,15 @@ class Router:
 
     def lost(self, pieces: Sequence[str], scores: Scores) -> bool:
         """Whether an unfinished answer will go to the cloud however it goes on, so that the device may stop."""
-        text = "".join(pieces).lstrip()
-        if not text:
-            return False
-        if self.parse(text) is None:
-            return not text.startswith("[") or len(text) > _LONGEST_TAG
-        return self.decide(pieces, scores).where == CLOUD
+        return settled(pieces, self.parse) and self.decide(pieces, scores).where == CLOUD
+
+
+def settled(pieces: Sequence[str], parse: Callable[[str], str | None]) -> bool:
+    """Whether it is certain which action an unfinished answer has, or that it will have none."""
+    text = "".join(pieces).lstrip()
+    if not text:
+        return False
+    return parse(text) is not None or not text.startswith("[") or len(text) > _LONGEST_TAG
 
 
 def decisive(pieces: Sequence[str], parse: Callable[[str], str | None]) -> tuple[int, str | None]:

@@ -41,12 +41,13 @@ def scored_answers(
     system: str | None,
     max_tokens: int,
     rows: int = 16,
+    until: Callable[[list[str], Scores], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[list[str], Scores]]:
     """Greedy answers to user messages: the text each token added, and what the model thought of the tokens.
 
     Args:
-        name: which of the backend's names answers. rows: requests at the same time. progress: takes the number done.
+        name: which of the backend's names answers. rows: requests at the same time. until: see :meth:`Engine.submit`. progress: takes the number done.
 
     Raises:
         DataError: if a prompt does not fit the model.
@@ -67,7 +68,7 @@ def scored_answers(
     for prompt in prompts:
         ids = _prompt_ids(backend.tokenizer, prompt, system)
         collectors.append(_Collector(count))
-        engine.submit(ids, name, Sampling(max_tokens=max_tokens), collectors[-1])
+        engine.submit(ids, name, Sampling(max_tokens=max_tokens), collectors[-1], until)
     engine.start()
     try:
         for collector in collectors:
