@@ -9,9 +9,10 @@ import torch
 
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer
+from several import several
 from shadowpeft.serve.backend import Attached, Detached
 from shadowpeft.serve.engine import Engine, Failed, Finish, Limits, Sampling, Token
-from several import several
+from shadowpeft.serve.router import Calibration
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "default": {"r": 4},
@@ -82,3 +83,51 @@ def engine_of(backend: Any, **limits: Any) -> Engine:
     made = Engine(backend, Limits(**limits))
     made.start()
     return made
+
+
+CALIBRATION = Calibration("min_logprob", (-5.0, -0.1), (0.0, 1.0), 0.9)
+"""Takes the sure lines of :class:`Scripted` for right and the unsure ones for wrong."""
+
+
+class Scripted:
+    """An edge's backend, made to say a line by a word of the prompt, surely or unsurely."""
+
+    def __init__(self, inner):
+        self.inner, self.passes = inner, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    LINES = {  # noqa: RUF012
+        "sit": "[Sit()] Here I sit.",
+        "unsure": "[Bark()] Woof, maybe.",
+        "remote": "[REMOTE] Ask the cloud, this is a long note about it.",
+        "words": "The capital of Italy is Rome and it is very old.",
+    }
+
+    def open(self, names):
+        outer, rows = self, None
+        pad = self.inner.tokenizer.pad_token_id
+        ends = next(iter(self.inner.ends))
+
+        class Session:
+            def forward(self, ids, mask):
+                nonlocal rows
+                outer.passes += 1
+                if rows is None:
+                    texts = [outer.inner.tokenizer.decode([t for t in row if t != pad]) for row in ids.tolist()]
+                    rows = []
+                    for text in texts:
+                        word = next(w for w in outer.LINES if w in text)
+                        said = outer.inner.tokenizer(outer.LINES[word], add_special_tokens=False).input_ids
+                        rows.append((iter([*said, ends]), 2.0 if word == "unsure" else 30.0))
+                logits = torch.zeros(len(rows), 260)
+                for i, (said, strength) in enumerate(rows):
+                    logits[i, next(said)] = strength
+                return logits
+
+            def keep(self, kept):
+                nonlocal rows
+                rows = [rows[i] for i in kept]
+
+        return Session()

@@ -27,7 +27,11 @@ def main(role: str, port: int, versions: str, cloud_url: str | None) -> None:
         backend.versions["late"] = [str(Path(versions) / "v1")]
         made = CloudRole(Engine(backend, limits), system=None, default_tokens=8)
     else:
-        link = None if cloud_url is None else Cloud(cloud_url, "user-key-0123456789", breaker=Breaker(pause=0.5), timeout=20)
+        link = (
+            None
+            if cloud_url is None
+            else Cloud(cloud_url, "user-key-0123456789", breaker=Breaker(pause=0.5), timeout=20)
+        )
 
         def parse(text: str) -> str | None:  # the tiny shadow speaks no actions: half of what it says counts as one
             return parse_action(text) or (None if not text or ord(text[0]) % 2 else "Sit")

@@ -34,7 +34,9 @@ def test_drawn_requests_are_answered_or_refused_as_described(role):
         for found in schema.get_all_operations():
             operation = found.ok()
 
-            @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+            @settings(
+                max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+            )
             @given(case=operation.as_strategy())
             def check(case):
                 case.call_and_validate(

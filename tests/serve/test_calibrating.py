@@ -120,7 +120,7 @@ def test_all_right_keeps_everything():
 def test_what_cannot_be_calibrated_is_refused():
     with pytest.raises(DataError, match="16 of 20 device answers have a known action but a calibration needs 30"):
         calibrate(made_up(20), target=0.1)
-    with pytest.raises(ConfigError, match="target is 1.5"):
+    with pytest.raises(ConfigError, match=r"target is 1\.5"):
         calibrate(made_up(100), target=1.5)
     with pytest.raises(ConfigError, match="signal is 'luck'"):
         calibrate(made_up(100), target=0.1, signal="luck")
@@ -137,9 +137,10 @@ def adapter(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("route")
     base = save_base(folder / "base")
-    from tiny import adapter_config, randomise
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+
+    from tiny import adapter_config, randomise
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(**ADAPTERS["default"]))
     randomise(model)

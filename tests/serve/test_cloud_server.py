@@ -66,7 +66,11 @@ def test_models_are_the_base_and_every_adapter(client):
 
 
 def test_concurrent_clients_get_the_answers_they_would_get_alone(client, reference):
-    jobs = [(p, m, 3 + (i + 2 * j) % 7) for i, p in enumerate(PROMPTS) for j, m in enumerate(("default", "late", "deep", "base"))]
+    jobs = [
+        (p, m, 3 + (i + 2 * j) % 7)
+        for i, p in enumerate(PROMPTS)
+        for j, m in enumerate(("default", "late", "deep", "base"))
+    ]
     expected = [reference(*job) for job in jobs]
     found = [""] * len(jobs)
 
@@ -197,7 +201,9 @@ def test_other_refusals(server, client):
         assert plain.status_code == 400
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong-key-0123456789", "Bearer", f"Bearer {KEY}x", "Basic !", "Digest x"])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong-key-0123456789", "Bearer", f"Bearer {KEY}x", "Basic !", "Digest x"]
+)
 def test_every_route_but_health_needs_a_key(server, header):
     headers = {} if header is None else {"authorization": header}
     with httpx.Client(base_url=server.url, headers=headers, trust_env=False) as http:
@@ -289,7 +295,8 @@ def test_a_client_that_leaves_stops_its_work(stream):
         content = json.dumps({**body, "logprobs": True, "temperature": 2.0}).encode()
         host, port = server.socket.getsockname()
         raw = socket.create_connection((host, port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-type: application/json\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+        head += "content-type: application/json\r\n"
         raw.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         if stream:
             assert b"200 OK" in raw.recv(100)
@@ -419,7 +426,10 @@ def test_swap_and_roll_back_over_http_while_clients_ask(tmp_path):
 
         thread = threading.Thread(target=keep_asking)
         thread.start()
-        assert admin.post("/admin/adapters/late/swap", json={"version": "v2"}).json() == {"name": "late", "version": "v2"}
+        assert admin.post("/admin/adapters/late/swap", json={"version": "v2"}).json() == {
+            "name": "late",
+            "version": "v2",
+        }
         new = say()
         assert new != old
         assert admin.post("/admin/adapters/late/rollback").json() == {"name": "late", "version": "v1"}

@@ -7,63 +7,17 @@ import httpx
 import openai
 import pytest
 
-from serving import attached, detached
+from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
 from shadowpeft.serve.client import Breaker, Cloud
 from shadowpeft.serve.engine import Engine, Limits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
-from shadowpeft.serve.router import Calibration, Router
+from shadowpeft.serve.router import Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running, metric, wait_for
 
 KEY = "user-key-0123456789"
-
-
-class Scripted:
-    """The edge's backend, made to say what the last word of the prompt says; the scores are of a sure or unsure model."""
-
-    def __init__(self, inner):
-        self.inner, self.passes = inner, 0
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    LINES = {  # noqa: RUF012
-        "sit": "[Sit()] Here I sit.",
-        "unsure": "[Bark()] Woof, maybe.",
-        "remote": "[REMOTE] Ask the cloud, this is a long note about it.",
-        "words": "The capital of Italy is Rome and it is very old.",
-    }
-
-    def open(self, names):
-        import torch
-
-        outer, rows = self, None
-        pad = self.inner.tokenizer.pad_token_id
-        ends = next(iter(self.inner.ends))
-
-        class Session:
-            def forward(self, ids, mask):
-                nonlocal rows
-                outer.passes += 1
-                if rows is None:
-                    texts = [outer.inner.tokenizer.decode([t for t in row if t != pad]) for row in ids.tolist()]
-                    rows = []
-                    for text in texts:
-                        word = next(w for w in outer.LINES if w in text)
-                        said = outer.inner.tokenizer(outer.LINES[word], add_special_tokens=False).input_ids
-                        rows.append((iter([*said, ends]), 2.0 if word == "unsure" else 30.0))
-                logits = torch.zeros(len(rows), 260)
-                for i, (said, strength) in enumerate(rows):
-                    logits[i, next(said)] = strength
-                return logits
-
-            def keep(self, kept):
-                nonlocal rows
-                rows = [rows[i] for i in kept]
-
-        return Session()
 
 
 def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="local", pause=60.0, **cloud_options):
@@ -75,9 +29,6 @@ def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="
     router = Router(parse_action, calibration)
     role = EdgeRole(engine, router, link, "late", system=None, default_tokens=64, when_down=when_down)
     return build(role, Settings(keys or Keys((KEY,), ())))
-
-
-CALIBRATION = Calibration("min_logprob", (-5.0, -0.1), (0.0, 1.0), 0.9)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +230,9 @@ def test_a_stream_that_breaks_in_the_middle_says_so():
 
 
 def test_the_clouds_refusal_of_the_request_reaches_the_client():
-    told = {"error": {"message": "too long for the cloud", "type": "invalid_request_error", "param": None, "code": None}}
+    told = {
+        "error": {"message": "too long for the cloud", "type": "invalid_request_error", "param": None, "code": None}
+    }
     transport = httpx.MockTransport(lambda request: httpx.Response(400, json=told))
     with Running(edge_app("http://cloud", transport=transport)) as server:
         with pytest.raises(openai.BadRequestError, match="too long for the cloud"):

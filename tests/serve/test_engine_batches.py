@@ -229,7 +229,7 @@ def test_a_full_queue_refuses_and_serves_those_it_took(backend):
 
 
 def test_sizes_are_checked(engine):
-    with pytest.raises(ConfigError, match="'defualt' is not loaded .did you mean 'default'"):
+    with pytest.raises(ConfigError, match=r"'defualt' is not loaded .did you mean 'default'"):
         ask(engine, "sit", "defualt")
     with pytest.raises(DataError, match="no tokens"):
         ask(engine, "", "default")

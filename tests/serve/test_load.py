@@ -27,8 +27,24 @@ KEY = {"authorization": "Bearer user-key-0123456789"}
 ADMIN = {"authorization": "Bearer admin-key-0123456789"}
 REQUESTS = int(os.environ.get("SHADOWPEFT_LOAD", "2000"))
 CLIENTS = 32
-PROMPTS = ["sit", "a much longer request, please", "x y z", "站起来", "another one of middle length", "why?", "1 2 3", "go"]
-MALFORMED = [b"", b"{", b"[]", b'{"model": "late"}', b'{"model": "late", "prompt": 3}', b'{"model": "late", "prompt": "x", "n": 9}']
+PROMPTS = [
+    "sit",
+    "a much longer request, please",
+    "x y z",
+    "站起来",
+    "another one of middle length",
+    "why?",
+    "1 2 3",
+    "go",
+]
+MALFORMED = [
+    b"",
+    b"{",
+    b"[]",
+    b'{"model": "late"}',
+    b'{"model": "late", "prompt": 3}',
+    b'{"model": "late", "prompt": "x", "n": 9}',
+]
 
 
 def free_port() -> int:
@@ -45,7 +61,9 @@ class Process:
 
     def start(self):
         script = Path(__file__).with_name("serve_tiny.py")
-        self.child = subprocess.Popen([sys.executable, str(script), *self.arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.child = subprocess.Popen(
+            [sys.executable, str(script), *self.arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         wait_for(self.ready, 180)
 
     def ready(self):
@@ -100,7 +118,9 @@ def local_answers(url):
     found = {}
     with httpx.Client(base_url=url, headers=KEY, timeout=60, trust_env=False) as http:
         for i in range(len(PROMPTS) * 5):
-            found[i] = http.post("/v1/completions", json={**body(i, "edge"), "route": "device"}).json()["choices"][0]["text"]
+            found[i] = http.post("/v1/completions", json={**body(i, "edge"), "route": "device"}).json()["choices"][0][
+                "text"
+            ]
     return found
 
 
@@ -112,12 +132,16 @@ def test_two_thousand_requests(versions):
         old = answers(edge.url, "edge")
         assert {where for _, where in old.values()} == {"device", "cloud"}
         local = local_answers(edge.url)
-        swap = httpx.post(cloud.url + "/admin/adapters/late/swap", headers=ADMIN, json={"version": "v2"}, trust_env=False)
+        swap = httpx.post(
+            cloud.url + "/admin/adapters/late/swap", headers=ADMIN, json={"version": "v2"}, trust_env=False
+        )
         assert swap.json() == {"name": "late", "version": "v2"}
         new = answers(edge.url, "edge")
         assert new != old
         httpx.post(cloud.url + "/admin/adapters/late/rollback", headers=ADMIN, trust_env=False).raise_for_status()
-        run(edge, cloud, min(REQUESTS, 400), old, new, local, disturb=False)  # warm: allocators and pools have their size
+        run(
+            edge, cloud, min(REQUESTS, 400), old, new, local, disturb=False
+        )  # warm: allocators and pools have their size
         before = edge.memory()
         report = run(edge, cloud, REQUESTS, old, new, local, disturb=True)
         wait_for(lambda: metric(edge.metrics(), "shadowpeft_in_flight") == 0)
@@ -157,7 +181,9 @@ def run(edge, cloud, n, old, new, local, disturb):
         kind = random.Random(i).random()
         if kind < 0.1:
             content = MALFORMED[i % len(MALFORMED)]
-            status = http.post("/v1/completions", content=content, headers={"content-type": "application/json"}).status_code
+            status = http.post(
+                "/v1/completions", content=content, headers={"content-type": "application/json"}
+            ).status_code
             note("malformed" if 400 <= status < 500 else "lost", i, None if 400 <= status < 500 else status)
             return
         if kind < 0.2:
@@ -165,7 +191,9 @@ def run(edge, cloud, n, old, new, local, disturb):
             content = json.dumps({**body(i, "edge"), "stream": i % 2 == 0}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {KEY['authorization']}\r\n"
             with socket.create_connection((host, int(port))) as raw:
-                raw.sendall(f"{head}content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
+                raw.sendall(
+                    f"{head}content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+                )
                 time.sleep(random.Random(i).random() * 0.05)
             note("left")
             return
@@ -195,7 +223,9 @@ def run(edge, cloud, n, old, new, local, disturb):
     [t.start() for t in threads]
     if disturb:
         wait_for(lambda: sum(counts.values()) > n // 4, 900)
-        changed = httpx.post(cloud.url + "/admin/adapters/late/swap", headers=ADMIN, json={"version": "v2"}, trust_env=False, timeout=60)
+        changed = httpx.post(
+            cloud.url + "/admin/adapters/late/swap", headers=ADMIN, json={"version": "v2"}, trust_env=False, timeout=60
+        )
         assert changed.status_code == 200
         wait_for(lambda: sum(counts.values()) > n // 2, 900)
         cloud.child.kill()

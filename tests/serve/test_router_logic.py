@@ -49,8 +49,18 @@ def test_the_threshold_itself_is_kept():
 
 @pytest.mark.parametrize(
     ("pieces", "lost"),
-    [([], False), ([" "], False), (["["], False), (["[", "RE"], False), (["[", "REMOTE"], False), (["[REMOTE]"], True)]
-    + [(["The"], True), (["[Sit()]"], False), (["[Fly()] and more words"], False), (["[" + "x" * 50], True)],
+    [
+        ([], False),
+        ([" "], False),
+        (["["], False),
+        (["[", "RE"], False),
+        (["[", "REMOTE"], False),
+        (["[REMOTE]"], True),
+        (["The"], True),
+        (["[Sit()]"], False),
+        (["[Fly()] and more words"], False),
+        (["[" + "x" * 50], True),
+    ],
 )
 def test_an_answer_is_given_up_only_when_it_is_lost(pieces, lost):
     assert Router(parse_action).lost(pieces, scores(*[-0.1] * len(pieces))) is lost

@@ -79,8 +79,8 @@ def calibrate(
     known = [s for s in samples if s.kept]
     if len(known) < FEWEST:
         raise DataError(
-            f"{len(known)} of {len(samples)} device answers have a known action but a calibration needs {FEWEST}; use more data "
-            "or a better trained shadow"
+            f"{len(known)} of {len(samples)} device answers have a known action but a calibration needs {FEWEST}; use more "
+            "data or a better trained shadow"
         )
     right = np.array([s.right for s in known], dtype=float)
     areas = {name: auroc(right, _column(known, name)) for name in SIGNALS}

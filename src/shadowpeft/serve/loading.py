@@ -1,4 +1,4 @@
-"""The models that are served or calibrated: an adapter's detached shadow, an edge model's folder, several adapters on a base."""
+"""The models that are served or calibrated: an edge model's folder, several adapters on a base, a LoRA to compare with."""
 
 from __future__ import annotations
 

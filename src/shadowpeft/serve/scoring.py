@@ -47,7 +47,8 @@ def scored_answers(
     """Greedy answers to user messages: the text each token added, and what the model thought of the tokens.
 
     Args:
-        name: which of the backend's names answers. rows: requests at the same time. until: see :meth:`Engine.submit`. progress: takes the number done.
+        name: which of the backend's names answers. rows: requests at the same time.
+        until: see :meth:`Engine.submit`. progress: takes the number done.
 
     Raises:
         DataError: if a prompt does not fit the model.
