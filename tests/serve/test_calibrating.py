@@ -107,6 +107,7 @@ def test_an_impossible_target_keeps_nothing():
     made = calibrate(samples, target=0.1)
     assert made.threshold > 1
     assert made.report["answered_on_device"] == 0
+    assert made.report["wrong_share"] is None
     assert made.report["auroc"] == 0.5
 
 

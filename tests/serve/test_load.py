@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from serving import attached
+from shadowpeft.train.run import versions as versions_of
 from webserver import metric, wait_for
 
 pytestmark = pytest.mark.server
@@ -149,7 +150,9 @@ def test_two_thousand_requests(versions):
         report["edge_memory_growth"] = round(edge.memory() / before - 1, 4)
         print(json.dumps(report))
         if os.environ.get("SHADOWPEFT_LOAD_RECORD"):
-            Path(os.environ["SHADOWPEFT_LOAD_RECORD"]).write_text(json.dumps(report, indent=2) + "\n")
+            Path(os.environ["SHADOWPEFT_LOAD_RECORD"]).write_text(
+                json.dumps({**report, "machine": versions_of()}, indent=2) + "\n"
+            )
         assert report["wrong"] == [] and report["lost"] == []  # noqa: PT018
         assert report["edge_memory_growth"] < 0.05
     finally:

@@ -65,10 +65,10 @@ def calibrate(
         }
         samples[name] = [_sample(i, row, texts, parse_action) for i, row in enumerate(part)]
     made = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound)
-    made.report.update(data=data, source=source, max_new_tokens=max_new_tokens, system=system)
+    made.report.update(data=Path(data).name, source=Path(source).name, max_new_tokens=max_new_tokens, system=system)
     shown = "fit"
     if check is not None:
-        made.report["check"] = {"data": check, **fitting.check(made, samples["check"])}
+        made.report["check"] = {"data": Path(check).name, **fitting.check(made, samples["check"])}
         shown = "check"
     made.report["curve"] = fitting.curve(made, samples[shown])
     made.save(folder / FILE)

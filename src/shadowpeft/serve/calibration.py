@@ -133,7 +133,7 @@ def summarise(samples: Sequence[Sample], found: Sequence[float | None], threshol
         "on_device": _rounded(kept / len(samples) if samples else None),
         "answered_on_device": kept,
         "wrong_on_device": wrong,
-        "wrong_share": _rounded(wrong / kept if kept else 0.0),
+        "wrong_share": _rounded(wrong / kept if kept else None),
         "wrong_share_upper_95": _rounded(upper_bound(wrong, kept)),
     }
     if samples and all(s.cloud_right is not None for s in samples):
@@ -200,7 +200,7 @@ def ece(right: np.ndarray, chance: np.ndarray, bins: int = 10) -> float | None:
     return sum(gaps) / len(right)
 
 
-def curve(calibration: Calibration, samples: Sequence[Sample]) -> list[dict[str, float]]:
+def curve(calibration: Calibration, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """The cost-quality curve: one point a threshold, with the share sent to the cloud and what :func:`summarise` finds."""
     found = confidences(calibration, samples)
     points = []
@@ -221,7 +221,11 @@ def plot(calibration: Calibration, samples: Sequence[Sample], file: Path, title:
     if "accuracy_routed" in points[0]:
         left.plot(cost, [p["accuracy_routed"] for p in points], drawstyle="default", label="accuracy, routed")
         left.axhline(points[0]["accuracy_cloud"], linestyle="--", color="grey", label="accuracy, always cloud")
-    left.plot(cost, [p["wrong_share"] for p in points], label="wrong, of the answers on the device")
+    left.plot(
+        cost,
+        [math.nan if p["wrong_share"] is None else p["wrong_share"] for p in points],
+        label="wrong, of the answers on the device",
+    )
     chosen = summarise(samples, confidences(calibration, samples), calibration.threshold)
     left.axvline(1 - chosen["on_device"], linestyle=":", color="black", label="the chosen threshold")
     left.set(xlabel="share sent to the cloud", ylabel="share", title=title, ylim=(-0.02, 1.02))

@@ -356,8 +356,12 @@ def _describe_errors(app: FastAPI) -> None:
 
 def serve(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
     """Run until a signal; running requests are finished within ``drain_seconds``."""
+    import signal
+
     import uvicorn
 
+    # uvicorn ends gracefully on SIGTERM and then raises the signal again; a server that was asked to end has not failed
+    signal.signal(signal.SIGTERM, lambda *_: None)
     settings = uvicorn.Config(
         app,
         host=host,
