@@ -220,6 +220,8 @@ def test_a_user_key_does_not_open_the_admin_routes_and_basic_works(server):
         assert http.get("/admin/adapters").status_code == 401
     with httpx.Client(base_url=server.url, auth=("anyone", KEY), trust_env=False) as http:
         assert http.get("/v1/models").status_code == 200
+    with httpx.Client(base_url=server.url, auth=("anyone", ADMIN), trust_env=False) as http:
+        assert http.get("/admin/adapters").status_code == 401  # a browser would send it along for other sites
     with server.http(ADMIN) as http:
         assert http.get("/admin/adapters").json() == {n: [f"{n}-folder"] for n in ("default", "late", "deep")}
         assert http.get("/v1/models").status_code == 401
