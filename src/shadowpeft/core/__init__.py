@@ -2,11 +2,17 @@
 
 from shadowpeft.core.losses import count_targets, head_loss, joint_loss, token_cross_entropy
 from shadowpeft.core.modules import Injection, Update, UpdateNorm
-from shadowpeft.core.projection import fold_projection, pseudo_inverse_projection
+from shadowpeft.core.projection import (
+    ProjectionSolution,
+    fold_projection,
+    pseudo_inverse_projection,
+    solve_projection,
+)
 from shadowpeft.core.recurrence import Trajectory, refine
 
 __all__ = [
     "Injection",
+    "ProjectionSolution",
     "Trajectory",
     "Update",
     "UpdateNorm",
@@ -16,5 +22,6 @@ __all__ = [
     "joint_loss",
     "pseudo_inverse_projection",
     "refine",
+    "solve_projection",
     "token_cross_entropy",
 ]
