@@ -119,11 +119,11 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
 
     The first full-attention layer, else one with a sliding window, else the first that is not recurrent, else the first.
     Some architectures refuse or cannot run some type alone: then each other type in turn, and at last, if no depth is
-    asked for, one layer of each type. ``shadow_init="base_layers"``: the copied layers only.
+    asked for, one layer of each type. A shadow that copies layers of the base: those only.
     """
     depth = config.shadow_num_hidden_layers or 1
-    if config.shadow_init == "base_layers":
-        return [LayerChoice(copied_layers(base, depth))]
+    if config.copies_layers:
+        return [LayerChoice(copied_layers(base, depth, config.shadow_init))]
     types = list(getattr(base, "layer_types", None) or [])
     ordinary = [kind for kind in _ORDINARY_TYPES if kind in types]
     order = [types.index(kind) for kind in ordinary]
@@ -203,19 +203,20 @@ def mirror_config(
     return new
 
 
-def copied_layers(base: PreTrainedConfig, depth: int) -> list[int]:
-    """Indices of the base's first ``depth`` attention layers, for ``shadow_init="base_layers"``.
+def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers") -> list[int]:
+    """Indices of ``depth`` of the base's attention layers: its first ones for ``shadow_init="base_layers"``; for
+    "base_layers_spread" those at ``floor(i n / depth)`` of its ``n``, so every ``n / depth``-th from the first on.
 
     Layers of a recurrent kind are passed over: a base reads its own recurrent state through the shared cache.
     """
     types = getattr(base, "layer_types", None) or ["full_attention"] * int(base.num_hidden_layers)
-    chosen = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES][:depth]
-    if len(chosen) < depth:
+    found = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
+    if len(found) < depth:
         raise ConfigError(
-            f"shadow_init='base_layers' with {depth} layers was asked for but the base has {len(chosen)} attention "
-            "layers to copy; lower shadow_num_hidden_layers"
+            f"shadow_init='{init}' with {depth} layers was asked for but the base has {len(found)} attention layers to "
+            "copy; lower shadow_num_hidden_layers"
         )
-    return chosen
+    return found[:depth] if init == "base_layers" else [found[i * len(found) // depth] for i in range(depth)]
 
 
 class BorrowedEmbedding(nn.Module):
@@ -295,8 +296,9 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
         _check_fits(parts.config, shadow_config, config)
         built = _plain_copy(source) if source is not None else _make(parts, config, shadow_class, shadow_config)
     backbone: Any = built
-    if config.shadow_init == "base_layers" and not loaded:
-        _copy_base_layers(parts, backbone, copied_layers(parts.config, len(anatomy_of_backbone(backbone))))
+    if config.copies_layers and not loaded:
+        depth = len(anatomy_of_backbone(backbone))
+        _copy_base_layers(parts, backbone, copied_layers(parts.config, depth, config.shadow_init))
     if not loaded:
         config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
         config.shadow_frozen = _unreached(backbone, reads_tokens) if left is None else left
@@ -558,7 +560,7 @@ def _check_fits(base: PreTrainedConfig, shadow: PreTrainedConfig, config: Shadow
 
 
 def _copy_base_layers(parts: Anatomy, backbone: PreTrainedModel, chosen: list[int]) -> None:
-    """``shadow_init="base_layers"``: everything but the token embedding becomes a copy of the base's own."""
+    """A shadow that starts from the base: everything but the token embedding becomes a copy of the base's own."""
     mine, theirs = anatomy_of_backbone(backbone), parts.layers
     with torch.no_grad():
         for layer, index in zip(mine, chosen, strict=True):
@@ -576,7 +578,7 @@ def _copy_into(target: nn.Module, source: nn.Module) -> None:
         if not fits or (state[key].is_meta and not value.is_meta):
             found = f"{tuple(state[key].shape)}, {state[key].dtype}" if key in state else "nothing"
             raise ConfigError(
-                f"shadow_init='base_layers' needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
+                f"a shadow that copies layers needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
                 f"{found}; a quantised or offloaded base cannot be copied, use shadow_init='random'"
             )
         value.copy_(state[key])
