@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowPeftConfig
@@ -12,7 +13,6 @@ from shadowpeft.core import distillation_kl, teacher_loss, topk_kl
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.trainer import ShadowTrainer
 from tiny import adapt, base, padded, tokens
-from transformers import TrainingArguments
 
 IGNORE = -100
 

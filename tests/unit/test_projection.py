@@ -72,7 +72,7 @@ def test_a_consistent_system_has_no_residual_but_that_of_rounding():
         (lambda x: x.index_copy(1, torch.tensor([15]), x[:, :1]), 15),  # equal columns
         (lambda x: x * (torch.arange(16) != 3), 15),  # a column of zeros
         (lambda x: x[:, :5] @ torch.eye(16, dtype=x.dtype)[:5], 5),
-        (lambda x: (x[:, :9].float() @ torch.randn(9, 16, generator=torch.Generator().manual_seed(2))), 9),  # float32
+        (lambda x: x[:, :9].float() @ torch.randn(9, 16, generator=torch.Generator().manual_seed(2)), 9),  # float32
     ],
 )
 def test_a_deficient_head_gives_the_solution_of_least_norm(spoil, rank):

@@ -55,7 +55,9 @@ def test_its_loss_is_the_divergence_from_the_base(tmp_path):
     cache = TeacherCache.build(model, stream(), tmp_path / "c", V, temperature=2.0)  # every token is known
     ids, log_probs = (torch.stack(x) for x in zip(*(cache[i] for i in range(11)), strict=True))
     states = student.model(torch.cat(stream())).last_hidden_state.flatten(0, 1)
-    found = teacher_loss(states, ids.flatten(0, 1), log_probs.flatten(0, 1), student.lm_head, frozen=True, temperature=2.0)
+    found = teacher_loss(
+        states, ids.flatten(0, 1), log_probs.flatten(0, 1), student.lm_head, frozen=True, temperature=2.0
+    )
     with torch.no_grad():
         teacher = model(torch.cat(stream())).logits.flatten(0, 1)
         expected = distillation_kl(student.lm_head(states), teacher, temperature=2.0).sum()
@@ -116,9 +118,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     TeacherCache.build(model, stream(), folder, K, data="abc", rows_per_shard=4)
     other = base(seed=8)
     for arguments, error, message in (
-        (dict(model=other), BaseMismatchError, "other weights"),
-        (dict(data="xyz"), DataError, "data = 'abc', not 'xyz'"),
-        (dict(k=K + 1), DataError, "k = 5, not 6"),
+        ({"model": other}, BaseMismatchError, "other weights"),
+        ({"data": "xyz"}, DataError, "data = 'abc', not 'xyz'"),
+        ({"k": K + 1}, DataError, "k = 5, not 6"),
     ):
         with pytest.raises(error, match=message):
             TeacherCache(folder, **arguments)
@@ -130,7 +132,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         TeacherCache.build(model, stream(12), folder, K, data="abc")
     with pytest.raises(DataError, match="10 sequences but the teacher cache"):
         TeacherCache.build(model, [torch.cat(stream())[:10]], folder, K, data="abc")
-    with pytest.raises(DataError, match="temperature 1.0, not 2.0"):
+    with pytest.raises(DataError, match=r"temperature 1\.0, not 2\.0"):
         TeacherCache.build(model, stream(), folder, K, data="abc", temperature=2.0)
     with pytest.raises(BaseMismatchError):
         TeacherCache.build(other, stream(), folder, K, data="abc")

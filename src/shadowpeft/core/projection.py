@@ -71,7 +71,9 @@ def solve_projection(
         )
     rows = available[0] if rows is None else rows
     if not 0 < rows <= min(available):
-        raise ValueError(f"rows is {rows} but the heads have {available[0]} and {available[1]}; give at most the smaller")
+        raise ValueError(
+            f"rows is {rows} but the heads have {available[0]} and {available[1]}; give at most the smaller"
+        )
     gram, right, square = _normal_equations(w_lm, w_small, rows, chunk, progress)
     if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()) or square != square:
         raise ValueError("a head holds values that are not finite, so Eq. 12 has no solution; load the weights anew")
@@ -99,11 +101,11 @@ def _normal_equations(
     """``W_lm^T W_lm`` ``(d, d)``, ``W_lm^T W_small`` ``(d, d_s)`` and ``||W_small||_F^2``, in float64."""
     d, d_s = w_lm.shape[1], w_small.shape[1]
     device = torch.device("cpu") if w_lm.device.type == "mps" else w_lm.device  # which has no float64
-    make = {"dtype": torch.float64, "device": device}
-    gram, right = torch.zeros(d, d, **make), torch.zeros(d, d_s, **make)  # type: ignore[arg-type]
-    square = torch.zeros((), **make)  # type: ignore[arg-type]
+    gram = torch.zeros(d, d, dtype=torch.float64, device=device)
+    right = gram.new_zeros(d, d_s)
+    square = gram.new_zeros(())
     chunk = min(chunk, rows)
-    wide, narrow = torch.empty(chunk, d, **make), torch.empty(chunk, d_s, **make)  # type: ignore[arg-type]
+    wide, narrow = gram.new_empty(chunk, d), gram.new_empty(chunk, d_s)
     for start in range(0, rows, chunk):
         n = min(chunk, rows - start)
         a, b = wide[:n], narrow[:n]

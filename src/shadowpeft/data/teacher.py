@@ -58,7 +58,9 @@ class TeacherCache:
         self.folder = Path(folder)
         record = _read_record(self.folder)
         if type(record.get("sequences")) is not int:
-            raise DataError(f"the teacher cache '{self.folder}' is not finished; run its build again, which continues it")
+            raise DataError(
+                f"the teacher cache '{self.folder}' is not finished; run its build again, which continues it"
+            )
         _compare(self.folder, record, model=model, data=data, k=k)
         self.k = int(record["k"])
         """Tokens known at each position."""
@@ -106,7 +108,9 @@ class TeacherCache:
             with safe_open(path, framework="pt") as file:  # only the row is read
                 return [file.get_slice(name)[row] for name in names]
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} cannot be read ({shorten(error)}); build the cache anew in another folder") from error
+            raise DataError(
+                f"{path} cannot be read ({shorten(error)}); build the cache anew in another folder"
+            ) from error
 
     @classmethod
     def build(
@@ -188,8 +192,8 @@ class _Sink:
         length = self.record.get("length") or (batch.shape[1] if batch.dim() == 2 else 0)
         if batch.dim() != 2 or batch.is_floating_point() or batch.shape[1] != length or not length:
             raise ConfigError(
-                f"a batch has shape {tuple(batch.shape)} and dtype {batch.dtype} but must be (B, {length or 'T'}) of token ids; "
-                "pack the stream into sequences of one length"
+                f"a batch has shape {tuple(batch.shape)} and dtype {batch.dtype} but must be (B, {length or 'T'}) of token "
+                "ids; pack the stream into sequences of one length"
             )
         if self.record.get("length") is None:
             self.record["length"] = length
@@ -317,9 +321,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _compare(
-    folder: Path, record: dict[str, Any], *, model: nn.Module | None, data: str | None, k: int | None
-) -> None:
+def _compare(folder: Path, record: dict[str, Any], *, model: nn.Module | None, data: str | None, k: int | None) -> None:
     for name, value in (("data", data), ("k", k)):
         if value is not None and record[name] != value:
             raise DataError(
@@ -331,7 +333,7 @@ def _compare(
 
 def _shards(folder: Path) -> list[Path]:
     """The whole shards, in order; a gap ends them."""
-    found = []
+    found: list[Path] = []
     while (path := folder / f"shard-{len(found):05d}.safetensors").is_file():
         found.append(path)
     return found
@@ -339,13 +341,16 @@ def _shards(folder: Path) -> list[Path]:
 
 def _ends(shards: list[Path], record: dict[str, Any]) -> list[int]:
     """For each shard the number of sequences up to its end; every header must say what the index says."""
-    ends, total = [], 0
+    ends: list[int] = []
+    total = 0
     for path in shards:
         try:
             with safe_open(path, framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise DataError(f"{path} cannot be read ({shorten(error)}); build the cache anew in another folder") from error
+            raise DataError(
+                f"{path} cannot be read ({shorten(error)}); build the cache anew in another folder"
+            ) from error
         rows = shapes.get("tokens", (0,))[0]
         length, k = record["length"], record["k"]
         if shapes != {"tokens": (rows, length), "ids": (rows, length, k), "log_probs": (rows, length, k)}:

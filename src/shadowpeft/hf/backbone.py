@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import BUILD_ERRORS, plain_record, quote, shorten
 from shadowpeft.hf.signature import CACHE_NAMES
-from shadowpeft.hf.weights import device_of, real_weight
+from shadowpeft.hf.vocabulary import align_embedding, common_rows
+from shadowpeft.hf.weights import device_of
 
 _WIDTH_FIELDS = {
     "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -270,6 +270,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     loaded = config._loaded and config.shadow_backbone_config is not None
     embedding: nn.Module | None
     source: PreTrainedModel | None = None
+    aligned: PreTrainedModel | None = None
     reads_tokens, left = False, None
     shadow_class: Any
     projected = None
@@ -293,8 +294,17 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
             source = _explicit_source(config) if projected is None else projected.backbone
             shadow_config = source.config.get_text_config(decoder=True)
             shadow_class = type(source)
+            if projected is None and not config.shares_embeddings:
+                rows = (int(parts.config.vocab_size), int(shadow_config.vocab_size))
+                if common_rows(model, source, rows) and rows[0] != rows[1]:
+                    aligned = _plain_copy(source)
+                    align_embedding(aligned, rows[0])
+                    shadow_config = aligned.config.get_text_config(decoder=True)
         _check_fits(parts.config, shadow_config, config)
-        built = _plain_copy(source) if source is not None else _make(parts, config, shadow_class, shadow_config)
+        if aligned is not None:
+            built = aligned
+        else:
+            built = _plain_copy(source) if source is not None else _make(parts, config, shadow_class, shadow_config)
     backbone: Any = built
     if config.copies_layers and not loaded:
         depth = len(anatomy_of_backbone(backbone))
@@ -585,12 +595,9 @@ def _copy_into(target: nn.Module, source: nn.Module) -> None:
 
 
 def _projection_start(config: ShadowPeftConfig, model: nn.Module) -> Tensor:
+    from shadowpeft.hf.starts import projection_start  # it imports this module
+
     source = config.shadow_model
     if isinstance(source, str):
         source = _pretrained(AutoModelForCausalLM, source)
-    small = source.get_output_embeddings()
-    large = model.get_output_embeddings()  # type: ignore[operator]
-    if small is None or large is None:
-        raise ConfigError("projection_init='pseudo_inverse' needs the LM heads of shadow and base; one has none")
-    with real_weight(large) as wide, real_weight(small) as narrow:
-        return pseudo_inverse_projection(wide, narrow)
+    return projection_start(model, source).weight

@@ -87,8 +87,8 @@ class ShadowSection(_Strict):
             )
         if self.shadow_init != "random" and widths:
             raise ValueError(
-                f"shadow.shadow_init: {self.shadow_init} copies the base's own widths but shadow.{widths[0]} is set; remove one "
-                "of them"
+                f"shadow.shadow_init: {self.shadow_init} copies the base's own widths but shadow.{widths[0]} is set; remove "
+                "one of them"
             )
         if self.shadow_alpha == 0:
             raise ValueError("shadow.shadow_alpha is 0, which switches the correction off; give another number")
@@ -152,8 +152,8 @@ class RunConfig(_Strict):
             raise ValueError("training.eval_every is set but data.validation is not; set both or neither")
         if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
             raise ValueError(
-                f"shadow.shadow_loss is {self.shadow.shadow_loss} and training.label_smoothing is set; set one of them, since a "
-                "smoothed loss takes the labels away that tell which positions have a teacher"
+                f"shadow.shadow_loss is {self.shadow.shadow_loss} and training.label_smoothing is set; set one of them, since "
+                "a smoothed loss takes the labels away that tell which positions have a teacher"
             )
         return self
 
