@@ -52,8 +52,7 @@ def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0
     """
     log_q = (logits.float() / temperature).log_softmax(-1)
     log_p = (teacher.detach().to(log_q.device).float() / temperature).log_softmax(-1)
-    divergence: Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return temperature**2 * divergence
+    return temperature * temperature * (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def topk_kl(logits: Tensor, ids: Tensor, log_probs: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -76,10 +75,11 @@ def topk_kl(logits: Tensor, ids: Tensor, log_probs: Tensor, *, temperature: floa
     log_z = scaled.logsumexp(-1)
     known = (log_p.exp() * (log_p - scaled.gather(-1, ids) + log_z[..., None])).sum(-1)
     if ids.shape[-1] == scaled.shape[-1]:
-        return temperature**2 * known
+        return temperature * temperature * known
     rest = (1.0 - log_p.exp().sum(-1)).clamp(min=0.0)  # stored in 16 bits the known ones may add up to more than 1
     log_q_rest = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1) - log_z
-    return temperature**2 * (known + torch.special.xlogy(rest, rest) - rest * log_q_rest)
+    entropy: Tensor = torch.special.xlogy(rest, rest)
+    return temperature * temperature * (known + entropy - rest * log_q_rest)
 
 
 class _HeadLoss(torch.autograd.Function):

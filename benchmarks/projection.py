@@ -1,0 +1,250 @@
+"""Eq. 12 beside ``torch.linalg.pinv``, and alone at the shape of Qwen3-8B with Qwen3-0.6B.
+
+    python benchmarks/projection.py [--rounds 3] [--threads 2] [--only beside real full] [--out benchmarks/projection.json]
+
+``beside``: both ways in turn in one process, float32 heads, medians. ``real``: accuracy on the head of SmolLM2-135M, whose
+condition is a real head's. ``full``: 151,936 x 4,096 and 151,936 x 1,024 in bfloat16, in a process of its own, whose peak
+memory is read; between its chunks plain square matmuls are timed, so that the share of the machine's own rate holds on a
+machine that is busy with other things too. Parts that are not measured keep their values in the record; so does every
+finished part if a later one is cut short. About 15 minutes on two idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from shadowpeft.core import projection
+
+SIZES = [(20_000, 1024, 512), (40_000, 2048, 1024)]
+FULL = (151_936, 4096, 1024)
+PARTS = ("beside", "real", "full")
+PROBE = 1536
+
+
+def heads(rows: int, d: int, d_s: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A random head, and a small one of which it explains about three quarters of the squared norm."""
+    generator = torch.Generator().manual_seed(0)
+    large, small = torch.empty(rows, d, dtype=dtype), torch.empty(rows, d_s, dtype=dtype)
+    mix = torch.randn(d, d_s, generator=generator) / d**0.5
+    for start in range(0, rows, 4096):  # never a float32 copy of the whole
+        part = torch.randn(min(4096, rows - start), d, generator=generator)
+        large[start : start + len(part)] = part
+        small[start : start + len(part)] = part @ mix + 0.58 * torch.randn(len(part), d_s, generator=generator)
+    return large, small
+
+
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and result of one call."""
+    began = time.perf_counter()
+    result = run()
+    return time.perf_counter() - began, result
+
+
+def missed(large: Tensor, small: Tensor, weight: Tensor) -> float:
+    """``||W_lm W_p - W_small|| / ||W_small||`` by multiplying out in float64, chunk by chunk."""
+    squared = sum(
+        float((a.double() @ weight.double() - b.double()).square().sum())
+        for a, b in zip(large.split(4096), small.split(4096), strict=True)
+    )
+    return float((squared / float(small.double().square().sum())) ** 0.5)
+
+
+def beside(rounds: int, progress: Progress) -> list[dict[str, Any]]:
+    """Ours and ``pinv`` in turn at the sizes that fit."""
+    rows = []
+    task = progress.add_task("beside pinv", total=rounds * len(SIZES))
+    for size in SIZES:
+        large, small = heads(*size, torch.float32)
+        times: dict[str, list[float]] = {"ours": [], "pinv": []}
+        for _ in range(rounds):
+            seconds, mine = clock(lambda a=large, b=small: projection.solve_projection(a, b))
+            times["ours"].append(seconds)
+            seconds, theirs = clock(lambda a=large, b=small: torch.linalg.pinv(a) @ b)
+            times["pinv"].append(seconds)
+            progress.advance(task)
+        ratios = [p / o for o, p in zip(times["ours"], times["pinv"], strict=True)]
+        rows.append(
+            {
+                "V": size[0],
+                "d": size[1],
+                "d_s": size[2],
+                "ours_s": [round(t, 3) for t in times["ours"]],
+                "pinv_s": [round(t, 3) for t in times["pinv"]],
+                "speedup": round(statistics.median(ratios), 2),
+                "relative_difference": float((mine.weight.double() - theirs.double()).norm() / theirs.double().norm()),
+                "residual": mine.residual,
+                "residual_pinv": missed(large, small, theirs),
+                "residual_multiplied_out": missed(large, small, mine.weight),
+            }
+        )
+    return rows
+
+
+def real() -> dict[str, Any]:
+    """Accuracy on a trained head: both float32 answers against a float64 SVD."""
+    from transformers import AutoModelForCausalLM
+
+    from shadowpeft.hf.bases import materialise
+
+    large = AutoModelForCausalLM.from_pretrained(materialise("smollm2-135m")).get_output_embeddings().weight.detach()
+    small = torch.randn(len(large), 192, generator=torch.Generator().manual_seed(0)) * 0.1
+    exact = torch.linalg.pinv(large.double()) @ small.double()
+    found = projection.solve_projection(large, small, dtype=torch.float64)
+
+    def error(weight: Tensor) -> float:
+        return float((weight.double() - exact).norm() / exact.norm())
+
+    sixteen = large.bfloat16()
+    return {
+        "head": "smollm2-135m",
+        "V": large.shape[0],
+        "d": large.shape[1],
+        "condition": found.condition,
+        "condition_by_svd": float(torch.linalg.cond(large.double())),
+        "error_ours": error(found.weight),
+        "error_pinv_float32": error(torch.linalg.pinv(large) @ small),
+        "pinv_default_rtol": len(large) * torch.finfo(torch.float32).eps,
+        "error_ours_bfloat16_head": float(
+            (
+                projection.solve_projection(sixteen, small, dtype=torch.float64).weight
+                - torch.linalg.pinv(sixteen.double()) @ small.double()
+            ).norm()
+            / exact.norm()
+        ),
+    }
+
+
+def executed(rows: int, d: int, d_s: int) -> int:
+    """Multiply-adds, counted twice, of the Gram matrix's blocks and the right side."""
+    block = projection._BLOCK
+    gram = sum(min(left + block, d) * (min(left + block, d) - left) for left in range(0, d, block))
+    return 2 * rows * (gram + d * d_s)
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, GiB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+def full(progress: Progress) -> dict[str, Any]:
+    """Ours alone at full size, probes of the machine's matmul rate between the chunks."""
+    rows, d, d_s = FULL
+    large, small = heads(rows, d, d_s, torch.bfloat16)
+    made = peak()
+    probes: dict[str, list[float]] = {"float64": [], "float32": []}
+    squares = {name: torch.randn(PROBE, PROBE, dtype=getattr(torch, name)) for name in probes}
+    outside = 0.0
+    marks: list[tuple[int, float]] = []
+    task = progress.add_task("full size", total=rows)
+
+    def probe() -> None:
+        nonlocal outside
+        began = time.perf_counter()
+        for name, square in squares.items():
+            seconds, _ = clock(lambda s=square: s @ s)
+            probes[name].append(2 * PROBE**3 / seconds)
+        outside += time.perf_counter() - began
+
+    def step(done: int, _: int) -> None:
+        marks.append((done, time.perf_counter() - outside))
+        progress.update(task, completed=done)
+        probe()
+
+    probe()
+    outside = 0.0
+    began = time.perf_counter()
+    found = projection.solve_projection(large, small, progress=step)
+    seconds = time.perf_counter() - began - outside
+    ends = [(0, began), *marks]
+    shares = []
+    for i in range(len(marks)):
+        n, t = ends[i + 1][0] - ends[i][0], ends[i + 1][1] - ends[i][1]
+        near = (probes["float64"][i] + probes["float64"][i + 1]) / 2  # before and after this chunk
+        shares.append(executed(n, d, d_s) / t / near)
+    rate64, rate32 = (statistics.median(probes[name]) for name in ("float64", "float32"))
+    nominal = 2 * rows * d * (d + d_s)
+    return {
+        "V": rows,
+        "d": d,
+        "d_s": d_s,
+        "heads": "bfloat16, random",
+        "seconds": round(seconds, 1),
+        "peak_GiB": round(peak(), 2),
+        "peak_before_solving_GiB": round(made, 2),
+        "executed_TFLOP": round(executed(rows, d, d_s) / 1e12, 3),
+        "nominal_TFLOP": round(nominal / 1e12, 3),
+        "probe_float64_GFLOPS": round(rate64 / 1e9, 1),
+        "probe_float32_GFLOPS": round(rate32 / 1e9, 1),
+        "share_of_float64_rate_by_chunk": round(statistics.median(shares), 3),
+        "share_of_float64_rate": round(executed(rows, d, d_s) / seconds / rate64, 3),
+        "nominal_share_of_float32_rate": round(nominal / seconds / rate32, 3),
+        "method": found.method,
+        "rank": found.rank,
+        "condition": found.condition,
+        "exact_residual": found.exact_residual,
+        "residual_bfloat16": found.residual,
+        "pinv": "not run at this size",
+    }
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where and when."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": threads,
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def main() -> None:
+    """Measure the parts asked for and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        if options.child:
+            print(json.dumps(full(progress)))
+            return
+        record = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        for part in options.only:
+            if part == "full":  # a process of its own, for its peak memory
+                command = [sys.executable, __file__, "--child", "--threads", str(options.threads)]
+                progress.stop()
+                value: Any = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            else:
+                value = beside(options.rounds, progress) if part == "beside" else real()
+            record[part] = {"on": machine(options.threads), "result": value}
+            options.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
