@@ -11,6 +11,7 @@ from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowPeftConfig
 from shadowpeft.core import distillation_kl, teacher_loss, topk_kl
 from shadowpeft.errors import ConfigError
+from shadowpeft.train.config import parse_run
 from shadowpeft.train.trainer import ShadowTrainer
 from tiny import adapt, base, padded, tokens
 
@@ -238,6 +239,19 @@ def test_what_is_refused():
         adapted(input_ids=ids, shadow_labels=ids)
     with pytest.raises(ConfigError, match="leave out logits_to_keep"):
         adapted(input_ids=ids, shadow_labels=ids, labels=ids[:, -2:], logits_to_keep=2)
+
+
+def test_a_run_file_says_it_too():
+    run = {"base": "b", "data": {"train": "t"}, "shadow": {"shadow_loss": "kl", "shadow_init": "base_layers_spread"}}
+    assert parse_run(run, "x").shadow.shadow_loss == "kl"
+    for part, message in (
+        ({"training": {"label_smoothing": 0.1}}, "training.label_smoothing is set; set one of them"),
+        ({"shadow": {"shadow_init": "base_layers_spread", "shadow_model": "m"}}, "base_layers_spread fills a mirrored"),
+        ({"shadow": {"shadow_init": "base_layers_spread", "shadow_head_dim": 8}}, "shadow.shadow_head_dim is set"),
+        ({"shadow": {"shadow_loss": "mse"}}, "'ce', 'kl' or 'both'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_run({**run, **part}, "x")
 
 
 def test_the_setting_is_saved_and_old_files_are_cross_entropy(tmp_path):

@@ -125,6 +125,9 @@ def test_other_tokens_are_refused_by_name(tmp_path):
         projection_start(model, small)
     with pytest.raises(ConfigError, match="token 'hello'"):
         adapt(model, shadow_model=small)
+    small = saved(tmp_path / "as many", small_llama(vocab_size=V + 8), ["world"])
+    with pytest.raises(ConfigError, match="token 'hello'"):
+        adapt(model, shadow_model=small)
     made, other = tokenizer(), tokenizer()
     made.add_tokens(["a", "b"])
     other.add_tokens(["b", "a"])

@@ -296,8 +296,8 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
             shadow_class = type(source)
             if projected is None and not config.shares_embeddings:
                 rows = (int(parts.config.vocab_size), int(shadow_config.vocab_size))
+                common_rows(model, source, rows)  # refuses other tokens
                 if rows[0] != rows[1]:
-                    common_rows(model, source, rows)  # refuses other tokens
                     aligned = _plain_copy(source)
                     align_embedding(aligned, rows[0])
                     shadow_config = aligned.config.get_text_config(decoder=True)

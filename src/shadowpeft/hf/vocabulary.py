@@ -37,39 +37,47 @@ def shared_tokens(base: Any, small: Any) -> int:
     )
 
 
-def _tokenizer_of(model: Any, what: str, rows: tuple[int, int]) -> Any:
-    """The tokenizer beside a model, found by the name it was loaded from; ``what`` and ``rows`` are for the message."""
-    name = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
-    reason = "it was not loaded from a folder or the Hub"
-    if name:
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = shorten(error)
-    raise ConfigError(
-        f"the shadow has a vocabulary of {rows[1]} and the base of {rows[0]}, and the {what} has no tokenizer to compare "
-        f"({reason}); use a shadow with the base's tokenizer, and load both from where their tokenizers are"
-    )
+def _tokenizer_of(model: Any) -> tuple[Any, str]:
+    """The tokenizer beside a model, found by the name it was loaded from; or None and why."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None, "it was not loaded from a folder or the Hub"
+    try:
+        return AutoTokenizer.from_pretrained(name), ""
+    except (OSError, ValueError) as error:
+        return None, shorten(error)
 
 
 def common_rows(base: nn.Module, small: nn.Module, rows: tuple[int, int]) -> int:
-    """How many rows of two tables hold tokens.
+    """How many rows of two tables hold tokens that both models mean; all, if they have equally many.
+
+    The tokenizers are looked up by the names that the models were loaded from. Where one has none (a model that was made in
+    memory), equal numbers of rows are taken for the same tokens; other numbers are refused.
 
     Args:
-        rows: of the base's table and the small model's. Equal numbers count as they are, without a look at the tokenizers.
+        rows: of the base's table and the small model's.
 
     Raises:
-        ConfigError: if the tokenizers differ or are not to be found, or need more rows than there are.
+        ConfigError: if the tokenizers differ, need more rows than there are, or are needed and not to be found.
     """
-    if rows[0] == rows[1]:
-        return rows[0]
-    tokens = shared_tokens(_tokenizer_of(base, "base", rows), _tokenizer_of(small, "shadow", rows))
+    tokenizers = []
+    for model, what in ((base, "base"), (small, "shadow")):
+        found, reason = _tokenizer_of(model)
+        if found is None and rows[0] == rows[1]:
+            return rows[0]
+        if found is None:
+            raise ConfigError(
+                f"the shadow has a vocabulary of {rows[1]} and the base of {rows[0]}, and the {what} has no tokenizer to compare "
+                f"({reason}); use a shadow with the base's tokenizer, and load both from where their tokenizers are"
+            )
+        tokenizers.append(found)
+    tokens = shared_tokens(*tokenizers)
     if tokens > min(rows):
         raise ConfigError(
             f"the tokenizer has {tokens} ids but the base's table has {rows[0]} rows and the shadow's {rows[1]}; a checkpoint "
             "and its tokenizer do not belong together"
         )
-    return tokens
+    return rows[0] if rows[0] == rows[1] else tokens
 
 
 def align_rows(table: Tensor, rows: int) -> Tensor:
