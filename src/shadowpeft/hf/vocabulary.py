@@ -67,8 +67,8 @@ def common_rows(base: nn.Module, small: nn.Module, rows: tuple[int, int]) -> int
             return rows[0]
         if found is None:
             raise ConfigError(
-                f"the shadow has a vocabulary of {rows[1]} and the base of {rows[0]}, and the {what} has no tokenizer to compare "
-                f"({reason}); use a shadow with the base's tokenizer, and load both from where their tokenizers are"
+                f"the shadow has a vocabulary of {rows[1]} and the base of {rows[0]}, and the {what} has no tokenizer to "
+                f"compare ({reason}); use a shadow with the base's tokenizer, and load both from where their tokenizers are"
             )
         tokenizers.append(found)
     tokens = shared_tokens(*tokenizers)
