@@ -4,9 +4,9 @@
 
 ``beside``: both ways in turn in one process, float32 heads, medians. ``real``: accuracy on the head of SmolLM2-135M, whose
 condition is a real head's. ``full``: 151,936 x 4,096 and 151,936 x 1,024 in bfloat16, in a process of its own, whose peak
-memory is read; between its chunks plain square matmuls are timed, so that the share of the machine's own rate holds on a
-machine that is busy with other things too. Parts that are not measured keep their values in the record; so does every
-finished part if a later one is cut short. About 15 minutes on two idle cores.
+memory is read; between its chunks plain square matmuls are timed, for the machine's own rate. Wall time and processor time
+are both recorded: on a busy machine only the second, with one thread, says something. Parts that are not measured keep
+their values in the record. About 15 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -38,22 +38,36 @@ PROBE = 1536
 
 
 def heads(rows: int, d: int, d_s: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A random head, and a small one of which it explains about three quarters of the squared norm."""
+    """A random head, and a small one of which it explains three quarters of the squared norm."""
     generator = torch.Generator().manual_seed(0)
     large, small = torch.empty(rows, d, dtype=dtype), torch.empty(rows, d_s, dtype=dtype)
-    mix = torch.randn(d, d_s, generator=generator) / d**0.5
     for start in range(0, rows, 4096):  # never a float32 copy of the whole
         part = torch.randn(min(4096, rows - start), d, generator=generator)
         large[start : start + len(part)] = part
-        small[start : start + len(part)] = part @ mix + 0.58 * torch.randn(len(part), d_s, generator=generator)
+        small[start : start + len(part)] = part[:, :d_s] + 3**-0.5 * torch.randn(len(part), d_s, generator=generator)
     return large, small
 
 
-def clock(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result of one call."""
-    began = time.perf_counter()
+Times = tuple[float, float]
+"""Wall time and processor time of all threads, seconds."""
+
+
+def now() -> Times:
+    """Both clocks."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: Times) -> Times:
+    """Both times since ``began``."""
+    wall, cpu = now()
+    return wall - began[0], cpu - began[1]
+
+
+def clock(run: Callable[[], Any]) -> tuple[Times, Any]:
+    """Times and result of one call."""
+    began = now()
     result = run()
-    return time.perf_counter() - began, result
+    return since(began), result
 
 
 def missed(large: Tensor, small: Tensor, weight: Tensor) -> float:
@@ -71,22 +85,23 @@ def beside(rounds: int, progress: Progress) -> list[dict[str, Any]]:
     task = progress.add_task("beside pinv", total=rounds * len(SIZES))
     for size in SIZES:
         large, small = heads(*size, torch.float32)
-        times: dict[str, list[float]] = {"ours": [], "pinv": []}
+        times: dict[str, list[Times]] = {"ours": [], "pinv": []}
         for _ in range(rounds):
             seconds, mine = clock(lambda a=large, b=small: projection.solve_projection(a, b))
             times["ours"].append(seconds)
             seconds, theirs = clock(lambda a=large, b=small: torch.linalg.pinv(a) @ b)
             times["pinv"].append(seconds)
             progress.advance(task)
-        ratios = [p / o for o, p in zip(times["ours"], times["pinv"], strict=True)]
+        pairs = list(zip(times["ours"], times["pinv"], strict=True))
         rows.append(
             {
                 "V": size[0],
                 "d": size[1],
                 "d_s": size[2],
-                "ours_s": [round(t, 3) for t in times["ours"]],
-                "pinv_s": [round(t, 3) for t in times["pinv"]],
-                "speedup": round(statistics.median(ratios), 2),
+                "ours_wall_cpu_s": [[round(t, 3) for t in both] for both in times["ours"]],
+                "pinv_wall_cpu_s": [[round(t, 3) for t in both] for both in times["pinv"]],
+                "speedup_wall": round(statistics.median(p[0] / o[0] for o, p in pairs), 2),
+                "speedup_cpu": round(statistics.median(p[1] / o[1] for o, p in pairs), 2),
                 "relative_difference": float((mine.weight.double() - theirs.double()).norm() / theirs.double().norm()),
                 "residual": mine.residual,
                 "residual_pinv": missed(large, small, theirs),
@@ -148,53 +163,43 @@ def full(progress: Progress) -> dict[str, Any]:
     rows, d, d_s = FULL
     large, small = heads(rows, d, d_s, torch.bfloat16)
     made = peak()
-    probes: dict[str, list[float]] = {"float64": [], "float32": []}
-    squares = {name: torch.randn(PROBE, PROBE, dtype=getattr(torch, name)) for name in probes}
-    outside = 0.0
-    marks: list[tuple[int, float]] = []
+    squares = {name: torch.randn(PROBE, PROBE, dtype=getattr(torch, name)) for name in ("float64", "float32")}
+    probes: dict[str, list[Times]] = {name: [] for name in squares}
     task = progress.add_task("full size", total=rows)
-
-    def probe() -> None:
-        nonlocal outside
-        began = time.perf_counter()
-        for name, square in squares.items():
-            seconds, _ = clock(lambda s=square: s @ s)
-            probes[name].append(2 * PROBE**3 / seconds)
-        outside += time.perf_counter() - began
+    outside = [0.0, 0.0]
 
     def step(done: int, _: int) -> None:
-        marks.append((done, time.perf_counter() - outside))
+        began = now()
+        for name, square in squares.items():
+            probes[name].append(clock(lambda s=square: s @ s)[0])
         progress.update(task, completed=done)
-        probe()
+        for i, spent in enumerate(since(began)):
+            outside[i] += spent
 
-    probe()
-    outside = 0.0
-    began = time.perf_counter()
-    found = projection.solve_projection(large, small, progress=step)
-    seconds = time.perf_counter() - began - outside
-    ends = [(0, began), *marks]
-    shares = []
-    for i in range(len(marks)):
-        n, t = ends[i + 1][0] - ends[i][0], ends[i + 1][1] - ends[i][1]
-        near = (probes["float64"][i] + probes["float64"][i + 1]) / 2  # before and after this chunk
-        shares.append(executed(n, d, d_s) / t / near)
-    rate64, rate32 = (statistics.median(probes[name]) for name in ("float64", "float32"))
-    nominal = 2 * rows * d * (d + d_s)
-    return {
+    whole, found = clock(lambda: projection.solve_projection(large, small, progress=step))
+    took = [t - o for t, o in zip(whole, outside, strict=True)]
+    done, nominal = executed(rows, d, d_s), 2 * rows * d * (d + d_s)
+    result: dict[str, Any] = {
         "V": rows,
         "d": d,
         "d_s": d_s,
         "heads": "bfloat16, random",
-        "seconds": round(seconds, 1),
         "peak_GiB": round(peak(), 2),
         "peak_before_solving_GiB": round(made, 2),
-        "executed_TFLOP": round(executed(rows, d, d_s) / 1e12, 3),
+        "executed_TFLOP": round(done / 1e12, 3),
         "nominal_TFLOP": round(nominal / 1e12, 3),
-        "probe_float64_GFLOPS": round(rate64 / 1e9, 1),
-        "probe_float32_GFLOPS": round(rate32 / 1e9, 1),
-        "share_of_float64_rate_by_chunk": round(statistics.median(shares), 3),
-        "share_of_float64_rate": round(executed(rows, d, d_s) / seconds / rate64, 3),
-        "nominal_share_of_float32_rate": round(nominal / seconds / rate32, 3),
+    }
+    for i, kind in enumerate(("wall", "cpu")):
+        rate = {name: 2 * PROBE**3 / statistics.median(t[i] for t in times) for name, times in probes.items()}
+        result[kind] = {
+            "seconds": round(took[i], 1),
+            "matmul_float64_GFLOPS": round(rate["float64"] / 1e9, 1),
+            "matmul_float32_GFLOPS": round(rate["float32"] / 1e9, 1),
+            "executed_share_of_float64_rate": round(done / took[i] / rate["float64"], 3),
+            "nominal_share_of_float32_rate": round(nominal / took[i] / rate["float32"], 3),
+        }
+    return {
+        **result,
         "method": found.method,
         "rank": found.rank,
         "condition": found.condition,
