@@ -1,8 +1,8 @@
 """Eq. 12 beside ``torch.linalg.pinv``, and alone at the shape of Qwen3-8B with Qwen3-0.6B.
 
-    python benchmarks/projection.py [--rounds 3] [--threads 2] [--only beside real full] [--out benchmarks/projection.json]
+    python benchmarks/projection.py [--rounds 3] [--threads 2] [--only 20000x1024x512 40000x2048x1024 real full] [--out benchmarks/projection.json]
 
-``beside``: both ways in turn in one process, float32 heads, medians. ``real``: accuracy on the head of SmolLM2-135M, whose
+``VxdxD``: both ways in turn in one process, float32 heads of ``V x d`` and ``V x D``, medians. ``real``: accuracy on the head of SmolLM2-135M, whose
 condition is a real head's. ``full``: 151,936 x 4,096 and 151,936 x 1,024 in bfloat16, in a process of its own, whose peak
 memory is read; between its chunks plain square matmuls are timed, for the machine's own rate. Wall time and processor time
 are both recorded: on a busy machine only the second, with one thread, says something. Parts that are not measured keep
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from shadowpeft.core import projection
 
-SIZES = [(20_000, 1024, 512), (40_000, 2048, 1024)]
+SIZES = ("20000x1024x512", "40000x2048x1024")
 FULL = (151_936, 4096, 1024)
-PARTS = ("beside", "real", "full")
+PARTS = (*SIZES, "real", "full")
 PROBE = 1536
 
 
@@ -79,36 +79,27 @@ def missed(large: Tensor, small: Tensor, weight: Tensor) -> float:
     return float((squared / float(small.double().square().sum())) ** 0.5)
 
 
-def beside(rounds: int, progress: Progress) -> list[dict[str, Any]]:
-    """Ours and ``pinv`` in turn at the sizes that fit."""
-    rows = []
-    task = progress.add_task("beside pinv", total=rounds * len(SIZES))
-    for size in SIZES:
-        large, small = heads(*size, torch.float32)
-        times: dict[str, list[Times]] = {"ours": [], "pinv": []}
-        for _ in range(rounds):
-            seconds, mine = clock(lambda a=large, b=small: projection.solve_projection(a, b))
-            times["ours"].append(seconds)
-            seconds, theirs = clock(lambda a=large, b=small: torch.linalg.pinv(a) @ b)
-            times["pinv"].append(seconds)
-            progress.advance(task)
-        pairs = list(zip(times["ours"], times["pinv"], strict=True))
-        rows.append(
-            {
-                "V": size[0],
-                "d": size[1],
-                "d_s": size[2],
-                "ours_wall_cpu_s": [[round(t, 3) for t in both] for both in times["ours"]],
-                "pinv_wall_cpu_s": [[round(t, 3) for t in both] for both in times["pinv"]],
-                "speedup_wall": round(statistics.median(p[0] / o[0] for o, p in pairs), 2),
-                "speedup_cpu": round(statistics.median(p[1] / o[1] for o, p in pairs), 2),
-                "relative_difference": float((mine.weight.double() - theirs.double()).norm() / theirs.double().norm()),
-                "residual": mine.residual,
-                "residual_pinv": missed(large, small, theirs),
-                "residual_multiplied_out": missed(large, small, mine.weight),
-            }
-        )
-    return rows
+def beside(size: str, rounds: int, progress: Progress) -> dict[str, Any]:
+    """Ours and ``pinv`` in turn at one of the sizes that fit."""
+    rows, d, d_s = (int(n) for n in size.split("x"))
+    large, small = heads(rows, d, d_s, torch.float32)
+    times: dict[str, list[Times]] = {"ours": [], "pinv": []}
+    for _ in progress.track(range(rounds), description=f"{size} beside pinv"):
+        spent, mine = clock(lambda: projection.solve_projection(large, small))
+        times["ours"].append(spent)
+        spent, theirs = clock(lambda: torch.linalg.pinv(large) @ small)
+        times["pinv"].append(spent)
+    pairs = list(zip(times["ours"], times["pinv"], strict=True))
+    return {
+        "ours_wall_cpu_s": [[round(t, 3) for t in both] for both in times["ours"]],
+        "pinv_wall_cpu_s": [[round(t, 3) for t in both] for both in times["pinv"]],
+        "speedup_wall": round(statistics.median(p[0] / o[0] for o, p in pairs), 2),
+        "speedup_cpu": round(statistics.median(p[1] / o[1] for o, p in pairs), 2),
+        "relative_difference": float((mine.weight.double() - theirs.double()).norm() / theirs.double().norm()),
+        "residual": mine.residual,
+        "residual_pinv": missed(large, small, theirs),
+        "residual_multiplied_out": missed(large, small, mine.weight),
+    }
 
 
 def real() -> dict[str, Any]:
@@ -245,7 +236,7 @@ def main() -> None:
                 progress.stop()
                 value: Any = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             else:
-                value = beside(options.rounds, progress) if part == "beside" else real()
+                value = real() if part == "real" else beside(part, options.rounds, progress)
             record[part] = {"on": machine(options.threads), "result": value}
             options.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

@@ -70,6 +70,10 @@ def test_layers_that_cannot_be_had_are_refused(tmp_path):
         save_file(changed, tmp_path / name / "model.safetensors")
         with pytest.raises(ConfigError, match=f"needs '{name}' of shape .* pass the model"):
             layers_start(tmp_path / name, 1)
+    whole = (tmp_path / name / "model.safetensors").read_bytes()
+    (tmp_path / name / "model.safetensors").write_bytes(whole[:-40])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        layers_start(tmp_path / name, 1)
     with pytest.raises(UnsupportedModelError):
         layers_start(base(num_hidden_layers=1), 1)
 
@@ -116,6 +120,14 @@ def test_tables_with_other_padding_rows_are_aligned(tmp_path, rows):
     loaded = shadowpeft.load(tmp_path / "adapter", model)
     with torch.no_grad():
         assert torch.equal(loaded(tokens(), return_shadow=True).shadow_logits, out.shadow_logits)
+
+
+def test_a_head_that_is_not_finite_is_refused():
+    model, small = base(), small_llama()
+    with torch.no_grad():
+        small.lm_head.weight[3, 3] = float("inf")
+    with pytest.raises(ConfigError, match="not finite"):
+        projection_start(model, small)
 
 
 def test_other_tokens_are_refused_by_name(tmp_path):

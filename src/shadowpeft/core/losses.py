@@ -138,7 +138,7 @@ def head_loss(rows: Tensor, targets: Tensor, loss: HeadLoss, *, frozen: bool, ch
     chunk by chunk in the forward pass: memory is ``chunk x V`` instead of ``3 N V``, and no logits are computed twice.
 
     Args:
-        rows: ``(N, d)`` states at the positions that have a target. targets: ``(N,)``, or ``(N, ...)``.
+        rows: ``(N, d)`` states at the positions that have a target. targets: ``(N,)``.
         loss: maps ``(n, d)`` states and ``(n,)`` targets to the 0-d *sum* of their losses.
         frozen: whether the head has no trainable weight; otherwise autograd runs through it as usual.
 

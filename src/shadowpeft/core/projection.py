@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shadowpeft.errors import ConfigError
+
 _BLOCK = 512
 """Columns of the Gram matrix at a time: with width ``d`` only ``(1 + _BLOCK / d) / 2`` of its products are formed."""
 
@@ -61,22 +63,22 @@ def solve_projection(
         progress: called with the rows that are done and their number after every chunk.
 
     Raises:
-        ValueError: if the numbers of rows differ or are too small, or a head is not finite.
+        ConfigError: if the numbers of rows differ or are too small, or a head is not finite.
     """
     available = (w_lm.shape[0], w_small.shape[0])
     if rows is None and available[0] != available[1]:
-        raise ValueError(
+        raise ConfigError(
             f"the heads have {available[0]} and {available[1]} vocabulary rows but must have the same number; "
             "use a shadow model with the base's tokenizer"
         )
     rows = available[0] if rows is None else rows
     if not 0 < rows <= min(available):
-        raise ValueError(
+        raise ConfigError(
             f"rows is {rows} but the heads have {available[0]} and {available[1]}; give at most the smaller"
         )
     gram, right, square = _normal_equations(w_lm, w_small, rows, chunk, progress)
     if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()) or square != square:
-        raise ValueError("a head holds values that are not finite, so Eq. 12 has no solution; load the weights anew")
+        raise ConfigError("a head holds values that are not finite, so Eq. 12 has no solution; load the weights anew")
     tolerance = 100 * len(gram) * torch.finfo(torch.float64).eps if rtol is None else rtol**2
     solution, rank, condition, method = _solve(gram, right, tolerance)
 

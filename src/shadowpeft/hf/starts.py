@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -44,7 +44,7 @@ def projection_start(
             :func:`shadowpeft.core.solve_projection`.
 
     Raises:
-        ConfigError: if a model has no head, or the two have other tokens.
+        ConfigError: if a model has no head or one that is not finite, or the two have other tokens.
     """
     large_head, small_head = (model.get_output_embeddings() for model in (base, small))  # type: ignore[operator]
     if large_head is None or small_head is None:
@@ -124,7 +124,10 @@ def _read(name: str, keys: set[str]) -> dict[str, Tensor]:
         shards = {key: find_file(name, index[key]) for key in sorted(keys & set(index))}
     found = {}
     for path in sorted(set(shards.values())):
-        with safe_open(path, framework="pt") as file:
-            for key in sorted(set(file.keys()) & {k for k, p in shards.items() if p == path}):
-                found[key] = file.get_tensor(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in sorted(set(file.keys()) & {k for k, p in shards.items() if p == path}):
+                    found[key] = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} cannot be read ({shorten(error)}); fetch the checkpoint anew") from error
     return found
