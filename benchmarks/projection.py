@@ -1,12 +1,13 @@
 """Eq. 12 beside ``torch.linalg.pinv``, and alone at the shape of Qwen3-8B with Qwen3-0.6B.
 
-    python benchmarks/projection.py [--rounds 3] [--threads 2] [--only 20000x1024x512 40000x2048x1024 real full] [--out benchmarks/projection.json]
+    python benchmarks/projection.py [--rounds 3] [--threads 2] [--only PART ...] [--out benchmarks/projection.json]
 
-``VxdxD``: both ways in turn in one process, float32 heads of ``V x d`` and ``V x D``, medians. ``real``: accuracy on the head of SmolLM2-135M, whose
-condition is a real head's. ``full``: 151,936 x 4,096 and 151,936 x 1,024 in bfloat16, in a process of its own, whose peak
-memory is read; between its chunks plain square matmuls are timed, for the machine's own rate. Wall time and processor time
-are both recorded: on a busy machine only the second, with one thread, says something. Parts that are not measured keep
-their values in the record. About 15 minutes on two idle cores.
+Parts ``20000x1024x512`` and ``40000x2048x1024``: both ways in turn in one process, with random float32 heads of ``V x d`` and
+``V x d_s``, medians. ``real``: accuracy on the head of SmolLM2-135M, whose condition is a real head's. ``full``: random
+bfloat16 heads of 151,936 x 4,096 and 151,936 x 1,024 in a process of its own, whose peak memory is read; between its chunks
+plain square matmuls are timed, for the machine's own rate. Wall time and processor time are both recorded: on a busy machine
+only the second, with one thread, says something. Parts that are not measured keep their values in the record. About 15
+minutes on two idle cores.
 """
 
 from __future__ import annotations
