@@ -38,19 +38,29 @@ def test_condition_and_accuracy_of_a_float32_head(condition):
     large, small = heads(condition=condition)
     large, small = large.float(), small.float()
     found = solve_projection(large, small, dtype=torch.float64)
+    assert found.products == (torch.float32 if condition < 300 else torch.float64)
     singular = torch.linalg.svdvals(large.double())
     assert found.condition == pytest.approx(float(singular[0] / singular[-1]), rel=0.05)
+    expected = torch.linalg.pinv(large.double()) @ small.double()
+    if found.products == torch.float32:
+        assert relative(found.weight, expected) < 1e-7 * condition  # as bad as a float32 SVD
+        assert found.exact_residual == pytest.approx(missed(large, small, expected), rel=1e-6)
+        found = solve_projection(large, small, dtype=torch.float64, products=torch.float64)
     # the condition number squared times float64's 1e-16
-    assert relative(found.weight, torch.linalg.pinv(large.double()) @ small.double()) < 1e-14 * condition**2 + 1e-12
+    assert relative(found.weight, expected) < 1e-14 * condition**2 + 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_16_bit_head_is_solved_exactly_and_its_rounding_reported(dtype):
     large, small = (x.to(dtype) for x in heads())
     expected = torch.linalg.pinv(large.double()) @ small.double()
-    exact = solve_projection(large, small, dtype=torch.float64)
+    exact = solve_projection(large, small, dtype=torch.float64, products=torch.float64)
     assert relative(exact.weight, expected) < 1e-10
-    found = solve_projection(large, small)
+    default = solve_projection(large, small, dtype=torch.float64)
+    assert default.products == torch.float32
+    assert relative(default.weight, expected) < 1e-6
+    assert default.exact_residual == pytest.approx(exact.exact_residual, rel=1e-6)
+    found = solve_projection(large, small, products=torch.float64)
     assert found.weight.dtype == dtype
     assert torch.equal(found.weight, exact.weight.to(dtype))
     assert found.exact_residual == exact.residual == exact.exact_residual
@@ -64,6 +74,9 @@ def test_a_consistent_system_has_no_residual_but_that_of_rounding():
     found = solve_projection(large, large @ true, dtype=torch.bfloat16)
     assert found.exact_residual < 1e-7
     assert 1e-4 < found.residual < 1e-2  # bfloat16 has 8 bits
+    single = solve_projection(large.float(), (large @ true).float())
+    assert single.products == torch.float64  # float32 products could not tell so small a residual
+    assert single.residual < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -83,6 +96,9 @@ def test_a_deficient_head_gives_the_solution_of_least_norm(spoil, rank):
     assert (found.rank, found.method) == (rank, "eigen")
     assert relative(found.weight, expected) < 1e-6
     assert found.residual == pytest.approx(missed(large, small, expected), rel=1e-9)
+    single = solve_projection(large.float(), small.float())  # first tried with float32 products
+    assert (single.rank, single.method, single.products) == (rank, "eigen", torch.float64)
+    assert relative(single.weight, expected) < 1e-5
 
 
 def test_fewer_rows_than_columns():

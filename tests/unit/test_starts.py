@@ -97,8 +97,10 @@ def test_tables_with_other_padding_rows_are_aligned(tmp_path, rows):
     large_head, small_head = (m.lm_head.weight.detach().double()[:V] for m in (model, small))
     expected = torch.linalg.pinv(large_head) @ small_head
     found = projection_start(model, small, dtype=torch.float64)
-    torch.testing.assert_close(found.weight, expected, rtol=1e-8, atol=1e-10)
-    assert found.residual == pytest.approx(float((large_head @ expected - small_head).norm() / small_head.norm()))
+    torch.testing.assert_close(found.weight, expected, rtol=1e-4, atol=1e-5)  # products in float32
+    assert found.residual == pytest.approx(
+        float((large_head @ expected - small_head).norm() / small_head.norm()), rel=1e-6
+    )
 
     for source in (small, str(tmp_path / "small")):
         adapted = adapt(model, trained=False, shadow_model=source, projection_init="pseudo_inverse")
