@@ -236,7 +236,7 @@ def main() -> None:
                 value: Any = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             else:
                 value = real() if part == "real" else beside(part, options.rounds, progress)
-            record[part] = {"on": machine(options.threads), "result": value}
+            record[f"{part}, threads {options.threads}"] = {"on": machine(options.threads), "result": value}
             options.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
