@@ -177,10 +177,14 @@ def export(
     base: Base = None,
     vocab_from: Annotated[
         Optional[str],
-        typer.Option(help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."),
+        typer.Option(
+            help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the file back and compare greedy tokens with the source.")] = True,
-    evaluate: Annotated[Optional[str], typer.Option(help="Score this task before and after, as eval --task does.")] = None,
+    evaluate: Annotated[
+        Optional[str], typer.Option(help="Score this task before and after, as eval --task does.")
+    ] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="With --evaluate: this many rows.")] = None,
     json: Json = False,
 ) -> None:

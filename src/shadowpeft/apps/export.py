@@ -31,7 +31,9 @@ def main(
     if path.exists():
         raise ConfigError(f"'{path}' exists; choose another name")
     if target.suffix and path.suffix != target.suffix:
-        raise ConfigError(f"'{path}' does not end in {target.suffix}, as the one file of the format '{to}' must; rename it")
+        raise ConfigError(
+            f"'{path}' does not end in {target.suffix}, as the one file of the format '{to}' must; rename it"
+        )
     if evaluate is not None and not target.generates:
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
     quiet_libraries()
@@ -70,7 +72,7 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
     model: Any = shadowpeft.detach(shadowpeft.load(source, base)).cpu()
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
-            f"'{source}' is a classifier ({type(model).__name__}) and export writes causal language models; use shadowpeft detach"
+            f"'{source}' is a classifier ({type(model).__name__}) and export writes causal ones; use shadowpeft detach"
         )
     return model, tokenizer
 
@@ -186,7 +188,10 @@ def sizes(path: Path) -> dict[str, Any]:
     """Bytes of the weights (the largest files' kind) and of everything."""
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     weights = [f for f in files if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
-    return {"bytes": sum(f.stat().st_size for f in weights), "bytes_with_tokenizer": sum(f.stat().st_size for f in files)}
+    return {
+        "bytes": sum(f.stat().st_size for f in weights),
+        "bytes_with_tokenizer": sum(f.stat().st_size for f in files),
+    }
 
 
 def flat(report: dict[str, Any]) -> dict[str, Any]:

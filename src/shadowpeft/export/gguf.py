@@ -106,9 +106,15 @@ def _check(model: PreTrainedModel) -> str:
         and _head_dim(config) * heads != config.hidden_size,
     }
     wrong = [what for what, there in found.items() if there]
-    wrong += [f"a bias on {n}" for n in model.state_dict() if n.endswith(".bias") and _gguf_name(n)[:-5] not in _allowed(arch, n)]
+    wrong += [
+        f"a bias on {n}"
+        for n in model.state_dict()
+        if n.endswith(".bias") and _gguf_name(n)[:-5] not in _allowed(arch, n)
+    ]
     if wrong:
-        raise UnsupportedModelError(f"the model has {wrong[0]}, which llama.cpp's {arch} has not; choose another format")
+        raise UnsupportedModelError(
+            f"the model has {wrong[0]}, which llama.cpp's {arch} has not; choose another format"
+        )
     return arch
 
 
@@ -172,7 +178,7 @@ def neighbours(weight: Tensor, heads: int) -> Tensor:
 
 def _write_tensors(writer: Any, model: PreTrainedModel, arch: str, dtype: str, gguf: Any) -> list[str]:
     config: Any = model.config
-    kept = []
+    kept: list[str] = []
     tied = bool(config.tie_word_embeddings)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and tied:
@@ -218,7 +224,9 @@ def token_tables(tokenizer: Any, rows: int) -> dict[str, Any]:
         UnsupportedModelError: if llama.cpp has no tokenizer that splits and merges like this one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+    content: dict[str, Any] = {"model": {"type": type(tokenizer).__name__}}
+    if backend is not None:
+        content = json.loads(backend.to_str())
     bpe = content["model"]
     if bpe["type"] != "BPE" or bpe.get("byte_fallback") or bpe.get("continuing_subword_prefix"):
         raise UnsupportedModelError(
@@ -227,7 +235,9 @@ def token_tables(tokenizer: Any, rows: int) -> dict[str, Any]:
     pre = pre_tokenizer_name(content.get("pre_tokenizer"))
     kind = (content.get("normalizer") or {}).get("type")
     if kind not in (None, "NFC"):  # Qwen's NFC is left out by llama.cpp's own converter too
-        raise UnsupportedModelError(f"the tokenizer normalises text ({kind}), which llama.cpp does not; choose another format")
+        raise UnsupportedModelError(
+            f"the tokenizer normalises text ({kind}), which llama.cpp does not; choose another format"
+        )
     if bool(bpe.get("ignore_merges")) != (pre == "llama-bpe"):
         raise UnsupportedModelError(
             f"the tokenizer has ignore_merges = {bool(bpe.get('ignore_merges'))}, which llama.cpp's '{pre}' has not; choose "
@@ -264,8 +274,8 @@ def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
         if regex in _SPLITS and bare[0]["behavior"] == "Isolated" and not bare[0]["invert"]:
             return _SPLITS[regex]
     raise UnsupportedModelError(
-        f"the tokenizer splits text by {json.dumps(bare, ensure_ascii=False)[:120]}, which is none of the ways of llama.cpp that "
-        "are known here (gpt-2, smollm, qwen2, llama-bpe); choose another format"
+        f"the tokenizer splits text by {json.dumps(bare, ensure_ascii=False)[:120]}, which is none of llama.cpp's ways "
+        "known here (gpt-2, smollm, qwen2, llama-bpe); choose another format"
     )
 
 
@@ -302,8 +312,9 @@ def read(file: Path) -> PreTrainedModel:
     reader = gguf.GGUFReader(file)
     names = {t.name: t for t in reader.tensors}
     arch = reader.fields["general.architecture"].contents()
-    key = reader.fields[f"{arch}.attention.key_length"].contents()
-    extra: dict[str, Any] = {"head_dim": int(key)}
+    extra: dict[str, Any] = {}
+    if arch != "qwen2":  # whose heads are always d / heads wide
+        extra["head_dim"] = int(reader.fields[f"{arch}.attention.key_length"].contents())
     if arch == "llama":
         extra["attention_bias"] = "blk.0.attn_q.bias" in names
         extra["mlp_bias"] = "blk.0.ffn_gate.bias" in names

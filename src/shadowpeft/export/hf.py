@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,8 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
     """Save weights as ``dtype`` (f32, f16 or bf16), configuration and tokenizer; ``model`` stays as it was."""
-    weights = {k: v.to(DTYPES[dtype]) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    before = model.config.dtype
-    model.config.dtype = DTYPES[dtype]
-    try:
-        model.save_pretrained(folder, state_dict=weights)
-    finally:
-        model.config.dtype = before
+    narrow: Any = copy.deepcopy(model)
+    narrow.to(DTYPES[dtype]).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"loads with": "transformers"}
 

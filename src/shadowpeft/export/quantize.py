@@ -61,7 +61,7 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
 
 def _int4(quantization: Any, width: int) -> Any:
     groups = quantization.PerGroup(GROUP) if width % GROUP == 0 else quantization.PerAxis(0)
-    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+    return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
 
 
 def read(folder: Path) -> PreTrainedModel:

@@ -119,9 +119,7 @@ def _tokenizer(tokenizer: Any, content: dict[str, Any], index: dict[int, int]) -
     model = content["model"]
     old: dict[str, int] = model["vocab"]
     model["vocab"] = {text: index[i] for text, i in sorted(old.items(), key=lambda item: item[1]) if i in index}
-    model["merges"] = [
-        m for m in model["merges"] if all(old[part] in index for part in (*_pair(m), "".join(_pair(m))))
-    ]
+    model["merges"] = [m for m in model["merges"] if all(old[part] in index for part in (*_pair(m), "".join(_pair(m))))]
     for token in content["added_tokens"]:
         token["id"] = index[token["id"]]
     _renumber(content.get("post_processor"), index)
