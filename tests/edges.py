@@ -44,7 +44,9 @@ def _split(kind: str) -> Any:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_QWEN2), "isolated"),
+            pre_tokenizers.Split(
+                Regex(_QWEN2 if kind == "qwen2" else _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), "isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -52,7 +54,7 @@ def _split(kind: str) -> Any:
 
 def tokenizer(kind: str = "gpt-2", size: int = 420, bos: bool = False) -> Any:
     """A byte-level BPE tokenizer of ``size`` tokens with chat template; with ``bos`` it begins every text with one."""
-    made = Tokenizer(models.BPE())
+    made = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
     made.pre_tokenizer = _split(kind)
     made.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

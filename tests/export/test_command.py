@@ -121,6 +121,31 @@ def test_a_classifier_is_refused(run, tmp_path):
     code, _, err = run(tmp_path / "adapter", tmp_path / "o", "--to", "hf", "--base", tmp_path / "base")
     assert code == 1
     assert "classifier" in err
+    tokenizer().save_pretrained(tmp_path / "base")
+    code, _, err = run(tmp_path / "base", tmp_path / "o", "--to", "hf")
+    assert code == 1
+    assert "LlamaForSequenceClassification" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_quantised_folder_is_no_source(folders, run, tmp_path):
+    assert run(folders / "edge", tmp_path / "q", "--to", "int8", "--no-verify")[0] == 0
+    code, _, err = run(tmp_path / "q", tmp_path / "o", "--to", "hf")
+    assert code == 2
+    assert "quantised" in err
+
+
+def test_a_folder_without_tokenizer(folders, run, tmp_path):
+    code, _, err = run(folders / "base", tmp_path / "o", "--to", "hf")
+    assert code == 2
+    assert "tokenizer" in err
+
+
+def test_a_folder_that_cannot_be_written(folders, run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run(folders / "edge", tmp_path / "file" / "o", "--to", "hf")
+    assert code == 1
+    assert "could not be written" in err
 
 
 def test_the_table(folders, run, tmp_path):

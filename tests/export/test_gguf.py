@@ -140,7 +140,7 @@ def test_rope_factors_of_llama3_against_the_formula():
     assert len(set(expected)) > 2
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt-2", "qwen2", "llama-bpe"])
 def test_the_tokenizer_inside_splits_the_same(kind, tmp_path):
     words = edges.tokenizer(kind)
     gguf.write(edges.model("qwen2" if kind == "qwen2" else "llama"), words, tmp_path / "m.gguf", "f16")

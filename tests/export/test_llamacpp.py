@@ -60,7 +60,7 @@ def test_scaled_rotary_angles_matter_here():
             assert float((edges.model(rope_parameters=rope)(input_ids=ids).logits - plain).abs().max()) > 1
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
 def test_tokens(kind, tmp_path):
     words = edges.tokenizer(kind)
     small = vocab.trim(edges.model(), words, words(edges.SENTENCES[0]).input_ids)

@@ -51,23 +51,16 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
     """The edge model, float32, and its tokenizer: of a folder that ``detach`` or ``export`` wrote, or of an adapter.
 
     Raises:
+        ConfigError: if the weights are quantised, or there is no tokenizer.
         UnsupportedModelError: if it is a classifier.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
     import shadowpeft
 
     folder = Path(source)
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        from shadowpeft.hf.projected import is_projected, read_projected, to_stock
+        from shadowpeft.train.run import load_tokenizer
 
-        stock: PreTrainedModel
-        if is_projected(folder):
-            stock = to_stock(read_projected(folder))
-        else:
-            stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return stock.eval(), AutoTokenizer.from_pretrained(folder)
+        return _stock(folder), load_tokenizer(source)
     tokenizer = load_tokenizer_of(source, base)
     model: Any = shadowpeft.detach(shadowpeft.load(source, base)).cpu()
     if model.get_output_embeddings() is None:
@@ -75,6 +68,26 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
             f"'{source}' is a classifier ({type(model).__name__}) and export writes causal ones; use shadowpeft detach"
         )
     return model, tokenizer
+
+
+def _stock(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from shadowpeft.hf.projected import is_projected, read_projected, to_stock
+
+    if is_projected(folder):
+        return to_stock(read_projected(folder))
+    config = AutoConfig.from_pretrained(folder)
+    named = config.architectures or []
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"the weights in '{folder}' are quantised; export the edge model that they were made from")
+    if not any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in named):
+        raise UnsupportedModelError(
+            f"'{folder}' holds {', '.join(named) or 'a model of no named class'} and export writes causal language models; "
+            "give the folder of one"
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def run(
@@ -94,7 +107,9 @@ def run(
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
     """
-    from shadowpeft.train.trainer import WRITE_ERRORS, reason
+    from safetensors import SafetensorError
+
+    from shadowpeft.train.trainer import reason
 
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
     before = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -103,18 +118,19 @@ def run(
     if vocab_from is not None:
         with console.status("trimming the vocabulary"):
             small, words, kept = trim(model, tokenizer, vocab_from)
+    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size}
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     _remove(beside)
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
         with console.status(f"writing {to} {dtype}"):
-            notes = export.write(to, small, words, beside, dtype)
-        report["export"] = {
-            "parameters": small.num_parameters(),
-            "vocabulary": small.config.vocab_size,
-            **sizes(beside),
-            **notes,
-        }
+            try:
+                beside.parent.mkdir(parents=True, exist_ok=True)
+                notes = export.write(to, small, words, beside, dtype)
+            except (OSError, SafetensorError) as error:
+                raise ShadowPeftError(
+                    f"'{path}' could not be written ({reason(error)}); free some space or choose another folder"
+                ) from error
+        report["export"] |= {**sizes(beside), **notes}
         if verify or evaluate is not None:
             with console.status("reading it back"):
                 again = export.read(to, beside)
@@ -124,12 +140,6 @@ def run(
         if evaluate is not None:
             report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
         beside.rename(path)
-    except WRITE_ERRORS as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, OSError):
-            raise
-        raise ShadowPeftError(
-            f"'{path}' could not be written ({reason(error)}); free some space or choose another folder"
-        ) from error
     finally:
         _remove(beside)
     return {**report, "path": str(path)}
@@ -208,5 +218,5 @@ def flat(report: dict[str, Any]) -> dict[str, Any]:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()
