@@ -57,10 +57,10 @@ versions: $(VENV)/dev  ## the tests with other releases of transformers, PEFT an
 	$(BIN)/python scripts/versions.py
 
 $(VENV)/llamacpp: $(VENV)/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python==0.3.36
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	touch $@
 
-llamacpp: $(VENV)/llamacpp  ## exported files in llama.cpp; builds it, which needs cmake and a C++ compiler and half an hour
+llamacpp: $(VENV)/llamacpp  ## exported files in llama.cpp; builds it: a C++ compiler and a quarter of an hour
 	$(BIN)/python -m pytest -m llamacpp tests/export
 
 clean:

@@ -10,7 +10,7 @@ import edges
 import shadowpeft
 from chatbase import write_rows
 from commands import call
-from shadowpeft.export import gguf
+from shadowpeft.export import gguf, hf
 from tiny import adapt
 
 
@@ -69,25 +69,42 @@ def test_a_folder_with_half_precision_loads_in_it(folders, run, tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "o")) == len(edges.tokenizer())
 
 
-def test_a_wrong_file_is_not_written(folders, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["f32", "q4_0"])
+def test_a_wrong_file_is_not_written(dtype, folders, run, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "neighbours", lambda weight, heads: weight)  # the classic mistake of a converter
-    code, _, err = run(folders / "edge", tmp_path / "m.gguf", "--to", "gguf", "--dtype", "q4_0", "--json")
+    code, _, err = run(folders / "edge", tmp_path / "m.gguf", "--to", "gguf", "--dtype", dtype, "--json")
     assert code == 1
-    assert "greedy tokens" in err
+    assert "has a matrix that is 1." in err
     assert "was not written" in err
     assert list(tmp_path.iterdir()) == []
     assert run(folders / "edge", tmp_path / "m.gguf", "--to", "gguf", "--no-verify", "--json")[0] == 0
 
 
+def test_other_tokens_than_the_sources_are_refused(folders, run, tmp_path, monkeypatch):
+    real = hf.read
+
+    def broken(folder):
+        model = real(folder)
+        model.model.norm.weight.data.neg_()  # no matrix
+        return model
+
+    monkeypatch.setattr(hf, "read", broken)
+    code, _, err = run(folders / "edge", tmp_path / "o", "--to", "hf", "--json")
+    assert code == 1
+    assert "of 128 greedy tokens" in err
+    assert "matrix" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scores_before_and_after(folders, run, tmp_path):
     code, out, err = run(
-        folders / "edge", tmp_path / "o", "--to", "hf", "--no-verify", "--evaluate", "robot", "--limit", "1", "--json"
+        folders / "edge", tmp_path / "o", "--to", "int8", "--no-verify", "--evaluate", "robot", "--limit", "1", "--json"
     )
     assert code == 0, err
     found = json.loads(out)["evaluate"]
     assert found["task"] == "robot"
     assert found["before"]["n"] == found["after"]["n"] == 1
-    assert found["before"]["score"] == found["after"]["score"]
+    assert found["before"]["score"] == found["after"]["score"] == 0  # a random model knows no skill
 
 
 @pytest.mark.parametrize(

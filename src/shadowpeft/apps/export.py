@@ -136,7 +136,7 @@ def run(
                 again = export.read(to, beside)
         if verify:
             with console.status("comparing greedy tokens"):
-                report["verify"] = check(model, again, words, kept, to, dtype, path)
+                report["verify"] = check(model, small, again, words, kept, to, dtype, path)
         if evaluate is not None:
             report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
         beside.rename(path)
@@ -159,22 +159,35 @@ def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
     return found.model, found.tokenizer, found.kept
 
 
-def check(source: Any, target: Any, tokenizer: Any, kept: Any, to: str, dtype: str, path: Path) -> dict[str, Any]:
-    """:func:`shadowpeft.export.verify.compare`, held against the share that the format must reach.
+def check(
+    source: Any, small: Any, target: Any, tokenizer: Any, kept: Any, to: str, dtype: str, path: Path
+) -> dict[str, Any]:
+    """Greedy tokens against the ``source`` and weights against the ``small`` copy, held against the limits of the format.
 
     Raises:
-        ShadowPeftError: if it does not.
+        ShadowPeftError: if they are exceeded.
     """
-    from shadowpeft.export.verify import compare
+    from shadowpeft.export.verify import compare, weight_error
 
+    limits = export.FORMATS[to].limits[dtype]
     found = compare(source, target, tokenizer, kept)
-    least = export.FORMATS[to].agreement[dtype]
-    if found["tokens_equal"] < least * found["tokens"]:
-        raise ShadowPeftError(
-            f"the exported model agrees with its source on {found['tokens_equal']} of {found['tokens']} greedy tokens, where "
-            f"{to} {dtype} must reach {least:.0%}; '{path}' was not written (--no-verify writes it all the same)"
+    if export.FORMATS[to].generates:
+        found["weight_error"] = weight_error(small, target)
+    failed = []
+    if found["tokens_equal"] < limits.agreement * found["tokens"]:
+        failed.append(
+            f"agrees with its source on {found['tokens_equal']} of {found['tokens']} greedy tokens, where {to} {dtype} must "
+            f"reach {limits.agreement:.0%}"
         )
-    return {**found, "required": least}
+    if found.get("weight_error", 0.0) > limits.error:
+        failed.append(
+            f"has a matrix that is {found['weight_error']:.2g} off (relative), where {limits.error:.2g} is rounding"
+        )
+    if failed:
+        raise ShadowPeftError(
+            f"the exported model {' and '.join(failed)}; '{path}' was not written (--no-verify writes it all the same)"
+        )
+    return {**found, "tokens_required": limits.agreement, "weight_error_allowed": limits.error}
 
 
 def scores(

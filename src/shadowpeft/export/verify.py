@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shadowpeft.data.chat import prompt_ids
 
@@ -27,6 +27,19 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
     if tokenizer.chat_template is None:
         return list(tokenizer(prompt).input_ids)
     return prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
+
+
+@torch.no_grad()
+def weight_error(source: nn.Module, target: nn.Module) -> float:
+    """The largest ``||W' - W|| / ||W||`` of a matrix, ``W`` of ``source`` and ``W'`` of ``target``, by name."""
+    theirs, largest = target.state_dict(), 0.0
+    for name, weight in source.state_dict().items():
+        if weight.dim() == 2:
+            other = theirs[name]
+            plain = other.dequantize() if hasattr(other, "qdata") else other  # torchao's
+            norm = weight.float().norm().clamp(min=1e-12)
+            largest = max(largest, float((plain.float().cpu() - weight.float().cpu()).norm() / norm.cpu()))
+    return largest
 
 
 @torch.inference_mode()
