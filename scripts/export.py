@@ -62,7 +62,8 @@ def main() -> None:
     """Export, measure, write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="adapter, or folder of an edge model")
-    parser.add_argument("--limit", type=int, default=60, help="rows of the robot test set")
+    parser.add_argument("--limit", type=int, default=60, help="rows of the robot test set; 0: no scores")
+    parser.add_argument("--vocab", choices=["robot", "whole", "both"], default="both", help="which vocabularies")
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()
     quiet_libraries()
@@ -83,9 +84,10 @@ def main() -> None:
             "layers": model.config.num_hidden_layers,
             "width": model.config.hidden_size,
         },
-        "source": score(model, tokenizer),
+        "source": score(model, tokenizer) if options.limit else None,
         "cases": [],
     }
+    cases = [case for case in CASES if options.vocab in ("both", case[2] or "whole")]
     llama = importlib.util.find_spec("llama_cpp") is not None
     if llama:
         import llama_cpp
@@ -93,11 +95,11 @@ def main() -> None:
         record["versions"]["llama-cpp-python"] = llama_cpp.__version__
     small = trim(model, tokenizer, "robot")
     with tempfile.TemporaryDirectory() as folder:
-        for i, (to, dtype, vocabulary) in enumerate(track(CASES, console=Console(stderr=True))):
+        for i, (to, dtype, vocabulary) in enumerate(track(cases, console=Console(stderr=True))):
             path = Path(folder) / f"{i}{export.FORMATS[to].suffix}"
             made = run(model, tokenizer, path, to, dtype, vocabulary, True, None, None, quiet)
             words, kept = (tokenizer, None) if vocabulary is None else small[1:]
-            if export.FORMATS[to].generates:
+            if options.limit and export.FORMATS[to].generates:
                 made["robot"] = score(export.read(to, path), words)
             if llama and to == "gguf":
                 made["llama.cpp"] = verify.compare(model, LlamaCpp(path), words, kept)
