@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare versions clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare versions llamacpp clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,13 @@ compare: $(VENV)/dev  ## what this package, PEFT's shadow and the authors' code 
 
 versions: $(VENV)/dev  ## the tests with other releases of transformers, PEFT and TRL; half an hour
 	$(BIN)/python scripts/versions.py
+
+$(VENV)/llamacpp: $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
+	touch $@
+
+llamacpp: $(VENV)/llamacpp  ## exported files in llama.cpp; builds it: a C++ compiler and a quarter of an hour
+	$(BIN)/python -m pytest -m llamacpp tests/export
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -167,6 +167,34 @@ def detach(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
+    out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
+    to: Annotated[str, typer.Option(help="hf, gguf, onnx, int8 or int4.")],
+    dtype: Annotated[
+        Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
+    ] = None,
+    base: Base = None,
+    vocab_from: Annotated[
+        Optional[str],
+        typer.Option(
+            help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read the file back and compare greedy tokens with the source.")] = True,
+    evaluate: Annotated[
+        Optional[str], typer.Option(help="Score this task before and after, as eval --task does.")
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="With --evaluate: this many rows.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the edge model for another runtime, with a smaller vocabulary if wanted, and compare it with its source."""
+    from shadowpeft.apps import export as command
+
+    command.main(source, out, to, dtype, base, vocab_from, verify, evaluate, limit, json)
+
+
+@app.command()
 def convert(
     source: Annotated[
         str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")

@@ -90,7 +90,10 @@ def weights_digest(model: nn.Module, samples: int = 16) -> str:
     for name, weight in sorted(model.named_parameters()):
         if ".original_module." in name:
             continue
-        flat = weight.detach().reshape(-1)
+        whole = weight.detach()
+        flat = (whole.dequantize() if hasattr(whole, "qdata") else whole).reshape(
+            -1
+        )  # torchao's tensors cannot be reshaped
         index = torch.linspace(0, flat.numel() - 1, min(samples, flat.numel()), dtype=torch.float64).long()
         values = flat[index.to(flat.device)].double().tolist() if flat.device.type != "meta" else []
         digest.update(json.dumps([name, list(weight.shape), values]).encode())

@@ -1,0 +1,112 @@
+"""Every export format of one edge model: bytes, greedy tokens, a task's score; writes docs/records/export.json.
+
+``python scripts/export.py demo-output/edge`` after ``make demo``; with llama-cpp-python installed the GGUF files run there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from shadowpeft import export
+from shadowpeft.apps.common import quiet_libraries
+from shadowpeft.apps.export import load_edge, run, trim
+from shadowpeft.data.tasks import get_task
+from shadowpeft.evaluate import evaluate_task
+from shadowpeft.export import verify
+from shadowpeft.train.run import prepare_cpu
+
+RECORD = Path(__file__).parent.parent / "docs" / "records" / "export.json"
+CASES = [
+    (to, dtype, vocabulary)
+    for vocabulary in ("robot", None)
+    for to, dtype in (
+        ("hf", "f32"),
+        ("gguf", "f16"),
+        ("gguf", "q8_0"),
+        ("gguf", "q4_0"),
+        ("onnx", "f32"),
+        ("int8", "int8"),
+        ("int4", "int4"),
+    )
+]
+
+
+class LlamaCpp:
+    """llama.cpp, called like a transformers model with one row."""
+
+    def __init__(self, file: Path) -> None:
+        from llama_cpp import Llama
+
+        self.llama: Any = Llama(str(file), n_ctx=512, n_threads=1, logits_all=True, verbose=False)
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        self.llama.reset()
+        self.llama.eval(input_ids[0].tolist())
+        logits = np.array(self.llama.scores[: input_ids.shape[1]])
+        return SimpleNamespace(logits=torch.from_numpy(logits)[None])
+
+
+def main() -> None:
+    """Export, measure, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="adapter, or folder of an edge model")
+    parser.add_argument("--limit", type=int, default=60, help="rows of the robot test set; 0: no scores")
+    parser.add_argument("--vocab", choices=["robot", "whole", "both"], default="both", help="which vocabularies")
+    parser.add_argument("--out", type=Path, default=RECORD)
+    options = parser.parse_args()
+    quiet_libraries()
+    prepare_cpu()
+    model, tokenizer = load_edge(options.source)
+    task, quiet = get_task("robot"), Console(quiet=True)
+
+    def score(subject: Any, words: Any) -> dict[str, Any]:
+        made = evaluate_task(subject, words, task, mode="base", limit=options.limit, progress=lambda done: None)
+        return {key: made[key] for key in ("score", "interval", "n")}
+
+    record: dict[str, Any] = {
+        "versions": {
+            n: version(n) for n in ("torch", "transformers", "torchao", "gguf", "onnx", "onnxruntime", "onnxscript")
+        },
+        "model": {
+            "class": type(model).__name__,
+            "layers": model.config.num_hidden_layers,
+            "width": model.config.hidden_size,
+        },
+        "source": score(model, tokenizer) if options.limit else None,
+        "cases": [],
+    }
+    cases = [case for case in CASES if options.vocab in ("both", case[2] or "whole")]
+    llama = importlib.util.find_spec("llama_cpp") is not None
+    if llama:
+        import llama_cpp
+
+        record["versions"]["llama-cpp-python"] = llama_cpp.__version__
+    small = trim(model, tokenizer, "robot")
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (to, dtype, vocabulary) in enumerate(track(cases, console=Console(stderr=True))):
+            path = Path(folder) / f"{i}{export.FORMATS[to].suffix}"
+            made = run(model, tokenizer, path, to, dtype, vocabulary, True, None, None, quiet)
+            words, kept = (tokenizer, None) if vocabulary is None else small[1:]
+            if options.limit and export.FORMATS[to].generates:
+                made["robot"] = score(export.read(to, path), words)
+            if llama and to == "gguf":
+                made["llama.cpp"] = verify.compare(model, LlamaCpp(path), words, kept)
+            del made["path"]
+            record["cases"].append({"vocab_from": vocabulary, **made})
+            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""``shadowpeft export SOURCE OUT --to FORMAT``: the edge model as a file of another runtime, compared with its source."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft import export
+from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
+
+
+def main(
+    source: str,
+    out: str,
+    to: str,
+    dtype: str | None,
+    base: str | None,
+    vocab_from: str | None,
+    verify: bool,
+    evaluate: str | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Export and report: sizes before and after, agreement with the source, and a task's score before and after."""
+    target, dtype = export.find(to, dtype)
+    path = Path(out)
+    if path.exists():
+        raise ConfigError(f"'{path}' exists; choose another name")
+    if target.suffix and path.suffix != target.suffix:
+        raise ConfigError(
+            f"'{path}' does not end in {target.suffix}, as the one file of the format '{to}' must; rename it"
+        )
+    if evaluate is not None and not target.generates:
+        raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
+    quiet_libraries()
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    console = Console(stderr=True, quiet=as_json)
+    with console.status("loading the source"):
+        model, tokenizer = load_edge(source, base)
+    result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
+    show(Console(), result if as_json else flat(result), f"{source} as {to}", as_json)
+
+
+def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
+    """The edge model, float32, and its tokenizer: of a folder that ``detach`` or ``export`` wrote, or of an adapter.
+
+    Raises:
+        ConfigError: if the weights are quantised, or there is no tokenizer.
+        UnsupportedModelError: if it is a classifier.
+    """
+    import shadowpeft
+
+    folder = Path(source)
+    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        from shadowpeft.train.run import load_tokenizer
+
+        return _stock(folder), load_tokenizer(source)
+    tokenizer = load_tokenizer_of(source, base)
+    model: Any = shadowpeft.detach(shadowpeft.load(source, base)).cpu()
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"'{source}' is a classifier ({type(model).__name__}) and export writes causal ones; use shadowpeft detach"
+        )
+    return model, tokenizer
+
+
+def _stock(folder: Path) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from shadowpeft.hf.projected import is_projected, read_projected, to_stock
+
+    if is_projected(folder):
+        return to_stock(read_projected(folder))
+    config = AutoConfig.from_pretrained(folder)
+    named = config.architectures or []
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"the weights in '{folder}' are quantised; export the edge model that they were made from")
+    if not any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in named):
+        raise UnsupportedModelError(
+            f"'{folder}' holds {', '.join(named) or 'a model of no named class'} and export writes causal language models; "
+            "give the folder of one"
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    to: str,
+    dtype: str,
+    vocab_from: str | None,
+    verify: bool,
+    evaluate: str | None,
+    limit: int | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Trim, write beside, read back, compare, rename; returns the report.
+
+    Raises:
+        ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from shadowpeft.train.trainer import reason
+
+    report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    report["source"] = {"parameters": model.num_parameters(), "vocabulary": model.config.vocab_size, "bytes": before}
+    small, words, kept = model, tokenizer, None
+    if vocab_from is not None:
+        with console.status("trimming the vocabulary"):
+            small, words, kept = trim(model, tokenizer, vocab_from)
+    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size}
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
+    _remove(beside)
+    try:
+        with console.status(f"writing {to} {dtype}"):
+            try:
+                beside.parent.mkdir(parents=True, exist_ok=True)
+                notes = export.write(to, small, words, beside, dtype)
+            except (OSError, SafetensorError) as error:
+                raise ShadowPeftError(
+                    f"'{path}' could not be written ({reason(error)}); free some space or choose another folder"
+                ) from error
+        report["export"] |= {**sizes(beside), **notes}
+        if verify or evaluate is not None:
+            with console.status("reading it back"):
+                again = export.read(to, beside)
+        if verify:
+            with console.status("comparing greedy tokens"):
+                report["verify"] = check(model, small, again, words, kept, to, dtype, path)
+        if evaluate is not None:
+            report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
+        beside.rename(path)
+    finally:
+        _remove(beside)
+    return {**report, "path": str(path)}
+
+
+def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set."""
+    from shadowpeft.data import chat
+    from shadowpeft.export import vocab
+    from shadowpeft.train.run import ROBOT_SYSTEM, robot_rows
+
+    if vocab_from == "robot":
+        rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM
+    else:
+        rows, system = chat.read_jsonl(vocab_from), None
+    found = vocab.trim(model, tokenizer, vocab.needed_tokens(tokenizer, rows, system))
+    return found.model, found.tokenizer, found.kept
+
+
+def check(
+    source: Any, small: Any, target: Any, tokenizer: Any, kept: Any, to: str, dtype: str, path: Path
+) -> dict[str, Any]:
+    """Greedy tokens against the ``source`` and weights against the ``small`` copy, held against the limits of the format.
+
+    Raises:
+        ShadowPeftError: if they are exceeded.
+    """
+    from shadowpeft.export.verify import compare, weight_error
+
+    limits = export.FORMATS[to].limits[dtype]
+    found = compare(source, target, tokenizer, kept)
+    if export.FORMATS[to].generates:
+        found["weight_error"] = weight_error(small, target)
+    failed = []
+    if found["tokens_equal"] < limits.agreement * found["tokens"]:
+        failed.append(
+            f"agrees with its source on {found['tokens_equal']} of {found['tokens']} greedy tokens, where {to} {dtype} must "
+            f"reach {limits.agreement:.0%}"
+        )
+    if found.get("weight_error", 0.0) > limits.error:
+        failed.append(
+            f"has a matrix that is {found['weight_error']:.2g} off (relative), where {limits.error:.2g} is rounding"
+        )
+    if failed:
+        raise ShadowPeftError(
+            f"the exported model {' and '.join(failed)}; '{path}' was not written (--no-verify writes it all the same)"
+        )
+    return {**found, "tokens_required": limits.agreement, "weight_error_allowed": limits.error}
+
+
+def scores(
+    source: Any, tokenizer: Any, target: Any, words: Any, name: str, limit: int | None, console: Console
+) -> dict[str, Any]:
+    """Score and interval of a task, of the source and of the export."""
+    from shadowpeft.apps.common import bar
+    from shadowpeft.data.tasks import get_task
+    from shadowpeft.evaluate import evaluate_task
+
+    task, found = get_task(name), {}
+    for when, model, their in (("before", source, tokenizer), ("after", target, words)):
+        total = len(task.load("test", limit=limit))
+        with bar(console, f"{name}, {when}", total, quiet=console.quiet) as progress:
+            record = evaluate_task(model, their, task, mode="base", limit=limit, progress=progress)
+        found[when] = {key: record[key] for key in ("score", "interval", "n", "tokens_per_second")}
+    return {"task": name, **found}
+
+
+def sizes(path: Path) -> dict[str, Any]:
+    """Bytes of the weights (the largest files' kind) and of everything."""
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    weights = [f for f in files if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
+    return {
+        "bytes": sum(f.stat().st_size for f in weights),
+        "bytes_with_tokenizer": sum(f.stat().st_size for f in files),
+    }
+
+
+def flat(report: dict[str, Any]) -> dict[str, Any]:
+    """One level, for a table."""
+    found: dict[str, Any] = {}
+    for key, value in report.items():
+        if isinstance(value, dict):
+            found.update({f"{key}: {k}": v for k, v in flat(value).items()})
+        else:
+            found[key] = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+    return found
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,93 @@
+"""The edge model as files of other runtimes: one format a module, each with ``write`` and ``read``.
+
+``write(model, tokenizer, path, dtype)`` writes a causal language model and returns what there is to say about the file;
+``read(path)`` loads it back as something that is called with ``input_ids`` ``(B, T)`` and ``attention_mask`` ``(B, T)`` and
+gives ``.logits`` ``(B, T, V)``. :mod:`~shadowpeft.export.vocab` makes the vocabulary smaller before,
+:mod:`~shadowpeft.export.verify` compares after.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.errors import ConfigError
+
+__all__ = ["FORMATS", "Format", "find", "read", "write"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a number type may cost; a file that costs more is wrong.
+
+    Rounded weights flip near ties, and small models with formulaic answers flip few: with the rows of W_q and W_k in the wrong
+    order the demo's model still chose 99 of 128 tokens right (its q4_0: docs/export.md). So the matrices are compared too.
+    """
+
+    agreement: float
+    """Least share of the source's greedy tokens; 1 where nothing but the order of additions changes."""
+    error: float
+    """Largest ``||W' - W|| / ||W||`` of a matrix: twice and more of what rounding makes of normal weights, and far below the
+    sqrt(2) of a matrix whose rows are mixed up."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One target of ``shadowpeft export``."""
+
+    module: str
+    """Module of this package that writes and reads it."""
+    limits: dict[str, Limits]
+    """Number type -> what a good file keeps to; the first is the default."""
+    suffix: str = ""
+    """How the file is called; empty: a folder."""
+    generates: bool = True
+    """Whether what ``read`` gives is a transformers model, which a task can be evaluated with."""
+
+
+FORMATS = {
+    "hf": Format("hf", {"f32": Limits(1.0, 0.0), "f16": Limits(0.95, 1e-3), "bf16": Limits(0.85, 8e-3)}),
+    "gguf": Format(
+        "gguf",
+        {"f16": Limits(0.95, 1e-3), "q8_0": Limits(0.85, 0.02), "q4_0": Limits(0.4, 0.2), "f32": Limits(1.0, 0.0)},
+        suffix=".gguf",
+    ),
+    "onnx": Format("onnx", {"f32": Limits(1.0, 0.0)}, generates=False),
+    "int8": Format("quantize", {"int8": Limits(0.85, 0.05)}),
+    "int4": Format("quantize", {"int4": Limits(0.4, 0.25)}),
+}
+
+
+def find(name: str, dtype: str | None = None) -> tuple[Format, str]:
+    """The format of this name and the number type, the default for None.
+
+    Raises:
+        ConfigError: if there is no such format or it has no such number type.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"the format is '{name}' but must be one of {', '.join(FORMATS)}")
+    known = FORMATS[name].limits
+    if dtype is not None and dtype not in known:
+        raise ConfigError(f"dtype is '{dtype}' but the format '{name}' has {', '.join(known)}")
+    return FORMATS[name], dtype or next(iter(known))
+
+
+def write(name: str, model: Any, tokenizer: Any, path: Path, dtype: str) -> dict[str, Any]:
+    """Write ``model`` and ``tokenizer`` in the format ``name``; returns what the format's module has to say.
+
+    Raises:
+        ConfigError: if the packages of the format are missing.
+        UnsupportedModelError: if the format cannot express the model or the tokenizer, naming why.
+    """
+    return dict(_module(name).write(model, tokenizer, path, dtype))
+
+
+def read(name: str, path: Path) -> Any:
+    """What :func:`write` wrote, loaded back."""
+    return _module(name).read(path)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"shadowpeft.export.{FORMATS[name].module}")

@@ -1,0 +1,172 @@
+"""``shadowpeft export``: from an adapter and from an edge folder, what it reports, what it refuses, what it leaves behind."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import edges
+import shadowpeft
+from chatbase import write_rows
+from commands import call
+from shadowpeft.export import gguf, hf
+from tiny import adapt
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def export(*arguments):
+        return call(monkeypatch, capsys, "export", *arguments)
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An adapter with its base and tokenizer, the edge model it detaches to, and data."""
+    folder = tmp_path_factory.mktemp("export")
+    base = edges.model(num_hidden_layers=3, tie_word_embeddings=True)
+    base.save_pretrained(folder / "base")
+    model = adapt(AutoModelForCausalLM.from_pretrained(folder / "base"))
+    model.save_pretrained(folder / "adapter")
+    edges.tokenizer().save_pretrained(folder / "adapter")
+    shadowpeft.detach(model).save_pretrained(folder / "edge")
+    edges.tokenizer().save_pretrained(folder / "edge")
+    write_rows(folder / "data.jsonl", [{"prompt": "Sit down, please", "response": "[Sit()] the dog sits"}])
+    return folder
+
+
+def test_an_adapter_as_a_stock_folder(folders, run, tmp_path):
+    code, out, err = run(folders / "adapter", tmp_path / "o", "--to", "hf", "--base", folders / "base", "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report["verify"]["tokens_equal"] == report["verify"]["tokens"] == 128
+    assert report["verify"]["max_logit_difference"] < 1e-4  # one side reads with a cache
+    assert report["export"]["bytes"] == (tmp_path / "o" / "model.safetensors").stat().st_size
+    ids = edges.ids()
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folders / "edge")(input_ids=ids).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "o")(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("arguments", [("gguf",), ("gguf", "--dtype", "q8_0"), ("hf", "--dtype", "f16"), ("int8",)])
+def test_an_edge_folder_with_fewer_tokens(arguments, folders, run, tmp_path):
+    target = tmp_path / ("m.gguf" if arguments[0] == "gguf" else "o")
+    code, out, err = run(folders / "edge", target, "--to", *arguments, "--vocab-from", folders / "data.jsonl", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["export"]["vocabulary"] < report["source"]["vocabulary"] == 452
+    assert report["export"]["bytes"] < report["source"]["bytes"]
+    assert report["verify"]["tokens"] == 128
+    assert target.exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == [target.name]
+
+
+def test_a_folder_with_half_precision_loads_in_it(folders, run, tmp_path):
+    assert run(folders / "edge", tmp_path / "o", "--to", "hf", "--dtype", "bf16", "--no-verify", "--json")[0] == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "o").dtype == torch.bfloat16
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "o")) == len(edges.tokenizer())
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q4_0"])
+def test_a_wrong_file_is_not_written(dtype, folders, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "neighbours", lambda weight, heads: weight)  # the classic mistake of a converter
+    code, _, err = run(folders / "edge", tmp_path / "m.gguf", "--to", "gguf", "--dtype", dtype, "--json")
+    assert code == 1
+    assert "has a matrix that is 1." in err
+    assert "was not written" in err
+    assert list(tmp_path.iterdir()) == []
+    assert run(folders / "edge", tmp_path / "m.gguf", "--to", "gguf", "--no-verify", "--json")[0] == 0
+
+
+def test_other_tokens_than_the_sources_are_refused(folders, run, tmp_path, monkeypatch):
+    real = hf.read
+
+    def broken(folder):
+        model = real(folder)
+        model.model.norm.weight.data.neg_()  # no matrix
+        return model
+
+    monkeypatch.setattr(hf, "read", broken)
+    code, _, err = run(folders / "edge", tmp_path / "o", "--to", "hf", "--json")
+    assert code == 1
+    assert "of 128 greedy tokens" in err
+    assert "matrix" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_before_and_after(folders, run, tmp_path):
+    code, out, err = run(
+        folders / "edge", tmp_path / "o", "--to", "int8", "--no-verify", "--evaluate", "robot", "--limit", "1", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)["evaluate"]
+    assert found["task"] == "robot"
+    assert found["before"]["n"] == found["after"]["n"] == 1
+    assert found["before"]["score"] == found["after"]["score"] == 0  # a random model knows no skill
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("o", "--to", "tflite"), "must be one of hf, gguf"),
+        (("o", "--to", "onnx", "--dtype", "f16"), "has f32"),
+        (("o", "--to", "gguf"), "does not end in .gguf"),
+        (("o", "--to", "onnx", "--evaluate", "robot"), "leave it out"),
+        (("o", "--to", "hf", "--vocab-from", "nowhere.jsonl"), "does not exist"),
+        ((".", "--to", "hf"), "exists"),
+    ],
+)
+def test_wrong_usage(arguments, says, folders, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(folders / "edge", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_is_refused(run, tmp_path):
+    from tiny import base, tokenizer
+
+    base("llama", task="SEQ_CLS").save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForSequenceClassification
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapt(plain, task_type="SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    code, _, err = run(tmp_path / "adapter", tmp_path / "o", "--to", "hf", "--base", tmp_path / "base")
+    assert code == 1
+    assert "classifier" in err
+    tokenizer().save_pretrained(tmp_path / "base")
+    code, _, err = run(tmp_path / "base", tmp_path / "o", "--to", "hf")
+    assert code == 1
+    assert "LlamaForSequenceClassification" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_quantised_folder_is_no_source(folders, run, tmp_path):
+    assert run(folders / "edge", tmp_path / "q", "--to", "int8", "--no-verify")[0] == 0
+    code, _, err = run(tmp_path / "q", tmp_path / "o", "--to", "hf")
+    assert code == 2
+    assert "quantised" in err
+
+
+def test_a_folder_without_tokenizer(folders, run, tmp_path):
+    code, _, err = run(folders / "base", tmp_path / "o", "--to", "hf")
+    assert code == 2
+    assert "tokenizer" in err
+
+
+def test_a_folder_that_cannot_be_written(folders, run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = run(folders / "edge", tmp_path / "file" / "o", "--to", "hf")
+    assert code == 1
+    assert "could not be written" in err
+
+
+def test_the_table(folders, run, tmp_path):
+    code, out, _ = run(folders / "edge", tmp_path / "m.gguf", "--to", "gguf")
+    assert code == 0
+    assert "verify: tokens equal" in out
+    assert "llama.cpp" in out
