@@ -28,9 +28,10 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.train.checkpoints import WRITE_ERRORS, reason, sync
 from shadowpeft.train.config import RunConfig, TrainingSection
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
-from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
+from shadowpeft.train.trainer import ShadowTrainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
