@@ -323,7 +323,7 @@ def _check_loggers(run: RunConfig) -> None:
             )
 
 
-def _stored(file: Path) -> dict[str, Any]:
+def stored_record(file: Path) -> dict[str, Any]:
     """A record of the run that is resumed (JSON is YAML, too)."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -335,7 +335,7 @@ def _stored(file: Path) -> dict[str, Any]:
 
 
 def _check_same_data(record: dict[str, Any], folder: Path) -> None:
-    stored = _stored(folder / "data.json")
+    stored = stored_record(folder / "data.json")
     for part, now in record.items():
         if stored.get(part, {}).get("sha256") != now["sha256"]:
             raise ConfigError(
@@ -357,7 +357,7 @@ _FREE = (
 
 
 def _check_same_run(run: RunConfig, folder: Path) -> None:
-    stored, now = _stored(folder / "config.yaml"), run.model_dump()
+    stored, now = stored_record(folder / "config.yaml"), run.model_dump()
     changed = ["base"] if stored.get("base") != run.base else []
     changed += [
         f"{section}.{key}"
