@@ -384,7 +384,7 @@ def pretraining_arguments(run: PretrainConfig, folder: Path) -> TrainingArgument
     sequences = t.batch_size * t.gradient_accumulation * args.world_size
     steps = t.max_steps or math.ceil((t.tokens or 0) / (sequences * run.text.sequence_length))
     args.max_steps = steps
-    if t.schedule == "wsd":
+    if t.decay is not None:
         args.lr_scheduler_kwargs = {"num_decay_steps": max(round(steps * t.decay), 1), "min_lr_ratio": t.final_rate}
     return args
 

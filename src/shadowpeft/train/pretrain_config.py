@@ -101,8 +101,8 @@ class PretrainingSection(_Strict):
     """Share of the steps (below 1) or their number."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """``wsd``: warm up, stay, decay over the last ``decay`` of the steps."""
-    decay: float = Field(default=0.2, gt=0, le=1)
-    """Of ``wsd``: share of the steps."""
+    decay: float | None = Field(default=None, gt=0, le=1)
+    """Of ``wsd``: share of the steps; None: 0.2."""
     final_rate: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a share of ``learning_rate``."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -127,9 +127,11 @@ class PretrainingSection(_Strict):
     def _possible(self) -> PretrainingSection:
         if (self.tokens is None) == (self.max_steps is None):
             raise ValueError("exactly one of training.tokens and training.max_steps must be set")
-        if self.schedule != "wsd" and "decay" in self.model_fields_set:
+        if self.schedule == "wsd" and self.decay is None:
+            self.decay = 0.2
+        if self.schedule != "wsd" and self.decay is not None:
             raise ValueError("training.decay belongs to the schedule wsd; remove it or set schedule: wsd")
-        if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
+        if self.decay is not None and self.warmup < 1 and self.warmup + self.decay > 1:
             raise ValueError(
                 f"training.warmup {self.warmup} and training.decay {self.decay} are more than the whole; lower one of them"
             )
