@@ -556,7 +556,7 @@ def test_a_fine_tuning_run_starts_from_either_format(config, made, tmp_path, kin
     for name, source in (("shadow", shadow), ("stock", stock)):
         # a stock model has no projection: Eq. 12 recovers it from the folded head
         start = "pseudo_inverse" if (kind, name) == ("narrow", "stock") else "random"
-        section = {"shadow_model": source, "projection_init": start}
+        section = {"shadow_model": source, "projection_init": start, "share_embeddings": kind == "pruned"}
         content = run_file(tmp_path / f"tuned-{name}", made["base"], rows, training={"max_steps": 1}, shadow=section)
         untrained = {**content["training"], "learning_rate": 1e-12}
         summary = train(parse_run({**content, "training": untrained}, "x"), quiet=True)

@@ -173,7 +173,7 @@ def pruned_layers(config: PreTrainedConfig, layers: str, count: int) -> list[int
     return [able[round(i * (len(able) - 1) / (count - 1))] for i in range(count)]
 
 
-def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool, attention: str | None = None) -> Any:
+def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool) -> Any:
     """A backbone of the base's class with the base's layers ``indices``, its final norm and its token embedding, in float32.
 
     Args:
@@ -185,8 +185,7 @@ def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool, attention
     wanted = ShadowPeftConfig(task_type="CAUSAL_LM", shadow_num_hidden_layers=len(indices))
     config = mirror_config(base.config, wanted, LayerChoice(indices))
     kind: Any = type(base.parts.backbone)
-    options = {} if attention is None else {"attn_implementation": attention}
-    backbone = kind._from_config(config, dtype=torch.float32, **options)
+    backbone = kind._from_config(config, dtype=torch.float32)
     stem = f"{base.parts.backbone_name}." if base.parts.backbone_name else ""
     layers = base.parts.layers_name.removeprefix(stem)
     table = backbone.get_input_embeddings()

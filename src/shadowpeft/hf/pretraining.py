@@ -179,7 +179,7 @@ def build_shadow(
     d = base.hidden_size
     if layers is not None:
         indices = pruned_layers(base.config, layers, count)
-        backbone = pruned_backbone(base, indices, copy=start != "random", attention=attention)
+        backbone = pruned_backbone(base, indices, copy=start != "random")
         record = {"layers": indices, "start": start or ("base_layers" if layers == "first" else "base_layers_spread")}
     elif model is not None and is_projected(model):
         if start is not None:
@@ -191,8 +191,6 @@ def build_shadow(
         record = {"model": model, "start": "projected"}
     elif model is not None:
         small = _pretrained(AutoModelForCausalLM, model)
-        if attention is not None:
-            small.set_attn_implementation(attention)
         backbone = small.base_model
         record = {"model": model, "start": start or "pseudo_inverse"}
         if int(backbone.config.hidden_size) == d:
@@ -220,6 +218,8 @@ def build_shadow(
             "from its configuration; use another backbone"
         )
     backbone.to(torch.float32)
+    if attention is not None:
+        backbone.set_attn_implementation(attention)
     made = ProjectedShadow(backbone, projection, head.to(dtype), train_embeddings=train_embeddings)
     record["projection"] = "identity" if projection is None else list(projection.shape)
     return made, record

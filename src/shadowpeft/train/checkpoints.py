@@ -164,3 +164,32 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(folder: Path, what: str = "it") -> Iterator[Path]:
+    """A folder to write into, which takes the name ``folder`` when all is written and on disk.
+
+    Raises:
+        ShadowPeftError: if it cannot be written; what was there before is untouched.
+    """
+    beside, old = folder.with_name(f"{_PARTIAL}{folder.name}"), folder.with_name(f"old-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        sync(beside)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except WRITE_ERRORS as error:
+        if old.is_dir() and not folder.exists():
+            os.replace(old, folder)
+        raise ShadowPeftError(
+            f"{what} could not be written to '{folder}' ({reason(error)}); what was there before is untouched, free some "
+            "space and resume from the newest checkpoint"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

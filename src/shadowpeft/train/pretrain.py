@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +35,23 @@ from shadowpeft.data.corpora import (
     find_shards,
     shard_record,
 )
-from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError, ShadowPeftError
+from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit, peak_memory
 from shadowpeft.hf.files import read_json, shorten
 from shadowpeft.hf.pieces import BaseEnds, open_base
 from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
-from shadowpeft.train.checkpoints import WRITE_ERRORS, WholeCheckpoints, reason, sync
+from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
-from shadowpeft.train.run import DTYPES, load_tokenizer, prepare_cpu, stored_record, versions, write_json
+from shadowpeft.train.run import (
+    DTYPES,
+    check_loggers,
+    load_tokenizer,
+    prepare_cpu,
+    stored_record,
+    versions,
+    write_json,
+)
 
 WEIGHTS, STREAM, HELD = "model.safetensors", "stream.json", "stream.safetensors"
 _FREE = (
@@ -416,6 +421,7 @@ def pretrain(
     t, text = run.training, run.text
     prepare_cpu(t.threads)
     folder = Path(run.output)
+    check_loggers(t.report_to)
     args = pretraining_arguments(run, folder)
     main = args.process_index == 0
     last = _begin(run, folder, resume)
@@ -469,51 +475,12 @@ def pretrain(
     finally:
         shown.close()
     seconds = time.monotonic() - started
-    steps = int(trainer.state.global_step)
-    if steps == 0:
-        raise DataError(
-            f"the corpora end before the first step of {per_step:,} tokens; give more text, lower training.batch_size or set "
-            "text.on_end: repeat"
-        )
-    history = trainer.state.log_history
-    measured = [r for r in history if "eval_perplexity" in r]
-    done = steps - shown.first
-    result = {
-        "steps": steps,
-        "planned_steps": int(args.max_steps),
-        "interrupted": shown.interrupted and steps < args.max_steps,
-        "ended_early": None if not trainer.ran_out else sources[mixture.ended or 0].name,
-        "tokens": steps * per_step,
-        "loss": next((r["loss"] for r in reversed(history) if "loss" in r), None),
-        "perplexity_at_start": measured[0]["eval_perplexity"] if measured else None,
-        "perplexity": measured[-1]["eval_perplexity"] if measured else None,
-        "perplexity_by_corpus": {
-            k.removeprefix("eval_perplexity/"): v
-            for k, v in (measured[-1] if measured else {}).items()
-            if "perplexity/" in k
-        },
-        "seconds": round(seconds, 1),
-        "resumed_from_step": shown.first,
-        "tokens_per_second": round(done * per_step / max(seconds, 1e-9), 1),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "peak_memory_bytes": peak_memory(model),
-        "base": run.base,
-        "start": start,
-        "corpora": [
-            {"name": s.name, "tokens_read": n, "documents": d, "passes": p}
-            for s, n, d, p in zip(sources, mixture.tokens, mixture.documents, mixture.passes, strict=True)
-        ],
-        "skipped": [vars(each) for s in sources if isinstance(s, FileSource) for each in s.skipped],
-        "shadow": str(folder / "shadow"),
-        "stock": str(folder / "stock"),
-        "commit": commit(),
-        "versions": versions(),
-    }
+    result = _result(run, trainer, shown, start, seconds)
     if main:
-        with written_whole(folder / "shadow") as beside:
+        with written_whole(folder / "shadow", "the shadow") as beside:
             save_shadow(model, base, beside)
             tokenizer.save_pretrained(str(beside))
-        with written_whole(folder / "stock") as beside:
+        with written_whole(folder / "stock", "the stock model") as beside:
             save_stock(model, base, beside)
             tokenizer.save_pretrained(str(beside))
         if read_metrics(folder):
@@ -521,6 +488,55 @@ def pretrain(
         write_json(folder / "result.json", result)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _result(
+    run: PretrainConfig, trainer: Any, shown: PretrainCallback, start: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What ``result.json`` says.
+
+    Raises:
+        DataError: if the text ended before the first step.
+    """
+    folder, mixture, steps = Path(run.output), trainer.batches.stream.mixture, int(trainer.state.global_step)
+    per_step = shown.tokens_per_step
+    if steps == 0:
+        raise DataError(
+            f"the corpora end before the first step of {per_step:,} tokens; give more text, lower training.batch_size or set "
+            "text.on_end: repeat"
+        )
+    history = trainer.state.log_history
+    measured = [r for r in history if "eval_perplexity" in r]
+    newest = measured[-1] if measured else {}
+    return {
+        "steps": steps,
+        "planned_steps": int(trainer.args.max_steps),
+        "interrupted": shown.interrupted and steps < trainer.args.max_steps,
+        "ended_early": mixture.sources[mixture.ended].name if trainer.ran_out else None,
+        "tokens": steps * per_step,
+        "loss": next((r["loss"] for r in reversed(history) if "loss" in r), None),
+        "perplexity_at_start": measured[0]["eval_perplexity"] if measured else None,
+        "perplexity": newest.get("eval_perplexity"),
+        "perplexity_by_corpus": {
+            k.removeprefix("eval_perplexity/"): v for k, v in newest.items() if k.startswith("eval_perplexity/")
+        },
+        "seconds": round(seconds, 1),
+        "resumed_from_step": shown.first,
+        "tokens_per_second": round((steps - shown.first) * per_step / max(seconds, 1e-9), 1),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "peak_memory_bytes": peak_memory(trainer.model),
+        "base": run.base,
+        "start": start,
+        "corpora": [
+            {"name": s.name, "tokens_read": n, "documents": d, "passes": p}
+            for s, n, d, p in zip(mixture.sources, mixture.tokens, mixture.documents, mixture.passes, strict=True)
+        ],
+        "skipped": [vars(each) for s in mixture.sources if isinstance(s, FileSource) for each in s.skipped],
+        "shadow": str(folder / "shadow"),
+        "stock": str(folder / "stock"),
+        "commit": commit(),
+        "versions": versions(),
+    }
 
 
 def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[ProjectedShadow, dict[str, Any]]:
@@ -609,33 +625,3 @@ def _write_records(run: PretrainConfig, folder: Path, record: dict[str, Any]) ->
     write_json(folder / "data.json", record)
     # last: a folder with this file is a run that can be resumed, from its start if there is no checkpoint yet
     write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` when all is written and on disk.
-
-    Raises:
-        ShadowPeftError: if it cannot be written; what was there before is untouched.
-    """
-    beside, old = folder.with_name(f"partial-{folder.name}"), folder.with_name(f"old-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        yield beside
-        sync(beside)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except WRITE_ERRORS as error:
-        if isinstance(error, ShadowPeftError):
-            raise
-        if old.is_dir() and not folder.exists():
-            os.replace(old, folder)
-        raise ShadowPeftError(
-            f"'{folder}' could not be written ({reason(error)}); what was there before is untouched, free some space and "
-            "resume from the newest checkpoint"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
