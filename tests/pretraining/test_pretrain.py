@@ -463,6 +463,7 @@ def test_a_corpus_that_ends_early(config, made):
     assert result["perplexity"] < result["perplexity_at_start"]
     with pytest.raises(DataError, match="the corpora end before the first step of 6,400 tokens"):
         run(config("short", text={"on_end": "stop"}, training={"batch_size": 100}))
+    assert not Path(config("short").output).exists()  # nothing is left that a corrected run would have to be moved from
     with pytest.raises(DataError, match=r"validation corpus .* is no whole sequence of 128"):
         run(config("held", text={"sequence_length": 128, "validation": [{"path": short(made)}]}))
 
@@ -500,7 +501,7 @@ def test_models_that_do_not_belong_together(config, tmp_path, made):
     same = save_base(tmp_path / "same")
     with pytest.raises(ConfigError, match="has the base's width 32, where the projection is the identity"):
         run(config(backbone={"model": same}, start="pseudo_inverse"))
-    with pytest.raises(ConfigError, match="the base reads 256 tokens"):
+    with pytest.raises(ConfigError, match="the backbone reads 256 tokens"):
         run(config(text={"sequence_length": 512}))
 
 

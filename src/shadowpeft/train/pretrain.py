@@ -92,6 +92,30 @@ def make_source(
     )
 
 
+def make_stream(
+    run: PretrainConfig, encode: Encode, end: int, warn: Callable[[str], None] | None = None
+) -> PackedStream:
+    """The training sequences of a run, from their beginning."""
+    text, seed = run.text, run.training.seed
+    sources = [make_source(corpus, run, shuffle=True, warn=warn) for corpus in text.corpora]
+    mixture = Mixture(sources, [c.weight for c in text.corpora], encode, end, repeat=text.on_end == "repeat")
+    return PackedStream(mixture, text.sequence_length, buffer=text.shuffle_buffer, seed=seed)
+
+
+def check_enough(run: PretrainConfig, stream: PackedStream, sequences: int) -> None:
+    """Read one step ahead on a stream of its own, so that text that cannot be read is refused before a folder is made.
+
+    Raises:
+        DataError: if a corpus is empty or damaged, or the text ends before the first step.
+    """
+    found = sum(1 for _ in zip(range(sequences), stream, strict=False))
+    if found < sequences:
+        raise DataError(
+            f"the corpora end before the first step of {sequences * run.text.sequence_length:,} tokens; give more text, lower "
+            "training.batch_size or set text.on_end: repeat"
+        )
+
+
 def end_token(run: PretrainConfig, tokenizer: Any) -> int:
     """Id of the token that ends a document.
 
@@ -444,23 +468,24 @@ def pretrain(
         return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
 
     end = end_token(run, tokenizer)
-    sources = [make_source(corpus, run, shuffle=True, warn=warn) for corpus in text.corpora]
-    mixture = Mixture(sources, [c.weight for c in text.corpora], encode, end, repeat=text.on_end == "repeat")
-    stream = PackedStream(mixture, text.sequence_length, buffer=text.shuffle_buffer, seed=t.seed)
+    stream = make_stream(run, encode, end, warn)
     batches = Batches(stream, t.batch_size, args.process_index, args.world_size, keep=t.gradient_accumulation)
     held_out = hold_out(run, encode, end)
     record = {
-        "train": [shard_record(source) for source in sources],
+        "train": [shard_record(source) for source in stream.mixture.sources],
         "validation": {name: len(sequences) for name, sequences in held_out.items()},
         "processes": args.world_size,
         "start": start,
     }
+    sequences = t.batch_size * t.gradient_accumulation * args.world_size
+    if last is None:
+        check_enough(run, make_stream(run, encode, end), sequences)
+    else:
+        batches.load(Path(last))
     if main:
         _write_records(run, folder, record)
-    if last is not None:
-        batches.load(Path(last))
 
-    per_step = t.batch_size * t.gradient_accumulation * args.world_size * text.sequence_length
+    per_step = sequences * text.sequence_length
     shown = PretrainCallback(folder, per_step, console, quiet, writes=main)
     shown.evaluates = bool(held_out)
     trainer: Any = PretrainTrainer(model=model, args=args, callbacks=[shown], batches=batches, held_out=held_out)
@@ -493,18 +518,9 @@ def pretrain(
 def _result(
     run: PretrainConfig, trainer: Any, shown: PretrainCallback, start: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """What ``result.json`` says.
-
-    Raises:
-        DataError: if the text ended before the first step.
-    """
+    """What ``result.json`` says."""
     folder, mixture, steps = Path(run.output), trainer.batches.stream.mixture, int(trainer.state.global_step)
-    per_step = shown.tokens_per_step
-    if steps == 0:
-        raise DataError(
-            f"the corpora end before the first step of {per_step:,} tokens; give more text, lower training.batch_size or set "
-            "text.on_end: repeat"
-        )
+    per_step = int(shown.tokens_per_step)
     history = trainer.state.log_history
     measured = [r for r in history if "eval_perplexity" in r]
     newest = measured[-1] if measured else {}
@@ -541,11 +557,6 @@ def _result(
 
 def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[ProjectedShadow, dict[str, Any]]:
     t, b = run.training, run.backbone
-    limit = getattr(base.config, "max_position_embeddings", None)
-    if limit is not None and run.text.sequence_length > limit:
-        raise ConfigError(
-            f"text.sequence_length is {run.text.sequence_length} but the base reads {limit} tokens; lower it"
-        )
     if b.model is not None:
         other = load_tokenizer(b.model)
         if other.get_vocab() != tokenizer.get_vocab():
@@ -554,7 +565,7 @@ def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[Project
                 "tokens, use a model of the same family"
             )
     set_seed(t.seed)
-    return build_shadow(
+    model, start = build_shadow(
         base,
         layers=b.layers,
         count=b.count or 1,
@@ -564,6 +575,12 @@ def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[Project
         attention=t.attention,
         train_embeddings=t.train_embeddings,
     )
+    limit = getattr(model.shadow_model.config, "max_position_embeddings", None)
+    if limit is not None and run.text.sequence_length > limit:
+        raise ConfigError(
+            f"text.sequence_length is {run.text.sequence_length} but the backbone reads {limit} tokens; lower it"
+        )
+    return model, start
 
 
 def _begin(run: PretrainConfig, folder: Path, resume: bool) -> str | None:
