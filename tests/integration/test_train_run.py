@@ -415,7 +415,7 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(made, undisturbed, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     else:
         if moment == "sync":
-            full_disk(monkeypatch, run_module, "sync", after=0)
+            full_disk(monkeypatch, checkpoints, "sync", after=0)
         else:  # the old one is moved aside, then the new one cannot take its place
             stock = os.replace
 

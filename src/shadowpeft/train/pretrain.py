@@ -332,6 +332,8 @@ class PretrainTrainer(WholeCheckpoints, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         trainer: Any = self
+        if not trainer.args.should_save:  # every process is asked
+            return
         folder = Path(output_dir or trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = trainer.model.trainable_state()
