@@ -153,7 +153,8 @@ def open_base(name: str) -> BaseEnds:
     checkpoint = Checkpoint(source, getattr(model, "base_model_prefix", ""))
     names = {id(module): f"{n}.weight" for n, module in model.named_modules()}
     embedding, output = names[id(table)], names[id(head)]
-    if checkpoint.find(output) is None and getattr(parts.config, "tie_word_embeddings", False):
+    tied = any(getattr(each, "tie_word_embeddings", False) for each in (config, parts.config))
+    if checkpoint.find(output) is None and tied:
         output = embedding
     return BaseEnds(name, parts, config, checkpoint, embedding, output)
 
