@@ -304,7 +304,11 @@ def training_table(page: Page, spec: Spec) -> list[str]:
         if record is None or "rate" not in record:
             continue
         training, rate = record["training"], record["rate"]
-        chosen = f"{rate['chosen']:g}" + (" (edge of the grid)" if rate.get("at_edge") else "")
+        chosen = f"{rate.get('used', rate['chosen']):g}"
+        if rate.get("diverged"):
+            chosen += f" ({', '.join(format(d['learning_rate'], 'g') for d in rate['diverged'])} diverged)"
+        elif rate.get("at_edge"):
+            chosen += " (edge of the grid)"
         if rate["record"] is not None:
             chosen = page.link({"id": rate["record"]}, chosen)
         peak = training.get("peak_memory_mib")

@@ -40,6 +40,9 @@ WORK = ROOT / "runs" / "experiments"
 CHECKPOINTS = 5
 """Checkpoints of a cell's training: a kill costs a fifth of it at most."""
 
+DIVERGED = 1.1
+"""A run has diverged if its last task loss is this many times that of a trial of a quarter of its length."""
+
 
 class Paused(Exception):
     """The time is up; what was done is kept."""
@@ -166,7 +169,7 @@ class Runner:
                     f"`python -m experiments run {rates['from']}` first"
                 )
             found = json.loads(file.read_text(encoding="utf-8"))
-            return {"chosen": found["chosen"], "record": found["id"], "at_edge": found["at_edge"]}
+            return _choice(found)
         file = self.records / cell.spec / f"{cell.rate_id}.json"
         settings = {
             key: value
@@ -181,7 +184,7 @@ class Runner:
                     f"the record {found['id']} was made with other settings "
                     f"({', '.join(changed(found['settings'], settings))}); delete it to search again"
                 )
-            return {"chosen": found["chosen"], "record": found["id"], "at_edge": found["at_edge"]}
+            return _choice(found)
         task = self.get_task(cell.task)
         baselines.check_splits(task, choose_on=rates["split"])
         details: list[dict[str, Any]] = []
@@ -199,7 +202,7 @@ class Runner:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_record(record, self.records)
-        return {"chosen": record["chosen"], "record": record["id"], "at_edge": record["at_edge"]}
+        return _choice(record)
 
     def _trial(self, cell: Cell, task: Any, rate: float, details: list[dict[str, Any]]) -> float:
         """Value of a learning rate on validation rows, of the path that answers with the base."""
@@ -227,6 +230,28 @@ class Runner:
         details.append({"learning_rate": rate, "by": by, **trained})
         self.say(f"    learning rate {rate:g}: {by} {abs(value):.4f}")
         return float(value)
+
+    def _trained_stably(self, cell: Cell, task: Any, rate: dict[str, Any]) -> tuple[PeftModel, dict[str, Any], Path]:
+        """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the last task
+        loss is more than a tenth above that of the rate's own trial (less is noise of a few batches), the next lower rate of
+        the grid is taken, for every method alike.
+
+        ``rate`` keeps ``chosen`` and gets ``used`` and ``diverged``.
+        """
+        lower = sorted(rate.get("trial_losses", {}), reverse=True)
+        rate.update(used=rate["chosen"], diverged=[])
+        while True:
+            model, summary, folder = self._trained(cell, task, rate["used"], seed=cell.seed)
+            trial = rate.get("trial_losses", {}).get(rate["used"])
+            below = [r for r in lower if r < rate["used"]]
+            if trial is None or summary["task_loss"] <= DIVERGED * trial or not below:
+                rate.pop("trial_losses", None)
+                return model, summary, folder
+            self.say(
+                f"    diverged at {rate['used']:g} (task loss {summary['task_loss']:.2f}, in its trial {trial:.2f})"
+            )
+            rate["diverged"].append({"learning_rate": rate["used"], "task_loss": summary["task_loss"], "trial": trial})
+            rate["used"] = below[0]
 
     def _trained(
         self, cell: Cell, task: Any, rate: float, *, seed: int, share: float = 1.0
@@ -323,7 +348,7 @@ class Runner:
         else:
             made["rate"] = self.rate(cell)
             self._check_time()
-            model, made["training"], folder = self._trained(cell, task, made["rate"]["chosen"], seed=cell.seed)
+            model, made["training"], folder = self._trained_stably(cell, task, made["rate"])
         made["results"] = {}
         for options in cell.evaluate:
             other = self.get_task(options["task"])
@@ -404,7 +429,7 @@ class Runner:
         task, tokenizer = self.get_task(cell.task), self.tokenizer(cell.base)
         rate = self.rate(cell)
         self._check_time()
-        model, training, _ = self._trained(cell, task, rate["chosen"], seed=cell.seed)
+        model, training, _ = self._trained_stably(cell, task, rate)
         options = cell.evaluate[0]
         rows = task.load(options["split"], limit=options["limit"], seed=0)
         system = getattr(task, "system", None)
@@ -447,6 +472,12 @@ class Runner:
 
 
 # ------------------------------------------------------------------------------------------------------------- small parts
+
+
+def _choice(record: dict[str, Any]) -> dict[str, Any]:
+    """What a cell needs of the record of its learning rate."""
+    losses = {d["learning_rate"]: d["task_loss"] for d in record["details"] if d.get("task_loss") is not None}
+    return {"chosen": record["chosen"], "record": record["id"], "at_edge": record["at_edge"], "trial_losses": losses}
 
 
 def placed(model: Any) -> Any:

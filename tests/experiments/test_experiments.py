@@ -115,6 +115,22 @@ def test_rates_are_searched_on_the_same_grid_at_half_the_budget_on_validation_ro
         assert all(d["steps"] == pytest.approx(record["training"]["steps"] / 2, abs=0.5) for d in rate["details"])
 
 
+def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran):
+    losses = {1e-2: 5.0, 3e-3: 2.3, 1e-3: 1.0}
+    runner = ran.runner()
+    runner._trained = lambda cell, task, rate, seed: (None, {"task_loss": losses[rate]}, ran.folder)
+    (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
+
+    def used(**trials):
+        rate = {"chosen": 1e-2, "trial_losses": {1e-2: trials["high"], 3e-3: trials["middle"], 1e-3: trials["low"]}}
+        runner._trained_stably(cell, None, rate)
+        return rate["used"], [d["learning_rate"] for d in rate["diverged"]]
+
+    assert used(high=4.9, middle=1.0, low=1.0) == (1e-2, [])
+    assert used(high=4.0, middle=2.2, low=1.0) == (3e-3, [1e-2])
+    assert used(high=4.0, middle=2.0, low=0.1) == (1e-3, [1e-2, 3e-3])  # there is no lower one
+
+
 def test_a_second_run_does_nothing(ran):
     def refuse(*args, **kwargs):
         raise AssertionError("evaluated again")

@@ -21,6 +21,7 @@ from chatbase import chat_tokenizer, mixed_rows, plain_rows, run_file, save_base
 from shadowpeft import ShadowTrainer
 from shadowpeft.data import chat
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, ShadowPeftError
+from shadowpeft.presets import PRESETS
 from shadowpeft.train import checkpoints
 from shadowpeft.train import run as run_module
 from shadowpeft.train.config import parse_run, read_run
@@ -90,7 +91,9 @@ def test_the_folder_of_a_run(made, tmp_path):
     training = [r for r in records if "loss" in r]
     assert [r["step"] for r in training] == list(range(1, 9))
     for r in training:
-        assert r["loss"] == pytest.approx(r["task_loss"] + 0.05 * r["shadow_loss"], rel=1e-3)
+        assert r["loss"] == pytest.approx(
+            r["task_loss"] + PRESETS["tuned"]["auxiliary_loss_weight"] * r["shadow_loss"], rel=1e-3
+        )
         assert r["tokens_per_second"] > 0
     evaluated = [r for r in records if "eval_task_loss" in r]
     assert [r["step"] for r in evaluated] == [4, 8, 8]  # every fourth step, and once more at the end

@@ -24,10 +24,10 @@ def test_defaults():
     assert RunConfig.model_validate(made.model_dump()) == made  # config.yaml of a run is a run file
 
 
-def test_the_shadow_section_has_the_configs_own_defaults():
+def test_the_papers_preset_has_the_configs_own_defaults():
     config = ShadowPeftConfig(task_type="CAUSAL_LM")
-    for name, field in ShadowSection.model_fields.items():
-        assert getattr(config, name) == field.default, name
+    for name, value in ShadowSection.model_validate({"preset": "paper"}).fields.items():
+        assert getattr(config, name) == value, name
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_whatever_the_config_refuses_the_run_file_refuses_too(shadow):
     ],
 )
 def test_possible_combinations(shadow):
-    made = parse_run(run(shadow=shadow), "run.yaml").shadow.model_dump()
+    made = parse_run(run(shadow=shadow), "run.yaml").shadow.fields
     assert ShadowPeftConfig(task_type="CAUSAL_LM", **made).r == 16
 
 

@@ -46,7 +46,7 @@ def plan(run: Any) -> dict[str, Any]:
         base = AutoModelForCausalLM.from_config(config)
     base_parameters = sum(p.numel() for p in base.parameters())
     embedding = base.get_input_embeddings().weight.numel()
-    shadow = {**run.shadow.model_dump(), "projection_init": "random"}  # a start needs weights, which meta tensors lack
+    shadow = {**run.shadow.fields, "projection_init": "random"}  # a start needs weights, which meta tensors lack
     model = get_peft_model(base, ShadowPeftConfig(task_type="CAUSAL_LM", **shadow))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.files import quote, read_json, shorten
+from shadowpeft.presets import preset
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -222,6 +223,15 @@ class ShadowPeftConfig(PeftConfig):
                     f"shadow_init='base_layers' copies layers of the base's own widths, but {', '.join(given)} is set; "
                     "remove one of them"
                 )
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> ShadowPeftConfig:
+        """A configuration with the settings of a preset, "paper" or "tuned", and ``given`` laid over them.
+
+        Raises:
+            ConfigError: if there is no such preset, or ``given`` is impossible.
+        """
+        return cls(**preset(name, **given))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:

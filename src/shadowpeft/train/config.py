@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.presets import PRESETS, preset
 
 
 class _Strict(BaseModel):
@@ -44,8 +45,9 @@ _WIDTHS = (
 
 
 class ShadowSection(_Strict):
-    """The fields of ``ShadowPeftConfig`` that a run may set; meanings there."""
+    """The fields of ``ShadowPeftConfig`` that a run may set; meanings there. What is not set comes from ``preset``."""
 
+    preset: Literal["tuned", "paper"] = "tuned"
     r: int = Field(default=16, ge=1)
     shadow_alpha: float = Field(default=0.1, gt=-1e6, lt=1e6)
     shadow_dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -63,6 +65,17 @@ class ShadowSection(_Strict):
     share_embeddings: bool | None = None
     auxiliary_loss_weight: float = Field(default=0.05, ge=0, lt=1e9)
     variant: Literal["paper", "authors", "peft"] = "paper"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, content: Any) -> Any:
+        name = content.get("preset", "tuned") if isinstance(content, dict) else None
+        return preset(name, **content) if name in PRESETS else content  # another name is refused by its type
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of ``ShadowPeftConfig``."""
+        return self.model_dump(exclude={"preset"})
 
     @model_validator(mode="after")
     def _possible(self) -> ShadowSection:
@@ -137,7 +150,7 @@ class RunConfig(_Strict):
     base: str
     """Alias (``smollm2-135m``), folder or Hub id."""
     data: DataConfig
-    shadow: ShadowSection = Field(default_factory=ShadowSection)
+    shadow: ShadowSection = Field(default_factory=lambda: ShadowSection.model_validate({}))
     training: TrainingSection = Field(default_factory=TrainingSection)
     output: str = "runs/run"
     """Folder of the run."""

@@ -97,7 +97,7 @@ def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
     if base.config.pad_token_id is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     _check_tokenizers(run, tokenizer)
-    config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.model_dump())
+    config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.fields)
     config.base_alias = run.base if is_alias(run.base) else None
     set_seed(run.training.seed)
     return get_peft_model(base, config)

@@ -1,0 +1,48 @@
+"""Named settings of a shadow: the paper's, and what short fine-tuning runs showed to be better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shadowpeft.errors import ConfigError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"shadow_alpha": 0.1, "shadow_dropout": 0.2, "shadow_init": "random", "auxiliary_loss_weight": 0.05},
+    "tuned": {
+        "shadow_alpha": 0.5,
+        "shadow_dropout": 0.1,
+        "shadow_init": "base_layers",
+        "auxiliary_loss_weight": 0.3,
+        "shadow_num_hidden_layers": 2,
+    },
+}
+"""``paper``: the settings behind Table 1 where they are one for all tasks (method.md). ``tuned``: the ablation of
+SmolLM2-135M in docs/results.md."""
+
+_SHAPES = (
+    "shadow_intermediate_size",
+    "shadow_num_attention_heads",
+    "shadow_num_key_value_heads",
+    "shadow_head_dim",
+    "shadow_hidden_size",
+)
+
+
+def preset(name: str, **given: Any) -> dict[str, Any]:
+    """Fields of ``ShadowPeftConfig``: those of a preset, with ``given`` laid over them.
+
+    What a preset says of a mirrored shadow's start and depth is left out where ``given`` names a ``shadow_model``, and its
+    start also where ``given`` changes a width, since such a shadow has no layers to copy.
+
+    Raises:
+        ConfigError: if there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset is {name!r} but must be one of {', '.join(PRESETS)}")
+    fields = dict(PRESETS[name])
+    explicit = given.get("shadow_model", "mirror") != "mirror"
+    if explicit:
+        fields.pop("shadow_num_hidden_layers", None)
+    if explicit or any(given.get(shape) is not None for shape in _SHAPES):
+        fields.pop("shadow_init", None)
+    return {**fields, **given}

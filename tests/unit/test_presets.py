@@ -1,0 +1,47 @@
+"""Presets: the paper's numbers are those of method.md, and what a user says goes before a preset."""
+
+from __future__ import annotations
+
+import pytest
+
+from shadowpeft import ShadowPeftConfig
+from shadowpeft.errors import ConfigError
+from shadowpeft.presets import PRESETS, preset
+from shadowpeft.train.config import ShadowSection, parse_run
+
+
+def test_the_papers_preset_is_the_default_of_the_configuration():
+    assert ShadowPeftConfig.preset("paper", task_type="CAUSAL_LM") == ShadowPeftConfig(task_type="CAUSAL_LM")
+
+
+def test_every_preset_makes_a_configuration_and_a_run():
+    for name, fields in PRESETS.items():
+        config = ShadowPeftConfig.preset(name)
+        section = ShadowSection.model_validate({"preset": name})
+        for key, value in fields.items():
+            assert getattr(config, key) == getattr(section, key) == value
+        assert ShadowPeftConfig(**section.fields) == config
+
+
+def test_a_run_without_a_word_about_it_takes_the_tuned_settings():
+    run = parse_run({"base": "x", "data": {"train": "robot"}}, "run")
+    assert run.shadow.preset == "tuned"
+    assert run.shadow.shadow_alpha == PRESETS["tuned"]["shadow_alpha"] != PRESETS["paper"]["shadow_alpha"]
+
+
+def test_what_is_given_goes_before_a_preset():
+    section = ShadowSection.model_validate({"preset": "paper", "shadow_alpha": 2.0})
+    assert (section.shadow_alpha, section.shadow_dropout) == (2.0, 0.2)
+
+
+@pytest.mark.parametrize("given", [{"shadow_model": "some/model"}, {"shadow_intermediate_size": 64}])
+def test_a_shadow_with_no_layers_to_copy_gets_no_such_start(given):
+    assert preset("tuned", **given).get("shadow_init", "random") == "random"
+    assert ShadowSection.model_validate(given).shadow_init == "random"
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ConfigError, match="preset is 'best' but must be one of paper, tuned"):
+        ShadowPeftConfig.preset("best")
+    with pytest.raises(ConfigError, match=r"shadow\.preset"):
+        parse_run({"base": "x", "data": {"train": "robot"}, "shadow": {"preset": "best"}}, "run")
