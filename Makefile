@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench architectures compare versions clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare versions clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,9 @@ fuzz: $(VENV)/dev  ## a thousand damaged adapter folders
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py
+
+bench-projection: $(VENV)/dev  ## Eq. 12 beside pinv and at the shape of Qwen3-8B; 15 minutes on two idle cores
+	$(BIN)/python benchmarks/projection.py
 
 architectures: $(VENV)/dev  ## try every decoder architecture and write docs/architectures.md
 	$(BIN)/python scripts/architectures.py

@@ -240,6 +240,96 @@ def doctor(
     command.main(adapter, base, json)
 
 
+route = typer.Typer(name="route", help="Routing between device and cloud.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(route)
+
+
+@route.command()
+def calibrate(
+    source: Annotated[str, typer.Argument(help="Folder of an adapter, or of an edge model.")],
+    target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.01,
+    data: Annotated[
+        str, typer.Option(help="JSONL file with prompt and skill, or 'robot' for the packaged validation set.")
+    ] = "robot",
+    check: Annotated[
+        Optional[str], typer.Option(help="Further rows to measure the choice on: a JSONL file, or 'robot' (test set).")
+    ] = None,
+    base: Base = None,
+    signal: Annotated[str, typer.Option(help="auto, logprob, mean_logprob, min_logprob, margin or entropy.")] = "auto",
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Hold the share's 95 % upper bound under the target, not the share.")
+    ] = False,
+    cloud: Annotated[bool, typer.Option(help="Ask the attached model too, for the accuracy of the whole.")] = True,
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
+    out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
+    json: Json = False,
+) -> None:
+    """Fit a confidence on held-out requests and choose which answers stay on the device."""
+    from shadowpeft.apps import route as command
+
+    command.calibrate(source, data, check, base, target, signal, bound, cloud, system, max_new_tokens, limit, out, json)
+
+
+@app.command()
+def serve(
+    adapters: Annotated[
+        list[str], typer.Argument(help="FOLDER or NAME=FOLDER: adapters (cloud: several), or an edge model.")
+    ],
+    role: Annotated[str, typer.Option(help="cloud (attached) or edge (detached; the router hands on to the cloud).")],
+    base: Base = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    auth: Annotated[
+        bool, typer.Option(help="Take keys from SHADOWPEFT_API_KEYS; --no-auth works on a loopback host only.")
+    ] = True,
+    cloud_url: Annotated[Optional[str], typer.Option(help="Edge: the cloud server.")] = None,
+    cloud_model: Annotated[str, typer.Option(help="Edge: the model's name there.")] = "default",
+    cloud_timeout: Annotated[float, typer.Option(min=0.1, help="Edge: seconds until the cloud counts as away.")] = 30.0,
+    cloud_delay_ms: Annotated[float, typer.Option(min=0, help="Edge: wait before each request, as a network.")] = 0.0,
+    when_cloud_down: Annotated[str, typer.Option(help="Edge: local (say so) or error.")] = "local",
+    routing: Annotated[
+        Optional[str], typer.Option(help="Edge: the calibration. Default: routing.json beside the model, if there.")
+    ] = None,
+    versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None,
+    system: System = None,
+    rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused with 429.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    default_tokens: Annotated[int, typer.Option(min=1, help="Answer's length where a request names none.")] = 64,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Time to finish what runs at shutdown.")] = 30.0,
+) -> None:
+    """Serve the OpenAI API, as cloud or as edge."""
+    from shadowpeft.apps import serve as command
+
+    command.main(
+        command.Options(
+            adapters,
+            role,
+            base,
+            host,
+            port,
+            auth,
+            cloud_url,
+            cloud_model,
+            cloud_timeout,
+            cloud_delay_ms,
+            when_cloud_down,
+            routing,
+            versions,
+            system,
+            rows,
+            queue,
+            prompt_tokens,
+            new_tokens,
+            default_tokens,
+            drain_seconds,
+        )
+    )
+
+
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",

@@ -1,4 +1,4 @@
-"""Losses (Eqs. 8-9): how many targets a path has, a path's cross-entropy, and the joint loss."""
+"""Losses (Eqs. 8-9): how many targets a path has, a path's cross-entropy, the joint loss; and distillation."""
 
 from __future__ import annotations
 
@@ -39,6 +39,49 @@ def joint_loss(task_loss: Tensor, shadow_loss: Tensor, weight: float) -> Tensor:
     return task_loss + weight * shadow_loss.to(task_loss.device)
 
 
+def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``t^2 KL(p || q)`` by row, with ``p = softmax(teacher / t)`` and ``q = softmax(logits / t)``.
+
+    ``t^2`` keeps the size of the gradient (Hinton et al., "Distilling the knowledge in a neural network", section 2).
+
+    Args:
+        logits: the student's ``(N, V)``. teacher: ``(N, V)``; no gradient flows into it. Both are taken to float32.
+
+    Returns:
+        ``(N,)`` float32, in nats.
+    """
+    log_q = (logits.float() / temperature).log_softmax(-1)
+    log_p = (teacher.detach().to(log_q.device).float() / temperature).log_softmax(-1)
+    return temperature * temperature * (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def topk_kl(logits: Tensor, ids: Tensor, log_probs: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``t^2 KL`` by row from a teacher of which only the ``k`` most likely tokens are known.
+
+    The other ``V - k`` tokens are one event, for teacher and student alike:
+    ``sum_i p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest)``. By the log-sum inequality this is at most the
+    divergence over all tokens, and it is that for ``k = V``.
+
+    Args:
+        logits: the student's ``(N, V)``, taken to float32. ids: ``(N, k)`` int64, the teacher's tokens, none twice.
+        log_probs: ``(N, k)`` their log-probabilities under ``softmax(teacher / t)``. temperature: ``t``.
+
+    Returns:
+        ``(N,)`` float32, in nats.
+    """
+    scaled = logits.float() / temperature
+    log_p = log_probs.to(scaled.device).float()
+    ids = ids.to(scaled.device)
+    log_z = scaled.logsumexp(-1)
+    known = (log_p.exp() * (log_p - scaled.gather(-1, ids) + log_z[..., None])).sum(-1)
+    if ids.shape[-1] == scaled.shape[-1]:
+        return temperature * temperature * known
+    rest = (1.0 - log_p.exp().sum(-1)).clamp(min=0.0)  # stored in 16 bits the known ones may add up to more than 1
+    log_q_rest = scaled.scatter(-1, ids, -torch.inf).logsumexp(-1) - log_z
+    entropy: Tensor = torch.special.xlogy(rest, rest)
+    return temperature * temperature * (known + entropy - rest * log_q_rest)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Sum of a loss over rows, with the gradient for the rows taken while the logits exist, chunk by chunk."""
 
@@ -59,6 +102,33 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None, None, None
+
+
+def teacher_loss(
+    rows: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    head: Callable[[Tensor], Tensor],
+    *,
+    frozen: bool,
+    temperature: float = 1.0,
+    chunk: int = 512,
+) -> Tensor:
+    """Sum of :func:`topk_kl` over rows, with ``chunk x V`` logits at a time for a frozen head (see :func:`head_loss`).
+
+    Args:
+        rows: the student's states ``(N, d)``. ids, log_probs: the teacher's ``(N, k)``, as
+            :class:`shadowpeft.data.teacher.TeacherCache` gives them by sequence. head: ``(n, d)`` to logits ``(n, V)``.
+        frozen: whether ``head`` has no trainable weight.
+
+    Returns:
+        0-d float32; divide it by the number of positions that count.
+    """
+
+    def loss(part: Tensor, index: Tensor) -> Tensor:
+        return topk_kl(head(part), ids[index], log_probs[index], temperature=temperature).sum()
+
+    return head_loss(rows, torch.arange(len(rows), device=ids.device), loss, frozen=frozen, chunk=chunk)
 
 
 def head_loss(rows: Tensor, targets: Tensor, loss: HeadLoss, *, frozen: bool, chunk: int = 512) -> Tensor:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import BUILD_ERRORS, plain_record, quote, shorten
 from shadowpeft.hf.signature import CACHE_NAMES
-from shadowpeft.hf.weights import device_of, real_weight
+from shadowpeft.hf.vocabulary import align_embedding, common_rows
+from shadowpeft.hf.weights import device_of
 
 _WIDTH_FIELDS = {
     "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -119,11 +119,11 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
 
     The first full-attention layer, else one with a sliding window, else the first that is not recurrent, else the first.
     Some architectures refuse or cannot run some type alone: then each other type in turn, and at last, if no depth is
-    asked for, one layer of each type. ``shadow_init="base_layers"``: the copied layers only.
+    asked for, one layer of each type. A shadow that copies layers of the base: those only.
     """
     depth = config.shadow_num_hidden_layers or 1
-    if config.shadow_init == "base_layers":
-        return [LayerChoice(copied_layers(base, depth))]
+    if config.copies_layers:
+        return [LayerChoice(copied_layers(base, depth, config.shadow_init))]
     types = list(getattr(base, "layer_types", None) or [])
     ordinary = [kind for kind in _ORDINARY_TYPES if kind in types]
     order = [types.index(kind) for kind in ordinary]
@@ -203,19 +203,20 @@ def mirror_config(
     return new
 
 
-def copied_layers(base: PreTrainedConfig, depth: int) -> list[int]:
-    """Indices of the base's first ``depth`` attention layers, for ``shadow_init="base_layers"``.
+def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers") -> list[int]:
+    """Indices of ``depth`` of the base's attention layers: its first ones for ``shadow_init="base_layers"``; for
+    "base_layers_spread" those at ``floor(i n / depth)`` of its ``n``, so every ``n / depth``-th from the first on.
 
     Layers of a recurrent kind are passed over: a base reads its own recurrent state through the shared cache.
     """
     types = getattr(base, "layer_types", None) or ["full_attention"] * int(base.num_hidden_layers)
-    chosen = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES][:depth]
-    if len(chosen) < depth:
+    found = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
+    if len(found) < depth:
         raise ConfigError(
-            f"shadow_init='base_layers' with {depth} layers was asked for but the base has {len(chosen)} attention "
-            "layers to copy; lower shadow_num_hidden_layers"
+            f"shadow_init='{init}' with {depth} layers was asked for but the base has {len(found)} attention layers to "
+            "copy; lower shadow_num_hidden_layers"
         )
-    return chosen
+    return found[:depth] if init == "base_layers" else [found[i * len(found) // depth] for i in range(depth)]
 
 
 class BorrowedEmbedding(nn.Module):
@@ -269,6 +270,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     loaded = config._loaded and config.shadow_backbone_config is not None
     embedding: nn.Module | None
     source: PreTrainedModel | None = None
+    aligned: PreTrainedModel | None = None
     reads_tokens, left = False, None
     shadow_class: Any
     projected = None
@@ -292,11 +294,22 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
             source = _explicit_source(config) if projected is None else projected.backbone
             shadow_config = source.config.get_text_config(decoder=True)
             shadow_class = type(source)
+            if projected is None and not config.shares_embeddings:
+                rows = (int(parts.config.vocab_size), int(shadow_config.vocab_size))
+                common_rows(model, source, rows)  # refuses other tokens
+                if rows[0] != rows[1]:
+                    aligned = _plain_copy(source)
+                    align_embedding(aligned, rows[0])
+                    shadow_config = aligned.config.get_text_config(decoder=True)
         _check_fits(parts.config, shadow_config, config)
-        built = _plain_copy(source) if source is not None else _make(parts, config, shadow_class, shadow_config)
+        if aligned is not None:
+            built = aligned
+        else:
+            built = _plain_copy(source) if source is not None else _make(parts, config, shadow_class, shadow_config)
     backbone: Any = built
-    if config.shadow_init == "base_layers" and not loaded:
-        _copy_base_layers(parts, backbone, copied_layers(parts.config, len(anatomy_of_backbone(backbone))))
+    if config.copies_layers and not loaded:
+        depth = len(anatomy_of_backbone(backbone))
+        _copy_base_layers(parts, backbone, copied_layers(parts.config, depth, config.shadow_init))
     if not loaded:
         config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
         config.shadow_frozen = _unreached(backbone, reads_tokens) if left is None else left
@@ -558,7 +571,7 @@ def _check_fits(base: PreTrainedConfig, shadow: PreTrainedConfig, config: Shadow
 
 
 def _copy_base_layers(parts: Anatomy, backbone: PreTrainedModel, chosen: list[int]) -> None:
-    """``shadow_init="base_layers"``: everything but the token embedding becomes a copy of the base's own."""
+    """A shadow that starts from the base: everything but the token embedding becomes a copy of the base's own."""
     mine, theirs = anatomy_of_backbone(backbone), parts.layers
     with torch.no_grad():
         for layer, index in zip(mine, chosen, strict=True):
@@ -576,19 +589,16 @@ def _copy_into(target: nn.Module, source: nn.Module) -> None:
         if not fits or (state[key].is_meta and not value.is_meta):
             found = f"{tuple(state[key].shape)}, {state[key].dtype}" if key in state else "nothing"
             raise ConfigError(
-                f"shadow_init='base_layers' needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
+                f"a shadow that copies layers needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
                 f"{found}; a quantised or offloaded base cannot be copied, use shadow_init='random'"
             )
         value.copy_(state[key])
 
 
 def _projection_start(config: ShadowPeftConfig, model: nn.Module) -> Tensor:
+    from shadowpeft.hf.starts import projection_start  # it imports this module
+
     source = config.shadow_model
     if isinstance(source, str):
         source = _pretrained(AutoModelForCausalLM, source)
-    small = source.get_output_embeddings()
-    large = model.get_output_embeddings()  # type: ignore[operator]
-    if small is None or large is None:
-        raise ConfigError("projection_init='pseudo_inverse' needs the LM heads of shadow and base; one has none")
-    with real_weight(large) as wide, real_weight(small) as narrow:
-        return pseudo_inverse_projection(wide, narrow)
+    return projection_start(model, source).weight

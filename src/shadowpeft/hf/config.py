@@ -19,8 +19,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 VARIANTS = ("paper", "authors", "peft")
-SHADOW_INITS = ("random", "base_layers")
+SHADOW_INITS = ("random", "base_layers", "base_layers_spread")
 PROJECTION_INITS = ("random", "pseudo_inverse")
+SHADOW_LOSSES = ("ce", "kl", "both")
 
 # The mathematical differences between the implementations (peers.md), as named fields of the configuration.
 # `authors` computes what the paper says: its last update exists but nothing reads it, so it is not built here.
@@ -91,13 +92,18 @@ class ShadowPeftConfig(PeftConfig):
     shadow_hidden_size: int | None = None
     """Hidden width ``d_s`` of a mirrored shadow; None: the base's. Another width needs ``share_embeddings=False``."""
     shadow_init: str = "random"
-    """"random", or "base_layers": a mirrored shadow of the same widths starts as a copy of the base's first layers."""
+    """"random"; or a mirrored shadow of the same widths starts as a copy of layers of the base: "base_layers" its first ones,
+    "base_layers_spread" every n-th, n = L / depth, from the first on."""
     projection_init: str = "random"
     """Start of ``W_p`` (Eq. 10) of an explicit shadow: "random", or "pseudo_inverse" (Eq. 12; needs the shadow's head)."""
     share_embeddings: bool | None = None
     """Feed the shadow with the base's frozen embeddings. None: yes for "mirror", no for an explicit shadow."""
     auxiliary_loss_weight: float = 0.05
     """lambda of the joint loss (Eqs. 8-9)."""
+    shadow_loss: str = "ce"
+    """The shadow path's training loss (second term of Eq. 8). "ce": cross-entropy of its targets. "kl": divergence from the
+    attached path's own logits of the same forward pass, held fixed. "both": their sum. A position whose ``shadow_labels``
+    differ from its ``labels`` has no teacher and always takes the cross-entropy, which evaluation mode reports throughout."""
     variant: str = "paper"
     """"paper", "authors" or "peft": whose mathematics; see :meth:`mathematics`."""
     refined_layers: list[int] | None = None
@@ -192,10 +198,15 @@ class ShadowPeftConfig(PeftConfig):
             ("variant", VARIANTS),
             ("shadow_init", SHADOW_INITS),
             ("projection_init", PROJECTION_INITS),
+            ("shadow_loss", SHADOW_LOSSES),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r} but must be one of {', '.join(allowed)}")
+        if self.shadow_loss != "ce" and self.task_type == TaskType.SEQ_CLS:
+            raise ConfigError(
+                f"shadow_loss is {self.shadow_loss!r} but a classifier's shadow has classes to learn and no teacher; use 'ce'"
+            )
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"the adapter has format version {self.format_version}, this shadowpeft reads {FORMAT_VERSION}; "
@@ -212,15 +223,15 @@ class ShadowPeftConfig(PeftConfig):
                 )
             if self.shadow_init != "random":
                 raise ConfigError(
-                    "shadow_init='base_layers' fills a mirrored shadow, but shadow_model is given; remove one of them"
+                    f"shadow_init='{self.shadow_init}' fills a mirrored shadow, but shadow_model is given; remove one of them"
                 )
         elif self.projection_init != "random":
             raise ConfigError("projection_init='pseudo_inverse' needs an explicit shadow_model with an LM head")
-        if self.shadow_init == "base_layers":
+        if self.copies_layers:
             given = [n for n in _MIRROR_ONLY[1:] if getattr(self, n) is not None]
             if given:
                 raise ConfigError(
-                    f"shadow_init='base_layers' copies layers of the base's own widths, but {', '.join(given)} is set; "
+                    f"shadow_init='{self.shadow_init}' copies layers of the base's own widths, but {', '.join(given)} is set; "
                     "remove one of them"
                 )
 
@@ -263,6 +274,11 @@ class ShadowPeftConfig(PeftConfig):
     def is_mirror(self) -> bool:
         """Whether the shadow is built from the base's own configuration."""
         return isinstance(self.shadow_model, str) and self.shadow_model == "mirror"
+
+    @property
+    def copies_layers(self) -> bool:
+        """Whether the shadow starts as a copy of layers of the base."""
+        return self.shadow_init != "random"
 
     @property
     def shares_embeddings(self) -> bool:
@@ -351,5 +367,6 @@ def _required_in_files() -> set[str]:
         "own_shadow_head",
         "refined_layers",
         "shadow_frozen",
+        "shadow_loss",
         "shadow_reads_tokens",
     }

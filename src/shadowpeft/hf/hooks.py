@@ -12,6 +12,7 @@ threads and interleaved generations cannot mix, and a checkpointed layer that ru
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-from shadowpeft.core import Trajectory, count_targets, head_loss, joint_loss, token_cross_entropy
+from shadowpeft.core import Trajectory, count_targets, distillation_kl, head_loss, joint_loss, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf import call as calls
@@ -159,7 +160,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         if classifier:
             shadow_loss, shadow_logits = _classifier_path(model, hub, call)
         else:
-            shadow_loss, shadow_logits = _lm_path(model, hub, call)
+            shadow_loss, shadow_logits = _lm_path(model, hub, call, logits.detach() if training else None)
     task_loss = None
     if call.labels is not None:
         stock = output[0] if as_tuple else output.loss
@@ -195,6 +196,11 @@ def _join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any,
         if call.shadow_labels is not None:
             raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
         (part,) = call.parts
+        if training and part.weights.config.shadow_loss != "ce":
+            raise ConfigError(
+                f"shadow_loss is '{part.weights.config.shadow_loss}' but a fused LM head gives no logits to learn from; use "
+                "shadow_loss='ce' or shadowpeft.ShadowTrainer"
+            )
         with torch.set_grad_enabled(training):
             total = _shadow_sum(model, hub, part.weights, _s0(part), _targets(call, hub))
         if training:
@@ -217,10 +223,15 @@ def _s0(part: Part) -> Tensor:
     return part.trajectory.s0
 
 
-def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
+def _lm_path(
+    model: nn.Module, hub: ShadowHub, call: ShadowCall, teacher: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for.
 
     In a mixed batch the loss is that of all rows which have a shadow, whichever it is.
+
+    Args:
+        teacher: the attached path's logits ``(B, T, V)`` without their graph, in training; None: cross-entropy alone.
     """
     loss, logits, pieces = None, None, []
     targeted = call.labels is not None or call.shadow_labels is not None
@@ -231,7 +242,8 @@ def _lm_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor
         with mixed.alone(part):
             if targets is not None:
                 goals = part.pick(targets)
-                total = total + _shadow_sum(model, hub, part.weights, _s0(part), goals)
+                lesson = None if teacher is None else _lesson(call, hub, part, teacher, targets)
+                total = total + _shadow_sum(model, hub, part.weights, _s0(part), goals, lesson)
                 count = count + count_targets(goals, shifted=False).to(total.device)
             if call.return_shadow:
                 kept = _keep(_s0(part), call.logits_to_keep)
@@ -290,32 +302,80 @@ def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
     return _ahead(labels, hub)
 
 
+def _lesson(call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor) -> Lesson | None:
+    """What ``shadow_loss="kl"`` or "both" teaches the rows of ``part``; None for "ce".
+
+    The attached path is the teacher wherever both paths are to say the same; where ``shadow_labels`` want something else of
+    the shadow, it would teach the opposite.
+    """
+    kind = part.weights.config.shadow_loss
+    if kind == "ce":
+        return None
+    if call.labels is None and call.shift_labels is None:
+        raise ConfigError(
+            f"shadow_loss is '{kind}' and shadow_labels were passed but labels were not, so nobody knows where both paths are "
+            "to say the same; pass labels too (label smoothing and compute_loss_func take them away), or use shadow_loss='ce'"
+        )
+    if teacher.shape[:2] != targets.shape:
+        raise ConfigError(
+            f"shadow_loss is '{kind}' but the logits have shape {tuple(teacher.shape[:2])} for targets of shape "
+            f"{tuple(targets.shape)}; leave out logits_to_keep"
+        )
+    taught = targets != IGNORE
+    if call.shadow_labels is not None:
+        theirs = call.shift_labels if call.shift_labels is not None else _ahead(call.labels, hub)  # type: ignore[arg-type]
+        taught = taught & (targets == theirs.to(targets.device))
+    return Lesson(part.pick(teacher), part.pick(taught), plain=kind == "both")
+
+
 def _ahead(labels: Tensor, hub: ShadowHub) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.facts.shift else labels
 
 
-def _shadow_sum(model: nn.Module, hub: ShadowHub, weights: Weights, s0: Tensor, targets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Lesson:
+    """What the attached path teaches the shadow in one forward pass."""
+
+    teacher: Tensor
+    """Logits ``(B, T, V)``, without their graph."""
+    taught: Tensor
+    """``(B, T)``: where the shadow is to say what the attached path is to say."""
+    plain: bool
+    """Whether the cross-entropy counts there too."""
+
+
+def _shadow_sum(
+    model: nn.Module, hub: ShadowHub, weights: Weights, s0: Tensor, targets: Tensor, lesson: Lesson | None = None
+) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
     head = _lm_head(model, weights)
+    targets = targets.to(s0.device)
+    plain, rows = targets.reshape(-1), s0.reshape(-1, s0.shape[-1])
+    teacher = taught = plain[:0]
+    if lesson is not None:
+        teacher, taught = lesson.teacher.flatten(0, 1), lesson.taught.reshape(-1).to(s0.device)
+        plain = plain if lesson.plain else plain.masked_fill(taught, IGNORE)
 
-    def loss(rows: Tensor, goals: Tensor) -> Tensor:
+    def loss(rows: Tensor, where: Tensor) -> Tensor:
         logits = lm_logits(model, hub, head, rows)
-        return model.loss_function(  # type: ignore[operator, no-any-return]
+        total: Tensor = model.loss_function(  # type: ignore[operator]
             logits=logits[None],
             labels=None,
             vocab_size=logits.shape[-1],
             num_items_in_batch=1,
-            shift_labels=goals[None],
+            shift_labels=plain[where][None],
         )
+        if lesson is None:
+            return total
+        divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
+        return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
 
-    targets = targets.to(s0.device)
-    if torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
-        rows, goals = s0.reshape(-1, s0.shape[-1]), targets.reshape(-1)
-    else:
-        mask = targets != IGNORE
-        rows, goals = s0[mask], targets[mask]
+    where = torch.arange(len(rows), device=s0.device)
+    if not torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
+        where = where[targets.reshape(-1) != IGNORE]
+        rows = rows[where]
     frozen = hub.facts.plain and not any(p.requires_grad for p in head.parameters())
-    return head_loss(rows, goals, loss, frozen=frozen)
+    return head_loss(rows, where, loss, frozen=frozen)
 
 
 def _classification_loss(model: nn.Module, logits: Tensor, labels: Tensor, items: Any) -> Tensor:

@@ -60,10 +60,11 @@ class ShadowSection(_Strict):
     shadow_num_key_value_heads: int | None = Field(default=None, ge=1)
     shadow_head_dim: int | None = Field(default=None, ge=1)
     shadow_hidden_size: int | None = Field(default=None, ge=1)
-    shadow_init: Literal["random", "base_layers"] = "random"
+    shadow_init: Literal["random", "base_layers", "base_layers_spread"] = "random"
     projection_init: Literal["random", "pseudo_inverse"] = "random"
     share_embeddings: bool | None = None
     auxiliary_loss_weight: float = Field(default=0.05, ge=0, lt=1e9)
+    shadow_loss: Literal["ce", "kl", "both"] = "ce"
     variant: Literal["paper", "authors", "peft"] = "paper"
 
     @model_validator(mode="before")
@@ -88,18 +89,19 @@ class ShadowSection(_Strict):
                 f"shadow.{given[0]} shapes a mirrored shadow but shadow.shadow_model is {self.shadow_model!r}, which brings "
                 "its own shape; remove one of them"
             )
-        if not mirror and self.shadow_init == "base_layers":
+        if not mirror and self.shadow_init != "random":
             raise ValueError(
-                "shadow.shadow_init: base_layers fills a mirrored shadow but shadow.shadow_model is set; remove one of them"
+                f"shadow.shadow_init: {self.shadow_init} fills a mirrored shadow but shadow.shadow_model is set; remove one of "
+                "them"
             )
         if mirror and self.projection_init == "pseudo_inverse":
             raise ValueError(
                 "shadow.projection_init: pseudo_inverse needs a shadow.shadow_model with an LM head; set one or remove it"
             )
-        if self.shadow_init == "base_layers" and widths:
+        if self.shadow_init != "random" and widths:
             raise ValueError(
-                f"shadow.shadow_init: base_layers copies the base's own widths but shadow.{widths[0]} is set; remove one of "
-                "them"
+                f"shadow.shadow_init: {self.shadow_init} copies the base's own widths but shadow.{widths[0]} is set; remove "
+                "one of them"
             )
         if self.shadow_alpha == 0:
             raise ValueError("shadow.shadow_alpha is 0, which switches the correction off; give another number")
@@ -161,6 +163,11 @@ class RunConfig(_Strict):
     def _possible(self) -> RunConfig:
         if self.training.eval_every is not None and self.data.validation is None and self.data.train != "robot":
             raise ValueError("training.eval_every is set but data.validation is not; set both or neither")
+        if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
+            raise ValueError(
+                f"shadow.shadow_loss is {self.shadow.shadow_loss} and training.label_smoothing is set; set one of them, since "
+                "a smoothed loss takes the labels away that tell which positions have a teacher"
+            )
         return self
 
 

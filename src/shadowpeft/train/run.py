@@ -28,6 +28,7 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.vocabulary import shared_tokens
 from shadowpeft.train.checkpoints import reason, written_whole
 from shadowpeft.train.config import RunConfig, TrainingSection
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
@@ -107,11 +108,7 @@ def _check_tokenizers(run: RunConfig, tokenizer: Any) -> None:
     if run.shadow.shadow_model == "mirror":
         return
     other = load_tokenizer(run.shadow.shadow_model)
-    if other.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"the shadow model '{run.shadow.shadow_model}' has another tokenizer than the base '{run.base}'; a shadow reads "
-            "the base's tokens, use one of the same family"
-        )
+    shared_tokens(tokenizer, other)
 
 
 def encode_run(

@@ -1,0 +1,197 @@
+"""``shadowpeft route calibrate``: fit the confidence of a device's answers and choose what it keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
+from shadowpeft.errors import ConfigError, DataError
+
+ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
+
+
+def calibrate(
+    source: str,
+    data: str,
+    check: str | None,
+    base: str | None,
+    target: float,
+    signal: str,
+    bound: bool,
+    cloud: bool,
+    system: str | None,
+    max_new_tokens: int,
+    limit: int | None,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Calibrate ``source``, an adapter or an edge model, and save ``routing.json`` and ``routing.png`` beside it."""
+    from shadowpeft.serve.calibration import require_sklearn
+    from shadowpeft.serve.router import FILE, SIGNALS
+
+    if not 0 <= target <= 1:
+        raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
+    if signal not in ("auto", *SIGNALS):
+        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join(SIGNALS)}")
+    require_sklearn()
+    folder = Path(out or source)
+    if out is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise ConfigError(f"'{folder}' is no folder to save the calibration in; pass --out")
+    rows = {"fit": read_intents(data, "fit", limit)}
+    if check is not None:
+        rows["check"] = read_intents(check, "check", limit)
+    quiet_libraries()
+    from shadowpeft.data.robot import SYSTEM, parse_action
+    from shadowpeft.serve import calibration as fitting
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    console = Console(stderr=True)
+    system = SYSTEM if system is None and data == "robot" else system
+    device, in_cloud = _backends(source, base, cloud)
+    samples = {}
+    for name, part in rows.items():
+        texts = {
+            where: _answers(backend, part, system, max_new_tokens, f"{name}, {where}", console, as_json)
+            for where, backend in (("device", device), ("cloud", in_cloud))
+            if backend is not None
+        }
+        samples[name] = [_sample(i, row, texts, parse_action) for i, row in enumerate(part)]
+    made = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound)
+    made.report.update(data=Path(data).name, source=Path(source).name, max_new_tokens=max_new_tokens, system=system)
+    shown = "fit"
+    if check is not None:
+        made.report["check"] = {"data": Path(check).name, **fitting.check(made, samples["check"])}
+        shown = "check"
+    made.report["curve"] = fitting.curve(made, samples[shown])
+    made.save(folder / FILE)
+    picture = (folder / FILE).with_suffix(".png")
+    fitting.plot(made, samples[shown], picture, f"cost and quality ({shown} data, n = {len(samples[shown])})")
+    result = {"signal": made.signal, "threshold": made.threshold, **made.report, "saved": str(folder / FILE)}
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    _print(made, Console())
+    console.print(f"saved: {folder / FILE}, {picture}")
+
+
+def read_intents(source: str, part: str, limit: int | None) -> list[dict[str, Any]]:
+    """Rows with ``prompt`` and ``skill`` (``REMOTE`` for requests that no skill fits): ``robot`` or a JSONL file.
+
+    Raises:
+        DataError: naming the file and line of a row that has something else.
+    """
+    import random
+
+    from shadowpeft.data.robot import MEANINGS, load
+
+    if source == "robot":
+        rows: list[dict[str, Any]] = [dict(row) for split in ROBOT[part] for row in load(split)]
+    else:
+        file = Path(source)
+        if not file.is_file():
+            raise DataError(f"data file '{file}' does not exist; check the path, or say robot for the packaged set")
+        rows = []
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            if line.strip():
+                rows.append(_checked(line, f"{file}, line {number}", set(MEANINGS) | {"REMOTE"}))
+        if not rows:
+            raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
+    return rows
+
+
+def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{where} is not a JSON object in UTF-8; one row a line") from error
+    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
+    if not good:
+        raise DataError(f"{where} must have the strings 'prompt' and 'skill'")
+    if row["skill"] not in known:
+        raise DataError(
+            f"{where} has the skill {row['skill']!r}, which is none; see shadowpeft.data.robot.SKILLS, or REMOTE"
+        )
+    return row  # type: ignore[no-any-return]
+
+
+def _backends(source: str, base: str | None, cloud: bool) -> tuple[Any, Any]:
+    import shadowpeft
+    from shadowpeft.serve.backend import Attached, Detached
+    from shadowpeft.serve.loading import is_edge_folder, load_edge
+
+    if is_edge_folder(source):
+        if cloud:
+            raise ConfigError(
+                f"'{source}' is an edge model and has no attached path; pass --no-cloud, or the adapter's folder"
+            )
+        return Detached(*load_edge(source), "edge"), None
+    tokenizer = load_tokenizer_of(source, base)
+    model = shadowpeft.load(source, base)
+    device = Detached(shadowpeft.detach(model), tokenizer, "edge")
+    return device, Attached(model, tokenizer, {"default": source}, "base") if cloud else None
+
+
+def _answers(
+    backend: Any, rows: list[dict[str, Any]], system: str | None, tokens: int, label: str, console: Console, quiet: bool
+) -> list[Any]:
+    from shadowpeft.data.robot import parse_action
+    from shadowpeft.serve.router import settled
+    from shadowpeft.serve.scoring import scored_answers
+
+    with bar(console, label, len(rows), quiet=quiet) as progress:
+        return scored_answers(
+            backend,
+            backend.names[0],
+            [row["prompt"] for row in rows],
+            system=system,
+            max_tokens=tokens,
+            until=lambda pieces, _: settled(pieces, parse_action),  # what follows the action does not count
+            progress=progress,
+        )
+
+
+def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: Any) -> Any:
+    from shadowpeft.serve.calibration import Sample
+    from shadowpeft.serve.router import decisive, signals
+
+    pieces, scores = answers["device"][i]
+    n, action = decisive(pieces, parse)
+    kept = action not in (None, "REMOTE")
+    cloud_right = None
+    if "cloud" in answers:
+        said = decisive(answers["cloud"][i][0], parse)[1]
+        cloud_right = said == row["skill"] or (row["skill"] == "REMOTE" and said is None)
+    return Sample(kept, kept and action == row["skill"], signals(scores.first(n)), cloud_right)
+
+
+def _print(made: Any, console: Console) -> None:
+    r = made.report
+    table = Table(
+        "", "fit (cross-fitted)", "check", title=f"signal {made.signal}, keep at {made.threshold:.4f} and above"
+    )
+    rows = [
+        ("requests", "n"),
+        ("with a known action", "known_actions"),
+        ("AUROC", "auroc"),
+        ("ECE", "ece"),
+        ("answered on the device", "on_device"),
+        ("wrong, of these", "wrong_share"),
+        ("... 95 % upper bound", "wrong_share_upper_95"),
+        ("accuracy, routed", "accuracy_routed"),
+        ("accuracy, always cloud", "accuracy_cloud"),
+    ]
+    for label, key in rows:
+        cells = [part.get(key) for part in (r, r.get("check", {}))]
+        if any(cell is not None for cell in cells):
+            table.add_row(label, *("" if c is None else str(c) if isinstance(c, int) else f"{c:.4f}" for c in cells))
+    console.print(table)

@@ -1,0 +1,218 @@
+"""``shadowpeft serve``: the cloud's or the edge's server."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries
+from shadowpeft.errors import ConfigError
+
+KEYS, ADMIN_KEYS, CLOUD_KEY = "SHADOWPEFT_API_KEYS", "SHADOWPEFT_ADMIN_KEYS", "SHADOWPEFT_CLOUD_KEY"
+_SHORTEST_KEY = 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options, as given."""
+
+    adapters: list[str]
+    role: str
+    base: str | None
+    host: str
+    port: int
+    auth: bool
+    cloud_url: str | None
+    cloud_model: str
+    cloud_timeout: float
+    cloud_delay_ms: float
+    when_cloud_down: str
+    routing: str | None
+    versions: str | None
+    system: str | None
+    rows: int
+    queue: int
+    prompt_tokens: int
+    new_tokens: int
+    default_tokens: int
+    drain_seconds: float
+
+
+def main(options: Options) -> None:
+    """Load, then serve until a signal."""
+    named = parse_adapters(options.adapters)
+    keys = read_keys(options)
+    _check(options, named)
+    for package in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"serve needs {package}, which is not installed; run: pip install 'shadowpeft[serve]'")
+    quiet_libraries()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("shadowpeft.serve").setLevel(logging.INFO)
+    from shadowpeft.serve.engine import Engine, Limits
+    from shadowpeft.serve.server import Settings, build, serve
+    from shadowpeft.train.run import prepare_cpu
+
+    prepare_cpu()
+    limits = Limits(
+        rows=options.rows, queue=options.queue, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens
+    )
+    backend = _cloud_backend(named, options.base) if options.role == "cloud" else _edge_backend(named, options.base)
+    role = _role(options, named, Engine(backend, limits))
+    settings = Settings(
+        keys=keys,
+        versions=Path(options.versions) if options.versions else None,
+        requests=options.rows + options.queue,
+        drain_seconds=options.drain_seconds,
+    )
+    app = build(role, settings)
+    Console(stderr=True).print(
+        f"{options.role}: {', '.join(backend.names)} on http://{options.host}:{options.port}", highlight=False
+    )
+    serve(app, options.host, options.port, options.drain_seconds)
+
+
+def parse_adapters(given: list[str]) -> dict[str, str]:
+    """``NAME=FOLDER`` or ``FOLDER`` (called ``default``) to name -> folder.
+
+    Raises:
+        ConfigError: for a name that is no name, or stands twice.
+    """
+    named: dict[str, str] = {}
+    for item in given:
+        name, equals, folder = item.partition("=")
+        name, folder = (name, folder) if equals and _NAME.fullmatch(name) else ("default", item)
+        if name in named:
+            raise ConfigError(f"two adapters are called '{name}'; write NAME=FOLDER for each")
+        named[name] = folder
+    return named
+
+
+def read_keys(options: Options) -> Any:
+    """The keys in the environment.
+
+    Raises:
+        ConfigError: if there are none and the server was not told to go without, or it can be reached from elsewhere.
+    """
+    from shadowpeft.serve.guard import Keys
+
+    found = {}
+    for variable in (KEYS, ADMIN_KEYS):
+        found[variable] = tuple(k.strip() for k in os.environ.get(variable, "").split(",") if k.strip())
+        if any(len(k) < _SHORTEST_KEY for k in found[variable]):
+            raise ConfigError(f"a key in {variable} is shorter than {_SHORTEST_KEY} characters; choose a longer one")
+    if not options.auth:
+        if not _is_loopback(options.host):
+            raise ConfigError(f"--no-auth needs a loopback host but --host is '{options.host}'; set {KEYS} instead")
+        return Keys(None, found[ADMIN_KEYS])
+    if not found[KEYS]:
+        raise ConfigError(
+            f"{KEYS} is not set; put keys there, separated by commas, or pass --no-auth on a loopback host"
+        )
+    return Keys(found[KEYS], found[ADMIN_KEYS])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check(options: Options, named: dict[str, str]) -> None:
+    if options.role not in ("cloud", "edge"):
+        raise ConfigError(f"role is '{options.role}' but must be cloud or edge")
+    if options.role == "cloud" and (options.cloud_url or options.routing):
+        raise ConfigError("--cloud-url and --routing belong to the edge; leave them out or set --role edge")
+    if options.role == "edge" and len(named) > 1:
+        raise ConfigError(f"{len(named)} adapters were given but an edge server has one; start one for each")
+    if options.when_cloud_down not in ("local", "error"):
+        raise ConfigError(f"when-cloud-down is '{options.when_cloud_down}' but must be local or error")
+    if options.versions and not Path(options.versions).is_dir():
+        raise ConfigError(f"the --versions folder '{options.versions}' does not exist")
+    if options.default_tokens > options.new_tokens:
+        raise ConfigError(
+            f"--default-tokens is {options.default_tokens} but --new-tokens allows {options.new_tokens}; lower one or raise "
+            "the other"
+        )
+
+
+def _cloud_backend(named: dict[str, str], base: str | None) -> Any:
+    from shadowpeft.serve.backend import Attached
+    from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters
+
+    first = next(iter(named.values()))
+    if is_edge_folder(first) or is_lora(first):
+        if len(named) > 1:
+            raise ConfigError(
+                f"'{first}' is no shadow adapter and cannot share a server with others; start one for each"
+            )
+        return _plain(next(iter(named)), first, base)
+    tokenizer = load_tokenizer_of(first, base)
+    return Attached(load_adapters(named, base), tokenizer, named, "base")
+
+
+def _plain(name: str, folder: str, base: str | None) -> Any:
+    from shadowpeft.serve.backend import Detached
+    from shadowpeft.serve.loading import is_lora, load_edge, load_lora
+
+    lora = is_lora(folder)
+    model, tokenizer = load_lora(folder, base) if lora else load_edge(folder)
+    return Detached(model, tokenizer, name, None if lora else folder)
+
+
+def _edge_backend(named: dict[str, str], base: str | None) -> Any:
+    import shadowpeft
+    from shadowpeft.serve.backend import Detached
+    from shadowpeft.serve.loading import is_edge_folder, load_edge
+
+    name, folder = next(iter(named.items()))
+    if is_edge_folder(folder):
+        model, tokenizer = load_edge(folder)
+        return Detached(model, tokenizer, name, folder)
+    tokenizer = load_tokenizer_of(folder, base)
+    return Detached(shadowpeft.detach(shadowpeft.load(folder, base)), tokenizer, name)
+
+
+def _role(options: Options, named: dict[str, str], engine: Any) -> Any:
+    from shadowpeft.data.robot import parse_action
+    from shadowpeft.serve.client import Cloud
+    from shadowpeft.serve.roles import CloudRole, EdgeRole
+    from shadowpeft.serve.router import FILE, Calibration, Router
+
+    shared: dict[str, Any] = {"system": options.system, "default_tokens": options.default_tokens}
+    if options.role == "cloud":
+        return CloudRole(engine, **shared)
+    beside = Path(next(iter(named.values()))) / FILE
+    file = Path(options.routing) if options.routing else beside if beside.is_file() else None
+    calibration = Calibration.load(file) if file else None
+    cloud = None
+    if options.cloud_url:
+        cloud = Cloud(
+            options.cloud_url,
+            os.environ.get(CLOUD_KEY),
+            timeout=options.cloud_timeout,
+            delay=options.cloud_delay_ms / 1000,
+        )
+    told = json.dumps({"calibration": str(file) if file else None, "cloud": options.cloud_url})
+    logging.getLogger("shadowpeft.serve").info("edge %s", told)
+    return EdgeRole(
+        engine,
+        Router(parse_action, calibration),
+        cloud,
+        options.cloud_model,
+        when_down=options.when_cloud_down,
+        **shared,
+    )

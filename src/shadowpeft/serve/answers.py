@@ -1,0 +1,199 @@
+"""One request's answer, made here or in the cloud: whole, or chunk by chunk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from shadowpeft.errors import ShadowPeftError
+from shadowpeft.serve.client import Cloud
+from shadowpeft.serve.engine import Engine, Event, Failed, Finish, Sampling, Token, Work
+from shadowpeft.serve.protocol import Shape, usage
+from shadowpeft.serve.router import Scores
+
+
+class EngineError(ShadowPeftError):
+    """A forward pass failed; its cause says how."""
+
+
+class Generation:
+    """A request in the engine, seen from the event loop. Leaving the ``with`` block cancels what is not finished."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.tokens: list[Token] = []
+        self.finish: Finish | None = None
+        self._work: Work | None = None
+
+    def start(
+        self,
+        engine: Engine,
+        ids: list[int],
+        name: str,
+        sampling: Sampling,
+        until: Callable[[list[str], Scores], bool] | None = None,
+    ) -> Generation:
+        """Submit; raises what :meth:`Engine.submit` does."""
+        self._work = engine.submit(ids, name, sampling, self._emit, until)
+        return self
+
+    def _emit(self, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._work is not None:
+            self._work.cancelled = True
+
+    async def next(self) -> Token | Finish:
+        """The next event.
+
+        Raises:
+            EngineError: if the model failed. ShadowPeftError: what else went wrong in the engine.
+        """
+        event = await self.queue.get()
+        if isinstance(event, Failed):
+            if isinstance(event.error, ShadowPeftError):
+                raise event.error
+            raise EngineError(f"the model failed with {type(event.error).__name__}") from event.error
+        if isinstance(event, Token):
+            self.tokens.append(event)
+        else:
+            self.finish = event
+        return event
+
+    async def run(self) -> Finish:
+        """Wait for the end."""
+        while self.finish is None:
+            await self.next()
+        return self.finish
+
+    @property
+    def text(self) -> str:
+        """All of a finished answer."""
+        return "".join(t.text for t in self.tokens) + (self.finish.text if self.finish else "")
+
+
+class Answer(ABC):
+    """Attributes:
+    note: where the answer was made and why, and how long it took; complete at the end.
+    first: seconds until its beginning was there.
+    """
+
+    def __init__(self, note: dict[str, Any], began: float) -> None:
+        self.note, self.began = note, began
+        self.first: float | None = None
+
+    @abstractmethod
+    async def begin(self) -> None:
+        """Wait until it is certain that there is an answer; raises otherwise."""
+
+    @abstractmethod
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+
+    @abstractmethod
+    def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        """The answer in pieces."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up what is not finished."""
+
+
+class Local(Answer):
+    """An answer of this server's engine; what it has made already is given first."""
+
+    def __init__(self, generation: Generation, shape: Shape, began: float) -> None:
+        super().__init__(shape.note, began)
+        self.generation, self.shape = generation, shape
+
+    async def begin(self) -> None:
+        if not self.generation.tokens and self.generation.finish is None:
+            await self.generation.next()
+        self.first = time.monotonic() - self.began
+
+    async def whole(self) -> dict[str, Any]:
+        finish = await self.generation.run()
+        self._time()
+        counts = usage(finish.prompt_tokens, finish.new_tokens)
+        return self.shape.whole(self.generation.text, self.generation.tokens, finish.reason, counts)
+
+    async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        generation, given = self.generation, 0
+        while True:
+            while given < len(generation.tokens):
+                token = generation.tokens[given]
+                given += 1
+                if token.text or self.shape.top is not None or given == 1:
+                    yield self.shape.chunk(token.text, [token])
+            if generation.finish is not None:
+                break
+            await generation.next()
+        self._time()
+        finish = generation.finish
+        if finish.text:
+            yield self.shape.chunk(finish.text, [])
+        yield self.shape.chunk("", [], finish.reason)
+        if with_usage:
+            yield self.shape.last(usage(finish.prompt_tokens, finish.new_tokens))
+
+    def close(self) -> None:
+        self.generation.__exit__()
+
+    def _time(self) -> None:
+        self.note["milliseconds"] = _ms(self.began)
+
+
+class Forwarded(Answer):
+    """An answer of the cloud under this server's name and note."""
+
+    def __init__(
+        self, cloud: Cloud, path: str, body: dict[str, Any], model: str, note: dict[str, Any], began: float
+    ) -> None:
+        super().__init__(note, began)
+        self.cloud, self.path, self.body, self.model = cloud, path, body, model
+        self._whole: dict[str, Any] | None = None
+        self._chunks: AsyncIterator[dict[str, Any]] | None = None
+        self._head: dict[str, Any] | None = None
+
+    async def begin(self) -> None:
+        if self.body.get("stream"):
+            self._chunks = self.cloud.stream(self.path, self.body)
+            self._head = await anext(self._chunks)
+        else:
+            self._whole = await self.cloud.ask(self.path, self.body)
+        self.first = time.monotonic() - self.began
+
+    async def whole(self) -> dict[str, Any]:
+        assert self._whole is not None
+        self.note["milliseconds"] = _ms(self.began)
+        return self._named(self._whole, note=True)
+
+    async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
+        assert self._chunks is not None
+        assert self._head is not None
+        yield self._named(self._head, note=True)
+        async for chunk in self._chunks:
+            last = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
+            self.note["milliseconds"] = _ms(self.began)
+            yield self._named(chunk, note=last)
+
+    def close(self) -> None:
+        """Nothing: the connection ends with the task that reads it."""
+
+    def _named(self, content: dict[str, Any], note: bool) -> dict[str, Any]:
+        content = {key: value for key, value in content.items() if key != "shadowpeft"}
+        return {**content, "model": self.model, **({"shadowpeft": dict(self.note)} if note else {})}
+
+
+def _ms(began: float) -> float:
+    return round(1000 * (time.monotonic() - began), 2)

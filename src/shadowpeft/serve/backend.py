@@ -1,0 +1,178 @@
+"""What the engine runs: forward passes of a batch whose rows have names, and weights that can be replaced meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from shadowpeft.data.chat import stop_tokens
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf import mixed
+from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.call import Request, asking
+from shadowpeft.hf.config import did_you_mean
+from shadowpeft.hf.swap import swap
+
+
+class Session(ABC):
+    """One batch from its prompts to its last token; it ends with the weights it began with."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(B, V)`` in float32 of the token after the last.
+
+        Args:
+            input_ids: the new tokens ``(B, T_new)``. attention_mask: of old and new ones ``(B, T)``, 0 for padding on the left.
+        """
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        out = self._call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch only."""
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+
+    @abstractmethod
+    def _call(self, **inputs: Any) -> Any: ...
+
+
+class Backend(ABC):
+    """A model that answers under one or more names.
+
+    Attributes:
+        model: the module whose ``config`` and ``generation_config`` hold.
+        tokenizer: its tokenizer.
+        names: every name a request may ask for.
+        versions: for each name that can be swapped, the folders it had, the present one last.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, names: tuple[str, ...], versions: dict[str, list[str]]) -> None:
+        self.model, self.tokenizer, self.names, self.versions = model, tokenizer, names, versions
+        self._changing = threading.Lock()
+        self.ends = frozenset(stop_tokens(model, tokenizer))
+        limit = getattr(model.config, "max_position_embeddings", None)
+        self.context = int(limit) if limit else 1 << 20
+
+    @abstractmethod
+    def open(self, names: list[str]) -> Session:
+        """Start a batch whose row ``i`` belongs to ``names[i]``."""
+
+    @abstractmethod
+    def _replace(self, name: str, folder: str) -> None: ...
+
+    def swap(self, name: str, folder: str) -> None:
+        """Replace the weights behind ``name``; batches that run end with the old ones.
+
+        Raises:
+            ShadowPeftError: if ``name`` has none that can be replaced or the new ones do not fit; the old ones stay.
+        """
+        with self._changing:
+            self._check(name)
+            self._replace(name, folder)
+            self.versions[name].append(folder)
+
+    def rollback(self, name: str) -> str:
+        """Go back to the weights before the last swap; returns their folder.
+
+        Raises:
+            ShadowPeftError: if there were none before, or their files are gone; the present ones stay.
+        """
+        with self._changing:
+            self._check(name)
+            if len(self.versions[name]) < 2:
+                raise ConfigError(f"'{name}' was not swapped since the start, so there is nothing to roll back to")
+            self._replace(name, self.versions[name][-2])
+            self.versions[name].pop()
+            return self.versions[name][-1]
+
+    def _check(self, name: str) -> None:
+        if name not in self.versions:
+            raise ConfigError(
+                f"'{name}' is not loaded or cannot be swapped{did_you_mean(name, list(self.versions))}; there are "
+                f"{sorted(self.versions)}"
+            )
+
+
+class Attached(Backend):
+    """A ``PeftModel`` with shadow adapters: the base answers under ``base_name``, each adapter under its own name.
+
+    Args:
+        folders: the folder that each adapter was loaded from.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, folders: dict[str, str], base_name: str) -> None:
+        if base_name in folders:
+            raise ConfigError(f"an adapter is called '{base_name}' like the base; give it another name")
+        names = (*folders, base_name)
+        super().__init__(model.eval(), tokenizer, names, {name: [folder] for name, folder in folders.items()})
+        self.base_name = base_name
+        self._inner = model.get_base_model()
+        self._hub = anatomy(self._inner).backbone.shadow_hub
+
+    def open(self, names: list[str]) -> Session:
+        request = Request(self._inner)
+        request.names = mixed.check_names([mixed.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
+        return _AttachedSession(self._inner, request)
+
+    def _replace(self, name: str, folder: str) -> None:
+        swap(self.model, folder, name)
+
+
+class _AttachedSession(Session):
+    def __init__(self, model: Any, request: Request) -> None:
+        super().__init__(model)
+        self.request = request
+
+    def _call(self, **inputs: Any) -> Any:
+        with asking(self.request):  # holds the weights of the first pass for all later ones
+            return self.model(**inputs)
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.request.names = tuple(self.request.names[row] for row in rows)
+
+
+class Detached(Backend):
+    """A stock model, such as a detached shadow, under one name."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, folder: str | None = None) -> None:
+        super().__init__(model.eval(), tokenizer, (name,), {name: [folder]} if folder is not None else {})
+
+    def open(self, names: list[str]) -> Session:
+        return _DetachedSession(self.model)
+
+    def _replace(self, name: str, folder: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        if not (Path(folder) / "config.json").is_file():
+            raise ConfigError(f"'{folder}' is no edge model (it has no config.json); make one with shadowpeft detach")
+        new = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).to(self.model.device).eval()
+        for field in ("model_type", "vocab_size"):
+            old, given = getattr(self.model.config, field), getattr(new.config, field)
+            if old != given:
+                raise ConfigError(
+                    f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart"
+                )
+        self.model = new
+
+
+class _DetachedSession(Session):
+    def _call(self, **inputs: Any) -> Any:
+        return self.model(**inputs)

@@ -1,0 +1,177 @@
+"""The edge server's way to the cloud: one HTTP client behind a circuit breaker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from shadowpeft.errors import ShadowPeftError
+from shadowpeft.serve.router import CIRCUIT_OPEN, CLOUD_BUSY, CLOUD_DOWN
+
+
+class CloudError(ShadowPeftError):
+    """The cloud gave no answer; ``reason`` is one of the router's."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class CloudRefusedError(ShadowPeftError):
+    """The cloud refused the request for a fault of the request itself (4xx)."""
+
+    def __init__(self, status: int, content: Any) -> None:
+        super().__init__(f"the cloud refused the request with status {status}")
+        self.status, self.content = status, content
+
+
+@dataclass
+class Breaker:
+    """Opens after ``failures`` failures in a row; lets one trial through ``pause`` seconds later, and closes if that works."""
+
+    failures: int = 3
+    pause: float = 5.0
+    clock: Callable[[], float] = time.monotonic
+    failed: int = 0
+    opened: float | None = None
+    trying: bool = False
+
+    @property
+    def state(self) -> str:
+        """``closed``, ``open``, or ``half-open`` (a trial may go, or is on its way)."""
+        if self.opened is None:
+            return "closed"
+        return "half-open" if self.trying or self.clock() - self.opened >= self.pause else "open"
+
+    def enter(self) -> bool:
+        """Whether a request may go now; each that may must end in one of the two methods below, or :meth:`forget`."""
+        if self.opened is None:
+            return True
+        if self.trying or self.clock() - self.opened < self.pause:
+            return False
+        self.trying = True
+        return True
+
+    def succeed(self) -> None:
+        """A request was answered."""
+        self.failed, self.opened, self.trying = 0, None, False
+
+    def fail(self) -> None:
+        """A request was not."""
+        self.failed += 1
+        if self.trying or self.failed >= self.failures:
+            self.opened = self.clock()
+        self.trying = False
+
+    def forget(self) -> None:
+        """A request was given up by its client; nothing was learnt."""
+        self.trying = False
+
+
+class Cloud:
+    """A cloud server.
+
+    Args:
+        url: such as ``http://host:8000``. key: its API key. timeout: seconds until the first byte, and between bytes.
+        delay: seconds to wait before each request, to stand for a network.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        timeout: float = 30.0,
+        connect_timeout: float = 2.0,
+        delay: float = 0.0,
+        breaker: Breaker | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.breaker = breaker or Breaker()
+        self.delay = delay
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=connect_timeout),
+            transport=transport,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=256),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The whole answer to ``body``.
+
+        Raises:
+            CloudError: if none came. CloudRefusedError: for a 4xx.
+        """
+        async with self._open(path, body) as response:
+            content = json.loads(await response.aread())
+            if not isinstance(content, dict) or "choices" not in content:
+                raise httpx.DecodingError("the cloud's answer has no choices")
+            return content
+
+    async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
+        async with self._open(path, {**body, "stream": True}) as response:
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise httpx.RemoteProtocolError("the cloud failed in the middle of its answer")
+                    yield chunk
+            raise httpx.RemoteProtocolError("the cloud's answer ended in the middle")
+
+    @asynccontextmanager
+    async def _open(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        if not self.breaker.enter():
+            raise CloudError(CIRCUIT_OPEN, "the cloud failed a moment ago and is left alone for a while")
+        settled = False
+        try:
+            await asyncio.sleep(self.delay)
+            async with self._http.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    self._judge(response.status_code, await response.aread())
+                yield response
+            self.breaker.succeed()
+            settled = True
+        except CloudRefusedError:
+            self.breaker.succeed()  # it is alive
+            settled = True
+            raise
+        except CloudError as error:
+            (self.breaker.succeed if error.reason == CLOUD_BUSY else self.breaker.fail)()
+            settled = True
+            raise
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            self.breaker.fail()
+            settled = True
+            raise CloudError(CLOUD_DOWN, f"the cloud gave no answer ({type(error).__name__})") from error
+        finally:
+            if not settled:
+                self.breaker.forget()
+
+    @staticmethod
+    def _judge(status: int, content: bytes) -> None:
+        if status == 429:
+            raise CloudError(CLOUD_BUSY, "the cloud has too many requests")
+        if status in (401, 403) or not 400 <= status < 500:
+            raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}")
+        try:
+            told = json.loads(content)
+        except ValueError:
+            told = None
+        raise CloudRefusedError(status, told)

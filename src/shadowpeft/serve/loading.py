@@ -1,0 +1,63 @@
+"""The models that are served or calibrated: an edge model's folder, several adapters on a base, a LoRA to compare with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.errors import ConfigError
+
+
+def is_edge_folder(path: str) -> bool:
+    """Whether ``path`` is a stand-alone model (``shadowpeft detach``), not an adapter."""
+    folder = Path(path)
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def load_edge(path: str) -> tuple[Any, Any]:
+    """Model and tokenizer of an edge folder.
+
+    Raises:
+        ConfigError: if it has no tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def load_adapters(named: dict[str, str], base: str | None) -> Any:
+    """A ``PeftModel`` with every adapter of ``named`` (name -> folder) on one base."""
+    import shadowpeft
+
+    model: Any = None
+    for name, folder in named.items():
+        if model is None:
+            model = shadowpeft.load(folder, base, adapter_name=name)
+        else:
+            model.load_adapter(folder, name)
+    return model.eval()
+
+
+def is_lora(path: str) -> bool:
+    """Whether ``path`` is a folder with a LoRA or DoRA adapter."""
+    file = Path(path) / "adapter_config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("peft_type") == "LORA"
+
+
+def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
+    """The base with a LoRA or DoRA adapter, and the base's tokenizer: what a shadow is compared with."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer
+
+    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.train.run import load_tokenizer
+
+    named = base or PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not named:
+        raise ConfigError("the adapter does not name its base; pass --base")
+    model = PeftModel.from_pretrained(load_base(named, "CAUSAL_LM"), path).eval()
+    own = (Path(path) / "tokenizer_config.json").is_file()
+    return model.get_base_model(), AutoTokenizer.from_pretrained(path) if own else load_tokenizer(named)

@@ -1,0 +1,52 @@
+"""What ``/metrics`` tells Prometheus. Every server has a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The server's counters."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def new(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
+            return kind(f"shadowpeft_{name}", text, labels, registry=self.registry, **options)
+
+        self.requests = new(Counter, "requests", "Requests by route and status.", ("path", "status"))
+        self.latency = new(
+            Histogram, "answer_seconds", "From the request to the end of its answer.", ("where",), buckets=_SECONDS
+        )
+        self.first = new(
+            Histogram, "first_token_seconds", "From the request to its first token.", ("where",), buckets=_SECONDS
+        )
+        self.routed = new(Counter, "routed", "Answers by who gave them and why.", ("where", "reason"))
+        self.tokens = new(Counter, "tokens", "Tokens read and made.", ("kind",))
+        self.disconnected = new(Counter, "disconnected", "Clients that left before their answer was finished.")
+        self.swaps = new(Counter, "swaps", "Weights replaced, rolled back, or refused.", ("result",))
+        self._share = new(Gauge, "on_device_share", "Share of all answers that were given on the device.")
+        self._new = new
+        self._answers = [0, 0]
+
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A gauge that is read when it is asked for."""
+        self._new(Gauge, name, text).set_function(value)
+
+    def answered(self, where: str, reason: str, seconds: float) -> None:
+        """Count one finished answer."""
+        self.routed.labels(where, reason).inc()
+        self.latency.labels(where).observe(seconds)
+        self._answers[0] += 1
+        self._answers[1] += where == "device"
+        self._share.set(self._answers[1] / self._answers[0])
+
+    def text(self) -> bytes:
+        """The exposition."""
+        return generate_latest(self.registry)

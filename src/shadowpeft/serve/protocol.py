@@ -1,0 +1,222 @@
+"""The OpenAI API as far as it is spoken here: what a request may hold, and how answers look. Anything else is refused."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any, Literal, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, field_validator
+
+from shadowpeft.serve.engine import Token
+
+Text = Annotated[StrictStr, Field(max_length=200_000)]
+Role = Literal["system", "user", "assistant"]
+Number = Union[StrictInt, StrictFloat]
+_SEED = 2**63
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Message(_Strict):
+    """One turn."""
+
+    role: Role
+    content: Text
+    name: Optional[Annotated[StrictStr, Field(max_length=64)]] = Field(default=None, description="Accepted, not used.")
+
+
+class StreamOptions(_Strict):
+    """What a stream carries."""
+
+    include_usage: StrictBool = False
+
+
+class _Request(_Strict):
+    """What both endpoints take."""
+
+    model: Annotated[StrictStr, Field(min_length=1, max_length=200)]
+    max_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
+    temperature: Optional[Annotated[Number, Field(ge=0, le=2)]] = Field(
+        default=None, description="0, the default, is greedy."
+    )
+    top_p: Optional[Annotated[Number, Field(gt=0, le=1)]] = None
+    seed: Optional[Annotated[StrictInt, Field(ge=-_SEED, lt=_SEED)]] = None
+    stop: Optional[Union[StrictStr, list[StrictStr]]] = Field(
+        default=None, description="At most 4 texts of 1 to 100 characters."
+    )
+    stream: Optional[StrictBool] = None
+    stream_options: Optional[StreamOptions] = None
+    n: Optional[Literal[1]] = None
+    user: Optional[Annotated[StrictStr, Field(max_length=200)]] = Field(default=None, description="Accepted, not used.")
+    frequency_penalty: Optional[Literal[0]] = None
+    presence_penalty: Optional[Literal[0]] = None
+    route: Literal["auto", "device", "cloud"] = Field(
+        default="auto", description="Edge only: let the router decide, or say who answers."
+    )
+
+    @field_validator("stop")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        texts = [value] if isinstance(value, str) else value or []
+        if len(texts) > 4 or any(not 1 <= len(text) <= 100 for text in texts):
+            raise ValueError("stop must be at most 4 texts of 1 to 100 characters")
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens to report; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+
+class ChatRequest(_Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    max_completion_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
+    logprobs: Optional[StrictBool] = None
+    top_logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=20)]] = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    """``POST /v1/completions``."""
+
+    prompt: Annotated[StrictStr, Field(min_length=1, max_length=200_000)]
+    echo: Optional[Literal[False]] = None
+    logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=5)]] = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class SwapRequest(_Strict):
+    """``POST /admin/adapters/{name}/swap``."""
+
+    version: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        description="Name of a folder under the server's --versions folder."
+    )
+
+
+class ErrorBody(BaseModel):
+    """What an error says."""
+
+    message: str
+    type: str
+    param: Optional[str] = None
+    code: Optional[str] = None
+
+
+class ErrorAnswer(BaseModel):
+    """Every error has this form."""
+
+    error: ErrorBody
+
+
+def error(
+    message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """The content of an error answer; half surrogate pairs, which no JSON in UTF-8 can hold, are replaced."""
+    made = ErrorBody(message=_clean(message), type=kind, param=None if param is None else _clean(param), code=code)
+    return {"error": made.model_dump()}
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()[:1000]
+
+
+def usage(prompt: int, new: int) -> dict[str, int]:
+    """Token counts."""
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+class Shape:
+    """Builds the answers to one request: whole, or chunk by chunk, for either endpoint.
+
+    Args:
+        chat: which endpoint. model: the name to report. top: see :attr:`ChatRequest.wanted_logprobs`.
+    """
+
+    def __init__(self, chat: bool, model: str, top: int | None, note: dict[str, Any]) -> None:
+        self.chat, self.top, self.note = chat, top, note
+        self._head = {
+            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._first = True
+        self._offset = 0
+
+    def whole(self, text: str, tokens: list[Token], reason: str, counts: dict[str, int]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": [choice], "usage": counts, "shadowpeft": self.note}
+
+    def chunk(self, text: str, tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
+        """One piece of a stream; the first one says who answers, and why."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
+        if self.chat:
+            choice["delta"] = {**({"role": "assistant"} if self._first else {}), **({"content": text} if text else {})}
+        else:
+            choice["text"] = text
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        made = {**self._head, "object": kind, "choices": [choice]}
+        if self._first or reason is not None:  # at the end the times are known
+            made["shadowpeft"] = dict(self.note)
+        self._first = False
+        return made
+
+    def last(self, counts: dict[str, int]) -> dict[str, Any]:
+        """The chunk with the token counts."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": [], "usage": counts}
+
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+        if self.top is None:
+            return None
+        if self.chat:
+            return {
+                "content": [
+                    {
+                        "token": t.piece,
+                        "logprob": t.logprob,
+                        "bytes": list(t.piece.encode()),
+                        "top_logprobs": [{"token": p, "logprob": v, "bytes": list(p.encode())} for p, v in t.top],
+                    }
+                    for t in tokens
+                ],
+                "refusal": None,
+            }
+        offsets = []
+        for t in tokens:
+            offsets.append(self._offset)
+            self._offset += len(t.piece)
+        return {
+            "tokens": [t.piece for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
+            "top_logprobs": [dict(t.top) for t in tokens] if self.top else None,
+            "text_offset": offsets,
+        }

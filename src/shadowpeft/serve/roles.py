@@ -1,0 +1,195 @@
+"""The two roles of a server: the cloud answers by itself; the edge lets the shadow answer, and the router decide."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from shadowpeft.data.chat import render_prompt, with_system
+from shadowpeft.errors import ConfigError
+from shadowpeft.serve.answers import Answer, Forwarded, Generation, Local
+from shadowpeft.serve.client import Cloud, CloudError
+from shadowpeft.serve.engine import Engine, Sampling
+from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, Shape
+from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, Decision, Router, Scores
+
+PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
+Asked = ChatRequest | CompletionRequest
+
+
+class Role(ABC):
+    """Makes an answer to a request.
+
+    Args:
+        system: system message for chats that bring none. default_tokens: length of an answer where the request names none.
+    """
+
+    name: str
+
+    def __init__(self, engine: Engine, *, system: str | None, default_tokens: int) -> None:
+        self.engine, self.system, self.default_tokens = engine, system, default_tokens
+        self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
+
+    @abstractmethod
+    async def answer(self, asked: Asked) -> Answer:
+        """An answer that has begun.
+
+        Raises:
+            ShadowPeftError: for a request that cannot be served, see :meth:`Engine.submit`.
+            CloudError: if the cloud would have to answer and does not.
+        """
+
+    async def prompt(self, asked: Asked) -> list[int]:
+        """The prompt's tokens."""
+        return await asyncio.to_thread(self._encode, asked)
+
+    def _encode(self, asked: Asked) -> list[int]:
+        if isinstance(asked, CompletionRequest):
+            text = asked.prompt
+        else:
+            turns = [{"role": m.role, "content": m.content} for m in asked.messages]
+            text = render_prompt(self._tokenizer, with_system(turns, self.system))
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def sampling(self, asked: Asked) -> Sampling:
+        """What the engine is told."""
+        return Sampling(
+            max_tokens=asked.wanted_tokens or self.default_tokens,
+            temperature=float(asked.temperature or 0.0),
+            top_p=1.0 if asked.top_p is None else float(asked.top_p),
+            seed=asked.seed,
+            stop=asked.stops,
+            top_logprobs=asked.wanted_logprobs or 0,
+        )
+
+    def shape(self, asked: Asked, note: dict[str, Any]) -> Shape:
+        """How the answer will look."""
+        return Shape(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note)
+
+
+class CloudRole(Role):
+    """Answers with the attached model, or its base."""
+
+    name = "cloud"
+
+    async def answer(self, asked: Asked) -> Answer:
+        if asked.route == "device":
+            raise ConfigError("route is 'device' but this is the cloud; ask the edge server, or leave route out")
+        began = time.monotonic()
+        ids = await self.prompt(asked)
+        generation = Generation().start(self.engine, ids, asked.model, self.sampling(asked))
+        made = Local(generation, self.shape(asked, {"where": CLOUD, "reason": BASE_PATH}), began)
+        return await _begun(made)
+
+
+class EdgeRole(Role):
+    """Lets the detached shadow answer first and hands on what the router says.
+
+    Args:
+        cloud: None: everything is answered here. cloud_model: the cloud's name for the model.
+        when_down: ``local``: give the device's answer if the cloud has none, and say so; ``error``: refuse.
+    """
+
+    name = "edge"
+
+    def __init__(
+        self,
+        engine: Engine,
+        router: Router,
+        cloud: Cloud | None,
+        cloud_model: str,
+        *,
+        system: str | None,
+        default_tokens: int,
+        when_down: str = "local",
+    ) -> None:
+        super().__init__(engine, system=system, default_tokens=default_tokens)
+        if when_down not in ("local", "error"):
+            raise ConfigError(f"when_down is '{when_down}' but must be local or error")
+        self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
+
+    async def answer(self, asked: Asked) -> Answer:
+        began = time.monotonic()
+        ids = await self.prompt(asked)
+        sampling = self.sampling(asked)
+        self.engine.check(len(ids), asked.model, sampling.max_tokens)
+        if asked.route == "cloud":
+            try:
+                return await self._forward(asked, {"where": CLOUD, "reason": ASKED}, began)
+            except CloudError as error:
+                return await self._instead(asked, ids, sampling, error, {}, began)
+        reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
+        with Generation() as generation:
+            generation.start(self.engine, ids, asked.model, sampling, self.router.lost if reachable else None)
+            finish = await generation.run()
+        scores = self._scores(generation)
+        decision = self.router.decide([t.piece for t in generation.tokens], scores)
+        note = self._note(decision)
+        note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
+        if asked.route == "device":
+            note.update(where=DEVICE, reason=ASKED)
+        if note["where"] == DEVICE:
+            return await _begun(Local(generation, self.shape(asked, note), began))
+        try:
+            return await self._forward(asked, note, began)
+        except CloudError as error:
+            complete = generation if finish.reason != "until" else None
+            return await self._instead(asked, ids, sampling, error, note, began, complete)
+
+    def _note(self, decision: Decision) -> dict[str, Any]:
+        note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
+        if decision.confidence is not None:
+            note["confidence"] = round(decision.confidence, 4)
+        return note
+
+    @staticmethod
+    def _scores(generation: Generation) -> Scores:
+        tokens = generation.tokens
+        return Scores([t.logprob for t in tokens], [t.margin for t in tokens], [t.entropy for t in tokens])
+
+    async def _forward(self, asked: Asked, note: dict[str, Any], began: float) -> Answer:
+        if self.cloud is None:
+            raise CloudError(CLOUD_DOWN, "this edge server has no cloud")
+        body = asked.model_dump(exclude_none=True, exclude={"route"})
+        body.update(model=self.cloud_model)
+        if not asked.wanted_tokens:
+            body["max_tokens"] = self.default_tokens
+        if isinstance(asked, ChatRequest):
+            body["messages"] = with_system(body["messages"], self.system)
+        sent = time.monotonic()
+        made = Forwarded(self.cloud, PATHS[isinstance(asked, ChatRequest)], body, asked.model, note, began)
+        begun = await _begun(made)
+        note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)
+        return begun
+
+    async def _instead(
+        self,
+        asked: Asked,
+        ids: list[int],
+        sampling: Sampling,
+        error: CloudError,
+        note: dict[str, Any],
+        began: float,
+        generation: Generation | None = None,
+    ) -> Answer:
+        """The device's own answer, said to be one."""
+        if self.when_down == "error":
+            raise error
+        wanted = {"wanted": note["reason"]} if note else {}
+        note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
+        if generation is None:
+            generation = Generation().start(self.engine, ids, asked.model, sampling)
+        return await _begun(Local(generation, self.shape(asked, note), began))
+
+
+async def _begun(made: Answer) -> Answer:
+    try:
+        await made.begin()
+    except BaseException:
+        made.close()
+        raise
+    return made

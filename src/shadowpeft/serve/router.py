@@ -1,0 +1,204 @@
+"""The router: what the device said and how sure it was, in; who answers and why, out. It knows nothing of models.
+
+Procedure (method.md, Appendix F): the detached shadow answers first. A known action is kept; a ``[REMOTE]`` tag, anything that
+is no known action and, with a calibration, a known action that is too likely to be wrong go to the cloud.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.errors import ConfigError
+
+DEVICE, CLOUD = "device", "cloud"
+KNOWN, TAGGED, UNKNOWN, UNSURE = "known skill", "[REMOTE]", "unknown answer", "low confidence"
+ASKED, BASE_PATH = "asked for", "attached"
+CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN = "cloud unavailable", "cloud busy", "circuit open"
+REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, ASKED, BASE_PATH, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN)
+"""Every reason an answer can carry."""
+
+SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")
+FILE = "routing.json"
+"""Name of a saved calibration, beside the adapter's or the edge model's files."""
+_FORMAT = 1
+_REMOTE = "REMOTE"
+_LONGEST_TAG = 40
+
+
+@dataclass
+class Scores:
+    """What the model thought of each token it chose; three lists of one length, natural logarithms."""
+
+    logprob: list[float] = field(default_factory=list)
+    """Log-probability of the chosen token."""
+    margin: list[float] = field(default_factory=list)
+    """Log-probability of the likeliest token less that of the second."""
+    entropy: list[float] = field(default_factory=list)
+    """Entropy of the distribution, in nats."""
+
+    def first(self, n: int) -> Scores:
+        """The scores of the first ``n`` tokens."""
+        return Scores(self.logprob[:n], self.margin[:n], self.entropy[:n])
+
+
+def signals(scores: Scores) -> dict[str, float]:
+    """One number a signal, each the larger the surer; an answer without tokens is as unsure as can be."""
+    if not scores.logprob:
+        return dict.fromkeys(SIGNALS, -math.inf)
+    total = sum(scores.logprob)
+    return {
+        "logprob": total,
+        "mean_logprob": total / len(scores.logprob),
+        "min_logprob": min(scores.logprob),
+        "margin": min(scores.margin),
+        "entropy": -max(scores.entropy),
+    }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A map from a signal to the chance that the device's action is right, and the least chance that is kept."""
+
+    signal: str
+    values: tuple[float, ...]
+    """Values of the signal, increasing."""
+    chances: tuple[float, ...]
+    """The chance of a right action at each value, never decreasing; linear between, constant outside."""
+    threshold: float
+    """A known action is kept if its chance is at least this. Above 1: nothing is."""
+    report: dict[str, Any] = field(default_factory=dict)
+    """How it was fitted, and what it measured."""
+
+    def __post_init__(self) -> None:
+        if self.signal not in SIGNALS:
+            raise ConfigError(f"signal is {self.signal!r} but must be one of {', '.join(SIGNALS)}")
+        if not self.values or len(self.values) != len(self.chances):
+            raise ConfigError(
+                f"a calibration has {len(self.values)} values and {len(self.chances)} chances but needs equally many, at least "
+                "one; calibrate again"
+            )
+        if not all(math.isfinite(x) for x in (*self.values, *self.chances, self.threshold)):
+            raise ConfigError("a calibration holds a number that is not finite; calibrate again")
+        rising = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
+        rising = rising and all(a <= b for a, b in zip(self.chances, self.chances[1:], strict=False))
+        if not rising:
+            raise ConfigError(
+                "the values of a calibration must increase and its chances must not decrease; calibrate again"
+            )
+
+    def confidence(self, scores: Scores) -> float:
+        """The chance that an action with these scores (of its own tokens) is right."""
+        return self.at(signals(scores)[self.signal])
+
+    def at(self, value: float) -> float:
+        """The chance at a value of the signal; 0 for one that is not a number."""
+        if math.isnan(value):
+            return 0.0
+        right = bisect_right(self.values, value)
+        if right == 0:
+            return self.chances[0]
+        if right == len(self.values):
+            return self.chances[-1]
+        x0, x1 = self.values[right - 1], self.values[right]
+        y0, y1 = self.chances[right - 1], self.chances[right]
+        return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
+
+    def save(self, file: Path) -> None:
+        """Write as JSON."""
+        file.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(file: Path) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: if the file is missing, damaged, or of another format.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"the calibration '{file}' cannot be read ({error.strerror}); calibrate again") from error
+        except ValueError as error:
+            raise ConfigError(f"the calibration '{file}' is not JSON; calibrate again") from error
+        kept = ("signal", "values", "chances", "threshold", "report")
+        if not isinstance(content, dict) or content.get("format") != _FORMAT or set(content) != {"format", *kept}:
+            raise ConfigError(f"'{file}' is no calibration of format {_FORMAT}; calibrate again")
+        lists = [content["values"], content["chances"], [content["threshold"]]]
+        if not all(isinstance(x, list) and all(type(v) in (int, float) for v in x) for x in lists):
+            raise ConfigError(f"'{file}' holds something that is not a number; calibrate again")
+        if not isinstance(content["report"], dict):
+            raise ConfigError(f"'{file}' has a report that is no object; calibrate again")
+        made = {**content, "values": tuple(content["values"]), "chances": tuple(content["chances"])}
+        return Calibration(**{name: made[name] for name in kept})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who answers, and why."""
+
+    where: str
+    """``device`` or ``cloud``."""
+    reason: str
+    action: str | None = None
+    """The action the device's answer starts with."""
+    confidence: float | None = None
+    """Chance that the action is right; None without a calibration or without an action."""
+
+
+class Router:
+    """Decides on the device's answer.
+
+    Args:
+        parse: text -> the action it starts with, ``"REMOTE"``, or None; must not change its mind when text is added.
+        calibration: None keeps every known action.
+    """
+
+    def __init__(self, parse: Callable[[str], str | None], calibration: Calibration | None = None) -> None:
+        self.parse = parse
+        self.calibration = calibration
+
+    def decide(self, pieces: Sequence[str], scores: Scores) -> Decision:
+        """Decide on an answer, given token by token.
+
+        Args:
+            pieces: the text that each token added. scores: of the same tokens. What follows the action does not count.
+        """
+        n, action = decisive(pieces, self.parse)
+        if action is None:
+            return Decision(CLOUD, UNKNOWN)
+        if action == _REMOTE:
+            return Decision(CLOUD, TAGGED, action)
+        if self.calibration is None:
+            return Decision(DEVICE, KNOWN, action)
+        confidence = self.calibration.confidence(scores.first(n))
+        kept = confidence >= self.calibration.threshold
+        return Decision(DEVICE if kept else CLOUD, KNOWN if kept else UNSURE, action, confidence)
+
+    def lost(self, pieces: Sequence[str], scores: Scores) -> bool:
+        """Whether an unfinished answer will go to the cloud however it goes on, so that the device may stop."""
+        return settled(pieces, self.parse) and self.decide(pieces, scores).where == CLOUD
+
+
+def settled(pieces: Sequence[str], parse: Callable[[str], str | None]) -> bool:
+    """Whether it is certain which action an unfinished answer has, or that it will have none."""
+    text = "".join(pieces).lstrip()
+    if not text:
+        return False
+    return parse(text) is not None or not text.startswith("[") or len(text) > _LONGEST_TAG
+
+
+def decisive(pieces: Sequence[str], parse: Callable[[str], str | None]) -> tuple[int, str | None]:
+    """How many tokens it takes until the action is known, and the action; all of them and None if there is none."""
+    text = ""
+    for n, piece in enumerate(pieces, 1):
+        text += piece
+        action = parse(text)
+        if action is not None:
+            return n, action
+    return len(pieces), None

@@ -1,0 +1,47 @@
+"""A server of tiny models as a process of its own: ``serve_tiny.py cloud|edge PORT VERSIONS [CLOUD_URL]``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+def main(role: str, port: int, versions: str, cloud_url: str | None) -> None:
+    from chatbase import chat_tokenizer
+    from serving import attached, detached
+    from shadowpeft.data.robot import parse_action
+    from shadowpeft.serve.client import Breaker, Cloud
+    from shadowpeft.serve.engine import Engine, Limits
+    from shadowpeft.serve.guard import Keys
+    from shadowpeft.serve.roles import CloudRole, EdgeRole
+    from shadowpeft.serve.router import Router
+    from shadowpeft.serve.server import Settings, build, serve
+
+    torch.set_num_threads(1)
+    keys = Keys(("user-key-0123456789",), ("admin-key-0123456789",))
+    limits = Limits(rows=16, queue=32)
+    if role == "cloud":
+        backend = attached(max_position_embeddings=512)
+        backend.versions["late"] = [str(Path(versions) / "v1")]
+        made = CloudRole(Engine(backend, limits), system=None, default_tokens=8)
+    else:
+        link = (
+            None
+            if cloud_url is None
+            else Cloud(cloud_url, "user-key-0123456789", breaker=Breaker(pause=0.5), timeout=20)
+        )
+
+        def parse(text: str) -> str | None:  # the tiny shadow speaks no actions: half of what it says counts as one
+            return parse_action(text) or (None if not text or ord(text[0]) % 2 else "Sit")
+
+        engine = Engine(detached(max_position_embeddings=512), limits)
+        made = EdgeRole(engine, Router(parse), link, "late", system=None, default_tokens=8)
+    assert chat_tokenizer().pad_token_id is not None
+    app = build(made, Settings(keys, Path(versions)))
+    serve(app, "127.0.0.1", port, 20)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] if len(sys.argv) > 4 else None)

@@ -1,0 +1,219 @@
+"""Calibration against brute force, scipy and scikit-learn; and the command, with the tiny model."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from chatbase import save_base
+from commands import call
+from serving import ADAPTERS
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.serve import calibration as fitting
+from shadowpeft.serve.calibration import Sample, auroc, calibrate, choose_threshold, ece, upper_bound
+from shadowpeft.serve.router import SIGNALS, Calibration
+
+
+def made_up(n, seed=0, cloud=False):
+    """Answers whose margin tells the truth: an action with margin x is right with chance 1 / (1 + exp(-2x)); others lie."""
+    rng = random.Random(seed)
+    samples = []
+    for i in range(n):
+        x = rng.uniform(-2, 3)
+        values = {name: rng.random() for name in SIGNALS}
+        known = i % 5 > 0
+        right = known and rng.random() < 1 / (1 + math.exp(-2 * x))
+        samples.append(Sample(known, right, {**values, "margin": x}, rng.random() < 0.9 if cloud else None))
+    return samples
+
+
+def test_the_signal_that_tells_the_truth_is_found_and_its_chances_are_right():
+    made = calibrate(made_up(2000), target=0.05)
+    assert made.signal == "margin"
+    for x in (-1.0, 0.0, 1.0, 2.0):
+        assert made.at(x) == pytest.approx(1 / (1 + math.exp(-2 * x)), abs=0.1)
+    assert made.report["ece"] < 0.05
+    assert made.report["auroc"] == pytest.approx(made.report["signals_auroc"]["margin"], abs=0.03)
+    fresh = fitting.check(made, made_up(2000, seed=1))
+    assert fresh["wrong_share"] < 0.05 + 3 * math.sqrt(0.05 * 0.95 / fresh["answered_on_device"])
+    assert fresh["on_device"] > 0.3
+    without = made.report["without_confidence"]
+    assert without["wrong_share"] > 0.1  # so the threshold did something
+    assert without["on_device"] == pytest.approx(0.8)
+
+
+def test_the_pure_map_is_scikit_learns():
+    from sklearn.isotonic import IsotonicRegression
+
+    samples = [s for s in made_up(300) if s.kept]
+    made = calibrate(samples, target=0.1, signal="margin")
+    x, y = np.array([s.signals["margin"] for s in samples]), np.array([s.right for s in samples], dtype=float)
+    theirs = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(x, y)
+    grid = np.linspace(-4, 5, 401)
+    assert [made.at(float(v)) for v in grid] == pytest.approx(theirs.predict(grid).tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("target", [0.0, 0.05, 0.2, 1.0])
+def test_the_threshold_is_the_best_of_all(bound, target):
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        chance = rng.choice([0.1, 0.4, 0.7, 0.9, 1.0], size=40)
+        right = (rng.random(40) < chance).astype(float)
+        best = -1
+        for t in sorted({*chance.tolist(), 2.0}):
+            kept = chance >= t
+            wrong, n = int((1 - right)[kept].sum()), int(kept.sum())
+            share = 0.0 if n == 0 else upper_bound(wrong, n) if bound else wrong / n
+            if share <= target:
+                best = max(best, n)
+        found = choose_threshold(chance, right, target, bound=bound)
+        assert int((chance >= found).sum()) == best
+
+
+def test_upper_bound_is_clopper_pearson():
+    from scipy.stats import beta
+
+    for wrong, n in ((0, 10), (0, 300), (3, 50), (49, 50), (20, 264)):
+        assert upper_bound(wrong, n) == pytest.approx(beta.ppf(0.95, wrong + 1, n - wrong), abs=1e-6)
+    assert upper_bound(5, 5) == upper_bound(0, 0) == 1.0
+
+
+def test_auroc_and_ece_by_hand():
+    right, score = np.array([1.0, 0.0, 1.0, 0.0]), np.array([0.9, 0.8, 0.8, 0.1])
+    pairs = [1.0, 1.0, 0.5, 1.0]  # (0.9 > 0.8), (0.9 > 0.1), (0.8 = 0.8), (0.8 > 0.1)
+    assert auroc(right, score) == pytest.approx(sum(pairs) / 4)
+    assert auroc(np.ones(3), score[:3]) is None
+    assert ece(right, score) == pytest.approx((abs(0.1) + abs(1 - 1.6) + abs(-0.1)) / 4)
+
+
+def test_the_curve_ends_at_all_and_nothing():
+    samples = made_up(200, cloud=True)
+    made = calibrate(samples, target=0.05)
+    points = fitting.curve(made, samples)
+    assert points[0]["on_device"] == pytest.approx(0.8)
+    assert points[-1]["on_device"] == 0.0
+    assert points[-1]["accuracy_routed"] == points[-1]["accuracy_cloud"]
+    shares = [p["on_device"] for p in points]
+    assert shares == sorted(shares, reverse=True)
+    hits = sum(s.right if s.kept else s.cloud_right for s in samples)
+    assert points[0]["accuracy_routed"] == pytest.approx(hits / 200)
+
+
+def test_an_impossible_target_keeps_nothing():
+    samples = [Sample(True, i % 2 == 0, dict.fromkeys(SIGNALS, 1.0)) for i in range(60)]
+    made = calibrate(samples, target=0.1)
+    assert made.threshold > 1
+    assert made.report["answered_on_device"] == 0
+    assert made.report["wrong_share"] is None
+    assert made.report["auroc"] == 0.5
+
+
+def test_all_right_keeps_everything():
+    samples = [Sample(True, True, dict.fromkeys(SIGNALS, float(i))) for i in range(60)]
+    made = calibrate(samples, target=0.0)
+    assert made.report["on_device"] == 1.0
+    assert made.report["auroc"] is None
+
+
+def test_what_cannot_be_calibrated_is_refused():
+    with pytest.raises(DataError, match="16 of 20 device answers have a known action but a calibration needs 30"):
+        calibrate(made_up(20), target=0.1)
+    with pytest.raises(ConfigError, match=r"target is 1\.5"):
+        calibrate(made_up(100), target=1.5)
+    with pytest.raises(ConfigError, match="signal is 'luck'"):
+        calibrate(made_up(100), target=0.1, signal="luck")
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A tiny adapter that says an action for every prompt: the shadow's head is made to."""
+    import shadowpeft
+    from chatbase import chat_tokenizer
+
+    folder = tmp_path_factory.mktemp("route")
+    base = save_base(folder / "base")
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tiny import adapter_config, randomise
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config(**ADAPTERS["default"]))
+    randomise(model)
+    model.save_pretrained(folder / "adapter")
+    chat_tokenizer().save_pretrained(folder / "adapter")
+    shadowpeft.detach(model).save_pretrained(folder / "edge")
+    chat_tokenizer().save_pretrained(folder / "edge")
+    return folder
+
+
+def said_by_script(monkeypatch):
+    """The tiny model speaks no actions, so the answers' text is scripted; scores stay the model's own."""
+    from shadowpeft.serve import scoring
+
+    real = scoring.scored_answers
+
+    def scripted(backend, name, prompts, **options):
+        made = real(backend, name, prompts, **options)
+        return [([f"[{('Sit', 'Bark')[i % 3 == 0]}()]", *pieces[1:]], s) for i, (pieces, s) in enumerate(made)]
+
+    monkeypatch.setattr(scoring, "scored_answers", scripted)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "edge"])
+def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_path, kind):
+    said_by_script(monkeypatch)
+    rows = [{"prompt": f"do {i}", "skill": "Bark" if i % 6 == 0 else "Sit"} for i in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    more = () if kind == "adapter" else ("--no-cloud",)
+    options = ("--data", data, "--check", data, "--target", "0.3", "--max-new-tokens", "4", "--system", "be brief")
+    code, out, err = call(monkeypatch, capsys, "route", "calibrate", adapter / kind, *options, "--json", *more)
+    assert code == 0, err
+    result = json.loads(out)
+    saved = Calibration.load(adapter / kind / "routing.json")
+    assert saved.threshold == result["threshold"]
+    assert (adapter / kind / "routing.png").read_bytes().startswith(b"\x89PNG")
+    # scripted: Sit for two of three, Bark for one; of those, rows 3, 9, ... are wrong
+    assert result["without_confidence"]["wrong_on_device"] == sum(i % 3 == 0 and i % 6 != 0 for i in range(40))
+    assert result["check"]["n"] == 40
+    assert ("accuracy_cloud" in result) is (kind == "adapter")
+    code, out, err = call(monkeypatch, capsys, "route", "calibrate", adapter / kind, *options, *more)
+    assert code == 0, err
+    assert "answered on the device" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "2"), "target is 2.0"),
+        (("--data", "none.jsonl"), "'none.jsonl' does not exist"),
+        (("--signal", "luck"), "signal is 'luck'"),
+        (("--limit", "5"), "a calibration needs 30"),
+    ],
+)
+def test_wrong_use_ends_with_2(adapter, monkeypatch, capsys, arguments, message):
+    code, _, err = call(
+        monkeypatch, capsys, "route", "calibrate", adapter / "adapter", "--no-cloud", "--max-new-tokens", 2, *arguments
+    )
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()[-1]) < 300
+
+
+def test_rows_are_checked(tmp_path, monkeypatch, capsys, adapter):
+    file = tmp_path / "rows.jsonl"
+    for line, message in (
+        ("{", "line 1 is not a JSON object"),
+        ('{"prompt": "x"}', "must have"),
+        ('{"prompt": "x", "skill": "Fly"}', "'Fly'"),
+    ):
+        file.write_text(line + "\n")
+        code, _, err = call(monkeypatch, capsys, "route", "calibrate", adapter / "adapter", "--data", file)
+        assert code == 2
+        assert message in err

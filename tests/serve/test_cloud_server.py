@@ -1,0 +1,449 @@
+"""The cloud's server through the official client and raw HTTP: answers, streams, errors, keys, limits, swaps, shutdown."""
+
+import json
+import logging
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+
+from chatbase import chat_tokenizer
+from serving import ask, attached, engine_of
+from shadowpeft.data.chat import render_prompt
+from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.roles import CloudRole
+from shadowpeft.serve.server import Settings, build
+from webserver import Running, metric, wait_for
+
+KEY, ADMIN = "user-key-0123456789", "admin-key-0123456789"
+PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "another one of middle length"]
+
+
+def cloud(backend=None, keys=None, versions=None, requests=128, max_body=1 << 20, **limits):
+    engine = Engine(backend or attached(max_position_embeddings=512), Limits(**limits))
+    role = CloudRole(engine, system=None, default_tokens=8)
+    settings = Settings(keys or Keys((KEY,), (ADMIN,)), versions, requests=requests, max_body=max_body)
+    return build(role, settings)
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return attached(max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def server(backend):
+    with Running(cloud(backend)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference(backend):
+    """Greedy text straight from an engine of its own, one request at a time."""
+    engine = engine_of(attached(max_position_embeddings=512))
+    rendered = lambda text: render_prompt(chat_tokenizer(), [{"role": "user", "content": text}])  # noqa: E731
+    yield lambda text, name, n: ask(engine, rendered(text), name, max_tokens=n).text
+    engine.stop()
+
+
+def chat(client, text, model="default", **options):
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **options)
+
+
+def test_models_are_the_base_and_every_adapter(client):
+    assert [m.id for m in client.models.list()] == ["default", "late", "deep", "base"]
+
+
+def test_concurrent_clients_get_the_answers_they_would_get_alone(client, reference):
+    jobs = [
+        (p, m, 3 + (i + 2 * j) % 7)
+        for i, p in enumerate(PROMPTS)
+        for j, m in enumerate(("default", "late", "deep", "base"))
+    ]
+    expected = [reference(*job) for job in jobs]
+    found = [""] * len(jobs)
+
+    def send(i):
+        text, model, n = jobs[i]
+        if i % 2:
+            found[i] = chat(client, text, model, max_tokens=n).choices[0].message.content
+        else:
+            parts = chat(client, text, model, max_tokens=n, stream=True)
+            found[i] = "".join(part.choices[0].delta.content or "" for part in parts)
+
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(len(jobs))]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert found == expected
+    assert len(set(found)) > len(jobs) // 2
+
+
+def test_where_and_why_are_in_header_and_field(client):
+    raw = client.chat.completions.with_raw_response.create(model="late", messages=[{"role": "user", "content": "sit"}])
+    assert raw.headers["x-shadow-where"] == "cloud"
+    assert raw.headers["x-shadow-reason"] == "attached"
+    note = raw.parse().model_extra["shadowpeft"]
+    assert note["where"] == "cloud"
+    assert note["milliseconds"] > 0
+
+
+def test_usage_finish_and_length(client):
+    made = chat(client, "sit", max_completion_tokens=5, max_tokens=7)
+    prompt = len(chat_tokenizer()(render_prompt(chat_tokenizer(), [{"role": "user", "content": "sit"}])).input_ids)
+    assert made.usage.prompt_tokens == prompt
+    assert made.usage.completion_tokens <= 5
+    assert made.usage.total_tokens == prompt + made.usage.completion_tokens
+    assert made.choices[0].finish_reason == ("length" if made.usage.completion_tokens == 5 else "stop")
+    *parts, last = chat(client, "sit", max_tokens=5, stream=True, stream_options={"include_usage": True})
+    assert last.usage == made.usage
+    assert not last.choices
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert parts[-1].choices[0].finish_reason == made.choices[0].finish_reason
+
+
+def test_logprobs_of_chats_and_completions(client, backend):
+    made = chat(client, "sit", "deep", max_tokens=3, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    backend.model.set_adapter("deep")
+    ids = chat_tokenizer()(render_prompt(chat_tokenizer(), [{"role": "user", "content": "sit"}])).input_ids
+    with torch.no_grad():
+        log_p = backend.model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+    assert made[0].logprob == pytest.approx(float(log_p.max()), abs=1e-4)
+    assert [t.logprob for t in made[0].top_logprobs] == pytest.approx(log_p.topk(2).values.tolist(), abs=1e-4)
+    assert bytes(made[0].bytes).decode() == made[0].token
+    plain = client.completions.create(model="deep", prompt="sit", max_tokens=3, logprobs=2).choices[0]
+    assert len(plain.logprobs.tokens) == len(plain.logprobs.token_logprobs) == len(plain.logprobs.text_offset)
+    assert plain.logprobs.text_offset[0] == 0
+    assert len(plain.logprobs.top_logprobs[0]) <= 2
+    assert chat(client, "sit", max_tokens=2).choices[0].logprobs is None
+
+
+def test_completions_stream_and_stop(client):
+    whole = client.completions.create(model="late", prompt=PROMPTS[1], max_tokens=12).choices[0].text
+    parts = client.completions.create(model="late", prompt=PROMPTS[1], max_tokens=12, stream=True)
+    assert "".join(p.choices[0].text for p in parts) == whole
+    stop = whole[4:6]
+    cut = client.completions.create(model="late", prompt=PROMPTS[1], max_tokens=12, stop=stop).choices[0]
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_temperature_and_seed(client):
+    def drawn(seed):
+        return chat(client, "sit", max_tokens=8, temperature=1.5, seed=seed).choices[0].message.content
+
+    assert drawn(3) == drawn(3)
+    assert len({drawn(s) for s in range(4)}) > 1
+
+
+BAD = {
+    "no body": b"",
+    "no JSON": b"{",
+    "a list": b"[]",
+    "not UTF-8": b"\xff\xfe{}",
+    "no messages": {"model": "default"},
+    "empty messages": {"model": "default", "messages": []},
+    "a role": {"model": "default", "messages": [{"role": "robot", "content": "x"}]},
+    "content": {"model": "default", "messages": [{"role": "user", "content": 3}]},
+    "half a pair": b'{"model": "default", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "half a pair as key": b'{"model": "default", "messages": [{"role": "user", "content": "x"}], "\\ud800": 1}',
+    "unknown key": {"model": "default", "messages": [{"role": "user", "content": "x"}], "tool": 1},
+    "max_tokens 0": {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0},
+    "max_tokens true": {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": True},
+    "max_tokens many": {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 513},
+    "temperature": {"model": "default", "messages": [{"role": "user", "content": "x"}], "temperature": 3},
+    "temperature NaN": b'{"model": "default", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+    "top_p": {"model": "default", "messages": [{"role": "user", "content": "x"}], "top_p": 0},
+    "seed": {"model": "default", "messages": [{"role": "user", "content": "x"}], "seed": 2**64},
+    "n": {"model": "default", "messages": [{"role": "user", "content": "x"}], "n": 2},
+    "stops": {"model": "default", "messages": [{"role": "user", "content": "x"}], "stop": ["a"] * 5},
+    "empty stop": {"model": "default", "messages": [{"role": "user", "content": "x"}], "stop": ""},
+    "usage without stream": {
+        "model": "default",
+        "messages": [{"role": "user", "content": "x"}],
+        "stream_options": {"include_usage": True},
+    },
+    "route": {"model": "default", "messages": [{"role": "user", "content": "x"}], "route": "device"},
+    "too long": {"model": "default", "messages": [{"role": "user", "content": "x" * 600}]},
+    "deep": b'{"model": ' + b"[" * 100_000,
+    "a huge number": b'{"model": "default", "messages": [], "seed": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_malformed_requests_get_400_and_a_sentence(server, kind):
+    body = BAD[kind] if isinstance(BAD[kind], bytes) else json.dumps(BAD[kind]).encode()
+    with server.http(KEY) as http:
+        response = http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    told = response.json()["error"]
+    assert told["message"]
+    assert told["type"] == "invalid_request_error"
+
+
+def test_other_refusals(server, client):
+    with pytest.raises(openai.NotFoundError, match="model 'none' is not loaded"):
+        chat(client, "sit", "none")
+    with server.http(KEY) as http:
+        assert http.get("/v1/nothing").status_code == 404
+        assert http.get("/v1/chat/completions").status_code == 405
+        plain = http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
+        assert plain.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong-key-0123456789", "Bearer", f"Bearer {KEY}x", "Basic !", "Digest x"]
+)
+def test_every_route_but_health_needs_a_key(server, header):
+    headers = {} if header is None else {"authorization": header}
+    with httpx.Client(base_url=server.url, headers=headers, trust_env=False) as http:
+        paths = [(m, r.path) for r in server.app.routes for m in getattr(r, "methods", ()) if m in ("GET", "POST")]
+        assert len(paths) >= 10
+        for method, path in paths:
+            status = http.request(method, path.replace("{name}", "late")).status_code
+            assert status == (200 if path in ("/healthz", "/readyz") else 401), path
+        assert http.get("/no/such/path").status_code == 401
+
+
+def test_a_user_key_does_not_open_the_admin_routes_and_basic_works(server):
+    with server.http(KEY) as http:
+        assert http.get("/admin/adapters").status_code == 401
+    with httpx.Client(base_url=server.url, auth=("anyone", KEY), trust_env=False) as http:
+        assert http.get("/v1/models").status_code == 200
+    with httpx.Client(base_url=server.url, auth=("anyone", ADMIN), trust_env=False) as http:
+        assert http.get("/admin/adapters").status_code == 401  # a browser would send it along for other sites
+    with server.http(ADMIN) as http:
+        assert http.get("/admin/adapters").json() == {n: [f"{n}-folder"] for n in ("default", "late", "deep")}
+        assert http.get("/v1/models").status_code == 401
+    assert not Keys((), ()).allows("/v1/models", b"Bearer ")  # no key at all is not an empty key
+
+
+def test_bodies_have_a_limit_whether_announced_or_not(backend):
+    with Running(cloud(attached(max_position_embeddings=512), max_body=2000)) as server, server.http(KEY) as http:
+        big = json.dumps({"model": "default", "messages": [{"role": "user", "content": "x" * 3000}]}).encode()
+        headers = {"content-type": "application/json"}
+        assert http.post("/v1/chat/completions", content=big, headers=headers).status_code == 413
+
+        def pieces():
+            for i in range(0, len(big), 500):
+                yield big[i : i + 500]
+
+        assert http.post("/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
+        good = json.dumps({"model": "default", "messages": [{"role": "user", "content": "x"}]}).encode()
+        assert http.post("/v1/chat/completions", content=iter([good[:9], good[9:]]), headers=headers).status_code == 200
+
+
+class Slow:
+    """A backend whose passes wait for a gate."""
+
+    def __init__(self, inner):
+        self.inner, self.gate = inner, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def open(self, names):
+        session = self.inner.open(names)
+        real = session.forward
+
+        def forward(*arguments):
+            self.gate.wait(20)
+            return real(*arguments)
+
+        session.forward = forward
+        return session
+
+
+def test_a_full_server_says_429_and_when_to_come_back():
+    slow = Slow(attached())
+    with Running(cloud(slow, queue=2, rows=1, gather_seconds=0)) as server, server.http(KEY) as http:
+        body = {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+        found = []
+        threads = [
+            threading.Thread(target=lambda: found.append(http.post("/v1/chat/completions", json=body).status_code))
+            for _ in range(3)
+        ]
+        for i, thread in enumerate(threads):
+            thread.start()
+            engine = server.app.state.server.role.engine
+            wait_for(lambda i=i, engine=engine: engine.waiting + engine.running == i + 1)
+        refused = http.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        slow.gate.set()
+        [t.join() for t in threads]
+        assert found == [200, 200, 200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_its_work(stream):
+    slow = Slow(attached())
+    with Running(cloud(slow, gather_seconds=0)) as server:
+        engine = server.app.state.server.role.engine
+        if stream:
+            slow.gate.set()
+        body = {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "stream": stream}
+        content = json.dumps({**body, "logprobs": True, "temperature": 2.0}).encode()
+        host, port = server.socket.getsockname()
+        raw = socket.create_connection((host, port))
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+        head += "content-type: application/json\r\n"
+        raw.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        if stream:
+            assert b"200 OK" in raw.recv(100)
+            slow.gate.clear()
+        wait_for(lambda: engine.running == 1)
+        raw.close()
+        wait_for(lambda: server.app.state.server.in_flight == 0)
+        before = engine.tokens
+        slow.gate.set()
+        wait_for(lambda: engine.running == 0)
+        assert engine.tokens - before <= 2
+        with server.http(KEY) as http:
+            assert metric(http.get("/metrics").text, "shadowpeft_disconnected_total") == 1
+
+
+def test_metrics_count_what_happened(server, client):
+    with server.http(KEY) as http:
+        before = http.get("/metrics").text
+        chat(client, "sit", max_tokens=2)
+        after = http.get("/metrics").text
+
+    def grown(name, **labels):
+        return metric(after, name, **labels) - metric(before, name, **labels)
+
+    assert grown("shadowpeft_routed_total", where="cloud", reason="attached") == 1
+    assert grown("shadowpeft_answer_seconds_count", where="cloud") == 1
+    assert grown("shadowpeft_first_token_seconds_count", where="cloud") == 1
+    assert grown("shadowpeft_requests_total", path="/v1/chat/completions", status="200") == 1
+    assert grown("shadowpeft_tokens_total", kind="new") == 2
+    assert metric(after, "shadowpeft_queue") == 0
+
+
+def test_health_and_readiness(backend):
+    app = cloud(attached())
+    with Running(app) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
+        assert http.get("/healthz").json() == {"status": "ok"}
+        assert http.get("/readyz").json() == {"status": "ready", "role": "cloud"}
+        engine = app.state.server.role.engine
+        engine.stop()
+        assert http.get("/readyz").status_code == 503
+        assert http.get("/healthz").status_code == 200
+        body = {"model": "default", "messages": [{"role": "user", "content": "x"}]}
+        refused = http.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {KEY}"})
+        assert refused.status_code == 503
+
+
+def test_shutdown_finishes_what_runs():
+    slow = Slow(attached())
+    server = Running(cloud(slow, gather_seconds=0))
+    with server:
+        found = []
+
+        def send():
+            with openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0) as client:
+                parts = chat(client, "sit", max_tokens=6, stream=True)
+                found.append([p.choices[0].finish_reason for p in parts][-1])
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        engine = server.app.state.server.role.engine
+        wait_for(lambda: engine.running == 1)
+        stopper = threading.Thread(target=server.stop)
+        stopper.start()
+        time.sleep(0.3)
+        slow.gate.set()
+        thread.join(20)
+        stopper.join(30)
+        assert found[0] in ("length", "stop")
+
+
+def test_a_failing_model_is_500_and_nothing_of_it_is_told(backend, caplog):
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(backend, name)
+
+        def open(self, names):
+            raise RuntimeError(said)
+
+    said = "the sec" + "ret prompt"
+    with caplog.at_level(logging.INFO), Running(cloud(Broken())) as server, server.http(KEY) as http:
+        response = http.post("/v1/completions", json={"model": "default", "prompt": said})
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert "secret" not in caplog.text
+        assert "RuntimeError" in caplog.text
+        assert http.get("/readyz").status_code == 200
+
+
+def test_no_prompt_text_in_logs(server, client, caplog):
+    with caplog.at_level(logging.DEBUG, logger="shadowpeft"):
+        chat(client, "my private words", max_tokens=2)
+        with pytest.raises(openai.BadRequestError):
+            chat(client, "my private words", max_tokens=10_000)
+    assert "private" not in caplog.text
+    assert "/v1/chat/completions" in caplog.text
+
+
+def test_swap_and_roll_back_over_http_while_clients_ask(tmp_path):
+    backend = attached()
+    backend.model.save_pretrained(tmp_path / "v1")
+    with torch.no_grad():
+        for name, parameter in backend.model.named_parameters():
+            if "shadowpeft_injection.late" in name:
+                parameter.mul_(-3)
+    backend.model.save_pretrained(tmp_path / "v2")
+    versions = tmp_path / "versions"
+    versions.mkdir()
+    for v in ("v1", "v2"):
+        (tmp_path / v / "late").rename(versions / v)
+    (versions / "bad").mkdir()
+    backend = attached()
+    backend.versions["late"] = [str(versions / "v1")]
+    with Running(cloud(backend, versions=versions)) as server, server.http(ADMIN) as admin, server.http(KEY) as http:
+        body = {"model": "late", "prompt": PROMPTS[1], "max_tokens": 14}
+
+        def say():
+            response = http.post("/v1/completions", json=body)
+            assert response.status_code == 200
+            return response.json()["choices"][0]["text"]
+
+        old = say()
+        found, done = [], threading.Event()
+
+        def keep_asking():
+            while not done.is_set():
+                found.append(say())
+
+        thread = threading.Thread(target=keep_asking)
+        thread.start()
+        assert admin.post("/admin/adapters/late/swap", json={"version": "v2"}).json() == {
+            "name": "late",
+            "version": "v2",
+        }
+        new = say()
+        assert new != old
+        assert admin.post("/admin/adapters/late/rollback").json() == {"name": "late", "version": "v1"}
+        assert say() == old
+        done.set()
+        thread.join()
+        assert set(found) <= {old, new}
+        assert admin.post("/admin/adapters/late/rollback").status_code == 409
+        assert admin.post("/admin/adapters/late/swap", json={"version": "bad"}).status_code == 409
+        assert admin.post("/admin/adapters/late/swap", json={"version": "none"}).status_code == 404
+        assert admin.post("/admin/adapters/none/swap", json={"version": "v2"}).status_code == 404
+        for path in ("../v1", "/etc", "", "a/b", ".."):
+            assert admin.post("/admin/adapters/late/swap", json={"version": path}).status_code == 400
+        assert http.post("/admin/adapters/late/swap", json={"version": "v2"}).status_code == 401
+        assert say() == old

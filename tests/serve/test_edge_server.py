@@ -1,0 +1,321 @@
+"""The edge's server before a real cloud server: the route, its reason, what happens when the cloud fails, and the page."""
+
+import json
+import threading
+
+import httpx
+import openai
+import pytest
+
+from serving import CALIBRATION, Scripted, attached, detached
+from shadowpeft.data.robot import parse_action
+from shadowpeft.serve.client import Breaker, Cloud
+from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.roles import CloudRole, EdgeRole
+from shadowpeft.serve.router import Router
+from shadowpeft.serve.server import Settings, build
+from webserver import Running, metric, wait_for
+
+KEY = "user-key-0123456789"
+
+
+def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="local", pause=60.0, **cloud_options):
+    link = None
+    if cloud_url is not None:
+        breaker = Breaker(failures=2, pause=pause)
+        link = Cloud(cloud_url, KEY, breaker=breaker, transport=transport, **{"timeout": 5.0, **cloud_options})
+    engine = Engine(Scripted(detached()), Limits())
+    router = Router(parse_action, calibration)
+    role = EdgeRole(engine, router, link, "late", system=None, default_tokens=64, when_down=when_down)
+    return build(role, Settings(keys or Keys((KEY,), ())))
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    role = CloudRole(Engine(attached(max_position_embeddings=512), Limits()), system=None, default_tokens=8)
+    with Running(build(role, Settings(Keys((KEY,), ())))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def edge(cloud):
+    with Running(edge_app(cloud.url, CALIBRATION)) as running:
+        yield running
+
+
+def client_of(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60)
+
+
+def say(server, text, stream=False, **options):
+    """Text, note and headers of one answer."""
+    with client_of(server) as client:
+        raw = client.chat.completions.with_raw_response.create(
+            model="edge", messages=[{"role": "user", "content": text}], stream=stream, **options
+        )
+        if not stream:
+            made = raw.parse()
+            assert made.model == "edge"
+            return made.choices[0].message.content, made.model_extra["shadowpeft"], raw.headers
+        parts = list(raw.parse())
+        assert {p.model for p in parts} == {"edge"}
+        assert parts[-1].choices[0].finish_reason in ("stop", "length")
+        told = [p.model_extra["shadowpeft"] for p in parts if "shadowpeft" in (p.model_extra or {})]
+        assert told[0]["where"] == told[-1]["where"] == raw.headers["x-shadow-where"]
+        return "".join(p.choices[0].delta.content or "" for p in parts), told[-1], raw.headers
+
+
+def cloud_says(cloud, text, n=64):
+    with client_of(cloud) as client:
+        made = client.chat.completions.create(model="late", messages=[{"role": "user", "content": text}], max_tokens=n)
+        return made.choices[0].message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "where", "reason"),
+    [
+        ("sit", "device", "known skill"),
+        ("remote", "cloud", "[REMOTE]"),
+        ("words", "cloud", "unknown answer"),
+        ("unsure", "cloud", "low confidence"),
+    ],
+)
+def test_who_answers_and_why(cloud, edge, text, where, reason, stream):
+    passes = edge.app.state.server.role.engine.backend.passes
+    content, note, headers = say(edge, text, stream)
+    assert (note["where"], note["reason"]) == (where, reason)
+    assert (headers["x-shadow-where"], headers["x-shadow-reason"]) == (where, reason)
+    assert note["device_milliseconds"] > 0
+    assert note["milliseconds"] >= note["device_milliseconds"]
+    passes = edge.app.state.server.role.engine.backend.passes - passes
+    if where == "device":
+        assert content == Scripted.LINES[text]
+        assert note["confidence"] == 1.0
+        assert "degraded" not in note
+    else:
+        assert content == cloud_says(cloud, text)
+        assert note["cloud_milliseconds"] > 0
+        assert passes < len(Scripted.LINES[text])  # the device stopped when it was lost
+
+
+def test_without_calibration_the_unsure_action_is_kept(cloud):
+    with Running(edge_app(cloud.url)) as server:
+        content, note, _ = say(server, "unsure")
+    assert (content, note["reason"]) == (Scripted.LINES["unsure"], "known skill")
+    assert "confidence" not in note
+
+
+def test_the_client_may_choose(cloud, edge):
+    content, note, _ = say(edge, "words", extra_body={"route": "device"})
+    assert (content, note["where"], note["reason"]) == (Scripted.LINES["words"], "device", "asked for")
+    content, note, _ = say(edge, "sit", extra_body={"route": "cloud"})
+    assert (content, note["where"], note["reason"]) == (cloud_says(cloud, "sit"), "cloud", "asked for")
+
+
+def test_many_clients_at_once_get_their_own_answers(cloud, edge):
+    texts = [w for w in ("sit", "remote", "words", "unsure") for _ in range(4)]
+    expected = {w: Scripted.LINES[w] if w == "sit" else cloud_says(cloud, w) for w in set(texts)}
+    found = [""] * len(texts)
+
+    def send(i):
+        found[i] = say(edge, texts[i], stream=i % 2 == 0)[0]
+
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(len(texts))]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert found == [expected[w] for w in texts]
+
+
+def test_metrics_tell_the_share_on_the_device(cloud):
+    with Running(edge_app(cloud.url, CALIBRATION)) as server:
+        for text in ("sit", "sit", "sit", "remote"):
+            say(server, text)
+        with server.http(KEY) as http:
+            text = http.get("/metrics").text
+    assert metric(text, "shadowpeft_on_device_share") == 0.75
+    assert metric(text, "shadowpeft_routed_total", where="device", reason="known skill") == 3
+    assert metric(text, "shadowpeft_routed_total", where="cloud", reason="[REMOTE]") == 1
+
+
+def test_without_a_cloud_the_device_says_what_it_can_and_that_it_is_not_enough():
+    with Running(edge_app(None)) as server:
+        content, note, headers = say(server, "remote")
+        assert content == Scripted.LINES["remote"]  # all of it, not what was said when it was given up
+        assert note["degraded"] is True
+        assert (note["where"], note["reason"], note["wanted"]) == ("device", "cloud unavailable", "[REMOTE]")
+        assert headers["x-shadow-reason"] == "cloud unavailable"
+        assert "degraded" not in say(server, "sit")[1]
+
+
+def test_a_cloud_that_is_away_opens_the_circuit_and_answers_stay_honest():
+    calls = []
+
+    def away(request):
+        calls.append(request)
+        raise httpx.ConnectError("refused")
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(away))) as server:
+        notes = [say(server, "remote")[1] for _ in range(4)]
+        assert [n["reason"] for n in notes] == ["cloud unavailable"] * 2 + ["circuit open"] * 2
+        assert all(n["degraded"] and n["wanted"] == "[REMOTE]" for n in notes)
+        assert len(calls) == 2  # the open circuit spares the rest
+        assert say(server, "sit")[1]["reason"] == "known skill"
+        assert httpx.get(server.url + "/readyz", trust_env=False).json()["cloud"] == "open"
+
+
+def test_or_it_is_an_error_if_so_chosen():
+    transport = httpx.MockTransport(lambda request: httpx.Response(500))
+    with Running(edge_app("http://cloud", transport=transport, when_down="error")) as server, server.http(KEY) as http:
+        body = {"model": "edge", "messages": [{"role": "user", "content": "remote"}]}
+        refused = http.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["type"] == "cloud_unavailable"
+        body["messages"][0]["content"] = "sit"
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (httpx.Response(429), "cloud busy"),
+        (httpx.Response(401), "cloud unavailable"),
+        (httpx.Response(503), "cloud unavailable"),
+        (httpx.Response(200, text="<html>"), "cloud unavailable"),
+        (httpx.Response(200, json=[1]), "cloud unavailable"),
+        (httpx.Response(302, headers={"location": "http://elsewhere"}), "cloud unavailable"),
+    ],
+)
+def test_odd_clouds(reply, reason, stream):
+    transport = httpx.MockTransport(lambda request: reply)
+    with Running(edge_app("http://cloud", transport=transport)) as server:
+        content, note, _ = say(server, "remote", stream=stream)
+    assert (content, note["reason"], note["degraded"]) == (Scripted.LINES["remote"], reason, True)
+
+
+def test_a_slow_cloud_is_given_up(cloud):
+    async def slow(request):
+        import asyncio
+
+        await asyncio.sleep(30)
+
+    class Waiting(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request):
+            timeout = request.extensions["timeout"]["read"]
+            import asyncio
+
+            try:
+                return await asyncio.wait_for(slow(request), timeout)
+            except asyncio.TimeoutError as error:
+                raise httpx.ReadTimeout("slow") from error
+
+    with Running(edge_app("http://cloud", transport=Waiting(), timeout=0.2)) as server:
+        content, note, _ = say(server, "remote")
+    assert (content, note["reason"]) == (Scripted.LINES["remote"], "cloud unavailable")
+
+
+def test_a_stream_that_breaks_in_the_middle_says_so():
+    first = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "late"}
+    chunk = {**first, "choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]}
+    broken = f"data: {json.dumps(chunk)}\n\n"
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=broken))
+    with Running(edge_app("http://cloud", transport=transport)) as server:
+        with pytest.raises(openai.APIError, match="could not be finished"):
+            say(server, "remote", stream=True)
+        assert server.app.state.server.in_flight == 0
+        assert server.app.state.server.role.cloud.breaker.failed == 1
+
+
+def test_the_clouds_refusal_of_the_request_reaches_the_client():
+    told = {
+        "error": {"message": "too long for the cloud", "type": "invalid_request_error", "param": None, "code": None}
+    }
+    transport = httpx.MockTransport(lambda request: httpx.Response(400, json=told))
+    with Running(edge_app("http://cloud", transport=transport)) as server:
+        with pytest.raises(openai.BadRequestError, match="too long for the cloud"):
+            say(server, "remote")
+        assert server.app.state.server.role.cloud.breaker.state == "closed"
+
+
+def test_the_breaker_by_its_clock():
+    now = 0.0
+    breaker = Breaker(failures=2, pause=5.0, clock=lambda: now)
+    assert breaker.enter() and breaker.state == "closed"  # noqa: PT018
+    breaker.fail()
+    breaker.succeed()
+    breaker.fail()
+    assert breaker.state == "closed"  # failures in a row
+    breaker.fail()
+    assert breaker.state == "open"
+    assert not breaker.enter()
+    now = 4.9
+    assert not breaker.enter()
+    now = 5.0
+    assert breaker.state == "half-open"
+    assert breaker.enter()
+    assert not breaker.enter()  # one trial at a time
+    breaker.fail()
+    assert breaker.state == "open"
+    now = 10.0
+    assert breaker.enter()
+    breaker.forget()  # its client left
+    assert breaker.enter()
+    breaker.succeed()
+    assert breaker.state == "closed"
+
+
+def test_the_circuit_closes_when_the_cloud_is_back():
+    up = threading.Event()
+    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Rome"}, "finish_reason": "stop"}]}
+    answer.update(id="x", object="chat.completion", created=1, model="late")
+    answer["usage"] = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+
+    def reply(request):
+        return httpx.Response(200, json=answer) if up.is_set() else httpx.Response(503)
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(reply), pause=0.05)) as server:
+        assert [say(server, "remote")[1]["where"] for _ in range(2)] == ["device", "device"]
+        up.set()
+        breaker = server.app.state.server.role.cloud.breaker
+        wait_for(lambda: breaker.state != "open")
+        assert say(server, "remote")[0] == "Rome"
+        assert breaker.state == "closed"
+
+
+def test_what_is_sent_to_the_cloud():
+    seen = []
+
+    def keep(request):
+        seen.append((request, json.loads(request.content)))
+        return httpx.Response(503)
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(keep))) as server:
+        say(server, "remote", max_tokens=64, temperature=0.0, stop=["~"], seed=4)
+    request, body = seen[0]
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert body["model"] == "late"
+    assert "route" not in body
+    assert (body["max_tokens"], body["temperature"], body["stop"], body["seed"]) == (64, 0.0, ["~"], 4)
+
+
+def test_a_network_delay_is_added(cloud):
+    with Running(edge_app(cloud.url, delay=0.3)) as server:
+        assert say(server, "remote")[1]["cloud_milliseconds"] >= 300
+        assert "cloud_milliseconds" not in say(server, "sit")[1]
+
+
+def test_the_page_is_served_behind_the_key_and_loads_nothing_from_elsewhere(edge):
+    with httpx.Client(base_url=edge.url, trust_env=False) as http:
+        refused = http.get("/")
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic")
+        page = http.get("/", auth=("me", KEY))
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "src=" not in page.text

@@ -1,0 +1,145 @@
+"""``shadowpeft serve``: what it refuses before anything is loaded, and (marker server) two real processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+import shadowpeft
+from chatbase import chat_tokenizer, save_base
+from commands import call
+from serving import ask, engine_of
+from shadowpeft.apps.serve import parse_adapters
+from shadowpeft.errors import ConfigError
+from shadowpeft.serve.backend import Detached
+from tiny import adapter_config, randomise
+from webserver import wait_for
+
+KEY = "user-key-0123456789"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, two adapters and an edge model with tokenizers."""
+    made = tmp_path_factory.mktemp("serve")
+    base = save_base(made / "base")
+    for name, seed in (("one", 1), ("two", 2)):
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
+        randomise(model, seed=seed)
+        model.save_pretrained(made / name)
+        chat_tokenizer().save_pretrained(made / name)
+        shadowpeft.detach(model).save_pretrained(made / f"edge-{name}")
+        chat_tokenizer().save_pretrained(made / f"edge-{name}")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--role", "cloud"), "SHADOWPEFT_API_KEYS is not set"),
+        (("--role", "cloud", "--no-auth", "--host", "0.0.0.0"), "--no-auth needs a loopback host"),
+        (("--role", "robot", "--no-auth"), "role is 'robot'"),
+        (("--role", "cloud", "--no-auth", "--cloud-url", "http://x"), "belong to the edge"),
+        (("--role", "edge", "--no-auth", "more=two"), "an edge server has one"),
+        (("--role", "cloud", "--no-auth", "two"), "two adapters are called 'default'"),
+        (("--role", "edge", "--no-auth", "--when-cloud-down", "panic"), "when-cloud-down is 'panic'"),
+        (("--role", "cloud", "--no-auth", "--versions", "nowhere"), "'nowhere' does not exist"),
+        (("--role", "cloud", "--no-auth", "--default-tokens", "600"), "--default-tokens is 600"),
+        (("--role", "edge", "--no-auth", "--routing", "none.json"), "'none.json' cannot be read"),
+    ],
+)
+def test_what_is_refused(monkeypatch, capsys, folder, arguments, message):
+    monkeypatch.delenv("SHADOWPEFT_API_KEYS", raising=False)
+    code, _, err = call(monkeypatch, capsys, "serve", folder / "edge-one", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_short_keys_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("SHADOWPEFT_API_KEYS", "0123456789abcdef,short")
+    code, _, err = call(monkeypatch, capsys, "serve", "x", "--role", "cloud")
+    assert code == 2
+    assert "shorter than 16" in err
+    assert "short," not in err
+
+
+def test_names_of_adapters():
+    assert parse_adapters(["a=x/y", "b=z=1"]) == {"a": "x/y", "b": "z=1"}
+    assert parse_adapters(["./x=y/z"]) == {"default": "./x=y/z"}
+    with pytest.raises(ConfigError, match="two adapters are called 'a'"):
+        parse_adapters(["a=x", "a=y"])
+
+
+def test_an_edge_model_is_swapped_and_rolled_back(folder):
+    def load(name):
+        return AutoModelForCausalLM.from_pretrained(folder / name)
+
+    backend = Detached(load("edge-one"), chat_tokenizer(), "edge", str(folder / "edge-one"))
+    engine = engine_of(backend)
+    texts = [ask(engine, "sit down", "edge", max_tokens=8).text]
+    backend.swap("edge", str(folder / "edge-two"))
+    texts.append(ask(engine, "sit down", "edge", max_tokens=8).text)
+    assert backend.rollback("edge") == str(folder / "edge-one")
+    texts.append(ask(engine, "sit down", "edge", max_tokens=8).text)
+    assert texts[0] == texts[2] != texts[1]
+    with pytest.raises(ConfigError, match="is no edge model"):
+        backend.swap("edge", str(folder / "one"))
+    engine.stop()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.server
+@pytest.mark.timeout(600)
+def test_two_processes_answer_and_end_with_0(folder):
+    environment = os.environ | {"SHADOWPEFT_API_KEYS": KEY, "SHADOWPEFT_CLOUD_KEY": KEY}
+    ports = free_port(), free_port()
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    one, two, edge = f"one={folder / 'one'}", f"two={folder / 'two'}", f"edge={folder / 'one'}"
+    commands = [
+        ("serve", one, two, "--role", "cloud", "--port", ports[0]),
+        ("serve", edge, "--role", "edge", "--port", ports[1], "--cloud-url", urls[0], "--cloud-model", "two"),
+    ]
+    made = [
+        subprocess.Popen(
+            [sys.executable, "-m", "shadowpeft.cli", *map(str, command)], env=environment, stderr=subprocess.PIPE
+        )
+        for command in commands
+    ]
+    try:
+        for url, process in zip(urls, made, strict=True):
+
+            def ready(url=url, process=process):
+                assert process.poll() is None, process.stderr.read().decode()
+                try:
+                    return httpx.get(url + "/readyz", trust_env=False).status_code == 200
+                except httpx.HTTPError:
+                    return False
+
+            wait_for(ready, 240)
+        body = {"prompt": "sit down", "max_tokens": 6}
+        with httpx.Client(headers={"authorization": f"Bearer {KEY}"}, trust_env=False, timeout=60) as http:
+            routed = http.post(urls[1] + "/v1/completions", json={"model": "edge", **body}).json()
+            straight = http.post(urls[0] + "/v1/completions", json={"model": "two", **body}).json()
+            assert routed["shadowpeft"]["where"] == "cloud"
+            assert routed["choices"] == straight["choices"]
+            assert routed["model"] == "edge"
+            assert httpx.get(urls[1] + "/v1/models", trust_env=False).status_code == 401
+    finally:
+        for process in made:
+            process.send_signal(signal.SIGTERM)
+        codes = [process.wait(60) for process in made]
+        told = b"".join(process.stderr.read() for process in made)
+    assert codes == [0, 0]
+    assert b"sit down" not in told
+    assert b"/v1/completions" in told
