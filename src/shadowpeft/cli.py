@@ -57,6 +57,21 @@ def train(
     command.main(run, resume, json)
 
 
+@app.command()
+def pretrain(
+    run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in its folder at the exact sample; start it if there is none."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Pretrain a shadow under the base's frozen head."""
+    from shadowpeft.apps import pretrain as command
+
+    command.main(run, resume, json)
+
+
 @app.command("eval")
 def evaluate(
     adapter: Adapter,

@@ -35,3 +35,7 @@ class DataError(ShadowPeftError, ValueError):
 
 class VersionError(ShadowPeftError, ImportError):
     """An installed release of torch, transformers, PEFT or TRL is older than the oldest that works."""
+
+
+class NonFiniteLossError(ShadowPeftError, ArithmeticError):
+    """Loss or gradient became NaN or infinite; the message says at which step and text."""

@@ -108,6 +108,7 @@ def main():
     import conftest  # noqa: F401  (one thread, no network)
     import shadowpeft.apps.train
     import shadowpeft.cli
+    import shadowpeft.train.pretrain
     import shadowpeft.train.run  # noqa: F401
 
     print(json.dumps({"ready": True}), flush=True)

@@ -18,7 +18,7 @@ from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
 from shadowpeft.train.progress import read_metrics
 
-COMMANDS = ("train", "eval", "generate", "chat", "detach", "convert", "plan", "info", "doctor", "demo")
+COMMANDS = ("train", "pretrain", "eval", "generate", "chat", "detach", "convert", "plan", "info", "doctor", "demo")
 
 
 def python(code, *arguments, **options):

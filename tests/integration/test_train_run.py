@@ -22,8 +22,8 @@ from shadowpeft import ShadowTrainer
 from shadowpeft.data import chat
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, ShadowPeftError
 from shadowpeft.presets import PRESETS
+from shadowpeft.train import checkpoints
 from shadowpeft.train import run as run_module
-from shadowpeft.train import trainer as trainer_module
 from shadowpeft.train.config import parse_run, read_run
 from shadowpeft.train.progress import RunCallback, read_metrics
 from shadowpeft.train.run import encode_run, load_tokenizer, train
@@ -381,7 +381,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(made, undisturbed, tmp
 
         monkeypatch.setattr(torch, "save", save)
     else:
-        full_disk(monkeypatch, trainer_module, "sync", after=1)
+        full_disk(monkeypatch, checkpoints, "sync", after=1)
     options = {**LONG, "save_every": 2}
     with pytest.raises(ShadowPeftError, match=r"checkpoint-4 could not be written .* untouched") as caught:
         start(made, folder, training=options, data={"validation": made["validation"]})
@@ -418,7 +418,7 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(made, undisturbed, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     else:
         if moment == "sync":
-            full_disk(monkeypatch, run_module, "sync", after=0)
+            full_disk(monkeypatch, checkpoints, "sync", after=0)
         else:  # the old one is moved aside, then the new one cannot take its place
             stock = os.replace
 

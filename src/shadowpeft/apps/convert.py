@@ -56,7 +56,7 @@ def convert(
     """
     from shadowpeft.hf import formats
     from shadowpeft.hf.checkpoint import load
-    from shadowpeft.train.trainer import WRITE_ERRORS, reason
+    from shadowpeft.train.checkpoints import WRITE_ERRORS, reason
 
     kind = formats.detect(source)
     to = to or ("stock" if kind == formats.PROJECTED else formats.OURS)

@@ -31,7 +31,7 @@ def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) ->
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
     """Save a detached model; returns class, parameters, bytes and folder."""
-    from shadowpeft.train.trainer import WRITE_ERRORS, reason
+    from shadowpeft.train.checkpoints import WRITE_ERRORS, reason
 
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)

@@ -182,7 +182,7 @@ def parse_run(content: Any, where: str) -> RunConfig:
     try:
         run = RunConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from error
+        raise ConfigError(f"{where}: {explain(error, RunConfig, _SECTIONS)}") from error
     return run
 
 
@@ -192,18 +192,26 @@ def read_run(path: str | Path) -> RunConfig:
     Raises:
         ConfigError: if it is missing, not YAML, or describes no possible run.
     """
+    return parse_run(read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a run file of any kind.
+
+    Raises:
+        ConfigError: if it is missing or not YAML.
+    """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"run file '{file}' does not exist; check the path")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)  # a SafeLoader
+        return yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f", line {line + 1}" if line is not None else ""
         raise ConfigError(
             f"{file}{place} is not valid YAML ({getattr(error, 'problem', error)}); correct it"
         ) from error
-    return parse_run(content, str(file))
 
 
 class RunLoader(yaml.SafeLoader):
@@ -228,15 +236,16 @@ RunLoader.add_implicit_resolver(
 _SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "shadow": ShadowSection, "training": TrainingSection}
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, whole: type[BaseModel], sections: dict[str, type[BaseModel]]) -> str:
+    """What is wrong with a run file, in words; unknown keys get the nearest known one of ``whole`` or its ``sections``."""
     parts = []
     for item in error.errors():
         place = ".".join(str(p) for p in item["loc"]) or "the run"
         if item["type"] == "extra_forbidden":
-            section = _SECTIONS.get(str(item["loc"][0]), RunConfig) if len(item["loc"]) > 1 else RunConfig
+            section = next((sections[str(p)] for p in reversed(item["loc"][:-1]) if str(p) in sections), whole)
             known = list(section.model_fields)
             close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            elsewhere = [f"{n}.{item['loc'][-1]}" for n, s in _SECTIONS.items() if item["loc"][-1] in s.model_fields]
+            elsewhere = [f"{n}.{item['loc'][-1]}" for n, s in sections.items() if item["loc"][-1] in s.model_fields]
             hint = f"did you mean '{close[0]}'?" if close else ""
             hint = f"did you mean '{elsewhere[0]}'?" if elsewhere else hint
             parts.append(f"unknown key '{place}', " + (hint or "known keys: " + ", ".join(known)))

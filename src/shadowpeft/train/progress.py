@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,28 +23,32 @@ class RunCallback(TrainerCallback):
 
     Args:
         folder: the run folder, where ``metrics.jsonl`` goes. tokens_per_step: mean tokens of an optimiser step.
+        writes: whether this process keeps the records (one of several does).
     """
 
-    def __init__(self, folder: Path, tokens_per_step: float, console: Console, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path, tokens_per_step: float, console: Console, quiet: bool = False, *, writes: bool = True
+    ) -> None:
         self.folder = folder
         self.tokens_per_step = tokens_per_step
         self.console = console
-        self.quiet = quiet
+        self.quiet = quiet or not writes
+        self.writes = writes
         self.interrupted = False
         self._progress: Progress | None = None
         self._task: Any = None
         self._previous: Any = None
         self._started = 0.0
-        self._first = 0
+        self.first = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar and take over Ctrl-C."""
-        self._started, self._first = time.monotonic(), state.global_step
+        self._started, self.first = time.monotonic(), state.global_step
         # a resumed run repeats what came after its checkpoint: keep only the records that the checkpoint knows
         metrics = self.folder / "metrics.jsonl"
-        if metrics.is_file():
+        if self.writes and metrics.is_file():
             kept = read_metrics(self.folder)[: len(state.log_history)]
             write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
         if not self.quiet:
@@ -95,17 +100,25 @@ class RunCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append to ``metrics.jsonl`` and show the newest losses."""
+        if not self.writes:
+            return
         record = {"step": state.global_step, **(logs or {})}
         seconds = time.monotonic() - self._started
-        rate = (state.global_step - self._first) * self.tokens_per_step / max(seconds, 1e-9)
+        rate = (state.global_step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
         if "loss" in record:
             record["tokens_per_second"] = round(rate, 1)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
-        if self._progress is not None and "task_loss" in record:
-            shadow = f"shadow {record['shadow_loss']:.3f}  " if "shadow_loss" in record else ""  # LoRA has none
-            shown = f"task {record['task_loss']:.3f}  {shadow}{rate:.0f} tok/s"
-            self._progress.update(self._task, shown=shown)
+        newest = self.newest(record)
+        if self._progress is not None and newest is not None:
+            self._progress.update(self._task, shown=f"{newest}  {rate:.0f} tok/s")
+
+    def newest(self, record: dict[str, float]) -> str | None:
+        """What the line shows of a record; None leaves it as it is."""
+        if "task_loss" not in record:
+            return None
+        shadow = f"  shadow {record['shadow_loss']:.3f}" if "shadow_loss" in record else ""  # LoRA has none
+        return f"task {record['task_loss']:.3f}{shadow}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,8 +155,19 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in whole if line]
 
 
-def plot_losses(folder: Path) -> Path:
-    """Draw task and shadow loss, training and evaluation, into ``loss.png``."""
+STYLES = (
+    ("task_loss", "attached, training", "#1f5fa8", "-"),
+    ("shadow_loss", "detached, training", "#c2571a", "-"),
+    ("eval_task_loss", "attached, validation", "#1f5fa8", "--"),
+    ("eval_shadow_loss", "detached, validation", "#c2571a", "--"),
+)
+"""Curves of a fine-tuning run: key, label, colour, line."""
+
+
+def plot_losses(
+    folder: Path, styles: Sequence[tuple[str, str, str, str]] = STYLES, unit: str = "cross-entropy per answer token"
+) -> Path:
+    """Draw the losses of ``metrics.jsonl`` that ``styles`` names into ``loss.png``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -151,19 +175,13 @@ def plot_losses(folder: Path) -> Path:
 
     records = read_metrics(folder)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    styles = (
-        ("task_loss", "attached, training", "#1f5fa8", "-"),
-        ("shadow_loss", "detached, training", "#c2571a", "-"),
-        ("eval_task_loss", "attached, validation", "#1f5fa8", "--"),
-        ("eval_shadow_loss", "detached, validation", "#c2571a", "--"),
-    )
     for key, label, colour, line in styles:
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             marker = "o" if line == "--" else None
             axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker=marker, markersize=4)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("cross-entropy per answer token")
+    axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -6,8 +6,8 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.train.checkpoints import reason, written_whole
 from shadowpeft.train.config import RunConfig, TrainingSection
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
-from shadowpeft.train.trainer import WRITE_ERRORS, ShadowTrainer, reason, sync
+from shadowpeft.train.trainer import ShadowTrainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
@@ -207,7 +208,7 @@ def train(
     prepare_cpu(t.threads)
     folder = Path(run.output)
     last = _start_or_resume(run, folder, resume)
-    _check_loggers(run)
+    check_loggers(t.report_to)
 
     tokenizer = load_tokenizer(run.base)
     training, validation, record = encode_run(run, tokenizer)
@@ -311,15 +312,20 @@ _FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.j
 """What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
 
 
-def _check_loggers(run: RunConfig) -> None:
-    for name in run.training.report_to:
+def check_loggers(names: Sequence[str]) -> None:
+    """Whether the packages that training reports to are there.
+
+    Raises:
+        ConfigError: naming the one that is missing.
+    """
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"training.report_to names {name}, which is not installed; run: pip install 'shadowpeft[{name}]'"
             )
 
 
-def _stored(file: Path) -> dict[str, Any]:
+def stored_record(file: Path) -> dict[str, Any]:
     """A record of the run that is resumed (JSON is YAML, too)."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -331,7 +337,7 @@ def _stored(file: Path) -> dict[str, Any]:
 
 
 def _check_same_data(record: dict[str, Any], folder: Path) -> None:
-    stored = _stored(folder / "data.json")
+    stored = stored_record(folder / "data.json")
     for part, now in record.items():
         if stored.get(part, {}).get("sha256") != now["sha256"]:
             raise ConfigError(
@@ -353,7 +359,7 @@ _FREE = (
 
 
 def _check_same_run(run: RunConfig, folder: Path) -> None:
-    stored, now = _stored(folder / "config.yaml"), run.model_dump()
+    stored, now = stored_record(folder / "config.yaml"), run.model_dump()
     changed = ["base"] if stored.get("base") != run.base else []
     changed += [
         f"{section}.{key}"
@@ -372,27 +378,10 @@ def save_adapter(
     model: PeftModel, tokenizer: Any, folder: Path, run: RunConfig, summary: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Write the adapter with tokenizer and model card, beside and renamed: a failure leaves the previous one whole."""
-    beside, old = folder.parent / f"partial-{folder.name}", folder.parent / f"old-{folder.name}"
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with written_whole(folder, "the adapter") as beside:
         model.save_pretrained(str(beside))
         tokenizer.save_pretrained(str(beside))
         (beside / "README.md").write_text(model_card(run, summary, record), encoding="utf-8")
-        sync(beside)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except WRITE_ERRORS as error:
-        if old.is_dir() and not folder.exists():
-            os.replace(old, folder)
-        raise ShadowPeftError(
-            f"the adapter could not be written to '{folder}' ({reason(error)}); what was there before is untouched, free "
-            "some space and resume from the newest checkpoint"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) -> str:

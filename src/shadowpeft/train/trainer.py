@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
-from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.errors import ConfigError
 from shadowpeft.hf.detach import adapted_base, find_hub
 from shadowpeft.hf.hooks import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub
+from shadowpeft.train.checkpoints import WholeCheckpoints
 
-_PARTIAL = "partial-"
 _LOSSES = ("task_loss", "shadow_loss")
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-"""What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError."""
 
 
-class ShadowLossMixin:
+class ShadowLossMixin(WholeCheckpoints):
     """Put before a Trainer class: ``class MyTrainer(ShadowLossMixin, Trainer)``.
 
     - ``shadow_labels`` in the batch reach the model, and each path is normalised by its own number of targets over the
@@ -41,7 +33,7 @@ class ShadowLossMixin:
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (method.md: a pretrained one wants less).
-    - Checkpoints are written beside and renamed, so a full disk or a kill never leaves half a checkpoint as the newest.
+    - Checkpoints are whole: see :class:`~shadowpeft.train.checkpoints.WholeCheckpoints`.
     """
 
     def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
@@ -55,7 +47,6 @@ class ShadowLossMixin:
         self._sums: dict[str, float] = {}
         self._since = 0
         self._eval_sums: dict[str, list[float]] = {}
-        self._run_dir: str | None = None
         super().__init__(*args, **kwargs)
         trainer: Any = self
         if type(self).__mro__.index(Trainer) and getattr(trainer.args, "loss_type", None) == "dft":
@@ -243,95 +234,6 @@ class ShadowLossMixin:
             optimizer.param_groups = groups
         return optimizer
 
-    # ----------------------------------------------------------------------------------------------------- checkpoints
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock, after what a killed run left half-written or half-deleted in the folder is taken away."""
-        trainer: Any = self
-        if trainer.args.should_save:
-            clear_leftovers(Path(trainer.args.output_dir))
-        return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        trainer: Any = self
-        if trainer.state.global_step >= trainer.state.max_steps:
-            # resumed from the checkpoint of the last step: stock Trainer looks at max_steps only after one step more
-            trainer.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = self
-        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # as stock, but renamed first
-        try:
-            output = super()._finalize_training(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            trainer.args.save_total_limit = limit
-        best = trainer.state.best_model_checkpoint
-        if trainer.args.should_save and limit == 1 and best is not None:
-            for path in map(Path, sort_checkpoints(self._get_output_dir(None))):
-                if not path.samefile(best):
-                    discard(path)
-        return output
-
-    def _get_output_dir(self, trial: Any) -> str:
-        stock = super()._get_output_dir(trial)  # type: ignore[misc]
-        return str(stock) if self._run_dir is None else self._run_dir
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        trainer: Any = self
-        if trainer.args.push_to_hub:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            return
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        beside = run_dir / f"{_PARTIAL}{name}"
-        writes = trainer.args.should_save  # one process of all, or of each machine that has folders of its own
-        if writes:
-            clear_leftovers(run_dir)
-        trainer.accelerator.wait_for_everyone()
-        limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-        self._run_dir = str(beside)
-        try:
-            with self._all_or_none(name, run_dir):
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            with self._all_or_none(name, run_dir):
-                if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
-                    trainer.state.best_model_checkpoint = str(run_dir / name)
-                    if writes:
-                        trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
-                if writes:
-                    sync(beside / name)
-                    if (run_dir / name).exists():  # aside first: a kill while it is deleted would leave half of it
-                        os.replace(run_dir / name, beside / "replaced")
-                    os.replace(beside / name, run_dir / name)
-                    sync_names(run_dir)
-        finally:
-            self._run_dir, trainer.args.save_total_limit = None, limit
-            if writes:
-                shutil.rmtree(beside, ignore_errors=True)
-        if writes:
-            rotate(run_dir, limit, trainer.state.best_model_checkpoint)
-
-    @contextmanager
-    def _all_or_none(self, name: str, run_dir: Path) -> Iterator[None]:
-        """Writes inside succeed in every process, or fail in every process with one message."""
-        failure: BaseException | None = None
-        try:
-            yield
-        except WRITE_ERRORS as error:
-            failure = error
-        why = None if failure is None else reason(failure)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            reasons: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(reasons, why)
-            why = next((each for each in reasons if each is not None), None)
-        if why is not None:
-            raise ShadowPeftError(
-                f"{name} could not be written to '{run_dir}' ({why}); earlier checkpoints are untouched, free some space and "
-                "resume"
-            ) from failure
-
 
 class EpochSampler(LengthGroupedSampler):
     """Batches of rows of similar length, in an order that seed and epoch alone decide.
@@ -361,56 +263,6 @@ class EpochSampler(LengthGroupedSampler):
 
 class ShadowTrainer(ShadowLossMixin, Trainer):
     """transformers' ``Trainer`` for a model with a shadow adapter; see :class:`ShadowLossMixin`."""
-
-
-def reason(error: BaseException) -> str:
-    """Why a write failed, in a few words."""
-    text = str(getattr(error, "strerror", None) or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def sync(folder: Path) -> None:
-    """Ask the system to have the files of ``folder`` on disk before it is renamed."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_names(path)
-
-
-def sync_names(path: Path) -> None:
-    """The same for one file, or for the names in one folder: after a rename, the new name is on disk too."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def clear_leftovers(run_dir: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted; nothing of it was ever a checkpoint."""
-    for path in run_dir.glob(f"{_PARTIAL}{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
-    """Keep the newest ``limit`` checkpoints; the newest and the best one stay always.
-
-    Each is renamed before it is deleted, so that a kill never leaves half a checkpoint under a checkpoint's name. The stock
-    rotation deletes in place and orders by time of change, and a deletion that was cut short is a change.
-    """
-    found = sort_checkpoints(str(run_dir), use_mtime=True)
-    if not limit or not found:
-        return
-    protected = {found[-1], *([] if best is None else [str(Path(best))])}
-    surplus = len(found) - max(limit, len(protected))
-    for path in [Path(p) for p in found if p not in protected][: max(surplus, 0)]:
-        discard(path)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; it loses its name first."""
-    aside = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(checkpoint, aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""``shadowpeft pretrain RUN.yaml``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.train import InterruptedRunError
+
+
+def main(run_file: str, resume: bool, as_json: bool) -> None:
+    """Check the run file, pretrain, print the result."""
+    from shadowpeft.train.pretrain_config import read_pretraining
+
+    run = read_pretraining(run_file)
+    quiet_libraries()
+    from accelerate import PartialState
+
+    from shadowpeft.train.pretrain import pretrain
+
+    result = pretrain(run, resume=resume, quiet=as_json)
+    if PartialState().is_main_process:
+        show(Console(), result if as_json else _flat(result), "pretraining", as_json)
+    if result["interrupted"]:
+        raise InterruptedRunError(
+            f"stopped after step {result['steps']} of {result['planned_steps']}; continue with: shadowpeft pretrain "
+            f"{run_file} --resume"
+        )
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that fits into a table."""
+    plain = {k: v for k, v in result.items() if v is not None and not isinstance(v, (dict, list))}
+    lists = {k: len(result[k]) for k in ("skipped",) if result[k]}
+    return {**plain, **lists, **{f"perplexity of {k}": v for k, v in result["perplexity_by_corpus"].items()}}

@@ -1,0 +1,171 @@
+"""kill -9 at any moment of a pretraining run: what is left is whole, and the same command leads to the same end, bit for bit.
+
+The kills are those of ``test_kill.py``: by the clock, on sight of a half-written checkpoint, before the n-th change of a file.
+Run with: pytest -m durability tests/durability/test_kill_pretrain.py
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers.trainer_utils import get_last_checkpoint
+
+from chatbase import save_base, write_rows
+from shadowpeft.hf.projected import read_projected
+from shadowpeft.train.progress import read_metrics
+
+pytestmark = pytest.mark.durability
+TIMES = ("runtime", "per_second")
+PLACES = {"seconds", "tokens_per_second", "resumed_from_step", "peak_memory_bytes", "shadow", "stock", "commit"}
+
+
+class Server:
+    """The fork server, with one pretraining run in a folder of its own per call."""
+
+    def __init__(self, folder):
+        paths = [str(Path(__file__).parent), *(p for p in sys.path if p)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)},
+        )
+        assert json.loads(self.process.stdout.readline()) == {"ready": True}
+        text = folder / "text"
+        text.mkdir()
+        for shard in range(3):
+            rows = [{"text": f"shard {shard} document {i} " + "word " * (i % 7 + 1)} for i in range(9)]
+            write_rows(text / f"{shard}.jsonl", rows)
+        held = write_rows(folder / "held.jsonl", [{"text": f"held out {i}"} for i in range(30)])
+        self.run_file = {
+            "base": save_base(folder / "base"),
+            "backbone": {"layers": "spread", "count": 2},
+            "text": {
+                "corpora": [{"path": str(text), "weight": 2.0}, {"path": held}],
+                "validation": [{"path": held}],
+                "sequence_length": 32,
+                "shuffle_buffer": 7,
+                "validation_sequences": 4,
+            },
+            "training": {
+                "max_steps": 12,
+                "batch_size": 2,
+                "gradient_accumulation": 2,
+                "learning_rate": 0.01,
+                "warmup": 1,
+                "eval_every": 4,
+                "save_every": 3,
+                "log_every": 2,
+                "threads": 1,
+            },
+        }
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+    def run(self, folder, kill=None):
+        file, log = (folder.parent / f"{folder.name}.{end}" for end in ("yaml", "log"))
+        file.write_text(yaml.safe_dump({**self.run_file, "output": str(folder)}))
+        args = ["pretrain", str(file), "--resume", "--json"]  # the same command, begun or not
+        request = {"job": "cli", "args": args, "kill": kill, "folder": str(folder), "log": str(log)}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert answer["killed"] or answer["code"] == 0, log.read_text()
+        return answer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, tmp_path_factory):
+    """The folder of a run that nobody killed, its seconds and its number of changes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    seconds = server.run(folder)["seconds"]
+    return folder, seconds, int((folder.parent / "run.changes").read_text())
+
+
+def check_whole(folder):
+    """What has its lasting name is whole."""
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        step = json.loads((path / "trainer_state.json").read_text())["global_step"]
+        assert path.name == f"checkpoint-{step}"
+        assert json.loads((path / "stream.json").read_text())["number"] == 4 * step
+        load_file(path / "stream.safetensors")
+        load_file(path / "model.safetensors")
+        torch.load(path / "optimizer.pt", weights_only=True)
+    if (folder / "shadow").is_dir():
+        read_projected(folder / "shadow")
+    if (folder / "stock").is_dir():
+        load_file(folder / "stock" / "model.safetensors")
+    if (folder / "result.json").is_file():
+        json.loads((folder / "result.json").read_text())
+
+
+def assert_same_end(folder, expected):
+    last, goal = (Path(get_last_checkpoint(str(f))) for f in (folder, expected))
+    assert last.name == goal.name == "checkpoint-12"
+    for one, other in ((last, goal), (folder / "shadow", expected / "shadow"), (folder / "stock", expected / "stock")):
+        mine, theirs = (load_file(f / "model.safetensors") for f in (one, other))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items()), one
+    for name in ("stream.json", "stream.safetensors"):
+        assert (last / name).read_bytes() == (goal / name).read_bytes()
+    records = [
+        [{k: v for k, v in r.items() if not k.endswith(TIMES)} for r in read_metrics(f)] for f in (folder, expected)
+    ]
+    assert records[0] == records[1]
+    results = [json.loads((f / "result.json").read_text()) for f in (folder, expected)]
+    assert {k for k in results[0] if results[0][k] != results[1][k]} <= PLACES
+    assert not [p for p in folder.iterdir() if p.name.startswith(("partial-", "old-"))]
+
+
+@pytest.mark.timeout(1800)
+def test_thirty_kills(server, undisturbed, tmp_path):
+    expected, seconds, changes = undisturbed
+    assert changes > 50
+    draw = random.Random(11)
+    hits, episode = 0, 0
+    while hits < 30:
+        episode += 1
+        assert episode < 60, "the kills miss"
+        folder = tmp_path / f"run{episode}"
+        for number in range(5):
+            kind = (episode + number) % 3
+            kill = (
+                {"change": draw.randint(1, changes)}
+                if kind == 0
+                else {"sight": draw.uniform(0, 0.05)}
+                if kind == 1
+                else {"after": draw.uniform(0.05, seconds)}
+            )
+            hit = server.run(folder, kill)["killed"]
+            hits += hit
+            check_whole(folder)
+            if not hit:
+                break
+        server.run(folder)
+        check_whole(folder)
+        assert_same_end(folder, expected)
+
+
+def test_a_fresh_process_computes_what_a_forked_one_does(server, undisturbed, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**server.run_file, "output": str(tmp_path / "run")}))
+    command = [sys.executable, "-m", "shadowpeft.cli", "pretrain", str(file)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert_same_end(tmp_path / "run", undisturbed[0])
