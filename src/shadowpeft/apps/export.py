@@ -109,7 +109,7 @@ def run(
     """
     from safetensors import SafetensorError
 
-    from shadowpeft.train.trainer import reason
+    from shadowpeft.train.checkpoints import reason
 
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
     before = sum(p.numel() * p.element_size() for p in model.parameters())
