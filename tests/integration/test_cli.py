@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
+from shadowpeft.presets import PRESETS
 from shadowpeft.train.progress import read_metrics
 
 COMMANDS = ("train", "pretrain", "eval", "generate", "chat", "detach", "convert", "plan", "info", "doctor", "demo")
@@ -267,7 +268,7 @@ def test_info(monkeypatch, capsys, road, adapter):
     assert (code, err) == (0, "")
     assert record["parameters"] == json.loads((road / "run" / "summary.json").read_text())["trainable_parameters"]
     assert record["parameters"] == sum(v for k, v in record.items() if k.startswith("parameters_"))
-    assert (record["rank"], record["alpha"], record["lambda"]) == (4, 0.7, 0.05)
+    assert (record["rank"], record["alpha"], record["lambda"]) == (4, 0.7, PRESETS["tuned"]["auxiliary_loss_weight"])
     assert record["base"] == str(road / "base")
     code, out, _ = call(monkeypatch, capsys, "info", adapter)
     assert code == 0
