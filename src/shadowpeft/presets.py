@@ -13,7 +13,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shadow_dropout": 0.1,
         "shadow_init": "base_layers",
         "auxiliary_loss_weight": 0.3,
-        "shadow_num_hidden_layers": 2,
     },
 }
 """``paper``: the settings behind Table 1 where they are one for all tasks (method.md). ``tuned``: the ablation of
@@ -31,8 +30,8 @@ _SHAPES = (
 def preset(name: str, **given: Any) -> dict[str, Any]:
     """Fields of ``ShadowPeftConfig``: those of a preset, with ``given`` laid over them.
 
-    What a preset says of a mirrored shadow's start and depth is left out where ``given`` names a ``shadow_model``, and its
-    start also where ``given`` changes a width, since such a shadow has no layers to copy.
+    What a preset says of a mirrored shadow's start is left out where ``given`` names a ``shadow_model`` or changes a width, since
+    such a shadow has no layers to copy.
 
     Raises:
         ConfigError: if there is no such preset.
@@ -41,8 +40,6 @@ def preset(name: str, **given: Any) -> dict[str, Any]:
         raise ConfigError(f"preset is {name!r} but must be one of {', '.join(PRESETS)}")
     fields = dict(PRESETS[name])
     explicit = given.get("shadow_model", "mirror") != "mirror"
-    if explicit:
-        fields.pop("shadow_num_hidden_layers", None)
     if explicit or any(given.get(shape) is not None for shape in _SHAPES):
         fields.pop("shadow_init", None)
     return {**fields, **given}
