@@ -341,13 +341,13 @@ TABLES: dict[str, Callable[[Page, Spec, dict[str, Any]], list[str]]] = {
 # ----------------------------------------------------------------------------------------------------------------- figures
 
 
-def _canvas(width: float = 8.0) -> tuple[Any, Any, Any]:
+def _canvas(width: float = 8.0, height: float = 4.5) -> tuple[Any, Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(width, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(alpha=0.3)
@@ -374,7 +374,7 @@ def _mean(records: list[dict[str, Any]], key: str) -> tuple[float, float, float]
 
 def bars(page: Page, spec: Spec, path: Path) -> None:
     """Score and interval of every method on every task that was run."""
-    columns = _columns(spec)
+    columns = [(t, title, e) for t, title, e in _columns(spec) if any(_scores(page, spec, t, e))]
     plt, figure, axes = _canvas(max(8.0, 1.6 * len(columns)))
     series = [(name, mode) for name, method in spec.methods.items() for mode in MODES[method.method]]
     width = 0.8 / len(series)
@@ -395,6 +395,42 @@ def bars(page: Page, spec: Spec, path: Path) -> None:
     axes.set_ylabel("score, %")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, ncols=2)
+    _save(plt, figure, path)
+
+
+def _scores(page: Page, spec: Spec, task: str, evaluation: Any) -> list[tuple[float, float, float] | None]:
+    """Score and interval of each method and mode, in the order of the spec."""
+    found = []
+    for name, method in spec.methods.items():
+        records = [r for r in of(page, spec, task, name) or [] if r is not None]
+        found += [_mean(records, _key(task, mode, evaluation)) for mode in MODES[method.method]]
+    return found
+
+
+def rows(page: Page, spec: Spec, path: Path) -> None:
+    """Score and interval of every row of an ablation that was run, a panel for each task."""
+    columns = [(t, title, e) for t, title, e in _columns(spec) if any(_scores(page, spec, t, e))]
+    labels = [label(spec, name, mode) for name, method in spec.methods.items() for mode in MODES[method.method]]
+    found = [_scores(page, spec, task, evaluation) for task, _, evaluation in columns]
+    shown = [i for i in range(len(labels)) if any(scores[i] for scores in found)]
+    plt, figure, axes = _canvas(6.0 + 3.0 * len(columns), 1.2 + 0.32 * len(shown))
+    axes.remove()
+    for number, ((_, title, _), scores) in enumerate(zip(columns, found, strict=True), 1):
+        panel = figure.add_subplot(1, len(columns), number)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_axisbelow(True)
+        for at, i in enumerate(shown):
+            score = scores[i]
+            if score is not None:
+                sides = [[max(score[0] - score[1], 0.0)], [max(score[2] - score[0], 0.0)]]
+                colour = COLOURS["detached" if labels[i].endswith(" detached") else "attached"]
+                panel.barh(at, score[0], 0.7, xerr=sides, color=colour, capsize=2)
+        panel.set_yticks(range(len(shown)), [labels[i] for i in shown] if number == 1 else [""] * len(shown))
+        panel.invert_yaxis()
+        panel.set_xlim(left=0)
+        panel.set_xlabel(f"{title}: score, %")
     _save(plt, figure, path)
 
 
@@ -465,7 +501,7 @@ def trade(page: Page, spec: Spec, path: Path) -> None:
 
 FIGURES: dict[str, Callable[[Page, Spec, Path], None]] = {
     "table1": bars,
-    "ablation": bars,
+    "ablation": rows,
     "scaling": curves,
     "latency": latencies,
     "system": trade,
