@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from shadowpeft.core import head_loss, pseudo_inverse_projection
+from shadowpeft.core import head_loss, solve_projection
 from shadowpeft.core.losses import IGNORE, HeadLoss
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import _pretrained
-from shadowpeft.hf.pieces import BaseEnds, pruned_backbone, pruned_layers
+from shadowpeft.hf.backbone import _pretrained, copied_layers
+from shadowpeft.hf.pieces import BaseEnds, pruned_backbone
 from shadowpeft.hf.projected import Projected, is_projected, read_projected, to_stock, write_projected
+from shadowpeft.hf.vocabulary import align_embedding, common_rows
 
 CHUNK = 512
 """Rows of logits that exist at a time."""
@@ -178,9 +179,10 @@ def build_shadow(
     head = base.read_head()
     d = base.hidden_size
     if layers is not None:
-        indices = pruned_layers(base.config, layers, count)
+        kind = "base_layers" if layers == "first" else "base_layers_spread"
+        indices = copied_layers(base.config, count, kind)
         backbone = pruned_backbone(base, indices, copy=start != "random")
-        record = {"layers": indices, "start": start or ("base_layers" if layers == "first" else "base_layers_spread")}
+        record = {"layers": indices, "start": start or kind}
     elif model is not None and is_projected(model):
         if start is not None:
             raise ConfigError(f"start is '{start}' but '{model}' brings its own projection; remove start")
@@ -192,6 +194,10 @@ def build_shadow(
     elif model is not None:
         small = _pretrained(AutoModelForCausalLM, model)
         backbone = small.base_model
+        rows = (len(head), len(small.get_input_embeddings().weight))
+        tokens = common_rows(base, small, rows)
+        if rows[0] != rows[1]:
+            align_embedding(backbone, rows[0])
         record = {"model": model, "start": start or "pseudo_inverse"}
         if int(backbone.config.hidden_size) == d:
             if start is not None:
@@ -204,12 +210,7 @@ def build_shadow(
             projection = nn.Linear(int(backbone.config.hidden_size), d, bias=False).weight.detach().clone()
         else:
             theirs = small.get_output_embeddings().weight.detach()
-            if theirs.shape[0] != head.shape[0]:
-                raise ConfigError(
-                    f"the head of '{model}' has {theirs.shape[0]} rows and that of the base {head.shape[0]}; use a model with "
-                    "the base's tokenizer and vocabulary size"
-                )
-            projection = pseudo_inverse_projection(head, theirs).clone()
+            projection = solve_projection(head, theirs, rows=tokens).weight.clone()
     else:
         raise ConfigError("neither layers nor model of the backbone is given; give one")
     if MODEL_MAPPING.get(type(backbone.config), None) is not type(backbone):

@@ -40,6 +40,7 @@ from shadowpeft.evaluate.record import commit, peak_memory
 from shadowpeft.hf.files import read_json, shorten
 from shadowpeft.hf.pieces import BaseEnds, open_base
 from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
+from shadowpeft.hf.vocabulary import shared_tokens
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
@@ -560,12 +561,7 @@ def _result(
 def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[ProjectedShadow, dict[str, Any]]:
     t, b = run.training, run.backbone
     if b.model is not None:
-        other = load_tokenizer(b.model)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(
-                f"the backbone '{b.model}' has another tokenizer than the base '{run.base}'; a shadow reads the base's "
-                "tokens, use a model of the same family"
-            )
+        shared_tokens(tokenizer, load_tokenizer(b.model))
     set_seed(t.seed)
     model, start = build_shadow(
         base,
