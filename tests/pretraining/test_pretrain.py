@@ -541,7 +541,7 @@ def test_models_that_do_not_belong_together(config, tmp_path, made):
         ({"training": {"tokens": 100}}, "exactly one of training.tokens and training.max_steps"),
         ({"training": {"decay": 0.5}}, "belongs to the schedule wsd"),
         ({"training": {"learning_rat": 0.5}}, "did you mean 'learning_rate'"),
-        ({"loss": "kl"}, "unknown key 'loss'"),
+        ({"lr": 1.0}, "unknown key 'lr'"),
         ({"text": {"validation": []}}, "training.eval_every is set but text.validation is empty"),
     ],
 )

@@ -6,14 +6,15 @@ are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
@@ -22,6 +23,7 @@ from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import find_file
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import BUILD_ERRORS, quote, read_header, read_json, shorten
+from shadowpeft.hf.fingerprint import fingerprint
 from shadowpeft.hf.head import logit_scale, soft_cap
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,8 +99,10 @@ class BaseEnds:
 
     name: str
     """As given: alias, folder or Hub id."""
+    model: Any
+    """The whole model, on the meta device."""
     parts: Anatomy
-    """On the meta device."""
+    """Its parts."""
     whole: PreTrainedConfig
     """The configuration of the whole model."""
     checkpoint: Checkpoint
@@ -128,6 +132,17 @@ class BaseEnds:
         """The token embedding ``(V, d)``, in its stored dtype."""
         return self.checkpoint.read([self.embedding_name])[self.embedding_name]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What :func:`shadowpeft.hf.fingerprint.fingerprint` gives of the loaded base, from the few tensors that it samples."""
+        names = {id(module): f"{n}.weight" for n, module in self.model.named_modules()}
+
+        @contextmanager
+        def read(module: nn.Module) -> Iterator[Tensor]:
+            name = names[id(module)]
+            yield self.checkpoint.read([name])[name]
+
+        return fingerprint(self.model, self.parts, read)
+
 
 def described(name: str) -> tuple[Any, Checkpoint]:
     """A causal language model by alias, folder or Hub id, on the meta device, and its files.
@@ -146,7 +161,7 @@ def described(name: str) -> tuple[Any, Checkpoint]:
 
 
 def stored_name(name: str, layers: str, indices: list[int]) -> str:
-    """The base's name of what a model of its layers ``indices`` calls ``name``: ``layers.i.rest`` is ``layers.indices[i].rest``."""
+    """The base's name of what a model of its layers ``indices`` calls ``name``: ``layers.i`` there is ``layers.indices[i]``."""
     if not name.startswith(f"{layers}."):
         return name
     place, _, rest = name.removeprefix(f"{layers}.").partition(".")
@@ -178,7 +193,7 @@ def open_base(name: str) -> BaseEnds:
     tied = any(getattr(each, "tie_word_embeddings", False) for each in (config, parts.config))
     if checkpoint.find(output) is None and tied:
         output = embedding
-    return BaseEnds(name, parts, config, checkpoint, embedding, output)
+    return BaseEnds(name, model, parts, config, checkpoint, embedding, output)
 
 
 def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool) -> Any:
