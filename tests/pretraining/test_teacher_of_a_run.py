@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_the_loss_of_a_step_is_that_of_each_document_alone(config, made, loss):
     total, count = 0.0, 0
     for sequence in sequences_of(config(), 4):
         starts = [i for i, p in enumerate(sequence.positions) if p == 0] + [32]
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             ids = torch.from_numpy(sequence.ids[begin:end])[None]
             with torch.no_grad():
                 log_p, log_q = (m(ids).logits[0, :-1].log_softmax(-1) for m in (base, student))
@@ -84,7 +85,9 @@ def test_the_loss_of_a_step_is_that_of_each_document_alone(config, made, loss):
 
 def test_the_gradient_is_that_of_the_losses_apart():
     torch.manual_seed(3)
-    model = ProjectedShadow(chat_model(hidden_size=24, num_attention_heads=2).model, torch.randn(32, 24), torch.randn(V, 32))
+    model = ProjectedShadow(
+        chat_model(hidden_size=24, num_attention_heads=2).model, torch.randn(32, 24), torch.randn(V, 32)
+    )
     ids = torch.randint(4, V, (2, 30))
     positions = torch.cat([torch.arange(n) for n in (9, 21)]).expand(2, -1)
     labels = torch.where(positions == 0, -100, ids)
@@ -116,7 +119,7 @@ def test_the_cache_holds_what_the_base_says_of_each_document_alone(config, made)
         ids, log_probs = cache[number]
         starts = [i for i, p in enumerate(sequence.positions) if p == 0] + [32]
         assert len(starts) > 2
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             with torch.no_grad():
                 alone = base(torch.from_numpy(sequence.ids[begin:end])[None]).logits[0].log_softmax(-1)
             torch.testing.assert_close(alone.gather(-1, ids[begin:end]), log_probs[begin:end], rtol=2e-3, atol=1e-3)
@@ -239,6 +242,7 @@ def test_a_wrong_cache_is_refused_before_a_folder_is_made(config, made, tmp_path
         ({"text": {**sections["text"], "sequence_length": 16}}, DataError, "has data = "),
         ({"text": {**sections["text"], "shuffle_buffer": 6}}, DataError, "has data = "),
         ({"training": {"max_steps": 1, "seed": 1}}, DataError, "has data = "),
+        ({"teacher": {**shared, "precision": "bfloat16"}}, DataError, "has data = "),
         ({"teacher": {"folder": str(Path(made["base"]))}}, DataError, "is no teacher cache and not empty"),
         ({"teacher": {**shared, "k": 261}}, ConfigError, "teacher.k is 261 but the base has a vocabulary of 260"),
     ):

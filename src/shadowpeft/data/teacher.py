@@ -364,7 +364,8 @@ def _look(
                 "folder"
             )
         return record
-    if folder.exists() and (not folder.is_dir() or any(p.name != INDEX + _PARTIAL for p in folder.iterdir())):
+    fresh = (INDEX, INDEX + _PARTIAL)  # another process may have made the index since the line above looked
+    if folder.exists() and (not folder.is_dir() or any(p.name not in fresh for p in folder.iterdir())):
         raise DataError(f"'{folder}' is no teacher cache and not empty; choose another folder")
     return None
 

@@ -114,7 +114,8 @@ class Lesson:
 
 
 def data_fingerprint(run: PretrainConfig, stream: PackedStream, tokenizer: Any) -> str:
-    """Of all that decides which sequences a run reads: settings of the text, seed, names and sizes of the shards, tokens.
+    """Of all that decides which sequences a run reads: settings of the text, seed, names and sizes of the shards, tokens;
+    and of the precision in which the base reads them.
 
     What it does not see (a file changed within its size, a data set changed on the Hub) is found sequence by sequence, by
     :meth:`~shadowpeft.data.teacher.TeacherCache.look_up`.
@@ -125,8 +126,13 @@ def data_fingerprint(run: PretrainConfig, stream: PackedStream, tokenizer: Any) 
         "shards": [shard_record(source) for source in stream.mixture.sources],
         "end": stream.mixture.end,
         "tokens": tokenizer.get_vocab(),
+        "precision": _precision(run),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _precision(run: PretrainConfig) -> str:
+    return (run.teacher and run.teacher.precision) or run.training.precision
 
 
 def make_cache(
@@ -154,7 +160,7 @@ def make_cache(
             f"the base reads {lesson.sequences:,} sequences once; what it says takes {needed / 1e9:.2f} GB in "
             f"'{lesson.folder}'"
         )
-    precision = lesson.teacher.precision or lesson.run.training.precision
+    precision = _precision(lesson.run)
     model: Any = load_base(lesson.run.base, dtype=DTYPES[precision])
     model.requires_grad_(False).to(args.device)
     check_teacher_separation(model, SEPARATE if precision == "float32" else 0.05)
