@@ -72,9 +72,9 @@ class Server:
         self.process.stdin.close()
         self.process.wait(timeout=30)
 
-    def run(self, folder, kill=None):
+    def run(self, folder, kill=None, **sections):
         file, log = (folder.parent / f"{folder.name}.{end}" for end in ("yaml", "log"))
-        file.write_text(yaml.safe_dump({**self.run_file, "output": str(folder)}))
+        file.write_text(yaml.safe_dump({**self.run_file, **sections, "output": str(folder)}))
         args = ["pretrain", str(file), "--resume", "--json"]  # the same command, begun or not
         request = {"job": "cli", "args": args, "kill": kill, "folder": str(folder), "log": str(log)}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -161,6 +161,28 @@ def test_thirty_kills(server, undisturbed, tmp_path):
         server.run(folder)
         check_whole(folder)
         assert_same_end(folder, expected)
+
+
+@pytest.mark.timeout(1800)
+def test_a_kill_before_any_change_of_a_file_until_the_teacher_s_cache_is_finished(server, tmp_path):
+    lesson = {"loss": "both", "teacher": {"k": 5, "batch_size": 3}}
+    expected = tmp_path / "expected"
+    server.run(expected, **lesson)
+    wanted = {p.name: p.read_bytes() for p in (expected / "teacher").iterdir()}
+    unfinished = 0
+    for change in range(1, 60):
+        folder = tmp_path / f"run{change}"
+        assert server.run(folder, {"change": change}, **lesson)["killed"]
+        index = folder / "teacher" / "teacher.json"
+        finished = index.is_file() and "sequences" in json.loads(index.read_text())
+        unfinished += (folder / "teacher").is_dir() and not finished
+        server.run(folder, **lesson)
+        assert {p.name: p.read_bytes() for p in (folder / "teacher").iterdir()} == wanted
+        assert_same_end(folder, expected)
+        if finished:
+            break
+    assert finished
+    assert unfinished > 4
 
 
 def test_a_fresh_process_computes_what_a_forked_one_does(server, undisturbed, tmp_path):

@@ -53,7 +53,7 @@ def config(made, tmp_path):
             "output": str(tmp_path / name),
         }
         for section, values in sections.items():
-            replaced = section == "backbone" or not isinstance(values, dict)
+            replaced = section in ("backbone", "teacher") or not isinstance(values, dict)
             content[section] = values if replaced else {**content[section], **values}
         return parse_pretraining(content, "the test's run")
 

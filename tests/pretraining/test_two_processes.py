@@ -32,11 +32,25 @@ def launch(file, *options):
     )
 
 
-def write(tmp_path, config, name, **training):
-    run = config(name, training=training)
+def write(tmp_path, config, name, sections=None, **training):
+    run = config(name, training=training, **(sections or {}))
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(run.model_dump()))
     return run, file
+
+
+def test_two_processes_share_a_teacher(config, tmp_path):
+    lesson = {"loss": "both", "teacher": {"k": 5, "batch_size": 3}}
+    run, file = write(tmp_path, config, "two", lesson, batch_size=1)
+    done = launch(file)
+    assert done.returncode == 0, done.stderr[-4000:]
+    two, one = json.loads(done.stdout), pretrain(config("one", training={"batch_size": 2}, **lesson), quiet=True)
+    built, alone = (Path(folder) / "teacher" for folder in (run.output, Path(one["shadow"]).parent))
+    assert {p.name: p.read_bytes() for p in built.iterdir()} == {p.name: p.read_bytes() for p in alone.iterdir()}
+    losses = [[r["loss"] for r in read_metrics(folder.parent) if "loss" in r] for folder in (built, alone)]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
 
 
 def test_two_processes_are_one_with_twice_the_batch(config, tmp_path):

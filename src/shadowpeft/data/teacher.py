@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shadowpeft.errors import AdapterFileError, ConfigError, DataError
+from shadowpeft.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.files import quote, read_json, shorten
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
@@ -43,7 +44,7 @@ class TeacherCache:
 
     Args:
         folder: what :meth:`build` has written.
-        model: the base; if given, its fingerprint is compared with the recorded one.
+        model: the base, or its fingerprint; if given, the fingerprint is compared with the recorded one.
         data: fingerprint of the data; if given, it is compared with the recorded one.
         k: if given, it is compared with the recorded one.
 
@@ -53,7 +54,12 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, *, model: nn.Module | None = None, data: str | None = None, k: int | None = None
+        self,
+        folder: str | Path,
+        *,
+        model: nn.Module | dict[str, Any] | None = None,
+        data: str | None = None,
+        k: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         record = _read_record(self.folder)
@@ -93,6 +99,34 @@ class TeacherCache:
         ids, log_probs = self._read(index, "ids", "log_probs")
         return ids.long(), log_probs.float()
 
+    def look_up(self, numbers: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the base says about the sequences ``numbers``, which must be those that it read.
+
+        Args:
+            tokens: ``(B, T)``, theirs.
+
+        Returns:
+            ``ids`` ``(B, T, k)`` int64 and ``log_probs`` ``(B, T, k)`` float32, as :meth:`__getitem__` gives them.
+
+        Raises:
+            DataError: if a sequence has other tokens, or is none of the cache's.
+        """
+        found = []
+        for number, row in zip(numbers, tokens, strict=True):
+            if not 0 <= number < len(self):
+                raise DataError(
+                    f"sequence {number} was asked for but the teacher cache '{self.folder}' has {len(self)}; build one of "
+                    "this text in another folder"
+                )
+            known, ids, log_probs = self._read(number, "tokens", "ids", "log_probs")
+            if not torch.equal(known.long(), row.cpu().long()):
+                raise DataError(
+                    f"sequence {number} of the stream differs from the one in the teacher cache '{self.folder}'; build other "
+                    "data into another folder"
+                )
+            found.append((ids.long(), log_probs.float()))
+        return torch.stack([ids for ids, _ in found]), torch.stack([log_probs for _, log_probs in found])
+
     def tokens(self, index: int) -> Tensor:
         """The tokens of sequence ``index``, ``(T,)`` int64, as the base read them."""
         return self._read(index, "tokens")[0].long()
@@ -112,11 +146,23 @@ class TeacherCache:
                 f"{path} cannot be read ({shorten(error)}); build the cache anew in another folder"
             ) from error
 
+    @staticmethod
+    def is_finished(
+        folder: str | Path, *, model: nn.Module | dict[str, Any], data: str, k: int, temperature: float = 1.0
+    ) -> bool:
+        """Whether a build of these arguments is finished in ``folder``; False if it was cut short or never begun.
+
+        Raises:
+            DataError, BaseMismatchError: as :meth:`build`, if the folder holds anything else.
+        """
+        record = _look(Path(folder), model, data, k, temperature)
+        return record is not None and type(record.get("sequences")) is int
+
     @classmethod
     def build(
         cls,
         model: nn.Module,
-        batches: Iterable[Tensor],
+        batches: Iterable[Tensor | tuple[Tensor, Tensor]],
         folder: str | Path,
         k: int,
         *,
@@ -134,8 +180,9 @@ class TeacherCache:
 
         Args:
             model: a causal language model, run in evaluation mode and without gradients; its mode is put back.
-            batches: int tensors ``(B, T)`` without padding, all of one ``T``; ``B`` may vary. Every call must give the same
-                sequences in the same order; batches that are on disk are iterated over, not run.
+            batches: int tensors ``(B, T)`` without padding, all of one ``T``; ``B`` may vary. Packed documents come as a pair
+                with the positions ``(B, T)``, which begin at 0 with each. Every call must give the same sequences in the same
+                order; batches that are on disk are iterated over, not run.
             folder: is made if it does not exist; it must hold nothing else.
             k: tokens to keep, at most ``V``.
             data: fingerprint of the data, recorded and compared when the cache is opened or continued.
@@ -161,7 +208,8 @@ class TeacherCache:
         model.eval()
         try:
             for batch in batches:
-                sink.add(batch, lambda rows: _likely(model, rows, k, temperature, chunk))
+                rows, places = batch if isinstance(batch, tuple) else (batch, None)
+                sink.add(rows, partial(_likely, model, rows, places, k=k, temperature=temperature, chunk=chunk))
         finally:
             model.train(training)
         sink.finish()
@@ -187,8 +235,8 @@ class _Sink:
         self.waiting: list[dict[str, Tensor]] = []
         self.known: tuple[int, Tensor] | None = None
 
-    def add(self, batch: Tensor, likely: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        """Take a batch; ``likely`` is called with those of its rows that are not on disk."""
+    def add(self, batch: Tensor, likely: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        """Take a batch; ``likely`` is called with the number of its first rows that are on disk, if there are others."""
         length = self.record.get("length") or (batch.shape[1] if batch.dim() == 2 else 0)
         if batch.dim() != 2 or batch.is_floating_point() or batch.shape[1] != length or not length:
             raise ConfigError(
@@ -210,7 +258,7 @@ class _Sink:
                 f"the teacher cache '{self.folder}' is finished with {self.written} sequences but there are more; build them "
                 "into another folder"
             )
-        ids, log_probs = likely(new)
+        ids, log_probs = likely(old)
         self.waiting.append({"tokens": new.cpu().int(), "ids": ids.cpu().int(), "log_probs": log_probs.cpu().half()})
         while sum(len(part["tokens"]) for part in self.waiting) >= self.rows_per_shard:
             self._write(self.rows_per_shard)
@@ -259,9 +307,15 @@ class _Sink:
 
 
 @torch.no_grad()
-def _likely(model: Any, batch: Tensor, k: int, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` most likely tokens after each of ``batch`` ``(B, T)`` and their log-probabilities, both ``(B, T, k)``."""
-    logits = model(input_ids=batch.long().to(device_of(model)), use_cache=False).logits
+def _likely(
+    model: Any, batch: Tensor, positions: Tensor | None, first: int, *, k: int, temperature: float, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` most likely tokens after each of ``batch[first:]`` ``(B, T)`` and their log-probabilities, ``(B, T, k)``."""
+    batch, device = batch[first:], device_of(model)
+    inputs = {"input_ids": batch.long().to(device)}
+    if positions is not None:
+        inputs["position_ids"] = positions[first:].long().to(device)
+    logits = model(**inputs, use_cache=False).logits
     if k > logits.shape[-1]:
         raise ConfigError(f"k is {k} but the base has a vocabulary of {logits.shape[-1]}; lower k")
     if not bool(torch.isfinite(logits).all()):
@@ -279,19 +333,11 @@ def _likely(model: Any, batch: Tensor, k: int, temperature: float, chunk: int) -
 
 def _start(folder: Path, model: nn.Module, k: int, data: str, temperature: float) -> dict[str, Any]:
     """The record of the build: of the one that is continued, or a new one."""
-    if (folder / INDEX).is_file():
-        record = _read_record(folder)
-        _compare(folder, record, model=model, data=data, k=k)
-        if record["temperature"] != temperature:
-            raise DataError(
-                f"the teacher cache '{folder}' has temperature {record['temperature']}, not {temperature}; build into another "
-                "folder"
-            )
+    found = _look(folder, model, data, k, temperature)
+    if found is not None:
         for path in folder.glob(f"shard-*{_PARTIAL}"):
             path.unlink()
-        return record
-    if folder.exists() and (not folder.is_dir() or any(p.name != INDEX + _PARTIAL for p in folder.iterdir())):
-        raise DataError(f"'{folder}' is no teacher cache and not empty; choose another folder")
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "format_version": FORMAT_VERSION,
@@ -303,6 +349,25 @@ def _start(folder: Path, model: nn.Module, k: int, data: str, temperature: float
     }
     _write_json(folder / INDEX, record)
     return record
+
+
+def _look(
+    folder: Path, model: nn.Module | dict[str, Any], data: str, k: int, temperature: float
+) -> dict[str, Any] | None:
+    """The record of a build of these arguments, or None if the folder is empty or not there."""
+    if (folder / INDEX).is_file():
+        record = _read_record(folder)
+        _compare(folder, record, model=model, data=data, k=k)
+        if record["temperature"] != temperature:
+            raise DataError(
+                f"the teacher cache '{folder}' has temperature {record['temperature']}, not {temperature}; build into another "
+                "folder"
+            )
+        return record
+    fresh = (INDEX, INDEX + _PARTIAL)  # another process may have made the index since the line above looked
+    if folder.exists() and (not folder.is_dir() or any(p.name not in fresh for p in folder.iterdir())):
+        raise DataError(f"'{folder}' is no teacher cache and not empty; choose another folder")
+    return None
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -321,14 +386,27 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _compare(folder: Path, record: dict[str, Any], *, model: nn.Module | None, data: str | None, k: int | None) -> None:
+def _compare(
+    folder: Path,
+    record: dict[str, Any],
+    *,
+    model: nn.Module | dict[str, Any] | None,
+    data: str | None,
+    k: int | None,
+) -> None:
     for name, value in (("data", data), ("k", k)):
         if value is not None and record[name] != value:
             raise DataError(
                 f"the teacher cache '{folder}' has {name} = {quote(record[name])}, not {quote(value)}; use another folder"
             )
     if model is not None:
-        check_fingerprint(record["base"], fingerprint(model, anatomy(model)))
+        found = model if isinstance(model, dict) else fingerprint(model, anatomy(model))
+        try:
+            check_fingerprint(record["base"], found)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(
+                f"the teacher cache '{folder}' is of another base: {str(error).partition(';')[0]}; use another folder"
+            ) from error
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -204,19 +204,24 @@ def mirror_config(
 
 
 def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers") -> list[int]:
-    """Indices of ``depth`` of the base's attention layers: its first ones for ``shadow_init="base_layers"``; for
-    "base_layers_spread" those at ``floor(i n / depth)`` of its ``n``, so every ``n / depth``-th from the first on.
+    """Indices of ``depth`` of the base's ``n`` attention layers: its first ones for "base_layers"; from the first to the last
+    at equal distances, ``round(i (n - 1) / (depth - 1))``, for "base_layers_spread" (the first, if it is one only).
 
     Layers of a recurrent kind are passed over: a base reads its own recurrent state through the shared cache.
+
+    Raises:
+        ConfigError: if the base has fewer.
     """
     types = getattr(base, "layer_types", None) or ["full_attention"] * int(base.num_hidden_layers)
     found = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
     if len(found) < depth:
         raise ConfigError(
-            f"shadow_init='{init}' with {depth} layers was asked for but the base has {len(found)} attention layers to "
-            "copy; lower shadow_num_hidden_layers"
+            f"a shadow of {depth} layers of the base was asked for but the base has {len(found)} attention layers to copy; "
+            "ask for fewer"
         )
-    return found[:depth] if init == "base_layers" else [found[i * len(found) // depth] for i in range(depth)]
+    if init == "base_layers" or depth == 1:
+        return found[:depth]
+    return [found[round(i * (len(found) - 1) / (depth - 1))] for i in range(depth)]
 
 
 class BorrowedEmbedding(nn.Module):

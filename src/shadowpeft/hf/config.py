@@ -93,7 +93,7 @@ class ShadowPeftConfig(PeftConfig):
     """Hidden width ``d_s`` of a mirrored shadow; None: the base's. Another width needs ``share_embeddings=False``."""
     shadow_init: str = "random"
     """"random"; or a mirrored shadow of the same widths starts as a copy of layers of the base: "base_layers" its first ones,
-    "base_layers_spread" every n-th, n = L / depth, from the first on."""
+    "base_layers_spread" layers from its first to its last at equal distances."""
     projection_init: str = "random"
     """Start of ``W_p`` (Eq. 10) of an explicit shadow: "random", or "pseudo_inverse" (Eq. 12; needs the shadow's head)."""
     share_embeddings: bool | None = None

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shadowpeft.errors import BaseMismatchError
 from shadowpeft.hf.backbone import Anatomy
@@ -24,8 +26,16 @@ RELATED = 0.35
 """Up to here the weights are taken for a quantised or further trained relative; another model's error is about 1.4."""
 
 
-def fingerprint(model: nn.Module, parts: Anatomy) -> dict[str, Any]:
-    """Architecture, shapes, vocabulary, and ``SAMPLES`` values of the token embedding and of each sampled norm."""
+Read = Callable[[nn.Module], AbstractContextManager[Tensor]]
+"""Gives the weight of a module of the base."""
+
+
+def fingerprint(model: nn.Module, parts: Anatomy, read: Read = real_weight) -> dict[str, Any]:
+    """Architecture, shapes, vocabulary, and ``SAMPLES`` values of the token embedding and of each sampled norm.
+
+    Args:
+        read: where the weights come from; a model on the meta device has none of its own.
+    """
     config = parts.config
     shapes = {
         "hidden_size": parts.hidden_size,
@@ -41,10 +51,10 @@ def fingerprint(model: nn.Module, parts: Anatomy) -> dict[str, Any]:
             ).encode()
         ).hexdigest()[:16],
     }
-    return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts)}
+    return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts, read)}
 
 
-def _sample(model: nn.Module, parts: Anatomy) -> dict[str, list[float]]:
+def _sample(model: nn.Module, parts: Anatomy, read: Read) -> dict[str, list[float]]:
     sources: dict[str, nn.Module] = {"embedding": model.get_input_embeddings()}  # type: ignore[operator]
     for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):
         for name, weight in layer.named_parameters():
@@ -53,7 +63,7 @@ def _sample(model: nn.Module, parts: Anatomy) -> dict[str, list[float]]:
                 break
     values = {}
     for name, source in sources.items():
-        with real_weight(source) as real:
+        with read(source) as real:
             if real.device.type == "meta" or not real.is_floating_point():
                 continue
             flat = real.reshape(-1)

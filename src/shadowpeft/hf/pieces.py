@@ -6,22 +6,24 @@ are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import _LINEAR_TYPES, Anatomy, LayerChoice, anatomy, mirror_config
+from shadowpeft.hf.backbone import Anatomy, LayerChoice, anatomy, mirror_config
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import find_file
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import BUILD_ERRORS, quote, read_header, read_json, shorten
+from shadowpeft.hf.fingerprint import fingerprint
 from shadowpeft.hf.head import logit_scale, soft_cap
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -97,8 +99,10 @@ class BaseEnds:
 
     name: str
     """As given: alias, folder or Hub id."""
+    model: Any
+    """The whole model, on the meta device."""
     parts: Anatomy
-    """On the meta device."""
+    """Its parts."""
     whole: PreTrainedConfig
     """The configuration of the whole model."""
     checkpoint: Checkpoint
@@ -109,6 +113,11 @@ class BaseEnds:
     def config(self) -> PreTrainedConfig:
         """The text configuration."""
         return self.parts.config
+
+    @property
+    def name_or_path(self) -> str:
+        """Where its files and its tokenizer are."""
+        return self.checkpoint.source
 
     @property
     def hidden_size(self) -> int:
@@ -123,6 +132,41 @@ class BaseEnds:
         """The token embedding ``(V, d)``, in its stored dtype."""
         return self.checkpoint.read([self.embedding_name])[self.embedding_name]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What :func:`shadowpeft.hf.fingerprint.fingerprint` gives of the loaded base, from the few tensors that it samples."""
+        names = {id(module): f"{n}.weight" for n, module in self.model.named_modules()}
+
+        @contextmanager
+        def read(module: nn.Module) -> Iterator[Tensor]:
+            name = names[id(module)]
+            yield self.checkpoint.read([name])[name]
+
+        return fingerprint(self.model, self.parts, read)
+
+
+def described(name: str) -> tuple[Any, Checkpoint]:
+    """A causal language model by alias, folder or Hub id, on the meta device, and its files.
+
+    Raises:
+        ConfigError: if there is no such model. AdapterFileError: if it has no safetensors files.
+    """
+    source = str(materialise(name)) if is_alias(name) else name
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except BUILD_ERRORS as error:
+        raise ConfigError(f"base '{name}' could not be opened: {shorten(error)}") from error
+    return model, Checkpoint(source, getattr(model, "base_model_prefix", ""))
+
+
+def stored_name(name: str, layers: str, indices: list[int]) -> str:
+    """The base's name of what a model of its layers ``indices`` calls ``name``: ``layers.i`` there is ``layers.indices[i]``."""
+    if not name.startswith(f"{layers}."):
+        return name
+    place, _, rest = name.removeprefix(f"{layers}.").partition(".")
+    return f"{layers}.{indices[int(place)]}.{rest}"
+
 
 def open_base(name: str) -> BaseEnds:
     """Find embedding and head of a base by alias, folder or Hub id; nothing is read yet.
@@ -132,14 +176,8 @@ def open_base(name: str) -> BaseEnds:
         UnsupportedModelError: if its head is more than a matrix, which a projected checkpoint cannot express.
         AdapterFileError: if its files are damaged.
     """
-    source = str(materialise(name)) if is_alias(name) else name
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
-    except BUILD_ERRORS as error:
-        raise ConfigError(f"base '{name}' could not be opened: {shorten(error)}") from error
-    parts = anatomy(model)
+    model, checkpoint = described(name)
+    config, parts = model.config, anatomy(model)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or getattr(head, "bias", None) is not None or table is None:
         raise UnsupportedModelError(
@@ -150,28 +188,12 @@ def open_base(name: str) -> BaseEnds:
         raise UnsupportedModelError(
             f"{type(model).__name__} scales or caps its logits, which a projected checkpoint cannot express; use another base"
         )
-    checkpoint = Checkpoint(source, getattr(model, "base_model_prefix", ""))
     names = {id(module): f"{n}.weight" for n, module in model.named_modules()}
     embedding, output = names[id(table)], names[id(head)]
     tied = any(getattr(each, "tie_word_embeddings", False) for each in (config, parts.config))
     if checkpoint.find(output) is None and tied:
         output = embedding
-    return BaseEnds(name, parts, config, checkpoint, embedding, output)
-
-
-def pruned_layers(config: PreTrainedConfig, layers: str, count: int) -> list[int]:
-    """Indices of ``count`` attention layers of a base: its ``first`` ones, or ``spread`` evenly from first to last.
-
-    Raises:
-        ConfigError: if the base has fewer.
-    """
-    types = getattr(config, "layer_types", None) or ["full_attention"] * int(config.num_hidden_layers)
-    able = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
-    if count > len(able):
-        raise ConfigError(f"backbone.count is {count} but the base has {len(able)} attention layers to take; lower it")
-    if layers == "first" or count == 1:
-        return able[:count]
-    return [able[round(i * (len(able) - 1) / (count - 1))] for i in range(count)]
+    return BaseEnds(name, model, parts, config, checkpoint, embedding, output)
 
 
 def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool) -> Any:
@@ -188,18 +210,10 @@ def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool) -> Any:
     kind: Any = type(base.parts.backbone)
     backbone = kind._from_config(config, dtype=torch.float32)
     stem = f"{base.parts.backbone_name}." if base.parts.backbone_name else ""
-    layers = base.parts.layers_name.removeprefix(stem)
     table = backbone.get_input_embeddings()
     tables = {f"{n}.weight" for n, module in backbone.named_modules() if module is table}
-    names = {}
-    for key in backbone.state_dict():
-        if key in tables:
-            names[key] = base.embedding_name
-        elif copy and key.startswith(f"{layers}."):
-            index, _, rest = key.removeprefix(f"{layers}.").partition(".")
-            names[key] = f"{stem}{layers}.{indices[int(index)]}.{rest}"
-        elif copy:
-            names[key] = f"{stem}{key}"
+    names = {key: stored_name(stem + key, base.parts.layers_name, indices) for key in backbone.state_dict() if copy}
+    names.update(dict.fromkeys(tables, base.embedding_name))
     tensors = base.checkpoint.read(set(names.values()))
     state = {key: tensors[name].float() for key, name in names.items()}
     for key, value in backbone.state_dict().items():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from shadowpeft.core import head_loss, pseudo_inverse_projection
-from shadowpeft.core.losses import IGNORE, HeadLoss
+from shadowpeft.core import head_loss, solve_projection
+from shadowpeft.core.losses import IGNORE, HeadLoss, topk_kl
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import _pretrained
-from shadowpeft.hf.pieces import BaseEnds, pruned_backbone, pruned_layers
+from shadowpeft.hf.backbone import _pretrained, copied_layers
+from shadowpeft.hf.pieces import BaseEnds, pruned_backbone
 from shadowpeft.hf.projected import Projected, is_projected, read_projected, to_stock, write_projected
+from shadowpeft.hf.vocabulary import align_embedding, common_rows
 
 CHUNK = 512
 """Rows of logits that exist at a time."""
@@ -86,14 +88,40 @@ class ProjectedShadow(nn.Module):
         head: Tensor = self.lm_head.weight
         return F.linear(rows.to(head.dtype), head)
 
+    def taught_loss(
+        self, rows: Tensor, targets: Tensor, ids: Tensor, log_probs: Tensor, weights: tuple[float, float]
+    ) -> Tensor:
+        """``sum a CE(W_lm s, y) + b KL(p, softmax(W_lm s))`` from one product with the head.
+
+        Args:
+            rows: states ``(n, d)``. targets: ``(n,)``. ids, log_probs: ``p`` as :func:`shadowpeft.core.losses.topk_kl` takes
+                it, ``(n, k)``. weights: ``a`` and ``b``.
+
+        Returns:
+            0-d float32.
+        """
+        logits = self.logits(rows).float()
+        total = weights[1] * topk_kl(logits, ids, log_probs).sum()
+        return total + weights[0] * F.cross_entropy(logits, targets, reduction="sum") if weights[0] else total
+
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, loss: HeadLoss | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        loss: HeadLoss | None = None,
+        *,
+        teacher_ids: Tensor | None = None,
+        teacher_log_probs: Tensor | None = None,
+        weights: tuple[float, float] = (0.0, 1.0),
     ) -> tuple[Tensor, Tensor]:
         """Sum of the loss over the targets, and their number.
 
         Args:
             input_ids, position_ids, labels: ``(B, T)``; -100 is no target. The state at ``t`` predicts ``labels[t + 1]``.
-            loss: another loss of states and targets than the cross-entropy.
+            loss: another loss of states and targets than the cross-entropy; or
+            teacher_ids, teacher_log_probs: ``(B, T, k)``, what the base says at ``t`` about the token after; the loss is then
+                :meth:`taught_loss` with ``weights`` at the same positions.
 
         Returns:
             0-d float32 and 0-d int64. No more than ``CHUNK`` rows of logits exist at a time.
@@ -104,6 +132,13 @@ class ProjectedShadow(nn.Module):
         if self.shadow_hidden_projection is not None:
             rows = self.shadow_hidden_projection(rows)
         loss = loss or self.row_loss
+        if teacher_ids is not None and teacher_log_probs is not None:
+            labelled, ids, log_probs = goals, teacher_ids[:, :-1][chosen], teacher_log_probs[:, :-1][chosen]
+
+            def loss(part: Tensor, index: Tensor) -> Tensor:
+                return self.taught_loss(part, labelled[index], ids[index], log_probs[index], weights)
+
+            goals = torch.arange(len(rows), device=rows.device)
         if torch.is_grad_enabled() and rows.requires_grad:
             return head_loss(rows, goals, loss, frozen=True, chunk=CHUNK), chosen.sum()
         total = torch.zeros((), device=rows.device)
@@ -129,23 +164,49 @@ def check_separation(model: ProjectedShadow, tolerance: float = SEPARATE) -> Non
     Raises:
         UnsupportedModelError: if not: the architecture (or its attention kernel) carries something across the boundary.
     """
-    device = model.lm_head.weight.device
-    rows = model.lm_head.weight.shape[0]
+    backbone = model.shadow_model
+    _check_separation(model, backbone, model.state, model.lm_head.weight, tolerance, "backbone or training.attention")
+
+
+@torch.no_grad()
+def check_teacher_separation(base: PreTrainedModel, tolerance: float = SEPARATE) -> None:
+    """The same of the logits of a base that is to teach on packed sequences.
+
+    Raises:
+        UnsupportedModelError: if it mixes documents.
+    """
+
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:
+        found: Tensor = base(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return found
+
+    table: Any = base.get_input_embeddings()
+    _check_separation(base, base, logits, table.weight, tolerance, "base or loss: ce")
+
+
+def _check_separation(
+    model: nn.Module,
+    named: PreTrainedModel,
+    state: Callable[[Tensor, Tensor], Tensor],
+    table: Tensor,
+    tolerance: float,
+    instead: str,
+) -> None:
+    device, rows = table.device, len(table)
     ids = torch.arange(1, 10, device=device)[None] * 7 % rows
     parts = (ids[:, :5], ids[:, 5:])
     positions = [torch.arange(part.shape[1], device=device)[None] for part in parts]
     training = model.training
     model.eval()
-    packed = model.state(ids, torch.cat(positions, 1))
-    alone = torch.cat([model.state(part, place) for part, place in zip(parts, positions, strict=True)], 1)
+    packed = state(ids, torch.cat(positions, 1))
+    alone = torch.cat([state(part, place) for part, place in zip(parts, positions, strict=True)], 1)
     model.train(training)
     distance = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
     if not distance <= tolerance:
-        kind = type(model.shadow_model).__name__
-        attention = model.shadow_model.config._attn_implementation
+        attention = named.config._attn_implementation
         raise UnsupportedModelError(
-            f"in a packed sequence {kind} with attention '{attention}' mixes documents (states differ by {distance:.2g}); use "
-            "another backbone or training.attention"
+            f"in a packed sequence {type(named).__name__} with attention '{attention}' mixes documents (states differ by "
+            f"{distance:.2g}); use another {instead}"
         )
 
 
@@ -178,9 +239,10 @@ def build_shadow(
     head = base.read_head()
     d = base.hidden_size
     if layers is not None:
-        indices = pruned_layers(base.config, layers, count)
+        kind = "base_layers" if layers == "first" else "base_layers_spread"
+        indices = copied_layers(base.config, count, kind)
         backbone = pruned_backbone(base, indices, copy=start != "random")
-        record = {"layers": indices, "start": start or ("base_layers" if layers == "first" else "base_layers_spread")}
+        record = {"layers": indices, "start": start or kind}
     elif model is not None and is_projected(model):
         if start is not None:
             raise ConfigError(f"start is '{start}' but '{model}' brings its own projection; remove start")
@@ -192,6 +254,10 @@ def build_shadow(
     elif model is not None:
         small = _pretrained(AutoModelForCausalLM, model)
         backbone = small.base_model
+        rows = (len(head), len(small.get_input_embeddings().weight))
+        tokens = common_rows(base, small, rows)
+        if rows[0] != rows[1]:
+            align_embedding(backbone, rows[0])
         record = {"model": model, "start": start or "pseudo_inverse"}
         if int(backbone.config.hidden_size) == d:
             if start is not None:
@@ -204,12 +270,7 @@ def build_shadow(
             projection = nn.Linear(int(backbone.config.hidden_size), d, bias=False).weight.detach().clone()
         else:
             theirs = small.get_output_embeddings().weight.detach()
-            if theirs.shape[0] != head.shape[0]:
-                raise ConfigError(
-                    f"the head of '{model}' has {theirs.shape[0]} rows and that of the base {head.shape[0]}; use a model with "
-                    "the base's tokenizer and vocabulary size"
-                )
-            projection = pseudo_inverse_projection(head, theirs).clone()
+            projection = solve_projection(head, theirs, rows=tokens).weight.clone()
     else:
         raise ConfigError("neither layers nor model of the backbone is given; give one")
     if MODEL_MAPPING.get(type(backbone.config), None) is not type(backbone):

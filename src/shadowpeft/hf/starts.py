@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shadowpeft.core import ProjectionSolution, solve_projection
-from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
+from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import anatomy, copied_layers, mirror_config
-from shadowpeft.hf.bases import is_alias, materialise
-from shadowpeft.hf.checkpoint import find_file
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import read_json, shorten
+from shadowpeft.hf.pieces import described, stored_name
 from shadowpeft.hf.vocabulary import common_rows
 from shadowpeft.hf.weights import real_weight
-
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def projection_start(
@@ -59,39 +54,34 @@ def layers_start(
 ) -> PreTrainedModel:
     """A stock causal language model of ``depth`` of the base's own attention layers, hidden widths kept.
 
-    Embedding, final norm and head are copies, too. ``spread``: every ``L / depth``-th layer from the first on
-    (``shadow_init="base_layers_spread"``), else the first ones ("base_layers").
+    Embedding, final norm and head are copies, too. ``spread``: layers from the first to the last at equal distances
+    (``shadow_init="base_layers_spread"``), else the first ones ("base_layers"); see
+    :func:`shadowpeft.hf.backbone.copied_layers`.
 
     Args:
         base: a model in memory; or an alias, folder or Hub id, of which only the tensors that are wanted are read.
 
     Raises:
-        ConfigError: if the base has too few attention layers, or a tensor is missing, quantised or offloaded.
+        ConfigError: if the base has too few attention layers, or a tensor is quantised, offloaded or of another shape.
+        AdapterFileError: if a file lacks a tensor or is damaged.
         UnsupportedModelError: if the base is no plain text model.
     """
     init = "base_layers_spread" if spread else "base_layers"
     wanted = ShadowPeftConfig(task_type="CAUSAL_LM", shadow_init=init, shadow_num_hidden_layers=depth)
-    name, model = None, base
-    if not isinstance(base, PreTrainedModel):
-        name = str(materialise(str(base))) if is_alias(str(base)) else str(base)
-        try:
-            with torch.device("meta"):  # only its names and shapes
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"base '{name}' could not be read: {shorten(error)}") from error
-    parts = anatomy(model)  # type: ignore[arg-type]
+    model, checkpoint = (base, None) if isinstance(base, PreTrainedModel) else described(str(base))
+    parts = anatomy(model)
     kind: Any = type(model)
-    if parts.config is not model.config:  # type: ignore[union-attr]
+    if parts.config is not model.config:
         raise UnsupportedModelError(f"{kind.__name__} is more than a text model; pass its language model")
     chosen = copied_layers(parts.config, depth, init)
     small: PreTrainedModel = kind._from_config(copy.deepcopy(mirror_config(parts.config, wanted)), dtype=dtype)
-    sources = {}
-    for key in small.state_dict():
-        left, found, right = key.partition(f"{parts.layers_name}.")
-        place, _, rest = right.partition(".")
-        sources[key] = f"{parts.layers_name}.{chosen[int(place)]}.{rest}" if found and not left else key
-    values = model.state_dict() if name is None else _read(name, set(sources.values()))  # type: ignore[union-attr]
+    sources = {key: stored_name(key, parts.layers_name, chosen) for key in small.state_dict()}
     tied = set(getattr(small, "all_tied_weights_keys", None) or ()) if small.config.tie_word_embeddings else set()
+    if checkpoint is None:
+        values = model.state_dict()
+    else:  # a tied head need not be stored
+        stored = [name for key, name in sources.items() if key not in tied or checkpoint.find(name) is not None]
+        values = checkpoint.read(dict.fromkeys(stored))
     with torch.no_grad():
         for key, target in small.state_dict().items():
             value = values.get(sources[key])
@@ -111,23 +101,3 @@ def _fill(target: Tensor, value: Tensor | None, name: str) -> None:
             "unquantised with from_pretrained and pass the model"
         )
     target.copy_(value)
-
-
-def _read(name: str, keys: set[str]) -> dict[str, Tensor]:
-    """Those of ``keys`` that a checkpoint's safetensors files hold."""
-    try:
-        shards = {key: find_file(name, _WEIGHTS) for key in keys}
-    except AdapterFileError:
-        index = read_json(find_file(name, _INDEX)).get("weight_map")
-        if not isinstance(index, dict) or any(Path(str(s)).name != s for s in index.values()):
-            raise ConfigError(f"{_INDEX} of '{name}' names no files beside it; the checkpoint is damaged") from None
-        shards = {key: find_file(name, index[key]) for key in sorted(keys & set(index))}
-    found = {}
-    for path in sorted(set(shards.values())):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in sorted(set(file.keys()) & {k for k, p in shards.items() if p == path}):
-                    found[key] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path} cannot be read ({shorten(error)}); fetch the checkpoint anew") from error
-    return found

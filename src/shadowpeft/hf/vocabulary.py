@@ -48,14 +48,14 @@ def _tokenizer_of(model: Any) -> tuple[Any, str]:
         return None, shorten(error)
 
 
-def common_rows(base: nn.Module, small: nn.Module, rows: tuple[int, int]) -> int:
+def common_rows(base: Any, small: Any, rows: tuple[int, int]) -> int:
     """How many rows of two tables hold tokens that both models mean; all, if they have equally many.
 
     The tokenizers are looked up by the names that the models were loaded from. Where one has none (a model that was made in
     memory), equal numbers of rows are taken for the same tokens; other numbers are refused.
 
     Args:
-        rows: of the base's table and the small model's.
+        base, small: models, or anything else with a ``name_or_path``. rows: of the base's table and the small model's.
 
     Raises:
         ConfigError: if the tokenizers differ, need more rows than there are, or are needed and not to be found.

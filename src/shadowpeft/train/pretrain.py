@@ -35,13 +35,16 @@ from shadowpeft.data.corpora import (
     find_shards,
     shard_record,
 )
+from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit, peak_memory
 from shadowpeft.hf.files import read_json, shorten
 from shadowpeft.hf.pieces import BaseEnds, open_base
 from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
+from shadowpeft.hf.vocabulary import shared_tokens
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
+from shadowpeft.train.pretrain_teacher import Lesson, make_cache
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
 from shadowpeft.train.run import (
     DTYPES,
@@ -155,11 +158,13 @@ class Batches:
     """This process's micro-batches of a stream that every process reads alike.
 
     Of each ``size x processes`` sequences a process keeps its own ``size``; so one state holds for all, and nothing is read
-    ahead of the step that uses it.
+    ahead of the step that uses it. With a ``teacher`` a batch also has what the base says, ``teacher_ids`` and
+    ``teacher_log_probs`` ``(B, T, k)``.
     """
 
     def __init__(self, stream: PackedStream, size: int, process: int = 0, processes: int = 1, keep: int = 1) -> None:
         self.stream, self.size, self.process, self.processes, self.keep = stream, size, process, processes, keep
+        self.teacher: TeacherCache | None = None
         self.origins: dict[int, list[Origin]] = {}
         """Of the newest sequences by number, for messages."""
 
@@ -174,7 +179,11 @@ class Batches:
         self.origins.update({s.number: s.origins for s in own})
         for number in sorted(self.origins)[: -self.keep * self.size]:
             del self.origins[number]
-        return collate(own)
+        batch = collate(own)
+        if self.teacher is not None:
+            found = self.teacher.look_up([s.number for s in own], batch["input_ids"])
+            batch["teacher_ids"], batch["teacher_log_probs"] = found
+        return batch
 
     def where(self, number: int) -> str:
         """The documents of a sequence in words."""
@@ -216,10 +225,18 @@ class PretrainTrainer(WholeCheckpoints, Trainer):
 
     Args:
         batches: the training text. held_out: sequences to evaluate on, by corpus.
+        weights: of cross-entropy and divergence, where the batches bring a teacher. Evaluation is the cross-entropy always.
     """
 
-    def __init__(self, *args: Any, batches: Batches, held_out: dict[str, list[Packed]], **kwargs: Any) -> None:
-        self.batches, self.held_out, self.ran_out = batches, held_out, False
+    def __init__(
+        self,
+        *args: Any,
+        batches: Batches,
+        held_out: dict[str, list[Packed]],
+        weights: tuple[float, float] = (1.0, 0.0),
+        **kwargs: Any,
+    ) -> None:
+        self.batches, self.held_out, self.ran_out, self.weights = batches, held_out, False, weights
         everything = [s for sequences in held_out.values() for s in sequences]
         super().__init__(*args, eval_dataset=everything or None, **kwargs)
         trainer: Any = self
@@ -255,7 +272,7 @@ class PretrainTrainer(WholeCheckpoints, Trainer):
         trainer: Any = self
         inputs = dict(inputs)
         numbers = inputs.pop("numbers").tolist()
-        total, count = model(**inputs)
+        total, count = model(**inputs, weights=self.weights)
         if not bool(torch.isfinite(total)):
             raise self._not_finite(f"the loss became {float(total.detach()):g}", self._guilty(numbers, inputs))
         loss = total / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
@@ -270,7 +287,7 @@ class PretrainTrainer(WholeCheckpoints, Trainer):
         guilty = []
         for row, number in enumerate(numbers):
             with trainer.accelerator.autocast():
-                total, _ = trainer.model(**{k: v[row : row + 1] for k, v in inputs.items()})
+                total, _ = trainer.model(**{k: v[row : row + 1] for k, v in inputs.items()}, weights=self.weights)
             if not bool(torch.isfinite(total)):
                 guilty.append(number)
         return guilty or numbers
@@ -429,7 +446,8 @@ def pretrain(
     """Pretrain a shadow, measure its held-out perplexity, write it in both formats.
 
     The folder ``run.output`` receives ``config.yaml``, ``versions.json``, ``data.json``, ``metrics.jsonl``, ``loss.png``,
-    ``checkpoint-N/``, ``shadow/`` (projected checkpoint), ``stock/`` (ordinary model) and ``result.json``.
+    ``checkpoint-N/``, ``shadow/`` (projected checkpoint), ``stock/`` (ordinary model) and ``result.json``; with a teacher,
+    ``teacher/`` before the training begins.
 
     Args:
         resume: continue the run in the folder at the exact sample of its newest checkpoint; start it if there is none.
@@ -439,7 +457,8 @@ def pretrain(
 
     Raises:
         ConfigError: if the folder holds a run and ``resume`` is not set, or the run there is another.
-        DataError: if a corpus is missing, empty, damaged, or too short for one step.
+        DataError: if a corpus is missing, empty, damaged, or too short for one step; if a teacher cache is of other text.
+        BaseMismatchError: if it is of another base.
         NonFiniteLossError: if the loss became NaN.
         ShadowPeftError: any other defect of base, backbone or files.
     """
@@ -480,17 +499,23 @@ def pretrain(
         "start": start,
     }
     sequences = t.batch_size * t.gradient_accumulation * args.world_size
+    lesson = Lesson.of(run, base, stream, tokenizer, args.max_steps * sequences)
     if last is None:
         check_enough(run, make_stream(run, encode, end), sequences)
     else:
         batches.load(Path(last))
     if main:
         _write_records(run, folder, record)
+    if lesson is not None:
+        batches.teacher = make_cache(lesson, make_stream(run, encode, end), args, console, quiet=quiet)
 
     per_step = sequences * text.sequence_length
     shown = PretrainCallback(folder, per_step, console, quiet, writes=main)
     shown.evaluates = bool(held_out)
-    trainer: Any = PretrainTrainer(model=model, args=args, callbacks=[shown], batches=batches, held_out=held_out)
+    weights = (1.0, 0.0) if lesson is None else lesson.weights
+    trainer: Any = PretrainTrainer(
+        model=model, args=args, callbacks=[shown], batches=batches, held_out=held_out, weights=weights
+    )
     trainer.remove_callback(PrinterCallback)
     with trainer.accelerator.autocast():
         check_separation(model, SEPARATE if t.precision == "float32" else 0.05)
@@ -511,7 +536,9 @@ def pretrain(
             save_stock(model, base, beside)
             tokenizer.save_pretrained(str(beside))
         if read_metrics(folder):
-            plot_losses(folder, _CURVES, "cross-entropy per token")
+            plot_losses(
+                folder, _CURVES, "cross-entropy per token" if run.loss == "ce" else f"loss ({run.loss}) per token"
+            )
         write_json(folder / "result.json", result)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -545,6 +572,8 @@ def _result(
         "peak_memory_bytes": peak_memory(trainer.model),
         "base": run.base,
         "start": start,
+        "objective": run.loss,
+        "teacher": None if (cache := trainer.batches.teacher) is None else {"k": cache.k, "sequences": len(cache)},
         "corpora": [
             {"name": s.name, "tokens_read": n, "documents": d, "passes": p}
             for s, n, d, p in zip(mixture.sources, mixture.tokens, mixture.documents, mixture.passes, strict=True)
@@ -560,12 +589,7 @@ def _result(
 def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[ProjectedShadow, dict[str, Any]]:
     t, b = run.training, run.backbone
     if b.model is not None:
-        other = load_tokenizer(b.model)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(
-                f"the backbone '{b.model}' has another tokenizer than the base '{run.base}'; a shadow reads the base's "
-                "tokens, use a model of the same family"
-            )
+        shared_tokens(tokenizer, load_tokenizer(b.model))
     set_seed(t.seed)
     model, start = build_shadow(
         base,
@@ -597,8 +621,9 @@ def _begin(run: PretrainConfig, folder: Path, resume: bool) -> str | None:
         return None
     if not resume:
         raise ConfigError(f"the run folder '{folder}' holds a run; continue it with --resume, or choose another output")
-    stored, now = stored_record(folder / "config.yaml"), run.model_dump()
-    changed = [key for key in ("base", "backbone", "start", "text") if stored.get(key) != now[key]]
+    stored = {"loss": "ce", "teacher": None, **stored_record(folder / "config.yaml")}  # older runs have no such keys
+    now = run.model_dump()
+    changed = [key for key in ("base", "backbone", "start", "text", "loss", "teacher") if stored.get(key) != now[key]]
     changed += [
         f"training.{key}"
         for key, value in now["training"].items()

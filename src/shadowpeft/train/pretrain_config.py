@@ -138,16 +138,36 @@ class PretrainingSection(_Strict):
         return self
 
 
+class Teacher(_Strict):
+    """The base's own distributions, computed once before training: its ``k`` most likely tokens at every position."""
+
+    k: int = Field(default=32, ge=1)
+    """A token of the text takes ``6 k + 4`` bytes on disk."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the divergence beside the cross-entropy (``loss: both``)."""
+    batch_size: int = Field(default=4, ge=1)
+    """Sequences at a time through the base."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of the base while it runs; None: ``training.precision``."""
+    folder: str | None = None
+    """Where the cache is or will be; None: ``teacher`` in the run's folder."""
+
+
 class PretrainConfig(_Strict):
     """One pretraining run."""
 
     base: str
-    """Alias (``smollm2-135m``), folder or Hub id; only its embedding and head are read, and the layers a backbone copies."""
+    """Alias (``smollm2-135m``), folder or Hub id; only its embedding and head are read, and the layers a backbone copies;
+    all of it, if it teaches."""
     backbone: Backbone
     start: Literal["base_layers", "base_layers_spread", "pseudo_inverse", "random"] | None = None
     """Copied layers, Eq. 12, or random; None: copied layers for ``layers``, Eq. 12 for a narrower ``model``."""
     text: TextSection
     training: PretrainingSection
+    loss: Literal["ce", "kl", "both"] = "ce"
+    """Per target: ``-log q(y)``, ``KL(p, q)`` with the base's ``p``, or their sum."""
+    teacher: Teacher | None = None
+    """Of ``kl`` and ``both``."""
     output: str = "runs/pretrain"
     """Folder of the run."""
 
@@ -163,6 +183,17 @@ class PretrainConfig(_Strict):
             raise ValueError(
                 f"start is {self.start!r} but backbone has {kind}; use {' or '.join(fitting)}, or remove it"
             )
+        if self.loss == "ce" and self.teacher is not None:
+            raise ValueError(
+                "teacher is set but loss is 'ce', which needs none; set loss: kl or both, or remove teacher"
+            )
+        if self.loss != "ce" and self.teacher is None:
+            self.teacher = Teacher()
+        if self.loss == "kl" and self.teacher is not None and self.teacher.weight != 1:
+            raise ValueError(
+                f"teacher.weight is {self.teacher.weight} but loss is 'kl', where it only scales the loss; set loss: both or "
+                "remove it"
+            )
         if self.training.eval_every is not None and not self.text.validation:
             raise ValueError("training.eval_every is set but text.validation is empty; set both or neither")
         names = [corpus.name for corpus in self.text.validation]
@@ -177,6 +208,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "corpora": Corpus,
     "validation": Corpus,
     "training": PretrainingSection,
+    "teacher": Teacher,
 }
 
 
