@@ -168,6 +168,22 @@ def train(method: str, budget: int | None, options: argparse.Namespace, console:
     return made
 
 
+def merge(name: str, folder: str, options: argparse.Namespace) -> str:
+    """A LoRA or DoRA folded into its base, as a folder that the cloud serves under the same name."""
+    from peft import PeftConfig, PeftModel
+
+    from shadowpeft.apps.detach import save_edge
+    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.train.run import load_tokenizer
+
+    base = options.base or PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"the adapter in '{folder}' does not name its base; pass --base")
+    out = options.out / "merged" / name
+    save_edge(PeftModel.from_pretrained(load_base(base), folder).merge_and_unload(), load_tokenizer(base), out)
+    return str(out)
+
+
 def detach(shadow: str, options: argparse.Namespace) -> dict[str, Any]:
     """The edge model, in ``edge/`` of the output folder."""
     import shadowpeft
@@ -297,6 +313,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--delays", type=float, nargs="+", default=[0, 50, 200], metavar="MS", help="(default: 0 50 200)"
     )
     parser.add_argument("--systems", nargs="+", choices=list(system.SYSTEMS), default=list(system.COMPARED))
+    parser.add_argument("--merged", action="store_true", help="fold LoRA and DoRA into their bases before serving them")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that do not count (default: 3)")
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
     parser.add_argument("--threads", type=int, help="of each server (default: all cores)")
@@ -322,13 +339,17 @@ def main() -> None:
     shadow = made["shadow"]["folder"]
     calibration = routing(shadow, options)
     edge = detach(shadow, options)
-    found = measure({name: part["folder"] for name, part in made.items()}, calibration, options, console)
+    folders = {name: part["folder"] for name, part in made.items()}
+    if options.merged:
+        folders |= {name: merge(name, folders[name], options) for name in ("lora", "dora")}
+    found = measure(folders, calibration, options, console)
     ten = found["requests"].pop("replies")
     write_json(options.out / "replies.json", {"prompts": found.pop("prompts"), "delays": found.pop("replies")})
     result = {
         "adapters": made,
         "edge": edge,
         "routing": None if calibration is None else json.loads(calibration.read_text(encoding="utf-8")),
+        "merged": options.merged,
         "split": options.split,
         "max_tokens": options.max_tokens,
         "warmup": options.warmup,

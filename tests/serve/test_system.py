@@ -3,18 +3,24 @@
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from experiments.system import SYSTEMS, Reply
+from peft import LoraConfig, get_peft_model
 from scripts import system_test
+from transformers import AutoModelForCausalLM
 
-from chatbase import save_sitting_base
+from chatbase import chat_tokenizer, save_sitting_base
 from experiments import system
+from shadowpeft.apps.serve import _cloud_backend
 from shadowpeft.data.tasks import get_task
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from tiny import adapter_config, randomise
 
 ROOT = Path(__file__).parents[2]
 DELAY = 400
@@ -129,12 +135,52 @@ def test_an_adapter_that_is_none(tmp_path):
         system_test.adapters(options, None)
 
 
-# ------------------------------------------------------------------------------------------------------------ two processes
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_sitting_base(tmp_path_factory.mktemp("system") / "base")
+
+
+def saved(base, folder, config):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_edge_model_and_its_calibration(tmp_path, base):
+    shadow = saved(base, tmp_path / "shadow", adapter_config(shadow_init="base_layers"))
+    given = ["--out", str(tmp_path), "--base", base]
+    options = system_test.parse([*given, "--calibrate", "1", "--calibration-rows", "60"])
+    assert system_test.routing(shadow, system_test.parse(given)) is None
+    made = system_test.routing(shadow, options)
+    assert made == tmp_path / "routing" / "routing.json"
+    report = json.loads(made.read_text())["report"]
+    assert report["n"] == report["known_actions"] == report["answered_on_device"] == 60
+    shutil.copy(made, shadow)
+    assert system_test.routing(shadow, system_test.parse(given)) == tmp_path / "shadow" / "routing.json"
+    assert system_test.detach(shadow, options)["folder"] == str(tmp_path / "edge")
+    edge = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
+    ids = chat_tokenizer()("\n[S", add_special_tokens=False, return_tensors="pt").input_ids
+    assert chat_tokenizer().decode(edge(input_ids=ids).logits[0].argmax(-1)) == "[Si"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merged_adapter_is_a_model_of_its_own(tmp_path, base, dora):
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "down_proj"], use_dora=dora)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    randomise(model, scale=0.5)
+    model.save_pretrained(tmp_path / "lora")
+    options = system_test.parse(["--out", str(tmp_path)])
+    folder = system_test.merge("lora", str(tmp_path / "lora"), options)
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        expected, bare = model.eval()(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)  # rounding of the folded weights
+    assert (expected - bare).abs().max() > 0.1
+    assert _cloud_backend({"lora": folder}, None).names == ("lora",)
+
+
+# ------------------------------------------------------------------------------------------------------------ two processes
 
 
 @pytest.mark.server
