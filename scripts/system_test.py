@@ -1,7 +1,7 @@
 """The system test: an edge and a cloud server as two processes, and robot requests through shadow, LoRA and DoRA.
 
-    python scripts/system_test.py                                    # trains all three, then measures
-    python scripts/system_test.py --shadow A --lora B --dora C       # measures adapters that there are
+    python -m scripts.system_test                                    # trains all three, then measures
+    python -m scripts.system_test --shadow A --lora B --dora C       # measures adapters that there are
 
 Adapters that are not given are trained for ``--train-steps`` steps on the robot set: LoRA and DoRA at the shadow's number of
 trainable parameters, all on the same rows in the same order. One cloud process serves all three by name, one edge process the
@@ -39,7 +39,7 @@ from shadowpeft.errors import ConfigError, ShadowPeftError
 METHODS = ("shadow", "lora", "dora")
 SHADOW_ROW_REPEATS = 10
 """As in the experiments: the 47 ``[REMOTE]`` rows are shown ten times an epoch, in every method's order."""
-READY_SECONDS = 300
+READY_SECONDS = 600
 STOP_SECONDS = 30
 
 
@@ -103,8 +103,20 @@ def adapters(options: argparse.Namespace, console: Console) -> dict[str, dict[st
     for name in METHODS:
         if name not in made:
             budget = None if name == "shadow" else parameters(made["shadow"], options.base)
-            made[name] = train(name, budget, options, console)
+            base = options.base or (base_of(given["shadow"]) if given["shadow"] else SETTINGS["base"])
+            made[name] = train(name, base, budget, options, console)
     return {name: made[name] for name in METHODS}
+
+
+def base_of(shadow: str) -> str:
+    """The base that a shadow's adapter names."""
+    from shadowpeft.hf.checkpoint import read_config
+
+    config = read_config(shadow)
+    named = config.base_alias or config.base_model_name_or_path
+    if not named:
+        raise ConfigError(f"the adapter in '{shadow}' does not name its base; pass --base")
+    return str(named)
 
 
 def parameters(shadow: dict[str, Any], base: str | None) -> int:
@@ -117,14 +129,19 @@ def parameters(shadow: dict[str, Any], base: str | None) -> int:
     return count_trainable(shadowpeft.load(shadow["folder"], base, is_trainable=True))
 
 
-def train(method: str, budget: int | None, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Train an adapter, or take the one that an earlier run with the same settings left."""
+def train(
+    method: str, base_name: str, budget: int | None, options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """Train an adapter; continue, or take, what an earlier run with the same settings left.
+
+    Raises:
+        ConfigError: if the earlier run had others. ShadowPeftError: if training was stopped, or its loss is not finite.
+    """
     from shadowpeft.data.tasks import get_task
     from shadowpeft.train import baselines
     from shadowpeft.train.config import TrainingSection
     from shadowpeft.train.run import load_tokenizer, write_json
 
-    base_name = options.base or SETTINGS["base"]
     section = {
         **{k: v for k, v in SETTINGS["training"].items() if k in ("warmup", "scheduler", "log_every")},
         "backbone_lr_ratio": SETTINGS["training"]["backbone_lr_ratio"],
@@ -136,13 +153,13 @@ def train(method: str, budget: int | None, options: argparse.Namespace, console:
     }
     settings = {"base": base_name, "budget": budget, "max_length": options.max_length, "training": section}
     folder = options.out / "train" / method
-    summary = folder / "summary.json"
+    summary, before = folder / "summary.json", folder / "settings.json"
+    if before.is_file() and json.loads(before.read_text(encoding="utf-8")) != settings:
+        raise ConfigError(f"'{folder}' was trained with other settings; remove it or choose another --out")
     if summary.is_file():
-        made = json.loads(summary.read_text(encoding="utf-8"))
-        if made["settings"] != settings:
-            raise ConfigError(f"'{folder}' was trained with other settings; remove it or choose another --out")
-        return made
-    shutil.rmtree(folder, ignore_errors=True)
+        return json.loads(summary.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(before, settings)
     task, tokenizer = get_task("robot"), load_tokenizer(base_name)
     examples = [
         e for e in task.load("train") for _ in range(SHADOW_ROW_REPEATS if e.meta.get("path") == "shadow" else 1)
@@ -254,7 +271,10 @@ def measure(
         try:
             with bar(console, f"requests, network delay {delay:g} ms", total) as progress:
                 found = await system.measure(client.ask, systems, prompts, warmup=options.warmup, progress=progress)
-            side = await system.measure(client.ask, systems, REQUESTS, warmup=0) if delay == shown else {}
+            side = {}
+            if delay == shown:
+                with bar(console, "the ten requests", len(REQUESTS) * len(systems)) as progress:
+                    side = await system.measure(client.ask, systems, REQUESTS, warmup=0, progress=progress)
         finally:
             await client.close()
         return found, side
