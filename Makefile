@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare versions llamacpp clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare system-test versions llamacpp clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,9 @@ architectures: $(VENV)/dev  ## try every decoder architecture and write docs/arc
 
 compare: $(VENV)/dev  ## what this package, PEFT's shadow and the authors' code do, measured; under ten minutes
 	$(BIN)/python benchmarks/compare.py --readme
+
+system-test: $(VENV)/dev  ## edge and cloud as two processes: shadow, LoRA and DoRA (trained here), accuracy and latency; hours on two cores
+	$(BIN)/python -m scripts.system_test $(ARGS)
 
 versions: $(VENV)/dev  ## the tests with other releases of transformers, PEFT and TRL; half an hour
 	$(BIN)/python scripts/versions.py

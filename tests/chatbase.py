@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,25 @@ def run_file(folder: Path, base: str, train: str, /, **sections: Any) -> dict[st
     for section, values in sections.items():
         content[section] = {**content[section], **values} if isinstance(values, dict) else values
     return content
+
+
+def save_sitting_base(folder: Path, **overrides: Any) -> str:
+    """A base that answers ``[Sit()]`` to any chat: its layers do next to nothing, and its head makes one byte follow another.
+
+    A mirrored shadow that copies its layers says the same, so that the detached model has known actions without training.
+    """
+    words = chat_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024, **overrides}
+    made = chat_model(**shape)
+    said = [*words("\n[Sit()]", add_special_tokens=False).input_ids, 3]
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-4)  # not 0: DoRA divides by the norm of a row
+            layer.mlp.down_proj.weight.mul_(1e-4)
+        rows = torch.nn.functional.normalize(made.model.embed_tokens.weight, dim=-1)
+        made.lm_head.weight.zero_()
+        for before, after in pairwise(said):
+            made.lm_head.weight[after] += 3.0 * rows[before]
+    made.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)

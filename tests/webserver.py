@@ -57,6 +57,13 @@ def metric(text: str, name: str, **labels: str) -> float:
     return 0.0
 
 
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 def wait_for(condition: Any, seconds: float = 20.0) -> None:
     """Wait until ``condition()``."""
     end = time.monotonic() + seconds

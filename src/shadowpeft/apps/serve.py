@@ -150,18 +150,17 @@ def _check(options: Options, named: dict[str, str]) -> None:
 
 
 def _cloud_backend(named: dict[str, str], base: str | None) -> Any:
-    from shadowpeft.serve.backend import Attached
+    from shadowpeft.serve.backend import Attached, Several
     from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters
 
-    first = next(iter(named.values()))
-    if is_edge_folder(first) or is_lora(first):
-        if len(named) > 1:
-            raise ConfigError(
-                f"'{first}' is no shadow adapter and cannot share a server with others; start one for each"
-            )
-        return _plain(next(iter(named)), first, base)
-    tokenizer = load_tokenizer_of(first, base)
-    return Attached(load_adapters(named, base), tokenizer, named, "base")
+    plain = {name: folder for name, folder in named.items() if is_edge_folder(folder) or is_lora(folder)}
+    shadows = {name: folder for name, folder in named.items() if name not in plain}
+    members: list[Any] = []
+    if shadows:
+        tokenizer = load_tokenizer_of(next(iter(shadows.values())), base)
+        members.append(Attached(load_adapters(shadows, base), tokenizer, shadows, "base"))
+    members += [_plain(name, folder, base) for name, folder in plain.items()]
+    return members[0] if len(members) == 1 else Several(members)
 
 
 def _plain(name: str, folder: str, base: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,25 @@ from shadowpeft.hf.swap import swap
 class Session(ABC):
     """One batch from its prompts to its last token; it ends with the weights it began with."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-
+    @abstractmethod
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``(B, V)`` in float32 of the token after the last.
 
         Args:
             input_ids: the new tokens ``(B, T_new)``. attention_mask: of old and new ones ``(B, T)``, 0 for padding on the left.
         """
+
+    @abstractmethod
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch only; at least one."""
+
+
+class _CachedSession(Session):
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         out = self._call(
             input_ids=input_ids,
@@ -46,7 +56,6 @@ class Session(ABC):
         return logits
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch only."""
         self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
 
     @abstractmethod
@@ -135,7 +144,7 @@ class Attached(Backend):
         swap(self.model, folder, name)
 
 
-class _AttachedSession(Session):
+class _AttachedSession(_CachedSession):
     def __init__(self, model: Any, request: Request) -> None:
         super().__init__(model)
         self.request = request
@@ -173,6 +182,62 @@ class Detached(Backend):
         self.model = new
 
 
-class _DetachedSession(Session):
+class _DetachedSession(_CachedSession):
     def _call(self, **inputs: Any) -> Any:
         return self.model(**inputs)
+
+
+class Several(Backend):
+    """Backends of one vocabulary in one server, to compare them: each row of a batch goes to the backend that has its name.
+
+    Every member has a base of its own in memory, and a forward pass of its own.
+
+    Raises:
+        ConfigError: if two members share a name, or do not read and end texts alike.
+    """
+
+    def __init__(self, members: Sequence[Backend]) -> None:
+        first = members[0]
+        self._member: dict[str, Backend] = {}
+        for member in members:
+            for name in member.names:
+                if name in self._member:
+                    raise ConfigError(f"two models are called '{name}'; write NAME=FOLDER with another name for one")
+                self._member[name] = member
+            alike = member.tokenizer.get_vocab() == first.tokenizer.get_vocab() and member.ends == first.ends
+            if not alike or member.model.config.vocab_size != first.model.config.vocab_size:
+                raise ConfigError(
+                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers but one server has one; start a "
+                    "server for each"
+                )
+        versions = {name: folders for member in members for name, folders in member.versions.items()}
+        super().__init__(first.model, first.tokenizer, tuple(self._member), versions)
+        self.context = min(member.context for member in members)
+
+    def open(self, names: list[str]) -> Session:
+        places: dict[Backend, list[int]] = {}
+        for row, name in enumerate(names):
+            places.setdefault(self._member[name], []).append(row)
+        return _SeveralSession([(m.open([names[row] for row in rows]), rows) for m, rows in places.items()])
+
+    def _replace(self, name: str, folder: str) -> None:
+        self._member[name]._replace(name, folder)
+
+
+class _SeveralSession(Session):
+    def __init__(self, parts: list[tuple[Session, list[int]]]) -> None:
+        self.parts = parts
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        made = [part.forward(input_ids[rows], attention_mask[rows]) for part, rows in self.parts]
+        order = torch.tensor([row for _, rows in self.parts for row in rows], device=made[0].device)
+        return torch.cat(made)[order.argsort()]
+
+    def keep(self, rows: list[int]) -> None:
+        left = []
+        for part, mine in self.parts:
+            kept = [row for row in rows if row in mine]
+            if kept:
+                part.keep([mine.index(row) for row in kept])
+                left.append((part, [rows.index(row) for row in kept]))
+        self.parts = left

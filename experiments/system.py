@@ -1,0 +1,248 @@
+"""The device-cloud pair as a system (Figure 4, Table 3): requests one by one over HTTP, accuracy and latency of each system.
+
+``scripts/system_test.py`` starts the two servers; here are the client and what is made of its measurements.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shadowpeft.data.tasks import Example, Task
+from shadowpeft.errors import ShadowPeftError
+from shadowpeft.evaluate import accuracy
+from shadowpeft.serve.client import Cloud
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to have a request answered."""
+
+    title: str
+    server: str
+    """``edge`` or ``cloud``: which of the two servers the client asks."""
+    model: str
+    """The model's name there."""
+    route: str | None = None
+    """For the edge: who answers, instead of the router's choice."""
+
+
+SYSTEMS = {
+    "routed": System("shadow, routed", "edge", "robot"),
+    "lora": System("LoRA, always cloud", "cloud", "lora"),
+    "dora": System("DoRA, always cloud", "cloud", "dora"),
+    "attached": System("shadow, always cloud", "cloud", "robot"),
+    "device": System("shadow, always device", "edge", "robot", "device"),
+}
+COMPARED = ("routed", "lora", "dora")
+"""The three of the paper."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, as the client saw it."""
+
+    text: str
+    milliseconds: float
+    """From sending the request, network included, to the whole answer."""
+    tokens: int
+    where: str
+    reason: str
+    degraded: bool = False
+
+
+class Client:
+    """Asks the two servers.
+
+    Always-cloud requests go through the class that the edge server has for its own requests to the cloud, with the same
+    ``delay`` (seconds) before each; between client and edge there is no network.
+    """
+
+    def __init__(
+        self, urls: Mapping[str, str], key: str, *, system_message: str | None, max_tokens: int, delay: float
+    ) -> None:
+        delays = {"edge": 0.0, "cloud": delay}
+        self._servers = {name: Cloud(url, key, timeout=120.0, delay=delays[name]) for name, url in urls.items()}
+        self._lead = [] if system_message is None else [{"role": "system", "content": system_message}]
+        self._max_tokens = max_tokens
+
+    async def ask(self, system: System, prompt: str) -> Reply:
+        """The answer of ``system`` to a user's message.
+
+        Raises:
+            CloudError, CloudRefusedError: if there was none.
+        """
+        body: dict[str, Any] = {
+            "model": system.model,
+            "messages": [*self._lead, {"role": "user", "content": prompt}],
+            "max_tokens": self._max_tokens,
+        }
+        if system.route is not None:
+            body["route"] = system.route
+        began = time.perf_counter()
+        made = await self._servers[system.server].ask("/v1/chat/completions", body)
+        milliseconds = 1000 * (time.perf_counter() - began)
+        note = made["shadowpeft"]
+        text = made["choices"][0]["message"]["content"]
+        tokens = made["usage"]["completion_tokens"]
+        return Reply(
+            text.strip(), milliseconds, tokens, note["where"], note["reason"], bool(note.get("degraded", False))
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for server in self._servers.values():
+            await server.close()
+
+
+def turn(names: Sequence[str], i: int) -> list[str]:
+    """The order in which the systems get request ``i``: each is first, second, ... equally often."""
+    start = i % len(names)
+    return [*names[start:], *names[:start]]
+
+
+async def measure(
+    ask: Callable[[System, str], Any],
+    systems: Mapping[str, System],
+    prompts: Sequence[str],
+    *,
+    warmup: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[Reply]]:
+    """Every prompt to every system, one request at a time; ``warmup`` rounds before are not kept.
+
+    Args:
+        ask: :meth:`Client.ask`. progress: called with the number of requests done, warm-up included.
+    """
+    replies: dict[str, list[Reply]] = {name: [] for name in systems}
+    done = 0
+    for i in range(-warmup, len(prompts)):
+        for name in turn(list(systems), i):
+            reply = await ask(systems[name], prompts[i % len(prompts)])
+            if i >= 0:
+                replies[name].append(reply)
+            done += 1
+            progress(done)
+    return replies
+
+
+def summarise(replies: Sequence[Reply], examples: Sequence[Example], task: Task) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, latency, and where the answers were made.
+
+    Returns:
+        ``accuracy``, ``interval``, ``n``, the parts of ``task.score``, ``p50_ms``, ``p95_ms``, ``mean_ms``, ``tokens`` (mean of
+        an answer), ``on_device`` (share) and ``degraded`` (answers that the device gave for want of a cloud).
+
+    Raises:
+        ShadowPeftError: if there are none.
+    """
+    if not replies:
+        raise ShadowPeftError("there are no answers to summarise; send at least one request")
+    predictions = [task.parse(reply.text) for reply in replies]
+    hits = [task.per_example(p, e) == 1.0 for p, e in zip(predictions, examples, strict=True)]
+    milliseconds = np.array([reply.milliseconds for reply in replies])
+    parts = {name: value for name, value in task.score(predictions, examples).items() if name != "score"}
+    return {
+        **accuracy(hits),
+        "parts": {name: round(value, 4) for name, value in parts.items()},
+        "p50_ms": round(float(np.percentile(milliseconds, 50)), 1),
+        "p95_ms": round(float(np.percentile(milliseconds, 95)), 1),
+        "mean_ms": round(float(milliseconds.mean()), 1),
+        "tokens": round(float(np.mean([reply.tokens for reply in replies])), 2),
+        "on_device": sum(reply.where == "device" for reply in replies) / len(replies),
+        "degraded": sum(reply.degraded for reply in replies),
+    }
+
+
+def record(replies: Mapping[str, Sequence[Reply]]) -> dict[str, list[dict[str, Any]]]:
+    """The single answers, for a JSON file."""
+    return {
+        name: [{**asdict(reply), "milliseconds": round(reply.milliseconds, 1)} for reply in part]
+        for name, part in replies.items()
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown: a row for each delay and system."""
+    lines = [
+        "| network delay, ms | system | accuracy | 95 % interval | p50, ms | p95, ms | on the device |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for delay in result["delays"]:
+        for name, row in delay["systems"].items():
+            low, high = row["interval"]
+            cells = [
+                f"{delay['milliseconds']:g}",
+                SYSTEMS[name].title,
+                f"{row['accuracy']:.1%}",
+                f"{low:.1%} - {high:.1%}",
+                f"{row['p50_ms']:.0f}",
+                f"{row['p95_ms']:.0f}",
+                f"{row['on_device']:.1%}" + (f" ({row['degraded']} for want of a cloud)" if row["degraded"] else ""),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def side_by_side(asked: Sequence[str], replies: Mapping[str, Sequence[Reply]]) -> str:
+    """Markdown: a row for each request, a column for each system."""
+    names = list(replies)
+    lines = [
+        f"| request | {' | '.join(SYSTEMS[name].title for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for i, prompt in enumerate(asked):
+        cells = [_plain(prompt)]
+        for name in names:
+            reply = replies[name][i]
+            cells.append(f"{_plain(reply.text) or '(nothing)'} ({reply.where}, {reply.milliseconds:.0f} ms)")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    for mark in "\\|`*_<>[]":
+        text = text.replace(mark, "\\" + mark)
+    return " ".join(text.split())
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against latency: a marker for each system and delay at its p50, with a line to its p95."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    looks = {
+        "routed": ("#3a8a4d", "o"),
+        "lora": ("#1f5fa8", "s"),
+        "dora": ("#7a4fa3", "D"),
+        "attached": ("#9a9a9a", "^"),
+        "device": ("#c2571a", "v"),
+    }
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for turn_, delay in enumerate(result["delays"]):
+        for name, row in delay["systems"].items():
+            colour, marker = looks[name]
+            value = 100 * row["accuracy"]
+            spread = [[max(value - 100 * row["interval"][0], 0)], [max(100 * row["interval"][1] - value, 0)]]
+            axes.errorbar(row["p50_ms"], value, yerr=spread, fmt="none", ecolor=colour, alpha=0.35, capsize=3)
+            axes.plot([row["p50_ms"], row["p95_ms"]], [value, value], color=colour, alpha=0.35, lw=1)
+            label = SYSTEMS[name].title if turn_ == 0 else None
+            axes.plot(row["p50_ms"], value, marker, color=colour, ms=8, label=label)
+            text = f"{delay['milliseconds']:g}"
+            axes.annotate(text, (row["p50_ms"], value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("latency of a whole answer, ms: p50 (marker) to p95 (line)")
+    axes.set_ylabel("accuracy, %, with 95 % interval")
+    axes.set_title(f"{result['n']} robot requests, one by one; beside each marker the network delay in ms")
+    axes.legend(frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
