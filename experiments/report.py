@@ -67,12 +67,20 @@ def read(cell: Cell) -> dict[str, Any] | None:
     return Page().read(cell)
 
 
+def _specs(page: Page) -> list[Spec]:
+    """Every spec; those with a record first."""
+
+    def key(spec: Spec) -> tuple[bool, int, str]:
+        return all(page.read(cell) is None for cell in cells(spec)), KINDS.index(spec.kind), spec.name
+
+    return sorted((read_spec(name, page.specs) for name in names(page.specs)), key=key)
+
+
 def write(page: Page | None = None) -> list[Path]:
     """Write the page and its figures; returns their paths."""
     page = page or Page()
     figures = page.docs / "figures"
-    specs = [read_spec(name, page.specs) for name in names(page.specs)]
-    specs.sort(key=lambda s: (KINDS.index(s.kind), s.name))
+    specs = _specs(page)
     written = []
     for spec in specs:
         draw = FIGURES.get(spec.kind)
@@ -88,8 +96,7 @@ def write(page: Page | None = None) -> list[Path]:
 
 def text(page: Page) -> str:
     """The content of ``docs/results.md``."""
-    specs = [read_spec(name, page.specs) for name in names(page.specs)]
-    specs.sort(key=lambda s: (KINDS.index(s.kind), s.name))
+    specs = _specs(page)
     paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
     return "\n".join([HEAD.format(not_run=NOT_RUN), *(section(page, spec, paper) for spec in specs)])
 
