@@ -49,7 +49,7 @@ def test_the_dialogue_its_route_and_its_time():
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("request", lambda request: requests.append(request.url))
             page.goto(edge.url + "/")
-            playwright.expect(page.locator("#state")).to_have_text("model edge, cloud: closed", timeout=60_000)
+            playwright.expect(page.locator("#state")).to_have_text("model edge, cloud: reachable", timeout=60_000)
 
             def say(text, where, *parts):
                 page.fill("#text", text)
@@ -72,7 +72,7 @@ def test_the_dialogue_its_route_and_its_time():
             cloud.stop()
             say("remote again", "device", "cloud unavailable", "wanted the cloud: [REMOTE]")
             assert page.locator("#counts").inner_text() == "50 % of 4 on the device"
-            playwright.expect(page.locator("#state")).to_have_text("model edge, cloud: open", timeout=20_000)
+            playwright.expect(page.locator("#state")).to_have_text("model edge, cloud: unavailable", timeout=20_000)
             if os.environ.get("SHADOWPEFT_SCREENSHOT"):
                 page.screenshot(path=os.environ["SHADOWPEFT_SCREENSHOT"])
             assert not errors
