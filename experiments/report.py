@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from experiments.spec import KINDS, MODES, RECORDS, SPECS, Cell, Spec, cells, evaluation_name, names, read_spec
-from shadowpeft.train.progress import write_text
+from shadowpeft.storage import write_text
 
 ROOT = Path(__file__).parent.parent
 PAPER = Path(__file__).parent / "paper.yaml"

@@ -30,10 +30,10 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate import answer_loss, evaluate_task
 from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.generate import answer, routing_reason
+from shadowpeft.storage import sync, write_json
 from shadowpeft.train import baselines
-from shadowpeft.train.checkpoints import sync
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.run import DTYPES, load_tokenizer, prepare_cpu, versions, write_json
+from shadowpeft.train.run import DTYPES, load_tokenizer, prepare_cpu, versions
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "runs" / "experiments"

@@ -35,6 +35,7 @@ from experiments import system
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.apps.demo import REQUESTS, SETTINGS
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.storage import write_json
 
 METHODS = ("shadow", "lora", "dora")
 SHADOW_ROW_REPEATS = 10
@@ -140,7 +141,7 @@ def train(
     from shadowpeft.data.tasks import get_task
     from shadowpeft.train import baselines
     from shadowpeft.train.config import TrainingSection
-    from shadowpeft.train.run import load_tokenizer, write_json
+    from shadowpeft.train.run import load_tokenizer
 
     section = {
         **{k: v for k, v in SETTINGS["training"].items() if k in ("warmup", "scheduler", "log_every")},
@@ -349,7 +350,7 @@ def main() -> None:
     """Adapters, servers, requests, results."""
     options = parse()
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu, versions, write_json
+    from shadowpeft.train.run import prepare_cpu, versions
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
     prepare_cpu(options.threads)

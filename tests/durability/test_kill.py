@@ -5,7 +5,6 @@ n-th change of a file (open for writing, rename, make, delete), which covers wha
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 import yaml
 from classifier import HEADS
+from forks import ForkServer
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,18 +28,11 @@ TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", 
 EVAL_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
-class Server:
+class Server(ForkServer):
     """The fork server, and one of the two kinds of run in a folder of its own."""
 
     def __init__(self, folder):
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(p for p in sys.path if p)},
-        )
-        assert json.loads(self.process.stdout.readline()) == {"ready": True}
+        super().__init__()
         rows = write_rows(folder / "train.jsonl", plain_rows(10) + mixed_rows())
         validation = write_rows(folder / "validation.jsonl", mixed_rows()[:3])
         self.base = save_base(folder / "base")
@@ -59,10 +52,6 @@ class Server:
         }
         self.data = rows
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
     def command(self, kind, folder):
         """The job and its arguments: ``--resume`` as soon as the run has begun."""
         if kind == "classify":
@@ -74,13 +63,7 @@ class Server:
 
     def run(self, kind, folder, kill=None):
         job, args = self.command(kind, folder)
-        log = folder.parent / f"{folder.name}.log"
-        request = {"job": job, "args": args, "kill": kill, "folder": str(folder), "log": str(log)}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert answer["killed"] or answer["code"] == 0, log.read_text()
-        return answer
+        return self.ask(job, args, folder, kill)
 
 
 @pytest.fixture(scope="module")

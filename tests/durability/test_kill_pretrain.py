@@ -5,7 +5,6 @@ Run with: pytest -m durability tests/durability/test_kill_pretrain.py
 """
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forks import ForkServer
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,19 +26,11 @@ TIMES = ("runtime", "per_second")
 PLACES = {"seconds", "tokens_per_second", "resumed_from_step", "peak_memory_bytes", "shadow", "stock", "commit"}
 
 
-class Server:
+class Server(ForkServer):
     """The fork server, with one pretraining run in a folder of its own per call."""
 
     def __init__(self, folder):
-        paths = [str(Path(__file__).parent), *(p for p in sys.path if p)]
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)},
-        )
-        assert json.loads(self.process.stdout.readline()) == {"ready": True}
+        super().__init__()
         text = folder / "text"
         text.mkdir()
         for shard in range(3):
@@ -68,20 +60,11 @@ class Server:
             },
         }
 
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
     def run(self, folder, kill=None, **sections):
-        file, log = (folder.parent / f"{folder.name}.{end}" for end in ("yaml", "log"))
+        file = folder.parent / f"{folder.name}.yaml"
         file.write_text(yaml.safe_dump({**self.run_file, **sections, "output": str(folder)}))
         args = ["pretrain", str(file), "--resume", "--json"]  # the same command, begun or not
-        request = {"job": "cli", "args": args, "kill": kill, "folder": str(folder), "log": str(log)}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert answer["killed"] or answer["code"] == 0, log.read_text()
-        return answer
+        return self.ask("cli", args, folder, kill)
 
 
 @pytest.fixture(scope="module")

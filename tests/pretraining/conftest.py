@@ -10,6 +10,33 @@ def documents(n, offset=0):
     return [{"text": f"document {i + offset} " + "word " * (i % 7 + 1)} for i in range(n)]
 
 
+def run_content(made, output):
+    """A run over what the fixture ``made`` holds."""
+    return {
+        "base": made["base"],
+        "backbone": {"layers": "spread", "count": 2},
+        "text": {
+            "corpora": [{"path": made["text"]}],
+            "validation": [{"path": made["held"]}],
+            "sequence_length": 32,
+            "shuffle_buffer": 5,
+            "validation_sequences": 4,
+        },
+        "training": {
+            "max_steps": 6,
+            "batch_size": 2,
+            "gradient_accumulation": 2,
+            "learning_rate": 0.01,
+            "warmup": 1,
+            "eval_every": 3,
+            "save_every": 2,
+            "log_every": 1,
+            "threads": 1,
+        },
+        "output": str(output),
+    }
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """Base, a narrower model with its tokenizer, training and held-out text."""
@@ -29,29 +56,7 @@ def config(made, tmp_path):
     """Makes the configuration of a run; sections extend the defaults."""
 
     def make(name="run", **sections):
-        content = {
-            "base": made["base"],
-            "backbone": {"layers": "spread", "count": 2},
-            "text": {
-                "corpora": [{"path": made["text"]}],
-                "validation": [{"path": made["held"]}],
-                "sequence_length": 32,
-                "shuffle_buffer": 5,
-                "validation_sequences": 4,
-            },
-            "training": {
-                "max_steps": 6,
-                "batch_size": 2,
-                "gradient_accumulation": 2,
-                "learning_rate": 0.01,
-                "warmup": 1,
-                "eval_every": 3,
-                "save_every": 2,
-                "log_every": 1,
-                "threads": 1,
-            },
-            "output": str(tmp_path / name),
-        }
+        content = run_content(made, tmp_path / name)
         for section, values in sections.items():
             replaced = section in ("backbone", "teacher") or not isinstance(values, dict)
             content[section] = values if replaced else {**content[section], **values}

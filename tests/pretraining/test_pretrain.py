@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaModel
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer, plain_rows, run_file, save_base, write_rows
 from commands import call
-from conftest import documents
+from conftest import documents, run_content
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError, UnsupportedModelError
 from shadowpeft.hf import pieces
@@ -54,29 +54,7 @@ def assert_same_files(one, other, names=("shadow/model.safetensors", "stock/mode
 def finished(made, tmp_path_factory, request):
     """A run that nothing disturbed, shared by the tests that only look at it."""
     folder = tmp_path_factory.mktemp("finished")
-    content = {
-        "base": made["base"],
-        "backbone": {"layers": "spread", "count": 2},
-        "text": {
-            "corpora": [{"path": made["text"]}],
-            "validation": [{"path": made["held"]}],
-            "sequence_length": 32,
-            "shuffle_buffer": 5,
-            "validation_sequences": 4,
-        },
-        "training": {
-            "max_steps": 6,
-            "batch_size": 2,
-            "gradient_accumulation": 2,
-            "learning_rate": 0.01,
-            "warmup": 1,
-            "eval_every": 3,
-            "save_every": 2,
-            "log_every": 1,
-            "threads": 1,
-        },
-        "output": str(folder / "run"),
-    }
+    content = run_content(made, folder / "run")
     return folder / "run", run(parse_pretraining(content, "the test's run"))
 
 

@@ -1,8 +1,6 @@
 """Two gloo processes under ``accelerate launch`` train as one process with the whole batch, and resume each other's runs."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from processes import launch_two
 from shadowpeft.train.pretrain import pretrain
 from shadowpeft.train.progress import read_metrics
 
@@ -19,17 +18,7 @@ pytestmark = pytest.mark.slow  # starts two processes
 
 
 def launch(file, *options):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port), "-m", "shadowpeft.cli"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    arguments = ["pretrain", str(file), "--json", *options]
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    return launch_two("-m", "shadowpeft.cli", "pretrain", str(file), "--json", *options, timeout=500)
 
 
 def write(tmp_path, config, name, sections=None, **training):

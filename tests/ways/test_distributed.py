@@ -4,9 +4,6 @@
 """
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import shadowpeft
 from naive import NaiveShadow, assert_same_gradients
+from processes import launch_two
 from tiny import KINDS, adapt, base, tokens
 from ways.data import LAMBDA, rows, whole
 
@@ -24,25 +22,9 @@ TESTS = Path(__file__).parents[1]
 
 
 def launch(folder, *scenarios):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    # --multi_gpu is accelerate's name for its torchrun launcher; its --cpu wants MPI
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     worker = [str(Path(__file__).parent / "worker.py"), str(folder), *scenarios]
-    done = subprocess.run(
-        [*command, *worker], env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
+    done = launch_two(*worker, timeout=400, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 

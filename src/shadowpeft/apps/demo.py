@@ -19,6 +19,7 @@ from rich.table import Table
 
 from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.storage import write_json
 
 REQUESTS = (
     "Stand up, please!",
@@ -64,7 +65,7 @@ def main(out: str, full: bool, as_json: bool) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / "result.json").is_file():
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu, write_json
+    from shadowpeft.train.run import prepare_cpu
 
     began = time.monotonic()
     prepare_cpu()

@@ -32,6 +32,7 @@ from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.files import quote, read_json, shorten
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.weights import device_of
+from shadowpeft.storage import sync_names
 
 INDEX = "teacher.json"
 FORMAT_VERSION = 1
@@ -446,14 +447,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _replace(beside: Path, path: Path) -> None:
     """Rename a written file to its name; file and name are on disk afterwards."""
-    _sync(beside)
+    sync_names(beside)
     os.replace(beside, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_names(path.parent)

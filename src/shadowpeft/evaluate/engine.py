@@ -25,6 +25,7 @@ from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.scores import wilson
 from shadowpeft.generate import answer
 from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.storage import write_json
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 METHODS = ("generate", "likelihood", "classify")
@@ -190,7 +191,7 @@ def evaluate_task(
     result["wall_seconds"] = before + time.perf_counter() - began
     result = {"id": hashlib.sha256(json.dumps(result, sort_keys=True, default=str).encode()).hexdigest()[:12], **result}
     if folder is not None:
-        facts.write_json(folder / RECORD, result)
+        write_json(folder / RECORD, result)
     return result
 
 
@@ -333,7 +334,7 @@ def _open_folder(folder: Path | None, settings: dict[str, Any], resume: bool) ->
             raise ConfigError(
                 f"'{folder}' has {PREDICTIONS} but no {SETTINGS}, so they belong to nothing; choose another folder"
             )
-        facts.write_json(stored, settings)
+        write_json(stored, settings)
         return {}
     if not resume:
         raise ConfigError(f"'{folder}' already holds an evaluation; choose another folder, or resume it")

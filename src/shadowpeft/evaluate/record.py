@@ -98,13 +98,3 @@ def weights_digest(model: nn.Module, samples: int = 16) -> str:
         values = flat[index.to(flat.device)].double().tolist() if flat.device.type != "meta" else []
         digest.update(json.dumps([name, list(weight.shape), values]).encode())
     return digest.hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON, written beside, on disk, and renamed: whoever reads sees the old or the new file."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as handle:
-        handle.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shadowpeft.errors import ShadowPeftError
+from shadowpeft.storage import sync, sync_names
 
 _PARTIAL = "partial-"
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -120,21 +121,6 @@ def reason(error: BaseException) -> str:
     """Why a write failed, in a few words."""
     text = str(getattr(error, "strerror", None) or error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def sync(folder: Path) -> None:
-    """Ask the system to have the files of ``folder`` on disk before it is renamed."""
-    for path in [*folder.rglob("*"), folder]:
-        sync_names(path)
-
-
-def sync_names(path: Path) -> None:
-    """The same for one file, or for the names in one folder: after a rename, the new name is on disk too."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def clear_leftovers(run_dir: Path) -> None:

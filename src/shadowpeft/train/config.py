@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS, preset
+
+Run = TypeVar("Run", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -177,13 +179,21 @@ def parse_run(content: Any, where: str) -> RunConfig:
     Raises:
         ConfigError: naming the key, what it was, what it must be, and the nearest known key.
     """
+    return parse(content, where, RunConfig, _SECTIONS, "'base' and 'data'")
+
+
+def parse(content: Any, where: str, kind: type[Run], sections: dict[str, type[BaseModel]], needed: str) -> Run:
+    """Check the content of a file of runs of a ``kind``; ``needed`` names what such a file must at least hold.
+
+    Raises:
+        ConfigError: naming the key, what it was, what it must be, and the nearest known key.
+    """
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with 'base' and 'data'")
+        raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with {needed}")
     try:
-        run = RunConfig.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, RunConfig, _SECTIONS)}") from error
-    return run
+        raise ConfigError(f"{where}: {explain(error, kind, sections)}") from error
 
 
 def read_run(path: str | Path) -> RunConfig:

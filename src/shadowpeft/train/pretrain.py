@@ -42,31 +42,22 @@ from shadowpeft.hf.files import read_json, shorten
 from shadowpeft.hf.pieces import BaseEnds, open_base
 from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
 from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
 from shadowpeft.train.pretrain_teacher import Lesson, make_cache
-from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
+from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
 from shadowpeft.train.run import (
     DTYPES,
     check_loggers,
     load_tokenizer,
     prepare_cpu,
+    refuse_changed,
     stored_record,
     versions,
-    write_json,
 )
 
 WEIGHTS, STREAM, HELD = "model.safetensors", "stream.json", "stream.safetensors"
-_FREE = (
-    "eval_batch_size",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "log_every",
-    "threads",
-    "report_to",
-)
-"""Settings that may change when a run is resumed: none of them is part of what is optimised."""
 _CURVES = (("loss", "training", "#1f5fa8", "-"), ("eval_loss", "held out", "#c2571a", "--"))
 
 
@@ -622,18 +613,9 @@ def _begin(run: PretrainConfig, folder: Path, resume: bool) -> str | None:
     if not resume:
         raise ConfigError(f"the run folder '{folder}' holds a run; continue it with --resume, or choose another output")
     stored = {"loss": "ce", "teacher": None, **stored_record(folder / "config.yaml")}  # older runs have no such keys
-    now = run.model_dump()
-    changed = [key for key in ("base", "backbone", "start", "text", "loss", "teacher") if stored.get(key) != now[key]]
-    changed += [
-        f"training.{key}"
-        for key, value in now["training"].items()
-        if key not in _FREE and (stored.get("training") or {}).get(key) != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"the run in '{folder}' was started with other settings ({', '.join(changed)}); resume with the configuration "
-            "it was started with"
-        )
+    refuse_changed(
+        folder, stored, run.model_dump(), ("base", "backbone", "start", "text", "loss", "teacher"), ("training",)
+    )
     return get_last_checkpoint(str(folder))  # type: ignore[no-any-return]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from shadowpeft.errors import ConfigError
-from shadowpeft.train.config import _Strict, explain, read_yaml
+from shadowpeft.train.config import _Strict, parse, read_yaml
 
 
 class Backbone(_Strict):
@@ -218,12 +217,7 @@ def parse_pretraining(content: Any, where: str) -> PretrainConfig:
     Raises:
         ConfigError: naming the key, what it was, what it must be, and the nearest known key.
     """
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with 'base' and 'backbone'")
-    try:
-        return PretrainConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, PretrainConfig, _SECTIONS)}") from error
+    return parse(content, where, PretrainConfig, _SECTIONS, "'base' and 'backbone'")
 
 
 def read_pretraining(path: str | Path) -> PretrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import time
@@ -29,9 +28,10 @@ from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import reason, written_whole
 from shadowpeft.train.config import RunConfig, TrainingSection
-from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics, write_text
+from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
 from shadowpeft.train.trainer import ShadowTrainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -346,7 +346,7 @@ def _check_same_data(record: dict[str, Any], folder: Path) -> None:
             )
 
 
-_FREE = (
+FREE = (
     "eval_batch_size",
     "eval_every",
     "save_every",
@@ -359,13 +359,25 @@ _FREE = (
 
 
 def _check_same_run(run: RunConfig, folder: Path) -> None:
-    stored, now = stored_record(folder / "config.yaml"), run.model_dump()
-    changed = ["base"] if stored.get("base") != run.base else []
+    refuse_changed(
+        folder, stored_record(folder / "config.yaml"), run.model_dump(), ("base",), ("data", "shadow", "training")
+    )
+
+
+def refuse_changed(
+    folder: Path, stored: dict[str, Any], now: dict[str, Any], keys: Sequence[str], sections: Sequence[str]
+) -> None:
+    """Compare the settings a run was started with and those it has now: ``keys`` as wholes, ``sections`` but for :data:`FREE`.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    changed = [key for key in keys if stored.get(key) != now[key]]
     changed += [
         f"{section}.{key}"
-        for section in ("data", "shadow", "training")
+        for section in sections
         for key in now[section]
-        if key not in _FREE and (stored.get(section) or {}).get(key) != now[section][key]
+        if key not in FREE and (stored.get(section) or {}).get(key) != now[section][key]
     ]
     if changed:
         raise ConfigError(
@@ -424,8 +436,3 @@ edge = shadowpeft.detach(model)                 # detached: a stock transformers
 ```yaml
 {settings}```
 """
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON, written beside and renamed."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,38 @@
+"""Files that are whole or not there: written beside, on disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, content: str) -> None:
+    """Text, written beside, on disk, and renamed: whoever reads sees the old or the new text."""
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w", encoding="utf-8") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, in the same way."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Ask the system to have the files of ``folder`` on disk before it is renamed."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_names(path)
+
+
+def sync_names(path: Path) -> None:
+    """The same for one file, or for the names in one folder: after a rename, the new name is on disk too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
