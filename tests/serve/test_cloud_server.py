@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -447,3 +448,57 @@ def test_swap_and_roll_back_over_http_while_clients_ask(tmp_path):
             assert admin.post("/admin/adapters/late/swap", json={"version": path}).status_code == 400
         assert http.post("/admin/adapters/late/swap", json={"version": "v2"}).status_code == 401
         assert say() == old
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_cut_by_time_says_so(stream):
+    class Slow:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def open(self, names):
+            session = self.inner.open(names)
+            forward = session.forward
+            session.forward = lambda *inputs: (time.sleep(0.05), forward(*inputs))[1]
+            return session
+
+    backend = Slow(attached(max_position_embeddings=512))
+    backend.inner.ends = frozenset()
+    with (
+        Running(cloud(backend, answer_seconds=0.3)) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0) as client,
+    ):
+        made = chat(client, PROMPTS[1], "late", max_tokens=200, stream=stream)
+        if stream:
+            made = list(made)[-1]
+        assert made.choices[0].finish_reason == "length"
+        assert made.model_extra["shadowpeft"]["cut"] == "answer_seconds"
+
+
+def test_a_request_without_a_turn_in_time_is_503():
+    release = threading.Event()
+    backend = attached(max_position_embeddings=512)
+    inner = backend.open
+
+    def stuck(names):
+        session = inner(names)
+        forward = session.forward
+        session.forward = lambda *inputs: (release.wait(20), forward(*inputs))[1]
+        return session
+
+    backend.open = stuck
+    with Running(cloud(backend, rows=1, answer_seconds=0.3)) as server, server.http(KEY) as http:
+        body = {"model": "late", "prompt": "x", "max_tokens": 2}
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(2)]
+            wait_for(lambda: server.app.state.server.in_flight == 2)
+            time.sleep(0.4)
+            release.set()
+            found = sorted((a.result() for a in answers), key=lambda r: r.status_code)
+        assert [r.status_code for r in found] == [200, 503]
+        assert found[0].json()["shadowpeft"]["cut"] == "answer_seconds"
+        assert found[1].json()["error"]["code"] == "timed_out"
+        assert found[1].headers["retry-after"] == "1"

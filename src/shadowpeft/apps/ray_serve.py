@@ -40,6 +40,7 @@ class Arguments(BaseModel):
     prompt_tokens: int = Field(default=Options.prompt_tokens, ge=1)
     new_tokens: int = Field(default=Options.new_tokens, ge=1)
     default_tokens: int = Field(default=Options.default_tokens, ge=1)
+    answer_seconds: float = Field(default=Options.answer_seconds, gt=0)
     drain_seconds: float = Field(default=Options.drain_seconds, ge=0)
 
     def options(self) -> Options:

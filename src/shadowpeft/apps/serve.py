@@ -45,6 +45,7 @@ class Options:
     prompt_tokens: int = 2048
     new_tokens: int = 512
     default_tokens: int = 64
+    answer_seconds: float = 120.0
     drain_seconds: float = 30.0
 
 
@@ -83,7 +84,11 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
 
     prepare_cpu()
     limits = Limits(
-        rows=options.rows, queue=options.queue, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens
+        rows=options.rows,
+        queue=options.queue,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        answer_seconds=options.answer_seconds,
     )
     backend = _cloud_backend(named, options.base) if options.role == "cloud" else _edge_backend(named, options.base)
     role = _role(options, named, Engine(backend, limits))
@@ -219,6 +224,7 @@ def _role(options: Options, named: dict[str, str], engine: Any) -> Any:
             os.environ.get(CLOUD_KEY),
             timeout=options.cloud_timeout,
             delay=options.cloud_delay_ms / 1000,
+            answer_seconds=options.answer_seconds,
         )
     told = json.dumps({"calibration": str(file) if file else None, "cloud": options.cloud_url})
     logging.getLogger("shadowpeft.serve").info("edge %s", told)

@@ -7,6 +7,7 @@ on its neighbours (up to the order of float additions).
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -33,6 +34,10 @@ class StoppedError(ShadowPeftError):
     """The engine takes no more requests: it is shutting down."""
 
 
+class OverdueError(ShadowPeftError):
+    """The request waited for as long as its whole answer may take."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes of the engine."""
@@ -45,6 +50,8 @@ class Limits:
     """Requests that wait."""
     prompt_tokens: int = 2048
     new_tokens: int = 512
+    answer_seconds: float = 120.0
+    """From the request to the end of its answer: what runs then is ended, what still waits has failed."""
     gather_seconds: float = 0.002
     """How long an idle engine waits for neighbours of the first request."""
 
@@ -85,7 +92,7 @@ class Finish:
     """The end of an answer."""
 
     reason: str
-    """``stop``, ``length``, or ``until`` (the request's own condition)."""
+    """``stop``, ``length``, ``until`` (the request's own condition), or ``time`` (cut by :attr:`Limits.answer_seconds`)."""
     text: str
     """What the last token held back."""
     prompt_tokens: int
@@ -111,6 +118,8 @@ class Work:
     sampling: Sampling
     emit: Callable[[Event], None]
     until: Callable[[list[str], Scores], bool] | None = None
+    deadline: float = math.inf
+    """Monotonic time at which the answer ends."""
     cancelled: bool = False
     """Set it, from any thread, to have the row taken out after the running step; nothing is emitted any more."""
     new: list[int] = field(default_factory=list)
@@ -172,7 +181,7 @@ class Engine:
             ConfigError: for an unknown name. QueueFullError: as it says. StoppedError: while shutting down.
         """
         self.check(len(ids), name, sampling.max_tokens)
-        work = Work(ids, name, sampling, emit, until)
+        work = Work(ids, name, sampling, emit, until, time.monotonic() + self.limits.answer_seconds)
         if sampling.temperature > 0:
             work.generator = torch.Generator()
             if sampling.seed is None:
@@ -257,6 +266,7 @@ class Engine:
                 idle = not self._batches
             if idle and self.limits.gather_seconds:
                 time.sleep(self.limits.gather_seconds)
+            self._drop_overdue()
             works = self._admit()
             if works:
                 self._start(works)
@@ -264,6 +274,17 @@ class Engine:
                 self._guard(batch, self._advance)
             self._batches = [batch for batch in self._batches if batch.works]
             self.beat = time.monotonic()
+
+    def _drop_overdue(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = [w for w in self._waiting if w.deadline <= now]
+            if late:
+                self._waiting = deque(w for w in self._waiting if w.deadline > now)
+        for work in late:
+            if not work.cancelled:
+                limit = self.limits.answer_seconds
+                work.emit(Failed(OverdueError(f"the request waited {limit:g} s and had not begun; try again later")))
 
     def _admit(self) -> list[Work]:
         with self._changed:
@@ -379,6 +400,8 @@ class Engine:
         reason = "stop" if over else "length" if len(work.new) >= work.sampling.max_tokens else ""
         if not reason and work.until is not None and work.until(work.pieces, work.scores):
             reason = "until"
+        if not reason and time.monotonic() >= work.deadline:
+            reason = "time"
         if not reason:
             return True
         work.emit(Finish(reason, delta + text[work.sent :], len(work.ids), len(work.new)))

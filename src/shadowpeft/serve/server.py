@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.answers import Answer
 from shadowpeft.serve.client import CloudError, CloudRefusedError
-from shadowpeft.serve.engine import QueueFullError, StoppedError
+from shadowpeft.serve.engine import OverdueError, QueueFullError, StoppedError
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ErrorAnswer, SwapRequest, error
@@ -37,7 +37,7 @@ _STATUS = {
     409: "the new weights do not fit, or there is nothing to go back to",
     413: "the body is too large",
     429: "too many requests; see Retry-After",
-    503: "not ready, shutting down, or the cloud is needed and away",
+    503: "not ready, shutting down, no turn in time, or the cloud is needed and away",
 }
 _log = logging.getLogger("shadowpeft.serve")
 T = TypeVar("T")
@@ -357,6 +357,8 @@ def _add_errors(app: FastAPI) -> None:
             return answer(429, str(failure), kind="rate_limit_error", code="queue_full")
         if isinstance(failure, StoppedError):
             return answer(503, str(failure), kind="not_ready")
+        if isinstance(failure, OverdueError):
+            return answer(503, str(failure), kind="timeout", code="timed_out")
         if isinstance(failure, CloudError):
             return answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
         if isinstance(failure, CloudRefusedError):
