@@ -36,7 +36,7 @@ class Metrics:
         self.routed = new(Counter, "routed", "Answers by who gave them and why.", ("where", "reason"))
         self.tokens = new(Counter, "tokens", "Tokens read and made.", ("kind",))
         self.disconnected = new(Counter, "disconnected", "Clients that left before their answer was finished.")
-        self.swaps = new(Counter, "swaps", "Weights replaced, rolled back, or refused.", ("result",))
+        self.swaps = new(Counter, "swaps", "Adapters replaced, rolled back, added, removed, or refused.", ("result",))
         self._share = new(Gauge, "on_device_share", "Share of all answers that were given on the device.")
         self._new = new
         self._answers = [0, 0]

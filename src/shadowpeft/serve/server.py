@@ -24,7 +24,7 @@ from shadowpeft.serve.client import CloudError, CloudRefusedError
 from shadowpeft.serve.engine import OverdueError, QueueFullError, StoppedError
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
-from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ErrorAnswer, SwapRequest, error
+from shadowpeft.serve.protocol import AdapterName, ChatRequest, CompletionRequest, ErrorAnswer, SwapRequest, error
 from shadowpeft.serve.roles import CloudRole, EdgeRole, Role
 
 PAGE = Path(__file__).with_name("page.html")
@@ -164,13 +164,20 @@ class _Server:
             """The versions that each adapter had, the present one last."""
             return {n: [Path(f).name for f in had] for n, had in self.role.engine.backend.versions.items()}
 
+        @app.post("/admin/adapters/{name}", responses=changed)  # type: ignore[arg-type]
+        async def add(name: AdapterName, wanted: SwapRequest) -> dict[str, str]:
+            """Load one more adapter; running answers wait for it."""
+            return await self._change(name, self.role.engine.add, self._folder(wanted.version), new=True)
+
+        @app.delete("/admin/adapters/{name}", responses=changed)  # type: ignore[arg-type]
+        async def remove(name: str) -> dict[str, str]:
+            """Take an adapter out, once the requests that are here for it have their answers."""
+            return await self._change(name, self.role.engine.remove)
+
         @app.post("/admin/adapters/{name}/swap", responses=changed)  # type: ignore[arg-type]
         async def swap(name: str, wanted: SwapRequest) -> dict[str, str]:
             """Replace an adapter's weights; running answers end with the old ones."""
-            if self.settings.versions is None or not (self.settings.versions / wanted.version).is_dir():
-                raise HTTPException(404, f"there is no version '{wanted.version}'; see the server's --versions folder")
-            folder = str(self.settings.versions / wanted.version)
-            return await self._change(name, self.role.engine.backend.swap, folder)
+            return await self._change(name, self.role.engine.backend.swap, self._folder(wanted.version))
 
         @app.post("/admin/adapters/{name}/rollback", responses=changed)  # type: ignore[arg-type]
         async def rollback(name: str) -> dict[str, str]:
@@ -192,11 +199,18 @@ class _Server:
             return "the engine is stalled"
         return None if engine.ready() else "not ready"
 
-    async def _change(self, name: str, action: Callable[..., Any], *arguments: str) -> dict[str, str]:
+    def _folder(self, version: str) -> str:
+        if self.settings.versions is None or not (self.settings.versions / version).is_dir():
+            raise HTTPException(404, f"there is no version '{version}'; see the server's --versions folder")
+        return str(self.settings.versions / version)
+
+    async def _change(
+        self, name: str, action: Callable[..., Any], *arguments: str, new: bool = False
+    ) -> dict[str, str]:
         backend = self.role.engine.backend
         if self.settings.managed is not None:
             raise HTTPException(409, self.settings.managed)
-        if name not in backend.versions:
+        if name not in backend.versions and not new:
             raise HTTPException(
                 404, f"'{name}' is not loaded or cannot be swapped; there are {sorted(backend.versions)}"
             )
@@ -217,7 +231,8 @@ class _Server:
             self.metrics.swaps.labels("refused").inc()
             raise
         self.metrics.swaps.labels(action.__name__).inc()
-        version = Path(self.role.engine.backend.versions[name][-1]).name
+        had = self.role.engine.backend.versions.get(name)
+        version = Path(had[-1]).name if had else "none"
         _log.info("%s of %s: now %s", action.__name__, name, version)
         return version
 
