@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare system-test versions llamacpp clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection bench-starts architectures compare system-test versions llamacpp clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,9 @@ fuzz: $(VENV)/dev  ## a thousand damaged adapter folders
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py
+
+bench-starts: $(VENV)/dev  ## starts and losses of pretraining by held-out loss, on SmolLM2-135M; an hour on one idle core
+	$(BIN)/python benchmarks/starts.py
 
 bench-projection: $(VENV)/dev  ## Eq. 12 beside pinv and at the shape of Qwen3-8B; 15 minutes on two idle cores
 	$(BIN)/python benchmarks/projection.py
