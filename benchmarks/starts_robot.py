@@ -29,7 +29,6 @@ from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
 
 RECORD = Path(__file__).parent.parent / "docs" / "records" / "pretraining" / "robot-starts.json"
-RATES = (3e-3, 5e-3)
 OPEN = 60
 
 
@@ -110,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("starts", nargs="+", help="random, base_layers, or NAME=SHADOW")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 5e-3])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/starts-robot"))
     options = parser.parse_args()
@@ -126,7 +126,7 @@ def main() -> None:
         shadow: dict[str, Any] = {"shadow_num_hidden_layers": 2, "shadow_init": name}
         if folder:
             shadow = {"shadow_model": folder, "share_embeddings": True}
-        trials = {rate: fine_tuned(name, shadow, rate, options) for rate in RATES}
+        trials = {rate: fine_tuned(name, shadow, rate, options) for rate in options.rates}
         losses = {rate: summary["eval_shadow_loss"] for rate, summary in trials.items()}
         rate = min(losses, key=lambda each: losses[each])
         pretrained = Path(folder).parent / "result.json"
