@@ -47,7 +47,7 @@ class Sizes:
         """``|part| / |whole|`` of each token, both ``(B, T, d)``."""
         share = (part.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-12))[self.mask]
         total = self.sums.setdefault((module, name), [0.0, 0.0])
-        total[0] += float(share.sum())
+        total[0] += float(share.detach().sum())
         total[1] += share.numel()
 
     def mean(self, module: Any, name: str) -> float | None:
