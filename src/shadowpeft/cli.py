@@ -362,7 +362,7 @@ def serve(
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
     full: Annotated[
-        bool, typer.Option("--full", help="More steps and the whole test sets, without a time limit.")
+        bool, typer.Option("--full", help="2,800 steps and the whole test sets: hours on a CPU.")
     ] = False,
     json: Json = False,
 ) -> None:

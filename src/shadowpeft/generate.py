@@ -150,7 +150,7 @@ def stream(
 
 
 def routing_reason(action: str | None) -> str:
-    """Why an on-device answer with this action is kept ("known skill") or handed on (method.md, Appendix F)."""
+    """Why an on-device answer with this action is kept ("known skill") or handed on (the paper, Appendix F)."""
     if action is None:
         return "unknown answer"
     return "[REMOTE]" if action == "REMOTE" else "known skill"

@@ -356,3 +356,6 @@ def test_the_committed_page_is_what_the_committed_records_say():
     assert (page.docs / "results.md").read_text(encoding="utf-8") == report_module.text(page), (
         "run `python -m experiments report` and commit docs/results.md"
     )
+    content = page.readme.read_text(encoding="utf-8")
+    assert report_module.readme(page, content) == content, "run `python -m experiments report` and commit README.md"
+    assert "| LoRA |" in content.split(report_module.README_MARKS[0])[1].split(report_module.README_MARKS[1])[0]

@@ -35,7 +35,7 @@ from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
 METHODS = ("shadow", "lora", "dora")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What the paper's LoRA and DoRA rows adapt (method.md, Table 1)."""
+"""What the paper's LoRA and DoRA rows adapt (the paper, Table 1)."""
 
 
 # ------------------------------------------------------------------------------------------------------- matched budgets

@@ -1,4 +1,4 @@
-"""Shadow pretraining (method.md, Appendix B): one run from its configuration to its folder.
+"""Shadow pretraining (the paper, Appendix B): one run from its configuration to its folder.
 
 Only the base's head and embedding are in memory, and the layers a backbone copies. transformers' Trainer carries the run:
 schedule, precision, checkpointing, processes.

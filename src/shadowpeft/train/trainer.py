@@ -34,7 +34,7 @@ class ShadowLossMixin(WholeCheckpoints):
     - Label smoothing and ``compute_loss_func`` shape the task loss; ``lambda`` times the shadow's cross-entropy is added.
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
-    - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (method.md: a pretrained one wants less).
+    - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
     - Checkpoints are whole: see :class:`~shadowpeft.train.checkpoints.WholeCheckpoints`.
