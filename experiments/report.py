@@ -55,7 +55,11 @@ class Page:
     records: Path = RECORDS
     specs: Path = SPECS
     docs: Path = ROOT / "docs"
-    readme: Path = ROOT / "README.md"
+
+    @property
+    def readme(self) -> Path:
+        """The README beside ``docs``."""
+        return self.docs.parent / "README.md"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """The record of a cell, or None."""
