@@ -17,12 +17,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 import shadowpeft
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.data.robot import load
+from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.config import parse_run
@@ -44,8 +46,6 @@ def rows_for_the_shadow(split: str) -> list[dict[str, Any]]:
 def fine_tuned(name: str, shadow: dict[str, Any], rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """Train one start at one rate; the summary of the run."""
     folder = options.work / f"{name}-{rate:g}"
-    if (folder / "summary.json").is_file():
-        return dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     content = {
         "base": "smollm2-135m",
         "data": {
@@ -67,7 +67,15 @@ def fine_tuned(name: str, shadow: dict[str, Any], rate: float, options: argparse
         },
         "output": str(folder),
     }
-    return train(parse_run(content, name), resume=folder.exists(), console=options.console)
+    run = parse_run(content, name)
+    if (folder / "summary.json").is_file():
+        summary = dict(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if before != run.model_dump():
+            raise ConfigError(f"'{folder}' was trained with other settings; remove it or choose another --work")
+        if not summary["interrupted"]:
+            return summary
+    return train(run, resume=folder.exists(), console=options.console)
 
 
 def measured(adapter: str, console: Console) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def main() -> None:
             "validation_loss": losses[rate],
             "losses_by_rate": {f"{each:g}": loss for each, loss in losses.items()},
             "pretraining": json.loads(pretrained.read_text(encoding="utf-8")) if folder else None,
-            "steps": options.steps,
+            "steps": trials[rate]["steps"],
             "batch_size": 16,
             "trainable_parameters": trials[rate]["trainable_parameters"],
             **measured(trials[rate]["adapter"], options.console),

@@ -321,6 +321,8 @@ class Runner:
             budget=budget,
             rank=getattr(config, "r", None),
             train=task.source("train"),
+            commit=commit(),
+            versions=versions(),
         )
         model.save_pretrained(str(folder / "partial-adapter"))
         sync(folder / "partial-adapter")

@@ -27,7 +27,7 @@ _SHAPES = (
 )
 
 
-def preset(name: str, **given: Any) -> dict[str, Any]:
+def preset(name: str, /, **given: Any) -> dict[str, Any]:
     """Fields of ``ShadowPeftConfig``: those of a preset, with ``given`` laid over them.
 
     What a preset says of a mirrored shadow's start is left out where ``given`` names a ``shadow_model`` or changes a width,

@@ -37,6 +37,8 @@ REQUESTS = (
 
 STEPS = 350
 FULL_STEPS = 2800
+_OWN = {"run", "edge", "result.json", "result.png"}
+"""What a demo leaves in its folder, finished or not."""
 SETTINGS: dict[str, Any] = {
     "base": "smollm2-135m",
     "data": {"train": "robot", "max_length": 128, "shadow_repeats": 3},
@@ -62,7 +64,7 @@ SETTINGS: dict[str, Any] = {
 def main(out: str, full: bool, as_json: bool) -> None:
     """Run the demo into the folder ``out``: ``run/``, ``edge/``, ``result.json``, ``result.png``."""
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "result.json").is_file():
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
     quiet_libraries()
     from shadowpeft.train.run import prepare_cpu
