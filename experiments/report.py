@@ -470,7 +470,7 @@ def bars(page: Page, spec: Spec, path: Path) -> None:
         if values:
             both = [[max(e[side], 0.0) for e in errors] for side in (0, 1)]
             axes.bar(places, values, width, yerr=both, label=label(spec, name, mode), color=COLOURS[mode], capsize=2)
-            for at, value in zip(places, values, strict=True):
+            for place, value in zip(places, values, strict=True):
                 if value < 1.0:  # a bar that cannot be seen is not one that was not run
                     axes.annotate(
                         f"{value:.1f}", (at, value), ha="center", va="bottom", fontsize=8, color=COLOURS[mode]
