@@ -473,7 +473,7 @@ def bars(page: Page, spec: Spec, path: Path) -> None:
             for place, value in zip(places, values, strict=True):
                 if value < 1.0:  # a bar that cannot be seen is not one that was not run
                     axes.annotate(
-                        f"{value:.1f}", (at, value), ha="center", va="bottom", fontsize=8, color=COLOURS[mode]
+                        f"{value:.1f}", (place, value), ha="center", va="bottom", fontsize=8, color=COLOURS[mode]
                     )
     titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
     axes.set_xticks(range(len(columns)), [t.replace(", ", ",\n").replace(" (", "\n(") for t in titles], fontsize=8)
