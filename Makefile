@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection architectures compare system-test versions llamacpp ray clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection bench-starts architectures compare system-test versions llamacpp ray clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +19,10 @@ $(VENV)/dev: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/base  ## train, evaluate and show a robot-dog model: 12 minutes on two idle cores
+demo: $(VENV)/base  ## train, evaluate and show a robot-dog model: about 12 minutes on two idle cores
 	$(BIN)/shadowpeft demo
 
-demo-full: $(VENV)/base  ## the same without the limit of steps
+demo-full: $(VENV)/base  ## 2,800 steps and the whole test sets; hours
 	$(BIN)/shadowpeft demo --full
 
 test: $(VENV)/dev lint types  ## lint, types, tests
@@ -38,14 +38,17 @@ types: $(VENV)/dev
 slow: $(VENV)/dev  ## the tests that take long
 	$(BIN)/python -m pytest -m slow
 
-durability: $(VENV)/dev  ## kill runs fifty times and compare their ends with an undisturbed one
+durability: $(VENV)/dev  ## kill runs eighty times and compare their ends with an undisturbed one
 	$(BIN)/python -m pytest -m durability tests/durability
 
-fuzz: $(VENV)/dev  ## a thousand damaged adapter folders
+fuzz: $(VENV)/dev  ## two thousand damaged adapter folders
 	$(BIN)/python -m pytest -m fuzz tests/hostile
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py
+
+bench-starts: $(VENV)/dev  ## starts and losses of pretraining by held-out loss, on SmolLM2-135M; an hour on one idle core
+	$(BIN)/python benchmarks/starts.py
 
 bench-projection: $(VENV)/dev  ## Eq. 12 beside pinv and at the shape of Qwen3-8B; 15 minutes on two idle cores
 	$(BIN)/python benchmarks/projection.py

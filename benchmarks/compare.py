@@ -401,6 +401,7 @@ ROWS: dict[str, tuple[str, Callable[[str], bool | str]]] = {
     "mixed": ("rows of several adapters in one batch", mixed_batch),
     "bytes": ("files of one adapter, bytes (tiny base, r = m = 4)", adapter_bytes),
 }
+IN_README = ("eval_loss", "accumulation", "bfloat16", "masked", "foreign_cache", "other_base", "mixed")
 MODES: dict[str, tuple[str, Callable[[str], bool | str]]] = {
     "greedy": ("greedy, cached", mode_greedy),
     "sampling": ("sampling with a seed", mode_sampling),
@@ -508,8 +509,8 @@ def _line(label: str, row: dict[str, Any]) -> str:
     return f"| {label} | " + " | ".join(shown(row[k]) for k in KINDS) + " |"
 
 
-def short_table(record: dict[str, Any]) -> list[str]:
-    """Counts, facts and speed: what README shows."""
+def short_table(record: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
+    """Counts, facts and speed; README shows the counts and the facts of ``only``."""
     lines = _head()
     found = record.get("architectures")
     if found:
@@ -518,25 +519,45 @@ def short_table(record: dict[str, Any]) -> list[str]:
             cells = " | ".join(str(found[k + end]) for k in KINDS)
             lines.append(f"| architectures, of {found['of']}: {label} | {cells} |")
     lines.append("| modes of generation that are right | " + " | ".join(_right_modes(record, k) for k in KINDS) + " |")
-    lines += [_line(label, record["facts"][key]) for key, (label, _) in ROWS.items() if key in record["facts"]]
-    lines += [f"| {label} | {ours} | {peers} | not measured |" for label, ours, peers in _speed()]
+    chosen = [key for key in ROWS if key in record["facts"] and (only is None or key in only)]
+    lines += [_line(ROWS[key][0], record["facts"][key]) for key in chosen]
+    if only is None:
+        lines += [f"| {label} | {ours} | {peers} | not measured |" for label, ours, peers in _speed()]
     return lines
 
 
 def source(record: dict[str, Any]) -> str:
-    """Where the numbers come from."""
+    """Where the facts come from."""
     v = record["versions"]
-    speed = json.loads(SPEED.read_text(encoding="utf-8"))["date"] if SPEED.is_file() else "none"
     return (
         f"`make compare`, {record['date']}, commit {record['commit']}, {record['machine']}, one thread, torch {v['torch']}, "
         f"transformers {v['transformers']}, PEFT {v['peft']}, shadow-peft {v['shadow-peft']}, TRL {v['trl']}; tiny random "
-        f"models. Speed and memory: benchmarks/results.json of {speed} (SmolLM2-135M)."
+        "models."
     )
+
+
+def source_of_speed() -> str:
+    """Where the last four rows come from."""
+    if not SPEED.is_file():
+        return ""
+    record = json.loads(SPEED.read_text(encoding="utf-8"))
+    at = f", commit {record['commit'][:7]}" if record.get("commit") else ", before commits were recorded"
+    return f" Speed and memory: SmolLM2-135M, benchmarks/results.json, {record['date']}{at}."
 
 
 def page(record: dict[str, Any]) -> str:
     """docs/comparison.md."""
-    lines = ["# Comparison", "", source(record), "", *short_table(record), "", "## Modes of generation", "", *_head()]
+    lines = [
+        "# Comparison",
+        "",
+        source(record) + source_of_speed(),
+        "",
+        *short_table(record),
+        "",
+        "## Modes of generation",
+        "",
+        *_head(),
+    ]
     lines += [_line(label, record["modes"][key]) for key, (label, _) in MODES.items() if key in record["modes"]]
     reasons = [
         f"- {KINDS[kind]}, {table[key][0]}: `{row[kind]['reason']}`"
@@ -564,8 +585,8 @@ def write_readme(record: dict[str, Any]) -> None:
     begin, end = "<!-- compare -->", "<!-- /compare -->"
     if begin not in text or end not in text:
         raise SystemExit(f"{README} has no {begin} ... {end}; put the two markers where the table belongs")
-    where = source(record) + " More: [docs/comparison.md](docs/comparison.md)."
-    block = "\n".join([begin, where, "", *short_table(record), end])
+    where = source(record)
+    block = "\n".join([begin, where, "", *short_table(record, IN_README), end])
     README.write_text(text[: text.index(begin)] + block + text[text.index(end) + len(end) :], encoding="utf-8")
 
 

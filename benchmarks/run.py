@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, logging
 
 import shadowpeft
+from shadowpeft.evaluate.record import commit
 from shadowpeft.hf.bases import materialise
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -185,6 +186,7 @@ def main() -> None:
     long = torch.randint(0, 49000, (1, 256), generator=generator)
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit(),
         "machine": {"platform": platform.platform(), "threads": args.threads, "torch": torch.__version__},
         "model": "SmolLM2-135M-Instruct, float32",
         "rounds": args.rounds,

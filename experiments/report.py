@@ -1,4 +1,7 @@
-"""``docs/results.md`` and ``docs/figures`` from the committed records alone; a cell without a record says "not run"."""
+"""``docs/results.md``, ``docs/figures`` and the README's table of scores from the committed records alone.
+
+A cell without a record says "not run"; a spec without any is named in a list at the end.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,15 @@ TITLES = {
     "clinc150": "CLINC150",
     "robot": "Robot intents",
 }
+README_SPEC = "table1-smollm2-cpu"
+README_MARKS = ("<!-- scores -->", "<!-- /scores -->")
 NAMES = {"lora": "LoRA", "dora": "DoRA", "base": "Base, untrained"}
 COLOURS = {"attached": "#1f5fa8", "detached": "#c2571a", "lora": "#4b8b3b", "dora": "#7a4fa3", "base": "#777777"}
 
 HEAD = """# Results
 
 Made by `python -m experiments report` from the files in `experiments/records`; nothing is typed in by hand. Every number of
-ours links to the record it comes from. Scores are percentages of the test rows that the record names; brackets hold the 95 %
+ours links to the record it comes from. Scores are percentages of n test rows, which the record names; brackets hold the 95 %
 bootstrap interval over examples. With several seeds the number is their mean, the brackets hold the mean of their intervals,
 and each seed's own number follows. "{not_run}" means that no record exists. The paper's numbers are printed beside ours for
 comparison: they are of other bases, larger budgets and, where a note says so, other rows.
@@ -50,6 +55,11 @@ class Page:
     records: Path = RECORDS
     specs: Path = SPECS
     docs: Path = ROOT / "docs"
+
+    @property
+    def readme(self) -> Path:
+        """The README beside ``docs``."""
+        return self.docs.parent / "README.md"
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """The record of a cell, or None."""
@@ -91,14 +101,46 @@ def write(page: Page | None = None) -> list[Path]:
             written.append(path)
     page.docs.mkdir(parents=True, exist_ok=True)
     write_text(page.docs / "results.md", text(page))
+    if page.readme.is_file():
+        write_text(page.readme, readme(page, page.readme.read_text(encoding="utf-8")))
     return [page.docs / "results.md", *written]
 
 
 def text(page: Page) -> str:
     """The content of ``docs/results.md``."""
-    specs = _specs(page)
     paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
-    return "\n".join([HEAD.format(not_run=NOT_RUN), *(section(page, spec, paper) for spec in specs)])
+    specs = _specs(page)
+    begun = [spec for spec in specs if any(page.read(cell) is not None for cell in cells(spec))]
+    waiting = [
+        f"| `{spec.name}` | {spec.title} | {len(cells(spec))} cells {NOT_RUN} |" for spec in specs if spec not in begun
+    ]
+    lines = [HEAD.format(not_run=NOT_RUN), *(section(page, spec, paper) for spec in begun)]
+    if waiting:
+        lines += ["## Specs without a record\n", "| spec | what it is | |\n|---|---|---|", *waiting, ""]
+    return "\n".join(lines)
+
+
+def readme(page: Page, content: str) -> str:
+    """``content`` with the table of scores between its two marks made anew: each method on each task of ``README_SPEC``."""
+    before, mark, rest = content.partition(README_MARKS[0])
+    _, end, after = rest.partition(README_MARKS[1])
+    if not mark or not end:
+        return content
+    spec = read_spec(README_SPEC, page.specs)
+    columns = [c for c in _columns(spec) if any(_scores(page, spec, c[0], c[2])) and c[2].how is None]
+    lines = []
+    for name, method in spec.methods.items():
+        for mode in MODES[method.method]:
+            row = [label(spec, name, mode)]
+            for task, _, evaluation in columns:
+                records = [r for r in of(page, spec, task, name) or [] if r is not None]
+                found = _mean(records, _key(task, mode, evaluation))
+                seeds = f", {len(records)} seeds" if len(records) > 1 else ""
+                row.append("" if found is None else f"{found[0]:.1f} [{found[1]:.0f}, {found[2]:.0f}]{seeds}")
+            lines.append(row)
+    titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
+    shown = "\n".join(table(["%, [95 % interval]", *titles], lines))
+    return f"{before}{mark}\n{shown}\n{end}{after}"
 
 
 def section(page: Page, spec: Spec, paper: dict[str, Any]) -> str:
@@ -165,6 +207,19 @@ def parameters(page: Page, spec: Spec, name: str) -> str:
     return ", ".join(page.link(record, f"{number:,}") for number, record in sorted(found.items()))
 
 
+def _rows(page: Page, spec: Spec, task: str, evaluation: Any) -> str:
+    """The number of test rows behind a column, for its title."""
+    counts = {
+        result["n"]
+        for name, method in spec.methods.items()
+        for record in of(page, spec, task, name) or []
+        if record is not None
+        for mode in MODES[method.method]
+        if (result := record["results"].get(_key(task, mode, evaluation))) is not None
+    }
+    return f" (n = {', '.join(f'{n:,}' for n in sorted(counts))})" if counts else ""
+
+
 def of(page: Page, spec: Spec, task: str, name: str) -> list[dict[str, Any] | None] | None:
     """The records of a task and method, one a seed; None if the spec has no such cell."""
     own = [cell for cell in cells(spec) if cell.task == task and cell.name == name]
@@ -216,7 +271,8 @@ def tasks_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
             own = evaluation.task or task
             row.append(f"{scores[own]:.2f}" if own in scores and evaluation.how is None else "")
         rows.append(row)
-    return table(["method", "trainable parameters", *(title for _, title, _ in columns)], rows)
+    titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
+    return table(["method", "trainable parameters", *titles], rows)
 
 
 def ood_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
@@ -258,7 +314,10 @@ def scaling_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
 
 
 def latency_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
-    """Milliseconds, quartiles, and the ratio to the bare base of the same process."""
+    """The median of paired ratios to the bare base, which takes turns with the method in one process, and both times.
+
+    Milliseconds of different rows come from different minutes of the machine; ratios can be compared, they cannot.
+    """
     new = spec.latency.new_tokens
     rows = []
     for task in spec.tasks:
@@ -268,19 +327,27 @@ def latency_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
                 record = None if records is None else records[0]
                 row = [label(spec, name, mode)]
                 if record is None:
-                    rows.append([*row, NOT_RUN, NOT_RUN, NOT_RUN])
+                    rows.append([*row, NOT_RUN, NOT_RUN, NOT_RUN, NOT_RUN])
                     continue
                 result = record["results"][mode]
                 low, high = result["interval"]
                 value = page.link(record, f"{result['milliseconds']:.1f}")
                 shown = [
-                    f"{value} [{low:.1f}, {high:.1f}]",
                     f"{result['ratio']:.2f}",
+                    f"{value} [{low:.1f}, {high:.1f}]",
+                    f"{record['results']['base']['milliseconds']:.1f}",
                 ]
                 rows.append([*row, *shown, f"{record['processor']}, {record['versions']['threads']} threads"])
     for name, value in paper["latency"]["models"].get(spec.paper, {}).items():
-        rows.append([f"paper, {spec.paper}: {name}", f"{value:.1f}", "", ""])
-    return table(["method", f"ms for {new} tokens [quartiles]", "ratio to the base", "device"], rows)
+        rows.append([f"paper, {spec.paper}: {name}", "", f"{value:.1f}", "", ""])
+    header = [
+        "method",
+        "ratio to the base beside it",
+        f"ms for {new} tokens [quartiles]",
+        "ms of the base beside it",
+        "device",
+    ]
+    return table(header, rows)
 
 
 def system_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
@@ -328,11 +395,17 @@ def training_table(page: Page, spec: Spec) -> list[str]:
                 f"{training['seconds']:,.0f}",
                 "unknown" if peak is None else f"{peak:,.0f}",
                 record["processor"],
-                f"`{record['commit'][:8]}`" if record["commit"] else "unknown",
+                ", ".join(f"`{commit[:8]}`" for commit in _commits(record)) or "unknown",
             ]
         )
     header = ["record", "learning rate", "steps", "tokens", "seconds", "peak MiB", "device", "commit"]
     return ["Training behind these numbers:", "", *table(header, rows)] if rows else []
+
+
+def _commits(record: dict[str, Any]) -> list[str]:
+    """The commits that the results of a record were computed at."""
+    found = {result["commit"] for result in record["results"].values() if result.get("commit")}
+    return sorted(found) or [record["commit"]] * bool(record["commit"])
 
 
 TABLES: dict[str, Callable[[Page, Spec, dict[str, Any]], list[str]]] = {
@@ -385,7 +458,6 @@ def bars(page: Page, spec: Spec, path: Path) -> None:
     plt, figure, axes = _canvas(max(8.0, 1.6 * len(columns)))
     series = [(name, mode) for name, method in spec.methods.items() for mode in MODES[method.method]]
     width = 0.8 / len(series)
-    shades = plt.get_cmap("tab10")
     for number, (name, mode) in enumerate(series):
         places, values, errors = [], [], []
         for at, (task, _, evaluation) in enumerate(columns):
@@ -397,9 +469,15 @@ def bars(page: Page, spec: Spec, path: Path) -> None:
                 errors.append((found[0] - found[1], found[2] - found[0]))
         if values:
             both = [[max(e[side], 0.0) for e in errors] for side in (0, 1)]
-            axes.bar(places, values, width, yerr=both, label=label(spec, name, mode), color=shades(number), capsize=2)
-    axes.set_xticks(range(len(columns)), [title.replace(", ", ",\n") for _, title, _ in columns])
-    axes.set_ylabel("score, %")
+            axes.bar(places, values, width, yerr=both, label=label(spec, name, mode), color=COLOURS[mode], capsize=2)
+            for place, value in zip(places, values, strict=True):
+                if value < 1.0:  # a bar that cannot be seen is not one that was not run
+                    axes.annotate(
+                        f"{value:.1f}", (place, value), ha="center", va="bottom", fontsize=8, color=COLOURS[mode]
+                    )
+    titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
+    axes.set_xticks(range(len(columns)), [t.replace(", ", ",\n").replace(" (", "\n(") for t in titles], fontsize=8)
+    axes.set_ylabel("score, % (95 % interval)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, ncols=2)
     _save(plt, figure, path)
@@ -466,7 +544,7 @@ def curves(page: Page, spec: Spec, path: Path) -> None:
 
 
 def latencies(page: Page, spec: Spec, path: Path) -> None:
-    """Milliseconds with quartiles, a bar a method."""
+    """Median of paired ratios to the base of the same process, a bar a method."""
     plt, figure, axes = _canvas()
     shown: list[tuple[str, str, dict[str, Any]]] = []
     for task in spec.tasks:
@@ -474,14 +552,11 @@ def latencies(page: Page, spec: Spec, path: Path) -> None:
             record = (of(page, spec, task, name) or [None])[0]
             if record is not None:
                 shown += [(label(spec, name, mode), mode, record["results"][mode]) for mode in MODES[method.method]]
-    values = [result["milliseconds"] for _, _, result in shown]
-    errors = [
-        [max(r["milliseconds"] - r["interval"][0], 0.0) for _, _, r in shown],
-        [max(r["interval"][1] - r["milliseconds"], 0.0) for _, _, r in shown],
-    ]
-    axes.bar(range(len(shown)), values, yerr=errors, color=[COLOURS[mode] for _, mode, _ in shown], capsize=3)
+    bars = axes.bar(range(len(shown)), [r["ratio"] for _, _, r in shown], color=[COLOURS[mode] for _, mode, _ in shown])
+    axes.bar_label(bars, fmt="%.2f")
+    axes.axhline(1.0, color="#777777", linewidth=0.8)
     axes.set_xticks(range(len(shown)), [name.replace(", ", ",\n") for name, _, _ in shown])
-    axes.set_ylabel(f"ms for {spec.latency.new_tokens} new tokens")
+    axes.set_ylabel(f"time for {spec.latency.new_tokens} new tokens, bare base = 1")
     _save(plt, figure, path)
 
 

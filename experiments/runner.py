@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import gc
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -26,7 +27,7 @@ from rich.console import Console
 import shadowpeft
 from experiments.spec import MODES, RECORDS, SPECS, Cell, Spec, cells, digest, evaluation_name, read_spec
 from shadowpeft.data.tasks import Task, get_task
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import answer_loss, evaluate_task
 from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.generate import answer, routing_reason
@@ -208,7 +209,12 @@ class Runner:
         """Value of a learning rate on validation rows, of the path that answers with the base."""
         rates: Any = cell.rates
         assert rates is not None
-        model, trained, folder = self._trained(cell, task, rate, seed=rates["seed"], share=rates["budget_share"])
+        try:
+            model, trained, folder = self._trained(cell, task, rate, seed=rates["seed"], share=rates["budget_share"])
+        except NonFiniteLossError as error:
+            details.append({"learning_rate": rate, "by": "diverged", "error": str(error)})
+            self.say(f"    learning rate {rate:g}: {error}")
+            return math.nan
         by = rates["by"] or ("score" if task.kind == "classify" else "loss")
         tokenizer, mode = self.tokenizer(cell.base), MODES[cell.method][0]
         with autocast(cell):
@@ -233,24 +239,28 @@ class Runner:
 
     def _trained_stably(self, cell: Cell, task: Any, rate: dict[str, Any]) -> tuple[PeftModel, dict[str, Any], Path]:
         """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the last task
-        loss is more than a tenth above that of the rate's own trial (less is noise of a few batches), the next lower rate of
-        the grid is taken, for every method alike.
+        loss is not finite or more than a tenth above that of the rate's own trial (less is noise of a few batches), the next
+        lower rate of the grid is taken, for every method alike.
 
         ``rate`` keeps ``chosen`` and gets ``used`` and ``diverged``.
         """
         lower = sorted(rate.get("trial_losses", {}), reverse=True)
         rate.update(used=rate["chosen"], diverged=[])
         while True:
-            model, summary, folder = self._trained(cell, task, rate["used"], seed=cell.seed)
             trial = rate.get("trial_losses", {}).get(rate["used"])
             below = [r for r in lower if r < rate["used"]]
-            if trial is None or summary["task_loss"] <= DIVERGED * trial or not below:
+            loss: float | None = None
+            try:
+                model, summary, folder = self._trained(cell, task, rate["used"], seed=cell.seed)
+                loss = summary["task_loss"]
+            except NonFiniteLossError:
+                if not below:
+                    raise
+            if loss is not None and (trial is None or loss <= DIVERGED * trial or not below):
                 rate.pop("trial_losses", None)
                 return model, summary, folder
-            self.say(
-                f"    diverged at {rate['used']:g} (task loss {summary['task_loss']:.2f}, in its trial {trial:.2f})"
-            )
-            rate["diverged"].append({"learning_rate": rate["used"], "task_loss": summary["task_loss"], "trial": trial})
+            self.say(f"    diverged at {rate['used']:g} (task loss {loss}, in its trial {trial})")
+            rate["diverged"].append({"learning_rate": rate["used"], "task_loss": loss, "trial": trial})
             rate["used"] = below[0]
 
     def _trained(
@@ -311,6 +321,8 @@ class Runner:
             budget=budget,
             rank=getattr(config, "r", None),
             train=task.source("train"),
+            commit=commit(),
+            versions=versions(),
         )
         model.save_pretrained(str(folder / "partial-adapter"))
         sync(folder / "partial-adapter")

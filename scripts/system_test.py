@@ -152,7 +152,14 @@ def train(
         "save_every": max(1, options.train_steps // 4),
         "seed": options.seed,
     }
-    settings = {"base": base_name, "budget": budget, "max_length": options.max_length, "training": section}
+    settings = {
+        "base": base_name,
+        "budget": budget,
+        "shadow": SETTINGS["shadow"] if method == "shadow" else None,
+        "shadow_row_repeats": SHADOW_ROW_REPEATS,
+        "max_length": options.max_length,
+        "training": section,
+    }
     folder = options.out / "train" / method
     summary, before = folder / "summary.json", folder / "settings.json"
     if before.is_file() and json.loads(before.read_text(encoding="utf-8")) != settings:

@@ -1,4 +1,4 @@
-"""An independent, naive transcription of Eqs. 1-9 (method.md): the paper's loop, written out layer by layer.
+"""An independent, naive transcription of Eqs. 1-9 (the paper): the paper's loop, written out layer by layer.
 
 It takes an untouched copy of the base and the *values* of an adapter's parameters; it calls no arithmetic of the package.
 Where the package fuses (two nets in one matrix, update and injection in one step, one loss for several rows) this does not.

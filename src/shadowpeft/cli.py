@@ -365,9 +365,7 @@ def serve(
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
-    full: Annotated[
-        bool, typer.Option("--full", help="More steps and the whole test sets, without a time limit.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="2,800 steps and the whole test sets: hours on a CPU.")] = False,
     json: Json = False,
 ) -> None:
     """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""

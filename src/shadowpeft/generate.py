@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,18 +69,18 @@ def answer(
     device = next(model.parameters()).device
     answers: list[Answer | None] = [None] * len(chats)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
-    model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device)
         began = time.perf_counter()
-        out = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
-            **options,
-        )
+        with evaluating(model):
+            out = model.generate(  # type: ignore[operator]
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends,
+                **options,
+            )
         share = (time.perf_counter() - began) / len(chosen)
         for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
             kept = row[: _length(row.tolist(), ends)]
@@ -87,6 +88,17 @@ def answer(
         if progress is not None:
             progress(start + len(chosen))
     return [a for a in answers if a is not None]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode inside, and afterwards as it was: a training loop may ask in between."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _check_room(model: nn.Module, length: int, max_new_tokens: int) -> None:
@@ -124,7 +136,6 @@ def stream(
     _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
     ends = stop_tokens(model, tokenizer)
-    model.eval()
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -141,16 +152,17 @@ def stream(
             failures.append(error)
             streamer.end()
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    yield from streamer
-    thread.join()
+    with evaluating(model):
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
     if failures:
         raise failures[0]
 
 
 def routing_reason(action: str | None) -> str:
-    """Why an on-device answer with this action is kept ("known skill") or handed on (method.md, Appendix F)."""
+    """Why an on-device answer with this action is kept ("known skill") or handed on (the paper, Appendix F)."""
     if action is None:
         return "unknown answer"
     return "[REMOTE]" if action == "REMOTE" else "known skill"

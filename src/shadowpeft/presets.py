@@ -1,4 +1,4 @@
-"""Named settings of a shadow: the paper's, and what short fine-tuning runs showed to be better."""
+"""Named settings of a shadow: the paper's, and what makes the detached model better in short runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "auxiliary_loss_weight": 0.3,
     },
 }
-"""``paper``: the settings behind Table 1 where they are one for all tasks (method.md). ``tuned``: the ablation of
-SmolLM2-135M in docs/results.md."""
+"""``paper``: the settings behind Table 1 where they are one for all tasks (the paper). ``tuned``: for the
+detached model, by the ablation of SmolLM2-135M in docs/results.md; for the attached one no gain was measured."""
 
 _SHAPES = (
     "shadow_intermediate_size",
@@ -27,7 +27,7 @@ _SHAPES = (
 )
 
 
-def preset(name: str, **given: Any) -> dict[str, Any]:
+def preset(name: str, /, **given: Any) -> dict[str, Any]:
     """Fields of ``ShadowPeftConfig``: those of a preset, with ``given`` laid over them.
 
     What a preset says of a mirrored shadow's start is left out where ``given`` names a ``shadow_model`` or changes a width,

@@ -1,4 +1,4 @@
-"""Defects 13-24 of peers.md (the authors' package, 0.1.1): ours is right, and theirs really is not.
+"""Defects 13-24 of docs/defects.md (the authors' package, 0.1.1): ours is right, and theirs really is not.
 
 13, 17, 20 and 22, which lie in files, are in test_files.py.
 """

@@ -1,4 +1,4 @@
-"""Defects 25-26 of peers.md, which both public implementations share."""
+"""Defects 25-26 of docs/defects.md, which both public implementations share."""
 
 import inspect
 import threading

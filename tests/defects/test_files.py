@@ -1,4 +1,4 @@
-"""Defects of the two public implementations that lie in files (peers.md): ours refuses, and the peer really does it."""
+"""Defects of the two public implementations that lie in files (docs/defects.md): ours refuses, and the peer really does it."""
 
 import json
 import shutil

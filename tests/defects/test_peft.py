@@ -1,4 +1,4 @@
-"""Defects 1-12 of peers.md (PEFT 0.21.2's own shadow): ours is right, and PEFT's really is not.
+"""Defects 1-12 of docs/defects.md (PEFT 0.21.2's own shadow): ours is right, and PEFT's really is not.
 
 Where a test of PEFT's side fails because a later release has mended it, the row of docs/defects.md goes.
 """

@@ -211,7 +211,11 @@ def test_the_best_finite_rate_is_chosen_and_an_edge_is_named():
     found = baselines.choose_rate([1e-3, 1e-4, 1e-2], values.__getitem__)
     assert found["chosen"] == 1e-3
     assert not found["at_edge"]
-    assert [t["learning_rate"] for t in found["trials"]] == [1e-4, 1e-3, 1e-2]
+    assert found["trials"] == [
+        {"learning_rate": 1e-4, "value": 0.2},
+        {"learning_rate": 1e-3, "value": 0.7},
+        {"learning_rate": 1e-2, "value": None},
+    ]
     assert baselines.choose_rate([1e-4, 1e-3], values.__getitem__)["at_edge"]
     with pytest.raises(ConfigError, match="diverged"):
         baselines.choose_rate([1e-2], values.__getitem__)

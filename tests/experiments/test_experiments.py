@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from experiments.spec import KINDS, SPECS, cells, merge, names, read_spec
 from faketask import Fake
 
 from chatbase import save_base
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import evaluate_task
 
 TASKS = {"classify": Fake("classify"), "generate": Fake("generate"), "robot": Fake("generate", paths=True)}
@@ -129,6 +130,29 @@ def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran
     assert used(high=4.9, middle=1.0, low=1.0) == (1e-2, [])
     assert used(high=4.0, middle=2.2, low=1.0) == (3e-3, [1e-2])
     assert used(high=4.0, middle=2.0, low=0.1) == (1e-3, [1e-2, 3e-3])  # there is no lower one
+
+
+def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
+    def trained(cell, task, rate, seed, share=1.0):
+        if rate > limit:
+            raise NonFiniteLossError("the gradient's norm became nan")
+        return None, {"task_loss": 1.0}, ran.folder
+
+    runner = ran.runner()
+    runner._trained = trained
+    (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
+    limit = 0.0
+    details = []
+    assert math.isnan(runner._trial(cell, TASKS["classify"], 1e-2, details))
+    assert details == [{"learning_rate": 1e-2, "by": "diverged", "error": "the gradient's norm became nan"}]
+    limit = 5e-3
+    rate = {"chosen": 1e-2, "trial_losses": {1e-2: 1.0, 1e-3: 1.0}}
+    runner._trained_stably(cell, None, rate)
+    assert rate["used"] == 1e-3
+    assert rate["diverged"] == [{"learning_rate": 1e-2, "task_loss": None, "trial": 1.0}]
+    limit = 0.0
+    with pytest.raises(NonFiniteLossError):  # there is no lower one
+        runner._trained_stably(cell, None, {"chosen": 1e-3, "trial_losses": {1e-3: 1.0}})
 
 
 def test_a_second_run_does_nothing(ran):
@@ -332,3 +356,6 @@ def test_the_committed_page_is_what_the_committed_records_say():
     assert (page.docs / "results.md").read_text(encoding="utf-8") == report_module.text(page), (
         "run `python -m experiments report` and commit docs/results.md"
     )
+    content = page.readme.read_text(encoding="utf-8")
+    assert report_module.readme(page, content) == content, "run `python -m experiments report` and commit README.md"
+    assert "| LoRA |" in content.split(report_module.README_MARKS[0])[1].split(report_module.README_MARKS[1])[0]

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowLossMixin, ShadowTrainer
-from shadowpeft.errors import UnsupervisedShadowError
+from shadowpeft.errors import NonFiniteLossError, UnsupervisedShadowError
 from tiny import adapt, adapter_config, base, padded, tokenizer, tokens
 
 LAMBDA = 0.7
@@ -93,6 +93,21 @@ def pair(name="llama", weight=LAMBDA, **fields):
 
 
 # ------------------------------------------------------------------------------------------------------ stock Trainer
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0], ids=["no clipping", "clipping"])
+def test_a_gradient_that_is_not_finite_never_reaches_a_weight(tmp_path, clip):
+    _, model, undisturbed = pair()
+    options = {"max_grad_norm": clip, "lr_scheduler_type": "constant"}
+    spoilt = next(p for n, p in model.named_parameters() if "shadowpeft_" in n and p.requires_grad)
+    seen = []
+    spoilt.register_hook(lambda gradient: (seen.append(1), gradient * float("nan") if len(seen) == 2 else gradient)[1])
+    with pytest.raises(NonFiniteLossError, match="norm became nan in step 2; the run was stopped and no checkpoint"):
+        train(ShadowTrainer, model, rows(), tmp_path, max_steps=3, **options)
+    assert len(seen) == 2
+    train(ShadowTrainer, undisturbed, rows(), tmp_path, max_steps=1, **options)
+    for (name, weight), other in zip(model.named_parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(weight, other), name
 
 
 @pytest.mark.parametrize("cls", [Trainer, ShadowTrainer])

@@ -85,7 +85,7 @@ def test_logits_losses_and_tokens_are_theirs(tmp_path, small, case):
     torch.testing.assert_close(found.shadow_loss, expected.shadow_loss, atol=TOLERANCE, rtol=0)
     joint = found.task_loss + 0.3 * found.shadow_loss
     torch.testing.assert_close(joint, expected.loss, atol=TOLERANCE, rtol=0)
-    assert torch.equal(found.loss, found.task_loss)  # theirs joins in eval mode too (peers.md, 3)
+    assert torch.equal(found.loss, found.task_loss)  # theirs joins in eval mode too (docs/defects.md, 3)
     prompt = tokens(2, 6, seed=8)
     ours_tokens = ours.generate(prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(greedy(lambda x: theirs(input_ids=x, use_cache=False), prompt), ours_tokens)
@@ -310,7 +310,7 @@ def test_bad_weights_are_refused_by_name(tmp_path, small):
     refused({**good, down: torch.full((5, 32), float("inf"))}, "NaN or infinite")
     refused({**good, down: torch.zeros(5, 31)}, "has shape")
     refused(good, "pass the base it was trained on", base("llama", num_hidden_layers=3))
-    with pytest.warns(UserWarning, match="layers 0 to 3 of 6"):  # PEFT says nothing (peers.md, 22)
+    with pytest.warns(UserWarning, match="layers 0 to 3 of 6"):  # PEFT says nothing (docs/defects.md, 22)
         shadowpeft.load(tmp_path, base("llama", num_hidden_layers=6))
     with pytest.raises(ConfigError, match="does not name its base"):
         shadowpeft.load(tmp_path)

@@ -246,3 +246,17 @@ def test_intents_are_parsed_from_answers(model, tokenizer, monkeypatch):
     actions, answers = intents(model, tokenizer, [{"prompt": "x"}] * 4, system=None, max_new_tokens=2)
     assert actions == ["Sit", "REMOTE", None, None]
     assert [a.text for a in answers] == ["[Sit()] ok", "[REMOTE] later", "[Fly()] no such", "words"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_asking_leaves_a_model_in_the_mode_it_was_in(tokenizer, training):
+    model = adapt(chat_model(), auxiliary_loss_weight=0.5).train(training)
+    row = chat.check_row({"prompt": "sit", "response": "something"}, "row")
+    asked = {"system": None, "max_new_tokens": 2, "batch_size": 2}
+    exact_match(model, tokenizer, [row], **asked)
+    answer_loss(model, chat.encode([row], tokenizer, max_length=256), tokenizer.pad_token_id)
+    list(stream(model, tokenizer, [{"role": "user", "content": "sit"}], max_new_tokens=2))
+    for mode in ("attached", "base"):
+        with in_mode(model, mode) as runner:
+            assert not runner.training
+    assert model.training is training

@@ -1,4 +1,4 @@
-"""Presets: the paper's numbers are those of method.md, and what a user says goes before a preset."""
+"""Presets: the paper's numbers are those of the paper, and what a user says goes before a preset."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_every_skill_as_evenly_as_the_size_permits(
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-@pytest.mark.parametrize(("lang", "least"), [("en", (12, 3, 5)), ("zh", (8, 2, 4))])
+@pytest.mark.parametrize(("lang", "least"), [("en", (14, 3, 5)), ("zh", (10, 2, 4))])
 def test_enough_families_for_each_skill(lang: str, least: tuple[int, int, int]) -> None:
     counts = Counter((family.skill, family.part) for family in seeds.families(lang))
     for skill in robot.SKILLS:

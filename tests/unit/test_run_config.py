@@ -35,6 +35,9 @@ def test_the_papers_preset_has_the_configs_own_defaults():
     [
         (run(bas="x"), "unknown key 'bas', did you mean 'base'"),
         (run(shadow={"shadow_alfa": 0.5}), "unknown key 'shadow.shadow_alfa', did you mean 'shadow_alpha'"),
+        (run(shadow={"name": "tuned"}), "unknown key 'shadow.name'"),
+        (run(shadow={"preset": ["tuned"]}), "shadow.preset"),
+        (run(shadow={1: 2}), "shadow"),
         (run(training={"learning_rat": 0.1}), "unknown key 'training.learning_rat', did you mean 'learning_rate'"),
         (run(learning_rate=0.1), "unknown key 'learning_rate', did you mean 'training.learning_rate'"),
         (run(training={"r": 8}), "unknown key 'training.r', did you mean 'shadow.r'"),

@@ -125,7 +125,7 @@ def test_a_bfloat16_base_trains_float32_weights(kind, task, autocast):
             loss = adapted(**inputs).loss
         loss.backward()
         optimiser.step()
-    for name, parameter in trainable.items():  # peers.md, 5: in bfloat16 16 % of the weights never move
+    for name, parameter in trainable.items():  # docs/defects.md, 5: in bfloat16 16 % of the weights never move
         moved = (parameter != before[name])[parameter.grad != 0].float().mean()
         assert float(moved) > 0.99, name
 

@@ -52,17 +52,12 @@ def in_mode(model: Any, mode: str) -> Iterator[Any]:
     Raises:
         ConfigError: for another mode.
     """
-    import shadowpeft
+    from shadowpeft.evaluate import runner_in_mode
 
-    if mode == "attached":
-        yield model
-    elif mode == "detached":
-        yield shadowpeft.detach(model)
-    elif mode == "base":
-        with model.disable_adapter():
-            yield model
-    else:
+    if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
+    with runner_in_mode(model, mode) as runner:
+        yield runner
 
 
 def show(console: Console, result: dict[str, Any], title: str, as_json: bool) -> None:

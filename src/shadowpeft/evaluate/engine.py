@@ -23,7 +23,7 @@ from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.scores import wilson
-from shadowpeft.generate import answer
+from shadowpeft.generate import answer, evaluating
 from shadowpeft.hf.detach import detach, find_hub
 from shadowpeft.storage import write_json
 
@@ -69,9 +69,7 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if mode == "attached":
             find_hub(model)
             yield model
@@ -88,8 +86,6 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
             if found != mode:
                 raise ConfigError(f"mode is '{mode}' but the model is {found}; pass a PEFT model of that method")
             yield model
-    finally:
-        model.train(was_training)
 
 
 def _peft_method(model: Any) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from shadowpeft.data.chat import ChatCollator, Sequence
 from shadowpeft.data.robot import parse_action
-from shadowpeft.generate import Answer, answer
+from shadowpeft.generate import Answer, answer, evaluating
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -64,7 +64,6 @@ def answer_loss(
 
     Works for adapted, detached and bare models alike: only the model's own loss in eval mode is read.
     """
-    model.eval()
     collate, device = ChatCollator(pad_token_id), next(model.parameters()).device
     total, count = 0.0, 0
     ordered = sorted(sequences, key=lambda s: len(s.ids))
@@ -72,7 +71,8 @@ def answer_loss(
         features = [Sequence(s.ids, s.start, True, False).features() for s in ordered[start : start + batch_size]]
         batch = {k: v.to(device) for k, v in collate(features).items() if k != "shadow_labels"}
         n = int((batch["labels"][:, 1:] != -100).sum())
-        out = model(**batch, use_cache=False)
+        with evaluating(model):
+            out = model(**batch, use_cache=False)
         total += float(out.loss) * n
         count += n
     mean = total / max(count, 1)

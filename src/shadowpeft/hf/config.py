@@ -1,4 +1,4 @@
-"""The adapter's configuration: :class:`ShadowPeftConfig`, a PEFT config with the fields of design.md."""
+"""The adapter's configuration: :class:`ShadowPeftConfig`, a PEFT config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHADOW_INITS = ("random", "base_layers", "base_layers_spread")
 PROJECTION_INITS = ("random", "pseudo_inverse")
 SHADOW_LOSSES = ("ce", "kl", "both")
 
-# The mathematical differences between the implementations (peers.md), as named fields of the configuration.
+# The mathematical differences between the implementations (docs/defects.md), as named fields of the configuration.
 # `authors` computes what the paper says: its last update exists but nothing reads it, so it is not built here.
 _VARIANT_FIELDS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -128,7 +128,7 @@ class ShadowPeftConfig(PeftConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ShadowPeftConfig:
         # PEFT drops unknown keys of a file with a warning and fills missing ones with defaults; a misspelt alpha would
-        # silently become 0.1 (peers.md, 17 and 22). It only catches TypeError, so the check is made before __init__.
+        # silently become 0.1 (docs/defects.md, 17 and 22). It only catches TypeError, so the check is made before __init__.
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:

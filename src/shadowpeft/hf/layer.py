@@ -133,7 +133,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                     projection.weight.copy_(parts.projection)
             self.shadowpeft_projection[adapter] = projection
         if parts.embedding is not None:
-            # a mirrored shadow's own table is new and must learn; a pretrained one stays as it is (method.md)
+            # a mirrored shadow's own table is new and must learn; a pretrained one stays as it is (the paper)
             container = self.shadowpeft_backbone if config.is_mirror else self.shadowpeft_embedding
             embedding = parts.embedding.requires_grad_(config.is_mirror)
             if container is self.shadowpeft_embedding:

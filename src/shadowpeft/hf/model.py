@@ -185,7 +185,7 @@ class ShadowModel(BaseTuner):
             hub.freeze_unreached()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Every trainable part is made in float32 (peers.md, 5); a frozen embedding keeps the dtype it came with. Weights
+        # Every trainable part is made in float32 (docs/defects.md, 5); a frozen embedding keeps the dtype it came with. Weights
         # that were assigned from a file (low_cpu_mem_usage) may be on another device than the base.
         for name, module in list(self.model.named_modules()):
             if (

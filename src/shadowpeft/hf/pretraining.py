@@ -1,4 +1,4 @@
-"""A shadow that is pretrained alone: backbone, projection, and the base's frozen head (method.md, Appendix B).
+"""A shadow that is pretrained alone: backbone, projection, and the base's frozen head (the paper, Appendix B).
 
 ``L = CE(W_lm W_p F_shadow(x), y)`` (Eqs. 10-11); backbone and ``W_p`` train, the head never does.
 """

@@ -2,7 +2,7 @@
 
 The authors publish pretrained shadows in this format (``model_type: causal_lm_with_hidden_projection``). Its configuration
 names Python classes by import path; here nothing that a file names is imported: the inner configuration's ``model_type`` is
-looked up among those transformers knows, and the class names must be the ones that belong to it (peers.md, 20).
+looked up among those transformers knows, and the class names must be the ones that belong to it (docs/defects.md, 20).
 """
 
 from __future__ import annotations

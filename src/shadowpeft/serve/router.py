@@ -1,6 +1,6 @@
 """The router: what the device said and how sure it was, in; who answers and why, out. It knows nothing of models.
 
-Procedure (method.md, Appendix F): the detached shadow answers first. A known action is kept; a ``[REMOTE]`` tag, anything that
+Procedure (the paper, Appendix F): the detached shadow answers first. A known action is kept; a ``[REMOTE]`` tag, anything that
 is no known action and, with a calibration, a known action that is too likely to be wrong go to the cloud.
 """
 

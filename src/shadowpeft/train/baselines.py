@@ -35,7 +35,7 @@ from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
 METHODS = ("shadow", "lora", "dora")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What the paper's LoRA and DoRA rows adapt (method.md, Table 1)."""
+"""What the paper's LoRA and DoRA rows adapt (the paper, Table 1)."""
 
 
 # ------------------------------------------------------------------------------------------------------- matched budgets
@@ -323,6 +323,7 @@ def train_task(
 
     Raises:
         ConfigError: if ``training.group_by_length`` is off; only that sampler's order is independent of what was built before.
+        NonFiniteLossError: if the gradient became NaN or infinite; it never reaches a weight.
     """
     if not training.group_by_length:
         raise ConfigError(
@@ -402,21 +403,21 @@ def choose_rate(grid: Sequence[float], trial: Callable[[float], float]) -> dict[
     """The learning rate of ``grid`` with the highest value of ``trial``.
 
     Returns:
-        ``trials`` (rate and value of each), ``chosen``, and ``at_edge``: whether it is the grid's first or last, which means
-        that a better one may lie outside.
+        ``trials`` (rate and value of each; None: not finite), ``chosen``, and ``at_edge``: whether it is the grid's first or
+        last, which means that a better one may lie outside.
 
     Raises:
         ConfigError: if the grid is empty, or no trial gave a finite value.
     """
     if not grid:
         raise ConfigError("the grid of learning rates is empty; give at least one")
-    trials = [{"learning_rate": rate, "value": trial(rate)} for rate in sorted(grid)]
-    finite = [t for t in trials if math.isfinite(t["value"])]
+    values = {rate: trial(rate) for rate in sorted(grid)}
+    finite = {rate: value for rate, value in values.items() if math.isfinite(value)}
     if not finite:
         raise ConfigError(f"training diverged at every learning rate of {sorted(grid)}; give lower ones")
-    best = max(finite, key=lambda t: t["value"])
+    best = max(finite, key=finite.__getitem__)
     return {
-        "trials": trials,
-        "chosen": best["learning_rate"],
-        "at_edge": len(trials) > 1 and best in (trials[0], trials[-1]),
+        "trials": [{"learning_rate": rate, "value": finite.get(rate)} for rate in values],
+        "chosen": best,
+        "at_edge": len(values) > 1 and best in (min(values), max(values)),
     }

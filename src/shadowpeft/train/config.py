@@ -72,8 +72,11 @@ class ShadowSection(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, content: Any) -> Any:
-        name = content.get("preset", "tuned") if isinstance(content, dict) else None
-        return preset(name, **content) if name in PRESETS else content  # another name is refused by its type
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            return content
+        name = content.get("preset", "tuned")
+        # another name is refused by its type
+        return preset(name, **content) if isinstance(name, str) and name in PRESETS else content
 
     @property
     def fields(self) -> dict[str, Any]:

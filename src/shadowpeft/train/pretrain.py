@@ -1,4 +1,4 @@
-"""Shadow pretraining (method.md, Appendix B): one run from its configuration to its folder.
+"""Shadow pretraining (the paper, Appendix B): one run from its configuration to its folder.
 
 Only the base's head and embedding are in memory, and the layers a backbone copies. transformers' Trainer carries the run:
 schedule, precision, checkpointing, processes.
@@ -56,6 +56,7 @@ from shadowpeft.train.run import (
     stored_record,
     versions,
 )
+from shadowpeft.train.trainer import kept_checkpoint
 
 WEIGHTS, STREAM, HELD = "model.safetensors", "stream.json", "stream.safetensors"
 _CURVES = (("loss", "training", "#1f5fa8", "-"), ("eval_loss", "held out", "#c2571a", "--"))
@@ -285,12 +286,10 @@ class PretrainTrainer(WholeCheckpoints, Trainer):
 
     def _not_finite(self, what: str, numbers: list[int]) -> NonFiniteLossError:
         trainer: Any = self
-        last = get_last_checkpoint(trainer.args.output_dir)
-        kept = f"'{last}' is untouched" if last is not None else "no checkpoint was written yet"
         places = ", ".join(self.batches.where(number) for number in numbers[:3])
         return NonFiniteLossError(
-            f"{what} in step {trainer.state.global_step + 1}, at {places}; the run was stopped and {kept}: start a new run "
-            "with a lower training.learning_rate, more training.warmup or without that text"
+            f"{what} in step {trainer.state.global_step + 1}, at {places}; the run was stopped and {kept_checkpoint(trainer)}: "
+            "start a new run with a lower training.learning_rate, more training.warmup or without that text"
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

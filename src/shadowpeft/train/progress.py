@@ -165,6 +165,7 @@ def plot_losses(
     from matplotlib import pyplot as plt
 
     records = read_metrics(folder)
+    shown = [r[key] for key, *_ in styles for r in records if r.get(key, 0) > 0]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for key, label, colour, line in styles:
         points = [(r["step"], r[key]) for r in records if key in r]
@@ -172,9 +173,14 @@ def plot_losses(
             marker = "o" if line == "--" else None
             axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker=marker, markersize=4)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel(unit)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.set_ylabel(f"{unit} (nats)")
+    if shown and max(shown) > 5 * min(shown):  # a start far above the rest would flatten what follows
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

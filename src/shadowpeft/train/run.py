@@ -42,7 +42,7 @@ ROBOT_REMOTE_REPEATS = 10
 def prepare_cpu(threads: int | None = None) -> None:
     """Set thread count and flush denormals, before anything is computed.
 
-    A random shadow produces denormal numbers, which a CPU computes many times slower (peers.md, 25). The switch is per
+    A random shadow produces denormal numbers, which a CPU computes many times slower (docs/defects.md, 25). The switch is per
     thread and inherited by the threads that are started later, so it comes first.
     """
     torch.set_flush_denormal(True)
@@ -54,7 +54,7 @@ def robot_rows(split: str) -> list[dict[str, Any]]:
     """Rows of the packaged robot set in the form of :mod:`shadowpeft.data.chat`.
 
     ``train`` joins the three training parts: skill commands for both paths, open-domain answers for the base path, open-domain
-    requests answered ``[REMOTE]`` for the shadow path (method.md, Appendix F). The last are only 47, so they are repeated
+    requests answered ``[REMOTE]`` for the shadow path (the paper, Appendix F). The last are only 47, so they are repeated
     ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions.
     """
     paths = {"train_remote_base": "base", "train_remote_shadow": "shadow"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.hf.detach import adapted_base, find_hub
 from shadowpeft.hf.hooks import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub
@@ -32,7 +34,9 @@ class ShadowLossMixin(WholeCheckpoints):
     - Label smoothing and ``compute_loss_func`` shape the task loss; ``lambda`` times the shadow's cross-entropy is added.
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
-    - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (method.md: a pretrained one wants less).
+    - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
+    - A gradient that is not finite ends the run before it reaches a weight, with
+      :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
     - Checkpoints are whole: see :class:`~shadowpeft.train.checkpoints.WholeCheckpoints`.
     """
 
@@ -142,6 +146,17 @@ class ShadowLossMixin(WholeCheckpoints):
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = self
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        if trainer.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+            raise NonFiniteLossError(
+                f"the gradient's norm became {float(norm):g} in step {trainer.state.global_step + 1}; the run was stopped and "
+                f"{kept_checkpoint(trainer)}: start a new run with a lower learning rate, more warm-up, or without the rows "
+                "of that step"
+            )
+        return norm
 
     # --------------------------------------------------------------------------------------------------- both reported
 
@@ -263,6 +278,12 @@ class EpochSampler(LengthGroupedSampler):
 
 class ShadowTrainer(ShadowLossMixin, Trainer):
     """transformers' ``Trainer`` for a model with a shadow adapter; see :class:`ShadowLossMixin`."""
+
+
+def kept_checkpoint(trainer: Any) -> str:
+    """What a run that has to stop leaves behind, in words."""
+    last = get_last_checkpoint(trainer.args.output_dir)
+    return f"'{last}' is untouched" if last is not None else "no checkpoint was written yet"
 
 
 @contextmanager

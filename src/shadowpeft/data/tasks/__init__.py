@@ -1,4 +1,4 @@
-"""The paper's tasks and two more, one short file each: prompt (method.md, Appendix C), parser and scorer together."""
+"""The paper's tasks and two more, one short file each: prompt (the paper, Appendix C), parser and scorer together."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Example:
 
     id: str
     prompt: str
-    """The user message (method.md, Appendix C); for a classifier the text itself."""
+    """The user message (the paper, Appendix C); for a classifier the text itself."""
     answer: str
     """The response to train on."""
     gold: Any

@@ -1,4 +1,4 @@
-"""Robot-dog intents (method.md, Appendix F), on the packaged set: run the right skill, and none for anything else."""
+"""Robot-dog intents (the paper, Appendix F), on the packaged set: run the right skill, and none for anything else."""
 
 from __future__ import annotations
 
