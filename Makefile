@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection bench-starts architectures compare system-test versions llamacpp clean
+.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection bench-starts architectures compare system-test versions llamacpp ray clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,6 +71,13 @@ $(VENV)/llamacpp: $(VENV)/dev
 
 llamacpp: $(VENV)/llamacpp  ## exported files in llama.cpp; builds it: a C++ compiler and a quarter of an hour
 	$(BIN)/python -m pytest -m llamacpp tests/export
+
+$(VENV)/ray: $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
+	touch $@
+
+ray: $(VENV)/ray  ## two replicas under Ray Serve; four minutes
+	$(BIN)/python -m pytest -m ray tests/serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -327,6 +327,9 @@ def serve(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     default_tokens: Annotated[int, typer.Option(min=1, help="Answer's length where a request names none.")] = 64,
+    answer_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time from a request to the end of its answer; then it is cut, and says so.")
+    ] = 120.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time to finish what runs at shutdown.")] = 30.0,
 ) -> None:
     """Serve the OpenAI API, as cloud or as edge."""
@@ -353,6 +356,7 @@ def serve(
             prompt_tokens,
             new_tokens,
             default_tokens,
+            answer_seconds,
             drain_seconds,
         )
     )

@@ -5,6 +5,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from chatbase import chat_tokenizer
-from serving import ask, attached, engine_of
+from serving import ask, attached, detached, engine_of
 from shadowpeft.data.chat import render_prompt
 from shadowpeft.serve.engine import Engine, Limits
 from shadowpeft.serve.guard import Keys
@@ -447,3 +448,138 @@ def test_swap_and_roll_back_over_http_while_clients_ask(tmp_path):
             assert admin.post("/admin/adapters/late/swap", json={"version": path}).status_code == 400
         assert http.post("/admin/adapters/late/swap", json={"version": "v2"}).status_code == 401
         assert say() == old
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_cut_by_time_says_so(stream):
+    class Slow:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def open(self, names):
+            session = self.inner.open(names)
+            forward = session.forward
+            session.forward = lambda *inputs: (time.sleep(0.05), forward(*inputs))[1]
+            return session
+
+    backend = Slow(attached(max_position_embeddings=512))
+    backend.inner.ends = frozenset()
+    with (
+        Running(cloud(backend, answer_seconds=0.3)) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0) as client,
+    ):
+        made = chat(client, PROMPTS[1], "late", max_tokens=200, stream=stream)
+        if stream:
+            made = list(made)[-1]
+        assert made.choices[0].finish_reason == "length"
+        assert made.model_extra["shadowpeft"]["cut"] == "answer_seconds"
+
+
+def test_a_request_without_a_turn_in_time_is_503():
+    release = threading.Event()
+    backend = attached(max_position_embeddings=512)
+    inner = backend.open
+
+    def stuck(names):
+        session = inner(names)
+        forward = session.forward
+        session.forward = lambda *inputs: (release.wait(20), forward(*inputs))[1]
+        return session
+
+    backend.open = stuck
+    with Running(cloud(backend, rows=1, answer_seconds=0.3)) as server, server.http(KEY) as http:
+        body = {"model": "late", "prompt": "x", "max_tokens": 2}
+        with ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(2)]
+            wait_for(lambda: server.app.state.server.in_flight == 2)
+            time.sleep(0.4)
+            release.set()
+            found = sorted((a.result() for a in answers), key=lambda r: r.status_code)
+        assert [r.status_code for r in found] == [200, 503]
+        assert found[0].json()["shadowpeft"]["cut"] == "answer_seconds"
+        assert found[1].json()["error"]["code"] == "timed_out"
+        assert found[1].headers["retry-after"] == "1"
+
+
+def test_adapters_come_and_go_while_clients_ask(tmp_path):
+    full = attached(max_position_embeddings=512)
+    full.model.save_pretrained(tmp_path)  # default, late, deep
+    (tmp_path / "bad").mkdir()
+    engine = engine_of(full)
+    expected = {n: ask(engine, PROMPTS[1], n, max_tokens=14).text for n in ("default", "late", "deep")}
+    engine.stop()
+    backend = attached(max_position_embeddings=512)
+    for name in backend.versions:
+        backend.versions[name] = [str(tmp_path / name)]
+    backend.remove("late")
+    size = sum(p.numel() for p in backend.model.parameters())
+    assert "late" not in backend.names
+
+    with Running(cloud(backend, versions=tmp_path)) as server, server.http(ADMIN) as admin, server.http(KEY) as http:
+
+        def say(name, tokens=14):
+            return http.post("/v1/completions", json={"model": name, "prompt": PROMPTS[1], "max_tokens": tokens})
+
+        found, over = [], threading.Event()
+
+        def keep_asking():
+            while not over.is_set():
+                for name in ("deep", "default"):
+                    made = say(name)
+                    found.append((name, made.json()["choices"][0]["text"] if made.status_code == 200 else made.text))
+
+        threads = [threading.Thread(target=keep_asking) for _ in range(3)]
+        [t.start() for t in threads]
+        try:
+            for i in range(2):
+                assert say("late").status_code == 404
+                added = admin.post("/admin/adapters/late", json={"version": "late"})
+                assert added.json() == {"name": "late", "version": "late"}
+                assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["default", "deep", "late", "base"]
+                assert say("late").json()["choices"][0]["text"] == expected["late"]
+                running = [
+                    threading.Thread(target=lambda: found.append(("late", say("late").json()["choices"][0]["text"])))
+                ]
+                [t.start() for t in running]
+
+                def begun(i=i):
+                    return "late" in names_at_work(server) or sum(name == "late" for name, _ in found) > i
+
+                wait_for(begun)
+                assert admin.delete("/admin/adapters/late").json() == {"name": "late", "version": "none"}
+                [t.join() for t in running]
+        finally:
+            over.set()
+            [t.join() for t in threads]
+        assert set(found) == set(expected.items())
+        assert sum(p.numel() for p in backend.model.parameters()) == size
+
+        assert admin.post("/admin/adapters/deep", json={"version": "deep"}).status_code == 409  # it is there already
+        assert admin.post("/admin/adapters/new", json={"version": "bad"}).status_code == 409
+        assert admin.post("/admin/adapters/new", json={"version": "none"}).status_code == 404
+        assert admin.post("/admin/adapters/-x", json={"version": "late"}).status_code == 400
+        assert http.post("/admin/adapters/new", json={"version": "late"}).status_code == 401
+        assert admin.delete("/admin/adapters/new").status_code == 404
+        assert admin.delete("/admin/adapters/base").status_code == 404
+        assert admin.delete("/admin/adapters/deep").status_code == 200
+        assert admin.delete("/admin/adapters/default").status_code == 409  # the last one
+        assert say("default").json()["choices"][0]["text"] == expected["default"]
+
+
+def names_at_work(server):
+    engine = server.app.state.server.role.engine
+    return {w.name for batch in list(engine._batches) for w in batch.works}
+
+
+def test_a_detached_server_takes_no_adapters(tmp_path):
+    backend = detached("edge", max_position_embeddings=512)
+    backend.versions["edge"] = ["start"]
+    (tmp_path / "v").mkdir()
+    with Running(cloud(backend, versions=tmp_path)) as server, server.http(ADMIN) as admin:
+        assert "start it with" in admin.post("/admin/adapters/x", json={"version": "v"}).json()["error"]["message"]
+        assert admin.delete("/admin/adapters/edge").status_code == 409
+        assert admin.get("/admin/adapters").json() == {"edge": ["start"]}
+        assert server.app.state.server.role.engine.backend.names == ("edge",)

@@ -1,5 +1,6 @@
 """The edge's server before a real cloud server: the route, its reason, what happens when the cloud fails, and the page."""
 
+import asyncio
 import json
 import threading
 
@@ -9,7 +10,7 @@ import pytest
 
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
-from shadowpeft.serve.client import Breaker, Cloud
+from shadowpeft.serve.client import Breaker, Cloud, CloudError
 from shadowpeft.serve.engine import Engine, Limits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
@@ -225,8 +226,29 @@ def test_a_stream_that_breaks_in_the_middle_says_so():
     with Running(edge_app("http://cloud", transport=transport)) as server:
         with pytest.raises(openai.APIError, match="could not be finished"):
             say(server, "remote", stream=True)
-        assert server.app.state.server.in_flight == 0
+        wait_for(lambda: server.app.state.server.in_flight == 0)  # the server closes after the client has read
         assert server.app.state.server.role.cloud.breaker.failed == 1
+
+
+def test_a_cloud_that_never_ends_its_stream_is_left():
+    chunk = {"id": "x", "choices": [{"index": 0, "delta": {"content": "more"}, "finish_reason": None}]}
+
+    async def endless():
+        while True:
+            yield f"data: {json.dumps(chunk)}\n\n".encode()
+            await asyncio.sleep(0.02)
+
+    async def read():
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, content=endless()))
+        cloud = Cloud("http://cloud", transport=transport, answer_seconds=0.3)
+        read = []
+        with pytest.raises(CloudError, match="ReadTimeout"):  # noqa: PT012
+            async for made in cloud.stream("/v1/chat/completions", {}):
+                read.append(made)
+        await cloud.close()
+        return read
+
+    assert len(asyncio.run(read())) > 2
 
 
 def test_the_clouds_refusal_of_the_request_reaches_the_client():

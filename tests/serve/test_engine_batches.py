@@ -1,13 +1,14 @@
 """Concurrent requests get the answers they would get alone: batches, adapters, sampling, stop texts, cancelling, swaps."""
 
 import threading
+import time
 
 import pytest
 import torch
 
 from serving import Reader, ask, attached, detached, engine_of
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.engine import Engine, QueueFullError, Sampling, StoppedError, draw
+from shadowpeft.serve.engine import Engine, OverdueError, QueueFullError, Sampling, StoppedError, draw
 from shadowpeft.serve.router import Scores
 
 PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "another one of middle length", "1 2 3"]
@@ -331,3 +332,56 @@ def test_swap_and_rollback_while_answers_are_made(tmp_path):
         backend.swap("base", a)
     assert backend.versions["late"] == [a]
     engine.stop(20)
+
+
+class Slow:
+    """A backend whose passes take a while and whose answers do not end by themselves."""
+
+    ends = frozenset()
+
+    def __init__(self, inner, seconds):
+        self.inner, self.seconds = inner, seconds
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def open(self, names):
+        session, seconds = self.inner.open(names), self.seconds
+
+        class Session:
+            def forward(self, ids, mask):
+                time.sleep(seconds)
+                return session.forward(ids, mask)
+
+            def keep(self, rows):
+                session.keep(rows)
+
+        return Session()
+
+
+def test_an_answer_ends_in_time_with_what_it_has(backend):
+    endless = engine_of(Slow(backend, 0.0))
+    unhurried = ask(endless, PROMPTS[1], "late", max_tokens=14)
+    assert unhurried.wait().reason == "length"
+    assert endless.stop(20)
+    whole = [t.id for t in unhurried.tokens]
+    engine = engine_of(Slow(backend, 0.05), answer_seconds=0.3)
+    reader = ask(engine, PROMPTS[1], "late", max_tokens=14)
+    finish = reader.wait()
+    assert finish.reason == "time"
+    made = [t.id for t in reader.tokens]
+    assert 1 <= len(made) < len(whole)
+    assert made == whole[: len(made)]
+    assert finish.new_tokens == len(made)
+    assert engine.stop(20)
+
+
+def test_a_request_that_has_no_turn_in_time_fails(backend):
+    engine = engine_of(Slow(backend, 0.15), rows=1, answer_seconds=0.4)
+    first = ask(engine, PROMPTS[1], "late", max_tokens=14)
+    second = [ask(engine, "x", "late", max_tokens=2) for _ in range(8)]
+    assert first.wait().reason == "time"
+    with pytest.raises(OverdueError, match=r"waited 0\.4 s"):
+        second[-1].wait()
+    assert engine.waiting == 0
+    assert engine.stop(20)

@@ -1,5 +1,7 @@
 """``shadowpeft serve``: what it refuses before anything is loaded, and (marker server) two real processes."""
 
+import dataclasses
+import inspect
 import os
 import signal
 import socket
@@ -15,7 +17,8 @@ import shadowpeft
 from chatbase import chat_tokenizer, save_base
 from commands import call
 from serving import ask, engine_of
-from shadowpeft.apps.serve import parse_adapters
+from shadowpeft import cli
+from shadowpeft.apps.serve import Options, parse_adapters
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Detached
 from tiny import adapter_config, randomise
@@ -67,6 +70,14 @@ def test_short_keys_are_refused(monkeypatch, capsys):
     assert code == 2
     assert "shorter than 16" in err
     assert "short," not in err
+
+
+def test_the_options_have_the_commands_defaults():
+    defaults = {p.name: p.default for p in inspect.signature(cli.serve).parameters.values()}
+    for field in dataclasses.fields(Options):
+        if field.name not in ("adapters", "role"):
+            assert field.default == defaults[field.name] or defaults[field.name] is inspect.Parameter.empty, field.name
+    assert [*defaults] == [field.name for field in dataclasses.fields(Options)]
 
 
 def test_names_of_adapters():

@@ -24,34 +24,53 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options, as given."""
+    """The command's options, as given; defaults as there."""
 
     adapters: list[str]
     role: str
-    base: str | None
-    host: str
-    port: int
-    auth: bool
-    cloud_url: str | None
-    cloud_model: str
-    cloud_timeout: float
-    cloud_delay_ms: float
-    when_cloud_down: str
-    routing: str | None
-    versions: str | None
-    system: str | None
-    rows: int
-    queue: int
-    prompt_tokens: int
-    new_tokens: int
-    default_tokens: int
-    drain_seconds: float
+    base: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    auth: bool = True
+    cloud_url: str | None = None
+    cloud_model: str = "default"
+    cloud_timeout: float = 30.0
+    cloud_delay_ms: float = 0.0
+    when_cloud_down: str = "local"
+    routing: str | None = None
+    versions: str | None = None
+    system: str | None = None
+    rows: int = 16
+    queue: int = 64
+    prompt_tokens: int = 2048
+    new_tokens: int = 512
+    default_tokens: int = 64
+    answer_seconds: float = 120.0
+    drain_seconds: float = 30.0
 
 
 def main(options: Options) -> None:
     """Load, then serve until a signal."""
+    app = application(options, read_keys(options))
+    from shadowpeft.serve.server import serve
+
+    names = app.state.server.role.engine.backend.names
+    Console(stderr=True).print(
+        f"{options.role}: {', '.join(names)} on http://{options.host}:{options.port}", highlight=False
+    )
+    serve(app, options.host, options.port, options.drain_seconds)
+
+
+def application(options: Options, keys: Any, **more: Any) -> Any:
+    """The FastAPI application of these options, its models loaded; it starts and stops its engine by itself.
+
+    Args:
+        keys: :class:`~shadowpeft.serve.guard.Keys`. more: further fields of :class:`~shadowpeft.serve.server.Settings`.
+
+    Raises:
+        ConfigError: for options that contradict each other, or a package that is not there.
+    """
     named = parse_adapters(options.adapters)
-    keys = read_keys(options)
     _check(options, named)
     for package in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
@@ -60,12 +79,16 @@ def main(options: Options) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("shadowpeft.serve").setLevel(logging.INFO)
     from shadowpeft.serve.engine import Engine, Limits
-    from shadowpeft.serve.server import Settings, build, serve
+    from shadowpeft.serve.server import Settings, build
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
     limits = Limits(
-        rows=options.rows, queue=options.queue, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens
+        rows=options.rows,
+        queue=options.queue,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        answer_seconds=options.answer_seconds,
     )
     backend = _cloud_backend(named, options.base) if options.role == "cloud" else _edge_backend(named, options.base)
     role = _role(options, named, Engine(backend, limits))
@@ -74,12 +97,9 @@ def main(options: Options) -> None:
         versions=Path(options.versions) if options.versions else None,
         requests=options.rows + options.queue,
         drain_seconds=options.drain_seconds,
+        **more,
     )
-    app = build(role, settings)
-    Console(stderr=True).print(
-        f"{options.role}: {', '.join(backend.names)} on http://{options.host}:{options.port}", highlight=False
-    )
-    serve(app, options.host, options.port, options.drain_seconds)
+    return build(role, settings)
 
 
 def parse_adapters(given: list[str]) -> dict[str, str]:
@@ -204,6 +224,7 @@ def _role(options: Options, named: dict[str, str], engine: Any) -> Any:
             os.environ.get(CLOUD_KEY),
             timeout=options.cloud_timeout,
             delay=options.cloud_delay_ms / 1000,
+            answer_seconds=options.answer_seconds,
         )
     told = json.dumps({"calibration": str(file) if file else None, "cloud": options.cloud_url})
     logging.getLogger("shadowpeft.serve").info("edge %s", told)

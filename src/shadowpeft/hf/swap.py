@@ -90,12 +90,9 @@ def swap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -
             f"adapter '{adapter_name}' is not loaded{did_you_mean(adapter_name, list(hub.configs))}; loaded are "
             f"{sorted(hub.configs)}"
         )
-    if formats.detect(adapter) != formats.OURS:
-        raise AdapterFileError(f"'{adapter}' is in another package's format; convert it first (shadowpeft convert)")
-    config = read_config(adapter)
-    config.weights_file = path = check_weights(adapter)
+    config = check_fits(base, adapter)
+    path = check_weights(adapter)
     check_same_shape(hub.configs[adapter_name], config, adapter_name)
-    check_fingerprint(config.base_fingerprint or {}, fingerprint(base, parts))
     check_file(ShadowModel, base, copy.deepcopy(config), path)
     slots = _slots(base, adapter_name)
     _fill(slots, load_file(path), path, memo=parts.backbone)
@@ -105,6 +102,20 @@ def swap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -
     for slot in slots:
         _set_dropout(slot, record)
     _publish(base, hub, adapter_name, slots, record)
+
+
+def check_fits(base: nn.Module, adapter: str | Path) -> ShadowPeftConfig:
+    """The configuration of an adapter that is whole, in this package's format and made for ``base``, a transformers model.
+
+    Raises:
+        AdapterFileError: a file is missing or damaged, or another package's. BaseMismatchError: it belongs to another base.
+    """
+    if formats.detect(adapter) != formats.OURS:
+        raise AdapterFileError(f"'{adapter}' is in another package's format; convert it first (shadowpeft convert)")
+    config = read_config(adapter)
+    config.weights_file = check_weights(adapter)
+    check_fingerprint(config.base_fingerprint or {}, fingerprint(base, anatomy(base)))
+    return config
 
 
 def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: str) -> None:

@@ -125,7 +125,7 @@ class Local(Answer):
         finish = await self.generation.run()
         self._time()
         counts = usage(finish.prompt_tokens, finish.new_tokens)
-        return self.shape.whole(self.generation.text, self.generation.tokens, finish.reason, counts)
+        return self.shape.whole(self.generation.text, self.generation.tokens, self._reason(finish), counts)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
         generation, given = self.generation, 0
@@ -142,12 +142,19 @@ class Local(Answer):
         finish = generation.finish
         if finish.text:
             yield self.shape.chunk(finish.text, [])
-        yield self.shape.chunk("", [], finish.reason)
+        yield self.shape.chunk("", [], self._reason(finish))
         if with_usage:
             yield self.shape.last(usage(finish.prompt_tokens, finish.new_tokens))
 
     def close(self) -> None:
         self.generation.__exit__()
+
+    def _reason(self, finish: Finish) -> str:
+        """The protocol knows no cut by time: it is a ``length``, and the note says which."""
+        if finish.reason != "time":
+            return finish.reason
+        self.note["cut"] = "answer_seconds"
+        return "length"
 
     def _time(self) -> None:
         self.note["milliseconds"] = _ms(self.began)

@@ -18,7 +18,7 @@ from shadowpeft.hf import mixed
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.call import Request, asking
 from shadowpeft.hf.config import did_you_mean
-from shadowpeft.hf.swap import swap
+from shadowpeft.hf.swap import check_fits, swap
 
 
 class Session(ABC):
@@ -111,6 +111,26 @@ class Backend(ABC):
             self.versions[name].pop()
             return self.versions[name][-1]
 
+    def add(self, name: str, folder: str) -> None:
+        """Load one more adapter; no forward pass may run meanwhile (:meth:`~shadowpeft.serve.engine.Engine.add`).
+
+        Raises:
+            ShadowPeftError: if it cannot be loaded, or this kind of backend takes no more; everything is as it was.
+        """
+        raise ConfigError(
+            f"this server cannot take '{name}' while it runs; start it with the folder among its adapters"
+        )
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; no forward pass may run meanwhile, and no request may need it any more."""
+        raise ConfigError(f"this server cannot leave '{name}' out while it runs; start it without")
+
+    def check_removable(self, name: str) -> None:
+        """Raises:
+        ConfigError: if :meth:`remove` would.
+        """
+        self.remove(name)
+
     def _check(self, name: str) -> None:
         if name not in self.versions:
             raise ConfigError(
@@ -133,7 +153,7 @@ class Attached(Backend):
         super().__init__(model.eval(), tokenizer, names, {name: [folder] for name, folder in folders.items()})
         self.base_name = base_name
         self._inner = model.get_base_model()
-        self._hub = anatomy(self._inner).backbone.shadow_hub
+        self._hub: Any = anatomy(self._inner).backbone.shadow_hub
 
     def open(self, names: list[str]) -> Session:
         request = Request(self._inner)
@@ -142,6 +162,36 @@ class Attached(Backend):
 
     def _replace(self, name: str, folder: str) -> None:
         swap(self.model, folder, name)
+
+    def add(self, name: str, folder: str) -> None:
+        with self._changing:
+            if name in (*self.versions, self.base_name):
+                raise ConfigError(f"'{name}' is there already; swap its weights, or take another name")
+            check_fits(self._inner, folder)
+            try:
+                self.model.load_adapter(folder, name)
+            except BaseException:
+                if name in self._hub.configs:
+                    self.model.delete_adapter(name)
+                raise
+            self.model.eval()
+            self.versions[name] = [folder]
+            self.names = (*(n for n in self.names if n != self.base_name), name, self.base_name)
+
+    def check_removable(self, name: str) -> None:
+        self._check(name)
+        if len(self.versions) == 1:
+            raise ConfigError(f"'{name}' is the only adapter and must stay; add another one first")
+
+    def remove(self, name: str) -> None:
+        with self._changing:
+            self.check_removable(name)
+            if name in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
+                other = next(n for n in self.versions if n != name)
+                self.model.base_model.set_adapter(other, inference_mode=True)
+            self.model.delete_adapter(name)
+            del self.versions[name]
+            self.names = tuple(n for n in self.names if n != name)
 
 
 class _AttachedSession(_CachedSession):

@@ -80,7 +80,7 @@ class Cloud:
 
     Args:
         url: such as ``http://host:8000``. key: its API key. timeout: seconds until the first byte, and between bytes.
-        delay: seconds to wait before each request, to stand for a network.
+        delay: seconds to wait before each request, to stand for a network. answer_seconds: for a whole stream.
     """
 
     def __init__(
@@ -91,11 +91,12 @@ class Cloud:
         timeout: float = 30.0,
         connect_timeout: float = 2.0,
         delay: float = 0.0,
+        answer_seconds: float = 120.0,
         breaker: Breaker | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.breaker = breaker or Breaker()
-        self.delay = delay
+        self.delay, self.answer_seconds = delay, answer_seconds
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.AsyncClient(
             base_url=url,
@@ -124,8 +125,11 @@ class Cloud:
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
+        end = time.monotonic() + self.answer_seconds
         async with self._open(path, {**body, "stream": True}) as response:
             async for line in response.aiter_lines():
+                if time.monotonic() >= end:
+                    raise httpx.ReadTimeout("the cloud's answer takes longer than a whole answer may")
                 if line == "data: [DONE]":
                     return
                 if line.startswith("data: "):

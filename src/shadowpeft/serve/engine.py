@@ -7,10 +7,12 @@ on its neighbours (up to the order of float additions).
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,10 @@ class StoppedError(ShadowPeftError):
     """The engine takes no more requests: it is shutting down."""
 
 
+class OverdueError(ShadowPeftError):
+    """The request waited for as long as its whole answer may take."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Sizes of the engine."""
@@ -45,6 +51,8 @@ class Limits:
     """Requests that wait."""
     prompt_tokens: int = 2048
     new_tokens: int = 512
+    answer_seconds: float = 120.0
+    """From the request to the end of its answer: what runs then is ended, what still waits has failed."""
     gather_seconds: float = 0.002
     """How long an idle engine waits for neighbours of the first request."""
 
@@ -85,7 +93,7 @@ class Finish:
     """The end of an answer."""
 
     reason: str
-    """``stop``, ``length``, or ``until`` (the request's own condition)."""
+    """``stop``, ``length``, ``until`` (the request's own condition), or ``time`` (cut by :attr:`Limits.answer_seconds`)."""
     text: str
     """What the last token held back."""
     prompt_tokens: int
@@ -103,6 +111,13 @@ Event = Token | Finish | Failed
 
 
 @dataclass
+class _Change:
+    action: Callable[[], None]
+    without: str | None
+    done: Future[None] = field(default_factory=Future)
+
+
+@dataclass
 class Work:
     """A request in the engine."""
 
@@ -111,6 +126,8 @@ class Work:
     sampling: Sampling
     emit: Callable[[Event], None]
     until: Callable[[list[str], Scores], bool] | None = None
+    deadline: float = math.inf
+    """Monotonic time at which the answer ends."""
     cancelled: bool = False
     """Set it, from any thread, to have the row taken out after the running step; nothing is emitted any more."""
     new: list[int] = field(default_factory=list)
@@ -140,6 +157,7 @@ class Engine:
         self.limits = limits or Limits()
         self._waiting: deque[Work] = deque()
         self._batches: list[_Batch] = []
+        self._changes: list[_Change] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="shadowpeft-engine", daemon=True)
@@ -171,8 +189,7 @@ class Engine:
             DataError: if the prompt is empty or too long, or more tokens are asked for than allowed.
             ConfigError: for an unknown name. QueueFullError: as it says. StoppedError: while shutting down.
         """
-        self.check(len(ids), name, sampling.max_tokens)
-        work = Work(ids, name, sampling, emit, until)
+        work = Work(ids, name, sampling, emit, until, time.monotonic() + self.limits.answer_seconds)
         if sampling.temperature > 0:
             work.generator = torch.Generator()
             if sampling.seed is None:
@@ -180,6 +197,7 @@ class Engine:
             else:
                 work.generator.manual_seed(sampling.seed)
         with self._changed:
+            self.check(len(ids), name, sampling.max_tokens)  # here, so that the name is not taken out in between
             if self._stopping:
                 raise StoppedError("the server is shutting down; send the request to another one")
             self._waiting = deque(w for w in self._waiting if not w.cancelled)
@@ -210,6 +228,38 @@ class Engine:
                 f"{self.backend.context}; shorten the prompt or lower max_tokens"
             )
 
+    def add(self, name: str, folder: str) -> None:
+        """Load one more adapter between two steps; every running answer waits for it, none is lost.
+
+        Raises:
+            ShadowPeftError: if it cannot be loaded; everything is as it was.
+        """
+        self._between(_Change(lambda: self.backend.add(name, folder), None))
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out: new requests for it are refused at once, those that are here are finished first.
+
+        Raises:
+            ConfigError: if it cannot be taken out.
+        """
+        with self._changed:
+            self.backend.check_removable(name)
+            self.backend.names = tuple(n for n in self.backend.names if n != name)
+        try:
+            self._between(_Change(lambda: self.backend.remove(name), name))
+        except BaseException:
+            with self._changed:
+                self.backend.names = (name, *self.backend.names)
+            raise
+
+    def _between(self, change: _Change) -> None:
+        with self._changed:
+            if not self.ready():
+                raise StoppedError("the server takes no changes now: it is shutting down, or has not started")
+            self._changes.append(change)
+            self._changed.notify_all()
+        change.done.result()
+
     @property
     def waiting(self) -> int:
         """Requests that have not started."""
@@ -237,6 +287,9 @@ class Engine:
         with self._changed:
             left = [*self._waiting, *(w for batch in list(self._batches) for w in batch.works)]
             self._waiting.clear()
+            changes, self._changes = self._changes, []
+        for change in changes:
+            change.done.set_exception(StoppedError("the server shut down before the change was made"))
         for work in left:
             if not work.cancelled:
                 work.cancelled = True
@@ -249,21 +302,47 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._batches:
+                while not self._waiting and not self._batches and not self._changes:
                     self.beat = time.monotonic()
                     if self._stopping:
                         return
                     self._changed.wait(1.0)
-                idle = not self._batches
+                idle = not self._batches and not self._changes
             if idle and self.limits.gather_seconds:
                 time.sleep(self.limits.gather_seconds)
+            self._drop_overdue()
             works = self._admit()
             if works:
                 self._start(works)
             for batch in list(self._batches):
                 self._guard(batch, self._advance)
             self._batches = [batch for batch in self._batches if batch.works]
+            self._change()
             self.beat = time.monotonic()
+
+    def _change(self) -> None:
+        with self._changed:
+            needed = {w.name for w in self._waiting} | {w.name for batch in self._batches for w in batch.works}
+            due = [change for change in self._changes if change.without not in needed]
+            self._changes = [change for change in self._changes if change.without in needed]
+        for change in due:
+            try:
+                change.action()
+            except BaseException as error:  # noqa: BLE001  (handed to who asked; the engine goes on)
+                change.done.set_exception(error)
+            else:
+                change.done.set_result(None)
+
+    def _drop_overdue(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = [w for w in self._waiting if w.deadline <= now]
+            if late:
+                self._waiting = deque(w for w in self._waiting if w.deadline > now)
+        for work in late:
+            if not work.cancelled:
+                limit = self.limits.answer_seconds
+                work.emit(Failed(OverdueError(f"the request waited {limit:g} s and had not begun; try again later")))
 
     def _admit(self) -> list[Work]:
         with self._changed:
@@ -379,6 +458,8 @@ class Engine:
         reason = "stop" if over else "length" if len(work.new) >= work.sampling.max_tokens else ""
         if not reason and work.until is not None and work.until(work.pieces, work.scores):
             reason = "until"
+        if not reason and time.monotonic() >= work.deadline:
+            reason = "time"
         if not reason:
             return True
         work.emit(Finish(reason, delta + text[work.sent :], len(work.ids), len(work.new)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,10 +13,15 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Metrics:
-    """The server's counters."""
+    """The server's counters.
 
-    def __init__(self) -> None:
+    Args:
+        everywhere: labels that every line carries, such as which of several servers it comes from.
+    """
+
+    def __init__(self, everywhere: dict[str, str] | None = None) -> None:
         self.registry = CollectorRegistry()
+        self.everywhere = everywhere or {}
 
         def new(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
             return kind(f"shadowpeft_{name}", text, labels, registry=self.registry, **options)
@@ -30,7 +36,7 @@ class Metrics:
         self.routed = new(Counter, "routed", "Answers by who gave them and why.", ("where", "reason"))
         self.tokens = new(Counter, "tokens", "Tokens read and made.", ("kind",))
         self.disconnected = new(Counter, "disconnected", "Clients that left before their answer was finished.")
-        self.swaps = new(Counter, "swaps", "Weights replaced, rolled back, or refused.", ("result",))
+        self.swaps = new(Counter, "swaps", "Adapters replaced, rolled back, added, removed, or refused.", ("result",))
         self._share = new(Gauge, "on_device_share", "Share of all answers that were given on the device.")
         self._new = new
         self._answers = [0, 0]
@@ -49,4 +55,11 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition."""
-        return generate_latest(self.registry)
+        return generate_latest(self)  # type: ignore[arg-type]
+
+    def collect(self) -> Iterator[Any]:
+        """The registry's families, with the labels that every line carries."""
+        for family in self.registry.collect():
+            told = copy.copy(family)
+            told.samples = [s._replace(labels={**s.labels, **self.everywhere}) for s in family.samples]
+            yield told

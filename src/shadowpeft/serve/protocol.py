@@ -6,7 +6,17 @@ import time
 import uuid
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    StringConstraints,
+    field_validator,
+)
 
 from shadowpeft.serve.engine import Token
 
@@ -108,8 +118,12 @@ class CompletionRequest(_Request):
         return self.logprobs
 
 
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""What an adapter may be called."""
+
+
 class SwapRequest(_Strict):
-    """``POST /admin/adapters/{name}/swap``."""
+    """``POST /admin/adapters/{name}``, and ``.../swap``."""
 
     version: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         description="Name of a folder under the server's --versions folder."

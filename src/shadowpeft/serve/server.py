@@ -21,10 +21,10 @@ from starlette.exceptions import HTTPException
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.answers import Answer
 from shadowpeft.serve.client import CloudError, CloudRefusedError
-from shadowpeft.serve.engine import QueueFullError, StoppedError
+from shadowpeft.serve.engine import OverdueError, QueueFullError, StoppedError
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
-from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ErrorAnswer, SwapRequest, error
+from shadowpeft.serve.protocol import AdapterName, ChatRequest, CompletionRequest, ErrorAnswer, SwapRequest, error
 from shadowpeft.serve.roles import CloudRole, EdgeRole, Role
 
 PAGE = Path(__file__).with_name("page.html")
@@ -37,7 +37,7 @@ _STATUS = {
     409: "the new weights do not fit, or there is nothing to go back to",
     413: "the body is too large",
     429: "too many requests; see Retry-After",
-    503: "not ready, shutting down, or the cloud is needed and away",
+    503: "not ready, shutting down, no turn in time, or the cloud is needed and away",
 }
 _log = logging.getLogger("shadowpeft.serve")
 T = TypeVar("T")
@@ -51,6 +51,8 @@ class Settings:
         versions: folder whose sub-folders may be swapped in; None: no swaps.
         requests: answers that may be on their way at the same time, on the device and in the cloud.
         drain_seconds: how long running requests may take after a shutdown was asked for.
+        managed: who changes adapters instead of the ``/admin`` routes, as a sentence for those who try; None: the routes do.
+        replica: this server's name among several behind one address, for a header and a label; None: it is alone.
     """
 
     keys: Keys
@@ -58,6 +60,8 @@ class Settings:
     max_body: int = 1 << 20
     requests: int = 128
     drain_seconds: float = 30.0
+    managed: str | None = None
+    replica: str | None = None
 
 
 class GoneError(ShadowPeftError):
@@ -66,7 +70,7 @@ class GoneError(ShadowPeftError):
 
 def build(role: Role, settings: Settings) -> FastAPI:
     """The application of ``role``; it starts the engine and stops it."""
-    metrics = Metrics()
+    metrics = Metrics({} if settings.replica is None else {"replica": settings.replica})
     engine = role.engine
 
     @asynccontextmanager
@@ -125,10 +129,9 @@ class _Server:
         @app.get("/readyz", responses=unready)  # type: ignore[arg-type]
         async def readyz() -> Response:
             """Requests are taken."""
-            engine = self.role.engine
-            stalled = time.monotonic() - engine.beat > _STALLED_SECONDS
-            if not engine.ready() or stalled:
-                return JSONResponse(error("the engine is stalled" if stalled else "not ready", "not_ready"), 503)
+            reason = self.unready()
+            if reason is not None:
+                return JSONResponse(error(reason, "not_ready"), 503)
             told: dict[str, Any] = {"status": "ready", "role": self.role.name}
             if isinstance(self.role, EdgeRole):
                 told["cloud"] = "none" if self.role.cloud is None else self.role.cloud.breaker.state
@@ -161,18 +164,25 @@ class _Server:
             """The versions that each adapter had, the present one last."""
             return {n: [Path(f).name for f in had] for n, had in self.role.engine.backend.versions.items()}
 
+        @app.post("/admin/adapters/{name}", responses=changed)  # type: ignore[arg-type]
+        async def add(name: AdapterName, wanted: SwapRequest) -> dict[str, str]:
+            """Load one more adapter; running answers wait for it."""
+            return await self._change(name, self.role.engine.add, self._folder(wanted.version), new=True)
+
+        @app.delete("/admin/adapters/{name}", responses=changed)  # type: ignore[arg-type]
+        async def remove(name: str) -> dict[str, str]:
+            """Take an adapter out, once the requests that are here for it have their answers."""
+            return await self._change(name, self.role.engine.remove)
+
         @app.post("/admin/adapters/{name}/swap", responses=changed)  # type: ignore[arg-type]
         async def swap(name: str, wanted: SwapRequest) -> dict[str, str]:
             """Replace an adapter's weights; running answers end with the old ones."""
-            if self.settings.versions is None or not (self.settings.versions / wanted.version).is_dir():
-                raise HTTPException(404, f"there is no version '{wanted.version}'; see the server's --versions folder")
-            folder = str(self.settings.versions / wanted.version)
-            return await self._change(name, self.role.engine.backend.swap, name, folder)
+            return await self._change(name, self.role.engine.backend.swap, self._folder(wanted.version))
 
         @app.post("/admin/adapters/{name}/rollback", responses=changed)  # type: ignore[arg-type]
         async def rollback(name: str) -> dict[str, str]:
             """Go back to the weights before the last swap."""
-            return await self._change(name, self.role.engine.backend.rollback, name)
+            return await self._change(name, self.role.engine.backend.rollback)
 
         if isinstance(self.role, EdgeRole):
 
@@ -182,20 +192,49 @@ class _Server:
                 policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
                 return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy})
 
-    async def _change(self, name: str, action: Callable[..., Any], *arguments: str) -> dict[str, str]:
+    def unready(self) -> str | None:
+        """Why no request is taken; None: they are."""
+        engine = self.role.engine
+        if time.monotonic() - engine.beat > _STALLED_SECONDS:
+            return "the engine is stalled"
+        return None if engine.ready() else "not ready"
+
+    def _folder(self, version: str) -> str:
+        if self.settings.versions is None or not (self.settings.versions / version).is_dir():
+            raise HTTPException(404, f"there is no version '{version}'; see the server's --versions folder")
+        return str(self.settings.versions / version)
+
+    async def _change(
+        self, name: str, action: Callable[..., Any], *arguments: str, new: bool = False
+    ) -> dict[str, str]:
         backend = self.role.engine.backend
-        if name not in backend.versions:
+        if self.settings.managed is not None:
+            raise HTTPException(409, self.settings.managed)
+        if name not in backend.versions and not new:
             raise HTTPException(
                 404, f"'{name}' is not loaded or cannot be swapped; there are {sorted(backend.versions)}"
             )
         try:
-            await asyncio.to_thread(action, *arguments)
+            return {"name": name, "version": await asyncio.to_thread(self.change, action, name, *arguments)}
         except ShadowPeftError as failure:
-            self.metrics.swaps.labels("refused").inc()
             raise HTTPException(409, str(failure)) from failure
+
+    def change(self, action: Callable[..., Any], name: str, *arguments: str) -> str:
+        """Do ``action`` of the backend to an adapter, count and log it; the version that is there now.
+
+        Raises:
+            ShadowPeftError: if it was refused.
+        """
+        try:
+            action(name, *arguments)
+        except ShadowPeftError:
+            self.metrics.swaps.labels("refused").inc()
+            raise
         self.metrics.swaps.labels(action.__name__).inc()
-        _log.info("%s of %s: now %s", action.__name__, name, Path(backend.versions[name][-1]).name)
-        return {"name": name, "version": Path(backend.versions[name][-1]).name}
+        had = self.role.engine.backend.versions.get(name)
+        version = Path(had[-1]).name if had else "none"
+        _log.info("%s of %s: now %s", action.__name__, name, version)
+        return version
 
     async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         if asked.model not in self.role.engine.backend.names:
@@ -211,6 +250,8 @@ class _Server:
         try:
             made = await until_gone(request.receive, self.role.answer(asked))
             headers = {"x-shadow-where": made.note["where"], "x-shadow-reason": made.note["reason"]}
+            if self.settings.replica is not None:
+                headers["x-shadow-replica"] = self.settings.replica
             if asked.stream:
                 handed_on = True
                 return _EventStream(
@@ -331,6 +372,8 @@ def _add_errors(app: FastAPI) -> None:
             return answer(429, str(failure), kind="rate_limit_error", code="queue_full")
         if isinstance(failure, StoppedError):
             return answer(503, str(failure), kind="not_ready")
+        if isinstance(failure, OverdueError):
+            return answer(503, str(failure), kind="timeout", code="timed_out")
         if isinstance(failure, CloudError):
             return answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
         if isinstance(failure, CloudRefusedError):
