@@ -323,6 +323,9 @@ def serve(
     versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None,
     system: System = None,
     rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16,
+    batches: Annotated[
+        int, typer.Option(min=1, help="Batches that run at the same time: requests that start together are one.")
+    ] = 4,
     queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused with 429.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,

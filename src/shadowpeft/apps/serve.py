@@ -41,6 +41,7 @@ class Options:
     versions: str | None = None
     system: str | None = None
     rows: int = 16
+    batches: int = 4
     queue: int = 64
     prompt_tokens: int = 2048
     new_tokens: int = 512
@@ -85,6 +86,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     prepare_cpu()
     limits = Limits(
         rows=options.rows,
+        batches=options.batches,
         queue=options.queue,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
@@ -156,6 +158,8 @@ def _check(options: Options, named: dict[str, str]) -> None:
         raise ConfigError(f"role is '{options.role}' but must be cloud or edge")
     if options.role == "cloud" and (options.cloud_url or options.routing):
         raise ConfigError("--cloud-url and --routing belong to the edge; leave them out or set --role edge")
+    if options.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", options.cloud_url):
+        raise ConfigError(f"--cloud-url is '{options.cloud_url}' but must be like http://host:8000")
     if options.role == "edge" and len(named) > 1:
         raise ConfigError(f"{len(named)} adapters were given but an edge server has one; start one for each")
     if options.when_cloud_down not in ("local", "error"):

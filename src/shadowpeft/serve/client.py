@@ -119,24 +119,27 @@ class Cloud:
         """
         async with self._open(path, body) as response:
             content = json.loads(await response.aread())
-            if not isinstance(content, dict) or "choices" not in content:
-                raise httpx.DecodingError("the cloud's answer has no choices")
-            return content
+            if not _is_answer(content):
+                raise httpx.DecodingError("the cloud's answer lacks choices or usage")
+            return content  # type: ignore[no-any-return]
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
-        end = time.monotonic() + self.answer_seconds
+        end, begun = time.monotonic() + self.answer_seconds, False
         async with self._open(path, {**body, "stream": True}) as response:
             async for line in response.aiter_lines():
                 if time.monotonic() >= end:
                     raise httpx.ReadTimeout("the cloud's answer takes longer than a whole answer may")
-                if line == "data: [DONE]":
+                field, _, data = line.partition(":")
+                if field != "data":
+                    continue
+                if data.strip() == "[DONE]" and begun:
                     return
-                if line.startswith("data: "):
-                    chunk = json.loads(line[6:])
-                    if "error" in chunk:
-                        raise httpx.RemoteProtocolError("the cloud failed in the middle of its answer")
-                    yield chunk
+                chunk = json.loads(data)
+                if not isinstance(chunk, dict) or "choices" not in chunk:  # an error, or nothing of this protocol
+                    raise httpx.RemoteProtocolError("the cloud failed in the middle of its answer")
+                begun = True
+                yield chunk
             raise httpx.RemoteProtocolError("the cloud's answer ended in the middle")
 
     @asynccontextmanager
@@ -172,10 +175,23 @@ class Cloud:
     def _judge(status: int, content: bytes) -> None:
         if status == 429:
             raise CloudError(CLOUD_BUSY, "the cloud has too many requests")
-        if status in (401, 403) or not 400 <= status < 500:
+        if status in (401, 403):
+            raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}; check the key for it")
+        if not 400 <= status < 500:
             raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}")
         try:
             told = json.loads(content)
         except ValueError:
             told = None
         raise CloudRefusedError(status, told)
+
+
+def _is_answer(content: Any) -> bool:
+    """Whether it has what is passed on and counted."""
+    if not isinstance(content, dict):
+        return False
+    choices, counts = content.get("choices"), content.get("usage")
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+        return False
+    wanted = ("prompt_tokens", "completion_tokens")
+    return isinstance(counts, dict) and all(isinstance(counts.get(name), int) for name in wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import time
 from abc import ABC, abstractmethod
 from typing import Any
@@ -16,6 +17,7 @@ from shadowpeft.serve.engine import Engine, Sampling
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, Shape
 from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, Decision, Router, Scores
 
+_log = logging.getLogger("shadowpeft.serve")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 Asked = ChatRequest | CompletionRequest
 
@@ -52,7 +54,8 @@ class Role(ABC):
         else:
             turns = [{"role": m.role, "content": m.content} for m in asked.messages]
             text = render_prompt(self._tokenizer, with_system(turns, self.system))
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        # a chat template writes the tokens of a beginning itself
+        ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids
 
     def sampling(self, asked: Asked) -> Sampling:
@@ -177,6 +180,7 @@ class EdgeRole(Role):
         generation: Generation | None = None,
     ) -> Answer:
         """The device's own answer, said to be one."""
+        _log.warning("%s: %s", error.reason, error)
         if self.when_down == "error":
             raise error
         wanted = {"wanted": note["reason"]} if note else {}
