@@ -153,7 +153,9 @@ def discard(checkpoint: Path) -> None:
 
 
 @contextmanager
-def written_whole(folder: Path, what: str = "it") -> Iterator[Path]:
+def written_whole(
+    folder: Path, what: str = "it", remedy: str = "free some space and resume from the newest checkpoint"
+) -> Iterator[Path]:
     """A folder to write into, which takes the name ``folder`` when all is written and on disk.
 
     Raises:
@@ -174,8 +176,7 @@ def written_whole(folder: Path, what: str = "it") -> Iterator[Path]:
         if old.is_dir() and not folder.exists():
             os.replace(old, folder)
         raise ShadowPeftError(
-            f"{what} could not be written to '{folder}' ({reason(error)}); what was there before is untouched, free some "
-            "space and resume from the newest checkpoint"
+            f"{what} could not be written to '{folder}' ({reason(error)}); what was there before is untouched, {remedy}"
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
