@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
-from shadowpeft.hf.files import check_dtypes, quote, read_header
-from shadowpeft.hf.model import clean_on_failure
+from shadowpeft.hf.files import check_dtypes, quote, read_header, shorten
+from shadowpeft.hf.model import CLASSIFIERS, clean_on_failure
+from shadowpeft.hf.pretrained import load_whole
 from shadowpeft.hf.weights import is_offloaded
 
 
@@ -66,24 +67,23 @@ def check_weights(adapter: str | Path) -> Path:
 
 
 def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
-    """A base model by alias (``smollm2-135m``), folder or Hub id.
+    """A base model by alias (``smollm2-135m``), folder or Hub id; of a classifier, the head may be new.
 
     Raises:
-        ConfigError: if it cannot be loaded, with the reason.
+        ConfigError: if it cannot be loaded or lacks a weight, with the reason.
     """
     source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
-    auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+    classifier = task_type == "SEQ_CLS"
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
-        model: PreTrainedModel = auto.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"base '{name}' could not be loaded: {first}") from error
-    return model
+        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
+    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)
 
 
 @contextmanager

@@ -19,13 +19,16 @@ def load_edge(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of an edge folder.
 
     Raises:
-        ConfigError: if it has no tokenizer.
+        ConfigError: if it has no tokenizer, or its weights are damaged or incomplete.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from shadowpeft.hf.pretrained import load_whole
+
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model = load_whole(AutoModelForCausalLM, path, f"the edge model in '{path}'").eval()
+    return model, AutoTokenizer.from_pretrained(path)
 
 
 def load_adapters(named: dict[str, str], base: str | None) -> Any:
