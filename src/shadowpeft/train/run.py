@@ -76,18 +76,20 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     return robot_rows(split) if source == "robot" else chat.read_jsonl(source)
 
 
-def load_tokenizer(base: str) -> Any:
-    """The tokenizer of a base by alias, folder or Hub id, with a pad token."""
-    source = str(materialise(base)) if is_alias(base) else base
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a base, an edge model or an adapter by alias, folder or Hub id, with a pad token.
+
+    Raises:
+        ConfigError: if it cannot be loaded, or has neither a pad nor an eos token.
+    """
+    source = str(materialise(name)) if is_alias(name) else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer of base '{base}' could not be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"the tokenizer of '{name}' could not be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"the tokenizer of base '{base}' has neither a pad nor an eos token; give it one of them")
+            raise ConfigError(f"the tokenizer of '{name}' has neither a pad nor an eos token; give it one of them")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
