@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import shadowpeft
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf import checkpoint
 from shadowpeft.hf.checkpoint import load_base
 from tiny import KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokens
 
@@ -150,6 +151,31 @@ def test_classification_with_trained_heads(saved, name, kind):
     assert_same(PeftModel.from_pretrained(base(name, task="SEQ_CLS", seed=1), folder), adapted)
     assert_same(shadowpeft.load(folder), adapted)
     assert_same(shadowpeft.load(folder, base(name, task="SEQ_CLS"), adapter_name="other"), adapted)
+
+
+def test_the_recorded_revision_of_the_base_is_loaded(saved, monkeypatch):
+    plain, adapted, folder = saved()
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "me/base", "revision": "v1"}))
+    asked = []
+
+    def from_hub(name, task_type, **options):
+        asked.append((name, task_type, options))
+        return plain
+
+    monkeypatch.setattr(checkpoint, "load_base", from_hub)
+    assert_same(shadowpeft.load(folder), adapted)
+    assert asked == [("me/base", "CAUSAL_LM", {"revision": "v1"})]
+
+
+def test_a_base_is_read_at_one_revision(saved, monkeypatch):
+    _, _, folder = saved()
+    asked = []
+    real = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: asked.append(k.get("revision")) or real(*a, **k))
+    load_base(folder.parent / "base", revision="v1")
+    assert set(asked) == {"v1"}
 
 
 @pytest.mark.parametrize("name", ["norm", "lm_head", "embed_tokens"])

@@ -76,7 +76,8 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     classifier = task_type == "SEQ_CLS"
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        revision = {k: v for k, v in kwargs.items() if k == "revision"}
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
     except (OSError, ValueError) as error:
@@ -112,7 +113,8 @@ def load(
 
     Args:
         adapter: folder or Hub id, in this package's format, the authors' or that of PEFT's ``SHADOW``.
-        base: a model, a path, an alias or a Hub id; None: the one the adapter names.
+        base: a model, a path, an alias or a Hub id; None: the one the adapter names, at
+            the revision it names.
         shadow_model: for adapters whose shadow backbone is of a class transformers does not know, a module of that class;
             for an explicit shadow in the authors' or PEFT's format, the model (module, folder or Hub id) it started from.
         adapter_name: name for the adapter in the model. is_trainable: keep it trainable; otherwise it is frozen, in eval mode.
@@ -142,12 +144,12 @@ def load(
     if config.base_alias is not None and not is_alias(config.base_alias):
         raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
     if base is None:
-        named = config.base_model_name_or_path
+        named, options = config.base_model_name_or_path, {"revision": config.revision} if config.revision else {}
         if config.base_alias is not None and not (named and Path(named).is_dir()):
-            named = config.base_alias
+            named, options = config.base_alias, {}
         if not named:
             raise ConfigError("the adapter does not name its base; pass base=")
-        base = load_base(named, str(getattr(config.task_type, "value", config.task_type)))
+        base = load_base(named, str(getattr(config.task_type, "value", config.task_type)), **options)
     elif not isinstance(base, nn.Module):
         base = load_base(base, str(getattr(config.task_type, "value", config.task_type)))
     if shadow_model is not None:
