@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -38,7 +38,11 @@ def find_file(adapter: str | Path, name: str) -> Path:
         raise AdapterFileError(f"'{adapter}' is neither a folder nor a Hub id of the form owner/name; check the path")
     try:
         return Path(hf_hub_download(str(adapter), name))
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except HFValidationError as error:
+        raise AdapterFileError(
+            f"'{adapter}' is neither a folder nor a Hub id ({shorten(error)}); check the path"
+        ) from error
+    except (EntryNotFoundError, HTTPError) as error:  # the client's own class where no answer came
         raise AdapterFileError(
             f"'{adapter}' is no local folder and {name} could not be fetched from the Hub ({type(error).__name__}); check "
             "the name and the network"

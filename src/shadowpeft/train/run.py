@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
@@ -27,6 +27,7 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files import shorten
 from shadowpeft.hf.vocabulary import shared_tokens
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import reason, written_whole
@@ -280,9 +281,9 @@ def push(adapter: Path, hub_id: str) -> None:
     try:
         api.create_repo(hub_id, private=True, exist_ok=True)
         api.upload_folder(folder_path=str(adapter), repo_id=hub_id, commit_message="Add shadow adapter")
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:  # HTTPError: the client's own, where no answer came
         raise ShadowPeftError(
-            f"the adapter is saved in '{adapter}' but could not be uploaded to '{hub_id}' ({str(error).splitlines()[0]}); "
+            f"the adapter is saved in '{adapter}' but could not be uploaded to '{hub_id}' ({shorten(error)}); "
             "log in with `hf auth login` and upload that folder"
         ) from error
 
