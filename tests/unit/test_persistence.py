@@ -3,19 +3,20 @@
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import shadowpeft
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf import checkpoint
+from shadowpeft.hf import bases, checkpoint
 from shadowpeft.hf.checkpoint import load_base
-from tiny import KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokens
+from tiny import KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokenizer, tokens
 
 OPTIONS = {
     **KINDS,
@@ -304,3 +305,31 @@ def test_a_source_folder_without_one_of_its_weights_is_refused(tmp_path):
     without(tmp_path / "small", "layers.1.self_attn.o_proj.weight")
     with pytest.raises(ConfigError, match=r"shadow_model '.*small' lacks 1 of its weights"):
         adapt(base("llama"), trained=False, shadow_model=str(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("there", ["nothing", "half", "meanwhile"])
+def test_an_alias_is_materialised_once(tmp_path, monkeypatch, there):
+    folder = tmp_path / "smollm2-135m"
+    if there == "half":
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("cut")
+
+    def from_another_process(target):
+        tokenizer().save_pretrained(target)
+        if there == "meanwhile":
+            folder.mkdir()
+            for name in ("model.safetensors", "tokenizer.json"):
+                (folder / name).write_text("theirs")
+
+    monkeypatch.setenv("SHADOWPEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(bases, "gguf_file", lambda alias: tmp_path / "x.gguf")
+    monkeypatch.setattr(bases.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: base("llama"))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *a, **k: SimpleNamespace(save_pretrained=from_another_process)
+    )
+    assert bases.materialise("smollm2-135m") == folder
+    theirs = (folder / "tokenizer.json").read_text() == "theirs"
+    assert theirs == (there == "meanwhile")
+    assert (folder / "model.safetensors").stat().st_size > 1000 or theirs
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2-135m"]
