@@ -295,7 +295,7 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = (folder / "config.yaml").is_file()
     if not resume:
-        if folder.is_dir() and (started or any(path.name not in _FIRST_FILES for path in folder.iterdir())):
+        if folder.is_dir() and (started or any(path.name not in FIRST_FILES for path in folder.iterdir())):
             way = "continue with --resume" if last is not None or started else "remove it (it holds no checkpoint)"
             raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or {way}")
         return None
@@ -311,7 +311,7 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
     return last
 
 
-_FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
+FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
 """What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
 
 
