@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it takes the name ``path``."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_text(path: Path, content: str) -> None:
     """Text, written beside, on disk, and renamed: whoever reads sees the old or the new text."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
+    partial_of(path).write_text(content, encoding="utf-8")
+    replace(partial_of(path), path)
+
+
+def replace(beside: Path, path: Path) -> None:
+    """Rename a written file to its name; file and name are on disk afterwards."""
+    sync_names(beside)
     os.replace(beside, path)
+    sync_names(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -102,6 +102,27 @@ def test_alpha_is_taken_over_and_the_record_updated(tmp_path):
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["shadow_alpha"] == 0.2
 
 
+def test_the_loss_of_the_shadow_path_is_taken_over(tmp_path):
+    model, other = pair(tmp_path)
+    other.peft_config["default"].shadow_loss = "kl"
+    other.save_pretrained(tmp_path / "new")
+    shadowpeft.swap(model, tmp_path / "new")
+    assert model.peft_config["default"].shadow_loss == "kl"
+    again = shadowpeft.load(tmp_path / "new", base("llama"), is_trainable=True)
+    losses = [m.train()(input_ids=tokens(), labels=tokens()).shadow_loss for m in (model, again)]
+    assert torch.equal(*losses)
+
+
+def test_an_adapter_that_leaves_other_weights_frozen_is_refused(tmp_path):
+    model, _ = pair(tmp_path)
+    change(tmp_path / "new", shadow_frozen=["norm.weight"])
+    with pytest.raises(ConfigError, match=r"loaded with shadow_frozen = \[\] but the new one has \['norm\.weight'\]"):
+        shadowpeft.swap(model, tmp_path / "new")
+    change(tmp_path / "new", shadow_frozen=None)  # an older file does not say
+    shadowpeft.swap(model, tmp_path / "new")
+    assert model.peft_config["default"].shadow_frozen == []
+
+
 def test_another_adapter_of_the_model_is_untouched(tmp_path):
     _, other = pair(tmp_path)
     plain = base("llama")

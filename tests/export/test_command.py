@@ -1,9 +1,11 @@
 """``shadowpeft export``: from an adapter and from an edge folder, what it reports, what it refuses, what it leaves behind."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import edges
@@ -156,6 +158,17 @@ def test_a_folder_without_tokenizer(folders, run, tmp_path):
     code, _, err = run(folders / "base", tmp_path / "o", "--to", "hf")
     assert code == 2
     assert "tokenizer" in err
+
+
+def test_a_folder_without_one_of_its_weights(folders, run, tmp_path):
+    shutil.copytree(folders / "edge", tmp_path / "edge")
+    tensors = load_file(tmp_path / "edge" / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "edge" / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(tmp_path / "edge", tmp_path / "o", "--to", "hf")
+    assert code == 2
+    assert "lacks 1 of its weights (model.layers.0.mlp.down_proj.weight)" in err
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_folder_that_cannot_be_written(folders, run, tmp_path):

@@ -1,7 +1,10 @@
 """``shadowpeft convert``: every pair of formats, refusals, and folders that are not touched in vain."""
 
 import copy
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,7 +152,40 @@ def test_an_unwritable_parent(folders, run):
     (folders / "file").write_text("x")
     code, _, err = run(folders / "peft", folders / "file" / "out")
     assert code == 1
-    assert "cannot be written" in err
+    assert "could not be written" in err
+
+
+@pytest.mark.parametrize("out", [".", "..", "inner/.."])
+def test_the_working_directory_is_not_replaced(folders, run, monkeypatch, out):
+    here = folders / "here"
+    (here / "inner").mkdir(parents=True)
+    (here / "precious.txt").write_text("x")
+    monkeypatch.chdir(here)
+    code, _, err = run(folders / "peft", out, "--force")
+    assert code == 2
+    assert "working directory" in err
+    assert (here / "precious.txt").is_file()
+    assert (folders / "peft" / "adapter_config.json").is_file()
+
+
+def test_what_was_there_survives_a_failed_rename(folders, run, monkeypatch):
+    target = folders / "kept"
+    target.mkdir()
+    (target / "precious.txt").write_text("x")
+    rename = os.replace
+
+    def refuse(source, to):
+        if Path(to).name == "kept" and Path(source).name.startswith("partial-"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    code, _, err = run(folders / "peft", target, "--force")
+    assert code == 1
+    assert "Device or resource busy" in err
+    assert "free some space or choose another folder" in err
+    assert [f.name for f in target.iterdir()] == ["precious.txt"]
+    assert not [f.name for f in folders.iterdir() if "kept" in f.name and f != target]
 
 
 def test_a_run_starts_from_a_projected_checkpoint(tmp_path, run):

@@ -6,14 +6,18 @@ import sys
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
+import shadowpeft
 from chatbase import CHATML, chat_model, chat_tokenizer, save_base
 from commands import call
 from shadowpeft import cli, versions
-from shadowpeft.apps import selftest
-from shadowpeft.hf import hooks
+from shadowpeft.apps import doctor, selftest
+from shadowpeft.apps.checks import Report
+from shadowpeft.apps.common import load_tokenizer_of
+from shadowpeft.hf import checkpoint, hooks
 from tiny import adapt, randomise
 
 ALL = {
@@ -202,6 +206,36 @@ def test_a_missing_and_another_chat_template(monkeypatch, capsys, tmp_path, base
     broken(monkeypatch, capsys, tmp_path / "none", warned=["chat template", "adapter's chat template"])
     make(tmp_path / "other", base_folder, tokenizer=chat_tokenizer(template=CHATML.replace("assistant", "bot")))
     broken(monkeypatch, capsys, tmp_path / "other", warned=["adapter's chat template"])
+
+
+def test_the_tokenizer_of_an_adapter_on_the_hub(monkeypatch, adapter, base_folder):
+    def fetch(name, file):
+        assert name == "me/robot"
+        if not (adapter / file).is_file():
+            raise EntryNotFoundError(file)
+        return str(adapter / file)
+
+    real = AutoTokenizer.from_pretrained
+    asked = []
+
+    def read(name, **options):
+        asked.append(name)
+        assert options["trust_remote_code"] is False
+        return real(adapter if name == "me/robot" else name, **options)
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", fetch)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    load_tokenizer_of("me/robot", str(base_folder))
+    report = Report()
+    doctor.tokenizers(report, shadowpeft.load(adapter), "me/robot", None)
+    assert asked == ["me/robot", "me/robot"]
+    assert not report.failed
+
+
+def test_an_adapters_tokenizer_without_a_pad_token(tmp_path):
+    chat_tokenizer(pad=None).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer_of(str(tmp_path), None)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
 
 
 def test_another_end_of_text(monkeypatch, capsys, tmp_path, base_folder):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 import shadowpeft
 from chatbase import chat_tokenizer, mixed_rows, plain_rows, run_file, save_base, write_rows
 from shadowpeft import ShadowTrainer
+from shadowpeft.apps.detach import save_edge
 from shadowpeft.data import chat
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, ShadowPeftError
 from shadowpeft.presets import PRESETS
@@ -390,6 +392,38 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(made, undisturbed, tmp
     monkeypatch.undo()
     start(made, folder, resume=True, training=LONG, data={"validation": made["validation"]})
     assert_identical(tensors(folder / "adapter"), tensors(undisturbed / "adapter"))
+
+
+ELSEWHERE = [
+    RuntimeError("Some tensors share memory, this will lead to duplicate memory on disk"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", ELSEWHERE, ids=["shared", "memory", "cuda"])
+def test_what_is_no_failure_to_write_is_not_called_one(tmp_path, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    with pytest.raises(type(error)) as caught, checkpoints.written_whole(tmp_path / "kept"):
+        fail()
+    assert caught.value is error
+    with pytest.raises(type(error)) as caught, checkpoints.WholeCheckpoints()._all_or_none("checkpoint-2", tmp_path):
+        fail()
+    assert caught.value is error
+    with pytest.raises(type(error)) as caught:
+        save_edge(SimpleNamespace(save_pretrained=fail), None, tmp_path / "edge")
+    assert caught.value is error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_under_torch_save_is_called_one(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    said = pytest.raises(ShadowPeftError, match=r"could not be written .*inline_container")
+    with said, checkpoints.written_whole(tmp_path / "kept"):
+        torch.save({"weight": torch.zeros(100_000)}, "/dev/full")
 
 
 @pytest.mark.parametrize("moment", ["tensors", "sync", "rename"])

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import httpx
 import pytest
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
@@ -21,6 +23,7 @@ from shadowpeft import cli
 from shadowpeft.apps.serve import Options, parse_adapters
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Detached
+from shadowpeft.serve.loading import load_edge
 from tiny import adapter_config, randomise
 from webserver import wait_for
 
@@ -102,6 +105,25 @@ def test_an_edge_model_is_swapped_and_rolled_back(folder):
     with pytest.raises(ConfigError, match="is no edge model"):
         backend.swap("edge", str(folder / "one"))
     engine.stop()
+
+
+def test_an_edge_model_that_is_not_whole_is_neither_loaded_nor_swapped_in(folder, tmp_path):
+    model, tokenizer = load_edge(str(folder / "edge-one"))
+    backend = Detached(model, tokenizer, "edge", str(folder / "edge-one"))
+    for name, message in (("lacking", "lacks 1 of its weights"), ("cut", "could not be loaded")):
+        shutil.copytree(folder / "edge-two", tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        if name == "cut":
+            file.write_bytes(file.read_bytes()[:-100])
+        else:
+            tensors = load_file(file)
+            del tensors["model.layers.0.self_attn.o_proj.weight"]
+            save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=message):
+            load_edge(str(tmp_path / name))
+        with pytest.raises(ConfigError, match=message):
+            backend.swap("edge", str(tmp_path / name))
+    assert backend.model is model
 
 
 def free_port():

@@ -1,7 +1,9 @@
 """Wrong models, wrong settings, damaged files: each is refused with one sentence that says what to do."""
 
+import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5For
 
 import shadowpeft
 from shadowpeft import ShadowPeftConfig
+from shadowpeft.apps import doctor
 from shadowpeft.errors import (
     AdapterFileError,
     BaseMismatchError,
@@ -18,9 +21,22 @@ from shadowpeft.errors import (
     ShadowPeftError,
     UnsupportedModelError,
 )
+from shadowpeft.hf import formats, vocabulary
+from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.formats.common import explicit_config
+from shadowpeft.train.run import load_tokenizer
 from tiny import adapt, adapter_config, base, small_llama, tokens
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def has_tokens_of(name):
+    return vocabulary._tokenizer_of(SimpleNamespace(name_or_path=name))
+
+
+def shadow_of(name):
+    return adapt(base("llama"), shadow_model=name)
+
 
 # --------------------------------------------------------------------------------------------------------------- models
 
@@ -367,3 +383,22 @@ def test_base_that_is_not_named(adapter):
         shadowpeft.load(adapter)
     with pytest.raises(ConfigError, match="could not be loaded"):
         shadowpeft.load(adapter, str(adapter.parent / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [load_base, load_tokenizer, explicit_config, formats._task_of, doctor._tokenizer, has_tokens_of, shadow_of],
+    ids=["base", "tokenizer", "shadow's configuration", "task", "doctor", "vocabulary", "shadow"],
+)
+def test_code_in_a_folder_is_never_run_nor_asked_about(tmp_path, monkeypatch, read):
+    mark = tmp_path / "ran"
+    (tmp_path / "code.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    classes = {"AutoConfig": "code.C", "AutoModel": "code.M", "AutoModelForCausalLM": "code.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": classes}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["code.T", None]}}))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    with contextlib.suppress(ConfigError):
+        read(str(tmp_path))
+    assert asked == []
+    assert not mark.exists()

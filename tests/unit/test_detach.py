@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ModernBertDecoderConfig
 
 import shadowpeft
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from tiny import ARCHITECTURES, KINDS, adapt, adapter_config, base, padded, randomise, tokens
+from shadowpeft.hf.projected import read_projected, save_projected
+from tiny import ARCHITECTURES, KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokens
 
 CASES = {
     **KINDS,
@@ -117,6 +118,74 @@ def test_which_adapter():
         shadowpeft.detach(adapted, "nobody")
     with pytest.raises(ConfigError, match="no shadow adapter"):
         shadowpeft.detach(base("llama"))
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_a_trained_head_or_embedding_is_that_of_the_adapter_asked_for(name, saved):
+    adapted = adapt(base(name), modules_to_save=saved)
+    adapted.add_adapter("second", adapter_config(modules_to_save=saved))
+    adapted.set_adapter("second")
+    randomise(adapted, seed=8)
+    expected = {}
+    for adapter in ("default", "second"):
+        adapted.set_adapter(adapter)
+        with torch.no_grad():
+            expected[adapter] = adapted(input_ids=tokens(), return_shadow=True).shadow_logits
+    assert not torch.allclose(expected["default"], expected["second"], atol=0.1)
+    for active in ("default", "second"):
+        adapted.set_adapter(active)
+        for adapter, logits in expected.items():
+            with torch.no_grad():
+                assert torch.equal(shadowpeft.detach(adapted, adapter)(tokens()).logits, logits)
+                with adapted.disable_adapter():
+                    assert torch.equal(shadowpeft.detach(adapted, adapter)(tokens()).logits, logits)
+
+
+def test_a_head_that_is_more_than_a_matrix_is_that_of_the_adapter_asked_for():
+    torch.manual_seed(1)
+    config = ModernBertDecoderConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+        cls_token_id=1,
+        sep_token_id=1,
+    )
+    saved = ["lm_head.dense", "decoder"]
+    adapted = adapt(AutoModelForCausalLM.from_config(config).eval(), modules_to_save=saved)
+    adapted.add_adapter("second", adapter_config(modules_to_save=saved))
+    with torch.no_grad():
+        expected = adapted(input_ids=tokens(), return_shadow=True).shadow_logits
+        adapted.set_adapter("second")
+        torch.testing.assert_close(shadowpeft.detach(adapted, "default")(tokens()).logits, expected)
+
+
+def test_a_projected_checkpoint_has_the_head_and_table_of_the_adapter_asked_for(tmp_path):
+    small = small_llama()
+    adapted = adapt(base("llama"), shadow_model=small, modules_to_save=["lm_head"])
+    adapted.add_adapter("second", adapter_config(shadow_model=small, modules_to_save=["lm_head"]))
+    adapted.set_adapter("second")
+    save_projected(adapted, tmp_path, "default")
+    head = adapted.get_base_model().lm_head.modules_to_save
+    assert torch.equal(read_projected(tmp_path).head, head["default"].weight)
+    assert not torch.equal(head["default"].weight, head["second"].weight)
+
+
+def test_an_adapter_without_a_trained_head_has_the_bases():
+    adapted = adapt(base("llama"))
+    found, expected = both(adapted, shadowpeft.detach(adapted))
+    adapted.add_adapter("second", adapter_config(modules_to_save=["lm_head"]))
+    adapted.set_adapter("second")
+    randomise(adapted, seed=8)
+    with torch.no_grad():
+        assert torch.equal(shadowpeft.detach(adapted, "default")(tokens()).logits, expected)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

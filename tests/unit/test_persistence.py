@@ -3,16 +3,20 @@
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import shadowpeft
-from tiny import KINDS, adapt, adapter_config, base, padded, randomise, tokens
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf import bases, checkpoint
+from shadowpeft.hf.checkpoint import load_base
+from tiny import KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokenizer, tokens
 
 OPTIONS = {
     **KINDS,
@@ -150,6 +154,31 @@ def test_classification_with_trained_heads(saved, name, kind):
     assert_same(shadowpeft.load(folder, base(name, task="SEQ_CLS"), adapter_name="other"), adapted)
 
 
+def test_the_recorded_revision_of_the_base_is_loaded(saved, monkeypatch):
+    plain, adapted, folder = saved()
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "me/base", "revision": "v1"}))
+    asked = []
+
+    def from_hub(name, task_type, **options):
+        asked.append((name, task_type, options))
+        return plain
+
+    monkeypatch.setattr(checkpoint, "load_base", from_hub)
+    assert_same(shadowpeft.load(folder), adapted)
+    assert asked == [("me/base", "CAUSAL_LM", {"revision": "v1"})]
+
+
+def test_a_base_is_read_at_one_revision(saved, monkeypatch):
+    _, _, folder = saved()
+    asked = []
+    real = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: asked.append(k.get("revision")) or real(*a, **k))
+    load_base(folder.parent / "base", revision="v1")
+    assert set(asked) == {"v1"}
+
+
 @pytest.mark.parametrize("name", ["norm", "lm_head", "embed_tokens"])
 def test_modules_to_save_come_back(saved, name):
     _, adapted, folder = saved(modules_to_save=[name])
@@ -226,3 +255,81 @@ def test_bfloat16_base_keeps_float32_adapter_weights_in_the_file(tmp_path):
         warnings.simplefilter("error", UserWarning)  # the same weights in bfloat16 are the same base
         assert_same(shadowpeft.load(tmp_path, base("llama").bfloat16()), adapted)
         shadowpeft.load(tmp_path, base("llama"))
+
+
+def without(folder, ending):
+    """Take one tensor out of a saved model."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [key for key in tensors if key.endswith(ending)]
+    save_file({key: value for key, value in tensors.items() if key != name}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_without_one_of_its_weights_is_refused(saved, named):
+    _, _, folder = saved()
+    without(folder.parent / "base", "layers.0.mlp.down_proj.weight")
+    with pytest.raises(
+        ConfigError, match=r"base '.*' lacks 1 of its weights \(model\.layers\.0\.mlp\.down_proj\.weight\)"
+    ):
+        shadowpeft.load(folder, folder.parent / "base" if named else None)
+
+
+def test_a_damaged_base_is_refused(tmp_path):
+    base("llama").save_pretrained(tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"base '.*cut' could not be loaded: .*not fully covered"):
+        load_base(tmp_path / "cut")
+    base("mixtral").save_pretrained(tmp_path / "experts")
+    without(tmp_path / "experts", "layers.0.block_sparse_moe.experts.1.w1.weight")
+    with pytest.raises(ConfigError, match="expert weights are incomplete"):
+        load_base(tmp_path / "experts")
+
+
+def test_what_a_whole_base_may_lack(tmp_path):
+    base("llama_tied").save_pretrained(tmp_path / "tied")  # the file holds one of two names
+    assert load_base(tmp_path / "tied").lm_head.weight.shape == (61, 32)
+    new = load_base(tmp_path / "tied", "SEQ_CLS", num_labels=3)
+    assert new.score.out_features == 3
+    new.save_pretrained(tmp_path / "three")
+    with pytest.raises(ConfigError, match=r"other shapes .*score\.weight: \(3, 32\) in the file, \(4, 32\) configured"):
+        load_base(tmp_path / "three", "SEQ_CLS", num_labels=4)
+    without(tmp_path / "tied", "layers.1.input_layernorm.weight")
+    with pytest.raises(ConfigError, match="lacks 1 of its weights"):
+        load_base(tmp_path / "tied", "SEQ_CLS", num_labels=3)
+
+
+def test_a_source_folder_without_one_of_its_weights_is_refused(tmp_path):
+    small_llama().save_pretrained(tmp_path / "small")
+    without(tmp_path / "small", "layers.1.self_attn.o_proj.weight")
+    with pytest.raises(ConfigError, match=r"shadow_model '.*small' lacks 1 of its weights"):
+        adapt(base("llama"), trained=False, shadow_model=str(tmp_path / "small"))
+
+
+@pytest.mark.parametrize("there", ["nothing", "half", "meanwhile"])
+def test_an_alias_is_materialised_once(tmp_path, monkeypatch, there):
+    folder = tmp_path / "smollm2-135m"
+    if there == "half":
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("cut")
+
+    def from_another_process(target):
+        tokenizer().save_pretrained(target)
+        if there == "meanwhile":
+            folder.mkdir()
+            for name in ("model.safetensors", "tokenizer.json"):
+                (folder / name).write_text("theirs")
+
+    monkeypatch.setenv("SHADOWPEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(bases, "gguf_file", lambda alias: tmp_path / "x.gguf")
+    monkeypatch.setattr(bases.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: base("llama"))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *a, **k: SimpleNamespace(save_pretrained=from_another_process)
+    )
+    assert bases.materialise("smollm2-135m") == folder
+    theirs = (folder / "tokenizer.json").read_text() == "theirs"
+    assert theirs == (there == "meanwhile")
+    assert (folder / "model.safetensors").stat().st_size > 1000 or theirs
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2-135m"]

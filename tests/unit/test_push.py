@@ -1,12 +1,15 @@
 """Uploading an adapter: the folder goes up as it is, and a refusal says where the adapter still lies."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 
-from shadowpeft.errors import ShadowPeftError
+from shadowpeft.errors import AdapterFileError, ShadowPeftError
+from shadowpeft.hf import checkpoint
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import push
 
@@ -21,13 +24,34 @@ def test_push_creates_a_private_repository_and_uploads_the_folder(monkeypatch: A
     assert calls[1][2]["folder_path"] == str(tmp_path)
 
 
-def test_a_refused_upload_names_the_folder(monkeypatch: Any, tmp_path: Path) -> None:
+CLIENT: Any = importlib.import_module(HTTPError.__module__.partition(".")[0])
+"""The HTTP library of the installed huggingface_hub; its connection errors are not OSErrors."""
+
+
+@pytest.mark.parametrize("error", [ConnectionError, CLIENT.ConnectError, CLIENT.ReadTimeout])
+def test_a_refused_upload_names_the_folder(monkeypatch: Any, tmp_path: Path, error: Any) -> None:
     def refuse(self: HfApi, name: str, **kwargs: Any) -> None:
-        raise ConnectionError("no route to the hub")
+        raise error("no route to the hub")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(ShadowPeftError, match="is saved in"):
+    with pytest.raises(ShadowPeftError, match=r"is saved in .* \(no route to the hub\)"):
         push(tmp_path, "me/robot")
+
+
+def test_an_impossible_hub_id_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ShadowPeftError, match="is saved in"):
+        push(tmp_path, "a b/c")
+
+
+def test_a_file_on_an_unreachable_hub(monkeypatch: Any) -> None:
+    def refuse(name: str, file: str) -> str:
+        raise CLIENT.ConnectError("no route to the hub")
+
+    with pytest.raises(AdapterFileError, match=r"'a b/c' is neither a folder nor a Hub id"):
+        checkpoint.find_file("a b/c", "adapter_config.json")
+    monkeypatch.setattr(checkpoint, "hf_hub_download", refuse)
+    with pytest.raises(AdapterFileError, match=r"could not be fetched from the Hub \(ConnectError\)"):
+        checkpoint.find_file("me/robot", "adapter_config.json")
 
 
 def test_the_hub_id_is_checked_with_the_run() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import AdapterFileError, ConfigError
 
 MODES = ("attached", "detached", "base")
 
@@ -29,15 +28,24 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def load_tokenizer_of(adapter: str, base: str | None) -> Any:
-    """The tokenizer saved with the adapter, else the base's."""
-    from transformers import AutoTokenizer
+def has_tokenizer(adapter: str) -> bool:
+    """Whether a tokenizer was saved with an adapter, in its folder or on the Hub."""
+    from shadowpeft.hf.checkpoint import find_file
 
+    try:
+        find_file(adapter, "tokenizer_config.json")
+    except AdapterFileError:
+        return False  # if the adapter itself is not to be had, whoever loads it says so
+    return True
+
+
+def load_tokenizer_of(adapter: str, base: str | None) -> Any:
+    """The tokenizer saved with the adapter, else the base's; with a pad token."""
     from shadowpeft.hf.checkpoint import read_config
     from shadowpeft.train.run import load_tokenizer
 
-    if (Path(adapter) / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(adapter)
+    if has_tokenizer(adapter):
+        return load_tokenizer(adapter)
     config = read_config(adapter)
     name = base or config.base_alias or config.base_model_name_or_path
     if not name:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
-from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.errors import ConfigError
 
 TARGETS = ("shadowpeft", "authors", "peft", "projected", "stock")
 _TOKENIZER = (
@@ -29,14 +28,18 @@ def main(
     source: str, out: str, base: str | None, to: str | None, shadow_model: str | None, force: bool, as_json: bool
 ) -> None:
     """Convert and report: both formats, what was dropped, what the target leaves unsaid."""
-    folder = Path(out)
+    folder, here = Path(out).resolve(), Path.cwd().resolve()
     if to is not None and to not in TARGETS:
         raise ConfigError(f"--to is '{to}' but must be one of {', '.join(TARGETS)}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"'{folder}' is a file; choose another folder")
+    if folder in (here, *here.parents):
+        raise ConfigError(
+            f"'{folder}' is the working directory or holds it and is replaced as a whole; name a new folder"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ConfigError(f"'{folder}' is not empty; choose another folder, or replace it with --force")
-    if Path(source).is_dir() and folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+    if Path(source).is_dir() and folder in (Path(source).resolve(), *Path(source).resolve().parents):
         raise ConfigError(f"'{folder}' holds the source '{source}'; choose another folder")
     quiet_libraries()
     result = convert(source, folder, base=base, to=to, shadow_model=shadow_model)
@@ -53,10 +56,11 @@ def convert(
     Raises:
         ConfigError: if the target cannot express the adapter, naming what.
         AdapterFileError: if the source is damaged.
+        ShadowPeftError: if it cannot be written; what was in ``folder`` before is still there.
     """
     from shadowpeft.hf import formats
     from shadowpeft.hf.checkpoint import load
-    from shadowpeft.train.checkpoints import WRITE_ERRORS, reason
+    from shadowpeft.train.checkpoints import written_whole
 
     kind = formats.detect(source)
     to = to or ("stock" if kind == formats.PROJECTED else formats.OURS)
@@ -78,26 +82,12 @@ def convert(
     else:
         model, translation = formats.load(source, kind, base, shadow_model=shadow_model)
         dropped, notes = translation.dropped, translation.notes
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ShadowPeftError(f"'{folder}' cannot be written ({error.strerror}); choose another folder") from error
-    try:
+    with written_whole(folder, "the conversion", "free some space or choose another folder") as beside:
         notes = notes + _write(model, beside, to)
         if Path(source).is_dir():
             for name in _TOKENIZER:
                 if (Path(source) / name).is_file():
                     shutil.copy2(Path(source) / name, beside / name)
-        beside.chmod(0o755)  # mkdtemp makes it private
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    except WRITE_ERRORS as error:
-        raise ShadowPeftError(
-            f"'{folder}' could not be written ({reason(error)}); free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return {
         "source": source,
         "from": kind,

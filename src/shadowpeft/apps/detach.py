@@ -31,7 +31,7 @@ def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) ->
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
     """Save a detached model; returns class, parameters, bytes and folder."""
-    from shadowpeft.train.checkpoints import WRITE_ERRORS, reason
+    from shadowpeft.train.checkpoints import WRITE_ERRORS, is_write_error, reason
 
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -42,6 +42,8 @@ def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except WRITE_ERRORS as error:
+        if not is_write_error(error):
+            raise
         raise ShadowPeftError(
             f"the edge model could not be written to '{folder}' ({reason(error)}); free some space or choose another folder"
         ) from error

@@ -6,13 +6,13 @@ import json
 import platform
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from shadowpeft import versions
 from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
+from shadowpeft.apps.common import has_tokenizer
 from shadowpeft.errors import ConfigError, ShadowPeftError
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
@@ -170,7 +170,7 @@ def loaded(report: Report, adapter: str, base: str | None) -> tuple[Any, str | N
 
 def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> Any:
     """Compare the tokenizer with the model, and the adapter's own with the base's; the tokenizer in use, or None."""
-    own = _tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
+    own = _tokenizer(adapter) if has_tokenizer(adapter) else None
     of_base = None if base is None else _tokenizer(base)
     used = own or of_base
     if used is None:
@@ -225,7 +225,9 @@ def _tokenizer(source: str) -> Any:
     from shadowpeft.hf.bases import is_alias, materialise
 
     try:
-        return AutoTokenizer.from_pretrained(str(materialise(source)) if is_alias(source) else source)
+        return AutoTokenizer.from_pretrained(
+            str(materialise(source)) if is_alias(source) else source, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError):
         return None  # there is none: the caller says so
 

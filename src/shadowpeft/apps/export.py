@@ -51,7 +51,7 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
     """The edge model, float32, and its tokenizer: of a folder that ``detach`` or ``export`` wrote, or of an adapter.
 
     Raises:
-        ConfigError: if the weights are quantised, or there is no tokenizer.
+        ConfigError: if the weights are quantised, damaged or incomplete, or there is no tokenizer.
         UnsupportedModelError: if it is a classifier.
     """
     import shadowpeft
@@ -74,11 +74,12 @@ def _stock(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from shadowpeft.hf.pretrained import load_whole
     from shadowpeft.hf.projected import is_projected, read_projected, to_stock
 
     if is_projected(folder):
         return to_stock(read_projected(folder))
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     named = config.architectures or []
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"the weights in '{folder}' are quantised; export the edge model that they were made from")
@@ -87,7 +88,10 @@ def _stock(folder: Path) -> Any:
             f"'{folder}' holds {', '.join(named) or 'a model of no named class'} and export writes causal language models; "
             "give the folder of one"
         )
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    model = load_whole(
+        AutoModelForCausalLM, folder, f"the edge model in '{folder}'", config=config, dtype=torch.float32
+    )
+    return model.eval()
 
 
 def run(

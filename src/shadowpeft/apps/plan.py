@@ -41,7 +41,8 @@ def plan(run: Any) -> dict[str, Any]:
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
     sequences, _, _ = encode_run(run, tokenizer)
-    config = AutoConfig.from_pretrained(str(materialise(run.base)) if is_alias(run.base) else run.base)
+    source = str(materialise(run.base)) if is_alias(run.base) else run.base
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     base_parameters = sum(p.numel() for p in base.parameters())

@@ -15,7 +15,6 @@ A shard is written beside and renamed, so a killed build leaves whole shards onl
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -32,7 +31,7 @@ from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.files import quote, read_json, shorten
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.weights import device_of
-from shadowpeft.storage import sync_names
+from shadowpeft.storage import partial_of, replace, write_text
 
 INDEX = "teacher.json"
 FORMAT_VERSION = 1
@@ -246,7 +245,7 @@ class _Sink:
             )
         if self.record.get("length") is None:
             self.record["length"] = length
-            _write_json(self.folder / INDEX, self.record)
+            _write_index(self.folder, self.record)
         old = max(min(self.written - self.seen, len(batch)), 0)
         for row in batch[:old]:
             self._compare(row.cpu())
@@ -284,7 +283,7 @@ class _Sink:
         path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
         beside = path.with_name(path.name + _PARTIAL)
         save_file({name: value[:rows].contiguous() for name, value in whole.items()}, beside)
-        _replace(beside, path)
+        replace(beside, path)
         self.shards.append(path)
         self.written += min(rows, len(whole["tokens"]))
         self.ends.append(self.written)
@@ -304,7 +303,7 @@ class _Sink:
             raise DataError(f"there are no sequences to build the teacher cache '{self.folder}' from; check the data")
         if self.record.get("sequences") != self.seen:
             self.record["sequences"] = self.seen
-            _write_json(self.folder / INDEX, self.record)
+            _write_index(self.folder, self.record)
 
 
 @torch.no_grad()
@@ -348,7 +347,7 @@ def _start(folder: Path, model: nn.Module, k: int, data: str, temperature: float
         "base": fingerprint(model, anatomy(model)),
         "data": data,
     }
-    _write_json(folder / INDEX, record)
+    _write_index(folder, record)
     return record
 
 
@@ -365,7 +364,10 @@ def _look(
                 "folder"
             )
         return record
-    fresh = (INDEX, INDEX + _PARTIAL)  # another process may have made the index since the line above looked
+    fresh = (
+        INDEX,
+        partial_of(folder / INDEX).name,
+    )  # another process may have made the index since the line above looked
     if folder.exists() and (not folder.is_dir() or any(p.name not in fresh for p in folder.iterdir())):
         raise DataError(f"'{folder}' is no teacher cache and not empty; choose another folder")
     return None
@@ -439,14 +441,5 @@ def _ends(shards: list[Path], record: dict[str, Any]) -> list[int]:
     return ends
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + _PARTIAL)
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _replace(beside, path)
-
-
-def _replace(beside: Path, path: Path) -> None:
-    """Rename a written file to its name; file and name are on disk afterwards."""
-    sync_names(beside)
-    os.replace(beside, path)
-    sync_names(path.parent)
+def _write_index(folder: Path, record: dict[str, Any]) -> None:
+    write_text(folder / INDEX, json.dumps(record, indent=2, sort_keys=True) + "\n")

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files import BUILD_ERRORS, plain_record, quote, shorten
+from shadowpeft.hf.pretrained import load_whole
 from shadowpeft.hf.signature import CACHE_NAMES
 from shadowpeft.hf.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.weights import device_of
@@ -533,10 +534,8 @@ def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTra
 
 
 def _pretrained(auto: Any, source: str) -> PreTrainedModel:
-    try:
-        return auto.from_pretrained(source, dtype=torch.float32)  # type: ignore[no-any-return]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"shadow_model '{source}' could not be loaded: {shorten(error)}") from error
+    # a pooler is no part of a decoder, and checkpoints of language models have none
+    return load_whole(auto, source, f"shadow_model '{source}'", new=("pooler",), dtype=torch.float32)
 
 
 def _tiny(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -48,7 +48,7 @@ def materialise(alias: str) -> Path:
         ConfigError: if the package or the ``gguf`` reader is missing.
     """
     folder = cache_folder() / alias
-    if (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file():
+    if _is_whole(folder):
         return folder
     source = gguf_file(alias)
     if importlib.util.find_spec("gguf") is None:
@@ -69,9 +69,16 @@ def materialise(alias: str) -> Path:
     try:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    finally:
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+    except OSError:
+        if not _is_whole(folder):
+            raise
+    finally:  # another process may have been faster, and may be reading its copy already
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "model.safetensors").is_file() and (folder / "tokenizer.json").is_file()

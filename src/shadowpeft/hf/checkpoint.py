@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
-from shadowpeft.hf.files import check_dtypes, quote, read_header
-from shadowpeft.hf.model import clean_on_failure
+from shadowpeft.hf.files import check_dtypes, quote, read_header, shorten
+from shadowpeft.hf.model import CLASSIFIERS, clean_on_failure
+from shadowpeft.hf.pretrained import load_whole
 from shadowpeft.hf.weights import is_offloaded
 
 
@@ -37,7 +38,11 @@ def find_file(adapter: str | Path, name: str) -> Path:
         raise AdapterFileError(f"'{adapter}' is neither a folder nor a Hub id of the form owner/name; check the path")
     try:
         return Path(hf_hub_download(str(adapter), name))
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except HFValidationError as error:
+        raise AdapterFileError(
+            f"'{adapter}' is neither a folder nor a Hub id ({shorten(error)}); check the path"
+        ) from error
+    except (EntryNotFoundError, HTTPError) as error:  # the client's own class where no answer came
         raise AdapterFileError(
             f"'{adapter}' is no local folder and {name} could not be fetched from the Hub ({type(error).__name__}); check "
             "the name and the network"
@@ -66,24 +71,24 @@ def check_weights(adapter: str | Path) -> Path:
 
 
 def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
-    """A base model by alias (``smollm2-135m``), folder or Hub id.
+    """A base model by alias (``smollm2-135m``), folder or Hub id; of a classifier, the head may be new.
 
     Raises:
-        ConfigError: if it cannot be loaded, with the reason.
+        ConfigError: if it cannot be loaded or lacks a weight, with the reason.
     """
     source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
-    auto = AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+    classifier = task_type == "SEQ_CLS"
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        revision = {k: v for k, v in kwargs.items() if k == "revision"}
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
-        model: PreTrainedModel = auto.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"base '{name}' could not be loaded: {first}") from error
-    return model
+        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
+    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)
 
 
 @contextmanager
@@ -112,7 +117,8 @@ def load(
 
     Args:
         adapter: folder or Hub id, in this package's format, the authors' or that of PEFT's ``SHADOW``.
-        base: a model, a path, an alias or a Hub id; None: the one the adapter names.
+        base: a model, a path, an alias or a Hub id; None: the one the adapter names, at
+            the revision it names.
         shadow_model: for adapters whose shadow backbone is of a class transformers does not know, a module of that class;
             for an explicit shadow in the authors' or PEFT's format, the model (module, folder or Hub id) it started from.
         adapter_name: name for the adapter in the model. is_trainable: keep it trainable; otherwise it is frozen, in eval mode.
@@ -142,12 +148,12 @@ def load(
     if config.base_alias is not None and not is_alias(config.base_alias):
         raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
     if base is None:
-        named = config.base_model_name_or_path
+        named, options = config.base_model_name_or_path, {"revision": config.revision} if config.revision else {}
         if config.base_alias is not None and not (named and Path(named).is_dir()):
-            named = config.base_alias
+            named, options = config.base_alias, {}
         if not named:
             raise ConfigError("the adapter does not name its base; pass base=")
-        base = load_base(named, str(getattr(config.task_type, "value", config.task_type)))
+        base = load_base(named, str(getattr(config.task_type, "value", config.task_type)), **options)
     elif not isinstance(base, nn.Module):
         base = load_base(base, str(getattr(config.task_type, "value", config.task_type)))
     if shadow_model is not None:

@@ -20,7 +20,7 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.layer import ShadowHub
-from shadowpeft.hf.weights import plain, real_weight, share_weight
+from shadowpeft.hf.weights import of_adapter, plain, real_weight, share_weight
 
 
 def find_hub(model: nn.Module) -> ShadowHub:
@@ -69,11 +69,11 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     backbone: Any = hub.shadowpeft_backbone[name]
     projection = hub.shadowpeft_projection[name] if name in hub.shadowpeft_projection else None  # noqa: SIM401
     own_embedding = hub.embedding(name)
-    embedding: Any = base.get_input_embeddings() if own_embedding is None else own_embedding
+    embedding: Any = of_adapter(base.get_input_embeddings(), name) if own_embedding is None else own_embedding
     classifier = hub.is_classifier(name)
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
-    config = _edge_config(backbone.config, parts.config, base, classifier)
+    config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
     if not classifier:
         config.tie_word_embeddings = (
             projection is None
@@ -106,7 +106,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     if not config.tie_word_embeddings or classifier:
         _set_head(edge, head, projection, classifier)
     if not hub.facts.plain:
-        _carry_head(edge, base, parts.backbone_name, projection)
+        _carry_head(edge, base, name, parts.backbone_name, projection)
     edge.eval()
     if not classifier:
         edge.generation_config = copy.deepcopy(getattr(base, "generation_config", None)) or GenerationConfig()
@@ -114,13 +114,14 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
 
 
 def _edge_config(
-    shadow: PreTrainedConfig, text: PreTrainedConfig, base: PreTrainedModel, classifier: bool
+    shadow: PreTrainedConfig, text: PreTrainedConfig, base: PreTrainedModel, head: Any | None
 ) -> PreTrainedConfig:
+    """Configuration of the edge model with the LM head ``head``; None: of a classifier."""
     config = copy.deepcopy(shadow)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, key, getattr(text, key, None))
-    config.vocab_size = text.vocab_size if classifier else _head_rows(base)
-    if classifier:
+    config.vocab_size = text.vocab_size if head is None else _head_rows(head)
+    if head is None:
         config.num_labels = base.config.num_labels
         config.problem_type = base.config.problem_type
         config.id2label, config.label2id = dict(base.config.id2label), dict(base.config.label2id)
@@ -144,8 +145,7 @@ def _scale(embedding: nn.Module) -> float:
     return float(getattr(embedding, "embed_scale", 1.0))
 
 
-def _head_rows(base: PreTrainedModel) -> int:
-    head = base.get_output_embeddings()
+def _head_rows(head: Any) -> int:
     return int(getattr(head, "out_features", head.weight.shape[0]))
 
 
@@ -175,7 +175,9 @@ def _set_head(edge: PreTrainedModel, head: Any, projection: Any, classifier: boo
         stock.bias.zero_() if bias is None else stock.bias.copy_(plain(bias))
 
 
-def _carry_head(edge: PreTrainedModel, base: PreTrainedModel, backbone: str, projection: Tensor | None) -> None:
+def _carry_head(
+    edge: PreTrainedModel, base: PreTrainedModel, adapter: str, backbone: str, projection: Tensor | None
+) -> None:
     """Copy whatever else stands between backbone and logits (a dense layer, a norm); the classes must agree."""
     if type(edge) is not type(base) or projection is not None:
         raise UnsupportedModelError(
@@ -183,8 +185,8 @@ def _carry_head(edge: PreTrainedModel, base: PreTrainedModel, backbone: str, pro
             f"{' with a projection' if projection is not None else ''} cannot express; use a shadow of the base's own class "
             "and width"
         )
-    tables = {id(m) for m in (base.get_input_embeddings(), base.get_output_embeddings())}
-    for name, module in base.named_modules():
+    tables = {id(m) for m in (edge.get_input_embeddings(), edge.get_output_embeddings())}
+    for name, module in edge.named_modules():
         if (
             not name
             or name == backbone
@@ -193,8 +195,11 @@ def _carry_head(edge: PreTrainedModel, base: PreTrainedModel, backbone: str, pro
         ):
             continue
         if id(module) not in tables:
+            source: Any = base
+            for part in name.split("."):
+                source = of_adapter(getattr(source, part), adapter)
             for key, value in module.named_parameters(recurse=False):
-                edge.get_submodule(name).get_parameter(key).copy_(value)
+                value.copy_(source.get_parameter(key))
 
 
 def _stock_classifier(edge: PreTrainedModel) -> nn.Module:

@@ -22,7 +22,7 @@ from shadowpeft.hf.backbone import BorrowedEmbedding, ShadowParts
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.head import HeadFacts
 from shadowpeft.hf.signature import Signature
-from shadowpeft.hf.weights import device_of, real_weight
+from shadowpeft.hf.weights import device_of, of_adapter, real_weight
 
 STRUCTURE = threading.RLock()
 """Held while the weights of an adapter are collected or replaced, so that nobody collects half of a replacement."""
@@ -167,7 +167,9 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 
     def lm_head(self, adapter: str, model: Any) -> Any:
         """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
-        return self.shadowpeft_head[adapter] if adapter in self.shadowpeft_head else model.get_output_embeddings()
+        if adapter in self.shadowpeft_head:
+            return self.shadowpeft_head[adapter]
+        return of_adapter(model.get_output_embeddings(), adapter)
 
     def read(self, adapter: str) -> Weights:
         """What the hub holds of ``adapter``."""

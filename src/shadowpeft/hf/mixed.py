@@ -14,6 +14,7 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.call import Part, Request, ShadowCall, current, enter, leave
 from shadowpeft.hf.config import did_you_mean
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, Weights
+from shadowpeft.hf.weights import of_adapter
 
 BASE = "__base__"
 """The name of a row that the base answers alone (PEFT's own)."""
@@ -78,8 +79,7 @@ def collect(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
         elif isinstance(module, ModulesToSaveWrapper):
             if type(module) is ModulesToSaveWrapper:
                 module.__class__ = SavedModule
-            own = adapter in module.modules_to_save
-            weights.saved[module] = module.modules_to_save[adapter] if own else module.original_module
+            weights.saved[module] = of_adapter(module, adapter)
     return weights
 
 

@@ -29,7 +29,7 @@ from shadowpeft.hf.weights import device_of, is_offloaded
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
-_CLASSIFIERS = ("score", "classifier")
+CLASSIFIERS = ("score", "classifier")
 
 
 class ShadowModel(BaseTuner):
@@ -326,7 +326,7 @@ def classifier_of(model: nn.Module) -> nn.Linear:
     Raises:
         UnsupportedModelError: if it has none.
     """
-    for name in _CLASSIFIERS:
+    for name in CLASSIFIERS:
         head = getattr(model, name, None)
         head = getattr(head, "original_module", head)
         if isinstance(head, nn.Linear):

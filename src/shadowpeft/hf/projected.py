@@ -36,6 +36,7 @@ from shadowpeft.hf.detach import adapted_base, find_hub
 from shadowpeft.hf.files import quote, read_json
 from shadowpeft.hf.head import logit_scale, soft_cap
 from shadowpeft.hf.tensors import check_tensors, read_tensors
+from shadowpeft.hf.weights import of_adapter
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
 CONFIG = "config.json"
@@ -271,7 +272,7 @@ def save_projected(model: PeftModel, folder: str | Path, adapter_name: str | Non
         )
     backbone = hub.shadowpeft_backbone[name]
     own = hub.embedding(name)
-    table = (base.get_input_embeddings() if own is None else own).weight
+    table = (of_adapter(base.get_input_embeddings(), name) if own is None else own).weight
     write_projected(folder, backbone, table, hub.shadowpeft_projection[name].weight, head.weight, ids=text)
 
 

@@ -44,6 +44,7 @@ _TAKEN_OVER = (
     "shadow_alpha",
     "shadow_dropout",
     "auxiliary_loss_weight",
+    "shadow_loss",
     "shadow_model",
     "shadow_init",
     "projection_init",
@@ -63,9 +64,9 @@ def swap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -
     """Replace the weights of the loaded adapter ``adapter_name`` by those of ``adapter``, without rebuilding anything.
 
     Safe while other threads run forward passes of ``model``: each sees the old weights or the new, and a ``generate`` of a
-    ``PeftModel`` ends with those it began with. ``shadow_alpha``, ``shadow_dropout`` and ``auxiliary_loss_weight`` may differ
-    and are taken over; ``requires_grad`` and training mode stay. The parameters are new tensors: an optimiser that was made
-    before the swap does not know them. To roll back, swap the previous folder in again.
+    ``PeftModel`` ends with those it began with. ``shadow_alpha``, ``shadow_dropout``, ``auxiliary_loss_weight`` and
+    ``shadow_loss`` may differ and are taken over; ``requires_grad`` and training mode stay. The parameters are new tensors:
+    an optimiser that was made before the swap does not know them. To roll back, swap the previous folder in again.
 
     Args:
         model: a ``PeftModel``, or a transformers model that carries shadow adapters.
@@ -130,6 +131,8 @@ def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: st
     records = [plain_record(c.shadow_backbone_config or {}) for c in (loaded, other)]
     for key in sorted(set(records[0]) | set(records[1])):
         pairs.append((f"shadow_backbone_config.{key}", records[0].get(key), records[1].get(key)))
+    if other.shadow_frozen is not None:  # None: not recorded, so what the loaded one has found out holds
+        pairs.append(("shadow_frozen", sorted(loaded.shadow_frozen or ()), sorted(other.shadow_frozen)))
     for field, ours, theirs in pairs:
         if ours != theirs:
             raise ConfigError(

@@ -43,7 +43,7 @@ def _tokenizer_of(model: Any) -> tuple[Any, str]:
     if not name:
         return None, "it was not loaded from a folder or the Hub"
     try:
-        return AutoTokenizer.from_pretrained(name), ""
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False), ""
     except (OSError, ValueError) as error:
         return None, shorten(error)
 

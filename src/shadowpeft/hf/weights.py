@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils.modeling import align_module_device
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -37,6 +38,16 @@ def real_weight(module: nn.Module) -> Iterator[Tensor]:
 def plain(tensor: Tensor) -> Tensor:
     """``tensor``, gathered if it is sharded (a collective call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def of_adapter(module: Any, adapter: str) -> Any:
+    """What ``adapter`` runs in the place of ``module``: the copy that it trains (``modules_to_save``), or the base's own.
+
+    The wrapper itself answers for the active adapter, and for none while adapters are disabled.
+    """
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    return module.modules_to_save[adapter] if adapter in module.modules_to_save else module.original_module  # noqa: SIM401
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -220,9 +220,12 @@ class Detached(Backend):
     def _replace(self, name: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
 
+        from shadowpeft.hf.pretrained import load_whole
+
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"'{folder}' is no edge model (it has no config.json); make one with shadowpeft detach")
-        new = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).to(self.model.device).eval()
+        loaded: Any = load_whole(AutoModelForCausalLM, folder, f"the edge model in '{folder}'", dtype=self.model.dtype)
+        new = loaded.to(self.model.device).eval()
         for field in ("model_type", "vocab_size"):
             old, given = getattr(self.model.config, field), getattr(new.config, field)
             if old != given:

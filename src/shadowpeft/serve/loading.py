@@ -19,13 +19,17 @@ def load_edge(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of an edge folder.
 
     Raises:
-        ConfigError: if it has no tokenizer.
+        ConfigError: if it has no tokenizer, or its weights are damaged or incomplete.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from shadowpeft.hf.pretrained import load_whole
+    from shadowpeft.train.run import load_tokenizer
 
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model = load_whole(AutoModelForCausalLM, path, f"the edge model in '{path}'").eval()
+    return model, load_tokenizer(path)
 
 
 def load_adapters(named: dict[str, str], base: str | None) -> Any:
@@ -50,7 +54,6 @@ def is_lora(path: str) -> bool:
 def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
     """The base with a LoRA or DoRA adapter, and the base's tokenizer: what a shadow is compared with."""
     from peft import PeftConfig, PeftModel
-    from transformers import AutoTokenizer
 
     from shadowpeft.hf.checkpoint import load_base
     from shadowpeft.train.run import load_tokenizer
@@ -60,4 +63,4 @@ def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
         raise ConfigError("the adapter does not name its base; pass --base")
     model = PeftModel.from_pretrained(load_base(named, "CAUSAL_LM"), path).eval()
     own = (Path(path) / "tokenizer_config.json").is_file()
-    return model.get_base_model(), AutoTokenizer.from_pretrained(path) if own else load_tokenizer(named)
+    return model.get_base_model(), load_tokenizer(path if own else named)

@@ -20,7 +20,9 @@ from shadowpeft.storage import sync, sync_names
 
 _PARTIAL = "partial-"
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-"""What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError."""
+"""What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError. Whoever catches them
+asks :func:`is_write_error`, for most RuntimeErrors are something else."""
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")
 
 
 class WholeCheckpoints:
@@ -104,6 +106,8 @@ class WholeCheckpoints:
         try:
             yield
         except WRITE_ERRORS as error:
+            if not is_write_error(error):
+                raise
             failure = error
         why = None if failure is None else reason(failure)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -115,6 +119,11 @@ class WholeCheckpoints:
                 f"{name} could not be written to '{run_dir}' ({why}); earlier checkpoints are untouched, free some space and "
                 "resume"
             ) from failure
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether one of ``WRITE_ERRORS`` is about a file: not an exhausted memory, tensors that share theirs, a lost process."""
+    return not isinstance(error, RuntimeError) or any(mark in str(error) for mark in _TORCH_SAVE)
 
 
 def reason(error: BaseException) -> str:
@@ -153,7 +162,9 @@ def discard(checkpoint: Path) -> None:
 
 
 @contextmanager
-def written_whole(folder: Path, what: str = "it") -> Iterator[Path]:
+def written_whole(
+    folder: Path, what: str = "it", remedy: str = "free some space and resume from the newest checkpoint"
+) -> Iterator[Path]:
     """A folder to write into, which takes the name ``folder`` when all is written and on disk.
 
     Raises:
@@ -171,11 +182,12 @@ def written_whole(folder: Path, what: str = "it") -> Iterator[Path]:
         os.replace(beside, folder)
         shutil.rmtree(old, ignore_errors=True)
     except WRITE_ERRORS as error:
+        if not is_write_error(error):
+            raise
         if old.is_dir() and not folder.exists():
             os.replace(old, folder)
         raise ShadowPeftError(
-            f"{what} could not be written to '{folder}' ({reason(error)}); what was there before is untouched, free some "
-            "space and resume from the newest checkpoint"
+            f"{what} could not be written to '{folder}' ({reason(error)}); what was there before is untouched, {remedy}"
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

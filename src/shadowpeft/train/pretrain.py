@@ -49,6 +49,7 @@ from shadowpeft.train.pretrain_teacher import Lesson, make_cache
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
 from shadowpeft.train.run import (
     DTYPES,
+    FIRST_FILES,
     check_loggers,
     load_tokenizer,
     prepare_cpu,
@@ -605,7 +606,7 @@ def _begin(run: PretrainConfig, folder: Path, resume: bool) -> str | None:
         raise ConfigError(f"the run folder '{folder}' is a file; choose another output")
     started = (folder / "config.yaml").is_file()
     if not started:
-        foreign = [p.name for p in folder.iterdir() if p.name not in _FIRST_FILES] if folder.is_dir() else []
+        foreign = [p.name for p in folder.iterdir() if p.name not in FIRST_FILES] if folder.is_dir() else []
         if foreign:
             raise ConfigError(f"the run folder '{folder}' holds '{foreign[0]}' and no run; choose another output")
         return None
@@ -616,10 +617,6 @@ def _begin(run: PretrainConfig, folder: Path, resume: bool) -> str | None:
         folder, stored, run.model_dump(), ("base", "backbone", "start", "text", "loss", "teacher"), ("training",)
     )
     return get_last_checkpoint(str(folder))  # type: ignore[no-any-return]
-
-
-_FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
-"""What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:

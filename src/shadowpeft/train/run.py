@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from transformers import AutoTokenizer, PrinterCallback, TrainingArguments, set_seed
@@ -27,6 +27,7 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.checkpoint import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files import shorten
 from shadowpeft.hf.vocabulary import shared_tokens
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import reason, written_whole
@@ -76,18 +77,20 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
     return robot_rows(split) if source == "robot" else chat.read_jsonl(source)
 
 
-def load_tokenizer(base: str) -> Any:
-    """The tokenizer of a base by alias, folder or Hub id, with a pad token."""
-    source = str(materialise(base)) if is_alias(base) else base
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a base, an edge model or an adapter by alias, folder or Hub id, with a pad token.
+
+    Raises:
+        ConfigError: if it cannot be loaded, or has neither a pad nor an eos token.
+    """
+    source = str(materialise(name)) if is_alias(name) else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer of base '{base}' could not be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError(f"the tokenizer of '{name}' could not be loaded: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"the tokenizer of base '{base}' has neither a pad nor an eos token; give it one of them")
+            raise ConfigError(f"the tokenizer of '{name}' has neither a pad nor an eos token; give it one of them")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -278,9 +281,9 @@ def push(adapter: Path, hub_id: str) -> None:
     try:
         api.create_repo(hub_id, private=True, exist_ok=True)
         api.upload_folder(folder_path=str(adapter), repo_id=hub_id, commit_message="Add shadow adapter")
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:  # HTTPError: the client's own, where no answer came
         raise ShadowPeftError(
-            f"the adapter is saved in '{adapter}' but could not be uploaded to '{hub_id}' ({str(error).splitlines()[0]}); "
+            f"the adapter is saved in '{adapter}' but could not be uploaded to '{hub_id}' ({shorten(error)}); "
             "log in with `hf auth login` and upload that folder"
         ) from error
 
@@ -292,7 +295,7 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = (folder / "config.yaml").is_file()
     if not resume:
-        if folder.is_dir() and (started or any(path.name not in _FIRST_FILES for path in folder.iterdir())):
+        if folder.is_dir() and (started or any(path.name not in FIRST_FILES for path in folder.iterdir())):
             way = "continue with --resume" if last is not None or started else "remove it (it holds no checkpoint)"
             raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or {way}")
         return None
@@ -308,7 +311,7 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
     return last
 
 
-_FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
+FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
 """What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
 
 

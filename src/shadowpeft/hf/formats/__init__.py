@@ -128,7 +128,7 @@ def _task_of(base: str) -> str:
     if is_alias(base):
         return "CAUSAL_LM"
     try:
-        named = getattr(AutoConfig.from_pretrained(base), "architectures", None) or []
+        named = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "architectures", None) or []
     except (OSError, ValueError):
         return "CAUSAL_LM"  # load_base says why it cannot be read
     return "SEQ_CLS" if any(name.endswith("ForSequenceClassification") for name in named) else "CAUSAL_LM"

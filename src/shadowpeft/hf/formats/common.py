@@ -255,7 +255,7 @@ def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
     if is_projected(name):
         return projected_config(name), name
     try:
-        return AutoConfig.from_pretrained(name).get_text_config(decoder=True), name
+        return AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config(decoder=True), name
     except (OSError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"the shadow model '{name}' could not be read ({first}); pass shadow_model=") from error
