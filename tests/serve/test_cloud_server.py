@@ -17,8 +17,9 @@ from serving import ask, attached, detached, engine_of
 from shadowpeft.data.chat import render_prompt
 from shadowpeft.serve.engine import Engine, Limits
 from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.roles import CloudRole
-from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.server import Settings, build, without_text
 from webserver import Running, metric, wait_for
 
 KEY, ADMIN = "user-key-0123456789", "admin-key-0123456789"
@@ -583,3 +584,38 @@ def test_a_detached_server_takes_no_adapters(tmp_path):
         assert admin.delete("/admin/adapters/edge").status_code == 409
         assert admin.get("/admin/adapters").json() == {"edge": ["start"]}
         assert server.app.state.server.role.engine.backend.names == ("edge",)
+
+
+# ----------------------------------------------------------------------------------------------------------------- details
+
+
+def test_a_plain_prompt_gets_the_token_that_texts_begin_with_and_a_chat_its_templates_own(backend):
+    role = CloudRole(Engine(backend, Limits()), system=None, default_tokens=8)
+    seen = []
+
+    class Recorder:
+        chat_template = chat_tokenizer().chat_template
+
+        def __call__(self, text, add_special_tokens):
+            seen.append(add_special_tokens)
+            return chat_tokenizer()(text)
+
+        def apply_chat_template(self, *args, **kwargs):
+            return chat_tokenizer().apply_chat_template(*args, **kwargs)
+
+    role._tokenizer = Recorder()
+    role._encode(CompletionRequest(model="base", prompt="once"))
+    role._encode(ChatRequest(model="base", messages=[{"role": "user", "content": "once"}]))
+    assert seen == [True, False]
+
+
+def test_what_uvicorn_would_log_of_a_failure_is_logged_without_its_text(caplog):
+    said = "".join(["a user's ", "sec", "ret"])  # not in the source line, which a traceback shows
+    try:
+        raise ValueError(said)
+    except ValueError as error:
+        record = logging.LogRecord("uvicorn.error", logging.ERROR, "f", 1, "Exception", (), (type(error), error, None))
+    assert not without_text(record)
+    assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text
+    assert without_text(logging.LogRecord("uvicorn.error", logging.INFO, "f", 1, "Started", (), None))

@@ -187,6 +187,10 @@ def test_or_it_is_an_error_if_so_chosen():
         (httpx.Response(503), "cloud unavailable"),
         (httpx.Response(200, text="<html>"), "cloud unavailable"),
         (httpx.Response(200, json=[1]), "cloud unavailable"),
+        (httpx.Response(200, json={"choices": [{}]}), "cloud unavailable"),
+        (httpx.Response(200, json={"choices": [], "usage": {}}), "cloud unavailable"),
+        (httpx.Response(200, text="data: [DONE]\n\n"), "cloud unavailable"),
+        (httpx.Response(200, text="data: 5\n\n"), "cloud unavailable"),
         (httpx.Response(302, headers={"location": "http://elsewhere"}), "cloud unavailable"),
     ],
 )
@@ -195,6 +199,25 @@ def test_odd_clouds(reply, reason, stream):
     with Running(edge_app("http://cloud", transport=transport)) as server:
         content, note, _ = say(server, "remote", stream=stream)
     assert (content, note["reason"], note["degraded"]) == (Scripted.LINES["remote"], reason, True)
+
+
+def test_a_stream_may_leave_out_the_space_after_data():
+    chunk = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
+    text = f"data:{json.dumps(chunk)}\n\ndata:[DONE]\n\n"
+    with Running(
+        edge_app("http://cloud", transport=httpx.MockTransport(lambda _: httpx.Response(200, text=text)))
+    ) as server:
+        content, note, _ = say(server, "remote", stream=True)
+    assert (content, note["where"]) == ("hi", "cloud")
+
+
+def test_a_wrong_key_for_the_cloud_is_told_to_who_runs_the_edge(caplog):
+    caplog.set_level("WARNING", "shadowpeft.serve")
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(lambda _: httpx.Response(401)))) as server:
+        say(server, "remote, a secret")
+    told = [r.getMessage() for r in caplog.records if r.name == "shadowpeft.serve"]
+    assert "cloud unavailable: the cloud answered with status 401; check the key for it" in told
+    assert not any("secret" in each for each in told)
 
 
 def test_a_slow_cloud_is_given_up(cloud):

@@ -22,8 +22,8 @@ from serving import ask, engine_of
 from shadowpeft import cli
 from shadowpeft.apps.serve import Options, parse_adapters
 from shadowpeft.errors import ConfigError
-from shadowpeft.serve.backend import Detached
-from shadowpeft.serve.loading import load_edge
+from shadowpeft.serve.backend import Attached, Detached
+from shadowpeft.serve.loading import load_adapters, load_edge
 from tiny import adapter_config, randomise
 from webserver import wait_for
 
@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
         (("--role", "edge", "--no-auth", "--when-cloud-down", "panic"), "when-cloud-down is 'panic'"),
         (("--role", "cloud", "--no-auth", "--versions", "nowhere"), "'nowhere' does not exist"),
         (("--role", "cloud", "--no-auth", "--default-tokens", "600"), "--default-tokens is 600"),
+        (("--role", "edge", "--no-auth", "--cloud-url", "cloud:8000"), "--cloud-url is 'cloud:8000'"),
         (("--role", "edge", "--no-auth", "--routing", "none.json"), "'none.json' cannot be read"),
     ],
 )
@@ -105,6 +106,28 @@ def test_an_edge_model_is_swapped_and_rolled_back(folder):
     with pytest.raises(ConfigError, match="is no edge model"):
         backend.swap("edge", str(folder / "one"))
     engine.stop()
+
+
+@pytest.mark.parametrize("change", ["template", "tokens"])
+def test_models_that_read_or_write_texts_otherwise_share_no_server(folder, tmp_path, change):
+    tokenizer = chat_tokenizer()
+    if change == "template":
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    else:
+        tokenizer.add_tokens(["<more>"])
+    for name in ("two", "edge-two"):
+        shutil.copytree(folder / name, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    named = {"one": str(folder / "one"), "two": str(tmp_path / "two")}
+    model = load_adapters(named, str(folder / "base"))
+    with pytest.raises(ConfigError, match="two' was saved with another tokenizer or chat template"):
+        Attached(model, chat_tokenizer(), named, "base")
+    backend = Attached(model, chat_tokenizer(), {"one": named["one"]}, "base")
+    with pytest.raises(ConfigError, match="another tokenizer or chat template"):
+        backend.swap("one", named["two"])
+    edge = Detached(*load_edge(str(folder / "edge-one")), "edge", str(folder / "edge-one"))
+    with pytest.raises(ConfigError, match="another tokenizer, chat template or end token"):
+        edge.swap("edge", str(tmp_path / "edge-two"))
 
 
 def test_an_edge_model_that_is_not_whole_is_neither_loaded_nor_swapped_in(folder, tmp_path):

@@ -36,6 +36,7 @@ class Arguments(BaseModel):
     versions: str | None = None
     system: str | None = None
     rows: int = Field(default=Options.rows, ge=1)
+    batches: int = Field(default=Options.batches, ge=1)
     queue: int = Field(default=Options.queue, ge=1)
     prompt_tokens: int = Field(default=Options.prompt_tokens, ge=1)
     new_tokens: int = Field(default=Options.new_tokens, ge=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
@@ -62,6 +62,12 @@ class _CachedSession(Session):
     def _call(self, **inputs: Any) -> Any: ...
 
 
+def _context(model: Any) -> int:
+    """Tokens that a model reads at most."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 20
+
+
 class Backend(ABC):
     """A model that answers under one or more names.
 
@@ -76,8 +82,7 @@ class Backend(ABC):
         self.model, self.tokenizer, self.names, self.versions = model, tokenizer, names, versions
         self._changing = threading.Lock()
         self.ends = frozenset(stop_tokens(model, tokenizer))
-        limit = getattr(model.config, "max_position_embeddings", None)
-        self.context = int(limit) if limit else 1 << 20
+        self.context = _context(model)
 
     @abstractmethod
     def open(self, names: list[str]) -> Session:
@@ -139,11 +144,20 @@ class Backend(ABC):
             )
 
 
+def reads_alike(one: Any, other: Any) -> bool:
+    """Whether two tokenizers have the same tokens and write a chat in the same way."""
+    same = one.get_vocab() == other.get_vocab()
+    return same and getattr(one, "chat_template", None) == getattr(other, "chat_template", None)
+
+
 class Attached(Backend):
     """A ``PeftModel`` with shadow adapters: the base answers under ``base_name``, each adapter under its own name.
 
     Args:
         folders: the folder that each adapter was loaded from.
+
+    Raises:
+        ConfigError: if an adapter brings a tokenizer that reads or writes texts otherwise than ``tokenizer``, which all share.
     """
 
     def __init__(self, model: Any, tokenizer: Any, folders: dict[str, str], base_name: str) -> None:
@@ -151,6 +165,8 @@ class Attached(Backend):
             raise ConfigError(f"an adapter is called '{base_name}' like the base; give it another name")
         names = (*folders, base_name)
         super().__init__(model.eval(), tokenizer, names, {name: [folder] for name, folder in folders.items()})
+        for folder in folders.values():
+            self._check_tokenizer(folder)
         self.base_name = base_name
         self._inner = model.get_base_model()
         self._hub: Any = anatomy(self._inner).backbone.shadow_hub
@@ -160,7 +176,17 @@ class Attached(Backend):
         request.names = mixed.check_names([mixed.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
         return _AttachedSession(self._inner, request)
 
+    def _check_tokenizer(self, folder: str) -> None:
+        if not (Path(folder) / "tokenizer_config.json").is_file():
+            return
+        if not reads_alike(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), self.tokenizer):
+            raise ConfigError(
+                f"the adapter in '{folder}' was saved with another tokenizer or chat template than the server has; start a "
+                "server of its own for it"
+            )
+
     def _replace(self, name: str, folder: str) -> None:
+        self._check_tokenizer(folder)
         swap(self.model, folder, name)
 
     def add(self, name: str, folder: str) -> None:
@@ -168,6 +194,7 @@ class Attached(Backend):
             if name in (*self.versions, self.base_name):
                 raise ConfigError(f"'{name}' is there already; swap its weights, or take another name")
             check_fits(self._inner, folder)
+            self._check_tokenizer(folder)
             try:
                 self.model.load_adapter(folder, name)
             except BaseException:
@@ -232,7 +259,14 @@ class Detached(Backend):
                 raise ConfigError(
                     f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart"
                 )
-        self.model = new
+        if (Path(folder) / "tokenizer_config.json").is_file():
+            own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if not reads_alike(own, self.tokenizer) or frozenset(stop_tokens(new, own)) != self.ends:
+                raise ConfigError(
+                    f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; "
+                    "restart"
+                )
+        self.model, self.context = new, _context(new)
 
 
 class _DetachedSession(_CachedSession):
@@ -257,11 +291,11 @@ class Several(Backend):
                 if name in self._member:
                     raise ConfigError(f"two models are called '{name}'; write NAME=FOLDER with another name for one")
                 self._member[name] = member
-            alike = member.tokenizer.get_vocab() == first.tokenizer.get_vocab() and member.ends == first.ends
+            alike = reads_alike(member.tokenizer, first.tokenizer) and member.ends == first.ends
             if not alike or member.model.config.vocab_size != first.model.config.vocab_size:
                 raise ConfigError(
-                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers but one server has one; start a "
-                    "server for each"
+                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers or chat templates but one "
+                    "server has one; start a server for each"
                 )
         versions = {name: folders for member in members for name, folders in member.versions.items()}
         super().__init__(first.model, first.tokenizer, tuple(self._member), versions)
@@ -274,7 +308,11 @@ class Several(Backend):
         return _SeveralSession([(m.open([names[row] for row in rows]), rows) for m, rows in places.items()])
 
     def _replace(self, name: str, folder: str) -> None:
-        self._member[name]._replace(name, folder)
+        member = self._member[name]
+        member._replace(name, folder)
+        self.context = min(each.context for each in self._member.values())
+        if name in next(iter(self._member.values())).names:  # whose weights stand for all in ``model``
+            self.model = member.model
 
 
 class _SeveralSession(Session):

@@ -347,7 +347,7 @@ def _report(failure: BaseException) -> None:
     _log.error("%s: %s in\n%s", type(failure).__name__, type(cause).__name__, where)
 
 
-def _without_text(record: logging.LogRecord) -> bool:
+def without_text(record: logging.LogRecord) -> bool:
     """uvicorn logs what the application raised, text included; here it is logged without."""
     failure = record.exc_info[1] if record.exc_info else None
     if failure is None:
@@ -414,7 +414,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
 
     # uvicorn ends gracefully on SIGTERM and then raises the signal again; a server that was asked to end has not failed
     signal.signal(signal.SIGTERM, lambda *_: None)
-    logging.getLogger("uvicorn.error").addFilter(_without_text)
+    logging.getLogger("uvicorn.error").addFilter(without_text)
     settings = uvicorn.Config(
         app,
         host=host,
