@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -299,6 +301,8 @@ def measure(
             with Server("edge", arguments, logs / f"edge-{delay:g}.log", environment) as edge:
                 edge.wait()
                 found, side = asyncio.run(ask({"edge": edge.url, "cloud": cloud.url}, delay))
+                if options.page and side:
+                    photograph(edge.url, key, REQUESTS[:5], options.out / "page.png")
             rows = {name: system.summarise(replies, examples, task) for name, replies in found.items()}
             delays.append({"milliseconds": delay, "systems": rows})
             singles[f"{delay:g}"] = system.record(found)
@@ -310,6 +314,31 @@ def measure(
         "prompts": [{"id": e.id, "prompt": e.prompt, "gold": e.gold} for e in examples],
         "replies": singles,
     }
+
+
+def photograph(url: str, key: str, requests: Sequence[str], file: Path) -> None:
+    """The edge's page in a headless Chromium after a few requests.
+
+    Raises:
+        ConfigError: if there is no Chromium, or playwright is not installed.
+    """
+    browser_file = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_file is None or importlib.util.find_spec("playwright") is None:
+        raise ConfigError("--page needs a Chromium and playwright; install them, or leave it out")
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+        known = {"username": "system-test", "password": key}
+        page = browser.new_context(http_credentials=known, viewport={"width": 760, "height": 640}).new_page()
+        page.goto(url + "/")
+        expect(page.locator("#state")).to_contain_text("cloud: reachable", timeout=60_000)
+        for number, request in enumerate(requests, 1):
+            page.fill("#text", request)
+            page.click("button")
+            expect(page.locator("#dialogue li[data-done=true]")).to_have_count(number, timeout=120_000)
+        page.screenshot(path=str(file))
+        browser.close()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -344,6 +373,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--merged", action="store_true", help="fold LoRA and DoRA into their bases before serving them")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that do not count (default: 3)")
     parser.add_argument("--max-tokens", type=int, default=32, help="of an answer (default: 32)")
+    parser.add_argument("--page", action="store_true", help="a picture of the edge's page, page.png; needs a Chromium")
     parser.add_argument("--threads", type=int, help="of each server (default: all cores)")
     options = parser.parse_args(arguments)
     if min(options.delays) < 0 or len(set(options.delays)) < len(options.delays):
@@ -357,6 +387,7 @@ def main() -> None:
     """Adapters, servers, requests, results."""
     options = parse()
     quiet_libraries()
+    from shadowpeft.evaluate.record import commit
     from shadowpeft.train.run import prepare_cpu, versions
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
@@ -383,6 +414,7 @@ def main() -> None:
         "warmup": options.warmup,
         **found,
         "machine": versions(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     result["requests"]["replies"] = system.record(ten)
