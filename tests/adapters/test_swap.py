@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -121,6 +122,18 @@ def test_an_adapter_that_leaves_other_weights_frozen_is_refused(tmp_path):
     change(tmp_path / "new", shadow_frozen=None)  # an older file does not say
     shadowpeft.swap(model, tmp_path / "new")
     assert model.peft_config["default"].shadow_frozen == []
+
+
+@pytest.mark.parametrize("trained", ["embed_tokens", "input_layernorm"])
+def test_modules_that_an_adapter_trains_do_not_change_what_the_base_is(tmp_path, trained):
+    model, other = pair(tmp_path, modules_to_save=[trained])
+    shadowpeft.swap(model, tmp_path / "new")
+    assert torch.equal(logits(model), logits(other))
+    model.add_adapter("beside", adapter_config())
+    model.save_pretrained(tmp_path, selected_adapters=["beside"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*weights differ")
+        shadowpeft.load(tmp_path / "beside", base("llama"))
 
 
 def test_another_adapter_of_the_model_is_untouched(tmp_path):

@@ -475,7 +475,7 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(made, undisturbed, tmp_pa
 @pytest.mark.parametrize(
     ("sections", "error", "message"),
     [
-        ({"base": "no/such-base"}, ConfigError, "base 'no/such-base' could not be loaded"),
+        ({"base": "no/such-base"}, ConfigError, "tokenizer of 'no/such-base' could not be loaded"),
         ({"data": {"train": "nothing.jsonl"}}, DataError, "does not exist"),
         ({"data": {"max_length": 20}}, DataError, "data.max_length is 20"),
         ({"shadow": {"shadow_num_attention_heads": 3}}, ConfigError, "does not divide"),

@@ -1,90 +1,35 @@
-"""Starts for a small model: some of the base's layers, from memory and from files; Eq. 12 with other padding rows."""
-
-import copy
+"""Starts for a small model: pieces of a base from its files; Eq. 12 with other padding rows."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 import shadowpeft
-from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.starts import layers_start, projection_start
+from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.pieces import open_base, pruned_backbone
+from shadowpeft.hf.starts import projection_start
 from shadowpeft.hf.vocabulary import align_rows, shared_tokens
 from tiny import V, adapt, base, small_llama, tokenizer, tokens
 
 
-def without_layers(model, kept):
-    """``model`` with only the layers ``kept``, by hand."""
-    model = copy.deepcopy(model)
-    layers = model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
-    left = [layers[i] for i in kept]
-    del layers[:]
-    for place, layer in enumerate(left):
-        layers.append(layer)
-        (layer.attn if hasattr(layer, "attn") else layer.self_attn).layer_idx = place
-    model.config.num_hidden_layers = len(kept)
-    if "layer_types" in vars(model.config):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
-    return model
-
-
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gemma3"])
-@pytest.mark.parametrize(("spread", "kept"), [(False, [0, 1, 2]), (True, [0, 2, 5])])
-def test_layers_from_memory_and_from_files_give_what_the_base_gives_without_the_others(tmp_path, name, spread, kept):
-    model = base(name, num_hidden_layers=6)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    with torch.no_grad():
-        expected = without_layers(model, kept)(tokens(), use_cache=False).logits
-        for source in (model, tmp_path):
-            found = layers_start(source, 3, spread=spread)
-            assert type(found) is type(model)
-            assert torch.equal(found(tokens()).logits, expected)
-    assert name != "llama_tied" or found.lm_head.weight is found.model.embed_tokens.weight
-    found.save_pretrained(tmp_path / "small")
-    with torch.no_grad():
-        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "small")(tokens()).logits, expected)
-
-
-def test_layers_from_memory_leave_the_base_as_it_was():
-    model = base("gpt2")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    small = layers_start(model, 2)
-    with torch.no_grad():
-        for parameter in small.parameters():
-            parameter.add_(1.0)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_layers_that_cannot_be_had_are_refused(tmp_path):
+def test_pieces_that_cannot_be_had_are_refused(tmp_path):
     model = base()
-    with pytest.raises(ConfigError, match="9 layers"):
-        layers_start(model, 9)
     with pytest.raises(ConfigError, match="could not be opened"):
-        layers_start(tmp_path / "nowhere", 1)
+        open_base(str(tmp_path / "nowhere"))
     state = model.state_dict()
-    for name, value, error, message in (
-        ("model.layers.0.mlp.up_proj.weight", None, AdapterFileError, "has no tensor '{}'"),
-        ("model.norm.weight", torch.ones(7), ConfigError, "needs '{}' of shape .* pass the model"),
-        (
-            "model.norm.weight",
-            torch.full((32,), torch.nan),
-            AdapterFileError,
-            "'{}' .* is not floating point and finite",
-        ),
+    for name, value, message in (
+        ("model.layers.0.mlp.up_proj.weight", None, "has no tensor '{}'"),
+        ("model.norm.weight", torch.full((32,), torch.nan), "'{}' .* is not floating point and finite"),
     ):
         changed = {k: v for k, v in {**state, name: value}.items() if v is not None}
         model.save_pretrained(tmp_path / name)
         save_file(changed, tmp_path / name / "model.safetensors")
-        with pytest.raises(error, match=message.format(name)):
-            layers_start(tmp_path / name, 1)
+        with pytest.raises(AdapterFileError, match=message.format(name)):
+            pruned_backbone(open_base(str(tmp_path / name)), [0], copy=True)
     whole = (tmp_path / name / "model.safetensors").read_bytes()
     (tmp_path / name / "model.safetensors").write_bytes(whole[:-40])
     with pytest.raises(AdapterFileError):
-        layers_start(tmp_path / name, 1)
-    with pytest.raises(UnsupportedModelError):
-        layers_start(base(num_hidden_layers=1), 1)
+        open_base(str(tmp_path / name))
 
 
 # ---------------------------------------------------------------------------------------------------------- vocabularies

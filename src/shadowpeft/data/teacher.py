@@ -364,10 +364,8 @@ def _look(
                 "folder"
             )
         return record
-    fresh = (
-        INDEX,
-        partial_of(folder / INDEX).name,
-    )  # another process may have made the index since the line above looked
+    # another process may have made the index since the line above looked
+    fresh = (INDEX, partial_of(folder / INDEX).name)
     if folder.exists() and (not folder.is_dir() or any(p.name not in fresh for p in folder.iterdir())):
         raise DataError(f"'{folder}' is no teacher cache and not empty; choose another folder")
     return None

@@ -173,7 +173,7 @@ def evaluate_task(
             return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))  # the same number keeps its id
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
         facts.reset_peak(runner)
-        batches = _batches(runner, tokenizer, task, examples, method, batch_size, max_length)
+        batches = _batches(tokenizer, task, examples, method, batch_size, max_length)
         with _shown(progress, f"{task.name} {mode}", len(examples)) as report:
             for batch in batches:
                 if any(e.id not in done for e in batch):
@@ -195,7 +195,7 @@ def evaluate_task(
 
 
 def _batches(
-    model: nn.Module, tokenizer: Any, task: Task, examples: list[Example], method: str, size: int, max_length: int
+    tokenizer: Any, task: Task, examples: list[Example], method: str, size: int, max_length: int
 ) -> list[list[Example]]:
     """Examples of like length together, longest first: memory is tried at once and the time left is not underestimated."""
     if len({e.id for e in examples}) != len(examples):

@@ -66,7 +66,7 @@ def write(model: PreTrainedModel, tokenizer: Any, file: Path, dtype: str) -> dic
     words = token_tables(tokenizer, int(model.config.vocab_size))
     writer = gguf.GGUFWriter(file, arch)
     try:
-        _describe(writer, model, arch, dtype, gguf)
+        _describe(writer, model, dtype, gguf)
         _write_words(writer, model, tokenizer, words)
         kept = _write_tensors(writer, model, arch, dtype, gguf)
         writer.write_header_to_file()
@@ -127,7 +127,7 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _describe(writer: Any, model: PreTrainedModel, arch: str, dtype: str, gguf: Any) -> None:
+def _describe(writer: Any, model: PreTrainedModel, dtype: str, gguf: Any) -> None:
     config: Any = model.config
     kinds = gguf.LlamaFileType
     types = {

@@ -74,10 +74,6 @@ class ShadowCall:
         """Whether the shadow backbones have run."""
         return all(part.trajectory is not None for part in self.parts)
 
-    def part_of(self, adapter: str) -> Part | None:
-        """The part of one adapter, if it takes part."""
-        return next((part for part in self.parts if part.adapter == adapter), None)
-
 
 @dataclass
 class Request:

@@ -33,6 +33,8 @@ Read = Callable[[nn.Module], AbstractContextManager[Tensor]]
 def fingerprint(model: nn.Module, parts: Anatomy, read: Read = real_weight) -> dict[str, Any]:
     """Architecture, shapes, vocabulary, and ``SAMPLES`` values of the token embedding and of each sampled norm.
 
+    Of a base whose modules an adapter trains (``modules_to_save``), its own modules are looked at.
+
     Args:
         read: where the weights come from; a model on the meta device has none of its own.
     """
@@ -44,9 +46,9 @@ def fingerprint(model: nn.Module, parts: Anatomy, read: Read = real_weight) -> d
         "layer": hashlib.sha256(
             ";".join(
                 sorted(
-                    name
+                    name.replace(".original_module.", ".")
                     for name, _ in parts.layers[0].named_parameters()
-                    if not name.startswith(("shadow_link", "base_layer"))
+                    if not name.startswith(("shadow_link", "base_layer")) and ".modules_to_save." not in name
                 )
             ).encode()
         ).hexdigest()[:16],
@@ -55,11 +57,14 @@ def fingerprint(model: nn.Module, parts: Anatomy, read: Read = real_weight) -> d
 
 
 def _sample(model: nn.Module, parts: Anatomy, read: Read) -> dict[str, list[float]]:
-    sources: dict[str, nn.Module] = {"embedding": model.get_input_embeddings()}  # type: ignore[operator]
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    sources: dict[str, nn.Module] = {"embedding": getattr(table, "original_module", table)}
     for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):
         for name, weight in layer.named_parameters():
             if name.endswith("weight") and weight.dim() == 1 and "shadow_link" not in name:
-                sources[f"{position}.{name}"] = layer.get_submodule(name.rpartition(".")[0])
+                sources[f"{position}.{name.replace('.original_module.', '.')}"] = layer.get_submodule(
+                    name.rpartition(".")[0]
+                )
                 break
     values = {}
     for name, source in sources.items():

@@ -158,7 +158,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     logits = output[first] if as_tuple else output.logits
     with torch.set_grad_enabled(torch.is_grad_enabled() and (weight > 0 or call.return_shadow)):
         if classifier:
-            shadow_loss, shadow_logits = _classifier_path(model, hub, call)
+            shadow_loss, shadow_logits = _classifier_path(model, call)
         else:
             shadow_loss, shadow_logits = _lm_path(model, hub, call, logits.detach() if training else None)
     task_loss = None
@@ -257,7 +257,7 @@ def _lm_path(
     return loss, logits
 
 
-def _classifier_path(model: nn.Module, hub: ShadowHub, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
+def _classifier_path(model: nn.Module, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
     """The shadow's loss (second term of Eq. 9) if there are targets, and its logits.
 
     In a mixed batch both are those of the rows which have a shadow, part by part.

@@ -128,10 +128,6 @@ class BaseEnds:
         """``W_lm`` ``(V, d)``, in its stored dtype."""
         return self.checkpoint.read([self.head_name])[self.head_name]
 
-    def read_embedding(self) -> Tensor:
-        """The token embedding ``(V, d)``, in its stored dtype."""
-        return self.checkpoint.read([self.embedding_name])[self.embedding_name]
-
     def fingerprint(self) -> dict[str, Any]:
         """What :func:`shadowpeft.hf.fingerprint.fingerprint` gives of the loaded base, from the few tensors that it samples."""
         names = {id(module): f"{n}.weight" for n, module in self.model.named_modules()}
