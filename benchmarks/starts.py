@@ -189,7 +189,8 @@ def page(records: dict[str, Any]) -> str:
         "",
         f"SmolLM2-135M, two layers, {newest['tokens']:,} tokens of English in the same order, one thread ({newest['date']}). "
         "Cross-entropy on held-out text in nats per token; a uniform guess has 10.8. The small model (288 wide) was trained "
-        "before, on as many tokens of another part of the corpus under its own head; no trained one with these tokens could be had.",
+        "before, on as many tokens of another part of the corpus under its own head; no trained one with these tokens could "
+        "be had.",
         "",
         "| variant | trained with | before | after | trainable parameters |",
         "|---|---|---|---|---|",
