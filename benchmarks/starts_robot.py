@@ -6,7 +6,7 @@
 shadow of two layers without one. Each start is trained alone, without the base's forward pass, on the rows of the robot set for
 the shadow (shuffled alike, ``[REMOTE]`` rows ten times), once for each learning rate; the rate with the lower validation loss
 counts. The detached model then answers the 306 commands of the test set and 60 open requests. Runs that are finished are not
-repeated. Writes ``docs/records/pretraining/robot-starts.json`` and prints a table.
+repeated. Writes ``docs/records/pretraining/robot-starts.json`` and the table in ``docs/pretraining.md``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,17 @@ from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
 
-RECORD = Path(__file__).parent.parent / "docs" / "records" / "pretraining" / "robot-starts.json"
+DOCS = Path(__file__).parent.parent / "docs"
+RECORD = DOCS / "records" / "pretraining" / "robot-starts.json"
+PAGE = DOCS / "pretraining.md"
+MARKS = ("<!-- robot-starts -->", "<!-- /robot-starts -->")
 OPEN = 60
+NAMES = {
+    "random": "random",
+    "base_layers": "the base's first two layers",
+    "first-40k": "the base's first two layers, pretrained for 40,960 tokens",
+    "spread-40k": "the base's first and last layer, pretrained for 40,960 tokens",
+}
 
 
 def rows_for_the_shadow(split: str) -> list[dict[str, Any]]:
@@ -104,12 +113,20 @@ def table(record: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| start | rate | validation loss | commands | open requests tagged |", "|---|---|---|---|---|"]
     for name, made in record["starts"].items():
+        first = NAMES.get(name, f"{name}: {made['pretraining']['tokens']:,} tokens" if made["pretraining"] else name)
         shares = [
             f"{100 * part['accuracy']:.1f} % [{100 * part['interval'][0]:.1f}, {100 * part['interval'][1]:.1f}]"
             for part in (made["commands"], made["open_tagged_remote"])
         ]
-        lines.append(f"| {name} | {made['rate']:g} | {made['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
+        lines.append(f"| {first} | {made['rate']:g} | {made['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
     return "\n".join(lines)
+
+
+def filled(page: str, record: dict[str, Any]) -> str:
+    """``page`` with the table between its two marks made anew."""
+    before, mark, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    return f"{before}{mark}\n{table(record)}\n{end}{after}" if mark and end else page
 
 
 def main() -> None:
@@ -152,6 +169,7 @@ def main() -> None:
             "date": datetime.now(timezone.utc).date().isoformat(),
         }
         write_json(RECORD, record)
+    write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), record))
     print(table(record))
 
 

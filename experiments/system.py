@@ -238,6 +238,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             text = f"{delay['milliseconds']:g}"
             axes.annotate(text, (row["p50_ms"], value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_tick_params(which="both", labelsize=8)
     axes.set_xlabel("latency of a whole answer, ms: p50 (marker) to p95 (line)")
     axes.set_ylabel("accuracy, %, with 95 % interval")
     axes.set_title(f"{result['n']} robot requests, one by one; beside each marker the network delay in ms")

@@ -302,7 +302,7 @@ def measure(
                 edge.wait()
                 found, side = asyncio.run(ask({"edge": edge.url, "cloud": cloud.url}, delay))
                 if options.page and side:
-                    photograph(edge.url, key, REQUESTS[:5], options.out / "page.png")
+                    photograph(edge.url, key, [r for r in REQUESTS if r.isascii()], options.out / "page.png")
             rows = {name: system.summarise(replies, examples, task) for name, replies in found.items()}
             delays.append({"milliseconds": delay, "systems": rows})
             singles[f"{delay:g}"] = system.record(found)
