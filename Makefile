@@ -50,7 +50,7 @@ bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's s
 bench-starts: $(VENV)/dev  ## starts and losses of pretraining by held-out loss, on SmolLM2-135M; an hour on one idle core
 	$(BIN)/python benchmarks/starts.py
 
-bench-projection: $(VENV)/dev  ## Eq. 12 beside pinv and at the shape of Qwen3-8B; 15 minutes on two idle cores
+bench-projection: $(VENV)/dev  ## Eq. 12 beside pinv and at the shape of Qwen3-8B; 20 minutes on two idle cores
 	$(BIN)/python benchmarks/projection.py
 
 architectures: $(VENV)/dev  ## try every decoder architecture and write docs/architectures.md

@@ -5,9 +5,9 @@
 Parts ``20000x1024x512`` and ``40000x2048x1024``: both ways in turn in one process, with random float32 heads of ``V x d`` and
 ``V x d_s``, medians. ``real``: accuracy on the head of SmolLM2-135M, whose condition is a real head's. ``full``: random
 bfloat16 heads of 151,936 x 4,096 and 151,936 x 1,024 in a process of its own, whose peak memory is read; between its chunks
-plain square matmuls are timed, for the machine's own rate. Wall time and processor time are both recorded: on a busy machine
-only the second, with one thread, says something. Parts that are not measured keep their values in the record. About 15
-minutes on two idle cores.
+plain square matmuls are timed, for the machine's own rate. ``full-pinv``: ``pinv`` of the same large head in float32, once.
+Wall time and processor time are both recorded: on a busy machine only the second, with one thread, says something. Parts that
+are not measured keep their values in the record. About 20 minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from shadowpeft.core import projection
 
 SIZES = ("20000x1024x512", "40000x2048x1024")
 FULL = (151_936, 4096, 1024)
-PARTS = (*SIZES, "real", "full")
+PARTS = (*SIZES, "real", "full", "full-pinv")
 PROBE = 1024
 
 
@@ -199,6 +199,21 @@ def full(progress: Progress) -> dict[str, Any]:
     }
 
 
+def full_pinv() -> dict[str, Any]:
+    """``pinv(W_lm) W_small`` at the full size, once."""
+    large, small = (head.float() for head in heads(*FULL, torch.bfloat16))
+    began = now()
+    found = torch.linalg.pinv(large) @ small
+    wall, cpu = (after - before for before, after in zip(began, now(), strict=True))
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {
+        "wall_seconds": round(wall, 1),
+        "cpu_seconds": round(cpu, 1),
+        "peak_GiB": round(int(peak.split()[1]) / 2**20, 2),
+        "norm": float(found.double().norm()),
+    }
+
+
 def machine(threads: int) -> dict[str, Any]:
     """Where and when."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -234,6 +249,8 @@ def main() -> None:
                 command = [sys.executable, __file__, "--child", "--threads", str(options.threads)]
                 progress.stop()
                 value: Any = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            elif part == "full-pinv":
+                value = full_pinv()
             else:
                 value = real() if part == "real" else beside(part, options.rounds, progress)
             record[f"{part}, threads {options.threads}"] = {"on": machine(options.threads), "result": value}
