@@ -43,6 +43,7 @@ from transformers import DynamicCache, logging, set_seed  # noqa: E402
 
 import shadowpeft  # noqa: E402
 import tiny  # noqa: E402
+from shadowpeft.storage import between  # noqa: E402
 
 RECORD, PAGE, README, SPEED = (
     ROOT / name for name in ("docs/records/compare.json", "docs/comparison.md", "README.md", "benchmarks/results.json")
@@ -581,13 +582,12 @@ def page(record: dict[str, Any]) -> str:
 
 def write_readme(record: dict[str, Any]) -> None:
     """Replace the block between the markers."""
-    text = README.read_text(encoding="utf-8")
-    begin, end = "<!-- compare -->", "<!-- /compare -->"
-    if begin not in text or end not in text:
-        raise SystemExit(f"{README} has no {begin} ... {end}; put the two markers where the table belongs")
-    where = source(record)
-    block = "\n".join([begin, where, "", *short_table(record, IN_README), end])
-    README.write_text(text[: text.index(begin)] + block + text[text.index(end) + len(end) :], encoding="utf-8")
+    marks = ("<!-- compare -->", "<!-- /compare -->")
+    block = "\n".join([source(record), "", *short_table(record, IN_README)])
+    text = between(README.read_text(encoding="utf-8"), marks, block)
+    if text is None:
+        raise SystemExit(f"{README} has no {marks[0]} ... {marks[1]}; put the two markers where the table belongs")
+    README.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

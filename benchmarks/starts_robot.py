@@ -26,7 +26,7 @@ from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.data.robot import load
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.record import commit
-from shadowpeft.storage import write_json, write_text
+from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
 
@@ -124,9 +124,7 @@ def table(record: dict[str, Any]) -> str:
 
 def filled(page: str, record: dict[str, Any]) -> str:
     """``page`` with the table between its two marks made anew."""
-    before, mark, rest = page.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    return f"{before}{mark}\n{table(record)}\n{end}{after}" if mark and end else page
+    return between(page, MARKS, table(record)) or page
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,23 +68,26 @@ class Sizes:
             else:
                 self.add(id(module), "step", output - args[0], args[0])
 
-        handles = [module.register_forward_hook(look) for module in modules]
-        try:
+        with _hooked(module.register_forward_hook(look) for module in modules):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+@contextmanager
+def _hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Hooks that are taken away afterwards."""
+    hooks = list(handles)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
 def without(injections: list[Injection]) -> Iterator[None]:
     """These injections left out."""
-    handles = [each.register_forward_hook(lambda module, args, output: args[0]) for each in injections]
-    try:
+    with _hooked(each.register_forward_hook(lambda module, args, output: args[0]) for each in injections):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -95,12 +98,8 @@ def without_state(injections: list[Injection]) -> Iterator[None]:
         h, s, *rest = args
         return h, torch.zeros_like(s), *rest
 
-    handles = [each.register_forward_pre_hook(zero) for each in injections]
-    try:
+    with _hooked(each.register_forward_pre_hook(zero) for each in injections):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()

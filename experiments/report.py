@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from experiments.spec import KINDS, MODES, RECORDS, SPECS, Cell, Spec, cells, evaluation_name, names, read_spec
-from shadowpeft.storage import write_text
+from shadowpeft.storage import between, write_text
 
 ROOT = Path(__file__).parent.parent
 PAPER = Path(__file__).parent / "paper.yaml"
@@ -122,9 +122,7 @@ def text(page: Page) -> str:
 
 def readme(page: Page, content: str) -> str:
     """``content`` with the table of scores between its two marks made anew: each method on each task of ``README_SPEC``."""
-    before, mark, rest = content.partition(README_MARKS[0])
-    _, end, after = rest.partition(README_MARKS[1])
-    if not mark or not end:
+    if between(content, README_MARKS, "") is None:
         return content
     spec = read_spec(README_SPEC, page.specs)
     columns = [c for c in _columns(spec) if any(_scores(page, spec, c[0], c[2])) and c[2].how is None]
@@ -139,8 +137,7 @@ def readme(page: Page, content: str) -> str:
                 row.append("" if found is None else f"{found[0]:.1f} [{found[1]:.0f}, {found[2]:.0f}]{seeds}")
             lines.append(row)
     titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
-    shown = "\n".join(table(["%, [95 % interval]", *titles], lines))
-    return f"{before}{mark}\n{shown}\n{end}{after}"
+    return between(content, README_MARKS, "\n".join(table(["%, [95 % interval]", *titles], lines))) or content
 
 
 def section(page: Page, spec: Spec, paper: dict[str, Any]) -> str:

@@ -69,11 +69,11 @@ def answer(
     device = next(model.parameters()).device
     answers: list[Answer | None] = [None] * len(chats)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device)
-        began = time.perf_counter()
-        with evaluating(model):
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device)
+            began = time.perf_counter()
             out = model.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -81,12 +81,12 @@ def answer(
                 eos_token_id=ends,
                 **options,
             )
-        share = (time.perf_counter() - began) / len(chosen)
-        for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
-            kept = row[: _length(row.tolist(), ends)]
-            answers[i] = Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), int(kept.numel()), share)
-        if progress is not None:
-            progress(start + len(chosen))
+            share = (time.perf_counter() - began) / len(chosen)
+            for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
+                kept = row[: _length(row.tolist(), ends)]
+                answers[i] = Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), int(kept.numel()), share)
+            if progress is not None:
+                progress(start + len(chosen))
     return [a for a in answers if a is not None]
 
 

@@ -31,6 +31,13 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def between(text: str, marks: tuple[str, str], content: str) -> str | None:
+    """``text`` with ``content`` as the lines between its two marks; None if it does not have them."""
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    return f"{before}{begin}\n{content}\n{end}{after}" if begin and end else None
+
+
 def sync(folder: Path) -> None:
     """Ask the system to have the files of ``folder`` on disk before it is renamed."""
     for path in [*folder.rglob("*"), folder]:

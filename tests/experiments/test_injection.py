@@ -53,7 +53,7 @@ def test_sizes_are_means_over_the_tokens_of_the_mask():
         injection(h, s, 0.5)
     c = 0.5 * (h - s) @ injection.w_down.T @ injection.w_up.T
     for name, part in (("correction", c), ("discrepancy", h - s), ("state", s)):
-        wanted = sum(float(part[0, t].norm() / h[0, t].norm()) for t in (0, 2)) / 2
+        wanted = sum(float(part[0, t].detach().norm() / h[0, t].norm()) for t in (0, 2)) / 2
         assert sizes.mean(injection, name) == pytest.approx(wanted, rel=1e-5)
     assert sizes.mean(injection, "step") is None
     with without([injection]):

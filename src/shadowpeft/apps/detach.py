@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from rich.console import Console
 
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
-from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.errors import ConfigError
 
 
 def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) -> None:
@@ -31,24 +29,11 @@ def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) ->
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
     """Save a detached model; returns class, parameters, bytes and folder."""
-    from shadowpeft.train.checkpoints import WRITE_ERRORS, is_write_error, reason
+    from shadowpeft.train.checkpoints import written_whole
 
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(folder, "the edge model", "free some space or choose another folder") as beside:
         edge.save_pretrained(beside)  # type: ignore[attr-defined]
         tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-    except WRITE_ERRORS as error:
-        if not is_write_error(error):
-            raise
-        raise ShadowPeftError(
-            f"the edge model could not be written to '{folder}' ({reason(error)}); free some space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return {
         "class": type(edge).__name__,
         "parameters": sum(p.numel() for p in edge.parameters()),  # type: ignore[attr-defined]

@@ -67,14 +67,14 @@ def answer_loss(
     collate, device = ChatCollator(pad_token_id), next(model.parameters()).device
     total, count = 0.0, 0
     ordered = sorted(sequences, key=lambda s: len(s.ids))
-    for start in range(0, len(ordered), batch_size):
-        features = [Sequence(s.ids, s.start, True, False).features() for s in ordered[start : start + batch_size]]
-        batch = {k: v.to(device) for k, v in collate(features).items() if k != "shadow_labels"}
-        n = int((batch["labels"][:, 1:] != -100).sum())
-        with evaluating(model):
+    with evaluating(model):
+        for start in range(0, len(ordered), batch_size):
+            features = [Sequence(s.ids, s.start, True, False).features() for s in ordered[start : start + batch_size]]
+            batch = {k: v.to(device) for k, v in collate(features).items() if k != "shadow_labels"}
+            n = int((batch["labels"][:, 1:] != -100).sum())
             out = model(**batch, use_cache=False)
-        total += float(out.loss) * n
-        count += n
+            total += float(out.loss) * n
+            count += n
     mean = total / max(count, 1)
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": float(count)}
 

@@ -150,6 +150,13 @@ def reads_alike(one: Any, other: Any) -> bool:
     return same and getattr(one, "chat_template", None) == getattr(other, "chat_template", None)
 
 
+def _tokenizer_in(folder: str) -> Any:
+    """The tokenizer that was saved in a folder, or None."""
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 class Attached(Backend):
     """A ``PeftModel`` with shadow adapters: the base answers under ``base_name``, each adapter under its own name.
 
@@ -177,9 +184,8 @@ class Attached(Backend):
         return _AttachedSession(self._inner, request)
 
     def _check_tokenizer(self, folder: str) -> None:
-        if not (Path(folder) / "tokenizer_config.json").is_file():
-            return
-        if not reads_alike(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), self.tokenizer):
+        own = _tokenizer_in(folder)
+        if own is not None and not reads_alike(own, self.tokenizer):
             raise ConfigError(
                 f"the adapter in '{folder}' was saved with another tokenizer or chat template than the server has; start a "
                 "server of its own for it"
@@ -259,13 +265,12 @@ class Detached(Backend):
                 raise ConfigError(
                     f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart"
                 )
-        if (Path(folder) / "tokenizer_config.json").is_file():
-            own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if not reads_alike(own, self.tokenizer) or frozenset(stop_tokens(new, own)) != self.ends:
-                raise ConfigError(
-                    f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; "
-                    "restart"
-                )
+        own = _tokenizer_in(folder)
+        if own is not None and not (reads_alike(own, self.tokenizer) and frozenset(stop_tokens(new, own)) == self.ends):
+            raise ConfigError(
+                f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; "
+                "restart"
+            )
         self.model, self.context = new, _context(new)
 
 
