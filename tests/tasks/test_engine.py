@@ -203,6 +203,27 @@ def test_lora_and_dora_go_the_same_way(tokenizer, dora):
         run(made, tokenizer, mode="attached")
 
 
+def test_doras_norms_are_computed_once_and_never_kept_for_other_weights(tokenizer, monkeypatch):
+    norms = []
+    norm = torch.linalg.norm
+    monkeypatch.setattr(torch.linalg, "norm", lambda *a, **k: norms.append(1) or norm(*a, **k))
+    made = lora(dora=True)
+    norms.clear()
+    with runner_in_mode(made, "dora") as runner:
+        kept = [answer(runner, tokenizer, [w], max_new_tokens=6)[0].text for w in WORDS]
+    layers = [m for m in made.modules() if hasattr(m, "_dora_cache")]
+    assert len(norms) == len(layers) > 0
+    assert not any(m._dora_cache for m in layers)
+    assert kept == [answer(made, tokenizer, [w], max_new_tokens=6)[0].text for w in WORDS]
+    before = run(made, tokenizer, Open(), mode="dora", method="likelihood")["score"]
+    randomise(made, seed=5)
+    again = run(made, tokenizer, Open(), mode="dora", method="likelihood")["score"]
+    fresh = lora(dora=True)
+    fresh.load_state_dict(made.state_dict())
+    assert again == pytest.approx(run(fresh, tokenizer, Open(), mode="dora", method="likelihood")["score"], rel=1e-6)
+    assert again != pytest.approx(before, rel=1e-3)
+
+
 def test_modes_differ_and_leave_the_model_as_it_was(model, tokenizer):
     model.train()
     found = [

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import DoraCaching
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -85,7 +86,23 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
             found = _peft_method(model)
             if found != mode:
                 raise ConfigError(f"mode is '{mode}' but the model is {found}; pass a PEFT model of that method")
-            yield model
+            with _norms_kept(model):
+                yield model
+
+
+@contextmanager
+def _norms_kept(model: nn.Module) -> Iterator[None]:
+    """PEFT's DoRA layers compute the norm of their merged matrix once, not at each forward: no weight changes in here.
+
+    PEFT empties what it keeps when a model goes to training; that is done before, so that no norm of older weights is used,
+    and after, so that none is left.
+    """
+    model.train().eval()
+    try:
+        with DoraCaching():
+            yield
+    finally:
+        model.train().eval()
 
 
 def _peft_method(model: Any) -> str:
