@@ -45,7 +45,7 @@ fuzz: $(VENV)/dev  ## two thousand damaged adapter folders
 	$(BIN)/python -m pytest -m fuzz tests/hostile
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --readme
 
 bench-starts: $(VENV)/dev  ## starts and losses of pretraining by held-out loss, on SmolLM2-135M; an hour on one idle core
 	$(BIN)/python benchmarks/starts.py

@@ -1,11 +1,13 @@
 """Speed and memory beside the bare base, LoRA, DoRA and PEFT's shadow: one process, alternating, paired medians.
 
-    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json]
+    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json] [--readme]
 
-Decode: greedy tokens after a 32-token prompt. Prefill: 256 tokens. Training: one step of 4 x 128 tokens with AdamW, with
-LoRA at the rank whose trainable parameters come closest to the shadow's. Each ratio is the median over rounds of the
-time divided by the bare base's (training: by LoRA's) in the same round. Peak memory is measured in a process of its own.
-With --update, parts that are not measured keep their values in the record.
+Decode: greedy tokens after a 32-token prompt; DoRA, far slower, with eight tokens beside a base of its own, as PEFT runs
+it and with PEFT's cache of its norms (``DoraCaching``). Prefill: 256 tokens. Training: one step of 4 x 128 tokens with
+AdamW, with LoRA at the rank whose trainable parameters come closest to the shadow's. Each ratio is the median over rounds of
+the time divided by the bare base's (training: by LoRA's) in the same round. Peak memory is measured in a process of its own.
+With --update, parts that are not measured keep their values in the record. With --readme the block of README.md between
+``<!-- speed -->`` and ``<!-- /speed -->`` is written from the record.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import DoraCaching
 from transformers import AutoModelForCausalLM, logging
 
 import shadowpeft
 from shadowpeft.evaluate.record import commit
 from shadowpeft.hf.bases import materialise
+from shadowpeft.storage import between
 
+ROOT = Path(__file__).resolve().parents[1]
+README, MARKS = ROOT / "README.md", ("<!-- speed -->", "<!-- /speed -->")
+DORA_TOKENS, DORA_ROUNDS = 8, 5
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -96,6 +103,12 @@ def decode(model: Any, ids: torch.Tensor, new: int) -> float:
         )
     )
     return seconds / new
+
+
+def decode_dora(name: str, model: Any, ids: torch.Tensor) -> float:
+    """Seconds per generated token, of few tokens; with PEFT's cache for the model of that name."""
+    with DoraCaching(enabled=name == "dora_cached"):
+        return decode(model, ids, DORA_TOKENS)
 
 
 @torch.inference_mode()
@@ -170,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results.json")
     parser.add_argument("--only", default="decode,prefill,train,memory,growth")
     parser.add_argument("--update", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     parser.add_argument("--peak", default=None)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
@@ -190,6 +204,7 @@ def main() -> None:
         "machine": {"platform": platform.platform(), "threads": args.threads, "torch": torch.__version__},
         "model": "SmolLM2-135M-Instruct, float32",
         "rounds": args.rounds,
+        "new_tokens": args.new_tokens,
     }
     if {"decode", "prefill", "growth"} & set(chosen):
         models = {"base": load(), "shadow": ours(), "lora": lora(), "peft_shadow": peft_shadow()}
@@ -216,10 +231,12 @@ def main() -> None:
             result["ms_per_token_by_length"] = {str(k): round(1000 * v, 2) for k, v in per.items()}
         del models
         if "decode" in chosen:
-            pair = {"base": load(), "dora": lora(dora=True)}
-            times = rounds({n: (lambda m=m: decode(m, short, 8)) for n, m in pair.items()}, 3)
-            result["decode"]["ratio_to_base"]["dora"] = ratios(times, "base")["dora"]
-            del pair
+            three = {"base": load(), "dora": lora(dora=True), "dora_cached": lora(dora=True)}
+            times = rounds({n: (lambda n=n, m=m: decode_dora(n, m, short)) for n, m in three.items()}, DORA_ROUNDS)
+            result["decode"]["ratio_to_base"].update(
+                {n: ratio for n, ratio in ratios(times, "base").items() if n != "base"}
+            )
+            del three
     budget = trainable(ours())
     rank = matched_rank(budget)
     result["matched"] = {"shadow_parameters": budget, "lora_rank": rank, "lora_parameters": trainable(lora(rank))}
@@ -247,6 +264,65 @@ def main() -> None:
         result = {**json.loads(Path(args.out).read_text(encoding="utf-8")), **result}
     Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
+    if args.readme:
+        README.write_text(filled(README.read_text(encoding="utf-8"), result), encoding="utf-8")
+
+
+def filled(page: str, result: dict[str, Any]) -> str:
+    """README's page with the block on speed of this record.
+
+    Raises:
+        RuntimeError: if the page has no marks.
+    """
+    made = between(page, MARKS, block(result))
+    if made is None:
+        raise RuntimeError(
+            f"{README.name} has no lines {MARKS[0]} and {MARKS[1]}; write them where the block is to stand"
+        )
+    return made
+
+
+def block(result: dict[str, Any]) -> str:
+    """What README says of a record: how it was measured, and a table."""
+    matched, memory = result["matched"], result["train_memory_mib"]
+    names = ("base", "shadow", "peft_shadow", "lora", "dora", "dora_cached")
+
+    def line(title: str, values: dict[str, Any], form: str) -> str:
+        return f"| {title} | {' | '.join(form.format(values[n]) if n in values else '' for n in names)} |"
+
+    growth = ", ".join(f"{ms} ms at {length}" for length, ms in result["ms_per_token_by_length"].items())
+    return "\n".join(
+        [
+            f"`make bench`, {result['date']}, commit {result['commit'][:7]}, record "
+            "[benchmarks/results.json](benchmarks/results.json): SmolLM2-135M, float32, one CPU thread, one process,",
+            f"alternating, medians of paired ratios over {result['rounds']} rounds "
+            f"(training {max(3, result['rounds'] // 2)}, DoRA {DORA_ROUNDS} of {DORA_TOKENS} tokens",
+            f"where the others have {result['new_tokens']}). One-layer shadow with",
+            "r = m = 16; LoRA and DoRA r = 16 on all linear layers; for training LoRA "
+            f"r = {matched['lora_rank']}, which matches the number of trainable",
+            f"parameters ({matched['shadow_parameters']:,} and {matched['lora_parameters']:,}).",
+            "",
+            "| | base | shadowpeft | PEFT's shadow | LoRA | DoRA | DoRA, norms cached |",
+            "|---|---|---|---|---|---|---|",
+            line("decode, time per token", result["decode"]["ratio_to_base"], "{:.2f}"),
+            line("prefill, 256 tokens", result["prefill_256"]["ratio_to_base"], "{:.2f}"),
+            line(
+                "training step, 4 x 128 tokens, every token a target", result["train_step"]["ratio_to_lora"], "{:.2f}"
+            ),
+            line(
+                "training step, last quarter of a row are targets",
+                result["train_step_prompt_masked"]["ratio_to_lora"],
+                "{:.2f}",
+            ),
+            line(
+                "memory of a training step above the model's",
+                {n: m["above_model_mib"] for n, m in memory.items()},
+                "{:,} MiB",
+            ),
+            "",
+            f"Time per token of the shadow by length: {growth} new tokens.",
+        ]
+    )
 
 
 if __name__ == "__main__":
