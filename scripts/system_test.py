@@ -245,6 +245,7 @@ def routing(shadow: str, options: argparse.Namespace) -> Path | None:
         max_new_tokens=16,
         limit=options.calibration_rows,
         out=str(folder),
+        device="auto",
         as_json=False,
     )
     return folder / FILE

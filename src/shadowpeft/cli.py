@@ -23,6 +23,7 @@ Mode = Annotated[str, typer.Option(help="attached, detached or base.")]
 System = Annotated[Optional[str], typer.Option(help="System message.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
+Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps; auto: cuda if there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed for sampling.")]
 _state = {"debug": False}
 
@@ -105,6 +106,7 @@ def evaluate(
     out: Annotated[
         Optional[str], typer.Option(help="With --task: folder for predictions and records; continued if it is there.")
     ] = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Evaluate attached, detached and bare base on the same rows."""
@@ -112,7 +114,7 @@ def evaluate(
 
     if task is None:
         modes = mode or ["base", "attached", "detached"]
-        command.main(adapter, data or "robot", modes, base, limit, max_new_tokens or 64, batch_size, json)
+        command.main(adapter, data or "robot", modes, base, limit, max_new_tokens or 64, batch_size, device, json)
         return
     if data is not None or max_new_tokens is not None:
         given = "--data" if data is not None else "--max-new-tokens"
@@ -129,6 +131,7 @@ def evaluate(
         method=method,
         batch_size=batch_size,
         out=out,
+        device=device,
         as_json=json,
     )
 
@@ -143,12 +146,13 @@ def generate(
     max_new_tokens: NewTokens = 64,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Answer one prompt."""
     from shadowpeft.apps import generate as command
 
-    command.generate(adapter, prompt, mode, base, system, max_new_tokens, temperature, seed, json)
+    command.generate(adapter, prompt, mode, base, system, max_new_tokens, temperature, seed, device, json)
 
 
 @app.command()
@@ -160,11 +164,12 @@ def chat(
     max_new_tokens: NewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Talk to the model in the terminal."""
     from shadowpeft.apps import generate as command
 
-    command.chat(adapter, mode, base, system, max_new_tokens, temperature, seed)
+    command.chat(adapter, mode, base, system, max_new_tokens, temperature, seed, device)
 
 
 @app.command()
@@ -292,12 +297,15 @@ def calibrate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
     out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     from shadowpeft.apps import route as command
 
-    command.calibrate(source, data, check, base, target, signal, bound, cloud, system, max_new_tokens, limit, out, json)
+    command.calibrate(
+        source, data, check, base, target, signal, bound, cloud, system, max_new_tokens, limit, out, device, json
+    )
 
 
 @app.command()
@@ -307,6 +315,7 @@ def serve(
     ],
     role: Annotated[str, typer.Option(help="cloud (attached) or edge (detached; the router hands on to the cloud).")],
     base: Base = None,
+    device: Device = "auto",
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     auth: Annotated[
@@ -343,6 +352,7 @@ def serve(
             adapters=adapters,
             role=role,
             base=base,
+            device=device,
             host=host,
             port=port,
             auth=auth,

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
+from shadowpeft.apps.common import pick_device, placed
+from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS
 from shadowpeft.train.progress import read_metrics
 
@@ -364,6 +366,51 @@ def test_generate_attached_and_base_differ(monkeypatch, capsys, adapter):
     code, out, err = call(monkeypatch, capsys, "generate", adapter, "sit", "--mode", "cloud")
     assert (code, out) == (2, "")
     assert "mode is 'cloud' but must be one of attached, detached, base" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "sit"),
+        ("chat",),
+        ("eval",),
+        ("eval", "--task", "robot"),
+        ("route", "calibrate", "--out", "calibration"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, capsys, tmp_path, adapter, command):
+    monkeypatch.chdir(tmp_path)
+    words = 2 if command[0] == "route" else 1
+    code, out, err = call(monkeypatch, capsys, *command[:words], adapter, *command[words:], "--device", "npu:7")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: device is 'npu:7' but this machine has cpu")
+
+
+def test_models_go_to_the_device_that_is_there(monkeypatch, capsys, adapter):
+    def machine(kind, number):
+        found = torch.device(kind) if kind else None
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: number)
+
+    machine("cuda", 2)
+    assert pick_device("auto") == torch.device("cuda")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="this machine has cpu, cuda, cuda:0, cuda:1; choose one of these, or auto"):
+        pick_device("cuda:2")
+    machine("mps", 1)
+    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("mps") == torch.device("mps")
+    machine(None, 0)
+    assert pick_device("auto") == torch.device("cpu")
+    went = []
+    monkeypatch.setattr("shadowpeft.apps.generate.placed", lambda model, where: went.append(where) or model)
+    assert call(monkeypatch, capsys, "generate", adapter, "sit", "--device", "cpu")[0] == 0
+    assert went == [torch.device("cpu")]
+    model = torch.nn.Linear(2, 2)
+    assert placed(model, torch.device("meta")).weight.is_meta
+    assert placed(model, torch.device("cpu")) is model
+    assert model.weight.is_meta  # what was loaded onto a device stays there
 
 
 def test_an_impossible_dtype(monkeypatch, capsys, tmp_path, adapter):

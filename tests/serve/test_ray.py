@@ -14,6 +14,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -69,7 +70,7 @@ def texts(folder):
 
     said = {}
     for version in ("v1", "v2"):
-        engine = engine_of(_cloud_backend({"robot": str(folder / version)}, None))
+        engine = engine_of(_cloud_backend({"robot": str(folder / version)}, None, torch.device("cpu")))
         said[version] = ask(engine, "sit down", "robot", max_tokens=TOKENS).text
         engine.stop()
     assert said["v1"] != said["v2"]

@@ -58,6 +58,7 @@ def folder(tmp_path_factory):
         (("--role", "cloud", "--no-auth", "--versions", "nowhere"), "'nowhere' does not exist"),
         (("--role", "cloud", "--no-auth", "--default-tokens", "600"), "--default-tokens is 600"),
         (("--role", "edge", "--no-auth", "--cloud-url", "cloud:8000"), "--cloud-url is 'cloud:8000'"),
+        (("--role", "cloud", "--no-auth", "--device", "tpu"), "device is 'tpu' but this machine has cpu"),
         (("--role", "edge", "--no-auth", "--routing", "none.json"), "'none.json' cannot be read"),
     ],
 )

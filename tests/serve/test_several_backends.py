@@ -12,6 +12,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Several
 from tiny import adapter_config, randomise
 
+CPU = torch.device("cpu")
 NAMES = ("shadow", "lora", "dora", "base")
 PROMPTS = ("sit down", "what?", "a much longer request than the others")
 
@@ -52,7 +53,7 @@ def naive(model, prompt, n=8):
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_a_folder_of_peft_alone(folders, name):
-    backend = _cloud_backend(named(folders, name), None)
+    backend = _cloud_backend(named(folders, name), None, CPU)
     assert backend.names == (name,)
     engine = engine_of(backend)
     bare = AutoModelForCausalLM.from_pretrained(folders["base"]).eval()
@@ -65,7 +66,7 @@ def test_a_folder_of_peft_alone(folders, name):
 
 
 def test_mixed_batches_equal_each_alone(folders):
-    backend = _cloud_backend(named(folders, "lora", "shadow", "dora"), None)
+    backend = _cloud_backend(named(folders, "lora", "shadow", "dora"), None, CPU)
     assert isinstance(backend, Several)
     assert set(backend.names) == set(NAMES)
     lengths = {name: 3 + 2 * i for i, name in enumerate(NAMES)}  # rows leave one by one
@@ -83,7 +84,7 @@ def test_mixed_batches_equal_each_alone(folders):
 
 
 def test_a_shadow_is_swapped_among_others_and_a_lora_is_not(folders, tmp_path):
-    backend = _cloud_backend(named(folders, "shadow", "lora"), None)
+    backend = _cloud_backend(named(folders, "shadow", "lora"), None, CPU)
     other = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["base"]), adapter_config())
     randomise(other, seed=9)
     other.save_pretrained(tmp_path / "v2")

@@ -199,7 +199,7 @@ def test_a_merged_adapter_is_a_model_of_its_own(tmp_path, base, dora):
         found = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)  # rounding of the folded weights
     assert (expected - bare).abs().max() > 0.1
-    assert _cloud_backend({"lora": folder}, None).names == ("lora",)
+    assert _cloud_backend({"lora": folder}, None, torch.device("cpu")).names == ("lora",)
 
 
 # ------------------------------------------------------------------------------------------------------------ two processes

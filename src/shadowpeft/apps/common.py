@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 MODES = ("attached", "detached", "base")
 
@@ -51,6 +54,30 @@ def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     if not name:
         raise ConfigError("neither the adapter nor its base has a tokenizer; pass --base")
     return load_tokenizer(name)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a command's models run on: ``auto`` is the first CUDA device, else the CPU.
+
+    Raises:
+        ConfigError: if this machine has no such device.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu"]
+    if found is not None:
+        there += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in there else "cpu")
+    if name not in there:
+        raise ConfigError(f"device is '{name}' but this machine has {', '.join(there)}; choose one of these, or auto")
+    return torch.device(name)
+
+
+def placed(model: Any, device: torch.device) -> Any:
+    """``model`` on ``device``; one that was loaded onto an accelerator, such as a quantised base, stays there."""
+    return model.to(device) if next(model.parameters()).device.type == "cpu" else model
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shadowpeft.apps.common import MODES, bar, in_mode, load_tokenizer_of, quiet_libraries
+from shadowpeft.apps.common import MODES, bar, in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError, DataError
 
 
@@ -22,6 +22,7 @@ def main(
     limit: int | None,
     max_new_tokens: int,
     batch_size: int,
+    device: str,
     as_json: bool,
 ) -> None:
     """Evaluate and print one row a mode: loss per answer token, and exact match or intent accuracy.
@@ -39,6 +40,7 @@ def main(
     from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows
 
     prepare_cpu()
+    where = pick_device(device)
     robot = data == "robot"
     system = ROBOT_SYSTEM if robot else None
     raw: list[dict[str, Any]] = load_robot("test_normal") if robot else chat.read_jsonl(data)
@@ -47,7 +49,7 @@ def main(
         chosen = sorted(random.Random(0).sample(range(len(raw)), limit))
         raw, checked = [raw[i] for i in chosen], [checked[i] for i in chosen]
     tokenizer = load_tokenizer_of(adapter, base)
-    model = shadowpeft.load(adapter, base)
+    model = placed(shadowpeft.load(adapter, base), where)
     length = getattr(model.config, "max_position_embeddings", 10**9)
     sequences = chat.encode(checked, tokenizer, max_length=length, system=system)
     _check_paths(data, modes, sequences)
@@ -108,6 +110,7 @@ def run_task(
     method: str | None,
     batch_size: int,
     out: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Evaluate an adapter (a shadow, LoRA or DoRA) on a task and print one row a mode; ``out`` receives a folder a mode."""
@@ -119,7 +122,9 @@ def run_task(
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
+    where = pick_device(device)
     model, tokenizer, fitting = _load_for_task(adapter, base, task)
+    model = placed(model, where)
     if modes is None:  # the bare base of a classifier has a random head, so only generating tasks ask it
         modes = fitting if task.kind == "classify" else ["base", *fitting]
     records = {}
@@ -149,9 +154,9 @@ def run_task(
         table.add_row(mode, *shown)
     Console().print(table)
     origin = next(iter(records.values()))["data"]
-    where = ", ".join(origin.get("name") or origin.get("path") or [])
+    files = ", ".join(origin.get("name") or origin.get("path") or [])
     lacks = f" (partial: {origin['lacks']})" if origin["partial"] else ""
-    Console().print(f"data from the {origin['from']}: {where}{lacks}")
+    Console().print(f"data from the {origin['from']}: {files}{lacks}")
 
 
 def _load_for_task(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from shadowpeft.apps.common import in_mode, load_tokenizer_of, quiet_libraries
+from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    device: str,
     as_json: bool,
 ) -> None:
     """One answer to one prompt."""
@@ -38,9 +39,10 @@ def generate(
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
+    where = pick_device(device)
     sampling = _sampling(temperature, seed)
     tokenizer = load_tokenizer_of(adapter, base)
-    with in_mode(shadowpeft.load(adapter, base), mode) as model:
+    with in_mode(placed(shadowpeft.load(adapter, base), where), mode) as model:
         made = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
     if as_json:
         print(json.dumps({"mode": mode, "text": made.text, "tokens": made.tokens, "seconds": round(made.seconds, 4)}))
@@ -56,6 +58,7 @@ def chat(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    device: str,
 ) -> None:
     """Talk to the model; ``/mode attached|detached|base`` switches, ``/reset`` forgets, ``/quit`` ends."""
     quiet_libraries()
@@ -64,10 +67,11 @@ def chat(
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
+    where = pick_device(device)
     console = Console()
     sampling = _sampling(temperature, seed)
     tokenizer = load_tokenizer_of(adapter, base)
-    model = shadowpeft.load(adapter, base)
+    model = placed(shadowpeft.load(adapter, base), where)
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     console.print(f"[bold]{mode}[/bold]  (/mode attached|detached|base, /reset, /quit)")
     while True:

@@ -33,6 +33,7 @@ class Arguments(BaseModel):
     adapters: list[str] = Field(min_length=1)
     """``NAME=FOLDER``; the folders must be there, under the same path, on every machine that has a replica."""
     base: str | None = None
+    device: str = Options.device
     versions: str | None = None
     system: str | None = None
     rows: int = Field(default=Options.rows, ge=1)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
+from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError, DataError
 
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
@@ -28,6 +28,7 @@ def calibrate(
     max_new_tokens: int,
     limit: int | None,
     out: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Calibrate ``source``, an adapter or an edge model, and save ``routing.json`` and ``routing.png`` beside it."""
@@ -53,14 +54,15 @@ def calibrate(
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
+    where = pick_device(device)
     console = Console(stderr=True)
     system = SYSTEM if system is None and data == "robot" else system
-    device, in_cloud = _backends(source, base, cloud)
+    edge, in_cloud = _backends(source, base, cloud, where)
     samples = {}
     for name, part in rows.items():
         texts = {
-            where: _answers(backend, part, system, max_new_tokens, f"{name}, {where}", console, as_json)
-            for where, backend in (("device", device), ("cloud", in_cloud))
+            side: _answers(backend, part, system, max_new_tokens, f"{name}, {side}", console, as_json)
+            for side, backend in (("device", edge), ("cloud", in_cloud))
             if backend is not None
         }
         samples[name] = [_sample(i, row, texts, parse_action) for i, row in enumerate(part)]
@@ -124,7 +126,7 @@ def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
     return row  # type: ignore[no-any-return]
 
 
-def _backends(source: str, base: str | None, cloud: bool) -> tuple[Any, Any]:
+def _backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[Any, Any]:
     import shadowpeft
     from shadowpeft.serve.backend import Attached, Detached
     from shadowpeft.serve.loading import is_edge_folder, load_edge
@@ -134,11 +136,12 @@ def _backends(source: str, base: str | None, cloud: bool) -> tuple[Any, Any]:
             raise ConfigError(
                 f"'{source}' is an edge model and has no attached path; pass --no-cloud, or the adapter's folder"
             )
-        return Detached(*load_edge(source), "edge"), None
+        model, tokenizer = load_edge(source)
+        return Detached(placed(model, where), tokenizer, "edge"), None
     tokenizer = load_tokenizer_of(source, base)
-    model = shadowpeft.load(source, base)
-    device = Detached(shadowpeft.detach(model), tokenizer, "edge")
-    return device, Attached(model, tokenizer, {"default": source}, "base") if cloud else None
+    model = placed(shadowpeft.load(source, base), where)
+    edge = Detached(shadowpeft.detach(model), tokenizer, "edge")
+    return edge, Attached(model, tokenizer, {"default": source}, "base") if cloud else None
 
 
 def _answers(

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries
+from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError
 
 KEYS, ADMIN_KEYS, CLOUD_KEY = "SHADOWPEFT_API_KEYS", "SHADOWPEFT_ADMIN_KEYS", "SHADOWPEFT_CLOUD_KEY"
@@ -29,6 +29,7 @@ class Options:
     adapters: list[str]
     role: str
     base: str | None = None
+    device: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
     auth: bool = True
@@ -92,7 +93,8 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         new_tokens=options.new_tokens,
         answer_seconds=options.answer_seconds,
     )
-    backend = _cloud_backend(named, options.base) if options.role == "cloud" else _edge_backend(named, options.base)
+    make = _cloud_backend if options.role == "cloud" else _edge_backend
+    backend = make(named, options.base, pick_device(options.device))
     role = _role(options, named, Engine(backend, limits))
     settings = Settings(
         keys=keys,
@@ -173,7 +175,7 @@ def _check(options: Options, named: dict[str, str]) -> None:
         )
 
 
-def _cloud_backend(named: dict[str, str], base: str | None) -> Any:
+def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     from shadowpeft.serve.backend import Attached, Several
     from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters
 
@@ -182,21 +184,21 @@ def _cloud_backend(named: dict[str, str], base: str | None) -> Any:
     members: list[Any] = []
     if shadows:
         tokenizer = load_tokenizer_of(next(iter(shadows.values())), base)
-        members.append(Attached(load_adapters(shadows, base), tokenizer, shadows, "base"))
-    members += [_plain(name, folder, base) for name, folder in plain.items()]
+        members.append(Attached(placed(load_adapters(shadows, base), where), tokenizer, shadows, "base"))
+    members += [_plain(name, folder, base, where) for name, folder in plain.items()]
     return members[0] if len(members) == 1 else Several(members)
 
 
-def _plain(name: str, folder: str, base: str | None) -> Any:
+def _plain(name: str, folder: str, base: str | None, where: Any) -> Any:
     from shadowpeft.serve.backend import Detached
     from shadowpeft.serve.loading import is_lora, load_edge, load_lora
 
     lora = is_lora(folder)
     model, tokenizer = load_lora(folder, base) if lora else load_edge(folder)
-    return Detached(model, tokenizer, name, None if lora else folder)
+    return Detached(placed(model, where), tokenizer, name, None if lora else folder)
 
 
-def _edge_backend(named: dict[str, str], base: str | None) -> Any:
+def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     import shadowpeft
     from shadowpeft.serve.backend import Detached
     from shadowpeft.serve.loading import is_edge_folder, load_edge
@@ -204,9 +206,9 @@ def _edge_backend(named: dict[str, str], base: str | None) -> Any:
     name, folder = next(iter(named.items()))
     if is_edge_folder(folder):
         model, tokenizer = load_edge(folder)
-        return Detached(model, tokenizer, name, folder)
+        return Detached(placed(model, where), tokenizer, name, folder)
     tokenizer = load_tokenizer_of(folder, base)
-    return Detached(shadowpeft.detach(shadowpeft.load(folder, base)), tokenizer, name)
+    return Detached(placed(shadowpeft.detach(shadowpeft.load(folder, base)), where), tokenizer, name)
 
 
 def _role(options: Options, named: dict[str, str], engine: Any) -> Any:
