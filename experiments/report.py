@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from experiments.spec import KINDS, MODES, RECORDS, SPECS, Cell, Spec, cells, evaluation_name, names, read_spec
+from shadowpeft.evaluate.record import bootstrap
 from shadowpeft.storage import between, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -272,6 +273,57 @@ def tasks_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
     return table(["method", "trainable parameters", *titles], rows)
 
 
+def compared_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
+    """As :func:`tasks_table`, then every row's distance from the one it is compared with."""
+    return [*tasks_table(page, spec, paper), *differences_table(page, spec)]
+
+
+def differences_table(page: Page, spec: Spec) -> list[str]:
+    """Scores less those of LoRA (an ablation's: of its first row in the same mode) on the same rows and seeds."""
+    other = "lora" if spec.kind == "table1" else next(iter(spec.methods))
+    columns = _columns(spec)
+    rows, used = [], set()
+    for name, method in spec.methods.items():
+        for mode in MODES[method.method]:
+            against = mode if other != "lora" else "lora"
+            if name == other or method.method == "base":
+                continue
+            cells = [difference(page, spec, task, e, (name, mode), (other, against)) for task, _, e in columns]
+            used |= {i for i, cell in enumerate(cells) if cell}
+            if any(cells):
+                rows.append([label(spec, name, mode), *cells])
+    if not rows:
+        return []
+    kept = [[row[0], *(row[1 + i] for i in sorted(used))] for row in rows]
+    titles = [columns[i][1] for i in sorted(used)]
+    first = label(spec, other, MODES[spec.methods[other].method][0]).removesuffix(", attached")
+    told = f"Points above {first} on the same test rows, seed by seed; 95 % paired bootstrap interval over rows, bold where it"
+    return ["", f"{told} leaves out 0:", "", *table(["", *titles], kept)]
+
+
+def difference(page: Page, spec: Spec, task: str, evaluation: Any, one: tuple[str, str], other: tuple[str, str]) -> str:
+    """Mean over the seeds that both rows have, in points, with the interval; empty if no record holds values of both."""
+    gaps = []
+    for mine, theirs in zip(of(page, spec, task, one[0]) or [], of(page, spec, task, other[0]) or [], strict=False):
+        found = [_values(r, _key(task, mode, evaluation)) for r, mode in ((mine, one[1]), (theirs, other[1]))]
+        if found[0] is not None and found[1] is not None and found[0][0] == found[1][0]:
+            gaps.append([100 * (a - b) for a, b in zip(found[0][1], found[1][1], strict=True)])
+    if not gaps:
+        return ""
+    each = [statistics.mean(row) for row in zip(*gaps, strict=True)]
+    low, high = bootstrap(each)
+    shown = f"{statistics.mean(each):+.1f} [{low:+.1f}, {high:+.1f}]"
+    seeds = f", {len(gaps)} seeds" if len(gaps) > 1 else ""
+    return (f"**{shown}**" if low > 0 or high < 0 else shown) + seeds
+
+
+def _values(record: dict[str, Any] | None, key: str) -> tuple[str, list[float]] | None:
+    """The digest of an evaluation's rows, and what each row was worth."""
+    if record is None or key not in record.get("values", {}):
+        return None
+    return record["results"][key]["settings"]["examples"], [float(v) for v in record["values"][key].split()]
+
+
 def ood_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
     """Trained on (down) against tested on (across)."""
     tested: dict[str, str] = {}
@@ -406,8 +458,8 @@ def _commits(record: dict[str, Any]) -> list[str]:
 
 
 TABLES: dict[str, Callable[[Page, Spec, dict[str, Any]], list[str]]] = {
-    "table1": tasks_table,
-    "ablation": tasks_table,
+    "table1": compared_table,
+    "ablation": compared_table,
     "ood": ood_table,
     "scaling": scaling_table,
     "latency": latency_table,

@@ -29,6 +29,7 @@ from experiments.spec import MODES, RECORDS, SPECS, Cell, Spec, cells, digest, e
 from shadowpeft.data.tasks import Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import answer_loss, evaluate_task
+from shadowpeft.evaluate.engine import PREDICTIONS
 from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.generate import answer, routing_reason
 from shadowpeft.storage import sync, write_json
@@ -361,7 +362,7 @@ class Runner:
             made["rate"] = self.rate(cell)
             self._check_time()
             model, made["training"], folder = self._trained_stably(cell, task, made["rate"])
-        made["results"] = {}
+        made["results"], made["values"] = {}, {}
         for options in cell.evaluate:
             other = self.get_task(options["task"])
             if other.kind != task.kind:
@@ -376,6 +377,7 @@ class Runner:
                 place = folder / "evaluations" / f"{name}-{digest(options)[:8]}"
                 with autocast(cell):
                     made["results"][name] = self._evaluated(cell, model, other, mode, place, options)
+                made["values"][name] = values_of(place)
         return made
 
     # ------------------------------------------------------------------------------------------- Figure 3b and Appendix F
@@ -480,10 +482,17 @@ class Runner:
                     "milliseconds": 1000 * statistics.mean(seconds[i] for i in chosen),
                     "handed_on": sum(i in second for i in chosen) / len(chosen),
                 }
-        return {"rate": rate, "training": training, "results": results}
+        values = {"all": " ".join(f"{hit:.6g}" for hit in hits)}
+        return {"rate": rate, "training": training, "results": results, "values": values}
 
 
 # ------------------------------------------------------------------------------------------------------------- small parts
+
+
+def values_of(folder: Path) -> str:
+    """What each example of an evaluation was worth (1: right), in the order of their ids: what two methods are compared by."""
+    rows = [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+    return " ".join(f"{row['value']:.6g}" for row in sorted(rows, key=lambda row: str(row["id"])))
 
 
 def _choice(record: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,10 @@ def test_a_record_says_all_that_made_its_number(ran):
     result = record["results"]["classify-attached"]
     assert result["interval"][0] <= result["score"] <= result["interval"][1]
     assert result["n"] == 12
+    for key, found in record["results"].items():
+        values = [float(v) for v in record["values"][key].split()]
+        assert len(values) == 12
+        assert sum(values) / 12 == pytest.approx(found["score"])
     for key in ("versions", "processor", "finished", "settings", "settings_sha256"):
         assert record[key]
     assert bool(record["commit"]) == (Path(__file__).parents[2] / ".git").exists()  # a copy without history has none
@@ -176,6 +180,51 @@ def test_the_page_holds_the_numbers_of_the_records_and_links_to_them(ran):
     assert scores == 3  # attached, detached, LoRA
     assert "2 of 2 cells run" in page
     assert report_module.text(ran.page) == page
+
+
+def test_rows_are_compared_with_lora_on_equal_examples_and_seeds_alone(base, ran, tmp_path):
+    place = Place(tmp_path, tiny_spec(base, seeds=[0, 1, 2]))
+    made = {
+        ("shadow", 0): "1 1 1 0 0 1",
+        ("lora", 0): "0 0 1 0 0 0",
+        ("shadow", 1): "1 1 1 1 0 1",
+        ("lora", 1): "0 0 1 0 0 0",
+        ("shadow", 2): "0 0 0 0 0 0",  # whose LoRA saw other rows
+        ("lora", 2): "1 1 1 1 1 1",
+    }
+    for (name, seed), values in made.items():
+        record = ran.record(f"tiny/classify-{name}-s0")
+        record["values"] = dict.fromkeys(record["results"], values)
+        for result in record["results"].values():
+            result["settings"]["examples"] = "other" if (name, seed) == ("lora", 2) else "same"
+        path = tmp_path / "records" / "tiny" / f"classify-{name}-s{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record))
+    spec = read_spec("tiny", place.page.specs)
+    told, _, _, attached, detached = [row for row in report_module.differences_table(place.page, spec) if row]
+    assert "Points above LoRA on the same test rows" in told
+    gaps = [
+        (100 * (a - b) + 100 * (c - b)) / 2
+        for a, b, c in zip(
+            *([int(v) for v in made[key].split()] for key in (("shadow", 0), ("lora", 0), ("shadow", 1))), strict=True
+        )
+    ]
+    mean = sum(gaps) / 6
+    assert mean == pytest.approx(58.3, abs=0.1)
+    assert attached.startswith(f"| Shadow, attached | **{mean:+.1f} [+")
+    assert attached.endswith(", 2 seeds |")
+    assert detached.startswith("| Shadow, detached | **")
+    assert (
+        report_module.difference(
+            place.page,
+            spec,
+            "classify",
+            spec.tasks["classify"].evaluate[0],
+            ("shadow", "attached"),
+            ("shadow", "detached"),
+        )
+        == "+0.0 [+0.0, +0.0], 3 seeds"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- interruptions
