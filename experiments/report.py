@@ -41,9 +41,10 @@ HEAD = """# Results
 
 Made by `python -m experiments report` from the files in `experiments/records`; nothing is typed in by hand. Every number of
 ours links to the record it comes from. Scores are percentages of n test rows, which the record names; brackets hold the 95 %
-bootstrap interval over examples. With several seeds the number is their mean, the brackets hold the mean of their intervals,
-and each seed's own number follows. "{not_run}" means that no record exists. The paper's numbers are printed beside ours for
-comparison: they are of other bases, larger budgets and, where a note says so, other rows.
+bootstrap interval over examples (Wilson's at 0 and 100 %). GSM8K by likelihood is the geometric mean probability of the gold
+answer's tokens, not a share of rows. With several seeds the number is their mean, the brackets hold the mean of their
+intervals, and each seed's own number follows. "{not_run}" means that no record exists. The paper's numbers are printed beside
+ours for comparison: they are of other bases, larger budgets and, where a note says so, other rows.
 
 How equal conditions are kept is described in [experiments.md](experiments.md).
 """
@@ -132,10 +133,17 @@ def readme(page: Page, content: str) -> str:
         for mode in MODES[method.method]:
             row = [label(spec, name, mode)]
             for task, _, evaluation in columns:
-                records = [r for r in of(page, spec, task, name) or [] if r is not None]
+                cells_of = of(page, spec, task, name)
+                records = [r for r in cells_of or [] if r is not None]
                 found = _mean(records, _key(task, mode, evaluation))
                 seeds = f", {len(records)} seeds" if len(records) > 1 else ""
-                row.append("" if found is None else f"{found[0]:.1f} [{found[1]:.0f}, {found[2]:.0f}]{seeds}")
+                row.append(
+                    NOT_RUN
+                    if found is None and cells_of is not None
+                    else ""
+                    if found is None
+                    else f"{found[0]:.1f} [{found[1]:.0f}, {found[2]:.0f}]{seeds}"
+                )
             lines.append(row)
     titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
     return between(content, README_MARKS, "\n".join(table(["%, [95 % interval]", *titles], lines))) or content
@@ -157,6 +165,12 @@ def section(page: Page, spec: Spec, paper: dict[str, Any]) -> str:
     if old:
         lines += ["", f"Records of other settings than the spec has now: {', '.join(old)}."]
     lines += ["", *TABLES[spec.kind](page, spec, paper)]
+    mixed = unlike(page, spec)
+    if mixed:
+        lines += [
+            "",
+            f"Rows of one column that must not be compared, since their test rows differ: {', '.join(mixed)}.",
+        ]
     note = paper.get(spec.kind, {}).get("note")
     if note and spec.paper:
         lines += ["", note.strip()]
@@ -176,13 +190,20 @@ def share(page: Page, records: list[dict[str, Any] | None], key: str) -> str:
     if not there:
         return NOT_RUN
     scores = [100 * r["results"][key]["score"] for r in there]
-    lows, highs = zip(*(r["results"][key]["interval"] for r in there), strict=True)
+    lows, highs = zip(*(interval_of(r["results"][key]) for r in there), strict=True)
     interval = f"[{100 * statistics.mean(lows):.1f}, {100 * statistics.mean(highs):.1f}]"
     if len(there) == 1 and len(records) == 1:
         return f"{page.link(there[0], f'{scores[0]:.1f}')} {interval}"
     each = " ".join(page.link(r, f"{s:.1f}") for r, s in zip(there, scores, strict=True))
     missing = len(records) - len(there)
     return f"{statistics.mean(scores):.1f} {interval} ({each}" + (f"; {missing} seeds {NOT_RUN})" if missing else ")")
+
+
+def interval_of(result: dict[str, Any]) -> list[float]:
+    """The bootstrap interval; where every row has one value it has no width, and Wilson's stands for it."""
+    low, high = result["interval"]
+    found: list[float] = result.get("wilson_interval", [low, high]) if low == high else [low, high]
+    return found
 
 
 def label(spec: Spec, name: str, mode: str) -> str:
@@ -216,6 +237,17 @@ def _rows(page: Page, spec: Spec, task: str, evaluation: Any) -> str:
         if (result := record["results"].get(_key(task, mode, evaluation))) is not None
     }
     return f" (n = {', '.join(f'{n:,}' for n in sorted(counts))})" if counts else ""
+
+
+def unlike(page: Page, spec: Spec) -> list[str]:
+    """Columns whose records were not all made from the same test rows (other data, or another reading of it)."""
+    seen: dict[str, set[str]] = {}
+    for cell in cells(spec):
+        for key, result in ((page.read(cell) or {}).get("results") or {}).items():
+            if "settings" in result:
+                column = key.replace(f"-{result['mode']}", "")
+                seen.setdefault(f"{cell.task}: {column}", set()).add(result["settings"]["examples"])
+    return [column for column, digests in seen.items() if len(digests) > 1]
 
 
 def of(page: Page, spec: Spec, task: str, name: str) -> list[dict[str, Any] | None] | None:
@@ -327,8 +359,11 @@ def _values(record: dict[str, Any] | None, key: str) -> tuple[str, list[float]] 
 def ood_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:
     """Trained on (down) against tested on (across)."""
     tested: dict[str, str] = {}
-    for _, title, evaluation in _columns(spec):
-        tested.setdefault(evaluation.task or "", title)
+    for task, _, evaluation in _columns(spec):
+        own = evaluation.task or task
+        shots = sorted({e.shots for t, _, e in _columns(spec) if (e.task or t) == own})
+        asked = f", {'/'.join(map(str, shots))}-shot" if any(shots) else ""
+        tested.setdefault(own, f"{TITLES.get(own, own)}{asked}{_rows(page, spec, task, evaluation)}")
     rows = []
     for task, part in spec.tasks.items():
         for name, method in spec.methods.items():
@@ -447,7 +482,7 @@ def training_table(page: Page, spec: Spec) -> list[str]:
                 ", ".join(f"`{commit[:8]}`" for commit in _commits(record)) or "unknown",
             ]
         )
-    header = ["record", "learning rate", "steps", "tokens", "seconds", "peak MiB", "device", "commit"]
+    header = ["record", "learning rate", "steps", "tokens", "seconds (last sitting)", "peak MiB", "device", "commit"]
     return ["Training behind these numbers:", "", *table(header, rows)] if rows else []
 
 
@@ -496,8 +531,8 @@ def _mean(records: list[dict[str, Any]], key: str) -> tuple[float, float, float]
     there = [r["results"][key] for r in records if key in r["results"]]
     if not there:
         return None
-    low = statistics.mean(r["interval"][0] for r in there)
-    high = statistics.mean(r["interval"][1] for r in there)
+    low = statistics.mean(interval_of(r)[0] for r in there)
+    high = statistics.mean(interval_of(r)[1] for r in there)
     return 100 * statistics.mean(r["score"] for r in there), 100 * low, 100 * high
 
 
@@ -609,25 +644,29 @@ def latencies(page: Page, spec: Spec, path: Path) -> None:
     _save(plt, figure, path)
 
 
-def trade(page: Page, spec: Spec, path: Path) -> None:
-    """Accuracy against latency, a point a system and seed."""
+def parts(page: Page, spec: Spec, path: Path) -> None:
+    """Accuracy of each system on commands, open requests and all: what a busy machine does not change."""
     plt, figure, axes = _canvas()
-    for task in spec.tasks:
-        for name, method in spec.methods.items():
-            mode = MODES[method.method][0]
-            results = [r["results"]["all"] for r in of(page, spec, task, name) or [] if r is not None]
-            if results:
-                y = [100 * r["score"] for r in results]
-                low = [max(v - 100 * r["interval"][0], 0.0) for v, r in zip(y, results, strict=True)]
-                high = [max(100 * r["interval"][1] - v, 0.0) for v, r in zip(y, results, strict=True)]
-                own = "shadow first, attached behind" if method.method == "shadow" else label(spec, name, "")
-                x = [r["milliseconds"] for r in results]
-                axes.errorbar(x, y, yerr=[low, high], fmt="o", color=COLOURS[mode], label=own, capsize=3)
-    axes.set_xlabel("mean ms a request")
-    axes.set_ylabel("right, %")
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
+    kinds = {"commands": "commands", "open": "open requests", "all": "all"}
+    there = {name: _system_records(page, spec, name) for name in spec.methods if _system_records(page, spec, name)}
+    for number, (name, records) in enumerate(there.items()):
+        method = spec.methods[name].method
+        handed = 100 * statistics.mean(r["results"]["all"]["handed_on"] for r in records)
+        own = f"shadow first, {handed:.0f} % handed on" if method == "shadow" else label(spec, name, "")
+        places = [at + (number - (len(there) - 1) / 2) * 0.8 / len(there) for at in range(len(kinds))]
+        found = [_mean(records, kind) or (0.0, 0.0, 0.0) for kind in kinds]
+        errors = [[max(v - low, 0.0) for v, low, _ in found], [max(high - v, 0.0) for v, _, high in found]]
+        colour = COLOURS[MODES[method][0]]
+        axes.bar(places, [v for v, _, _ in found], 0.8 / len(there), yerr=errors, label=own, color=colour, capsize=3)
+    axes.set_xticks(range(len(kinds)), list(kinds.values()))
+    axes.set_ylabel("right, % (95 % interval)")
+    axes.set_ylim(0, 100)
+    axes.legend(frameon=False, ncols=len(there))
     _save(plt, figure, path)
+
+
+def _system_records(page: Page, spec: Spec, name: str) -> list[dict[str, Any]]:
+    return [r for task in spec.tasks for r in of(page, spec, task, name) or [] if r is not None]
 
 
 FIGURES: dict[str, Callable[[Page, Spec, Path], None]] = {
@@ -635,5 +674,5 @@ FIGURES: dict[str, Callable[[Page, Spec, Path], None]] = {
     "ablation": rows,
     "scaling": curves,
     "latency": latencies,
-    "system": trade,
+    "system": parts,
 }

@@ -16,7 +16,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ from rich.console import Console
 
 import shadowpeft
 from experiments.spec import MODES, RECORDS, SPECS, Cell, Spec, cells, digest, evaluation_name, read_spec
+from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.evaluate import answer_loss, evaluate_task
+from shadowpeft.evaluate import answer_loss, evaluate_task, norms_kept
 from shadowpeft.evaluate.engine import PREDICTIONS
 from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.generate import answer, routing_reason
 from shadowpeft.storage import sync, write_json
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
+from shadowpeft.train.progress import read_metrics
 from shadowpeft.train.run import DTYPES, load_tokenizer, prepare_cpu, versions
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +45,7 @@ CHECKPOINTS = 5
 """Checkpoints of a cell's training: a kill costs a fifth of it at most."""
 
 DIVERGED = 1.1
-"""A run has diverged if its last task loss is this many times that of a trial of a quarter of its length."""
+"""A run has diverged if its task loss over its second half is this many times that of a trial of a quarter of its length."""
 
 
 class Paused(Exception):
@@ -219,16 +221,12 @@ class Runner:
         by = rates["by"] or ("score" if task.kind == "classify" else "loss")
         tokenizer, mode = self.tokenizer(cell.base), MODES[cell.method][0]
         with autocast(cell):
-            if by == "score":
-                name = f"{rates['split']}-{rates['rows']}"
-                value = self._evaluated(
-                    cell,
-                    model,
-                    task,
-                    mode,
-                    folder / "evaluations" / name,
-                    {"split": rates["split"], "limit": rates["rows"]},
-                )["score"]
+            if by == "score" or task.kind == "classify":
+                place = folder / "evaluations" / f"{rates['split']}-{rates['rows']}"
+                asked = {"split": rates["split"], "limit": rates["rows"]}
+                value = self._evaluated(cell, model, task, mode, place, asked)["score"]
+                if by == "loss":  # of classes
+                    value = statistics.mean(row["scores"][row["gold"]] for row in predictions(place))
             else:
                 rows = task.load(rates["split"], shots=cell.shots, limit=rates["rows"], seed=0)
                 encoded: Any = baselines.encode_examples(task, rows, tokenizer, max_length=cell.max_length)
@@ -239,9 +237,9 @@ class Runner:
         return float(value)
 
     def _trained_stably(self, cell: Cell, task: Any, rate: dict[str, Any]) -> tuple[PeftModel, dict[str, Any], Path]:
-        """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the last task
-        loss is not finite or more than a tenth above that of the rate's own trial (less is noise of a few batches), the next
-        lower rate of the grid is taken, for every method alike.
+        """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the task loss
+        is not finite, or its mean over the second half of the steps is more than a tenth above that of the rate's own trial
+        (less is noise of a few batches), the next lower rate of the grid is taken, for every method alike.
 
         ``rate`` keeps ``chosen`` and gets ``used`` and ``diverged``.
         """
@@ -253,7 +251,7 @@ class Runner:
             loss: float | None = None
             try:
                 model, summary, folder = self._trained(cell, task, rate["used"], seed=cell.seed)
-                loss = summary["task_loss"]
+                loss = summary["late_task_loss"]
             except NonFiniteLossError:
                 if not below:
                     raise
@@ -306,6 +304,7 @@ class Runner:
         summary_file, adapter = folder / "summary.json", folder / "adapter"
         if summary_file.is_file():
             summary = json.loads(summary_file.read_text(encoding="utf-8"))
+            summary["late_task_loss"] = late_loss(folder)
             return placed(PeftModel.from_pretrained(base, str(adapter))), summary, folder
         budget = None if cell.match is None else baselines.shadow_parameters(base, cell.match)
         model = baselines.attach(base, cell.method, cell.fields, budget=budget, seed=seed)
@@ -322,6 +321,7 @@ class Runner:
             budget=budget,
             rank=getattr(config, "r", None),
             train=task.source("train"),
+            late_task_loss=late_loss(folder),
             commit=commit(),
             versions=versions(),
         )
@@ -418,7 +418,8 @@ class Runner:
             return 1000 * (time.perf_counter() - began)
 
         times: dict[str, list[float]] = {name: [] for name in runners}
-        with autocast(cell):
+        adapted = next((r for name, r in runners.items() if name in ("lora", "dora")), runners["base"])
+        with autocast(cell), norms_kept(adapted):
             for turn in range(settings["warmup"] + settings["repeats"]):
                 for name in list(runners) if turn % 2 == 0 else list(runners)[::-1]:
                     value = once(runners[name])
@@ -459,7 +460,8 @@ class Runner:
             )
             return [(task.parse(a.text), a.seconds) for a in found]
 
-        with autocast(cell):
+        began = time.monotonic()
+        with autocast(cell), norms_kept(model):
             if cell.method == "shadow":
                 edge = placed(shadowpeft.detach(model))
                 first = ask(edge, rows)
@@ -483,7 +485,12 @@ class Runner:
                     "handed_on": sum(i in second for i in chosen) / len(chosen),
                 }
         values = {"all": " ".join(f"{hit:.6g}" for hit in hits)}
-        return {"rate": rate, "training": training, "results": results, "values": values}
+        asked = {
+            "data": task.source(options["split"]),
+            "examples": fingerprint(asdict(row) for row in rows),
+            "wall_seconds": round(time.monotonic() - began, 1),
+        }
+        return {"rate": rate, "training": training, "results": results, "values": values, "asked": asked}
 
 
 # ------------------------------------------------------------------------------------------------------------- small parts
@@ -491,13 +498,29 @@ class Runner:
 
 def values_of(folder: Path) -> str:
     """What each example of an evaluation was worth (1: right), in the order of their ids: what two methods are compared by."""
-    rows = [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
-    return " ".join(f"{row['value']:.6g}" for row in sorted(rows, key=lambda row: str(row["id"])))
+    return " ".join(f"{row['value']:.6g}" for row in sorted(predictions(folder), key=lambda row: str(row["id"])))
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    """What an evaluation wrote of each example."""
+    return [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+
+
+def late_loss(folder: Path) -> float | None:
+    """Mean task loss over the second half of a training's steps: the last logged value alone may be that of one batch."""
+    logged = [(record["step"], record["task_loss"]) for record in read_metrics(folder) if "task_loss" in record]
+    if not logged:
+        return None
+    half, before, total, steps = logged[-1][0] / 2, 0.0, 0.0, 0.0
+    for step, loss in logged:  # each is the mean since the one before
+        inside = max(0.0, step - max(before, half))
+        total, steps, before = total + inside * loss, steps + inside, step
+    return total / steps
 
 
 def _choice(record: dict[str, Any]) -> dict[str, Any]:
     """What a cell needs of the record of its learning rate."""
-    losses = {d["learning_rate"]: d["task_loss"] for d in record["details"] if d.get("task_loss") is not None}
+    losses = {d["learning_rate"]: d["late_task_loss"] for d in record["details"] if d.get("late_task_loss") is not None}
     return {"chosen": record["chosen"], "record": record["id"], "at_edge": record["at_edge"], "trial_losses": losses}
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from experiments.__main__ import main
 from experiments.report import Page
-from experiments.runner import Runner
+from experiments.runner import Runner, late_loss, predictions
 from experiments.spec import KINDS, SPECS, cells, merge, names, read_spec
 from faketask import Fake
 
@@ -123,7 +123,7 @@ def test_rates_are_searched_on_the_same_grid_at_half_the_budget_on_validation_ro
 def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran):
     losses = {1e-2: 5.0, 3e-3: 2.3, 1e-3: 1.0}
     runner = ran.runner()
-    runner._trained = lambda cell, task, rate, seed: (None, {"task_loss": losses[rate]}, ran.folder)
+    runner._trained = lambda cell, task, rate, seed: (None, {"late_task_loss": losses[rate]}, ran.folder)
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
 
     def used(**trials):
@@ -140,7 +140,7 @@ def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
     def trained(cell, task, rate, seed, share=1.0):
         if rate > limit:
             raise NonFiniteLossError("the gradient's norm became nan")
-        return None, {"task_loss": 1.0}, ran.folder
+        return None, {"late_task_loss": 1.0}, ran.folder
 
     runner = ran.runner()
     runner._trained = trained
@@ -157,6 +157,31 @@ def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
     limit = 0.0
     with pytest.raises(NonFiniteLossError):  # there is no lower one
         runner._trained_stably(cell, None, {"chosen": 1e-3, "trial_losses": {1e-3: 1.0}})
+
+
+def test_the_late_loss_is_the_mean_over_the_second_half_of_the_steps(tmp_path):
+    logged = [(10, 9.0), (20, 3.0), (22, 1.0)]  # steps 12 to 20 and 21, 22 are late
+    lines = [json.dumps({"step": step, "task_loss": loss}) for step, loss in logged]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 22, "train_loss": 5.0})]) + "\n")
+    assert late_loss(tmp_path) == pytest.approx((9 * 3.0 + 2 * 1.0) / 11)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "task_loss": 2.0}) + "\n")
+    assert late_loss(tmp_path) == 2.0
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert late_loss(tmp_path) is None
+
+
+def test_a_classifiers_rate_can_be_chosen_by_the_likelihood_of_the_classes(base, ran, tmp_path):
+    place = Place(tmp_path, tiny_spec(base, rates={"by": "loss"}))
+    (cell,) = [c for c in cells(read_spec("tiny", place.page.specs)) if c.name == "lora"]
+    runner = ran.runner()  # whose adapters of the trials are there
+    task, details = TASKS["classify"], []
+    value = runner._trial(cell, task, 1e-3, details)
+    (trained,) = details
+    rows = predictions(runner.work / "train" / trained["key"] / "evaluations" / "validation-6")
+    golds = {e.id: e.answer for e in task.load("validation")}
+    assert value == pytest.approx(sum(r["scores"][task.labels.index(golds[r["id"]])] for r in rows) / 6)
+    assert value < 0
+    assert trained["by"] == "loss"
 
 
 def test_a_second_run_does_nothing(ran):
@@ -180,6 +205,25 @@ def test_the_page_holds_the_numbers_of_the_records_and_links_to_them(ran):
     assert scores == 3  # attached, detached, LoRA
     assert "2 of 2 cells run" in page
     assert report_module.text(ran.page) == page
+
+
+def test_records_of_other_test_rows_are_named(ran):
+    record = ran.folder / "records" / "tiny" / "classify-lora-s0.json"
+    before = record.read_text()
+    assert "must not be compared" not in report_module.text(ran.page)
+    changed = json.loads(before)
+    changed["results"]["classify-lora"]["settings"]["examples"] = "other rows"
+    record.write_text(json.dumps(changed))
+    try:
+        assert "since their test rows differ: classify: classify." in report_module.text(ran.page)
+    finally:
+        record.write_text(before)
+
+
+def test_a_score_without_spread_shows_wilsons_interval():
+    result = {"score": 0.0, "interval": [0.0, 0.0], "wilson_interval": [0.0, 0.037]}
+    assert report_module.interval_of(result) == [0.0, 0.037]
+    assert report_module.interval_of({**result, "interval": [0.0, 0.1]}) == [0.0, 0.1]
 
 
 def test_rows_are_compared_with_lora_on_equal_examples_and_seeds_alone(base, ran, tmp_path):
@@ -302,7 +346,7 @@ def test_transfer_uses_the_adapter_and_the_rate_of_the_table(base, tmp_path):
         "robot-detached-2shot",
     }
     page = report_module.text(place.page)
-    assert "| Robot intents, 2-shot |" in page
+    assert "| Robot intents, 2-shot (n = " in page
 
 
 @pytest.mark.slow

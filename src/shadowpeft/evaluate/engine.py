@@ -86,13 +86,14 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
             found = _peft_method(model)
             if found != mode:
                 raise ConfigError(f"mode is '{mode}' but the model is {found}; pass a PEFT model of that method")
-            with _norms_kept(model):
+            with norms_kept(model):
                 yield model
 
 
 @contextmanager
-def _norms_kept(model: nn.Module) -> Iterator[None]:
-    """PEFT's DoRA layers compute the norm of their merged matrix once, not at each forward: no weight changes in here.
+def norms_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, PEFT's DoRA layers compute the norm of their merged matrix once, not at each forward: no weight may change. Other
+    models run as always; the model is in evaluation mode afterwards.
 
     PEFT empties what it keeps when a model goes to training; that is done before, so that no norm of older weights is used,
     and after, so that none is left.
