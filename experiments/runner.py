@@ -36,7 +36,6 @@ from shadowpeft.generate import answer, routing_reason
 from shadowpeft.storage import sync, write_json
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.progress import read_metrics
 from shadowpeft.train.run import DTYPES, load_tokenizer, prepare_cpu, versions
 
 ROOT = Path(__file__).parent.parent
@@ -44,8 +43,8 @@ WORK = ROOT / "runs" / "experiments"
 CHECKPOINTS = 5
 """Checkpoints of a cell's training: a kill costs a fifth of it at most."""
 
-DIVERGED = 1.1
-"""A run has diverged if its task loss over its second half is this many times that of a trial of a quarter of its length."""
+DIVERGED = 0.1
+"""A whole run has diverged if it is worth less than the trial of its rate by this share; both on the same validation rows."""
 
 
 class Paused(Exception):
@@ -218,6 +217,13 @@ class Runner:
             details.append({"learning_rate": rate, "by": "diverged", "error": str(error)})
             self.say(f"    learning rate {rate:g}: {error}")
             return math.nan
+        by, value = self._judged(cell, rates, model, task, folder)
+        details.append({"learning_rate": rate, "by": by, **trained})
+        self.say(f"    learning rate {rate:g}: {by} {abs(value):.4f}")
+        return value
+
+    def _judged(self, cell: Cell, rates: dict[str, Any], model: Any, task: Any, folder: Path) -> tuple[str, float]:
+        """What a trained adapter is worth on the validation rows, and by what: its score, or its cross-entropy, negative."""
         by = rates["by"] or ("score" if task.kind == "classify" else "loss")
         tokenizer, mode = self.tokenizer(cell.base), MODES[cell.method][0]
         with autocast(cell):
@@ -232,34 +238,34 @@ class Runner:
                 encoded: Any = baselines.encode_examples(task, rows, tokenizer, max_length=cell.max_length)
                 own = [s for s in encoded.sequences if s.base]
                 value = -answer_loss(model, own, tokenizer.pad_token_id)["loss"]
-        details.append({"learning_rate": rate, "by": by, **trained})
-        self.say(f"    learning rate {rate:g}: {by} {abs(value):.4f}")
-        return float(value)
+        return by, float(value)
 
     def _trained_stably(self, cell: Cell, task: Any, rate: dict[str, Any]) -> tuple[PeftModel, dict[str, Any], Path]:
-        """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the task loss
-        is not finite, or its mean over the second half of the steps is more than a tenth above that of the rate's own trial
-        (less is noise of a few batches), the next lower rate of the grid is taken, for every method alike.
+        """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the loss is
+        not finite, or the whole run is worth less on the validation rows than the rate's own trial (by more than a tenth of its
+        value), the next lower rate of the grid is taken, for every method alike.
 
-        ``rate`` keeps ``chosen`` and gets ``used`` and ``diverged``.
+        ``rate`` keeps ``chosen`` and gets ``used``, its ``value`` on the validation rows, and ``diverged``.
         """
-        lower = sorted(rate.get("trial_losses", {}), reverse=True)
-        rate.update(used=rate["chosen"], diverged=[])
+        trials, rates = rate.pop("trials", {}), rate.pop("judged", None)
+        rate.update(used=rate["chosen"], value=None, diverged=[])
         while True:
-            trial = rate.get("trial_losses", {}).get(rate["used"])
-            below = [r for r in lower if r < rate["used"]]
-            loss: float | None = None
+            below = [r for r in sorted(trials, reverse=True) if r < rate["used"]]
             try:
                 model, summary, folder = self._trained(cell, task, rate["used"], seed=cell.seed)
-                loss = summary["late_task_loss"]
             except NonFiniteLossError:
                 if not below:
                     raise
-            if loss is not None and (trial is None or loss <= DIVERGED * trial or not below):
-                rate.pop("trial_losses", None)
-                return model, summary, folder
-            self.say(f"    diverged at {rate['used']:g} (task loss {loss}, in its trial {trial})")
-            rate["diverged"].append({"learning_rate": rate["used"], "task_loss": loss, "trial": trial})
+                rate["value"] = None
+            else:
+                trial = trials.get(rate["used"])
+                if rates is not None:
+                    rate["value"] = self._judged(cell, rates, model, task, folder)[1]
+                if trial is None or rate["value"] >= trial - DIVERGED * abs(trial) or not below:
+                    return model, summary, folder
+            found = {"learning_rate": rate["used"], "value": rate["value"], "trial": trials.get(rate["used"])}
+            self.say(f"    diverged at {rate['used']:g} (value {found['value']}, in its trial {found['trial']})")
+            rate["diverged"].append(found)
             rate["used"] = below[0]
 
     def _trained(
@@ -304,7 +310,6 @@ class Runner:
         summary_file, adapter = folder / "summary.json", folder / "adapter"
         if summary_file.is_file():
             summary = json.loads(summary_file.read_text(encoding="utf-8"))
-            summary["late_task_loss"] = late_loss(folder)
             return placed(PeftModel.from_pretrained(base, str(adapter))), summary, folder
         budget = None if cell.match is None else baselines.shadow_parameters(base, cell.match)
         model = baselines.attach(base, cell.method, cell.fields, budget=budget, seed=seed)
@@ -321,7 +326,6 @@ class Runner:
             budget=budget,
             rank=getattr(config, "r", None),
             train=task.source("train"),
-            late_task_loss=late_loss(folder),
             commit=commit(),
             versions=versions(),
         )
@@ -506,22 +510,11 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
 
 
-def late_loss(folder: Path) -> float | None:
-    """Mean task loss over the second half of a training's steps: the last logged value alone may be that of one batch."""
-    logged = [(record["step"], record["task_loss"]) for record in read_metrics(folder) if "task_loss" in record]
-    if not logged:
-        return None
-    half, before, total, steps = logged[-1][0] / 2, 0.0, 0.0, 0.0
-    for step, loss in logged:  # each is the mean since the one before
-        inside = max(0.0, step - max(before, half))
-        total, steps, before = total + inside * loss, steps + inside, step
-    return total / steps
-
-
 def _choice(record: dict[str, Any]) -> dict[str, Any]:
     """What a cell needs of the record of its learning rate."""
-    losses = {d["learning_rate"]: d["late_task_loss"] for d in record["details"] if d.get("late_task_loss") is not None}
-    return {"chosen": record["chosen"], "record": record["id"], "at_edge": record["at_edge"], "trial_losses": losses}
+    trials = {t["learning_rate"]: t["value"] for t in record["trials"] if t["value"] is not None}
+    own = {"chosen": record["chosen"], "record": record["id"], "at_edge": record["at_edge"]}
+    return {**own, "trials": trials, "judged": record["settings"]["rates"]}
 
 
 def placed(model: Any) -> Any:

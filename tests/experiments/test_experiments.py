@@ -13,7 +13,7 @@ import pytest
 import yaml
 from experiments.__main__ import main
 from experiments.report import Page
-from experiments.runner import Runner, late_loss, predictions
+from experiments.runner import Runner, predictions
 from experiments.spec import KINDS, SPECS, cells, merge, names, read_spec
 from faketask import Fake
 
@@ -121,53 +121,54 @@ def test_rates_are_searched_on_the_same_grid_at_half_the_budget_on_validation_ro
 
 
 def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran):
-    losses = {1e-2: 5.0, 3e-3: 2.3, 1e-3: 1.0}
     runner = ran.runner()
-    runner._trained = lambda cell, task, rate, seed: (None, {"late_task_loss": losses[rate]}, ran.folder)
+    runner._trained = lambda cell, task, rate, seed: (rate, {}, ran.folder)
+    runner._judged = lambda cell, rates, model, task, folder: ("score", worth[model])
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
 
     def used(**trials):
-        rate = {"chosen": 1e-2, "trial_losses": {1e-2: trials["high"], 3e-3: trials["middle"], 1e-3: trials["low"]}}
+        rate = {
+            "chosen": 1e-2,
+            "judged": {},
+            "trials": {1e-2: trials["high"], 3e-3: trials["middle"], 1e-3: trials["low"]},
+        }
         runner._trained_stably(cell, None, rate)
+        assert "trials" not in rate
+        assert rate["value"] == worth[rate["used"]]
         return rate["used"], [d["learning_rate"] for d in rate["diverged"]]
 
-    assert used(high=4.9, middle=1.0, low=1.0) == (1e-2, [])
-    assert used(high=4.0, middle=2.2, low=1.0) == (3e-3, [1e-2])
-    assert used(high=4.0, middle=2.0, low=0.1) == (1e-3, [1e-2, 3e-3])  # there is no lower one
+    worth = {1e-2: 0.2, 3e-3: 0.5, 1e-3: 0.8}  # scores
+    assert used(high=0.2, middle=0.9, low=0.9) == (1e-2, [])
+    assert used(high=0.22, middle=0.9, low=0.9) == (1e-2, [])
+    assert used(high=0.3, middle=0.4, low=0.9) == (3e-3, [1e-2])
+    assert used(high=0.3, middle=0.9, low=0.9) == (1e-3, [1e-2, 3e-3])  # there is no lower one
+    worth = {1e-2: -5.0, 3e-3: -2.1, 1e-3: -1.0}  # cross-entropies
+    assert used(high=-4.6, middle=-1.0, low=-1.0) == (1e-2, [])
+    assert used(high=-4.0, middle=-2.0, low=-1.0) == (3e-3, [1e-2])
 
 
 def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
     def trained(cell, task, rate, seed, share=1.0):
         if rate > limit:
             raise NonFiniteLossError("the gradient's norm became nan")
-        return None, {"late_task_loss": 1.0}, ran.folder
+        return None, {}, ran.folder
 
     runner = ran.runner()
     runner._trained = trained
+    runner._judged = lambda *arguments: ("score", 1.0)
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
     limit = 0.0
     details = []
     assert math.isnan(runner._trial(cell, TASKS["classify"], 1e-2, details))
     assert details == [{"learning_rate": 1e-2, "by": "diverged", "error": "the gradient's norm became nan"}]
     limit = 5e-3
-    rate = {"chosen": 1e-2, "trial_losses": {1e-2: 1.0, 1e-3: 1.0}}
+    rate = {"chosen": 1e-2, "judged": {}, "trials": {1e-2: 1.0, 1e-3: 1.0}}
     runner._trained_stably(cell, None, rate)
     assert rate["used"] == 1e-3
-    assert rate["diverged"] == [{"learning_rate": 1e-2, "task_loss": None, "trial": 1.0}]
+    assert rate["diverged"] == [{"learning_rate": 1e-2, "value": None, "trial": 1.0}]
     limit = 0.0
     with pytest.raises(NonFiniteLossError):  # there is no lower one
-        runner._trained_stably(cell, None, {"chosen": 1e-3, "trial_losses": {1e-3: 1.0}})
-
-
-def test_the_late_loss_is_the_mean_over_the_second_half_of_the_steps(tmp_path):
-    logged = [(10, 9.0), (20, 3.0), (22, 1.0)]  # steps 12 to 20 and 21, 22 are late
-    lines = [json.dumps({"step": step, "task_loss": loss}) for step, loss in logged]
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 22, "train_loss": 5.0})]) + "\n")
-    assert late_loss(tmp_path) == pytest.approx((9 * 3.0 + 2 * 1.0) / 11)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "task_loss": 2.0}) + "\n")
-    assert late_loss(tmp_path) == 2.0
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert late_loss(tmp_path) is None
+        runner._trained_stably(cell, None, {"chosen": 1e-3, "judged": {}, "trials": {1e-3: 1.0}})
 
 
 def test_a_classifiers_rate_can_be_chosen_by_the_likelihood_of_the_classes(base, ran, tmp_path):
