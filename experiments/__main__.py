@@ -14,7 +14,7 @@ from shadowpeft.errors import ShadowPeftError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0: done; 1: failed, or cells are left because the time was up; 2: wrong usage or configuration."""
+    """Exit code 0: done; 1: failed; 2: wrong usage or configuration; 3: the time was up, cells are left; 130: Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description="Tables and figures from data files.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="specs and how many of their cells have records; of one spec, its cells")
@@ -48,7 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         runner = Runner(limit_minutes=chosen.limit_minutes, quiet=chosen.quiet, console=console, **options)
         outcome = runner.run(chosen.name, chosen.cells)
         print(", ".join(f"{len(ids)} {what}" for what, ids in outcome.items()))
-        return 1 if outcome["left"] else 0
+        return 3 if outcome["left"] else 0
+    except KeyboardInterrupt:
+        console.print("stopped; what was done is kept, and the same command continues")
+        return 130
     except ShadowPeftError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2 if isinstance(error, ValueError) else 1
@@ -56,14 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(console: Console, name: str | None) -> None:
     """A table of the specs, or of one spec's cells."""
-    from experiments.report import read
-
     if name is None:
         table = Table("spec", "cells", "done", "title")
         for each in names():
             spec = read_spec(each)
             all_cells = cells(spec)
-            done = sum(read(cell) is not None for cell in all_cells)
+            done = sum(state(cell) == "done" for cell in all_cells)
             table.add_row(each, str(len(all_cells)), str(done), spec.title)
     else:
         table = Table("cell", "budget", "learning rate", "state")

@@ -317,7 +317,7 @@ class Runner:
             model, tokenizer, data, section, folder, deadline=self.deadline, console=self.console, quiet=self.quiet
         )
         if not summary.pop("finished"):
-            raise Paused
+            raise Paused if self._over() else KeyboardInterrupt
         config = model.peft_config["default"]
         summary.update(
             learning_rate=rate,

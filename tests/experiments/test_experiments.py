@@ -20,6 +20,7 @@ from faketask import Fake
 from chatbase import save_base
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import evaluate_task
+from shadowpeft.train import baselines
 
 TASKS = {"classify": Fake("classify"), "generate": Fake("generate"), "robot": Fake("generate", paths=True)}
 SHADOW = {"r": 4, "shadow_alpha": 0.7, "shadow_dropout": 0.1}
@@ -307,6 +308,18 @@ def test_the_time_limit_leaves_cells_and_stops_in_the_middle_of_training(base, t
     assert list((place.folder / "work" / "train").glob("*/checkpoint-1"))
     assert place.runner().run("tiny", "*-shadow-*")["ran"] == ["classify-shadow-s0"]
     assert not list((place.folder / "work").rglob("checkpoint-*"))
+
+
+def test_ctrl_c_ends_the_command_and_not_only_the_cell(base, tmp_path, monkeypatch, capsys):
+    place = Place(tmp_path, tiny_spec(base, rates=None, train={"learning_rate": 1e-3}))
+    monkeypatch.setattr(baselines, "train_task", lambda *a, **k: {"finished": False})  # as after the first Ctrl-C
+    with pytest.raises(KeyboardInterrupt):
+        place.runner().run("tiny")
+    monkeypatch.setattr(Runner, "run", lambda self, name, pattern: {"done": [], "ran": [], "left": ["a"]})
+    assert main(["run", "tiny"]) == 3
+    monkeypatch.setattr(Runner, "run", lambda self, name, pattern: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["run", "tiny"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_a_record_of_other_settings_is_refused_and_named(base, ran, tmp_path):
