@@ -487,8 +487,9 @@ def training_table(page: Page, spec: Spec) -> list[str]:
 
 
 def _commits(record: dict[str, Any]) -> list[str]:
-    """The commits that the results of a record were computed at."""
+    """The commits that a record was trained and evaluated at (the first records did not keep that of the training)."""
     found = {result["commit"] for result in record["results"].values() if result.get("commit")}
+    found |= {record["training"]["commit"]} if record["training"].get("commit") else set()
     return sorted(found) or [record["commit"]] * bool(record["commit"])
 
 

@@ -303,7 +303,10 @@ class Runner:
                 cell.shots,
                 cell.shadow_row_repeats,
                 optimised,
-                task.source("train")["fingerprint"],
+                fingerprint(
+                    data[i] for i in range(len(data))
+                ),  # what is read and learnt, prompts and answers as encoded
+                shadowpeft.__version__,
             ]
         )
         folder = self.work / "train" / key[:16]

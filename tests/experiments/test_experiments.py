@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import experiments.report as report_module
@@ -184,6 +185,17 @@ def test_a_classifiers_rate_can_be_chosen_by_the_likelihood_of_the_classes(base,
     assert value == pytest.approx(sum(r["scores"][task.labels.index(golds[r["id"]])] for r in rows) / 6)
     assert value < 0
     assert trained["by"] == "loss"
+
+
+def test_an_adapter_of_other_prompts_is_not_taken_for_this_one(ran, monkeypatch):
+    (cell,) = [c for c in cells(read_spec("tiny", ran.page.specs)) if c.name == "lora"]
+    task, runner = TASKS["classify"], ran.runner()
+    before = runner._trained(cell, task, 1e-3, seed=0, share=0.5)[2]
+    assert before == runner._trained(cell, task, 1e-3, seed=0, share=0.5)[2]
+    load = task.load
+    changed = lambda *a, **k: [replace(e, prompt=e.prompt[::-1]) for e in load(*a, **k)]  # noqa: E731
+    monkeypatch.setattr(task, "load", changed)
+    assert before != runner._trained(cell, task, 1e-3, seed=0, share=0.5)[2]
 
 
 def test_a_second_run_does_nothing(ran):
