@@ -520,6 +520,10 @@ def _canvas(width: float = 8.0, height: float = 4.5) -> tuple[Any, Any, Any]:
     return plt, figure, axes
 
 
+def _legend_above(axes: Any, columns: int) -> None:
+    axes.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
 def _save(plt: Any, figure: Any, path: Path) -> None:
     figure.savefig(
         path, dpi=130, metadata={"Software": None}
@@ -564,7 +568,7 @@ def bars(page: Page, spec: Spec, path: Path) -> None:
     axes.set_xticks(range(len(columns)), [t.replace(", ", ",\n").replace(" (", "\n(") for t in titles], fontsize=8)
     axes.set_ylabel("score, % (95 % interval)")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, ncols=2)
+    _legend_above(axes, len(series))
     _save(plt, figure, path)
 
 
@@ -662,7 +666,7 @@ def parts(page: Page, spec: Spec, path: Path) -> None:
     axes.set_xticks(range(len(kinds)), list(kinds.values()))
     axes.set_ylabel("right, % (95 % interval)")
     axes.set_ylim(0, 100)
-    axes.legend(frameon=False, ncols=len(there))
+    _legend_above(axes, len(there))
     _save(plt, figure, path)
 
 
