@@ -21,10 +21,6 @@ Base = Annotated[Optional[str], typer.Option(help="Base model: alias, folder or 
 Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
 Mode = Annotated[str, typer.Option(help="attached, detached or base.")]
 System = Annotated[Optional[str], typer.Option(help="System message.")]
-Skills = Annotated[
-    Optional[str],
-    typer.Option(help="File of the actions there are, one name a line or a JSON list. Default: the packaged 34."),
-]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps; auto: cuda if there is one.")]
@@ -302,7 +298,10 @@ def calibrate(
     limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
     out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
     device: Device = "auto",
-    skills: Skills = None,
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="File of the known actions, one name a line or a JSON list. Default: the packaged 34."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
@@ -348,7 +347,10 @@ def serve(
     routing: Annotated[
         Optional[str], typer.Option(help="Edge: the calibration. Default: routing.json beside the model, if there.")
     ] = None,
-    skills: Skills = None,
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="Edge: file of the known actions. Default: the calibration's, or the packaged 34."),
+    ] = None,
     versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None,
     system: System = None,
     rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16,
