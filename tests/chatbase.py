@@ -94,15 +94,16 @@ def run_file(folder: Path, base: str, train: str, /, **sections: Any) -> dict[st
     return content
 
 
-def save_sitting_base(folder: Path, **overrides: Any) -> str:
-    """A base that answers ``[Sit()]`` to any chat: its layers do next to nothing, and its head makes one byte follow another.
+def save_sitting_base(folder: Path, answer: str = "[Sit()]", **overrides: Any) -> str:
+    """A base that gives ``answer`` to any chat: its layers do next to nothing, and its head makes one byte follow another.
 
-    A mirrored shadow that copies its layers says the same, so that the detached model has known actions without training.
+    No byte may stand twice in ``answer``. A mirrored shadow that copies its layers says the same, so that the
+    detached model has known actions without training.
     """
     words = chat_tokenizer()
     shape = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024, **overrides}
     made = chat_model(**shape)
-    said = [*words("\n[Sit()]", add_special_tokens=False).input_ids, 3]
+    said = [*words(f"\n{answer}", add_special_tokens=False).input_ids, 3]
     with torch.no_grad():
         for layer in made.model.layers:
             layer.self_attn.o_proj.weight.mul_(1e-4)  # not 0: DoRA divides by the norm of a row

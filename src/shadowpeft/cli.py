@@ -298,13 +298,31 @@ def calibrate(
     limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
     out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
     device: Device = "auto",
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="File of the known actions, one name a line or a JSON list. Default: the packaged 34."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     from shadowpeft.apps import route as command
 
     command.calibrate(
-        source, data, check, base, target, signal, bound, cloud, system, max_new_tokens, limit, out, device, json
+        source,
+        data,
+        check,
+        base,
+        target,
+        signal,
+        bound,
+        cloud,
+        system,
+        max_new_tokens,
+        limit,
+        out,
+        device,
+        json,
+        skills,
     )
 
 
@@ -328,6 +346,10 @@ def serve(
     when_cloud_down: Annotated[str, typer.Option(help="Edge: local (say so) or error.")] = "local",
     routing: Annotated[
         Optional[str], typer.Option(help="Edge: the calibration. Default: routing.json beside the model, if there.")
+    ] = None,
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="Edge: file of the known actions. Default: the calibration's, or the packaged 34."),
     ] = None,
     versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None,
     system: System = None,
@@ -362,6 +384,7 @@ def serve(
             cloud_delay_ms=cloud_delay_ms,
             when_cloud_down=when_cloud_down,
             routing=routing,
+            skills=skills,
             versions=versions,
             system=system,
             rows=rows,

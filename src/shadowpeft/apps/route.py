@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.data.actions import REMOTE, parser, read_skills
 from shadowpeft.errors import ConfigError, DataError
 
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
@@ -30,8 +33,13 @@ def calibrate(
     out: str | None,
     device: str,
     as_json: bool,
+    skills: str | None = None,
 ) -> None:
-    """Calibrate ``source``, an adapter or an edge model, and save ``routing.json`` and ``routing.png`` beside it."""
+    """Calibrate ``source``, an adapter or an edge model, and save ``routing.json`` and ``routing.png`` beside it.
+
+    Args:
+        skills: file of the actions there are (see :func:`~shadowpeft.data.actions.read_skills`); None: the packaged set's.
+    """
     from shadowpeft.serve.calibration import require_sklearn
     from shadowpeft.serve.router import FILE, SIGNALS
 
@@ -39,17 +47,18 @@ def calibrate(
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
     if signal not in ("auto", *SIGNALS):
         raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join(SIGNALS)}")
+    own = None if skills is None else read_skills(skills)
     require_sklearn()
     folder = Path(out or source)
     if out is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise ConfigError(f"'{folder}' is no folder to save the calibration in; pass --out")
-    rows = {"fit": read_intents(data, "fit", limit)}
+    rows = {"fit": read_intents(data, "fit", limit, own)}
     if check is not None:
-        rows["check"] = read_intents(check, "check", limit)
+        rows["check"] = read_intents(check, "check", limit, own)
     quiet_libraries()
-    from shadowpeft.data.robot import SYSTEM, parse_action
+    from shadowpeft.data.robot import SKILLS, SYSTEM
     from shadowpeft.serve import calibration as fitting
     from shadowpeft.train.run import prepare_cpu
 
@@ -58,15 +67,16 @@ def calibrate(
     console = Console(stderr=True)
     system = SYSTEM if system is None and data == "robot" else system
     edge, in_cloud = _backends(source, base, cloud, where)
+    parse = parser(own or SKILLS)
     samples = {}
     for name, part in rows.items():
         texts = {
-            side: _answers(backend, part, system, max_new_tokens, f"{name}, {side}", console, as_json)
+            side: _answers(backend, part, parse, system, max_new_tokens, f"{name}, {side}", console, as_json)
             for side, backend in (("device", edge), ("cloud", in_cloud))
             if backend is not None
         }
-        samples[name] = [_sample(i, row, texts, parse_action) for i, row in enumerate(part)]
-    made = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound)
+        samples[name] = [_sample(i, row, texts, parse) for i, row in enumerate(part)]
+    made = replace(fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound), skills=own)
     made.report.update(data=Path(data).name, source=Path(source).name, max_new_tokens=max_new_tokens, system=system)
     shown = "fit"
     if check is not None:
@@ -77,6 +87,8 @@ def calibrate(
     picture = (folder / FILE).with_suffix(".png")
     fitting.plot(made, samples[shown], picture, f"cost and quality ({shown} data, n = {len(samples[shown])})")
     result = {"signal": made.signal, "threshold": made.threshold, **made.report, "saved": str(folder / FILE)}
+    if own is not None:
+        result["skills"] = list(own)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -84,16 +96,26 @@ def calibrate(
     console.print(f"saved: {folder / FILE}, {picture}")
 
 
-def read_intents(source: str, part: str, limit: int | None) -> list[dict[str, Any]]:
+def read_intents(
+    source: str, part: str, limit: int | None, skills: tuple[str, ...] | None = None
+) -> list[dict[str, Any]]:
     """Rows with ``prompt`` and ``skill`` (``REMOTE`` for requests that no skill fits): ``robot`` or a JSONL file.
 
+    Args:
+        skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
+
     Raises:
-        DataError: naming the file and line of a row that has something else.
+        ConfigError: if ``robot`` is asked for and ``skills`` lack some of its. DataError: naming the file and line of a row
+            that has something else.
     """
     import random
 
-    from shadowpeft.data.robot import MEANINGS, load
+    from shadowpeft.data.robot import SKILLS, load
 
+    if source == "robot" and not set(SKILLS) <= set(skills or SKILLS):
+        raise ConfigError(
+            "'robot' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
+        )
     if source == "robot":
         rows: list[dict[str, Any]] = [dict(row) for split in ROBOT[part] for row in load(split)]
     else:
@@ -103,7 +125,7 @@ def read_intents(source: str, part: str, limit: int | None) -> list[dict[str, An
         rows = []
         for number, line in enumerate(file.read_bytes().splitlines(), 1):
             if line.strip():
-                rows.append(_checked(line, f"{file}, line {number}", set(MEANINGS) | {"REMOTE"}))
+                rows.append(_checked(line, f"{file}, line {number}", {*(skills or SKILLS), REMOTE}))
         if not rows:
             raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
     if limit is not None and limit < len(rows):
@@ -121,7 +143,8 @@ def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
         raise DataError(f"{where} must have the strings 'prompt' and 'skill'")
     if row["skill"] not in known:
         raise DataError(
-            f"{where} has the skill {row['skill']!r}, which is none; see shadowpeft.data.robot.SKILLS, or REMOTE"
+            f"{where} has the skill {row['skill']!r}, which is none of the {len(known) - 1} known ones and not {REMOTE}; "
+            "correct it, or name skills of your own with --skills FILE"
         )
     return row  # type: ignore[no-any-return]
 
@@ -145,9 +168,15 @@ def _backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[A
 
 
 def _answers(
-    backend: Any, rows: list[dict[str, Any]], system: str | None, tokens: int, label: str, console: Console, quiet: bool
+    backend: Any,
+    rows: list[dict[str, Any]],
+    parse: Callable[[str], str | None],
+    system: str | None,
+    tokens: int,
+    label: str,
+    console: Console,
+    quiet: bool,
 ) -> list[Any]:
-    from shadowpeft.data.robot import parse_action
     from shadowpeft.serve.router import settled
     from shadowpeft.serve.scoring import scored_answers
 
@@ -158,7 +187,7 @@ def _answers(
             [row["prompt"] for row in rows],
             system=system,
             max_tokens=tokens,
-            until=lambda pieces, _: settled(pieces, parse_action),  # what follows the action does not count
+            until=lambda pieces, _: settled(pieces, parse),  # what follows the action does not count
             progress=progress,
         )
 
@@ -169,11 +198,11 @@ def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: A
 
     pieces, scores = answers["device"][i]
     n, action = decisive(pieces, parse)
-    kept = action not in (None, "REMOTE")
+    kept = action not in (None, REMOTE)
     cloud_right = None
     if "cloud" in answers:
         said = decisive(answers["cloud"][i][0], parse)[1]
-        cloud_right = said == row["skill"] or (row["skill"] == "REMOTE" and said is None)
+        cloud_right = said == row["skill"] or (row["skill"] == REMOTE and said is None)
     return Sample(kept, kept and action == row["skill"], signals(scores.first(n)), cloud_right)
 
 

@@ -39,6 +39,7 @@ class Options:
     cloud_delay_ms: float = 0.0
     when_cloud_down: str = "local"
     routing: str | None = None
+    skills: str | None = None
     versions: str | None = None
     system: str | None = None
     rows: int = 16
@@ -93,9 +94,10 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         new_tokens=options.new_tokens,
         answer_seconds=options.answer_seconds,
     )
+    router = _router(options, named) if options.role == "edge" else None
     make = _cloud_backend if options.role == "cloud" else _edge_backend
     backend = make(named, options.base, pick_device(options.device))
-    role = _role(options, named, Engine(backend, limits))
+    role = _role(options, router, Engine(backend, limits))
     settings = Settings(
         keys=keys,
         versions=Path(options.versions) if options.versions else None,
@@ -158,8 +160,8 @@ def _is_loopback(host: str) -> bool:
 def _check(options: Options, named: dict[str, str]) -> None:
     if options.role not in ("cloud", "edge"):
         raise ConfigError(f"role is '{options.role}' but must be cloud or edge")
-    if options.role == "cloud" and (options.cloud_url or options.routing):
-        raise ConfigError("--cloud-url and --routing belong to the edge; leave them out or set --role edge")
+    if options.role == "cloud" and (options.cloud_url or options.routing or options.skills is not None):
+        raise ConfigError("--cloud-url, --routing and --skills belong to the edge; leave them out or set --role edge")
     if options.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", options.cloud_url):
         raise ConfigError(f"--cloud-url is '{options.cloud_url}' but must be like http://host:8000")
     if options.role == "edge" and len(named) > 1:
@@ -211,18 +213,38 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     return Detached(placed(shadowpeft.detach(shadowpeft.load(folder, base)), where), tokenizer, name)
 
 
-def _role(options: Options, named: dict[str, str], engine: Any) -> Any:
-    from shadowpeft.data.robot import parse_action
+def _router(options: Options, named: dict[str, str]) -> Any:
+    """The edge's router: its calibration, and the skills that this was made for; without one, ``--skills`` or the packaged."""
+    from shadowpeft.data.actions import parser, read_skills
+    from shadowpeft.data.robot import SKILLS
+    from shadowpeft.serve.router import FILE, Calibration, Router
+
+    skills = None if options.skills is None else read_skills(options.skills)
+    beside = Path(next(iter(named.values()))) / FILE
+    file = Path(options.routing) if options.routing else beside if beside.is_file() else None
+    calibration = Calibration.load(file) if file else None
+    if calibration is not None:
+        fitted = calibration.skills or SKILLS
+        differing = sorted(set(skills or fitted) ^ set(fitted))
+        if differing:
+            whose = "its own" if calibration.skills else "the packaged"
+            raise ConfigError(
+                f"--skills '{options.skills}' contradicts the calibration '{file}', which has {whose} {len(fitted)} skills "
+                f"({differing[0]} is in one of them only); leave --skills out, or calibrate again with it"
+            )
+        skills = fitted
+    told = {"calibration": str(file) if file else None, "skills": len(skills or SKILLS), "cloud": options.cloud_url}
+    logging.getLogger("shadowpeft.serve").info("edge %s", json.dumps(told))
+    return Router(parser(skills or SKILLS), calibration)
+
+
+def _role(options: Options, router: Any, engine: Any) -> Any:
     from shadowpeft.serve.client import Cloud
     from shadowpeft.serve.roles import CloudRole, EdgeRole
-    from shadowpeft.serve.router import FILE, Calibration, Router
 
     shared: dict[str, Any] = {"system": options.system, "default_tokens": options.default_tokens}
     if options.role == "cloud":
         return CloudRole(engine, **shared)
-    beside = Path(next(iter(named.values()))) / FILE
-    file = Path(options.routing) if options.routing else beside if beside.is_file() else None
-    calibration = Calibration.load(file) if file else None
     cloud = None
     if options.cloud_url:
         cloud = Cloud(
@@ -232,11 +254,9 @@ def _role(options: Options, named: dict[str, str], engine: Any) -> Any:
             delay=options.cloud_delay_ms / 1000,
             answer_seconds=options.answer_seconds,
         )
-    told = json.dumps({"calibration": str(file) if file else None, "cloud": options.cloud_url})
-    logging.getLogger("shadowpeft.serve").info("edge %s", told)
     return EdgeRole(
         engine,
-        Router(parse_action, calibration),
+        router,
         cloud,
         options.cloud_model,
         when_down=options.when_cloud_down,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shadowpeft.data.actions import LONGEST_TAG, REMOTE, checked
 from shadowpeft.errors import ConfigError
 
 DEVICE, CLOUD = "device", "cloud"
@@ -27,8 +28,6 @@ SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")
 FILE = "routing.json"
 """Name of a saved calibration, beside the adapter's or the edge model's files."""
 _FORMAT = 1
-_REMOTE = "REMOTE"
-_LONGEST_TAG = 40
 
 
 @dataclass
@@ -74,6 +73,8 @@ class Calibration:
     """A known action is kept if its chance is at least this. Above 1: nothing is."""
     report: dict[str, Any] = field(default_factory=dict)
     """How it was fitted, and what it measured."""
+    skills: tuple[str, ...] | None = None
+    """The actions it was made for; None: those of the packaged robot set."""
 
     def __post_init__(self) -> None:
         if self.signal not in SIGNALS:
@@ -91,6 +92,8 @@ class Calibration:
             raise ConfigError(
                 "the values of a calibration must increase and its chances must not decrease; calibrate again"
             )
+        if self.skills is not None:
+            checked(self.skills, "a calibration")
 
     def confidence(self, scores: Scores) -> float:
         """The chance that an action with these scores (of its own tokens) is right."""
@@ -110,8 +113,11 @@ class Calibration:
         return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
 
     def save(self, file: Path) -> None:
-        """Write as JSON."""
-        file.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+        """Write as JSON; without skills the file is what it was before there were any."""
+        content = {"format": _FORMAT, **asdict(self)}
+        if self.skills is None:
+            del content["skills"]
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(file: Path) -> Calibration:
@@ -127,15 +133,22 @@ class Calibration:
         except ValueError as error:
             raise ConfigError(f"the calibration '{file}' is not JSON; calibrate again") from error
         kept = ("signal", "values", "chances", "threshold", "report")
-        if not isinstance(content, dict) or content.get("format") != _FORMAT or set(content) != {"format", *kept}:
+        if (
+            not isinstance(content, dict)
+            or content.get("format") != _FORMAT
+            or content.keys() - {"skills"} != {"format", *kept}
+        ):
             raise ConfigError(f"'{file}' is no calibration of format {_FORMAT}; calibrate again")
         lists = [content["values"], content["chances"], [content["threshold"]]]
         if not all(isinstance(x, list) and all(type(v) in (int, float) for v in x) for x in lists):
             raise ConfigError(f"'{file}' holds something that is not a number; calibrate again")
         if not isinstance(content["report"], dict):
             raise ConfigError(f"'{file}' has a report that is no object; calibrate again")
+        skills = content.get("skills")
+        if "skills" in content and not isinstance(skills, list):
+            raise ConfigError(f"'{file}' has skills that are no list; calibrate again")
         made = {**content, "values": tuple(content["values"]), "chances": tuple(content["chances"])}
-        return Calibration(**{name: made[name] for name in kept})
+        return Calibration(**{name: made[name] for name in kept}, skills=None if skills is None else tuple(skills))
 
 
 @dataclass(frozen=True)
@@ -172,7 +185,7 @@ class Router:
         n, action = decisive(pieces, self.parse)
         if action is None:
             return Decision(CLOUD, UNKNOWN)
-        if action == _REMOTE:
+        if action == REMOTE:
             return Decision(CLOUD, TAGGED, action)
         if self.calibration is None:
             return Decision(DEVICE, KNOWN, action)
@@ -190,7 +203,7 @@ def settled(pieces: Sequence[str], parse: Callable[[str], str | None]) -> bool:
     text = "".join(pieces).lstrip()
     if not text:
         return False
-    return parse(text) is not None or not text.startswith("[") or len(text) > _LONGEST_TAG
+    return parse(text) is not None or not text.startswith("[") or len(text) > LONGEST_TAG
 
 
 def decisive(pieces: Sequence[str], parse: Callable[[str], str | None]) -> tuple[int, str | None]:

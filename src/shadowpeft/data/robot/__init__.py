@@ -8,9 +8,9 @@ hand-written seeds.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
+from shadowpeft.data.actions import parser
 from shadowpeft.data.robot.compose import Row, build
 from shadowpeft.data.robot.skills import MEANINGS, SKILLS, SPLITS
 
@@ -19,7 +19,7 @@ __all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "build", "load", "parse_act
 SYSTEM = "You are a robot dog."
 """System message of the set: short, so that prompts stay short, and the same for training and use."""
 
-_ACTION = re.compile(r"\s*\[(?:(REMOTE)|(\w+)\(\))\]")
+_parse = parser(SKILLS)
 
 
 def load(split: str, seed: int = 0) -> list[Row]:
@@ -31,10 +31,7 @@ def load(split: str, seed: int = 0) -> list[Row]:
 
 def parse_action(text: str) -> str | None:
     """The action a response starts with: a skill's name, "REMOTE", or None if there is no known one."""
-    match = _ACTION.match(text)
-    if match is None:
-        return None
-    return match[1] or (match[2] if match[2] in MEANINGS else None)
+    return _parse(text)
 
 
 def write_jsonl(folder: str | Path, seed: int = 0) -> list[Path]:

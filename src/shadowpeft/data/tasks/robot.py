@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from shadowpeft.data import robot as package
+from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.robot import SYSTEM, parse_action
 from shadowpeft.data.tasks.base import Example, Task, mean, shares
 from shadowpeft.errors import DataError
 
-REMOTE = "REMOTE"
 _SPLITS = {
     "train": ("train_normal", "train_remote_base", "train_remote_shadow"),
     "validation": ("validation_normal", "validation_remote"),

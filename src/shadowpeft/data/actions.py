@@ -1,0 +1,91 @@
+"""The action at the start of an answer: ``[Skill()]``, or ``[REMOTE]`` for what the device hands on (the paper, Appendix F)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from shadowpeft.errors import ConfigError
+
+REMOTE = "REMOTE"
+LONGEST_TAG = 40
+"""Characters after which an answer that began with ``[`` has no action any more."""
+_LONGEST_NAME = LONGEST_TAG - len("[()]")
+_TAG = re.compile(r"\s*\[(?:(REMOTE)|([^\s\[\]()]+)\(\))\]")
+
+
+def parser(skills: Iterable[str]) -> Callable[[str], str | None]:
+    """A function from a text to the action it starts with: one of ``skills``, ``"REMOTE"``, or None if there is no known one.
+
+    It does not change its mind when text is added.
+
+    Raises:
+        ConfigError: see :func:`checked`.
+    """
+    known = frozenset(checked(skills, "skills"))
+
+    def parse(text: str) -> str | None:
+        match = _TAG.match(text)
+        if match is None:
+            return None
+        return match[1] or (match[2] if match[2] in known else None)
+
+    return parse
+
+
+def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
+    """``names``, if they can be skills.
+
+    Args:
+        where: what holds them, for the message.
+
+    Raises:
+        ConfigError: if there are none, or one is no identifier, too long, reserved or there twice.
+    """
+    good: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"{where} has {_short(name)}, which is no identifier; write a name such as LampOn")
+        if len(name) > _LONGEST_NAME:
+            raise ConfigError(
+                f"{where} has {_short(name)}, a name of {len(name)} characters, but {_LONGEST_NAME} are allowed; shorten it"
+            )
+        if name == REMOTE:
+            raise ConfigError(f"{where} has {REMOTE}, which always means handing on and is no skill; leave it out")
+        if name in good:
+            raise ConfigError(f"{where} has {name!r} twice; name each skill once")
+        good[name] = None
+    if not good:
+        raise ConfigError(f"{where} has no skill; write at least one name, such as LampOn")
+    return tuple(good)
+
+
+def read_skills(file: str | Path) -> tuple[str, ...]:
+    """The skills of a UTF-8 file: one name a line (blank lines do not count), or a JSON list of names.
+
+    Raises:
+        ConfigError: if it cannot be read or is neither, and see :func:`checked`.
+    """
+    try:
+        text = Path(file).read_bytes().decode("utf-8-sig").strip()
+    except OSError as error:
+        raise ConfigError(f"the skills file '{file}' cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the skills file '{file}' is not UTF-8; save it as UTF-8 text") from error
+    names: list[object] = [line.strip() for line in text.splitlines() if line.strip()]
+    if text.startswith("["):  # no name does
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"the skills file '{file}' starts with '[' but is no JSON list; write LampOn, one a line, or"
+                ' ["LampOn", "LampOff"]'
+            ) from error
+    return checked(names, f"the skills file '{file}'")
+
+
+def _short(name: object) -> str:
+    told = repr(name)
+    return told if len(told) <= 2 * LONGEST_TAG else told[: 2 * LONGEST_TAG] + "..."
