@@ -141,6 +141,16 @@ def test_version(monkeypatch, capsys):
     assert call(monkeypatch, capsys, "--version") == (0, f"shadowpeft {shadowpeft.__version__}\n", "")
 
 
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("fly", 2)])
+def test_python_m_is_the_command(argument, code):
+    import shadowpeft
+
+    done = subprocess.run([sys.executable, "-m", "shadowpeft", argument], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ("" if code else f"shadowpeft {shadowpeft.__version__}\n")
+    assert ("No such command 'fly'" in done.stderr) == bool(code)
+
+
 # ---------------------------------------------------------------------------------------------------------- exit codes
 
 
