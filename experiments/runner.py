@@ -217,13 +217,17 @@ class Runner:
             details.append({"learning_rate": rate, "by": "diverged", "error": str(error)})
             self.say(f"    learning rate {rate:g}: {error}")
             return math.nan
-        by, value = self._judged(cell, rates, model, task, folder)
+        by, value, _ = self._judged(cell, rates, model, task, folder)
         details.append({"learning_rate": rate, "by": by, **trained})
         self.say(f"    learning rate {rate:g}: {by} {abs(value):.4f}")
         return value
 
-    def _judged(self, cell: Cell, rates: dict[str, Any], model: Any, task: Any, folder: Path) -> tuple[str, float]:
-        """What a trained adapter is worth on the validation rows, and by what: its score, or its cross-entropy, negative."""
+    def _judged(
+        self, cell: Cell, rates: dict[str, Any], model: Any, task: Any, folder: Path
+    ) -> tuple[str, float, bool]:
+        """What a trained adapter is worth on the validation rows: by what, its score or its cross-entropy (negative), and
+        whether a classifier's cross-entropy is no better than that of equal chances for all classes."""
+        guesses = False
         by = rates["by"] or ("score" if task.kind == "classify" else "loss")
         tokenizer, mode = self.tokenizer(cell.base), MODES[cell.method][0]
         with autocast(cell):
@@ -231,19 +235,21 @@ class Runner:
                 place = folder / "evaluations" / f"{rates['split']}-{rates['rows']}"
                 asked = {"split": rates["split"], "limit": rates["rows"]}
                 value = self._evaluated(cell, model, task, mode, place, asked)["score"]
-                if by == "loss":  # of classes
-                    value = statistics.mean(row["scores"][row["gold"]] for row in predictions(place))
+                if task.kind == "classify":
+                    likelihood = statistics.mean(row["scores"][row["gold"]] for row in predictions(place))
+                    guesses = likelihood <= -math.log(len(task.labels))
+                    value = likelihood if by == "loss" else value
             else:
                 rows = task.load(rates["split"], shots=cell.shots, limit=rates["rows"], seed=0)
                 encoded: Any = baselines.encode_examples(task, rows, tokenizer, max_length=cell.max_length)
                 own = [s for s in encoded.sequences if s.base]
                 value = -answer_loss(model, own, tokenizer.pad_token_id)["loss"]
-        return by, float(value)
+        return by, float(value), guesses
 
     def _trained_stably(self, cell: Cell, task: Any, rate: dict[str, Any]) -> tuple[PeftModel, dict[str, Any], Path]:
         """Train at the chosen rate. A rate that held for a share of the budget can diverge over all of it: where the loss is
         not finite, or the whole run is worth less on the validation rows than the rate's own trial (by more than a tenth of its
-        value), the next lower rate of the grid is taken, for every method alike.
+        value), or is a classifier that only guesses, the next lower rate of the grid is taken, for every method alike.
 
         ``rate`` keeps ``chosen`` and gets ``used``, its ``value`` on the validation rows, and ``diverged``.
         """
@@ -258,10 +264,11 @@ class Runner:
                     raise
                 rate["value"] = None
             else:
-                trial = trials.get(rate["used"])
+                trial, guesses = trials.get(rate["used"]), False
                 if rates is not None:
-                    rate["value"] = self._judged(cell, rates, model, task, folder)[1]
-                if trial is None or rate["value"] >= trial - DIVERGED * abs(trial) or not below:
+                    _, rate["value"], guesses = self._judged(cell, rates, model, task, folder)
+                worth = trial is None or rate["value"] >= trial - DIVERGED * abs(trial)
+                if not below or (worth and not guesses):
                     return model, summary, folder
             found = {"learning_rate": rate["used"], "value": rate["value"], "trial": trials.get(rate["used"])}
             self.say(f"    diverged at {rate['used']:g} (value {found['value']}, in its trial {found['trial']})")

@@ -125,7 +125,7 @@ def test_rates_are_searched_on_the_same_grid_at_half_the_budget_on_validation_ro
 def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran):
     runner = ran.runner()
     runner._trained = lambda cell, task, rate, seed: (rate, {}, ran.folder)
-    runner._judged = lambda cell, rates, model, task, folder: ("score", worth[model])
+    runner._judged = lambda cell, rates, model, task, folder: ("score", worth[model], model in guessing)
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
 
     def used(**trials):
@@ -139,7 +139,7 @@ def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran
         assert rate["value"] == worth[rate["used"]]
         return rate["used"], [d["learning_rate"] for d in rate["diverged"]]
 
-    worth = {1e-2: 0.2, 3e-3: 0.5, 1e-3: 0.8}  # scores
+    worth, guessing = {1e-2: 0.2, 3e-3: 0.5, 1e-3: 0.8}, set()  # scores
     assert used(high=0.2, middle=0.9, low=0.9) == (1e-2, [])
     assert used(high=0.22, middle=0.9, low=0.9) == (1e-2, [])
     assert used(high=0.3, middle=0.4, low=0.9) == (3e-3, [1e-2])
@@ -147,6 +147,8 @@ def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran
     worth = {1e-2: -5.0, 3e-3: -2.1, 1e-3: -1.0}  # cross-entropies
     assert used(high=-4.6, middle=-1.0, low=-1.0) == (1e-2, [])
     assert used(high=-4.0, middle=-2.0, low=-1.0) == (3e-3, [1e-2])
+    guessing = {1e-2, 1e-3}  # a classifier that learnt nothing, whose trial had learnt nothing either
+    assert used(high=-5.1, middle=-2.0, low=-1.0) == (3e-3, [1e-2])
 
 
 def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
@@ -157,7 +159,7 @@ def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
 
     runner = ran.runner()
     runner._trained = trained
-    runner._judged = lambda *arguments: ("score", 1.0)
+    runner._judged = lambda *arguments: ("score", 1.0, False)
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
     limit = 0.0
     details = []
@@ -185,6 +187,9 @@ def test_a_classifiers_rate_can_be_chosen_by_the_likelihood_of_the_classes(base,
     assert value == pytest.approx(sum(r["scores"][task.labels.index(golds[r["id"]])] for r in rows) / 6)
     assert value < 0
     assert trained["by"] == "loss"
+    model, _, folder = runner._trained(cell, task, 1e-3, seed=0, share=0.5)
+    _, again, guesses = runner._judged(cell, cell.rates, model, task, folder)
+    assert (again, guesses) == (value, value <= -math.log(3))
 
 
 def test_an_adapter_of_other_prompts_is_not_taken_for_this_one(ran, monkeypatch):
