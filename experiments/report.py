@@ -196,7 +196,9 @@ def share(page: Page, records: list[dict[str, Any] | None], key: str) -> str:
         return f"{page.link(there[0], f'{scores[0]:.1f}')} {interval}"
     each = " ".join(page.link(r, f"{s:.1f}") for r, s in zip(there, scores, strict=True))
     missing = len(records) - len(there)
-    return f"{statistics.mean(scores):.1f} {interval} ({each}" + (f"; {missing} seeds {NOT_RUN})" if missing else ")")
+    return f"{statistics.mean(scores):.1f} {interval} ({each}" + (
+        f"; {missing} seed{'s' if missing > 1 else ''} {NOT_RUN})" if missing else ")"
+    )
 
 
 def interval_of(result: dict[str, Any]) -> list[float]:
