@@ -310,9 +310,7 @@ class Runner:
                 cell.shots,
                 cell.shadow_row_repeats,
                 optimised,
-                fingerprint(
-                    data[i] for i in range(len(data))
-                ),  # what is read and learnt, prompts and answers as encoded
+                fingerprint(data[i] for i in range(len(data))),  # prompts and answers, as encoded
                 shadowpeft.__version__,
             ]
         )
