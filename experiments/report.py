@@ -133,17 +133,12 @@ def readme(page: Page, content: str) -> str:
         for mode in MODES[method.method]:
             row = [label(spec, name, mode)]
             for task, _, evaluation in columns:
-                cells_of = of(page, spec, task, name)
-                records = [r for r in cells_of or [] if r is not None]
+                planned = of(page, spec, task, name)
+                records = [r for r in planned or [] if r is not None]
                 found = _mean(records, _key(task, mode, evaluation))
                 seeds = f", {len(records)} seeds" if len(records) > 1 else ""
-                row.append(
-                    NOT_RUN
-                    if found is None and cells_of is not None
-                    else ""
-                    if found is None
-                    else f"{found[0]:.1f} [{found[1]:.0f}, {found[2]:.0f}]{seeds}"
-                )
+                empty = "" if planned is None else NOT_RUN
+                row.append(f"{found[0]:.1f} [{found[1]:.0f}, {found[2]:.0f}]{seeds}" if found else empty)
             lines.append(row)
     titles = [f"{title}{_rows(page, spec, task, evaluation)}" for task, title, evaluation in columns]
     return between(content, README_MARKS, "\n".join(table(["%, [95 % interval]", *titles], lines))) or content
@@ -322,10 +317,10 @@ def differences_table(page: Page, spec: Spec) -> list[str]:
             against = mode if other != "lora" else "lora"
             if name == other or method.method == "base":
                 continue
-            cells = [difference(page, spec, task, e, (name, mode), (other, against)) for task, _, e in columns]
-            used |= {i for i, cell in enumerate(cells) if cell}
-            if any(cells):
-                rows.append([label(spec, name, mode), *cells])
+            gaps = [difference(page, spec, task, e, (name, mode), (other, against)) for task, _, e in columns]
+            used |= {i for i, gap in enumerate(gaps) if gap}
+            if any(gaps):
+                rows.append([label(spec, name, mode), *gaps])
     if not rows:
         return []
     kept = [[row[0], *(row[1 + i] for i in sorted(used))] for row in rows]
@@ -655,7 +650,8 @@ def parts(page: Page, spec: Spec, path: Path) -> None:
     """Accuracy of each system on commands, open requests and all: what a busy machine does not change."""
     plt, figure, axes = _canvas()
     kinds = {"commands": "commands", "open": "open requests", "all": "all"}
-    there = {name: _system_records(page, spec, name) for name in spec.methods if _system_records(page, spec, name)}
+    every = {name: [r for task in spec.tasks for r in of(page, spec, task, name) or [] if r] for name in spec.methods}
+    there = {name: records for name, records in every.items() if records}
     for number, (name, records) in enumerate(there.items()):
         method = spec.methods[name].method
         handed = 100 * statistics.mean(r["results"]["all"]["handed_on"] for r in records)
@@ -670,10 +666,6 @@ def parts(page: Page, spec: Spec, path: Path) -> None:
     axes.set_ylim(0, 100)
     _legend_above(axes, len(there))
     _save(plt, figure, path)
-
-
-def _system_records(page: Page, spec: Spec, name: str) -> list[dict[str, Any]]:
-    return [r for task in spec.tasks for r in of(page, spec, task, name) or [] if r is not None]
 
 
 FIGURES: dict[str, Callable[[Page, Spec, Path], None]] = {

@@ -26,6 +26,7 @@ from rich.console import Console
 
 import shadowpeft
 from experiments.spec import MODES, RECORDS, SPECS, Cell, Spec, cells, digest, evaluation_name, read_spec
+from shadowpeft.apps import common
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
@@ -526,8 +527,8 @@ def _choice(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def placed(model: Any) -> Any:
-    """``model`` on the accelerator, where there is one."""
-    return model.to("cuda") if torch.cuda.is_available() else model
+    """``model`` where the commands put theirs by default."""
+    return common.placed(model, common.pick_device("auto"))
 
 
 def planned_steps(cell: Cell, data: Any, section: TrainingSection, share: float = 1.0) -> int:
