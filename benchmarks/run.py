@@ -290,10 +290,11 @@ def block(result: dict[str, Any]) -> str:
     def line(title: str, values: dict[str, Any], form: str) -> str:
         return f"| {title} | {' | '.join(form.format(values[n]) if n in values else '' for n in names)} |"
 
+    commit_of = result["commit"][:7] + ("-dirty" if result["commit"].endswith("-dirty") else "")
     growth = ", ".join(f"{ms} ms at {length}" for length, ms in result["ms_per_token_by_length"].items())
     return "\n".join(
         [
-            f"`make bench`, {result['date']}, commit {result['commit'][:7]}, record "
+            f"`make bench`, {result['date']}, commit {commit_of}, record "
             "[benchmarks/results.json](benchmarks/results.json): SmolLM2-135M, float32, one CPU thread, one process,",
             f"alternating, medians of paired ratios over {result['rounds']} rounds "
             f"(training {max(3, result['rounds'] // 2)}, DoRA {DORA_ROUNDS} of {DORA_TOKENS} tokens",
