@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.hf.base.load import load_whole
+from shadowpeft.hf.base.signature import CACHE_NAMES
+from shadowpeft.hf.base.structure import Anatomy, _depth, anatomy_of_backbone
+from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
+from shadowpeft.hf.base.weights import device_of
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS
 from shadowpeft.hf.files.records import config_from_record
-from shadowpeft.hf.pretrained import load_whole
-from shadowpeft.hf.signature import CACHE_NAMES
-from shadowpeft.hf.vocabulary import align_embedding, common_rows
-from shadowpeft.hf.weights import device_of
 from shadowpeft.messages import quote, shorten
 
 _WIDTH_FIELDS = {
@@ -32,77 +33,6 @@ _WIDTH_FIELDS = {
 }
 _ORDINARY_TYPES = ("full_attention", "sliding_attention")
 _LINEAR_TYPES = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The parts of a decoder-only model that the method needs."""
-
-    backbone: nn.Module
-    """The module that owns the decoder layers, such as ``LlamaModel``."""
-    backbone_name: str
-    """Its name inside the whole model; empty if it is the whole model."""
-    layers: nn.ModuleList
-    layers_name: str
-    """Name of the list of layers inside the whole model."""
-    config: PreTrainedConfig
-    """The text configuration."""
-
-    @property
-    def hidden_size(self) -> int:
-        """``d``."""
-        return int(self.config.hidden_size)
-
-    @property
-    def num_layers(self) -> int:
-        """``L``."""
-        return len(self.layers)
-
-
-def anatomy(model: nn.Module) -> Anatomy:
-    """Find backbone and decoder layers of ``model``.
-
-    Raises:
-        UnsupportedModelError: for encoder-decoder models, models without decoder layers, and models with one layer.
-    """
-    config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        raise UnsupportedModelError(
-            f"the base is a {type(model).__name__} without a transformers configuration; pass a transformers model"
-        )
-    text = config.get_text_config(decoder=True)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder model; a shadow needs a decoder-only model"
-        )
-    length = _depth(text)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == length and _is_layer_list(name):
-            parent = name.rpartition(".")[0]
-            if length < 2:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} has one decoder layer; a shadow corrects layers 1 to L-1 and needs two"
-                )
-            backbone = model.get_submodule(parent)
-            if not isinstance(backbone, PreTrainedModel):
-                raise UnsupportedModelError(
-                    f"the decoder layers of {type(model).__name__} belong to a {type(backbone).__name__}, which is no model "
-                    "by itself; a shadow needs a decoder-only transformers model"
-                )
-            return Anatomy(backbone, parent, module, name, text)
-    raise UnsupportedModelError(
-        f"no list of {length} decoder layers, each of which runs once, was found in {type(model).__name__}; only decoder-only "
-        "transformers models are supported"
-    )
-
-
-def _is_layer_list(name: str) -> bool:
-    return name.rpartition(".")[2] in ("layers", "h", "blocks", "layer", "block") and "shadow_hub" not in name
-
-
-def _depth(config: PreTrainedConfig) -> int:
-    """Number of decoder layers; the decoders of encoder-decoder families count them apart from the encoder's."""
-    return int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -497,14 +427,6 @@ def _first_that_runs(
             "with the base's tokenizer"
         )
     return found
-
-
-def anatomy_of_backbone(backbone: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a bare backbone, of any length."""
-    for name, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and _is_layer_list(name):
-            return module
-    raise UnsupportedModelError(f"no decoder layers were found in {type(backbone).__name__}")
 
 
 def _plain_copy(source: PreTrainedModel) -> PreTrainedModel:

@@ -17,10 +17,10 @@ from transformers import (
 
 from shadowpeft.core import fold_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.head import logit_scale, soft_cap
+from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.structure import anatomy
+from shadowpeft.hf.base.weights import of_adapter, plain, real_weight, share_weight
 from shadowpeft.hf.layer import ShadowHub
-from shadowpeft.hf.weights import of_adapter, plain, real_weight, share_weight
 
 
 def find_hub(model: nn.Module) -> ShadowHub:

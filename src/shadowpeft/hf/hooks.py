@@ -26,12 +26,12 @@ from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf import call as calls
 from shadowpeft.hf import mixed, supervision
+from shadowpeft.hf.base.head import lm_logits, pool_last
+from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.weights import allow_gradients
 from shadowpeft.hf.cache import check_untouched, own_cache, shadow_views
 from shadowpeft.hf.call import CALL, Part, ShadowCall
-from shadowpeft.hf.head import lm_logits, pool_last
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step, Weights, initial_state
-from shadowpeft.hf.signature import Signature
-from shadowpeft.hf.weights import allow_gradients
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 

@@ -11,9 +11,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.hf.base.weights import of_adapter
 from shadowpeft.hf.call import Part, Request, ShadowCall, current, enter, leave
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, Weights
-from shadowpeft.hf.weights import of_adapter
 from shadowpeft.messages import did_you_mean
 
 BASE = "__base__"

@@ -17,19 +17,19 @@ from torch import nn
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf import call as calls
 from shadowpeft.hf import hooks, mixed
-from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
+from shadowpeft.hf.backbone import build_shadow
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.head import HeadFacts, examine_head
+from shadowpeft.hf.base.signature import Signature, hands_down
+from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
+from shadowpeft.hf.base.weights import device_of, is_offloaded
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import FLOATS, check_exact
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
-from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
-from shadowpeft.hf.signature import Signature, hands_down
 from shadowpeft.hf.skeleton import check_file
-from shadowpeft.hf.weights import device_of, is_offloaded
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
-CLASSIFIERS = ("score", "classifier")
 
 
 class ShadowModel(BaseTuner):
@@ -318,23 +318,6 @@ class ShadowModel(BaseTuner):
                 raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
             check_exact(key, value, expected[key].dtype)
         return mapped
-
-
-def classifier_of(model: nn.Module) -> nn.Linear:
-    """The base's own linear classifier.
-
-    Raises:
-        UnsupportedModelError: if it has none.
-    """
-    for name in CLASSIFIERS:
-        head = getattr(model, name, None)
-        head = getattr(head, "original_module", head)
-        if isinstance(head, nn.Linear):
-            return head
-    raise UnsupportedModelError(
-        f"task_type is SEQ_CLS but {type(model).__name__} has no linear 'score' or 'classifier'; load the base with "
-        "AutoModelForSequenceClassification"
-    )
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from torch import nn
 
 from shadowpeft.core import ProjectionSolution, solve_projection
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.vocabulary import common_rows
-from shadowpeft.hf.weights import real_weight
+from shadowpeft.hf.base.vocabulary import common_rows
+from shadowpeft.hf.base.weights import real_weight
 
 
 def projection_start(

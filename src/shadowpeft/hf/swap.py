@@ -20,12 +20,12 @@ from torch.distributed.tensor import DTensor
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf import formats
-from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.structure import anatomy
 from shadowpeft.hf.checkpoint import check_weights, read_config
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import check_exact
 from shadowpeft.hf.files.records import plain_record
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, ShadowTunerLayer, new_version
 from shadowpeft.hf.mixed import collect
 from shadowpeft.hf.model import ShadowModel

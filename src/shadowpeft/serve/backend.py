@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf import mixed
-from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.base.structure import anatomy
 from shadowpeft.hf.call import Request, asking
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
@@ -253,7 +253,7 @@ class Detached(Backend):
     def _replace(self, name: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        from shadowpeft.hf.pretrained import load_whole
+        from shadowpeft.hf.base.load import load_whole
 
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"'{folder}' is no edge model (it has no config.json); make one with shadowpeft detach")

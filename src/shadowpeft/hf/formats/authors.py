@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import Anatomy, anatomy
+from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
 from shadowpeft.hf.files.records import check_numbers
@@ -58,7 +58,6 @@ from shadowpeft.hf.formats.common import (
     split_update,
     take_apart,
 )
-from shadowpeft.hf.model import classifier_of
 from shadowpeft.messages import quote
 
 CONFIG = "shadow_config.json"

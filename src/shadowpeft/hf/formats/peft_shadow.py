@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import Anatomy, anatomy
+from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
 from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
@@ -54,7 +54,6 @@ from shadowpeft.hf.formats.common import (
     split_update,
     take_apart,
 )
-from shadowpeft.hf.model import classifier_of
 from shadowpeft.messages import quote
 
 _SIZES = ("shadow_hidden_size", "shadow_intermediate_size", "shadow_num_attention_heads")
