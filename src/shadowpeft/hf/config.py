@@ -270,6 +270,11 @@ class ShadowPeftConfig(PeftConfig):
         return isinstance(self.shadow_model, str) and self.shadow_model == "mirror"
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether the configuration comes from an adapter's file, which records the shadow backbone's own configuration."""
+        return self._loaded and self.shadow_backbone_config is not None
+
+    @property
     def copies_layers(self) -> bool:
         """Whether the shadow starts as a copy of layers of the base."""
         return self.shadow_init != "random"

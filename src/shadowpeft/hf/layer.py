@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from shadowpeft.core import Injection, Update, UpdateNorm, refine
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.backbone import BorrowedEmbedding, ShadowParts
 from shadowpeft.hf.base.head import HeadFacts
 from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.weights import device_of, of_adapter, real_weight
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.shadow.build import BorrowedEmbedding, ShadowParts
 
 STRUCTURE = threading.RLock()
 """Held while the weights of an adapter are collected or replaced, so that nobody collects half of a replacement."""

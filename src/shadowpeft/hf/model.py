@@ -17,7 +17,6 @@ from torch import nn
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf import call as calls
 from shadowpeft.hf import hooks, mixed
-from shadowpeft.hf.backbone import build_shadow
 from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.head import HeadFacts, examine_head
 from shadowpeft.hf.base.signature import Signature, hands_down
@@ -26,6 +25,8 @@ from shadowpeft.hf.base.weights import device_of, is_offloaded
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import FLOATS, check_exact
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
+from shadowpeft.hf.shadow.build import build_shadow
+from shadowpeft.hf.shadow.source import resolve
 from shadowpeft.hf.skeleton import check_file
 
 PREFIX = "shadowpeft_"
@@ -145,7 +146,7 @@ class ShadowModel(BaseTuner):
                 )
             head = self.model.get_output_embeddings()
             head = getattr(head, "original_module", head)
-        built = build_shadow(parts, config, self.model)
+        built = build_shadow(parts, config, resolve(config, parts, self.model))
         if getattr(parts.backbone, "shadow_hub", None) is None:
             facts = self._facts(parts)
             parts.backbone.shadow_hub = ShadowHub()

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import LayerChoice, mirror_config
 from shadowpeft.hf.base.aliases import is_alias, materialise
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.head import logit_scale, soft_cap
@@ -26,6 +25,7 @@ from shadowpeft.hf.base.structure import Anatomy, anatomy
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import BUILD_ERRORS, read_header, read_json
+from shadowpeft.hf.shadow.mirror import LayerChoice, mirror_config
 from shadowpeft.messages import quote, shorten
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
