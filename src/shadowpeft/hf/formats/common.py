@@ -18,9 +18,9 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.head import logit_scale, soft_cap
 from shadowpeft.hf.base.structure import Anatomy, anatomy
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.detach import find_hub
 from shadowpeft.hf.files.projected import is_projected, projected_config
 from shadowpeft.hf.files.reading import BUILD_ERRORS
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.hf.shadow.source import as_projected
 from shadowpeft.messages import did_you_mean, shorten
 

@@ -10,8 +10,8 @@ from peft import PeftModel
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.head import logit_scale, soft_cap
 from shadowpeft.hf.base.weights import of_adapter
-from shadowpeft.hf.detach import adapted_base, find_hub
 from shadowpeft.hf.files.projected import write_projected
+from shadowpeft.hf.layer import adapted_base, find_hub
 
 
 def save_projected(model: PeftModel, folder: str | Path, adapter_name: str | None = None) -> None:
