@@ -20,8 +20,8 @@ from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, UnsupportedModelError
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.structure import anatomy
-from shadowpeft.hf.pieces import open_base
-from shadowpeft.hf.pretraining import ProjectedShadow, check_teacher_separation
+from shadowpeft.hf.pretraining.base_ends import open_base
+from shadowpeft.hf.pretraining.model import ProjectedShadow, check_teacher_separation
 from shadowpeft.train import pretrain_teacher
 from shadowpeft.train.pretrain import PretrainCallback, end_token, load_tokenizer, make_stream, pretrain
 from shadowpeft.train.progress import read_metrics

@@ -21,13 +21,13 @@ from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
 from shadowpeft.hf.base.weights import device_of, is_offloaded
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import FLOATS, check_exact
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
-from shadowpeft.hf.skeleton import check_file
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"

@@ -40,8 +40,15 @@ from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFinit
 from shadowpeft.evaluate.record import commit, peak_memory
 from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.files.reading import read_json
-from shadowpeft.hf.pieces import BaseEnds, open_base
-from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
+from shadowpeft.hf.pretraining.model import (
+    SEPARATE,
+    ProjectedShadow,
+    build_shadow,
+    check_separation,
+    save_shadow,
+    save_stock,
+)
 from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
@@ -211,7 +218,7 @@ class Batches:
 
 
 class PretrainTrainer(WholeCheckpoints, Trainer):
-    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.ProjectedShadow`.
+    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.model.ProjectedShadow`.
 
     The loss of a step is the mean over its targets in all micro-batches and processes. A checkpoint holds the tensors that
     train, the optimiser, and the exact place in the text. A loss or gradient that is not finite ends the run before it

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
-from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS
+from shadowpeft.hf.config import CONFIG, WEIGHTS
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
 from shadowpeft.hf.files.records import check_numbers
