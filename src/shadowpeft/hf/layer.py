@@ -20,7 +20,7 @@ from shadowpeft.core import Injection, Update, UpdateNorm, refine
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import HeadFacts
 from shadowpeft.hf.base.signature import Signature
-from shadowpeft.hf.base.weights import device_of, of_adapter, real_weight
+from shadowpeft.hf.base.weights import dense_weight, device_of, module_for_adapter
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.shadow.build import ShadowParts
 
@@ -114,7 +114,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                     copy = copy.to_empty(device="meta")
                 else:
                     copy = copy.to(device=device_of(head))
-                    with real_weight(head) as weight:
+                    with dense_weight(head) as weight:
                         copy.weight.copy_(weight)
                         if copy.bias is not None:
                             copy.bias.copy_(head.bias)
@@ -134,7 +134,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
         if adapter in self.shadowpeft_head:
             return self.shadowpeft_head[adapter]
-        return of_adapter(model.get_output_embeddings(), adapter)
+        return module_for_adapter(model.get_output_embeddings(), adapter)
 
     def freeze_unreached(self) -> None:
         """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""

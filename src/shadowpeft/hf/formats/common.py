@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.head import logit_scale, soft_cap
-from shadowpeft.hf.base.structure import Anatomy, anatomy
+from shadowpeft.hf.base.structure import DecoderParts, find_decoder
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.projected import is_projected, projected_config
 from shadowpeft.hf.files.reading import BUILD_ERRORS
@@ -74,12 +74,12 @@ def head_notes(config: PreTrainedConfig) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
-def hub_name(parts: Anatomy, what: str) -> str:
+def hub_name(parts: DecoderParts, what: str) -> str:
     """Name of a tensor of the hub in an adapter file, such as ``norm.weight``."""
     return f"{_ROOT}{parts.backbone_name}.shadow_hub.shadowpeft_{what}"
 
 
-def link_name(parts: Anatomy, layer: int, what: str) -> str:
+def link_name(parts: DecoderParts, layer: int, what: str) -> str:
     """Name of a tensor of the link before base layer ``layer``, such as ``injection.w_down``."""
     return f"{_ROOT}{parts.layers_name}.{layer}.shadow_link.shadowpeft_{what}"
 
@@ -171,7 +171,7 @@ class ShadowLayout:
         return self.shared and self.table in self.shapes
 
 
-def layout(parts: Anatomy, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
+def layout(parts: DecoderParts, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
     """Names and shapes of a shadow backbone, without allocating it.
 
     Raises:
@@ -263,7 +263,7 @@ def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
         raise ConfigError(f"the shadow model '{name}' could not be read ({first}); pass shadow_model=") from error
 
 
-def backbone_to_ours(parts: Anatomy, shadow: ShadowLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_to_ours(parts: DecoderParts, shadow: ShadowLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's tensors under this package's names; a token table that is never read is left out."""
     state = {}
     for name, value in tensors.items():
@@ -275,7 +275,7 @@ def backbone_to_ours(parts: Anatomy, shadow: ShadowLayout, tensors: Mapping[str,
     return state
 
 
-def backbone_from_ours(parts: Anatomy, shadow: ShadowLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_from_ours(parts: DecoderParts, shadow: ShadowLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`backbone_to_ours`; a token table that is never read becomes zeros."""
     place = "backbone.shadow_embedding.weight" if shadow.trained else "embedding.weight"
     tensors = {}
@@ -323,7 +323,7 @@ class Adapted:
     """A model with an adapter, taken apart for a writer."""
 
     base: PreTrainedModel
-    parts: Anatomy
+    parts: DecoderParts
     config: ShadowPeftConfig
     state: dict[str, Tensor]
     """The adapter's tensors under the names of this package's files, float32, on the CPU."""
@@ -341,7 +341,7 @@ def take_apart(model: PeftModel, adapter_name: str | None = None) -> Adapted:
     if name not in hub.shadowpeft_backbone:
         raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
     base: Any = model.get_base_model()
-    parts = anatomy(base)
+    parts = find_decoder(base)
     config = hub.configs[name]
     state = {
         key: value.detach().float().cpu().contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.structure import Anatomy, _depth, anatomy_of_backbone
+from shadowpeft.hf.base.structure import DecoderParts, decoder_layers, num_decoder_layers
 from shadowpeft.hf.config import ShadowPeftConfig
 
 _WIDTH_FIELDS = {
@@ -53,8 +53,8 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
     ordinary = [kind for kind in _ORDINARY_TYPES if kind in types]
     order = [types.index(kind) for kind in ordinary]
     order += [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
-    order += list(range(_depth(base)))
-    lists = [value for value in _per_layer(base).values() if len(value) == _depth(base)]
+    order += list(range(num_decoder_layers(base)))
+    lists = [value for value in _per_layer(base).values() if len(value) == num_decoder_layers(base)]
     kinds: dict[str, int] = {}
     for index in order:
         kinds.setdefault(repr([value[index] for value in lists]), index)
@@ -69,7 +69,7 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
 
 def _per_layer(base: PreTrainedConfig) -> dict[str, Any]:
     """The stored fields of a configuration that say something of each layer, or name a cycle of layer types."""
-    length = _depth(base)
+    length = num_decoder_layers(base)
     found = {}
     for key, value in vars(base).items():
         if isinstance(value, (list, tuple)) and value and not key.startswith("_"):
@@ -149,9 +149,9 @@ def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers")
     return [found[round(i * (len(found) - 1) / (depth - 1))] for i in range(depth)]
 
 
-def copy_base_layers(parts: Anatomy, backbone: PreTrainedModel, chosen: list[int]) -> None:
+def copy_base_layers(parts: DecoderParts, backbone: PreTrainedModel, chosen: list[int]) -> None:
     """A shadow that starts from the base: everything but the token embedding becomes a copy of the base's own."""
-    mine, theirs = anatomy_of_backbone(backbone), parts.layers
+    mine, theirs = decoder_layers(backbone), parts.layers
     with torch.no_grad():
         for layer, index in zip(mine, chosen, strict=True):
             _copy_into(layer, theirs[index])
