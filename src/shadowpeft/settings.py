@@ -1,4 +1,4 @@
-"""The settings of an adapter, declared once: the PEFT config, run files and presets take name, type, bound and default from here.
+"""The settings of an adapter, declared once; the PEFT config, run files and presets derive from this.
 
 Nothing here imports torch, so a wrong run file is refused at once.
 """

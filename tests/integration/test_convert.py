@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer, plain_rows, run_file, save_base, write_rows
 from commands import call
-from shadowpeft.hf import formats, projected
+from shadowpeft.hf import formats
+from shadowpeft.hf.files import projected
 from tiny import adapt, base, small_llama, tokenizer, tokens
 
 

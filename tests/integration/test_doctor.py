@@ -17,7 +17,8 @@ from shadowpeft import cli, versions
 from shadowpeft.apps import doctor, selftest
 from shadowpeft.apps.checks import Report
 from shadowpeft.apps.common import load_tokenizer_of
-from shadowpeft.hf import checkpoint, hooks
+from shadowpeft.hf import hooks
+from shadowpeft.hf.files import locate
 from tiny import adapt, randomise
 
 ALL = {
@@ -223,7 +224,7 @@ def test_the_tokenizer_of_an_adapter_on_the_hub(monkeypatch, adapter, base_folde
         assert options["trust_remote_code"] is False
         return real(adapter if name == "me/robot" else name, **options)
 
-    monkeypatch.setattr(checkpoint, "hf_hub_download", fetch)
+    monkeypatch.setattr(locate, "hf_hub_download", fetch)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
     load_tokenizer_of("me/robot", str(base_folder))
     report = Report()

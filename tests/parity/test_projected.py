@@ -15,7 +15,8 @@ import shadowpeft
 from foreign import TOLERANCE, greedy, lm_batch
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import formats, projected
+from shadowpeft.hf import formats
+from shadowpeft.hf.files import projected
 from tiny import adapt, adapter_config, base, randomise, small_llama, tokens
 
 shadow_peft = pytest.importorskip("shadow_peft")

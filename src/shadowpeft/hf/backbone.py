@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import BUILD_ERRORS, plain_record, quote, shorten
+from shadowpeft.hf.files.reading import BUILD_ERRORS
+from shadowpeft.hf.files.records import config_from_record
 from shadowpeft.hf.pretrained import load_whole
 from shadowpeft.hf.signature import CACHE_NAMES
 from shadowpeft.hf.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.weights import device_of
+from shadowpeft.messages import quote, shorten
 
 _WIDTH_FIELDS = {
     "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
@@ -283,18 +283,18 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, model: nn.Module) -> 
     if config.is_mirror:
         shadow_class = type(parts.backbone)
         if loaded:
-            shadow_config = _config_from_record(config.shadow_backbone_config, type(parts.config))
+            shadow_config = config_from_record(config.shadow_backbone_config, type(parts.config))
             _check_fits(parts.config, shadow_config, config)
             built = _make(parts, config, shadow_class, shadow_config, whole=config.shadow_reads_tokens)
         else:
             shadow_config, built, reads_tokens, left = _first_that_runs(parts, config, shadow_class)
     else:
         if loaded:
-            shadow_config = _config_from_record(config.shadow_backbone_config, None)
+            shadow_config = config_from_record(config.shadow_backbone_config, None)
             with torch.device("meta"):  # only its class is wanted
                 shadow_class = type(AutoModel.from_config(_tiny(shadow_config)))
         else:
-            from shadowpeft.hf.projected import given_projected, start_projection  # it imports this module
+            from shadowpeft.hf.shadow.source import given_projected, start_projection  # it imports this module
 
             projected = given_projected(config.shadow_model)
             source = _explicit_source(config) if projected is None else projected.backbone
@@ -478,7 +478,7 @@ def _first_that_runs(
             continue
         try:
             record = json.loads(shadow.to_json_string(use_diff=False))
-            shadow = _config_from_record(record, type(parts.config))
+            shadow = config_from_record(record, type(parts.config))
             backbone, reads_tokens = _new_backbone(parts, config, kind, shadow)
             left = _unreached(backbone, reads_tokens)
             if not _caches(backbone):
@@ -511,26 +511,6 @@ def _plain_copy(source: PreTrainedModel) -> PreTrainedModel:
     if any(type(p).__name__ not in ("Parameter", "Tensor") for p in source.parameters()):
         raise UnsupportedModelError("the shadow model is quantised; load it unquantised, it is trained in float32")
     return copy.deepcopy(source)
-
-
-def _config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
-    if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
-        raise ConfigError("shadow_backbone_config must be the JSON object of a transformers configuration")
-    values = plain_record(PreTrainedConfig._decode_special_floats(dict(record)))
-    kind = values.pop("model_type")
-    if config_class is not None and config_class.model_type != kind:
-        raise ConfigError(
-            f"shadow_backbone_config is of a {quote(kind)} model but a mirrored shadow of this base is "
-            f"{config_class.model_type}; configuration and base do not belong together"
-        )
-    if config_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
-        raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, which is no decoder that transformers knows")
-    try:
-        if config_class is not None:
-            return config_class(**values)
-        return AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"shadow_backbone_config describes no {kind} model: {shorten(error)}") from error
 
 
 def _pretrained(auto: Any, source: str) -> PreTrainedModel:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -17,36 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.bases import is_alias, materialise
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
-from shadowpeft.hf.files import check_dtypes, quote, read_header, shorten
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_dtypes, read_header
 from shadowpeft.hf.model import CLASSIFIERS, clean_on_failure
 from shadowpeft.hf.pretrained import load_whole
 from shadowpeft.hf.weights import is_offloaded
-
-
-def find_file(adapter: str | Path, name: str) -> Path:
-    """Path of one file of an adapter, from a folder or the Hub.
-
-    Raises:
-        AdapterFileError: if it is not there.
-    """
-    folder = Path(adapter)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise AdapterFileError(f"'{folder}' has no {name}; give the folder that save_pretrained wrote")
-        return folder / name
-    if folder.exists() or str(adapter).count("/") != 1 or str(adapter).startswith((".", "/", "~")):
-        raise AdapterFileError(f"'{adapter}' is neither a folder nor a Hub id of the form owner/name; check the path")
-    try:
-        return Path(hf_hub_download(str(adapter), name))
-    except HFValidationError as error:
-        raise AdapterFileError(
-            f"'{adapter}' is neither a folder nor a Hub id ({shorten(error)}); check the path"
-        ) from error
-    except (EntryNotFoundError, HTTPError) as error:  # the client's own class where no answer came
-        raise AdapterFileError(
-            f"'{adapter}' is no local folder and {name} could not be fetched from the Hub ({type(error).__name__}); check "
-            "the name and the network"
-        ) from error
+from shadowpeft.messages import quote, shorten
 
 
 def read_config(adapter: str | Path) -> ShadowPeftConfig:

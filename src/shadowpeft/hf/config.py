@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ValidationError, create_model
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.files import read_json
+from shadowpeft.hf.files.reading import read_json
 from shadowpeft.messages import did_you_mean, quote, shorten
 from shadowpeft.presets import preset
 from shadowpeft.settings import STRICT, VARIANTS, Names, ShadowSettings, Variant, explain
@@ -32,8 +32,8 @@ def _check_ends(layers: list[int]) -> list[int]:
 class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Configuration of a shadow adapter. Impossible combinations raise :class:`~shadowpeft.errors.ConfigError` here.
 
-    The settings of the method are those of :class:`~shadowpeft.settings.ShadowSettings`, each documented there. The fields below
-    are what a run file does not set: rarer choices, and records that saving fills in.
+    The settings of the method are those of :class:`~shadowpeft.settings.ShadowSettings`, each documented there. The fields
+    below are what a run file does not set: rarer choices, and records that saving fills in.
     """
 
     refined_layers: Annotated[list[int], AfterValidator(_check_ends)] | None = None

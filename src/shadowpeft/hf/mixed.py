@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.call import Part, Request, ShadowCall, current, enter, leave
-from shadowpeft.hf.config import did_you_mean
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, Weights
 from shadowpeft.hf.weights import of_adapter
+from shadowpeft.messages import did_you_mean
 
 BASE = "__base__"
 """The name of a row that the base answers alone (PEFT's own)."""

@@ -19,7 +19,7 @@ from shadowpeft.hf import call as calls
 from shadowpeft.hf import hooks, mixed
 from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import FLOATS, check_exact
+from shadowpeft.hf.files.reading import FLOATS, check_exact
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.head import HeadFacts, examine_head
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import Anatomy, LayerChoice, anatomy, mirror_config
 from shadowpeft.hf.bases import is_alias, materialise
-from shadowpeft.hf.checkpoint import find_file
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import BUILD_ERRORS, quote, read_header, read_json, shorten
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import BUILD_ERRORS, read_header, read_json
 from shadowpeft.hf.fingerprint import fingerprint
 from shadowpeft.hf.head import logit_scale, soft_cap
+from shadowpeft.messages import quote, shorten
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.files import shorten
+from shadowpeft.messages import shorten
 
 
 def load_whole(

@@ -19,8 +19,8 @@ from shadowpeft.core import head_loss, solve_projection
 from shadowpeft.core.losses import IGNORE, HeadLoss, topk_kl
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.backbone import _pretrained, copied_layers
+from shadowpeft.hf.files.projected import Projected, is_projected, read_projected, to_stock, write_projected
 from shadowpeft.hf.pieces import BaseEnds, pruned_backbone
-from shadowpeft.hf.projected import Projected, is_projected, read_projected, to_stock, write_projected
 from shadowpeft.hf.vocabulary import align_embedding, common_rows
 
 CHUNK = 512

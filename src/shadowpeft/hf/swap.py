@@ -22,13 +22,15 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf import formats
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.checkpoint import check_weights, read_config
-from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
-from shadowpeft.hf.files import check_exact, plain_record, quote
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.reading import check_exact
+from shadowpeft.hf.files.records import plain_record
 from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, ShadowTunerLayer, new_version
 from shadowpeft.hf.mixed import collect
 from shadowpeft.hf.model import ShadowModel
 from shadowpeft.hf.skeleton import check_file
+from shadowpeft.messages import did_you_mean, quote
 
 _SHAPING = (
     "task_type",

@@ -17,8 +17,8 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.hf import mixed
 from shadowpeft.hf.backbone import anatomy
 from shadowpeft.hf.call import Request, asking
-from shadowpeft.hf.config import did_you_mean
 from shadowpeft.hf.swap import check_fits, swap
+from shadowpeft.messages import did_you_mean
 
 
 class Session(ABC):
