@@ -105,7 +105,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                 container[adapter] = embedding
             else:
                 parts.backbone.shadow_embedding = embedding
-        if config.use_update and config.mathematics()["update_norm"] and steps > 1:
+        if config.use_update and config.mathematics.update_norm and steps > 1:
             self.shadowpeft_norm[adapter] = UpdateNorm(d).to(device=reference.device)
         if head is not None:
             copy = nn.Linear(d, head.out_features, bias=getattr(head, "bias", None) is not None)
@@ -194,20 +194,20 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
 
     def add(self, adapter: str, config: ShadowPeftConfig, d: int, device: torch.device) -> None:
         """Make the parameters of one adapter: ``2 d r``, and ``4 d m`` unless this is the first refined layer."""
-        math = config.mathematics()
+        variant = config.mathematics
         dropout = float(config.shadow_dropout)
         self.alpha[adapter] = float(config.shadow_alpha)
         with torch.device(device):
             self.shadowpeft_injection[adapter] = Injection(
-                d, config.r, dropout, dropout_first=math["dropout_before_down"], paper_init=math["paper_init"]
+                d, config.r, dropout, dropout_first=variant.dropout_before_down, paper_init=variant.paper_init
             )
-            if config.use_update and self.layer > math["first_refined_layer"]:
+            if config.use_update and self.layer > variant.first_refined_layer:
                 self.shadowpeft_update[adapter] = Update(
                     d,
                     config.update_width,
-                    dropout if math["dropout_in_update"] else 0.0,
-                    activation=math["update_activation"],
-                    bias=math["update_bias"],
+                    dropout if variant.dropout_in_update else 0.0,
+                    activation=variant.update_activation,
+                    bias=variant.update_bias,
                 )
 
     def step(self, adapter: str) -> Step | None:

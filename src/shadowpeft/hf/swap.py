@@ -8,6 +8,7 @@ entirely the new; the old ones live until the last pass that holds them has ende
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: st
         ConfigError: naming the first setting that differs.
     """
     pairs = [(field, getattr(loaded, field), getattr(other, field)) for field in _SHAPING]
-    math, others = loaded.mathematics(), other.mathematics()
+    math, others = asdict(loaded.mathematics), asdict(other.mathematics)
     pairs += [(f"variant ({key})", math[key], others[key]) for key in math if key != "paper_init"]
     records = [plain_record(c.shadow_backbone_config or {}) for c in (loaded, other)]
     for key in sorted(set(records[0]) | set(records[1])):
@@ -179,7 +180,7 @@ def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.M
 def _set_dropout(slot: _Slot, config: ShadowPeftConfig) -> None:
     container = slot.path.rpartition(".")[2]
     if container == "shadowpeft_injection" or (
-        container == "shadowpeft_update" and config.mathematics()["dropout_in_update"]
+        container == "shadowpeft_update" and config.mathematics.dropout_in_update
     ):
         slot.new.dropout = float(config.shadow_dropout)  # type: ignore[assignment]
 

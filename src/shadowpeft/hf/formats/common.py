@@ -23,15 +23,9 @@ from shadowpeft.hf.files.reading import BUILD_ERRORS
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.hf.shadow.source import as_projected
 from shadowpeft.messages import did_you_mean, shorten
+from shadowpeft.settings import WIDTHS
 
 _ROOT = "base_model.model."
-_SIZES = {
-    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
-    "shadow_num_attention_heads": ("num_attention_heads",),
-    "shadow_num_key_value_heads": ("num_key_value_heads",),
-    "shadow_head_dim": ("head_dim",),
-    "shadow_hidden_size": ("hidden_size",),
-}
 # keys of a configuration that say nothing about what the backbone computes
 _IRRELEVANT = {
     "use_cache",
@@ -203,7 +197,7 @@ def mirrored(base: PreTrainedConfig, depth: int, sizes: Mapping[str, int | None]
         if isinstance(value, (list, tuple)) and len(value) == length and not key.startswith("_"):
             setattr(new, key, [*value, *[value[-1]] * (depth - length)][:depth])
     new.num_hidden_layers = depth
-    for ours, names in _SIZES.items():
+    for ours, names in WIDTHS.items():
         if sizes.get(ours) is not None:
             name = next((n for n in names if hasattr(new, n)), None)
             if name is None:
@@ -222,7 +216,7 @@ def sizes_of(base: PreTrainedConfig, shadow: PreTrainedConfig, known: tuple[str,
     """
     sizes = {}
     for ours in known:
-        name = next((n for n in _SIZES[ours] if hasattr(base, n)), None)
+        name = next((n for n in WIDTHS[ours] if hasattr(base, n)), None)
         if name is not None and getattr(shadow, name, None) != getattr(base, name):
             sizes[ours] = int(getattr(shadow, name))
     meant = json.loads(mirrored(base, int(shadow.num_hidden_layers), sizes).to_json_string(use_diff=False))

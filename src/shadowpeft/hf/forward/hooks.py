@@ -229,7 +229,7 @@ def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: 
         backbone,
         **passed,
     )
-    first = weights.config.mathematics()["first_refined_layer"]
+    first = weights.config.mathematics.first_refined_layer
     part.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
 
 

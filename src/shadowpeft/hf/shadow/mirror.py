@@ -13,15 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import DecoderParts, decoder_layers, num_decoder_layers
 from shadowpeft.hf.config import ShadowPeftConfig
-
-_WIDTH_FIELDS = {
-    "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "shadow_num_attention_heads": ("num_attention_heads",),
-    "shadow_num_key_value_heads": ("num_key_value_heads",),
-    "shadow_head_dim": ("head_dim",),
-    "shadow_hidden_size": ("hidden_size",),
-}
-
+from shadowpeft.settings import WIDTHS
 
 _ORDINARY_TYPES = ("full_attention", "sliding_attention")
 
@@ -105,7 +97,7 @@ def mirror_config(
     for counter, most in (("max_window_layers", depth), ("num_kv_shared_layers", 0)):
         if getattr(new, counter, None) is not None:
             setattr(new, counter, min(getattr(new, counter), most))
-    for ours, theirs in _WIDTH_FIELDS.items():
+    for ours, theirs in WIDTHS.items():
         wanted = getattr(config, ours)
         if wanted is None:
             continue
