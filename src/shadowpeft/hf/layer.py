@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shadowpeft.core import Injection, Update, UpdateNorm, refine
+from shadowpeft.core import Injection, Update, refine
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import HeadFacts
 from shadowpeft.hf.base.signature import Signature
@@ -106,7 +106,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
             else:
                 parts.backbone.shadow_embedding = embedding
         if config.use_update and config.mathematics.update_norm and steps > 1:
-            self.shadowpeft_norm[adapter] = UpdateNorm(d).to(device=reference.device)
+            self.shadowpeft_norm[adapter] = nn.LayerNorm(d).to(device=reference.device)
         if head is not None:
             copy = nn.Linear(d, head.out_features, bias=getattr(head, "bias", None) is not None)
             with torch.no_grad():
@@ -218,7 +218,7 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
         return self.shadowpeft_injection[adapter], update, self.alpha[adapter]
 
     def forward(
-        self, step: Step, h: Tensor, s: Tensor, norm: UpdateNorm | None, streams: int | None = None
+        self, step: Step, h: Tensor, s: Tensor, norm: nn.LayerNorm | None, streams: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
         injection, update, alpha = step

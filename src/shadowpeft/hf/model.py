@@ -19,7 +19,7 @@ from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.head import HeadFacts, examine_head
 from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
-from shadowpeft.hf.base.weights import device_of, is_offloaded
+from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import FLOATS, check_tensors, check_value
@@ -53,7 +53,7 @@ class ShadowModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
         if peft_config.task_type is None:
             raise ConfigError("task_type is missing; set it to 'CAUSAL_LM' or 'SEQ_CLS'")
-        parts = find_decoder(self.model)
+        parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         found = fingerprint(self.model, parts)
         if peft_config._loaded and peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found)
@@ -107,7 +107,7 @@ class ShadowModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        parts = find_decoder(self.model)
+        parts = self._parts
         if current_key == parts.backbone_name:
             self._add_hub(parts, peft_config, adapter_name)
         else:
@@ -139,7 +139,7 @@ class ShadowModel(BaseTuner):
                 "AutoModelForCausalLM"
             )
         if config.own_shadow_head:
-            if not self._facts(parts).plain:
+            if not self._facts(parts).is_linear:
                 raise UnsupportedModelError(
                     f"own_shadow_head=True replaces the LM head's matrix, but the head of {type(self.model).__name__} is more "
                     "than a matrix; set own_shadow_head=False"
@@ -160,27 +160,24 @@ class ShadowModel(BaseTuner):
         name = parts.backbone_name
         whole, body = Signature(self.model), Signature(parts.backbone)
         layers = [Signature(layer) for layer in parts.layers]
-        kwargs_reach_layers = all(signature.passes_on for signature in (whole, body, *layers))
-        kwargs_reach_layers = kwargs_reach_layers and hands_down(
-            self.model, parts.layers[1], calls.CALL, device_of(self.model)
-        )
+        reach = all(signature.passes_on for signature in (whole, body, *layers))
+        reach = reach and hands_down(self.model, parts.layers[1], calls.CALL, device_of(self.model))
         # what travels in a context variable cannot be traced: there, torch.compile leaves the hooks out of its graphs
-        traced: Any = (lambda hook: hook) if kwargs_reach_layers else torch.compiler.disable
-        before = traced(
-            partial(hooks.before_model, backbone=name, signature=whole, kwargs_reach_layers=kwargs_reach_layers)
+        traced: Any = (lambda hook: hook) if reach else torch.compiler.disable
+
+        def hook(function: Any, **known: Any) -> Any:
+            return traced(partial(function, **known))
+
+        before = hook(
+            hooks.before_model,
+            backbone=name,
+            signature=whole,
+            kwargs_reach_layers=reach,
+            weighted=weighted(self.model),
         )
-        inner = traced(
-            partial(
-                hooks.before_backbone,
-                signature=body,
-                base_layers=parts.num_layers,
-                kwargs_reach_layers=kwargs_reach_layers,
-            )
-        )
-        leave, after = (
-            traced(partial(hooks.leave, kwargs_reach_layers=kwargs_reach_layers)),
-            traced(partial(hooks.after_model, backbone=name)),
-        )
+        inner = hook(hooks.before_backbone, signature=body, base_layers=parts.num_layers, kwargs_reach_layers=reach)
+        leave = hook(hooks.leave, kwargs_reach_layers=reach)
+        after = hook(hooks.after_model, backbone=name)
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(after, with_kwargs=True),
@@ -189,7 +186,7 @@ class ShadowModel(BaseTuner):
             parts.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
         for layer, signature in zip(parts.layers, layers, strict=True):
-            refine = traced(partial(hooks.before_layer, hidden=signature.names[0]))
+            refine = hook(hooks.before_layer, hidden=signature.names[0])
             handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
         setattr(self.model, _HANDLES, handles)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowpeft.core import Trajectory, UpdateNorm
+from shadowpeft.core import Trajectory
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.config import ShadowPeftConfig
@@ -36,7 +36,7 @@ class AdapterWeights:
     embedding: nn.Module | None
     """The shadow's own token embedding, or None if it shares the base's."""
     projection: nn.Module | None
-    norm: UpdateNorm | None
+    norm: nn.LayerNorm | None
     head: nn.Module | None
     """The shadow's own head, or None if it reads the base's."""
     signature: Signature

@@ -40,6 +40,7 @@ def before_model(
     backbone: str,
     signature: Signature,
     kwargs_reach_layers: bool,
+    weighted: list[tuple[str, nn.Module]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out ``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
     kwargs = signature.by_name(args, kwargs)
@@ -63,7 +64,7 @@ def before_model(
                 kwargs.get("use_cache")
             )  # a cache that nobody scope for costs memory in training
         if not torch.compiler.is_compiling():
-            allow_gradients(model)
+            allow_gradients(weighted)
     call.return_shadow = return_shadow
     call.fused = bool(kwargs.get("fused_lm_head", False))
     if call.fused and call.names is not None:

@@ -198,7 +198,7 @@ def _lesson(call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targe
     if call.shadow_labels is not None:
         theirs = call.shift_labels if call.shift_labels is not None else shift_left(call.labels, hub)  # type: ignore[arg-type]
         taught = taught & (targets == theirs.to(targets.device))
-    return Lesson(part.pick(teacher), part.pick(taught), plain=kind == "both")
+    return Lesson(part.pick(teacher), part.pick(taught), with_labels=kind == "both")
 
 
 def shift_left(labels: Tensor, hub: ShadowHub) -> Tensor:
@@ -213,7 +213,7 @@ class Lesson:
     """Logits ``(B, T, V)``, without their graph."""
     taught: Tensor
     """``(B, T)``: where the shadow is to say what the attached path is to say."""
-    plain: bool
+    with_labels: bool
     """Whether the cross-entropy counts there too."""
 
 
@@ -227,7 +227,7 @@ def _shadow_sum(
     teacher = taught = plain[:0]
     if lesson is not None:
         teacher, taught = lesson.teacher.flatten(0, 1), lesson.taught.reshape(-1).to(s0.device)
-        plain = plain if lesson.plain else plain.masked_fill(taught, IGNORE)
+        plain = plain if lesson.with_labels else plain.masked_fill(taught, IGNORE)
 
     def loss(rows: Tensor, where: Tensor) -> Tensor:
         logits = lm_logits(model, hub, head, rows)
