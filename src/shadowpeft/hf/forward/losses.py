@@ -119,8 +119,8 @@ def _lm_path(
         with as_only_adapter(part):
             if targets is not None:
                 goals = part.pick(targets)
-                lesson = None if teacher is None else _lesson(call, hub, part, teacher, targets)
-                total = total + _shadow_sum(model, hub, part.weights, part.s0, goals, lesson)
+                distillation = None if teacher is None else _distillation(call, hub, part, teacher, targets)
+                total = total + _shadow_sum(model, hub, part.weights, part.s0, goals, distillation)
                 count = count + count_targets(goals, shifted=False).to(total.device)
             if call.return_shadow:
                 kept = _keep(part.s0, call.logits_to_keep)
@@ -175,7 +175,9 @@ def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
     return shift_left(labels, hub)
 
 
-def _lesson(call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor) -> Lesson | None:
+def _distillation(
+    call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor
+) -> Distillation | None:
     """What ``shadow_loss="kl"`` or "both" teaches the rows of ``part``; None for "ce".
 
     The attached path is the teacher wherever both paths are to say the same; where ``shadow_labels`` want something else of
@@ -198,7 +200,7 @@ def _lesson(call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targe
     if call.shadow_labels is not None:
         theirs = call.shift_labels if call.shift_labels is not None else shift_left(call.labels, hub)  # type: ignore[arg-type]
         taught = taught & (targets == theirs.to(targets.device))
-    return Lesson(part.pick(teacher), part.pick(taught), with_labels=kind == "both")
+    return Distillation(part.pick(teacher), part.pick(taught), with_labels=kind == "both")
 
 
 def shift_left(labels: Tensor, hub: ShadowHub) -> Tensor:
@@ -206,7 +208,7 @@ def shift_left(labels: Tensor, hub: ShadowHub) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Distillation:
     """What the attached path teaches the shadow in one forward pass."""
 
     teacher: Tensor
@@ -218,16 +220,21 @@ class Lesson:
 
 
 def _shadow_sum(
-    model: nn.Module, hub: ShadowHub, weights: AdapterWeights, s0: Tensor, targets: Tensor, lesson: Lesson | None = None
+    model: nn.Module,
+    hub: ShadowHub,
+    weights: AdapterWeights,
+    s0: Tensor,
+    targets: Tensor,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
     head = _lm_head(model, weights)
     targets = targets.to(s0.device)
     plain, rows = targets.reshape(-1), s0.reshape(-1, s0.shape[-1])
     teacher = taught = plain[:0]
-    if lesson is not None:
-        teacher, taught = lesson.teacher.flatten(0, 1), lesson.taught.reshape(-1).to(s0.device)
-        plain = plain if lesson.with_labels else plain.masked_fill(taught, IGNORE)
+    if distillation is not None:
+        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(s0.device)
+        plain = plain if distillation.with_labels else plain.masked_fill(taught, IGNORE)
 
     def loss(rows: Tensor, where: Tensor) -> Tensor:
         logits = lm_logits(model, hub, head, rows)
@@ -238,7 +245,7 @@ def _shadow_sum(
             num_items_in_batch=1,
             shift_labels=plain[where][None],
         )
-        if lesson is None:
+        if distillation is None:
             return total
         divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
         return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
