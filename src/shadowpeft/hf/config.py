@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.files import quote, read_json, shorten
+from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import preset
 
 CONFIG = "adapter_config.json"
@@ -55,12 +55,6 @@ _MIRROR_ONLY = (
     "shadow_head_dim",
     "shadow_hidden_size",
 )
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """`` (did you mean 'x'?)`` or an empty string."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from shadowpeft.errors import AdapterFileError
+from shadowpeft.messages import quote, shorten
 
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_COUNT = 4096
@@ -79,17 +80,6 @@ def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("NaN is no value of a setting")
     return float(name)
-
-
-def quote(value: Any, limit: int = 80) -> str:
-    """``repr`` of a value from a file, on one line and not longer than a message can bear."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
-
-
-def shorten(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
 
 
 def read_header(path: Path) -> dict[str, Declared]:
