@@ -13,8 +13,10 @@ from shadowpeft.export import onnx
 def test_any_shape(arch, tmp_path):
     source = edges.model(arch, num_hidden_layers=1)
     words = edges.tokenizer()
-    onnx.write(source, words, tmp_path / "o", "f32")
+    report = onnx.write(source, words, tmp_path / "o", "f32")
     graph = onnx.read(tmp_path / "o")
+    assert report["use"] == graph.session.get_modelmeta().custom_metadata_map["use"]
+    assert report["use"].startswith("scoring only")
     for rows, length, hidden in ((2, 7, 3), (1, 1, 0), (3, 40, 11)):
         ids = edges.ids(rows, length)
         mask = torch.ones_like(ids)
