@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError
 
 TARGETS = ("shadowpeft", "authors", "peft", "projected", "stock")
@@ -25,9 +27,24 @@ _TOKENIZER = (
 
 
 def main(
-    source: str, out: str, base: str | None, to: str | None, shadow_model: str | None, force: bool, as_json: bool
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")
+    ],
+    out: Annotated[str, typer.Argument(help="New folder.")],
+    base: Base = None,
+    to: Annotated[
+        Optional[str],
+        typer.Option(
+            help="shadowpeft, authors, peft or projected; stock for a projected checkpoint. Default: shadowpeft or stock."
+        ),
+    ] = None,
+    shadow_model: Annotated[
+        Optional[str], typer.Option(help="The model an explicit shadow started from, where the files do not say.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Convert and report: both formats, what was dropped, what the target leaves unsaid."""
+    """Translate an adapter between this package's format, the authors' and PEFT's SHADOW."""
     folder, here = Path(out).resolve(), Path.cwd().resolve()
     if to is not None and to not in TARGETS:
         raise ConfigError(f"--to is '{to}' but must be one of {', '.join(TARGETS)}")

@@ -6,24 +6,29 @@ import json
 import platform
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 
 from shadowpeft import versions
 from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
 from shadowpeft.apps.common import has_tokenizer
+from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
 
 
-def main(adapter: str | None, base: str | None, as_json: bool) -> None:
-    """Print every check; exit 1 if one failed.
-
-    Raises:
-        ConfigError: for a base without an adapter.
-    """
+def main(
+    adapter: Annotated[
+        Optional[str],
+        typer.Argument(help="Folder or Hub id of an adapter of any format. Default: the environment alone."),
+    ] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, device, adapter, base and tokenizer, and test the model on itself."""
     if adapter is None and base is not None:
         raise ConfigError(
             "--base was given without an adapter; give the adapter too, or neither for the environment alone"

@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 
 from shadowpeft import export
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
 
 
 def main(
-    source: str,
-    out: str,
-    to: str,
-    dtype: str | None,
-    base: str | None,
-    vocab_from: str | None,
-    verify: bool,
-    evaluate: str | None,
-    limit: int | None,
-    as_json: bool,
+    source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
+    out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
+    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), int8 or int4.")],
+    dtype: Annotated[
+        Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
+    ] = None,
+    base: Base = None,
+    vocab_from: Annotated[
+        Optional[str],
+        typer.Option(
+            help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read the file back and compare greedy tokens with the source.")] = True,
+    evaluate: Annotated[
+        Optional[str], typer.Option(help="Score this task before and after, as eval --task does.")
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="With --evaluate: this many rows.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Export and report: sizes before and after, agreement with the source, and a task's score before and after."""
+    """Write the edge model for another runtime, with a smaller vocabulary if wanted, and compare it with its source."""
     target, dtype = export.find(to, dtype)
     path = Path(out)
     if path.exists():
