@@ -200,7 +200,7 @@ def merge(name: str, folder: str, options: argparse.Namespace) -> str:
     from peft import PeftConfig, PeftModel
 
     from shadowpeft.apps.detach import save_edge
-    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.hf.base.load import load_base
     from shadowpeft.train.run import load_tokenizer
 
     base = options.base or PeftConfig.from_pretrained(folder).base_model_name_or_path

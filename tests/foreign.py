@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.base.structure import anatomy
 from tiny import randomise, tokens
 
 TOLERANCE = 1e-5

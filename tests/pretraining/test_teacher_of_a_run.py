@@ -18,8 +18,8 @@ from shadowpeft.data import teacher as teacher_module
 from shadowpeft.data.corpora import collate
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, UnsupportedModelError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.fingerprint import fingerprint
+from shadowpeft.hf.base.fingerprint import fingerprint
+from shadowpeft.hf.base.structure import anatomy
 from shadowpeft.hf.pieces import open_base
 from shadowpeft.hf.pretraining import ProjectedShadow, check_teacher_separation
 from shadowpeft.train import pretrain_teacher

@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
 
 def has_tokenizer(adapter: str) -> bool:
     """Whether a tokenizer was saved with an adapter, in its folder or on the Hub."""
-    from shadowpeft.hf.checkpoint import find_file
+    from shadowpeft.hf.files.locate import find_file
 
     try:
         find_file(adapter, "tokenizer_config.json")

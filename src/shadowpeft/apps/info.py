@@ -16,7 +16,8 @@ def main(adapter: Adapter, as_json: Json = False) -> None:
     quiet_libraries()
     from safetensors import safe_open
 
-    from shadowpeft.hf.checkpoint import CONFIG, check_weights, find_file, read_config
+    from shadowpeft.hf.checkpoint import CONFIG, check_weights, read_config
+    from shadowpeft.hf.files.locate import find_file
 
     config = read_config(adapter)
     weights = check_weights(adapter)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shadowpeft.apps.checks import Report
 from shadowpeft.errors import ShadowPeftError, UnsupervisedShadowError
-from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.hf.detach import detach
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.messages import shorten
 
 ROWS, LENGTH, NEW = 2, 12, 8

@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.files import quote, read_json, shorten
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
-from shadowpeft.hf.weights import device_of
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.structure import anatomy
+from shadowpeft.hf.base.weights import device_of
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.messages import quote, shorten
 from shadowpeft.storage import partial_of, replace, write_text
 
 INDEX = "teacher.json"

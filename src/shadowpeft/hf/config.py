@@ -11,8 +11,8 @@ from peft.utils import PeftType, TaskType
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.files import quote, read_json, shorten
-from shadowpeft.messages import did_you_mean
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.messages import did_you_mean, quote, shorten
 from shadowpeft.presets import preset
 
 CONFIG = "adapter_config.json"
@@ -268,6 +268,11 @@ class ShadowPeftConfig(PeftConfig):
     def is_mirror(self) -> bool:
         """Whether the shadow is built from the base's own configuration."""
         return isinstance(self.shadow_model, str) and self.shadow_model == "mirror"
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the configuration comes from an adapter's file, which records the shadow backbone's own configuration."""
+        return self._loaded and self.shadow_backbone_config is not None
 
     @property
     def copies_layers(self) -> bool:

@@ -17,28 +17,10 @@ from transformers import (
 
 from shadowpeft.core import fold_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.head import logit_scale, soft_cap
-from shadowpeft.hf.layer import ShadowHub
-from shadowpeft.hf.weights import of_adapter, plain, real_weight, share_weight
-
-
-def find_hub(model: nn.Module) -> ShadowHub:
-    """The hub of an adapted model.
-
-    Raises:
-        ConfigError: if ``model`` has no shadow adapter.
-    """
-    for module in model.modules():
-        if isinstance(module, ShadowHub):
-            return module
-    raise ConfigError(f"{type(model).__name__} has no shadow adapter; make one with peft.get_peft_model")
-
-
-def adapted_base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel (or the model itself)."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model  # type: ignore[return-value]
+from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.structure import anatomy
+from shadowpeft.hf.base.weights import of_adapter, plain, real_weight, share_weight
+from shadowpeft.hf.layer import adapted_base, find_hub
 
 
 @torch.no_grad()

@@ -15,28 +15,29 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import call as calls
-from shadowpeft.hf import hooks, mixed
-from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.head import HeadFacts, examine_head
+from shadowpeft.hf.base.signature import Signature, hands_down
+from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
+from shadowpeft.hf.base.weights import device_of, is_offloaded
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import FLOATS, check_exact
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
-from shadowpeft.hf.head import HeadFacts, examine_head
+from shadowpeft.hf.files.reading import FLOATS, check_exact
+from shadowpeft.hf.forward import call as calls
+from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
-from shadowpeft.hf.signature import Signature, hands_down
+from shadowpeft.hf.shadow.build import build_shadow
+from shadowpeft.hf.shadow.source import resolve
 from shadowpeft.hf.skeleton import check_file
-from shadowpeft.hf.weights import device_of, is_offloaded
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
-CLASSIFIERS = ("score", "classifier")
 
 
 class ShadowModel(BaseTuner):
     """Adapts a frozen decoder-only transformers model with a shadow network (ShadowPEFT, arXiv 2604.19254).
 
     Made by ``get_peft_model(base, ShadowPeftConfig(...))``. The base's modules stay as they are: ``shadow_hub`` is added to
-    its backbone, ``shadow_link`` to every refined layer, and hooks do the rest (:mod:`shadowpeft.hf.hooks`).
+    its backbone, ``shadow_link`` to every refined layer, and hooks do the rest (:mod:`shadowpeft.hf.forward.hooks`).
     """
 
     prefix = PREFIX
@@ -145,7 +146,7 @@ class ShadowModel(BaseTuner):
                 )
             head = self.model.get_output_embeddings()
             head = getattr(head, "original_module", head)
-        built = build_shadow(parts, config, self.model)
+        built = build_shadow(parts, config, resolve(config, parts, self.model))
         if getattr(parts.backbone, "shadow_hub", None) is None:
             facts = self._facts(parts)
             parts.backbone.shadow_hub = ShadowHub()
@@ -160,7 +161,7 @@ class ShadowModel(BaseTuner):
         whole, body = Signature(self.model), Signature(parts.backbone)
         layers = [Signature(layer) for layer in parts.layers]
         carried = all(signature.passes_on for signature in (whole, body, *layers))
-        carried = carried and hands_down(self.model, parts.layers[1], hooks.CALL, device_of(self.model))
+        carried = carried and hands_down(self.model, parts.layers[1], calls.CALL, device_of(self.model))
         # what travels in a context variable cannot be traced: there, torch.compile leaves the hooks out of its graphs
         traced: Any = (lambda hook: hook) if carried else torch.compiler.disable
         before = traced(partial(hooks.before_model, backbone=name, signature=whole, carried=carried))
@@ -219,18 +220,18 @@ class ShadowModel(BaseTuner):
                 raise ConfigError("adapter_names was passed to a compiled model; call the model itself")
             yield
             return
-        request = calls.Request(self.model)
+        scope = calls.Scope(self.model)
         if names is not None:
             hub = self._hub(anatomy(self.model))
-            mixed.check_mode(self.model)
-            request.names = mixed.check_names(names, hub)
+            rows.check_mode(self.model)
+            scope.names = rows.check_names(names, hub)
             # PeftModel.forward keeps its inputs to itself; only generate shows them, whose beams repeat each prompt
-            prompts = mixed.batch_rows({"input_ids": args[0], **kwargs} if args else kwargs)
+            prompts = rows.batch_rows({"input_ids": args[0], **kwargs} if args else kwargs)
             if prompts is not None:
-                mixed.check_length(request.names, prompts)
-                mixed.check_not_compiled(self.model, kwargs)
-                request.repeats = True
-        with calls.asking(request):
+                rows.check_length(scope.names, prompts)
+                rows.check_not_compiled(self.model, kwargs)
+                scope.repeats = True
+        with calls.within(scope):
             yield
 
     # --------------------------------------------------------------------------------------------------- switching
@@ -318,23 +319,6 @@ class ShadowModel(BaseTuner):
                 raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
             check_exact(key, value, expected[key].dtype)
         return mapped
-
-
-def classifier_of(model: nn.Module) -> nn.Linear:
-    """The base's own linear classifier.
-
-    Raises:
-        UnsupportedModelError: if it has none.
-    """
-    for name in CLASSIFIERS:
-        head = getattr(model, name, None)
-        head = getattr(head, "original_module", head)
-        if isinstance(head, nn.Linear):
-            return head
-    raise UnsupportedModelError(
-        f"task_type is SEQ_CLS but {type(model).__name__} has no linear 'score' or 'classifier'; load the base with "
-        "AutoModelForSequenceClassification"
-    )
 
 
 @contextmanager

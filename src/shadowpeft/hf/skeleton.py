@@ -16,17 +16,9 @@ from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import (
-    BUILD_ERRORS,
-    FLOATS,
-    Declared,
-    check_dtypes,
-    check_numbers,
-    check_values,
-    quote,
-    read_header,
-    shorten,
-)
+from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, Declared, check_dtypes, check_values, read_header
+from shadowpeft.hf.files.records import check_numbers
+from shadowpeft.messages import quote, shorten
 
 SPARE_BYTES = 64 * 2**20
 """Buffers (masks, tables of positions) that a shadow may have beyond as much as the base's buffers and its own weights."""

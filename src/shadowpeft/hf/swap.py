@@ -1,7 +1,7 @@
 """Replace the weights of a loaded adapter while the model runs.
 
-A forward pass reads an adapter through one object, :class:`~shadowpeft.hf.layer.Weights`, which it takes once. A swap makes
-new modules beside the old, checks everything, and then puts one new object in the place of the old one: a pass has entirely
+A forward pass reads an adapter through one object, :class:`~shadowpeft.hf.forward.call.Weights`, which it takes once. A swap
+makes new modules beside the old, checks everything, and then puts one new object in the place of the old one: a pass has entirely
 the old weights or entirely the new, and the old ones live until the last pass that holds them has ended.
 """
 
@@ -20,15 +20,17 @@ from torch.distributed.tensor import DTensor
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf import formats
-from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.structure import anatomy
 from shadowpeft.hf.checkpoint import check_weights, read_config
-from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
-from shadowpeft.hf.files import check_exact, plain_record, quote
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.reading import check_exact
+from shadowpeft.hf.files.records import plain_record
+from shadowpeft.hf.forward.rows import collect
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, ShadowTunerLayer, new_version
-from shadowpeft.hf.mixed import collect
 from shadowpeft.hf.model import ShadowModel
 from shadowpeft.hf.skeleton import check_file
+from shadowpeft.messages import did_you_mean, quote
 
 _SHAPING = (
     "task_type",

@@ -38,10 +38,11 @@ from shadowpeft.data.corpora import (
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit, peak_memory
-from shadowpeft.hf.files import read_json, shorten
+from shadowpeft.hf.base.vocabulary import shared_tokens
+from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.pieces import BaseEnds, open_base
 from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
-from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig

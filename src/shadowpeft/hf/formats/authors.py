@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.checkpoint import find_file
-from shadowpeft.hf.files import check_numbers, quote, read_json
+from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.records import check_numbers
 from shadowpeft.hf.formats.common import (
     Adapted,
     ShadowLayout,
@@ -57,8 +58,7 @@ from shadowpeft.hf.formats.common import (
     split_update,
     take_apart,
 )
-from shadowpeft.hf.model import classifier_of
-from shadowpeft.hf.tensors import check_tensors, read_tensors
+from shadowpeft.messages import quote
 
 CONFIG = "shadow_config.json"
 WEIGHTS = "shadow_adapter.safetensors"

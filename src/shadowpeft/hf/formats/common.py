@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
-from shadowpeft.hf.detach import find_hub
-from shadowpeft.hf.files import BUILD_ERRORS, shorten
-from shadowpeft.hf.head import logit_scale, soft_cap
-from shadowpeft.hf.projected import as_projected, is_projected, projected_config
+from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.structure import Anatomy, anatomy
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.projected import is_projected, projected_config
+from shadowpeft.hf.files.reading import BUILD_ERRORS
+from shadowpeft.hf.layer import find_hub
+from shadowpeft.hf.shadow.source import as_projected
+from shadowpeft.messages import did_you_mean, shorten
 
 _ROOT = "base_model.model."
 _SIZES = {

@@ -30,9 +30,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS, find_file
-from shadowpeft.hf.files import check_numbers, quote, read_json
+from shadowpeft.hf.base.structure import Anatomy, anatomy, classifier_of
+from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.records import check_numbers
 from shadowpeft.hf.formats.common import (
     ShadowLayout,
     Translation,
@@ -52,8 +54,7 @@ from shadowpeft.hf.formats.common import (
     split_update,
     take_apart,
 )
-from shadowpeft.hf.model import classifier_of
-from shadowpeft.hf.tensors import check_tensors, read_tensors
+from shadowpeft.messages import quote
 
 _SIZES = ("shadow_hidden_size", "shadow_intermediate_size", "shadow_num_attention_heads")
 _COVERAGE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.signature import Signature
-from shadowpeft.hf.weights import device_of, plain
+from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.weights import device_of, plain
 
 
 def logit_scale(config: PreTrainedConfig) -> float:

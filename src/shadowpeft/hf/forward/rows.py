@@ -11,10 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.call import Part, Request, ShadowCall, current, enter, leave
-from shadowpeft.hf.config import did_you_mean
-from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, Weights
-from shadowpeft.hf.weights import of_adapter
+from shadowpeft.hf.base.weights import of_adapter
+from shadowpeft.hf.forward.call import Part, Scope, ShadowCall, Weights, current, enter, leave, read_weights
+from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink
+from shadowpeft.messages import did_you_mean
 
 BASE = "__base__"
 """The name of a row that the base answers alone (PEFT's own)."""
@@ -56,7 +56,7 @@ def weights_of(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
     A pass that holds the object is not touched by a later :func:`shadowpeft.swap`: it ends with the weights it began with.
     """
     if torch.compiler.is_compiling():
-        return hub.read(adapter)
+        return read_weights(hub, adapter)
     found = hub.records.get(adapter)
     if found is not None and found.backbone is hub.shadowpeft_backbone._modules.get(adapter):
         return found
@@ -69,8 +69,8 @@ def weights_of(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
 
 def collect(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
     """Read the weights of one adapter from all over ``model``."""
-    weights = hub.read(adapter)
-    weights.whole = True
+    weights = read_weights(hub, adapter)
+    weights.collected = True
     for module in model.modules():
         if isinstance(module, ShadowLink):
             step = module.step(adapter)
@@ -180,13 +180,13 @@ def assemble(parts: list[Part], pieces: list[Tensor], rows: int) -> Tensor:
     return whole
 
 
-def held_weights(hub: ShadowHub, model: nn.Module, adapter: str, asked: Request | None) -> Weights:
+def held_weights(hub: ShadowHub, model: nn.Module, adapter: str, entered: Scope | None) -> Weights:
     """The weights of ``adapter`` for this pass: those that a running generation of ``model`` holds, or the present ones."""
-    if asked is None:
+    if entered is None:
         return weights_of(hub, model, adapter)
-    if adapter not in asked.held:
-        asked.held[adapter] = weights_of(hub, model, adapter)
-    return asked.held[adapter]
+    if adapter not in entered.held:
+        entered.held[adapter] = weights_of(hub, model, adapter)
+    return entered.held[adapter]
 
 
 def check_not_compiled(model: Any, kwargs: dict[str, Any]) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from shadowpeft.errors import AdapterFileError
 from shadowpeft.messages import quote, shorten
 
 MAX_CONFIG_BYTES = 4 * 2**20
-MAX_COUNT = 4096
-"""Layers, heads or experts that a configuration may ask for if the weights file does not hold as many tensors."""
-MAX_NUMBER = 2**40
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and is no dtype to train in."""
 
@@ -35,8 +34,6 @@ BUILD_ERRORS = (
     ValueError,
 )
 """What transformers' configurations and classes raise for values that describe no model: they judge few of them."""
-
-_COUNTS = re.compile(r"(^|_)(num|n|number)_|layers?$|heads?$|experts?$|blocks?$|depth")
 
 
 class Declared(NamedTuple):
@@ -167,60 +164,34 @@ def check_exact(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def check_numbers(record: Any, tensors: int, where: str = "shadow_backbone_config") -> None:
-    """Counts that the weights file cannot fill, before a model is built by them: 10**9 layers would be 10**9 objects.
-
-    Args:
-        record: JSON content. tensors: how many tensors the file holds; each layer, head list or expert list needs some.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in float32.
 
     Raises:
-        AdapterFileError: naming the setting.
+        AdapterFileError: if it is truncated or empty, or a tensor is no floating point, not finite, or more than float32.
     """
-    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
-        name = f"{where}.{key}" if isinstance(record, dict) else f"{where}[{key}]"
-        if isinstance(value, (dict, list)):
-            check_numbers(value, tensors, name)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            limit = max(MAX_COUNT, tensors) if isinstance(key, str) and _COUNTS.search(key) else MAX_NUMBER
-            if isinstance(value, int) and abs(value) > limit:
-                raise AdapterFileError(
-                    f"{name[:120]} is {quote(value, 40)}, more than the {tensors} tensors of the adapter can belong to; its "
-                    "configuration is damaged"
-                )
-            if isinstance(value, float) and math.isnan(value):
-                raise AdapterFileError(f"{name[:120]} is NaN; the adapter's configuration is damaged")
+    check_dtypes(path, header := read_header(path))
+    check_values(path, header, {})
+    try:
+        return {name: value.float() for name, value in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged or too large") from error
 
 
-_NOT_OF_A_BACKBONE = frozenset(
-    {
-        "transformers_version",
-        "architectures",
-        "quantization_config",
-        "dtype",
-        "torch_dtype",
-        "num_labels",  # makes a dictionary of as many entries
-        "id2label",
-        "label2id",
-        "trust_remote_code",
-        "custom_pipelines",
-        "backbone",
-        "use_pretrained_backbone",
-        "torchscript",
-    }
-)
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str, advice: str) -> None:
+    """Every expected tensor is there with its shape, and no other.
 
-
-def plain_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a recorded configuration that shapes a backbone.
-
-    Left out at every depth: keys that name code (``auto_map``), where the numbers come from, how they are stored, which
-    kernel computes attention (it may be the name of a repository to fetch and run), and private keys.
+    Raises:
+        AdapterFileError: naming the first tensor that is missing, unknown or of another shape.
     """
-    return {
-        key: plain_record(value) if isinstance(value, dict) else value
-        for key, value in record.items()
-        if isinstance(key, str)
-        and key not in _NOT_OF_A_BACKBONE
-        and not key.startswith(("_", "auto_", "attn_implementation"))
-        and not key.endswith("_implementation")
-    }
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        shown = ", ".join(quote(name) for name in (*missing[:2], *unknown[:2]))
+        raise AdapterFileError(
+            f"{what}: {len(missing)} tensors are missing and {len(unknown)} are unknown ({shown}); {advice}"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise AdapterFileError(
+                f"{what}: tensor {quote(name)} has shape {tuple(found[name].shape)} but needs {shape}; {advice}"
+            )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from shadowpeft.errors import BaseMismatchError
-from shadowpeft.hf.backbone import Anatomy
-from shadowpeft.hf.weights import real_weight
+from shadowpeft.hf.base.structure import Anatomy
+from shadowpeft.hf.base.weights import real_weight
 
 SAMPLES = 64
 SAME = 0.02
