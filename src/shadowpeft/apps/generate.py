@@ -45,11 +45,13 @@ def generate(
     sampling = _sampling(temperature, seed)
     tokenizer = load_tokenizer_of(adapter, base)
     with in_mode(placed(shadowpeft.load(adapter, base), where), mode) as model:
-        made = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
+        reply = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
     if as_json:
-        print(json.dumps({"mode": mode, "text": made.text, "tokens": made.tokens, "seconds": round(made.seconds, 4)}))
+        print(
+            json.dumps({"mode": mode, "text": reply.text, "tokens": reply.tokens, "seconds": round(reply.seconds, 4)})
+        )
     else:
-        print(made.text)
+        print(reply.text)
 
 
 def chat(

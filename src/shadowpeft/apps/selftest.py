@@ -100,7 +100,9 @@ class _SelfTest:
         )
         if change == 0.0:
             self.report.warn(
-                "effect", "the adapter changes no logit: it was never trained", "train it, or check that this is the one"
+                "effect",
+                "the adapter changes no logit: it was never trained",
+                "train it, or check that this is the one",
             )
 
     @torch.no_grad()
@@ -132,9 +134,13 @@ class _SelfTest:
             self._generate(self.ids, mask, NEW, use_cache=use, pad_token_id=pad)[:, LENGTH:] for use in (True, False)
         )
         same = int((cached == uncached).sum())
-        text = f"logits {gap:.1e} apart (relative, at most {self.allowed:g}), {same} of {ROWS * NEW} greedy tokens equal"
+        text = (
+            f"logits {gap:.1e} apart (relative, at most {self.allowed:g}), {same} of {ROWS * NEW} greedy tokens equal"
+        )
         if gap <= self.allowed and same < ROWS * NEW and self.base.dtype != torch.float32:
-            self.report.warn(name, text, "rounding decides between near ties; run it in float32 to see whether it is more")
+            self.report.warn(
+                name, text, "rounding decides between near ties; run it in float32 to see whether it is more"
+            )
             return
         self.report.require(
             gap <= self.allowed and same == ROWS * NEW,
@@ -192,7 +198,9 @@ class _SelfTest:
         moved = float((more - own).norm())
         if not (moved > 1e-3 * float(more.norm()) and moved > 0):
             self.report.fail(
-                name, f"lambda changes nothing in {where}: the shadow is never supervised", "use shadowpeft.ShadowTrainer"
+                name,
+                f"lambda changes nothing in {where}: the shadow is never supervised",
+                "use shadowpeft.ShadowTrainer",
             )
         elif weight == 0:
             self.report.warn(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,18 +37,6 @@ class _Logits(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         out: Any = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return out.logits  # type: ignore[no-any-return]
-
-
-class OnnxModel:
-    """An exported model on onnxruntime's CPU provider, called like a transformers model."""
-
-    def __init__(self, session: Any) -> None:
-        self.session = session
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        """``.logits`` ``(B, T, V)``, float32, of ``input_ids`` and ``attention_mask`` ``(B, T)``, int64."""
-        given = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        return SimpleNamespace(logits=torch.from_numpy(self.session.run(["logits"], given)[0]))
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
@@ -87,9 +75,15 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     return {"loads with": "onnxruntime", "inputs": inputs, "cache": "none", "use": USE}
 
 
-def read(folder: Path) -> OnnxModel:
-    """The graph of a folder on onnxruntime."""
-    return OnnxModel(onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"]))
+def read(folder: Path) -> Callable[[Tensor, Tensor], SimpleNamespace]:
+    """The graph of a folder on onnxruntime's CPU provider: ``input_ids`` and ``attention_mask`` to ``.logits``, float32."""
+    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+
+    def logits(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        return SimpleNamespace(logits=torch.from_numpy(session.run(["logits"], inputs)[0]))
+
+    return logits
 
 
 @contextmanager
