@@ -67,7 +67,7 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
     model of that method as it is.
 
     Raises:
-        ConfigError: for another mode, or a model that has not what the mode needs.
+        ConfigError: for an unknown mode, or a model without the adapter that the mode needs.
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")

@@ -19,7 +19,7 @@ from shadowpeft.messages import quote, shorten
 
 MAX_CONFIG_BYTES = 4 * 2**20
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and is no dtype to train in."""
+"""dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and cannot be trained in."""
 
 BUILD_ERRORS = (
     ArithmeticError,
