@@ -15,7 +15,7 @@ from chatbase import chat_model, save_base, write_rows
 from conftest import documents
 from shadowpeft.core import teacher_loss
 from shadowpeft.data import teacher as teacher_module
-from shadowpeft.data.corpora import collate
+from shadowpeft.data.packing import collate
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, UnsupportedModelError
 from shadowpeft.hf.base.fingerprint import fingerprint

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import TrainingArguments
 
-from shadowpeft.data.corpora import PackedStream, shard_record
+from shadowpeft.data.corpora import shard_record
+from shadowpeft.data.packing import PackedStream
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.base.load import load_base
