@@ -47,6 +47,8 @@ class ShadowModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         with clean_on_failure(model):
             super().__init__(model, *args, **kwargs)
+        # right after this, PeftModel (0.21) asks transformers (5.23) by the old name of is_activation_checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
     # ---------------------------------------------------------------------------------------------------- attaching
 

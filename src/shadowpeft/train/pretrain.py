@@ -448,7 +448,10 @@ def pretrain(
     with trainer.accelerator.autocast():
         check_separation(model, SEPARATE if t.precision == "float32" else 0.05)
     if t.gradient_checkpointing:
-        model.shadow_model.gradient_checkpointing_enable({"use_reentrant": False})
+        shadow = model.shadow_model
+        # transformers 5.23 renamed it; older releases know only the old name
+        enable = getattr(shadow, "activation_checkpointing_enable", None) or shadow.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=last)
