@@ -219,14 +219,14 @@ class Training:
             group["lr"] = self.rate(total)
         loss = self.problem.loss(places)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.named], 1.0)
-        if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
-            raise NonFiniteLossError(f"loss {float(loss)}, gradient {float(norm)} at step {self.at['steps']}")
+        value, norm = loss.item(), torch.nn.utils.clip_grad_norm_([p for _, p in self.named], 1.0).item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise NonFiniteLossError(f"loss {value}, gradient {norm} at step {self.at['steps']}")
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.at["steps"] += 1
         self.at["tokens"] += sum(len(self.problem.items[i].ids) for i in places)
-        self.at["loss"] += float(loss)
+        self.at["loss"] += value
         keep = min(self.cell.average, self.at["steps"] / (self.at["steps"] + 9))  # a short memory at the start
         torch._foreach_lerp_(self.averaged, [p.detach() for _, p in self.named], 1.0 - keep)
 
