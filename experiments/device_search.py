@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import json
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -230,8 +232,8 @@ class Training:
         keep = min(self.cell.average, self.at["steps"] / (self.at["steps"] + 9))  # a short memory at the start
         torch._foreach_lerp_(self.averaged, [p.detach() for _, p in self.named], 1.0 - keep)
 
-    def run(self, deadline: float | None = None) -> bool:
-        """Train until the cell's passes are done; False if the time was up before."""
+    def run(self, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Train until the cell's passes are done; False, with the state saved, if ``is_over`` said so before."""
         self.model.train()
         began, used, saved = time.monotonic(), time.process_time(), time.monotonic()
 
@@ -246,7 +248,7 @@ class Training:
             while self.at["step"] < len(order):
                 self.step(order[self.at["step"]], self.cell.passes * len(order))
                 self.at["step"] += 1
-                over = deadline is not None and time.monotonic() > deadline
+                over = is_over()
                 if over or time.monotonic() - saved > SAVE_EVERY:
                     count()
                     self.save()
@@ -302,21 +304,24 @@ class Training:
         write_json(self.folder / f"{self.cell.name}.json", record)
 
 
-def run(plan: list[Cell], minutes: float | None = None, work: Path = WORK, folder: Path = FOLDER) -> int:
-    """Run what the plan still asks for; returns how many of its entries are left."""
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+def run(file: Path = PLAN, minutes: float | None = None, work: Path = WORK, folder: Path = FOLDER) -> int:
+    """Run what the plan still asks for; the plan is read again after each entry. Returns how many entries are left."""
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
     prepare_cpu(1)
-    for cell in waiting(plan, folder):
+    while cells := waiting(read_plan(file), folder):
+        cell = cells[0]
         print(f"{time.strftime('%H:%M:%S')} {cell.name} to {cell.passes} passes", flush=True)
         training = Training(cell, work, folder)
         try:
-            if not training.run(deadline):
+            if not training.run(lambda: asked_to_stop.is_set() or time.monotonic() > deadline):
                 break
         except NonFiniteLossError as error:
             training.write(str(error))
         print(f"{time.strftime('%H:%M:%S')} {cell.name}: {summary(training.curve)}", flush=True)
         del training
-    return len(waiting(plan, folder))
+    return len(cells)
 
 
 def summary(curve: list[dict[str, Any]]) -> str:
@@ -358,9 +363,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit-minutes", type=float, metavar="N", help="stop, with a saved state, after this time")
     chosen = parser.parse_args(arguments)
     try:
-        plan = read_plan(chosen.plan)
         if chosen.command == "run":
-            return 3 if run(plan, chosen.limit_minutes) else 0
+            return 3 if run(chosen.plan, chosen.limit_minutes) else 0
+        plan = read_plan(chosen.plan)
         if chosen.command == "final":
             cells = [cell for cell in plan if cell.name == chosen.name]
             if not cells:

@@ -32,7 +32,7 @@ from shadowpeft.evaluate import wilson
 from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.storage import write_json
 
-GRID = (0.1, 0.3, 1.0, 3.0, 10.0)
+GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 SPEC = "rivals"
 NAME = "svc"
 
