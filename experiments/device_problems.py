@@ -28,7 +28,7 @@ from shadowpeft.data.robot import SYSTEM, parse_action
 from shadowpeft.data.tasks import class_ids, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.generate import answer
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.train.run import load_tokenizer
 
 WRONG = 0.03
