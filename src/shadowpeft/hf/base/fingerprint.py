@@ -84,7 +84,7 @@ def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
         BaseMismatchError: if architecture, shapes or weights differ. Weights that are close but not the same (a
             quantised copy, a further trained sibling) give a warning with the measured distance.
     """
-    advice = "; load the base model that the adapter names in base_model_name_or_path"
+    advice = "; load the base that the adapter names, at the revision it was trained on, and pass it as base="
     if not _is_fingerprint(recorded):
         raise BaseMismatchError("the adapter's base_fingerprint is malformed, so its base cannot be checked" + advice)
     if recorded["architecture"] != found["architecture"]:
