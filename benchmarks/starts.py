@@ -24,9 +24,9 @@ from rich.console import Console
 
 from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.storage import write_json, write_text
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.pretrain import Batches, end_token, make_stream, pretrain
 from shadowpeft.train.pretrain_config import PretrainConfig, parse_pretraining
-from shadowpeft.train.run import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "docs" / "records" / "pretraining" / "starts.json"

@@ -34,10 +34,11 @@ from shadowpeft.evaluate import answer_loss, evaluate_task, norms_kept
 from shadowpeft.evaluate.engine import PREDICTIONS
 from shadowpeft.evaluate.record import bootstrap, commit
 from shadowpeft.generate import answer, routing_reason
+from shadowpeft.runtime import DTYPES, environment, prepare_cpu
 from shadowpeft.storage import sync, write_json
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.run import DTYPES, load_tokenizer, prepare_cpu, versions
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "runs" / "experiments"
@@ -127,7 +128,7 @@ class Runner:
             "settings": cell.settings(),
             "settings_sha256": cell.digest(),
             "commit": commit(),
-            "versions": versions(),
+            "versions": environment(),
             "processor": processor(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds_of_last_call": round(time.monotonic() - began, 1),
@@ -202,7 +203,7 @@ class Runner:
             "settings": settings,
             "settings_sha256": digest(settings),
             "commit": commit(),
-            "versions": versions(),
+            "versions": environment(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_record(record, self.records)
@@ -336,7 +337,7 @@ class Runner:
             rank=getattr(config, "r", None),
             train=task.source("train"),
             commit=commit(),
-            versions=versions(),
+            versions=environment(),
         )
         model.save_pretrained(str(folder / "partial-adapter"))
         sync(folder / "partial-adapter")

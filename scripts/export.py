@@ -25,7 +25,7 @@ from shadowpeft.apps.export import load_edge, run, trim
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.export import verify
-from shadowpeft.train.run import prepare_cpu
+from shadowpeft.runtime import prepare_cpu
 
 RECORD = Path(__file__).parent.parent / "docs" / "records" / "export.json"
 CASES = [

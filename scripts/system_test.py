@@ -141,9 +141,9 @@ def train(
         ConfigError: if the earlier run had others. ShadowPeftError: if training was stopped, or its loss is not finite.
     """
     from shadowpeft.data.tasks import get_task
+    from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train import baselines
     from shadowpeft.train.config import TrainingSection
-    from shadowpeft.train.run import load_tokenizer
 
     section = {
         **{k: v for k, v in SETTINGS["training"].items() if k in ("warmup", "scheduler", "log_every")},
@@ -201,7 +201,7 @@ def merge(name: str, folder: str, options: argparse.Namespace) -> str:
 
     from shadowpeft.apps.detach import save_edge
     from shadowpeft.hf.checkpoint import load_base
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.tokenizer import load_tokenizer
 
     base = options.base or PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not base:
@@ -389,7 +389,7 @@ def main() -> None:
     options = parse()
     quiet_libraries()
     from shadowpeft.evaluate.record import commit
-    from shadowpeft.train.run import prepare_cpu, versions
+    from shadowpeft.runtime import environment, prepare_cpu
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are ended then, too
     prepare_cpu(options.threads)
@@ -414,7 +414,7 @@ def main() -> None:
         "max_tokens": options.max_tokens,
         "warmup": options.warmup,
         **found,
-        "machine": versions(),
+        "machine": environment(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
