@@ -42,7 +42,8 @@ class ShadowLossMixin(WholeCheckpoints):
 
     def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
         if not isinstance(self, Trainer):
-            raise ConfigError(f"{type(self).__name__} is no Trainer; write class {type(self).__name__}(ShadowLossMixin, Trainer)")
+            name = type(self).__name__
+            raise ConfigError(f"{name} is not a Trainer; declare it as class {name}(ShadowLossMixin, Trainer)")
         if not 0 < backbone_lr_ratio < 1e6:
             raise ConfigError(f"backbone_lr_ratio is {backbone_lr_ratio} but must be positive and finite")
         if "trl" in sys.modules:
