@@ -45,14 +45,6 @@ class Variant:
     dropout_in_update: bool = True
     paper_init: bool = True
 
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def keys(self) -> list[str]:
-        return list(self.__dataclass_fields__)
-
-    def __iter__(self) -> Any:
-        return iter(self.keys())
 
 
 VARIANTS = {

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.bases import is_alias, materialise
+from shadowpeft.hf.base.aliases import is_alias, materialise
 from shadowpeft.messages import shorten
 
 

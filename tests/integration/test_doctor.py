@@ -17,8 +17,8 @@ from shadowpeft import cli, versions
 from shadowpeft.apps import doctor, selftest
 from shadowpeft.apps.checks import Report
 from shadowpeft.apps.common import load_tokenizer_of
-from shadowpeft.hf import hooks
 from shadowpeft.hf.files import locate
+from shadowpeft.hf.forward import hooks, losses
 from tiny import adapt, randomise
 
 ALL = {
@@ -189,7 +189,7 @@ def test_lambda_zero(monkeypatch, capsys, tmp_path, base_folder):
 
 
 def test_a_lambda_that_changes_nothing(monkeypatch, capsys, adapter):
-    monkeypatch.setattr(hooks, "joint_loss", lambda task, shadow, weight: task)
+    monkeypatch.setattr(losses, "joint_loss", lambda task, shadow, weight: task)
     checks = broken(monkeypatch, capsys, adapter, failed=["lambda"])
     assert "never supervised" in checks["lambda"]["text"]
 

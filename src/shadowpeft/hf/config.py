@@ -96,7 +96,9 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
                 raise ConfigError(f"{name} is {quote(getattr(self, name))} but must not hold a NUL character")
         self.task_type = None if task is None else TaskType(task)
         if self.own_shadow_head and self.task_type == TaskType.SEQ_CLS:
-            raise ConfigError("own_shadow_head is True but a classifier's shadow always has a head of its own; leave it out")
+            raise ConfigError(
+                "own_shadow_head is True but a classifier's shadow always has a head of its own; leave it out"
+            )
         if self.shadow_loss != "ce" and self.task_type == TaskType.SEQ_CLS:
             raise ConfigError(
                 f"shadow_loss is {self.shadow_loss!r} but a classifier's shadow has classes to learn and no teacher; use 'ce'"
@@ -148,6 +150,11 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         return config
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether the configuration comes from an adapter's file, which records the shadow backbone's own configuration."""
+        return self._loaded and self.shadow_backbone_config is not None
+
+    @property
     def copies_layers(self) -> bool:
         """Whether the shadow starts as a copy of layers of the base."""
         return self.shadow_init != "random"
@@ -162,6 +169,7 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         """``m``."""
         return self.r if self.update_hidden_size is None else self.update_hidden_size
 
+    @property
     def mathematics(self) -> Variant:
         """The variant's named differences: refined layers, activation, biases, norm, places of dropout, start."""
         variant = VARIANTS[self.variant]
@@ -173,7 +181,7 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         Raises:
             ConfigError: if the base has no such layers.
         """
-        first = self.mathematics().first_refined_layer
+        first = self.mathematics.first_refined_layer
         last = num_layers - 1 if self.refined_layers is None else self.refined_layers[1]
         if last >= num_layers:
             raise ConfigError(f"refined_layers is {self.refined_layers} but the base has layers 0 to {num_layers - 1}")

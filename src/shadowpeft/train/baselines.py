@@ -25,7 +25,7 @@ from shadowpeft.data import chat
 from shadowpeft.data.classify import ClassCollator, ClassDataset
 from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
 from shadowpeft.train.arguments import training_arguments

@@ -188,7 +188,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class RunLoader(yaml.SafeLoader):
-    """The safe subset of YAML, with two mends: ``1e-3`` is a number, and a key given twice is an error."""
+    """The safe subset of YAML with two corrections: ``1e-3`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -10,17 +10,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data.corpora import shard_record
+from shadowpeft.data.packing import Batches
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.record import commit
+from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.files.reading import read_json
-from shadowpeft.hf.pieces import BaseEnds, open_base
-from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
-from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
+from shadowpeft.hf.pretraining.model import (
+    SEPARATE,
+    ProjectedShadow,
+    build_shadow,
+    check_separation,
+    save_shadow,
+    save_stock,
+)
 from shadowpeft.runtime import DTYPES, environment, peak_memory_bytes, prepare_cpu
 from shadowpeft.storage import write_json
 from shadowpeft.tokenizer import load_tokenizer
@@ -29,7 +38,7 @@ from shadowpeft.train.checkpoints import written_whole
 from shadowpeft.train.folder import FIRST_FILES, check_loggers, refuse_changed, stored_record, write_records
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.pretrain_teacher import Lesson, make_cache
-from shadowpeft.train.pretrain_text import Batches, check_enough, end_token, hold_out, make_stream
+from shadowpeft.train.pretrain_text import check_enough, end_token, hold_out, make_stream
 from shadowpeft.train.pretrain_trainer import PretrainCallback, PretrainTrainer
 from shadowpeft.train.progress import plot_losses, read_metrics
 
@@ -116,15 +125,20 @@ def pretrain(
     with trainer.accelerator.autocast():
         check_separation(model, SEPARATE if t.precision == "float32" else 0.05)
     if t.gradient_checkpointing:
-        model.shadow_model.gradient_checkpointing_enable({"use_reentrant": False})
+        shadow = model.shadow_model
+        # transformers 5.23 renamed it; older releases know only the old name
+        enable = getattr(shadow, "activation_checkpointing_enable", None) or shadow.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
         shown.close()
+        batches.close()
     seconds = time.monotonic() - started
-    result = _result(run, trainer, shown, start, seconds)
+    result: dict[str, Any] = {}
     if main:
+        result = _result(run, trainer, shown, start, seconds)
         with written_whole(folder / "shadow", "the shadow") as beside:
             save_shadow(model, base, beside)
             tokenizer.save_pretrained(str(beside))
@@ -136,15 +150,15 @@ def pretrain(
                 folder, _CURVES, "cross-entropy per token" if run.loss == "ce" else f"loss ({run.loss}) per token"
             )
         write_json(folder / "result.json", result)
-    trainer.accelerator.wait_for_everyone()
-    return result
+    return dict(broadcast_object_list([result])[0])  # the first process alone knows what was read
 
 
 def _result(
     run: PretrainConfig, trainer: Any, shown: PretrainCallback, start: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What ``result.json`` says."""
-    folder, consumed, steps = Path(run.output), trainer.batches.consumed, int(trainer.state.global_step)
+    folder, steps = Path(run.output), int(trainer.state.global_step)
+    sources, read = trainer.batches.stream.mixture.sources, trainer.batches.state.mixture
     per_step = int(shown.tokens_per_step)
     history = trainer.state.log_history
     measured = [r for r in history if "eval_perplexity" in r]
@@ -153,7 +167,7 @@ def _result(
         "steps": steps,
         "planned_steps": int(trainer.args.max_steps),
         "interrupted": shown.interrupted and steps < trainer.args.max_steps,
-        "ended_early": consumed.ended if trainer.ran_out else None,
+        "ended_early": sources[read["ended"]].name if trainer.ran_out else None,
         "tokens": steps * per_step,
         "loss": next((r["loss"] for r in reversed(history) if "loss" in r), None),
         "perplexity_at_start": measured[0]["eval_perplexity"] if measured else None,
@@ -170,8 +184,11 @@ def _result(
         "start": start,
         "objective": run.loss,
         "teacher": None if (cache := trainer.batches.teacher) is None else {"k": cache.k, "sequences": len(cache)},
-        "corpora": consumed.corpora,
-        "skipped": consumed.skipped,
+        "corpora": [
+            {"name": s.name, "tokens_read": n, "documents": d, "passes": p}
+            for s, n, d, p in zip(sources, read["tokens"], read["documents"], read["passes"], strict=True)
+        ],
+        "skipped": [{"shard": f, "reason": why} for s in read["sources"] for f, why in s.get("skipped", ())],
         "shadow": str(folder / "shadow"),
         "stock": str(folder / "stock"),
         "commit": commit(),

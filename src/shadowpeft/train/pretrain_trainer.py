@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from shadowpeft.data.corpora import Packed, collate
+from shadowpeft.data.packing import Batches, Packed, collate
 from shadowpeft.errors import AdapterFileError, NonFiniteLossError
 from shadowpeft.messages import shorten
 from shadowpeft.train.checkpoints import WholeCheckpoints
-from shadowpeft.train.pretrain_text import Batches
 from shadowpeft.train.progress import RunCallback
 from shadowpeft.train.trainer import kept_checkpoint
 
@@ -25,7 +24,7 @@ WEIGHTS = "model.safetensors"
 
 
 class PretrainTrainer(WholeCheckpoints, Trainer):
-    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.ProjectedShadow`.
+    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.model.ProjectedShadow`.
 
     The loss of a step is the mean over its targets in all micro-batches and processes. A checkpoint holds the tensors that
     train, the optimiser, and the exact place in the text. A loss or gradient that is not finite ends the run before it

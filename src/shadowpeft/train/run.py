@@ -15,10 +15,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data import chat
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
-from shadowpeft.hf.bases import is_alias
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.aliases import is_alias
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.vocabulary import shared_tokens
 from shadowpeft.messages import shorten
 from shadowpeft.runtime import DTYPES, prepare_cpu
 from shadowpeft.storage import write_json, write_text

@@ -6,21 +6,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.bases import is_alias, materialise
+from shadowpeft.hf import formats
+from shadowpeft.hf.base.aliases import is_alias
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.weights import is_offloaded
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import check_dtypes, read_header
-from shadowpeft.hf.model import CLASSIFIERS, clean_on_failure
-from shadowpeft.hf.pretrained import load_whole
-from shadowpeft.hf.weights import is_offloaded
-from shadowpeft.messages import quote, shorten
+from shadowpeft.hf.model import clean_on_failure
+from shadowpeft.messages import quote
 
 
 def read_config(adapter: str | Path) -> ShadowPeftConfig:
@@ -42,27 +41,6 @@ def check_weights(adapter: str | Path) -> Path:
     path = find_file(adapter, WEIGHTS)
     check_dtypes(path, read_header(path))
     return path
-
-
-def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
-    """A base model by alias (``smollm2-135m``), folder or Hub id; of a classifier, the head may be new.
-
-    Raises:
-        ConfigError: if it cannot be loaded or lacks a weight, with the reason.
-    """
-    source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
-    classifier = task_type == "SEQ_CLS"
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    try:
-        revision = {k: v for k, v in kwargs.items() if k == "revision"}
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
-    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)
 
 
 @contextmanager
@@ -105,8 +83,6 @@ def load(
         ConfigError: a configuration key is unknown, missing or impossible, or the base cannot be loaded.
         BaseMismatchError: the adapter belongs to another base.
     """
-    from shadowpeft.hf import formats  # it builds on this module
-
     kind = formats.detect(adapter)
     if kind != formats.OURS:
         model, _ = formats.load(
