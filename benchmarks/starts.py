@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.storage import write_json, write_text
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.pretrain import Batches, end_token, make_stream, pretrain
 from shadowpeft.train.pretrain_config import PretrainConfig, parse_pretraining
-from shadowpeft.train.run import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "records" / "pretraining" / "starts.json"

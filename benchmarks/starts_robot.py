@@ -26,11 +26,14 @@ from rich.console import Console
 import shadowpeft
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
+from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load
 from shadowpeft.errors import ConfigError
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
+from shadowpeft.train.rows import robot_rows
+from shadowpeft.train.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -166,7 +169,7 @@ def main() -> None:
             "trainable_parameters": trials[rate]["trainable_parameters"],
             **measured(trials[rate]["adapter"], options.console),
             **stamp(),
-            "versions": versions(),
+            "versions": environment(),
         }
         write_json(RECORD, record)
     write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), record))

@@ -29,7 +29,7 @@ from shadowpeft.data.tasks import class_ids, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.generate import answer
 from shadowpeft.hf.base.load import load_base
-from shadowpeft.train.run import load_tokenizer
+from shadowpeft.tokenizer import load_tokenizer
 
 WRONG = 0.03
 """Share of wrong answers at which the commands kept on the device are counted."""

@@ -30,10 +30,10 @@ from experiments.runner import RECORDS, ROOT, processor
 from experiments.spec import SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import replace as rename
 from shadowpeft.storage import write_json
 from shadowpeft.train.config import RunLoader
-from shadowpeft.train.run import prepare_cpu, versions
 
 PLAN = SPECS / "device" / "search.yaml"
 FOLDER = RECORDS / "device"
@@ -296,7 +296,7 @@ class Training:
             "settings": self.cell.settings(),
             "settings_sha256": self.cell.digest(),
             "commit": commit(),
-            "versions": versions(),
+            "versions": environment(),
             "processor": processor(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }

@@ -73,7 +73,7 @@ def main(
     if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     began = time.monotonic()
     prepare_cpu()
@@ -127,10 +127,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     import shadowpeft
     from shadowpeft import evaluate
     from shadowpeft.apps.detach import save_edge
+    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.data.robot import load, parse_action
     from shadowpeft.evaluate.record import commit
     from shadowpeft.generate import answer, routing_reason
-    from shadowpeft.train.run import ROBOT_SYSTEM, versions
+    from shadowpeft.runtime import environment
 
     edge = shadowpeft.detach(model)
     edge_files = save_edge(edge, tokenizer, folder / "edge")
@@ -213,7 +214,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
             "edge_bytes": edge_files["bytes"],
         },
         "requests": requests,
-        "machine": versions(),
+        "machine": environment(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

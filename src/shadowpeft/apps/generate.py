@@ -38,7 +38,7 @@ def generate(
     quiet_libraries()
     import shadowpeft
     from shadowpeft.generate import answer
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
     where = pick_device(device)
@@ -68,7 +68,7 @@ def chat(
     quiet_libraries()
     import shadowpeft
     from shadowpeft.generate import stream
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
     where = pick_device(device)

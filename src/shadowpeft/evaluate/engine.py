@@ -27,6 +27,7 @@ from shadowpeft.evaluate.scores import wilson
 from shadowpeft.generate import answer, evaluating
 from shadowpeft.hf.detach import detach
 from shadowpeft.hf.layer import find_hub
+from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import write_json
 
 MODES = ("attached", "detached", "base", "lora", "dora")
@@ -241,7 +242,7 @@ def _run(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], met
         said = _classified(model, tokenizer, task, batch, max_length)
     else:
         said = _likeliest(model, tokenizer, task, batch)
-    share, peak = (time.perf_counter() - began) / len(batch), facts.peak_memory(model)
+    share, peak = (time.perf_counter() - began) / len(batch), peak_memory_bytes(next(model.parameters()).device)
     return [
         Row(e.id, prediction, _value(task, method, prediction, e), e.gold, text, tokens, share, peak, scores)
         for e, (prediction, text, tokens, scores) in zip(batch, said, strict=True)

@@ -218,15 +218,12 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
 
 _STRINGS = ("base_model_name_or_path", "revision", "base_alias", "peft_version")
 """Fields that PEFT or a loader hands on to others."""
-_Checked: Any = create_model(
-    "_Checked",
-    __config__=STRICT,
-    **{
-        name: (hint, ...)
-        for name, hint in get_type_hints(ShadowPeftConfig, include_extras=True).items()
-        if name in {f.name for f in fields(ShadowPeftConfig)} - {"task_type", "peft_type"}
-    },
-)
+_TYPES: dict[str, Any] = {
+    name: (hint, ...)
+    for name, hint in get_type_hints(ShadowPeftConfig, include_extras=True).items()
+    if name in {f.name for f in fields(ShadowPeftConfig)} - {"task_type", "peft_type"}
+}
+_Checked: Any = create_model("_Checked", __config__=STRICT, **_TYPES)
 """Types and bounds of all fields, for pydantic."""
 
 
