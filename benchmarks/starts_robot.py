@@ -23,9 +23,10 @@ from rich.console import Console
 import shadowpeft
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
-from shadowpeft.data.robot import load
+from shadowpeft.data.robot import load, parse_action
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.record import commit
+from shadowpeft.generate import answer
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
@@ -93,16 +94,12 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
     commands, remote = load("test_normal"), load("test_remote_large")
     remote = remote[:: max(1, len(remote) // OPEN)][:OPEN]
     with bar(console, "test", len(commands) + len(remote)) as progress:
-        made, _ = evaluate.intents(
-            edge,
-            tokenizer,
-            [*commands, *remote],
-            system=ROBOT_SYSTEM,
-            max_new_tokens=10,
-            batch_size=32,
-            progress=progress,
+        prompts = [row["prompt"] for row in [*commands, *remote]]
+        answers = answer(
+            edge, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
         )
-    skills, opened = made[: len(commands)], made[len(commands) :]
+    actions = [parse_action(a.text) for a in answers]
+    skills, opened = actions[: len(commands)], actions[len(commands) :]
     return {
         "commands": evaluate.accuracy([a == row["skill"] for a, row in zip(skills, commands, strict=True)]),
         "open_tagged_remote": evaluate.accuracy([a == "REMOTE" for a in opened]),

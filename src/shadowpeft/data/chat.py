@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from shadowpeft.core.losses import IGNORE
+from shadowpeft.data.padding import pad, pad_inputs
 from shadowpeft.errors import DataError
 
 PATHS = ("both", "base", "shadow")
@@ -247,16 +248,8 @@ class ChatCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` and ``shadow_labels``; all ``(B, T)``."""
-        width = max(len(f["input_ids"]) for f in features)
-
-        def pad(key: str, value: int) -> Tensor:
-            return torch.tensor([f[key] + [value] * (width - len(f[key])) for f in features])
-
-        batch = {"input_ids": pad("input_ids", self.pad_token_id), "labels": pad("labels", IGNORE)}
-        lengths = torch.tensor([len(f["input_ids"]) for f in features])
-        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
-        batch["shadow_labels"] = pad("shadow_labels", IGNORE)
-        return batch
+        batch = pad_inputs([f["input_ids"] for f in features], self.pad_token_id)
+        return {**batch, **{key: pad([f[key] for f in features], IGNORE) for key in ("labels", "shadow_labels")}}
 
 
 class ChatDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from shadowpeft.data.chat import check_row, fingerprint
+from shadowpeft.data.chat import check_row, fingerprint, with_system
 from shadowpeft.data.tasks.source import Parts, read
 from shadowpeft.errors import ConfigError, DataError
 
@@ -125,6 +125,14 @@ class Task:
         """The example of a row."""
         raise NotImplementedError
 
+    def for_path(self, examples: list[Example], path: str) -> list[Example]:
+        """The examples that the ``base`` or the ``shadow`` path is asked, each with the answer that this path should give."""
+        return examples
+
+    def chat(self, example: Example) -> list[dict[str, str]]:
+        """The messages of a question, the system message included."""
+        return with_system([{"role": "user", "content": example.prompt}], self.system)
+
     # ------------------------------------------------------------------------------------------------- judging
 
     def parse(self, text: str) -> Any:
@@ -169,10 +177,9 @@ def shares(
 
 def training_rows(task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Examples of a generating task as checked chat rows (:mod:`shadowpeft.data.chat`), its system message included."""
-    lead = [{"role": "system", "content": task.system}] if task.system else []
     rows = []
     for e in examples:
-        messages = [*lead, {"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.answer}]
+        messages = [*task.chat(e), {"role": "assistant", "content": e.answer}]
         rows.append(check_row({"messages": messages, "path": e.meta.get("path", "both")}, e.id))
     return rows
 
