@@ -132,8 +132,9 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
 
     import shadowpeft
     from shadowpeft.hf import formats
-    from shadowpeft.hf.checkpoint import find_file, load_base
-    from shadowpeft.hf.files import read_json
+    from shadowpeft.hf.base.load import load_base
+    from shadowpeft.hf.files.locate import find_file
+    from shadowpeft.hf.files.reading import read_json
     from shadowpeft.train.run import load_tokenizer
 
     foreign = formats.detect(adapter) == formats.AUTHORS

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from shadowpeft.data.tasks.source import data_folder
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.files import shorten
 from shadowpeft.json_text import parse_json
+from shadowpeft.messages import shorten
 
 FORMATS = {
     ".jsonl": "jsonl",

@@ -24,7 +24,7 @@ from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.corpora import Origin, TextSource, stable_hash
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import AdapterFileError, DataError
-from shadowpeft.hf.files import shorten
+from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json
 
 Encode = Callable[[str], list[int]]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shadowpeft.data.teacher_folder import INDEX, BaseIdentity, CacheFolder
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.weights import device_of
+from shadowpeft.hf.base.weights import device_of
 
 __all__ = ["INDEX", "TeacherCache"]
 

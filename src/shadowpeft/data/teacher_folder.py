@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, BaseMismatchError, DataError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.files import quote, read_json, shorten
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.messages import quote, shorten
 from shadowpeft.storage import partial_of, replace, write_text
 
 INDEX = "teacher.json"
@@ -89,7 +90,7 @@ class CacheFolder:
         folder = cls.look(path, model, data, k, temperature)
         if folder is None:
             path.mkdir(parents=True, exist_ok=True)
-            base = fingerprint(model, anatomy(model))
+            base = fingerprint(model, find_decoder(model))
             record = {"k": k, "temperature": temperature, "length": None, "base": base, "data": data}
             _write_index(path, {"format_version": FORMAT_VERSION, **record})
             folder = cls(path)
@@ -117,7 +118,7 @@ class CacheFolder:
                     "folder"
                 )
         if model is not None:
-            identity = model if isinstance(model, dict) else fingerprint(model, anatomy(model))
+            identity = model if isinstance(model, dict) else fingerprint(model, find_decoder(model))
             try:
                 check_fingerprint(self.record["base"], identity)
             except BaseMismatchError as error:

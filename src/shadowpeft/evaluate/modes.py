@@ -11,7 +11,8 @@ from torch import nn
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import evaluating
-from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.hf.detach import detach
+from shadowpeft.hf.layer import find_hub
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 

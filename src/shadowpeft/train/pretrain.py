@@ -26,10 +26,18 @@ from shadowpeft.data.corpora import FileSource, HubSource, TextSource, find_shar
 from shadowpeft.data.packing import Batches, Encode, Mixture, Packed, PackedStream, collate
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit, peak_memory
-from shadowpeft.hf.files import read_json, shorten
-from shadowpeft.hf.pieces import BaseEnds, open_base
-from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
-from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.hf.base.vocabulary import shared_tokens
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
+from shadowpeft.hf.pretraining.model import (
+    SEPARATE,
+    ProjectedShadow,
+    build_shadow,
+    check_separation,
+    save_shadow,
+    save_stock,
+)
+from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
@@ -139,7 +147,7 @@ def hold_out(run: PretrainConfig, encode: Encode, end: int) -> dict[str, list[Pa
 
 
 class PretrainTrainer(WholeCheckpoints, Trainer):
-    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.ProjectedShadow`.
+    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.model.ProjectedShadow`.
 
     The loss of a step is the mean over its targets in all micro-batches and processes. A checkpoint holds the tensors that
     train, the optimiser, and the exact place in the text. A loss or gradient that is not finite ends the run before it
@@ -440,7 +448,10 @@ def pretrain(
     with trainer.accelerator.autocast():
         check_separation(model, SEPARATE if t.precision == "float32" else 0.05)
     if t.gradient_checkpointing:
-        model.shadow_model.gradient_checkpointing_enable({"use_reentrant": False})
+        shadow = model.shadow_model
+        # transformers 5.23 renamed it; older releases know only the old name
+        enable = getattr(shadow, "activation_checkpointing_enable", None) or shadow.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=last)

@@ -12,7 +12,7 @@ from typing import Any
 
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.files import shorten
+from shadowpeft.messages import shorten
 
 FOLDER = "SHADOWPEFT_DATA"
 CHOICE = "SHADOWPEFT_DATA_FROM"
