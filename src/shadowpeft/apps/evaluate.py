@@ -139,16 +139,16 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
 
     foreign = formats.detect(adapter) == formats.AUTHORS
     config = {} if foreign else read_json(find_file(adapter, "adapter_config.json"))
-    wanted, found = "SEQ_CLS" if task.kind == "classify" else "CAUSAL_LM", config.get("task_type", "CAUSAL_LM")
-    if found != wanted:
+    wanted, task_type = "SEQ_CLS" if task.kind == "classify" else "CAUSAL_LM", config.get("task_type", "CAUSAL_LM")
+    if task_type != wanted:
         raise ConfigError(
-            f"task '{task.name}' needs a {wanted} adapter but '{adapter}' is a {found} one; choose another task"
+            f"task '{task.name}' needs a {wanted} adapter but '{adapter}' is a {task_type} one; choose another task"
         )
     lora = config.get("peft_type") == "LORA"
     named = base or config.get("base_alias") or config.get("base_model_name_or_path")
     if lora and not named:
         raise ConfigError("the adapter does not name its base; pass --base")
-    tokenizer = load_tokenizer(named) if lora else load_tokenizer_of(adapter, base)
+    tokenizer = load_tokenizer(str(named)) if lora else load_tokenizer_of(adapter, base)
     model: Any = base
     if named and (lora or task.labels):
         model = load_base(named, wanted, **({"num_labels": len(task.labels)} if task.labels else {}))

@@ -32,13 +32,13 @@ def bootstrap(values: list[float], seed: int = 0) -> list[float]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on, and Python's."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _VERSIONED:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def device_of(model: nn.Module) -> dict[str, Any]:

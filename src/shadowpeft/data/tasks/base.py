@@ -101,10 +101,10 @@ class Task:
         chosen = range(len(rows))
         if limit is not None and limit < len(rows):
             chosen = sorted(random.Random(seed).sample(chosen, limit))  # type: ignore[assignment]
-        made = [self.example(rows[i], f"{self.name}-{split}-{i}") for i in chosen]
+        examples = [self.example(rows[i], f"{self.name}-{split}-{i}") for i in chosen]
         if lead:
-            made = [Example(e.id, lead + e.prompt, e.answer, e.gold, e.choices, e.meta) for e in made]
-        return made, origin
+            examples = [Example(e.id, lead + e.prompt, e.answer, e.gold, e.choices, e.meta) for e in examples]
+        return examples, origin
 
     def lead(self, shots: int, seed: int) -> str:
         """Text before a question that shows ``shots`` solved training questions.
@@ -167,12 +167,12 @@ def shares(
     A group without examples is left out.
     """
     pairs = [(task.per_example(p, e), e) for p, e in _pairs(predictions, examples)]
-    found = {"score": mean([value for value, _ in pairs])}
+    scores = {"score": mean([value for value, _ in pairs])}
     for name, belongs in groups.items():
         values = [value for value, example in pairs if belongs(example)]
         if values:
-            found[name] = mean(values)
-    return found
+            scores[name] = mean(values)
+    return scores
 
 
 def training_rows(task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:

@@ -72,6 +72,6 @@ class Robot(Task):
             "en": lambda e: e.meta["lang"] == "en",
             "zh": lambda e: e.meta["lang"] == "zh",
         }
-        found = shares(self, predictions, examples, groups)
+        scores = shares(self, predictions, examples, groups)
         asked = [float(p == REMOTE) for p, e in zip(predictions, examples, strict=True) if e.gold == REMOTE]
-        return {**found, "tagged": mean(asked)} if asked else found
+        return {**scores, "tagged": mean(asked)} if asked else scores

@@ -19,7 +19,7 @@ CHOICE = "SHADOWPEFT_DATA_FROM"
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """One split of a data set, on the Hub and in the folder."""
 
     files: tuple[str, ...]
@@ -34,7 +34,7 @@ class Part:
     """Hub column -> our column, where they differ."""
 
 
-Parts = dict[str, tuple[Part, ...]]
+Parts = dict[str, tuple[SplitPart, ...]]
 """Split -> its parts."""
 
 
@@ -68,7 +68,7 @@ def use_hub() -> bool:
     return choice != "folder"
 
 
-def read(parts: Iterable[Part]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read(parts: Iterable[SplitPart]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the parts, one after the other, and their source: from, name or path, fingerprint, partial.
 
     Raises:
@@ -109,7 +109,7 @@ def read_gzip(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"'{file}' is damaged after line {whole} ({error}); fetch it anew") from error
 
 
-def _from_hub(part: Part) -> Iterator[dict[str, Any]]:
+def _from_hub(part: SplitPart) -> Iterator[dict[str, Any]]:
     import datasets
 
     assert part.hub is not None
