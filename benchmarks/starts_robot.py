@@ -27,8 +27,9 @@ import shadowpeft
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
-from shadowpeft.data.robot import load
+from shadowpeft.data.robot import load, parse_action
 from shadowpeft.errors import ConfigError
+from shadowpeft.generate import answer
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
@@ -99,15 +100,11 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
     commands, remote = load("test_normal"), load("test_remote_large")
     remote = remote[:: max(1, len(remote) // OPEN)][:OPEN]
     with bar(console, "test", len(commands) + len(remote)) as progress:
-        actions, _ = evaluate.intents(
-            edge,
-            tokenizer,
-            [*commands, *remote],
-            system=ROBOT_SYSTEM,
-            max_new_tokens=10,
-            batch_size=32,
-            progress=progress,
+        prompts = [row["prompt"] for row in [*commands, *remote]]
+        answers = answer(
+            edge, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
         )
+    actions = [parse_action(a.text) for a in answers]
     skills, opened = actions[: len(commands)], actions[len(commands) :]
     return {
         "commands": evaluate.accuracy([a == row["skill"] for a, row in zip(skills, commands, strict=True)]),

@@ -30,7 +30,7 @@ from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import answer_loss, evaluate_task
-from shadowpeft.evaluate.engine import PREDICTIONS
+from shadowpeft.evaluate.folder import PREDICTIONS
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import DTYPES, environment
 from shadowpeft.storage import sync, write_json

@@ -62,24 +62,24 @@ def evaluate(
     ] = None,
     mode: Annotated[
         Optional[list[str]],
-        typer.Option(help="attached, detached, base (with --task also lora, dora); repeatable. Default: all that fit."),
+        typer.Option(help="attached, detached, base, lora or dora; repeatable. Default: all that fit."),
     ] = None,
     base: Base = None,
     limit: Annotated[
-        Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with a fixed seed.")
+        Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with --seed.")
     ] = None,
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64.")
+        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for robot 16.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
     shots: Annotated[int, typer.Option(min=0, help="With --task: worked examples before each question.")] = 0,
     method: Annotated[
-        Optional[str], typer.Option(help="With --task: generate, likelihood or classify. Default: the task's.")
+        Optional[str], typer.Option(help="generate, likelihood or classify. Default: the task's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="With --task: which rows --limit and --shots draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which rows --limit and --shots draw.")] = 0,
     out: Annotated[
-        Optional[str], typer.Option(help="With --task: folder for predictions and records; continued if it is there.")
+        Optional[str], typer.Option(help="Folder for predictions and records; continued if it is there.")
     ] = None,
     device: Device = "auto",
     json: Json = False,
@@ -87,15 +87,12 @@ def evaluate(
     """Evaluate attached, detached and bare base on the same rows."""
     from shadowpeft.apps import evaluate as command
 
-    if task is None:
-        modes = mode or ["base", "attached", "detached"]
-        command.main(adapter, data or "robot", modes, base, limit, max_new_tokens or 64, batch_size, device, json)
-        return
-    if data is not None or max_new_tokens is not None:
+    if task is not None and (data is not None or max_new_tokens is not None):
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
-    command.run_task(
+    command.main(
         adapter,
+        (data or "robot") if task is None else None,
         task,
         mode,
         base,
@@ -104,6 +101,7 @@ def evaluate(
         limit=limit,
         seed=seed,
         method=method,
+        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         out=out,
         device=device,

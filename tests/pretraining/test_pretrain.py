@@ -482,7 +482,7 @@ def test_skipped_shards_are_in_the_result(config, tmp_path, capsys):
     write_rows(tmp_path / "text" / "good.jsonl", documents(40))
     (tmp_path / "text" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     corpora = [{"path": str(tmp_path / "text")}]
-    with pytest.raises(DataError, match=r"bad\.jsonl' cannot be read \(line 2 is not JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl' cannot be read \(line 2 is not valid JSON"):
         run(config("stop", text={"corpora": corpora}))
     result = run(config("skip", text={"corpora": corpora, "on_bad_shard": "skip"}))
     assert [each["shard"] for each in result["skipped"]] == [str(tmp_path / "text" / "bad.jsonl")]

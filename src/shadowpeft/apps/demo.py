@@ -141,10 +141,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
 
     def actions(label: str, runner: Any, rows: list[dict[str, Any]]) -> list[str | None]:
         with bar(console, label, len(rows)) as progress:
-            made, _ = evaluate.intents(
-                runner, tokenizer, rows, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
+            prompts = [row["prompt"] for row in rows]
+            answers = answer(
+                runner, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
             )
-        return made
+        return [parse_action(a.text) for a in answers]
 
     on_device = actions("detached, skills", edge, skills)
     on_device_remote = actions("detached, open requests", edge, remote)
