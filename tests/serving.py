@@ -11,7 +11,8 @@ import shadowpeft
 from chatbase import chat_model, chat_tokenizer
 from several import several
 from shadowpeft.serve.backend import Attached, Detached
-from shadowpeft.serve.engine import Engine, Failed, Finish, Limits, Sampling, Token
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.requests import Failed, Finish, SamplingParams, Token
 from shadowpeft.serve.router import Calibration
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -74,13 +75,13 @@ def ask(engine: Engine, prompt: str, name: str, until: Any = None, **sampling: A
     """Submit a prompt, as it is."""
     reader = Reader()
     ids = engine.backend.tokenizer(prompt, add_special_tokens=False).input_ids
-    reader.work = engine.submit(ids, name, Sampling(**sampling), reader, until)  # type: ignore[attr-defined]
+    reader.request = engine.submit(ids, name, SamplingParams(**sampling), reader, until)  # type: ignore[attr-defined]
     return reader
 
 
 def engine_of(backend: Any, **limits: Any) -> Engine:
     """A running engine."""
-    made = Engine(backend, Limits(**limits))
+    made = Engine(backend, EngineLimits(**limits))
     made.start()
     return made
 
@@ -108,7 +109,7 @@ class Scripted:
     def open(self, names):
         outer, rows = self, None
         pad = self.inner.tokenizer.pad_token_id
-        ends = next(iter(self.inner.ends))
+        end = next(iter(self.inner.stop_token_ids))
 
         class Session:
             def forward(self, ids, mask):
@@ -120,7 +121,7 @@ class Scripted:
                     for text in texts:
                         word = next(w for w in outer.LINES if w in text)
                         said = outer.inner.tokenizer(outer.LINES[word], add_special_tokens=False).input_ids
-                        rows.append((iter([*said, ends]), 2.0 if word == "unsure" else 30.0))
+                        rows.append((iter([*said, end]), 2.0 if word == "unsure" else 30.0))
                 logits = torch.zeros(len(rows), 260)
                 for i, (said, strength) in enumerate(rows):
                     logits[i, next(said)] = strength
