@@ -107,7 +107,7 @@ def real() -> dict[str, Any]:
     """Accuracy on a trained head: both float32 answers against a float64 SVD."""
     from transformers import AutoModelForCausalLM
 
-    from shadowpeft.hf.bases import materialise
+    from shadowpeft.hf.base.aliases import materialise
 
     large = AutoModelForCausalLM.from_pretrained(materialise("smollm2-135m")).get_output_embeddings().weight.detach()
     small = torch.randn(len(large), 192, generator=torch.Generator().manual_seed(0)) * 0.1

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, logging
 
 import shadowpeft
 from shadowpeft.evaluate.record import commit
-from shadowpeft.hf.bases import materialise
+from shadowpeft.hf.base.aliases import materialise
 from shadowpeft.storage import between
 
 ROOT = Path(__file__).resolve().parents[1]

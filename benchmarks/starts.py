@@ -88,7 +88,7 @@ def make_small(options: argparse.Namespace, console: Console) -> None:
     """A narrow model with the base's tokens in ``small/`` of the work folder, trained on the corpus's test part."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.hf.base.load import load_base
 
     folder = options.work / "small"
     if (folder / "config.json").is_file():

@@ -113,7 +113,7 @@ def adapters(options: argparse.Namespace, console: Console) -> dict[str, dict[st
 
 def base_of(shadow: str) -> str:
     """The base that a shadow's adapter names."""
-    from shadowpeft.hf.checkpoint import read_config
+    from shadowpeft.hf.load import read_config
 
     config = read_config(shadow)
     named = config.base_alias or config.base_model_name_or_path
@@ -200,7 +200,7 @@ def merge(name: str, folder: str, options: argparse.Namespace) -> str:
     from peft import PeftConfig, PeftModel
 
     from shadowpeft.apps.detach import save_edge
-    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.hf.base.load import load_base
     from shadowpeft.train.run import load_tokenizer
 
     base = options.base or PeftConfig.from_pretrained(folder).base_model_name_or_path

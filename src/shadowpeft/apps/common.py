@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
 
 def has_tokenizer(adapter: str) -> bool:
     """Whether a tokenizer was saved with an adapter, in its folder or on the Hub."""
-    from shadowpeft.hf.checkpoint import find_file
+    from shadowpeft.hf.files.locate import find_file
 
     try:
         find_file(adapter, "tokenizer_config.json")
@@ -44,7 +44,7 @@ def has_tokenizer(adapter: str) -> bool:
 
 def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     """The tokenizer saved with the adapter, else the base's; with a pad token."""
-    from shadowpeft.hf.checkpoint import read_config
+    from shadowpeft.hf.load import read_config
     from shadowpeft.train.run import load_tokenizer
 
     if has_tokenizer(adapter):

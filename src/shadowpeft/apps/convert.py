@@ -59,7 +59,7 @@ def convert(
         ShadowPeftError: if it cannot be written; what was in ``folder`` before is still there.
     """
     from shadowpeft.hf import formats
-    from shadowpeft.hf.checkpoint import load
+    from shadowpeft.hf.load import load
     from shadowpeft.train.checkpoints import written_whole
 
     kind = formats.detect(source)
@@ -73,7 +73,7 @@ def convert(
     notes: list[str] = []
     model: Any
     if kind == formats.PROJECTED:
-        from shadowpeft.hf.projected import read_projected, to_stock
+        from shadowpeft.hf.files.projected import read_projected, to_stock
 
         model = to_stock(read_projected(source))
         notes.append("the projection is folded into the head, which rounds its product")
@@ -101,7 +101,7 @@ def convert(
 
 def _write(model: Any, folder: Path, to: str) -> list[str]:
     from shadowpeft.hf import formats
-    from shadowpeft.hf.projected import save_projected
+    from shadowpeft.hf.formats.projected_writer import save_projected
 
     if to in (formats.AUTHORS, formats.PEFT):
         return formats.write(model, folder, to)

@@ -222,7 +222,7 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
 def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    from shadowpeft.hf.bases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import is_alias, materialise
 
     try:
         return AutoTokenizer.from_pretrained(

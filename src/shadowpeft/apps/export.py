@@ -74,8 +74,8 @@ def _stock(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shadowpeft.hf.pretrained import load_whole
-    from shadowpeft.hf.projected import is_projected, read_projected, to_stock
+    from shadowpeft.hf.base.load import load_whole
+    from shadowpeft.hf.files.projected import is_projected, read_projected, to_stock
 
     if is_projected(folder):
         return to_stock(read_projected(folder))

@@ -15,7 +15,9 @@ def main(adapter: str, as_json: bool) -> None:
     quiet_libraries()
     from safetensors import safe_open
 
-    from shadowpeft.hf.checkpoint import CONFIG, check_weights, find_file, read_config
+    from shadowpeft.hf.config import CONFIG
+    from shadowpeft.hf.files.locate import find_file
+    from shadowpeft.hf.load import check_weights, read_config
 
     config = read_config(adapter)
     weights = check_weights(adapter)

@@ -33,7 +33,7 @@ def plan(run: Any) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shadowpeft.hf.bases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import is_alias, materialise
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.train.run import encode_run, load_tokenizer, prepare_cpu
 

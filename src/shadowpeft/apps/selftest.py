@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shadowpeft.apps.checks import Report
 from shadowpeft.errors import ShadowPeftError, UnsupervisedShadowError
-from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.hf.detach import detach
+from shadowpeft.hf.layer import find_hub
 
 ROWS, LENGTH, NEW = 2, 12, 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}

@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, BaseMismatchError, ConfigError, DataError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.files import quote, read_json, shorten
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
-from shadowpeft.hf.weights import device_of
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.base.weights import device_of
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.messages import quote, shorten
 from shadowpeft.storage import partial_of, replace, write_text
 
 INDEX = "teacher.json"
@@ -344,7 +345,7 @@ def _start(folder: Path, model: nn.Module, k: int, data: str, temperature: float
         "k": k,
         "temperature": temperature,
         "length": None,
-        "base": fingerprint(model, anatomy(model)),
+        "base": fingerprint(model, find_decoder(model)),
         "data": data,
     }
     _write_index(folder, record)
@@ -401,7 +402,7 @@ def _compare(
                 f"the teacher cache '{folder}' has {name} = {quote(record[name])}, not {quote(value)}; use another folder"
             )
     if model is not None:
-        found = model if isinstance(model, dict) else fingerprint(model, anatomy(model))
+        found = model if isinstance(model, dict) else fingerprint(model, find_decoder(model))
         try:
             check_fingerprint(record["base"], found)
         except BaseMismatchError as error:

@@ -25,7 +25,8 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.scores import wilson
 from shadowpeft.generate import answer, evaluating
-from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.hf.detach import detach
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.storage import write_json
 
 MODES = ("attached", "detached", "base", "lora", "dora")

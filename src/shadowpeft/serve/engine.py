@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.config import did_you_mean
+from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.batch import Batch
 from shadowpeft.serve.options import Options

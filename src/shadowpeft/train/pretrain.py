@@ -38,10 +38,18 @@ from shadowpeft.data.corpora import (
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit, peak_memory
-from shadowpeft.hf.files import read_json, shorten
-from shadowpeft.hf.pieces import BaseEnds, open_base
-from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
-from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.hf.base.vocabulary import shared_tokens
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
+from shadowpeft.hf.pretraining.model import (
+    SEPARATE,
+    ProjectedShadow,
+    build_shadow,
+    check_separation,
+    save_shadow,
+    save_stock,
+)
+from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
@@ -210,7 +218,7 @@ class Batches:
 
 
 class PretrainTrainer(WholeCheckpoints, Trainer):
-    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.ProjectedShadow`.
+    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.model.ProjectedShadow`.
 
     The loss of a step is the mean over its targets in all micro-batches and processes. A checkpoint holds the tensors that
     train, the optimiser, and the exact place in the text. A loss or gradient that is not finite ends the run before it

@@ -21,9 +21,9 @@ from transformers import TrainingArguments
 from shadowpeft.data.corpora import PackedStream, shard_record
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.checkpoint import load_base
-from shadowpeft.hf.pieces import BaseEnds
-from shadowpeft.hf.pretraining import SEPARATE, check_teacher_separation
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.pretraining.base_ends import BaseEnds
+from shadowpeft.hf.pretraining.model import SEPARATE, check_teacher_separation
 from shadowpeft.train.pretrain_config import PretrainConfig, Teacher
 from shadowpeft.train.run import DTYPES
 

@@ -15,7 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
-from shadowpeft.hf.call import ShadowCall
+from shadowpeft.hf.forward.call import ShadowCall
 
 _OWNER = "_shadowpeft_adapter"
 _VERSION = "_shadowpeft_version"

@@ -24,7 +24,7 @@ _OWN = ("shadow_hub", "shadow_link")
 
 
 @contextmanager
-def real_weight(module: nn.Module) -> Iterator[Tensor]:
+def dense_weight(module: nn.Module) -> Iterator[Tensor]:
     """The weight of ``module`` as a plain floating-point tensor, valid inside the context.
 
     A quantised weight is dequantised, an offloaded one is brought to its execution device, a sharded one is gathered (a
@@ -32,15 +32,15 @@ def real_weight(module: nn.Module) -> Iterator[Tensor]:
     """
     with align_module_device(module):
         weight = dequantize_module_weight(module)
-        yield plain(weight.detach())
+        yield gather(weight.detach())
 
 
-def plain(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """``tensor``, gathered if it is sharded (a collective call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def of_adapter(module: Any, adapter: str) -> Any:
+def module_for_adapter(module: Any, adapter: str) -> Any:
     """What ``adapter`` runs in the place of ``module``: the copy that it trains (``modules_to_save``), or the base's own.
 
     The wrapper itself answers for the active adapter, and for none while adapters are disabled.
