@@ -14,6 +14,7 @@ from shadowpeft.serve.backend import Attached, Detached
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.requests import Failed, Finish, SamplingParams, Token
 from shadowpeft.serve.router import Calibration
+from shadowpeft.serve.sessions import Session
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "default": {"r": 4},
@@ -111,7 +112,7 @@ class Scripted:
         pad = self.inner.tokenizer.pad_token_id
         end = next(iter(self.inner.stop_token_ids))
 
-        class Session:
+        class Saying(Session):
             def forward(self, ids, mask):
                 nonlocal rows
                 outer.passes += 1
@@ -131,4 +132,6 @@ class Scripted:
                 nonlocal rows
                 rows = [rows[i] for i in kept]
 
-        return Session()
+            restart = None
+
+        return Saying()

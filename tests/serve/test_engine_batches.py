@@ -12,6 +12,7 @@ from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.requests import OverdueError, QueueFullError, SamplingParams, StoppedError
 from shadowpeft.serve.router import Scores
 from shadowpeft.serve.sampling import sample_token
+from shadowpeft.serve.sessions import Session
 
 PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "another one of middle length", "1 2 3"]
 
@@ -169,11 +170,13 @@ def test_characters_are_given_whole(backend):
         def open(self, names):
             said = iter(self.said)
 
-            class Session:
+            class Said(Session):
                 def forward(self, ids, mask):
                     return torch.nn.functional.one_hot(torch.tensor([next(said)]), 260).float() * 50
 
-            return Session()
+                keep = restart = None
+
+            return Said()
 
     text = "狗 sits é!"
     engine = engine_of(Spelling(backend, text))
@@ -352,7 +355,7 @@ class Slow:
     def open(self, names):
         session, seconds = self.inner.open(names), self.seconds
 
-        class Session:
+        class Late(Session):
             def forward(self, ids, mask):
                 time.sleep(seconds)
                 return session.forward(ids, mask)
@@ -360,7 +363,9 @@ class Slow:
             def keep(self, rows):
                 session.keep(rows)
 
-        return Session()
+            restart = None
+
+        return Late()
 
 
 def test_an_answer_ends_in_time_with_what_it_has(backend):

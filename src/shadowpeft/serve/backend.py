@@ -8,58 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward import rows
-from shadowpeft.hf.forward.call import Scope, within
+from shadowpeft.hf.forward.call import Scope
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
-
-
-class Session(ABC):
-    """One batch from its prompts to its last token; it ends with the weights it began with."""
-
-    @abstractmethod
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``(B, V)`` in float32 of the token after the last.
-
-        Args:
-            input_ids: the new tokens ``(B, T_new)``. attention_mask: of old and new ones ``(B, T)``, 0 for padding on the left.
-        """
-
-    @abstractmethod
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch only; at least one."""
-
-
-class _CachedSession(Session):
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        out = self._call(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
-
-    def keep(self, rows: list[int]) -> None:
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
-
-    @abstractmethod
-    def _call(self, **inputs: Any) -> Any: ...
+from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
 
 
 def _max_model_len(model: Any) -> int:
@@ -186,7 +144,7 @@ class Attached(Backend):
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)
         scope.names = rows.check_names([rows.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
-        return _AttachedSession(self._inner, scope)
+        return AttachedSession(self._inner, scope)
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)
@@ -232,20 +190,6 @@ class Attached(Backend):
             self.names = tuple(n for n in self.names if n != name)
 
 
-class _AttachedSession(_CachedSession):
-    def __init__(self, model: Any, scope: Scope) -> None:
-        super().__init__(model)
-        self.scope = scope
-
-    def _call(self, **inputs: Any) -> Any:
-        with within(self.scope):  # holds the weights of the first pass for all later ones
-            return self.model(**inputs)
-
-    def keep(self, rows: list[int]) -> None:
-        super().keep(rows)
-        self.scope.names = tuple(self.scope.names[row] for row in rows)
-
-
 class Detached(Backend):
     """A stock model, such as a detached shadow, under one name."""
 
@@ -253,7 +197,7 @@ class Detached(Backend):
         super().__init__(model.eval(), tokenizer, (name,), {} if folder is None else {name: [folder]})
 
     def open(self, names: list[str]) -> Session:
-        return _DetachedSession(self.model)
+        return DetachedSession(self.model)
 
     def _replace(self, name: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -281,11 +225,6 @@ class Detached(Backend):
                 "the server with it"
             )
         self.model, self.max_model_len = new, _max_model_len(new)
-
-
-class _DetachedSession(_CachedSession):
-    def _call(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
 
 
 class MultiBackend(Backend):
@@ -319,7 +258,9 @@ class MultiBackend(Backend):
         places: dict[Backend, list[int]] = {}
         for row, name in enumerate(names):
             places.setdefault(self._member[name], []).append(row)
-        return _MultiSession([(m.open([names[row] for row in rows]), rows) for m, rows in places.items()])
+        return MultiSession(
+            {m: Share(m.open([names[row] for row in rows]), rows) for m, rows in places.items()}, len(names)
+        )
 
     def _replace(self, name: str, folder: str) -> None:
         member = self._member[name]
@@ -327,22 +268,3 @@ class MultiBackend(Backend):
         self.max_model_len = min(each.max_model_len for each in self._member.values())
         if name in next(iter(self._member.values())).names:  # whose weights stand for all in ``model``
             self.model = member.model
-
-
-class _MultiSession(Session):
-    def __init__(self, parts: list[tuple[Session, list[int]]]) -> None:
-        self.parts = parts
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits = torch.cat([part.forward(input_ids[rows], attention_mask[rows]) for part, rows in self.parts])
-        order = torch.tensor([row for _, rows in self.parts for row in rows], device=logits.device)
-        return logits[order.argsort()]
-
-    def keep(self, rows: list[int]) -> None:
-        left = []
-        for part, mine in self.parts:
-            kept = [row for row in rows if row in mine]
-            if kept:
-                part.keep([mine.index(row) for row in kept])
-                left.append((part, [rows.index(row) for row in kept]))
-        self.parts = left

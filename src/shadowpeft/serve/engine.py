@@ -1,15 +1,14 @@
 """Continuous batching: one thread that makes a token a step for every running request, and takes new ones in between steps.
 
-Requests that wait when a step begins start together as one batch with a cache of its own, at most :attr:`EngineLimits.batches`
-at a time; a row leaves its batch when it ends or is cancelled. Every row has its own sampling state, so an answer does not
-depend on its neighbours (up to the order of float additions).
+A new request starts with the next step while fewer than :attr:`EngineLimits.max_num_seqs` run. Its prompt is read beside the
+steps of the others, in pieces if it is long, and then it joins them; a row leaves when it ends or is cancelled. Every row has
+its own sampling state, so an answer does not depend on its neighbours (up to the order of float additions).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,6 +22,10 @@ from shadowpeft.serve.batch import Batch
 from shadowpeft.serve.options import Options
 from shadowpeft.serve.requests import Event, OverdueError, QueueFullError, Request, SamplingParams, StoppedError
 from shadowpeft.serve.router import Scores
+from shadowpeft.serve.scheduling import group_by_length, join_batches, next_in_turn, next_to_read
+
+_SHORTEST_PIECE = 32
+"""Columns of a batch of prompts that are read in one pass at least."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class EngineLimits:
     max_num_seqs: int = Options.rows
     """Requests that run at the same time."""
     batches: int = Options.batches
-    """Batches that run at the same time."""
+    """Forward passes a step, if rows of very different length have passes of their own."""
     queue: int = Options.queue
     """Requests that wait."""
     prompt_tokens: int = Options.prompt_tokens
@@ -41,6 +44,8 @@ class EngineLimits:
     """From the request to the end of its answer: what runs then is ended, what still waits has failed."""
     gather_seconds: float = 0.002
     """How long an idle engine waits for neighbours of the first request."""
+    prefill_tokens: int = 128
+    """Tokens of prompts that are read in one pass while other requests run; more than that delays them noticeably."""
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Engine:
     def __init__(self, backend: Backend, limits: EngineLimits | None = None) -> None:
         self.backend = backend
         self.limits = limits or EngineLimits()
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         self._batches: list[Batch] = []
         self._changes: list[_Change] = []
         self._changed = threading.Condition()
@@ -101,8 +106,9 @@ class Engine:
             self.check(len(ids), name, sampling.max_tokens)  # here, so that the name is not taken out in between
             if self._stopping:
                 raise StoppedError("the server is shutting down; send the request to another one")
-            self._waiting = deque(r for r in self._waiting if not r.cancelled)
-            if len(self._waiting) >= self.limits.queue:
+            self._waiting = [r for r in self._waiting if not r.cancelled]
+            # a name that has none waiting may always wait: the requests of others must not shut it out
+            if len(self._waiting) >= self.limits.queue and any(r.name == name for r in self._waiting):
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(request)
             self._changed.notify_all()
@@ -211,9 +217,7 @@ class Engine:
                 time.sleep(self.limits.gather_seconds)
             self._drop_overdue()
             self._admit()
-            for batch in self._batches:
-                self._step(batch)
-            self._batches = [batch for batch in self._batches if batch.requests]
+            self._step()
             self._change()
             self.beat = time.monotonic()
 
@@ -235,33 +239,53 @@ class Engine:
         with self._changed:
             late = [r for r in self._waiting if r.deadline <= now]
             if late:
-                self._waiting = deque(r for r in self._waiting if r.deadline > now)
+                self._waiting = [r for r in self._waiting if r.deadline > now]
         for request in late:
             limit = self.limits.answer_seconds
             request.fail(OverdueError(f"the request waited {limit:g} s and had not begun; try again later"))
 
     def _admit(self) -> None:
-        """Start what waits and has room as one more batch."""
-        room = self.limits.max_num_seqs - self.running if len(self._batches) < self.limits.batches else 0
-        requests: list[Request] = []
+        """Start what waits and has room."""
+        running = [request for batch in self._batches for request in batch.requests]
+        admitted: list[Request] = []
         with self._changed:
-            while self._waiting and len(requests) < room:
-                request = self._waiting.popleft()
-                if not request.cancelled:
-                    requests.append(request)
-        if requests:
-            try:
-                self._batches = [*self._batches, Batch(self.backend, requests)]
-            except BaseException as error:  # noqa: BLE001  (handed to the requests; the engine goes on)
-                for request in requests:
-                    request.fail(error)
+            self._waiting = [request for request in self._waiting if not request.cancelled]
+            while self._waiting and len(running) + len(admitted) < self.limits.max_num_seqs:
+                request = next_in_turn(self._waiting, [*running, *admitted])
+                self._waiting.remove(request)
+                admitted.append(request)
+        for group in group_by_length(admitted):
+            self._open(group)
 
-    def _step(self, batch: Batch) -> None:
+    def _open(self, requests: list[Request]) -> None:
+        try:
+            self._batches = [*self._batches, Batch(self.backend, requests)]
+        except BaseException as error:  # noqa: BLE001  (handed to the request; the engine goes on)
+            if len(requests) == 1:
+                requests[0].fail(error)
+            else:
+                for request in requests:
+                    self._open([request])
+
+    def _step(self) -> None:
+        """A token for every answer, and a piece of the prompts that are not wholly read."""
+        advancing = [batch for batch in self._batches if not batch.reading]
+        for batch in [*advancing, *next_to_read(self._batches)]:
+            self._pass(batch)
+        ready = [batch for batch in self._batches if batch.requests and not batch.reading]
+        reading = [batch for batch in self._batches if batch.requests and batch.reading]
+        self._batches = [*join_batches(ready, self.limits.batches), *reading]
+
+    def _pass(self, batch: Batch) -> None:
+        piece = max(self.limits.prefill_tokens // max(len(batch.requests), 1), _SHORTEST_PIECE)
         try:
             with torch.inference_mode():
-                self.tokens += batch.forward_step()
+                self.tokens += batch.forward_step(piece)
             self.steps += 1
-        except BaseException as error:  # noqa: BLE001  (handed to the batch's requests; other batches go on)
-            requests, batch.requests = batch.requests, []
-            for request in requests:
-                request.fail(error)
+        except BaseException as error:  # noqa: BLE001  (each request is tried alone, and told if it fails again)
+            requests = batch.requests
+            if len(requests) == 1:
+                requests[0].fail(error)
+            else:
+                self._batches = [*self._batches, *(batch.alone(self.backend, row) for row in range(len(requests)))]
+            batch.requests = []

@@ -51,7 +51,9 @@ def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Gene
 
     The random number comes from the row's own generator on the CPU, so it does not depend on the batch or the device.
     """
-    p = (logits.double().cpu() / sampling.temperature).softmax(-1)
+    logits = logits.double().cpu()
+    # the largest becomes 0 before the division, which for the smallest temperatures would be infinite
+    p = ((logits - logits.max()) / sampling.temperature).softmax(-1)
     sorted_p, order = p.sort(descending=True, stable=True)
     total = sorted_p.cumsum(-1)
     if sampling.top_p < 1.0:
