@@ -16,7 +16,7 @@ import numpy as np
 from shadowpeft.data.tasks import Example, Task
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.evaluate import accuracy
-from shadowpeft.serve.client import Cloud
+from shadowpeft.serve.client import CloudClient
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Client:
         self, urls: Mapping[str, str], key: str, *, system_message: str | None, max_tokens: int, delay: float
     ) -> None:
         delays = {"edge": 0.0, "cloud": delay}
-        self._servers = {name: Cloud(url, key, timeout=120.0, delay=delays[name]) for name, url in urls.items()}
+        self._servers = {name: CloudClient(url, key, timeout=120.0, delay=delays[name]) for name, url in urls.items()}
         self._lead = [] if system_message is None else [{"role": "system", "content": system_message}]
         self._max_tokens = max_tokens
 
