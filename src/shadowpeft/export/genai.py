@@ -1,0 +1,66 @@
+"""ONNX with a key-value cache, for onnxruntime-genai: its own model builder writes graph, configuration and tokenizer.
+
+The builder is run as a program of its own, as its documentation does: it prints, and its modules are on ``sys.path``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shadowpeft.errors import UnsupportedModelError
+
+FILE = "model.onnx"
+
+
+def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
+    """Write ``model.onnx`` (inputs ids, mask and cache; outputs logits and cache), ``genai_config.json`` and the tokenizer.
+
+    Raises:
+        UnsupportedModelError: if the builder does not know the architecture, or would leave out its rotary scaling.
+    """
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ("default", "llama3"):  # 0.18 builds a model with linear scaling as if it had none
+        raise UnsupportedModelError(
+            f"the model has rotary scaling of type '{rope}', which onnxruntime-genai may ignore; choose another format"
+        )
+    with tempfile.TemporaryDirectory() as source:
+        model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", str(folder)]
+        options = ["-p", {"f32": "fp32"}[dtype], "-e", "cpu", "-c", f"{source}/cache"]
+        run = subprocess.run([*builder, *options], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        last = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UnsupportedModelError(
+            f"onnxruntime-genai could not build {type(model).__name__} ({last[:200]}); choose another format"
+        )
+    model.generation_config.save_pretrained(folder)
+    return {"loads with": "onnxruntime-genai", "cache": "past_key_values"}
+
+
+def read(folder: Path) -> Callable[[Tensor, Tensor], SimpleNamespace]:
+    """The graph on onnxruntime's CPU provider from an empty cache: ``input_ids`` and ``attention_mask`` to ``.logits``."""
+    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    caches = {entry.name: entry.shape for entry in session.get_inputs() if entry.name.startswith("past_key_values.")}
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    width = config["model"]["decoder"]["head_size"]
+
+    def logits(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        empty = {name: np.zeros((len(input_ids), shape[1], 0, width), np.float32) for name, shape in caches.items()}
+        return SimpleNamespace(logits=torch.from_numpy(session.run(["logits"], {**inputs, **empty})[0]))
+
+    return logits
