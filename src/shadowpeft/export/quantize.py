@@ -1,7 +1,7 @@
 """int8 and int4 weights by torchao, in a folder that transformers loads where torchao is installed.
 
-The token table and the head are most of a shadow, so they are quantised too, always to int8: a row of the table has one scale.
-Tied ones are untied first (torchao's tensors cannot be shared in a file), which still leaves half of float32's tied bytes.
+The token table and the head are most of a shadow, so they are quantised too, always to int8 with one scale a row. A tied head
+is untied first, since torchao's tensors cannot be shared in a file; the two still take half the bytes of one float32 table.
 """
 
 from __future__ import annotations
