@@ -37,9 +37,12 @@ def main(
 
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
-    """Save a detached model; returns class, parameters, bytes and folder."""
+    """Save a detached model and let it stop where answers ended in training; returns class, parameters, bytes and folder."""
+    from shadowpeft.export.ends import generation_config
     from shadowpeft.train.checkpoints import written_whole
 
+    if edge.can_generate():  # type: ignore[attr-defined]
+        edge.generation_config = generation_config(edge, tokenizer)  # type: ignore[attr-defined, arg-type]
     with written_whole(folder, "the edge model", "free some space or choose another folder") as beside:
         edge.save_pretrained(beside)  # type: ignore[attr-defined]
         tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export.ends import generation_config
 
 FILE = "model.onnx"
 
@@ -38,6 +39,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
         )
     with tempfile.TemporaryDirectory() as source:
         model.save_pretrained(source)
+        generation_config(model, tokenizer).save_pretrained(source)
         tokenizer.save_pretrained(source)
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", str(folder)]
         options = ["-p", {"f32": "fp32"}[dtype], "-e", "cpu", "-c", f"{source}/cache"]
@@ -47,7 +49,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
         raise UnsupportedModelError(
             f"onnxruntime-genai could not build {type(model).__name__} ({last[:200]}); choose another format"
         )
-    model.generation_config.save_pretrained(folder)
+    generation_config(model, tokenizer).save_pretrained(folder)
     return {"loads with": "onnxruntime-genai", "cache": "past_key_values"}
 
 

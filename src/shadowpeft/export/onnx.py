@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export.ends import generation_config
 from shadowpeft.messages import shorten
 
 FILE = "model.onnx"
@@ -40,7 +41,7 @@ class _Logits(nn.Module):
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
-    """Write ``model.onnx`` (weights beside it where torch puts them), the configuration and the tokenizer.
+    """Write ``model.onnx`` (weights beside it where torch puts them), configuration, ends of an answer and tokenizer.
 
     Raises:
         UnsupportedModelError: if torch cannot trace the architecture into a graph of free sizes.
@@ -71,12 +72,13 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     program.model.metadata_props["use"] = USE
     program.save(folder / FILE, external_data=True)
     model.config.save_pretrained(folder)
+    generation_config(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"loads with": "onnxruntime", "inputs": inputs, "cache": "none", "use": USE}
 
 
 def read(folder: Path) -> Callable[[Tensor, Tensor], SimpleNamespace]:
-    """The graph of a folder on onnxruntime's CPU provider: ``input_ids`` and ``attention_mask`` to ``.logits``, float32."""
+    """The graph on onnxruntime: ``input_ids`` and ``attention_mask`` ``(B, T)`` to ``.logits`` ``(B, T, V)``, float32."""
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
 
     def logits(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:

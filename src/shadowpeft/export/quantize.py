@@ -16,6 +16,8 @@ from torch import nn
 from torchao import quantization
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
+from shadowpeft.export.ends import generation_config
+
 GROUP = 32
 
 
@@ -26,6 +28,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     torchao has no packed int4 for CPUs, so a file holds a byte for each weight, and int4 is smaller only once packed for a GPU.
     """
     plain = untied(model)
+    plain.generation_config = generation_config(model, tokenizer)
     rows = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=quantization.PerAxis(0))
     plan: dict[str, Any] = {}
     for name, module in plain.named_modules():
