@@ -15,6 +15,7 @@ from shadowpeft.apps import convert, demo, detach, doctor, export, generate, inf
 from shadowpeft.apps.options import Adapter, Base, Device, Json, System
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.messages import shorten
+from shadowpeft.terminal import check_arguments, one_line
 
 app = typer.Typer(
     name="shadowpeft",
@@ -252,6 +253,7 @@ app.command("demo")(demo.main)
 def main() -> None:
     """Entry point: exit 0 done, 1 failed, 2 wrong usage or configuration; one sentence unless ``--debug``."""
     try:
+        check_arguments(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -260,9 +262,12 @@ def main() -> None:
         if _state["debug"]:
             raise
         if isinstance(error, ShadowPeftError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
         else:
-            print(f"error: {type(error).__name__}: {shorten(error)} (run again with: shadowpeft --debug ...)", file=sys.stderr)
+            print(
+                f"error: {type(error).__name__}: {one_line(shorten(error))} (run again with: shadowpeft --debug ...)",
+                file=sys.stderr,
+            )
         sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
 
 

@@ -36,8 +36,10 @@ def test_any_shape(arch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [{"tie_word_embeddings": True}, {"rope_parameters": LLAMA3}])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [("llama", {"tie_word_embeddings": True}), ("llama", {"rope_parameters": LLAMA3}), ("qwen2", {}), ("qwen3", {})],
+)
 def test_with_a_cache(arch, overrides, tmp_path):
     """onnxruntime alone from an empty cache, and onnxruntime-genai with its cache, against transformers."""
     runtime = pytest.importorskip("onnxruntime_genai")
@@ -58,6 +60,13 @@ def test_with_a_cache(arch, overrides, tmp_path):
         generator.generate_next_token()
     whole = source.generate(ids[:1], attention_mask=torch.ones(1, 30), max_length=60, do_sample=False)
     assert list(generator.get_sequence(0)) == whole[0].tolist()
+
+
+@pytest.mark.slow
+def test_what_the_builder_does_not_know_is_refused(tmp_path):
+    pytest.importorskip("onnxruntime_genai")
+    with pytest.raises(UnsupportedModelError, match="llama3 RoPE style is not currently supported"):
+        genai.write(edges.model("qwen2", rope_parameters=LLAMA3), edges.tokenizer(), tmp_path / "o", "f32")
 
 
 def test_a_cache_with_scaling_that_the_builder_ignores_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.terminal import one_line, terminal
 
 if TYPE_CHECKING:
     import torch
@@ -96,15 +97,17 @@ def in_mode(model: Any, mode: str) -> Iterator[Any]:
         yield runner
 
 
-def show(console: Console, result: dict[str, Any], title: str, as_json: bool) -> None:
-    """Print a flat result, as a table or as JSON on standard output."""
+def show(result: dict[str, Any], title: str, as_json: bool) -> None:
+    """Print a flat result on standard output, as a table or as JSON (in ASCII, which every terminal and pipe can carry)."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json.dumps(result, indent=2))
         return
-    table = Table(title=title, show_header=False)
+    table = Table(show_header=False)
     for key, value in result.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(shown))
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else one_line(shown))
+    console = terminal()
+    console.print(one_line(title), soft_wrap=True)
     console.print(table)
 
 
@@ -114,7 +117,7 @@ def bar(console: Console, label: str, total: int, quiet: bool = False) -> Iterat
     if quiet:
         yield lambda done: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)

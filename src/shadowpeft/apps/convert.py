@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from shadowpeft.apps.common import has_tokenizer, quiet_libraries, show
 from shadowpeft.apps.options import Base, Json
@@ -61,7 +60,7 @@ def main(
     result = convert(source, folder, base=base, to=to, shadow_model=shadow_model)
     if not as_json:
         result = {k: "; ".join(v) or "nothing" if isinstance(v, list) else v for k, v in result.items()}
-    show(Console(), result, "converted", as_json)
+    show(result, "converted", as_json)
 
 
 def convert(

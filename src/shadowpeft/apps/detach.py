@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Adapter, Base, Json
@@ -33,7 +32,7 @@ def main(
     tokenizer = load_tokenizer_of(adapter, base)
     edge = shadowpeft.detach(shadowpeft.load(adapter, base)).to(DTYPES[dtype])
     result = {**save_edge(edge, tokenizer, folder), "dtype": dtype}
-    show(Console(), result, "edge model", as_json)
+    show(result, "edge model", as_json)
 
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:

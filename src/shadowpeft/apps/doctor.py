@@ -10,12 +10,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from shadowpeft import versions
 from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
 from shadowpeft.apps.common import has_tokenizer
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.terminal import one_line, terminal
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
 
@@ -33,7 +35,7 @@ def main(
         raise ConfigError(
             "--base was given without an adapter; give the adapter too, or neither for the environment alone"
         )
-    console = Console(highlight=False)
+    console = terminal()
     report = Report(None if as_json else lambda check: _print(console, check))
     diagnose(report, adapter, base)
     if as_json:
@@ -61,10 +63,10 @@ def diagnose(report: Report, adapter: str | None, base: str | None) -> None:
 
 
 def _print(console: Console, check: Check) -> None:
-    console.print(f"[{_COLOURS[check.state]}]{check.state:<8}[/] {check.name}: ", end="", soft_wrap=True)
-    console.print(check.text, markup=False, soft_wrap=True)
+    state = Text(f"{check.state:<8}", style=_COLOURS[check.state])
+    console.print(state, f"{check.name}: {one_line(check.text)}", soft_wrap=True)
     if check.fix:
-        console.print(f"         fix: {check.fix}", markup=False, soft_wrap=True)
+        console.print(f"         fix: {check.fix}", soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------------- environment

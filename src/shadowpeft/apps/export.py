@@ -13,6 +13,7 @@ from shadowpeft import export
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
+from shadowpeft.terminal import terminal
 
 
 def main(
@@ -51,11 +52,11 @@ def main(
     from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
-    console = Console(stderr=True, quiet=as_json)
+    console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
         model, tokenizer = load_edge(source, base)
     result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
-    show(Console(), result if as_json else flat(result), f"{source} as {to}", as_json)
+    show(result if as_json else flat(result), f"{source} as {to}", as_json)
 
 
 def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:

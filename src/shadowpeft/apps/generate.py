@@ -6,11 +6,12 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, System, Temperature
 from shadowpeft.errors import ConfigError
+from shadowpeft.terminal import terminal
 
 
 def _sampling(temperature: float, seed: int) -> dict[str, Any]:
@@ -72,15 +73,15 @@ def chat(
 
     prepare_cpu()
     where = pick_device(device)
-    console = Console()
+    console = terminal()
     sampling = _sampling(temperature, seed)
     tokenizer = load_tokenizer_of(adapter, base)
     model = placed(shadowpeft.load(adapter, base), where)
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    console.print(f"[bold]{mode}[/bold]  (/mode attached|detached|base, /reset, /quit)")
+    console.print(Text(mode, style="bold"), " (/mode attached|detached|base, /reset, /quit)")
     while True:
         try:
-            text = console.input("[bold cyan]you[/bold cyan] ").strip()
+            text = console.input(Text("you ", style="bold cyan")).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -100,7 +101,7 @@ def chat(
         if not text:
             continue
         history.append({"role": "user", "content": text})
-        console.print(f"[bold]{mode}[/bold] ", end="")
+        console.print(Text(f"{mode} ", style="bold"), end="")
         pieces = []
         with in_mode(model, mode) as runner:
             for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling):

@@ -50,6 +50,8 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
             f"onnxruntime-genai could not build {type(model).__name__} ({last[:200]}); choose another format"
         )
     generation_config(model, tokenizer).save_pretrained(folder)
+    # the builder saves what AutoTokenizer makes of it, which splits text by the class of the model
+    tokenizer.save_pretrained(folder)
     return {"loads with": "onnxruntime-genai", "cache": "past_key_values"}
 
 
