@@ -25,4 +25,4 @@ def check_arguments(arguments: list[str]) -> None:
     """
     for argument in arguments:
         if any("\ud800" <= c <= "\udfff" for c in argument):
-            raise ConfigError(f"the argument {ascii(argument)} is not UTF-8; rename the file or folder that it names")
+            raise ConfigError(f"the argument {argument!a} is not UTF-8; rename the file or folder that it names")

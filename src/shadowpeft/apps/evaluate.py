@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import MODES, bar, in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.terminal import terminal
 
 
 def main(
@@ -53,7 +53,7 @@ def main(
     length = getattr(model.config, "max_position_embeddings", 10**9)
     sequences = chat.encode(checked, tokenizer, max_length=length, system=system)
     _check_paths(data, modes, sequences)
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     results: dict[str, Any] = {"adapter": adapter, "data": data, "rows": len(raw), "modes": {}}
     for mode in modes:
         detached = mode == "detached"
@@ -85,7 +85,7 @@ def main(
     for mode, r in results["modes"].items():
         low, high = r["interval"]
         table.add_row(mode, f"{r['loss']:.3f}", f"{r['accuracy']:.1%}", f"{low:.1%} - {high:.1%}", str(r["n"]))
-    Console().print(table)
+    terminal().print(table)
 
 
 def _check_paths(data: str, modes: list[str], sequences: list[Any]) -> None:
@@ -152,11 +152,11 @@ def run_task(
         low, high = r["interval"]
         shown = (f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"])
         table.add_row(mode, *shown)
-    Console().print(table)
+    terminal().print(table)
     origin = next(iter(records.values()))["data"]
     files = ", ".join(origin.get("name") or origin.get("path") or [])
     lacks = f" (partial: {origin['lacks']})" if origin["partial"] else ""
-    Console().print(f"data from the {origin['from']}: {files}{lacks}")
+    terminal().print(f"data from the {origin['from']}: {files}{lacks}")
 
 
 def _load_for_task(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str]]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft.helpers import DoraCaching
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
@@ -28,6 +27,7 @@ from shadowpeft.generate import answer, evaluating
 from shadowpeft.hf.detach import detach
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.storage import write_json
+from shadowpeft.terminal import terminal
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 METHODS = ("generate", "likelihood", "classify")
@@ -399,8 +399,8 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
     if progress is not None:
         yield progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=Console(stderr=True)) as shown:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=terminal(stderr=True)) as shown:
         bar = shown.add_task(label, total=total)
         yield lambda done: shown.update(bar, completed=done)
 

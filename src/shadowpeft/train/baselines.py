@@ -28,6 +28,7 @@ from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.terminal import terminal
 from shadowpeft.train.config import TrainingSection
 from shadowpeft.train.progress import RunCallback
 from shadowpeft.train.run import DTYPES, prepare_cpu, training_arguments
@@ -336,7 +337,7 @@ def train_task(
     folder.mkdir(parents=True, exist_ok=True)
     lengths = tokens_of(data)
     per_step = sum(lengths) / len(lengths) * training.batch_size * training.gradient_accumulation
-    shown = RunCallback(folder, per_step, console or Console(stderr=True), quiet)
+    shown = RunCallback(folder, per_step, console or terminal(stderr=True), quiet)
     end = _Deadline(math.inf if deadline is None else deadline)
     trainer = TaskTrainer(
         model=model,

@@ -44,6 +44,7 @@ from shadowpeft.hf.pieces import BaseEnds, open_base
 from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
 from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
+from shadowpeft.terminal import terminal
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
 from shadowpeft.train.pretrain_teacher import Lesson, make_cache
@@ -454,7 +455,7 @@ def pretrain(
         NonFiniteLossError: if the loss became NaN.
         ShadowPeftError: any other defect of base, backbone or files.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     t, text = run.training, run.text
     prepare_cpu(t.threads)
     folder = Path(run.output)

@@ -30,6 +30,7 @@ from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
+from shadowpeft.terminal import terminal
 from shadowpeft.train.checkpoints import reason, written_whole
 from shadowpeft.train.config import RunConfig, TrainingSection
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
@@ -206,7 +207,7 @@ def train(
         ConfigError: if the folder already holds a run and ``resume`` is not set, or there is nothing to resume.
         ShadowPeftError: any defect of data, base or configuration; raised before training starts.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     t = run.training
     prepare_cpu(t.threads)
     folder = Path(run.output)
