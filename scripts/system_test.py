@@ -113,7 +113,7 @@ def adapters(options: argparse.Namespace, console: Console) -> dict[str, dict[st
 
 def base_of(shadow: str) -> str:
     """The base that a shadow's adapter names."""
-    from shadowpeft.hf.checkpoint import read_config
+    from shadowpeft.hf.load import read_config
 
     config = read_config(shadow)
     named = config.base_alias or config.base_model_name_or_path

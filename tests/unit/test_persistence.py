@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import shadowpeft
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf import checkpoint
+from shadowpeft.hf import load as checkpoint
 from shadowpeft.hf.base import aliases as bases
 from shadowpeft.hf.base.load import load_base
 from tiny import KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokenizer, tokens

@@ -45,7 +45,7 @@ def has_tokenizer(adapter: str) -> bool:
 
 def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     """The tokenizer saved with the adapter, else the base's; with a pad token."""
-    from shadowpeft.hf.checkpoint import read_config
+    from shadowpeft.hf.load import read_config
     from shadowpeft.train.run import load_tokenizer
 
     if has_tokenizer(adapter):

@@ -74,7 +74,7 @@ def convert(
         ShadowPeftError: if it cannot be written; what was in ``folder`` before is still there.
     """
     from shadowpeft.hf import formats
-    from shadowpeft.hf.checkpoint import load
+    from shadowpeft.hf.load import load
     from shadowpeft.train.checkpoints import written_whole
 
     kind = formats.detect(source)

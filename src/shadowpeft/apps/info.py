@@ -14,8 +14,9 @@ def main(adapter: Adapter, as_json: Json = False) -> None:
     quiet_libraries()
     from safetensors import safe_open
 
-    from shadowpeft.hf.checkpoint import CONFIG, check_weights, read_config
+    from shadowpeft.hf.config import CONFIG
     from shadowpeft.hf.files.locate import find_file
+    from shadowpeft.hf.load import check_weights, read_config
 
     config = read_config(adapter)
     weights = check_weights(adapter)

@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shadowpeft.core import Injection, Update, UpdateNorm, refine
+from shadowpeft.core import Injection, Update, refine
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import HeadFacts
 from shadowpeft.hf.base.signature import Signature
-from shadowpeft.hf.base.weights import device_of, of_adapter, real_weight
+from shadowpeft.hf.base.weights import dense_weight, device_of, module_for_adapter
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.shadow.build import ShadowParts
 
@@ -105,8 +105,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                 container[adapter] = embedding
             else:
                 parts.backbone.shadow_embedding = embedding
-        if config.use_update and config.mathematics()["update_norm"] and steps > 1:
-            self.shadowpeft_norm[adapter] = UpdateNorm(d).to(device=reference.device)
+        if config.use_update and config.mathematics.update_norm and steps > 1:
+            self.shadowpeft_norm[adapter] = nn.LayerNorm(d).to(device=reference.device)
         if head is not None:
             copy = nn.Linear(d, head.out_features, bias=getattr(head, "bias", None) is not None)
             with torch.no_grad():
@@ -114,7 +114,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                     copy = copy.to_empty(device="meta")
                 else:
                     copy = copy.to(device=device_of(head))
-                    with real_weight(head) as weight:
+                    with dense_weight(head) as weight:
                         copy.weight.copy_(weight)
                         if copy.bias is not None:
                             copy.bias.copy_(head.bias)
@@ -134,7 +134,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
         if adapter in self.shadowpeft_head:
             return self.shadowpeft_head[adapter]
-        return of_adapter(model.get_output_embeddings(), adapter)
+        return module_for_adapter(model.get_output_embeddings(), adapter)
 
     def freeze_unreached(self) -> None:
         """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""
@@ -194,20 +194,20 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
 
     def add(self, adapter: str, config: ShadowPeftConfig, d: int, device: torch.device) -> None:
         """Make the parameters of one adapter: ``2 d r``, and ``4 d m`` unless this is the first refined layer."""
-        math = config.mathematics()
+        variant = config.mathematics
         dropout = float(config.shadow_dropout)
         self.alpha[adapter] = float(config.shadow_alpha)
         with torch.device(device):
             self.shadowpeft_injection[adapter] = Injection(
-                d, config.r, dropout, dropout_first=math["dropout_before_down"], paper_init=math["paper_init"]
+                d, config.r, dropout, dropout_first=variant.dropout_before_down, paper_init=variant.paper_init
             )
-            if config.use_update and self.layer > math["first_refined_layer"]:
+            if config.use_update and self.layer > variant.first_refined_layer:
                 self.shadowpeft_update[adapter] = Update(
                     d,
                     config.update_width,
-                    dropout if math["dropout_in_update"] else 0.0,
-                    activation=math["update_activation"],
-                    bias=math["update_bias"],
+                    dropout if variant.dropout_in_update else 0.0,
+                    activation=variant.update_activation,
+                    bias=variant.update_bias,
                 )
 
     def step(self, adapter: str) -> Step | None:
@@ -218,7 +218,7 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
         return self.shadowpeft_injection[adapter], update, self.alpha[adapter]
 
     def forward(
-        self, step: Step, h: Tensor, s: Tensor, norm: UpdateNorm | None, streams: int | None = None
+        self, step: Step, h: Tensor, s: Tensor, norm: nn.LayerNorm | None, streams: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
         injection, update, alpha = step

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.structure import anatomy
+from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward import rows
 from shadowpeft.hf.forward.call import Scope, within
 from shadowpeft.hf.swap import check_fits, swap
@@ -176,7 +176,7 @@ class Attached(Backend):
             self._check_tokenizer(folder)
         self.base_name = base_name
         self._inner = model.get_base_model()
-        self._hub: Any = anatomy(self._inner).backbone.shadow_hub
+        self._hub: Any = find_decoder(self._inner).backbone.shadow_hub
 
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)

@@ -11,7 +11,7 @@ from shadowpeft.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class DecoderParts:
     """The parts of a decoder-only model that the method needs."""
 
     backbone: nn.Module
@@ -35,7 +35,7 @@ class Anatomy:
         return len(self.layers)
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def find_decoder(model: nn.Module) -> DecoderParts:
     """Find backbone and decoder layers of ``model``.
 
     Raises:
@@ -51,9 +51,9 @@ def anatomy(model: nn.Module) -> Anatomy:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; a shadow needs a decoder-only model"
         )
-    length = _depth(text)
+    length = num_decoder_layers(text)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == length and _is_layer_list(name):
+        if isinstance(module, nn.ModuleList) and len(module) == length and is_layer_list(name):
             parent = name.rpartition(".")[0]
             if length < 2:
                 raise UnsupportedModelError(
@@ -65,26 +65,26 @@ def anatomy(model: nn.Module) -> Anatomy:
                     f"the decoder layers of {type(model).__name__} belong to a {type(backbone).__name__}, which is no model "
                     "by itself; a shadow needs a decoder-only transformers model"
                 )
-            return Anatomy(backbone, parent, module, name, text)
+            return DecoderParts(backbone, parent, module, name, text)
     raise UnsupportedModelError(
         f"no list of {length} decoder layers, each of which runs once, was found in {type(model).__name__}; only decoder-only "
         "transformers models are supported"
     )
 
 
-def _is_layer_list(name: str) -> bool:
+def is_layer_list(name: str) -> bool:
     return name.rpartition(".")[2] in ("layers", "h", "blocks", "layer", "block") and "shadow_hub" not in name
 
 
-def _depth(config: PreTrainedConfig) -> int:
+def num_decoder_layers(config: PreTrainedConfig) -> int:
     """Number of decoder layers; the decoders of encoder-decoder families count them apart from the encoder's."""
     return int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
 
 
-def anatomy_of_backbone(backbone: nn.Module) -> nn.ModuleList:
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     """The decoder layers of a bare backbone, of any length."""
     for name, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and _is_layer_list(name):
+        if isinstance(module, nn.ModuleList) and is_layer_list(name):
             return module
     raise UnsupportedModelError(f"no decoder layers were found in {type(backbone).__name__}")
 

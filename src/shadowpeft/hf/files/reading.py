@@ -129,7 +129,7 @@ def _torch_name(dtype: str) -> str:
     return re.sub(r"^I(\d+)$", r"int\1", dtype)
 
 
-def check_values(path: Path, header: dict[str, Declared], wanted: dict[str, torch.Tensor]) -> None:
+def check_values(path: Path, header: dict[str, Declared], wanted: Mapping[str, Tensor]) -> None:
     """Every tensor is finite in the file and in the dtype of the model's own (``wanted``, by name); read one by one.
 
     Raises:
@@ -138,28 +138,26 @@ def check_values(path: Path, header: dict[str, Declared], wanted: dict[str, torc
     try:
         with safe_open(path, framework="pt") as handle:
             for name in header:
-                value = handle.get_tensor(name)
-                if not bool(torch.isfinite(value).all()):
-                    raise AdapterFileError(
-                        f"tensor {quote(name)} in {path} holds NaN or infinite values; the adapter is damaged"
-                    )
-                check_exact(name, value, wanted[name].dtype if name in wanted else torch.float32)
+                dtype = wanted[name].dtype if name in wanted else torch.float32
+                check_value(name, handle.get_tensor(name), dtype, str(path))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, AdapterFileError):
             raise
         raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged") from error
 
 
-def check_exact(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """A float64 tensor loses nothing in the dtype of the model.
+def check_value(name: str, value: Tensor, dtype: torch.dtype, where: str) -> None:
+    """One tensor of a file is finite, and a float64 one loses nothing in the ``dtype`` of the model.
 
     Raises:
-        AdapterFileError: if it does; what was loaded would not be what the file says.
+        AdapterFileError: if not; what was loaded would not be what the file says.
     """
+    if not bool(torch.isfinite(value).all()):
+        raise AdapterFileError(f"tensor {quote(name)} in {where} holds NaN or infinite values; the adapter is damaged")
     narrow = dtype if dtype.is_floating_point else torch.float32
     if value.dtype == torch.float64 and not torch.equal(value.to(narrow).double(), value):
         raise AdapterFileError(
-            f"tensor {quote(name)} is float64 in the file but {str(narrow).removeprefix('torch.')} in the model, which cannot "
+            f"tensor {quote(name)} is float64 in {where} but {str(narrow).removeprefix('torch.')} in the model, which cannot "
             "hold its values; save the adapter from a model of its own dtype"
         )
 
@@ -178,8 +176,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged or too large") from error
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str, advice: str) -> None:
+def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, advice: str) -> None:
     """Every expected tensor is there with its shape, and no other.
+
+    Args:
+        found: tensors, or what a header declares, by name. expected: shapes, or anything that has one, by name.
 
     Raises:
         AdapterFileError: naming the first tensor that is missing, unknown or of another shape.
@@ -190,7 +191,8 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int,
         raise AdapterFileError(
             f"{what}: {len(missing)} tensors are missing and {len(unknown)} are unknown ({shown}); {advice}"
         )
-    for name, shape in expected.items():
+    for name, want in expected.items():
+        shape = tuple(getattr(want, "shape", want))
         if tuple(found[name].shape) != shape:
             raise AdapterFileError(
                 f"{what}: tensor {quote(name)} has shape {tuple(found[name].shape)} but needs {shape}; {advice}"

@@ -20,8 +20,8 @@ from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.load import load_base
-from shadowpeft.hf.base.structure import anatomy
-from shadowpeft.hf.checkpoint import CONFIG
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.config import CONFIG
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.projected import is_projected
 from shadowpeft.hf.files.reading import read_json
@@ -110,7 +110,7 @@ def load(
     with clean_on_failure(model):
         translation: Translation = reader.translate(source, model, task, shadow_model)
         config = translation.config
-        config.base_fingerprint = fingerprint(model, anatomy(model))
+        config.base_fingerprint = fingerprint(model, find_decoder(model))
         config._loaded = True
         config.inference_mode = not is_trainable
         if not isinstance(named, nn.Module) and is_alias(str(named)):

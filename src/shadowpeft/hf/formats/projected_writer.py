@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.head import logit_scale, soft_cap
-from shadowpeft.hf.base.weights import of_adapter
+from shadowpeft.hf.base.weights import module_for_adapter
 from shadowpeft.hf.files.projected import write_projected
 from shadowpeft.hf.layer import adapted_base, find_hub
 
@@ -38,5 +38,5 @@ def save_projected(model: PeftModel, folder: str | Path, adapter_name: str | Non
         )
     backbone = hub.shadowpeft_backbone[name]
     own = hub.embedding(name)
-    table = (of_adapter(base.get_input_embeddings(), name) if own is None else own).weight
+    table = (module_for_adapter(base.get_input_embeddings(), name) if own is None else own).weight
     write_projected(folder, backbone, table, hub.shadowpeft_projection[name].weight, head.weight, ids=text)

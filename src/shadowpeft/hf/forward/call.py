@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowpeft.core import Trajectory, UpdateNorm
+from shadowpeft.core import Trajectory
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.config import ShadowPeftConfig
@@ -25,7 +25,7 @@ CALL = "shadow_call"
 
 
 @dataclass
-class Weights:
+class AdapterWeights:
     """Everything of one adapter that takes part in a forward pass."""
 
     adapter: str
@@ -36,7 +36,7 @@ class Weights:
     embedding: nn.Module | None
     """The shadow's own token embedding, or None if it shares the base's."""
     projection: nn.Module | None
-    norm: UpdateNorm | None
+    norm: nn.LayerNorm | None
     head: nn.Module | None
     """The shadow's own head, or None if it reads the base's."""
     signature: Signature
@@ -57,7 +57,7 @@ class Weights:
 class Part:
     """One adapter in one forward pass: its weights, the rows of the batch that are its own, its shadow states."""
 
-    def __init__(self, weights: Weights, rows: list[int] | None = None) -> None:
+    def __init__(self, weights: AdapterWeights, rows: list[int] | None = None) -> None:
         self.weights = weights
         self.trajectory: Trajectory | None = None
         self.rows = rows
@@ -126,7 +126,7 @@ class Scope:
     """``adapter_names``."""
     repeats: bool = False
     """Whether each prompt may stand in the batch several times (beams, several sequences of one prompt)."""
-    held: dict[str, Weights] = field(default_factory=dict)
+    held: dict[str, AdapterWeights] = field(default_factory=dict)
     """The weights that each adapter had when it was first used: a generation ends with those it began with."""
 
 
@@ -175,7 +175,7 @@ def leave() -> None:
 
 
 def initial_state(
-    weights: Weights, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
+    weights: AdapterWeights, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
 ) -> Tensor:
     """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
 
@@ -206,7 +206,7 @@ def initial_state(
     return _project(weights, backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs))
 
 
-def _project(weights: Weights, output: Any) -> Tensor:
+def _project(weights: AdapterWeights, output: Any) -> Tensor:
     state: Tensor = output.last_hidden_state
     return state if weights.projection is None else weights.projection(state)
 
@@ -215,13 +215,13 @@ def _checkpoints(backbone: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
 
 
-def read_weights(hub: ShadowHub, adapter: str) -> Weights:
+def read_weights(hub: ShadowHub, adapter: str) -> AdapterWeights:
     """What the hub holds of ``adapter``."""
 
     def get(container: Any) -> Any:  # a ModuleDict has no get()
         return container[adapter] if adapter in container else None  # noqa: SIM401
 
-    return Weights(
+    return AdapterWeights(
         adapter,
         hub.configs[adapter],
         0 if torch.compiler.is_compiling() else hub.versions[adapter],  # a swap needs no new graph

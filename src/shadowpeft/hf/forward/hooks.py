@@ -39,7 +39,8 @@ def before_model(
     *,
     backbone: str,
     signature: Signature,
-    carried: bool,
+    kwargs_reach_layers: bool,
+    weighted: list[tuple[str, nn.Module]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out ``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
     kwargs = signature.by_name(args, kwargs)
@@ -63,7 +64,7 @@ def before_model(
                 kwargs.get("use_cache")
             )  # a cache that nobody scope for costs memory in training
         if not torch.compiler.is_compiling():
-            allow_gradients(model)
+            allow_gradients(weighted)
     call.return_shadow = return_shadow
     call.fused = bool(kwargs.get("fused_lm_head", False))
     if call.fused and call.names is not None:
@@ -88,13 +89,13 @@ def before_model(
                 count = (
                     count_targets(call.shift_labels, shifted=False)
                     if call.shift_labels is not None
-                    else count_targets(call.labels, shifted=hub.facts.shift == 1)
+                    else count_targets(call.labels, shifted=hub.facts.label_shift == 1)
                 )
             if signature.passes_on:
                 kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
     if signature.passes_on:
         kwargs[CALL] = call
-    if not (carried and torch.compiler.is_compiling()):
+    if not (kwargs_reach_layers and torch.compiler.is_compiling()):
         calls.enter(call)
     return (), kwargs
 
@@ -121,9 +122,11 @@ def _start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCa
     return rows.mixed_call(hub, model, names, {} if scope is None else scope.held)
 
 
-def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, carried: bool) -> None:
+def leave(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, kwargs_reach_layers: bool
+) -> None:
     """The forward of ``module`` has ended, also by an error: take its call out of the context."""
-    if not (carried and torch.compiler.is_compiling()):
+    if not (kwargs_reach_layers and torch.compiler.is_compiling()):
         calls.leave()
 
 
@@ -171,13 +174,13 @@ def before_backbone(
     *,
     signature: Signature,
     base_layers: int,
-    carried: bool,
+    kwargs_reach_layers: bool,
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Compute ``s^(0)`` (Eq. 1) from the backbone's own arguments and start the trajectory."""
     hub: ShadowHub = backbone.shadow_hub  # type: ignore[assignment]
     kwargs = signature.by_name(args, kwargs)
     call: ShadowCall | None = kwargs.get(CALL)
-    if call is None and not (carried and torch.compiler.is_compiling()):
+    if call is None and not (kwargs_reach_layers and torch.compiler.is_compiling()):
         call = calls.current()
     if call is None:
         adapter = hub.active_name()
@@ -200,7 +203,7 @@ def before_backbone(
     call.streams_first = hasattr(config, "altup_num_inputs")  # shapes alone cannot tell where batch = tokens = streams
     if signature.passes_on:
         kwargs[CALL] = call
-    if not (carried and torch.compiler.is_compiling()):
+    if not (kwargs_reach_layers and torch.compiler.is_compiling()):
         calls.enter(call)
     return (), kwargs
 
@@ -227,7 +230,7 @@ def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: 
         backbone,
         **passed,
     )
-    first = weights.config.mathematics()["first_refined_layer"]
+    first = weights.config.mathematics.first_refined_layer
     part.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
 
 

@@ -15,8 +15,8 @@ from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, pool_last
 from shadowpeft.hf.forward import supervision
-from shadowpeft.hf.forward.call import Part, ShadowCall, Weights, initial_state
-from shadowpeft.hf.forward.rows import BASE, alone, assemble, weights_of
+from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, initial_state
+from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
 from shadowpeft.hf.layer import ShadowHub
 
 
@@ -49,11 +49,11 @@ def join(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tensor, sto
     if call.labels is not None:
         if call.is_classifier:
             task_loss = _classification_loss(model, logits, call.labels, call.num_items)
-        elif hub.facts.counts:
+        elif hub.facts.uses_num_items:
             task_loss = stock
         else:
             assert stock is not None
-            task_loss = _recount(stock, logits, call, hub.facts.shift)
+            task_loss = _recount(stock, logits, call, hub.facts.label_shift)
     loss = task_loss
     if task_loss is not None and training and shadow_loss is not None:
         loss = joint_loss(task_loss, shadow_loss, weight)
@@ -116,11 +116,11 @@ def _lm_path(
     total: Any = 0.0
     count: Any = 0
     for part in call.parts:
-        with alone(part):
+        with as_only_adapter(part):
             if targets is not None:
                 goals = part.pick(targets)
-                lesson = None if teacher is None else _lesson(call, hub, part, teacher, targets)
-                total = total + _shadow_sum(model, hub, part.weights, part.s0, goals, lesson)
+                distillation = None if teacher is None else _distillation(call, hub, part, teacher, targets)
+                total = total + _shadow_sum(model, hub, part.weights, part.s0, goals, distillation)
                 count = count + count_targets(goals, shifted=False).to(total.device)
             if call.return_shadow:
                 kept = _keep(part.s0, call.logits_to_keep)
@@ -157,7 +157,7 @@ def _classifier_path(model: nn.Module, call: ShadowCall) -> tuple[Tensor | None,
     return loss, assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
 
 
-def _lm_head(model: Any, weights: Weights) -> Any:
+def _lm_head(model: Any, weights: AdapterWeights) -> Any:
     """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else the base's."""
     return model.get_output_embeddings() if weights.head is None else weights.head
 
@@ -172,10 +172,12 @@ def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
         return call.shift_labels
     labels = call.labels if call.shadow_labels is None else call.shadow_labels
     assert labels is not None
-    return _ahead(labels, hub)
+    return shift_left(labels, hub)
 
 
-def _lesson(call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor) -> Lesson | None:
+def _distillation(
+    call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor
+) -> Distillation | None:
     """What ``shadow_loss="kl"`` or "both" teaches the rows of ``part``; None for "ce".
 
     The attached path is the teacher wherever both paths are to say the same; where ``shadow_labels`` want something else of
@@ -196,38 +198,43 @@ def _lesson(call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targe
         )
     taught = targets != IGNORE
     if call.shadow_labels is not None:
-        theirs = call.shift_labels if call.shift_labels is not None else _ahead(call.labels, hub)  # type: ignore[arg-type]
+        theirs = call.shift_labels if call.shift_labels is not None else shift_left(call.labels, hub)  # type: ignore[arg-type]
         taught = taught & (targets == theirs.to(targets.device))
-    return Lesson(part.pick(teacher), part.pick(taught), plain=kind == "both")
+    return Distillation(part.pick(teacher), part.pick(taught), with_labels=kind == "both")
 
 
-def _ahead(labels: Tensor, hub: ShadowHub) -> Tensor:
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.facts.shift else labels
+def shift_left(labels: Tensor, hub: ShadowHub) -> Tensor:
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.facts.label_shift else labels
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Distillation:
     """What the attached path teaches the shadow in one forward pass."""
 
     teacher: Tensor
     """Logits ``(B, T, V)``, without their graph."""
     taught: Tensor
     """``(B, T)``: where the shadow is to say what the attached path is to say."""
-    plain: bool
+    with_labels: bool
     """Whether the cross-entropy counts there too."""
 
 
 def _shadow_sum(
-    model: nn.Module, hub: ShadowHub, weights: Weights, s0: Tensor, targets: Tensor, lesson: Lesson | None = None
+    model: nn.Module,
+    hub: ShadowHub,
+    weights: AdapterWeights,
+    s0: Tensor,
+    targets: Tensor,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
     head = _lm_head(model, weights)
     targets = targets.to(s0.device)
     plain, rows = targets.reshape(-1), s0.reshape(-1, s0.shape[-1])
     teacher = taught = plain[:0]
-    if lesson is not None:
-        teacher, taught = lesson.teacher.flatten(0, 1), lesson.taught.reshape(-1).to(s0.device)
-        plain = plain if lesson.plain else plain.masked_fill(taught, IGNORE)
+    if distillation is not None:
+        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(s0.device)
+        plain = plain if distillation.with_labels else plain.masked_fill(taught, IGNORE)
 
     def loss(rows: Tensor, where: Tensor) -> Tensor:
         logits = lm_logits(model, hub, head, rows)
@@ -238,7 +245,7 @@ def _shadow_sum(
             num_items_in_batch=1,
             shift_labels=plain[where][None],
         )
-        if lesson is None:
+        if distillation is None:
             return total
         divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
         return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
@@ -247,7 +254,7 @@ def _shadow_sum(
     if not torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
         where = where[targets.reshape(-1) != IGNORE]
         rows = rows[where]
-    frozen = hub.facts.plain and not any(p.requires_grad for p in head.parameters())
+    frozen = hub.facts.is_linear and not any(p.requires_grad for p in head.parameters())
     return head_loss(rows, where, loss, frozen=frozen)
 
 
@@ -286,6 +293,6 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     takes = weights.signature
     passed = {k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)}
     s0 = initial_state(weights, batch["input_ids"], None, model, use_cache=False, **passed)
-    targets = _ahead(batch["shadow_labels"], hub)
+    targets = shift_left(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
     return _shadow_sum(model, hub, weights, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

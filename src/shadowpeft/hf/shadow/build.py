@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.structure import Anatomy, anatomy_of_backbone
+from shadowpeft.hf.base.structure import DecoderParts, decoder_layers
 from shadowpeft.hf.base.weights import device_of
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS
@@ -61,7 +61,7 @@ class ShadowParts:
     """A start for ``W_p`` ``(d, d_s)``, or None for the default."""
 
 
-def build_shadow(parts: Anatomy, config: ShadowPeftConfig, source: ShadowSource | None = None) -> ShadowParts:
+def build_shadow(parts: DecoderParts, config: ShadowPeftConfig, source: ShadowSource | None = None) -> ShadowParts:
     """Make the shadow backbone that ``config`` describes for a base.
 
     Sets ``config.shadow_backbone_config``. A configuration that was read from a file is rebuilt from that record, so an
@@ -90,7 +90,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, source: ShadowSource 
     else:
         shadow_config, backbone, reads_tokens, frozen = _first_that_runs(parts, config, type(parts.backbone))
         if config.copies_layers:
-            depth = len(anatomy_of_backbone(backbone))
+            depth = len(decoder_layers(backbone))
             copy_base_layers(parts, backbone, copied_layers(parts.config, depth, config.shadow_init))
     if not config.is_recorded:
         config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
@@ -109,7 +109,7 @@ def build_shadow(parts: Anatomy, config: ShadowPeftConfig, source: ShadowSource 
 
 
 def _make(
-    parts: Anatomy, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig, *, whole: bool = False
+    parts: DecoderParts, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig, *, whole: bool = False
 ) -> PreTrainedModel:
     """A random backbone of class ``kind`` in float32 beside the base; ``whole``: with its full token embedding."""
     attention = getattr(parts.config, "_attn_implementation", None) or "eager"
@@ -126,7 +126,7 @@ def _make(
 
 
 def _new_backbone(
-    parts: Anatomy, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig
+    parts: DecoderParts, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig
 ) -> tuple[PreTrainedModel, bool]:
     """A random backbone and whether it must be run from tokens, since its layers read them."""
     state = torch.get_rng_state()
@@ -138,7 +138,7 @@ def _new_backbone(
 
 
 def _first_that_runs(
-    parts: Anatomy, config: ShadowPeftConfig, kind: Any
+    parts: DecoderParts, config: ShadowPeftConfig, kind: Any
 ) -> tuple[PreTrainedConfig, PreTrainedModel, bool, list[str]]:
     """Configuration and backbone of a mirrored shadow: the first of :func:`layer_choices` that its own class accepts,
     preferably one of which every tensor can learn; whether it reads tokens; and what cannot learn.

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.structure import Anatomy, _depth, anatomy_of_backbone
+from shadowpeft.hf.base.structure import DecoderParts, decoder_layers, num_decoder_layers
 from shadowpeft.hf.config import ShadowPeftConfig
-
-_WIDTH_FIELDS = {
-    "shadow_intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "shadow_num_attention_heads": ("num_attention_heads",),
-    "shadow_num_key_value_heads": ("num_key_value_heads",),
-    "shadow_head_dim": ("head_dim",),
-    "shadow_hidden_size": ("hidden_size",),
-}
-
+from shadowpeft.settings import WIDTHS
 
 _ORDINARY_TYPES = ("full_attention", "sliding_attention")
 
@@ -53,8 +45,8 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
     ordinary = [kind for kind in _ORDINARY_TYPES if kind in types]
     order = [types.index(kind) for kind in ordinary]
     order += [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
-    order += list(range(_depth(base)))
-    lists = [value for value in _per_layer(base).values() if len(value) == _depth(base)]
+    order += list(range(num_decoder_layers(base)))
+    lists = [value for value in _per_layer(base).values() if len(value) == num_decoder_layers(base)]
     kinds: dict[str, int] = {}
     for index in order:
         kinds.setdefault(repr([value[index] for value in lists]), index)
@@ -69,7 +61,7 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
 
 def _per_layer(base: PreTrainedConfig) -> dict[str, Any]:
     """The stored fields of a configuration that say something of each layer, or name a cycle of layer types."""
-    length = _depth(base)
+    length = num_decoder_layers(base)
     found = {}
     for key, value in vars(base).items():
         if isinstance(value, (list, tuple)) and value and not key.startswith("_"):
@@ -105,7 +97,7 @@ def mirror_config(
     for counter, most in (("max_window_layers", depth), ("num_kv_shared_layers", 0)):
         if getattr(new, counter, None) is not None:
             setattr(new, counter, min(getattr(new, counter), most))
-    for ours, theirs in _WIDTH_FIELDS.items():
+    for ours, theirs in WIDTHS.items():
         wanted = getattr(config, ours)
         if wanted is None:
             continue
@@ -149,9 +141,9 @@ def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers")
     return [found[round(i * (len(found) - 1) / (depth - 1))] for i in range(depth)]
 
 
-def copy_base_layers(parts: Anatomy, backbone: PreTrainedModel, chosen: list[int]) -> None:
+def copy_base_layers(parts: DecoderParts, backbone: PreTrainedModel, chosen: list[int]) -> None:
     """A shadow that starts from the base: everything but the token embedding becomes a copy of the base's own."""
-    mine, theirs = anatomy_of_backbone(backbone), parts.layers
+    mine, theirs = decoder_layers(backbone), parts.layers
     with torch.no_grad():
         for layer, index in zip(mine, chosen, strict=True):
             _copy_into(layer, theirs[index])

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from shadowpeft.core import ProjectionSolution, solve_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.load import load_whole
-from shadowpeft.hf.base.structure import Anatomy
+from shadowpeft.hf.base.structure import DecoderParts
 from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
-from shadowpeft.hf.base.weights import real_weight
+from shadowpeft.hf.base.weights import dense_weight
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.projected import Projected, is_projected, read_projected
 
@@ -86,7 +86,7 @@ class ShadowSource:
     """A start for ``W_p`` ``(d, d_s)``, or None for the default."""
 
 
-def resolve(config: ShadowPeftConfig, parts: Anatomy, model: nn.Module) -> ShadowSource | None:
+def resolve(config: ShadowPeftConfig, parts: DecoderParts, model: nn.Module) -> ShadowSource | None:
     """The explicit shadow that ``config`` names for the base ``model``; None for a mirrored one and for one that was recorded.
 
     Raises:
@@ -180,6 +180,6 @@ def projection_start(
     large_head, small_head = (model.get_output_embeddings() for model in (base, small))  # type: ignore[operator]
     if large_head is None or small_head is None:
         raise ConfigError("projection_init='pseudo_inverse' needs the LM heads of shadow and base; one has none")
-    with real_weight(large_head) as wide, real_weight(small_head) as narrow:
+    with dense_weight(large_head) as wide, dense_weight(small_head) as narrow:
         rows = common_rows(base, small, (len(wide), len(narrow)))
         return solve_projection(wide, narrow, rows=rows, dtype=dtype, progress=progress)

@@ -20,7 +20,7 @@ from shadowpeft.core.losses import IGNORE, HeadLoss, topk_kl
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.files.projected import Projected, is_projected, read_projected, to_stock, write_projected
-from shadowpeft.hf.pieces import BaseEnds, pruned_backbone
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, pruned_backbone
 from shadowpeft.hf.shadow.mirror import copied_layers
 from shadowpeft.hf.shadow.source import load_source
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf import formats
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.base.weights import is_offloaded
@@ -82,8 +83,6 @@ def load(
         ConfigError: a configuration key is unknown, missing or impossible, or the base cannot be loaded.
         BaseMismatchError: the adapter belongs to another base.
     """
-    from shadowpeft.hf import formats  # it builds on this module
-
     kind = formats.detect(adapter)
     if kind != formats.OURS:
         model, _ = formats.load(

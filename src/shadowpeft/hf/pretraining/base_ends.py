@@ -21,7 +21,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf.base.aliases import is_alias, materialise
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.head import logit_scale, soft_cap
-from shadowpeft.hf.base.structure import Anatomy, anatomy
+from shadowpeft.hf.base.structure import DecoderParts, find_decoder
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import BUILD_ERRORS, read_header, read_json
@@ -103,7 +103,7 @@ class BaseEnds:
     """As given: alias, folder or Hub id."""
     model: Any
     """The whole model, on the meta device."""
-    parts: Anatomy
+    parts: DecoderParts
     """Its parts."""
     whole: PreTrainedConfig
     """The configuration of the whole model."""
@@ -175,7 +175,7 @@ def open_base(name: str) -> BaseEnds:
         AdapterFileError: if its files are damaged.
     """
     model, checkpoint = described(name)
-    config, parts = model.config, anatomy(model)
+    config, parts = model.config, find_decoder(model)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or getattr(head, "bias", None) is not None or table is None:
         raise UnsupportedModelError(
