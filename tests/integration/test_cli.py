@@ -321,6 +321,15 @@ def test_names_are_printed_as_they_are(monkeypatch, capsys, tmp_path, adapter, n
     assert err.count("\n") == 1
 
 
+def test_a_terminal_without_utf_8_shows_escapes(tmp_path, adapter):
+    (tmp_path / "机器人").symlink_to(adapter)
+    command = [sys.executable, "-m", "shadowpeft", "info", str(tmp_path / "机器人")]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u673a\\u5668\\u4eba" in done.stdout
+
+
 @pytest.mark.parametrize("command", [("info",), ("detach", "edge"), ("train",), ("export", "edge", "--to", "hf")])
 def test_names_that_are_not_utf_8_are_refused_at_the_door(monkeypatch, capsys, command):
     name = os.fsdecode(b"robot-\xff")
