@@ -14,16 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import onnxruntime
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export import onnx
 from shadowpeft.export.ends import generation_config
-
-FILE = "model.onnx"
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
@@ -56,15 +52,6 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
 
 
 def read(folder: Path) -> Callable[[Tensor, Tensor], SimpleNamespace]:
-    """The graph on onnxruntime's CPU provider from an empty cache: ``input_ids`` and ``attention_mask`` to ``.logits``."""
-    session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
-    caches = {entry.name: entry.shape for entry in session.get_inputs() if entry.name.startswith("past_key_values.")}
+    """The graph on onnxruntime, from an empty cache."""
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-    width = config["model"]["decoder"]["head_size"]
-
-    def logits(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        empty = {name: np.zeros((len(input_ids), shape[1], 0, width), np.float32) for name, shape in caches.items()}
-        return SimpleNamespace(logits=torch.from_numpy(session.run(["logits"], {**inputs, **empty})[0]))
-
-    return logits
+    return onnx.read(folder, config["model"]["decoder"]["head_size"])

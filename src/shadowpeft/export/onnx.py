@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -77,12 +78,18 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     return {"loads with": "onnxruntime", "inputs": inputs, "cache": "none", "use": USE}
 
 
-def read(folder: Path) -> Callable[[Tensor, Tensor], SimpleNamespace]:
-    """The graph on onnxruntime: ``input_ids`` and ``attention_mask`` ``(B, T)`` to ``.logits`` ``(B, T, V)``, float32."""
+def read(folder: Path, head_dim: int = 0) -> Callable[[Tensor, Tensor], SimpleNamespace]:
+    """The graph on onnxruntime: ``input_ids`` and ``attention_mask`` ``(B, T)`` to ``.logits`` ``(B, T, V)``, float32.
+
+    Args:
+        head_dim: numbers of a head, for a graph that takes a cache; it gets an empty one.
+    """
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    heads = {entry.name: entry.shape[1] for entry in session.get_inputs() if entry.name.startswith("past_key_values.")}
 
     def logits(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        inputs |= {name: np.zeros((len(input_ids), n, 0, head_dim), np.float32) for name, n in heads.items()}
         return SimpleNamespace(logits=torch.from_numpy(session.run(["logits"], inputs)[0]))
 
     return logits
