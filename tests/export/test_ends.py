@@ -130,7 +130,8 @@ def test_onnxruntime_genai(tmp_path):
     generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
-    assert list(generator.get_sequence(0))[len(ids) :] == chain(words)[1:-1]
+    _, *answer, end, _ = chain(words)
+    assert [i for i in generator.get_sequence(0)[len(ids) :] if i != end] == answer  # 0.18 leaves the end itself out
 
 
 @pytest.mark.llamacpp
