@@ -267,13 +267,16 @@ def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> N
 
 
 def _end_of_text(report: Report, tokenizer: Any, model: Any) -> None:
-    ends = getattr(model.get_base_model().generation_config, "eos_token_id", None)
+    from shadowpeft.data.chat import stop_tokens
+
+    base = model.get_base_model()
+    ends = getattr(base.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    own = tokenizer.eos_token_id
+    trained = stop_tokens(base, tokenizer)
     report.require(
-        not ends or own in ends,
+        not ends or set(trained) <= set(ends),
         "end of text",
-        f"the tokenizer's is {own}, generation stops at {ends or 'nothing'}",
-        f"model.generation_config.eos_token_id = {sorted({*ends, own} - {None})}",
+        f"answers end with {trained}, plain generate stops at {ends or 'nothing'} (the commands stop at all)",
+        f"model.generation_config.eos_token_id = {trained}",
         otherwise=WARNING,
     )
