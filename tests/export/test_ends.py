@@ -166,9 +166,20 @@ def adapter(tmp_path_factory):
 @pytest.mark.parametrize("command", [("detach",), ("export", "--to", "hf")])
 def test_commands_from_an_adapter(command, adapter, tmp_path, monkeypatch, capsys):
     arguments = (adapter / "adapter", tmp_path / "o", "--base", adapter / "base", *command[1:], "--json")
-    code, _, err = call(monkeypatch, capsys, command[0], *arguments)
+    code, out, err = call(monkeypatch, capsys, command[0], *arguments)
     assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert report.get("export", report)["ends"] == ["<|endoftext|>", TRAINED_END]
     assert answer_of(tmp_path / "o") == chain(tokenizer())[1:-1]
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system message') }}", {"tools": CHATML}])
+def test_a_template_that_refuses_a_users_turn_is_no_obstacle(template, tmp_path):
+    model, words = edge_model()
+    words.chat_template = template
+    model.generation_config.eos_token_id = [0, 5]
+    export.write("hf", model, words, tmp_path / "o", "f32")
+    assert GenerationConfig.from_pretrained(tmp_path / "o").eos_token_id == [0, 5]
 
 
 SPECIALS = {text: edges.tokenizer().convert_tokens_to_ids(text) for text in (*edges.SPECIALS, "<tool>")}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
-from shadowpeft.apps.common import pick_device, placed
+from shadowpeft.apps.common import flat, pick_device, placed
 from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS
 from shadowpeft.terminal import one_line, terminal
@@ -302,7 +302,18 @@ def test_info_describes_the_base_in_words(monkeypatch, capsys, road, adapter):
 
 # --------------------------------------------------------------------------------------------------------------- names
 
-NAMES = ("[red]robot", "[@click=app.bell]", "[bold", ":dog:", "a\nb", "\x1b[31mred", "a\u2028b", "robot-v1.2", "机器人", "keys")
+NAMES = (
+    "[red]robot",
+    "[@click=app.bell]",
+    "[bold",
+    ":dog:",
+    "a\nb",
+    "\x1b[31mred",
+    "a\u2028b",
+    "robot-v1.2",
+    "机器人",
+    "keys",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -336,6 +347,20 @@ def test_names_that_are_not_utf_8_are_refused_at_the_door(monkeypatch, capsys, c
     code, out, err = call(monkeypatch, capsys, command[0], name, *command[1:])
     assert (code, out) == (2, "")
     assert err == "error: the argument 'robot-\\udcff' is not UTF-8; rename the file or folder that it names\n"
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text("ab c")),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text("xyz", min_size=1), inner, max_size=3)
+    ),
+)
+
+
+@given(st.dictionaries(st.text("xyz", min_size=1), VALUES, max_size=4))
+def test_a_table_shows_nothing_as_python_writes_it(result):
+    for key, text in flat(result).items():
+        assert not any(mark in f"{key}{text}" for mark in ("{", "}", "[", "]", "'", "None", "True", "False"))
 
 
 @given(st.one_of(st.text(), st.binary().map(os.fsdecode)))

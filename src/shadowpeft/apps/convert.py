@@ -58,8 +58,6 @@ def main(
         raise ConfigError(f"'{folder}' holds the source '{source}'; choose another folder")
     quiet_libraries()
     result = convert(source, folder, base=base, to=to, shadow_model=shadow_model)
-    if not as_json:
-        result = {k: "; ".join(v) or "nothing" if isinstance(v, list) else v for k, v in result.items()}
     show(result, "converted", as_json)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,19 +35,26 @@ def main(
     show(result, "edge model", as_json)
 
 
-def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
-    """Save a detached model and let it stop where answers ended in training; returns class, parameters, bytes and folder."""
-    from shadowpeft.export.ends import generation_config
+def save_edge(edge: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Save a detached model, made to stop where answers ended in training.
+
+    Returns:
+        its class, parameters, ends, bytes and folder.
+    """
+    from shadowpeft.export.ends import end_tokens, generation_config
     from shadowpeft.train.checkpoints import written_whole
 
-    if edge.can_generate():  # type: ignore[attr-defined]
-        edge.generation_config = generation_config(edge, tokenizer)  # type: ignore[attr-defined, arg-type]
+    ends: list[int] = []
+    if edge.can_generate():
+        ends = end_tokens(edge, tokenizer)
+        edge.generation_config = generation_config(edge, tokenizer)
     with written_whole(folder, "the edge model", "free some space or choose another folder") as beside:
-        edge.save_pretrained(beside)  # type: ignore[attr-defined]
-        tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
+        edge.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     return {
         "class": type(edge).__name__,
-        "parameters": sum(p.numel() for p in edge.parameters()),  # type: ignore[attr-defined]
+        "parameters": sum(p.numel() for p in edge.parameters()),
+        "ends": tokenizer.convert_ids_to_tokens(ends),
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "folder": str(folder),
     }

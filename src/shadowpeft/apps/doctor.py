@@ -267,12 +267,12 @@ def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> N
 
 
 def _end_of_text(report: Report, tokenizer: Any, model: Any) -> None:
-    from shadowpeft.data.chat import stop_tokens
+    from shadowpeft.export.ends import end_tokens
 
     base = model.get_base_model()
     ends = getattr(base.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    trained = stop_tokens(base, tokenizer)
+    trained = end_tokens(base, tokenizer)
     report.require(
         not ends or set(trained) <= set(ends),
         "end of text",

@@ -56,7 +56,7 @@ def main(
     with console.status("loading the source"):
         model, tokenizer = load_edge(source, base)
     result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
-    show(result if as_json else flat(result), f"{source} as {to}", as_json)
+    show(result, f"{source} as {to}", as_json)
 
 
 def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
@@ -124,6 +124,7 @@ def run(
     """
     from safetensors import SafetensorError
 
+    from shadowpeft.export.ends import end_tokens
     from shadowpeft.train.checkpoints import reason
 
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
@@ -133,7 +134,8 @@ def run(
     if vocab_from is not None:
         with console.status("trimming the vocabulary"):
             small, words, kept = trim(model, tokenizer, vocab_from)
-    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size}
+    ends = words.convert_ids_to_tokens(end_tokens(small, words))
+    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     _remove(beside)
     try:
@@ -227,17 +229,6 @@ def sizes(path: Path) -> dict[str, Any]:
     files = {f: f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()}
     weights = [size for f, size in files.items() if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
     return {"bytes": sum(weights), "bytes_with_tokenizer": sum(files.values())}
-
-
-def flat(report: dict[str, Any]) -> dict[str, Any]:
-    """One level, for a table."""
-    lines: dict[str, Any] = {}
-    for key, value in report.items():
-        if isinstance(value, dict):
-            lines |= {f"{key}: {k}": v for k, v in flat(value).items()}
-        else:
-            lines[key] = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
-    return lines
 
 
 def _remove(path: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export.ends import end_tokens
 
 _ARCH, _PART = gguf.MODEL_ARCH, gguf.MODEL_TENSOR
 ARCHITECTURES = {"LlamaForCausalLM": _ARCH.LLAMA, "Qwen2ForCausalLM": _ARCH.QWEN2, "Qwen3ForCausalLM": _ARCH.QWEN3}
@@ -261,7 +261,7 @@ def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
 
 def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, the tokenizer's own first."""
-    ends = sorted(stop_tokens(model, tokenizer), key=lambda i: i != tokenizer.eos_token_id)
+    ends = sorted(end_tokens(model, tokenizer), key=lambda i: i != tokenizer.eos_token_id)
     if len(ends) > len(_ENDS):
         raise UnsupportedModelError(
             f"{len(ends)} tokens end an answer ({', '.join(map(repr, tokenizer.convert_ids_to_tokens(ends)))}) but a GGUF file "
