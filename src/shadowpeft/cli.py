@@ -5,6 +5,7 @@ A command imports torch and the like when it runs, so that ``--help`` is instant
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Optional
 
@@ -16,6 +17,7 @@ from shadowpeft.apps.options import Adapter, Base, Device, Json, System
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.messages import shorten
 from shadowpeft.serve.options import Options, command_of
+from shadowpeft.terminal import check_arguments, one_line
 
 app = typer.Typer(
     name="shadowpeft",
@@ -25,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-_state = {"debug": False}
 
 
 def _version(value: bool) -> None:
@@ -42,7 +42,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    _state["debug"] = debug
+    """``main`` reads ``--debug`` itself."""
 
 
 app.command("train")(train.main)
@@ -186,18 +186,21 @@ app.command("demo")(demo.main)
 
 def main() -> None:
     """Entry point: exit 0 done, 1 failed, 2 wrong usage or configuration; one sentence unless ``--debug``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows escapes
     try:
+        check_arguments(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if _state["debug"]:
+        if "--debug" in sys.argv:
             raise
-        if isinstance(error, ShadowPeftError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            print(f"error: {type(error).__name__}: {shorten(error)} (run again with: shadowpeft --debug ...)", file=sys.stderr)
+        text = str(error)
+        if not isinstance(error, ShadowPeftError):
+            text = f"{type(error).__name__}: {shorten(error)} (run again with: shadowpeft --debug ...)"
+        print(f"error: {one_line(text)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
 
 

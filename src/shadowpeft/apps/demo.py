@@ -22,6 +22,7 @@ from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.storage import write_json
+from shadowpeft.terminal import terminal
 
 REQUESTS = (
     "Stand up, please!",
@@ -78,7 +79,7 @@ def main(
     began = time.monotonic()
     prepare_cpu()
     shutil.rmtree(folder, ignore_errors=True)
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     summary, model, tokenizer = _train(folder, full, console)
     result = _evaluate(model, tokenizer, folder, full, console)
     result = {"summary": summary, **result, "minutes": round((time.monotonic() - began) / 60, 2)}
@@ -87,7 +88,7 @@ def main(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        _print(result, Console())
+        _print(result, terminal())
         console.print(
             f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}"
         )
@@ -240,7 +241,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, title=f"routing ({open_['n']} open-domain requests)")
     table.add_row("skill commands handled on the device", f"{skills['handled_on_device']:.1%}")
     table.add_row("open requests handed to the cloud", f"{open_['detached_deferred']:.1%}")
-    table.add_row("open requests tagged \\[REMOTE] by the shadow", f"{open_['detached_tagged_remote']:.1%}")
+    table.add_row("open requests tagged [REMOTE] by the shadow", f"{open_['detached_tagged_remote']:.1%}")
     table.add_row("open requests the attached model answers in words", f"{open_['attached_not_an_action']:.1%}")
     console.print(table)
     table = Table("", "parameters", "on disk", title="size")

@@ -14,6 +14,7 @@ from rich.table import Table
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.data.actions import REMOTE, parser, read_skills
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.terminal import terminal
 
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
 
@@ -64,7 +65,7 @@ def calibrate(
 
     prepare_cpu()
     where = pick_device(device)
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     system = SYSTEM if system is None and data == "robot" else system
     edge, in_cloud = _backends(source, base, cloud, where)
     parse = parser(own or SKILLS)
@@ -99,7 +100,7 @@ def calibrate(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    _print(calibration, Console())
+    _print(calibration, terminal())
     console.print(f"saved: {folder / FILE}, {picture}")
 
 

@@ -9,11 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.options import Options
+from shadowpeft.terminal import terminal
 
 KEYS, ADMIN_KEYS, CLOUD_KEY = "SHADOWPEFT_API_KEYS", "SHADOWPEFT_ADMIN_KEYS", "SHADOWPEFT_CLOUD_KEY"
 _SHORTEST_KEY = 16
@@ -25,7 +24,7 @@ def main(options: Options) -> None:
     from shadowpeft.serve.server import serve
 
     names = app.state.server.role.engine.backend.names
-    Console(stderr=True).print(
+    terminal(stderr=True).print(
         f"{options.role}: {', '.join(names)} on http://{options.host}:{options.port}", highlight=False
     )
     serve(app, options.host, options.port, options.drain_seconds)

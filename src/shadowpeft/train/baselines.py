@@ -28,6 +28,7 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
+from shadowpeft.terminal import terminal
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import TrainingSection
 from shadowpeft.train.progress import RunCallback
@@ -333,7 +334,7 @@ def train_task(
     folder.mkdir(parents=True, exist_ok=True)
     lengths = tokens_of(data)
     per_step = sum(lengths) / len(lengths) * training.batch_size * training.gradient_accumulation
-    shown = RunCallback(folder, per_step, console or Console(stderr=True), quiet)
+    shown = RunCallback(folder, per_step, console or terminal(stderr=True), quiet)
     end = _Deadline(math.inf if deadline is None else deadline)
     trainer = TaskTrainer(
         model=model,
