@@ -296,7 +296,7 @@ def save_shadow(model: ProjectedShadow, base: BaseEnds, folder: str | Path) -> N
 
 def save_stock(model: ProjectedShadow, base: BaseEnds, folder: str | Path) -> None:
     """Write an ordinary causal language model with the projection folded into its head (Eq. 11)."""
-    to_stock(projected_parts(model, base)).saveload_source(str(folder))
+    to_stock(projected_parts(model, base)).save_pretrained(str(folder))
 
 
 def projected_parts(model: ProjectedShadow, base: BaseEnds) -> Projected:
