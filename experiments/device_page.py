@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.device_search import FOLDER, Cell
-from experiments.report import table
-from experiments.runner import RECORDS, ROOT
+from experiments.report.tables import table
+from experiments.spec import RECORDS
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import between, write_text
 
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "device-search.md"
 RIVALS = RECORDS / "rivals"
 USUAL = {field.name: field.default for field in fields(Cell) if field.default is not MISSING}

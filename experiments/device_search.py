@@ -26,8 +26,8 @@ import yaml
 
 from experiments.device_problems import PROBLEMS, freeze
 from experiments.device_rows import batches
-from experiments.runner import RECORDS, ROOT, processor
-from experiments.spec import SPECS, digest
+from experiments.measuring import processor
+from experiments.spec import RECORDS, SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import environment, prepare_cpu
@@ -37,7 +37,7 @@ from shadowpeft.train.config import RunLoader
 
 PLAN = SPECS / "device" / "search.yaml"
 FOLDER = RECORDS / "device"
-WORK = ROOT / "runs" / "device-search"
+WORK = Path(__file__).resolve().parents[1] / "runs" / "device-search"
 SAVE_EVERY = 180.0
 """Seconds between saved states."""
 
