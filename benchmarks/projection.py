@@ -21,16 +21,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from experiments.measuring import resident_mib, stamp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from shadowpeft.core import projection
+from shadowpeft.hf.base.aliases import materialise
+from shadowpeft.storage import write_text
 
 SIZES = ("20000x1024x512", "40000x2048x1024")
 FULL = (151_936, 4096, 1024)
@@ -105,14 +110,10 @@ def beside(size: str, rounds: int, progress: Progress) -> dict[str, Any]:
 
 def real() -> dict[str, Any]:
     """Accuracy on a trained head: both float32 answers against a float64 SVD."""
-    from transformers import AutoModelForCausalLM
-
-    from shadowpeft.hf.bases import materialise
-
     large = AutoModelForCausalLM.from_pretrained(materialise("smollm2-135m")).get_output_embeddings().weight.detach()
     small = torch.randn(len(large), 192, generator=torch.Generator().manual_seed(0)) * 0.1
     exact = torch.linalg.pinv(large.double()) @ small.double()
-    found = projection.solve_projection(large, small, dtype=torch.float64)
+    narrow = projection.solve_projection(large, small, dtype=torch.float64)
     wide = projection.solve_projection(large, small, dtype=torch.float64, products=torch.float64)
 
     def error(weight: Tensor) -> float:
@@ -122,11 +123,11 @@ def real() -> dict[str, Any]:
         "head": "smollm2-135m",
         "V": large.shape[0],
         "d": large.shape[1],
-        "condition": found.condition,
+        "condition": narrow.condition,
         "condition_by_svd": float(torch.linalg.cond(large.double())),
-        "error_ours_float32_products": error(found.weight),
+        "error_ours_float32_products": error(narrow.weight),
         "error_ours_float64_products": error(wide.weight),
-        "residual_float32_products_over_float64_minus_1": missed(large, small, found.weight)
+        "residual_float32_products_over_float64_minus_1": missed(large, small, narrow.weight)
         / missed(large, small, wide.weight)
         - 1,
         "error_pinv_float32": error(torch.linalg.pinv(large) @ small),
@@ -141,17 +142,16 @@ def executed(rows: int, d: int, d_s: int) -> int:
     return 2 * rows * (gram + d * d_s)
 
 
-def peak() -> float:
-    """Largest resident memory of this process so far, GiB."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
+def peak_gib() -> float:
+    """Largest resident memory of this process so far."""
+    return round(resident_mib("VmHWM") / 1024, 2)
 
 
 def full(progress: Progress) -> dict[str, Any]:
     """Ours alone at full size, probes of the machine's matmul rate between the chunks."""
     rows, d, d_s = FULL
     large, small = heads(rows, d, d_s, torch.bfloat16)
-    made = peak()
+    before = peak_gib()
     squares = {name: torch.randn(PROBE, PROBE, dtype=getattr(torch, name)) for name in ("float64", "float32")}
     probes: dict[str, list[Times]] = {name: [] for name in squares}
     task = progress.add_task("full size", total=rows)
@@ -165,7 +165,7 @@ def full(progress: Progress) -> dict[str, Any]:
         for i, spent in enumerate(since(began)):
             outside[i] += spent
 
-    whole, found = clock(lambda: projection.solve_projection(large, small, progress=step))
+    whole, solved = clock(lambda: projection.solve_projection(large, small, progress=step))
     took = [t - o for t, o in zip(whole, outside, strict=True)]
     done, nominal = executed(rows, d, d_s), 2 * rows * d * (d + d_s)
     result: dict[str, Any] = {
@@ -173,8 +173,8 @@ def full(progress: Progress) -> dict[str, Any]:
         "d": d,
         "d_s": d_s,
         "heads": "bfloat16, random",
-        "peak_GiB": round(peak(), 2),
-        "peak_before_solving_GiB": round(made, 2),
+        "peak_GiB": peak_gib(),
+        "peak_before_solving_GiB": before,
         "executed_TFLOP": round(done / 1e12, 3),
         "nominal_TFLOP": round(nominal / 1e12, 3),
     }
@@ -189,12 +189,12 @@ def full(progress: Progress) -> dict[str, Any]:
         }
     return {
         **result,
-        "method": found.method,
-        "products": str(found.products),
-        "rank": found.rank,
-        "condition": found.condition,
-        "exact_residual": found.exact_residual,
-        "residual_bfloat16": found.residual,
+        "method": solved.method,
+        "products": str(solved.products),
+        "rank": solved.rank,
+        "condition": solved.condition,
+        "exact_residual": solved.exact_residual,
+        "residual_bfloat16": solved.residual,
         "pinv": "not run at this size",
     }
 
@@ -202,24 +202,19 @@ def full(progress: Progress) -> dict[str, Any]:
 def full_pinv() -> dict[str, Any]:
     """``pinv(W_lm) W_small`` at the full size, once."""
     large, small = (head.float() for head in heads(*FULL, torch.bfloat16))
-    began = now()
-    found = torch.linalg.pinv(large) @ small
-    wall, cpu = (after - before for before, after in zip(began, now(), strict=True))
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (wall, cpu), weight = clock(lambda: torch.linalg.pinv(large) @ small)
     return {
         "wall_seconds": round(wall, 1),
         "cpu_seconds": round(cpu, 1),
-        "peak_GiB": round(int(peak.split()[1]) / 2**20, 2),
-        "norm": float(found.double().norm()),
+        "peak_GiB": peak_gib(),
+        "norm": float(weight.double().norm()),
     }
 
 
 def machine(threads: int) -> dict[str, Any]:
     """Where and when."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        **stamp(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": threads,
@@ -254,7 +249,7 @@ def main() -> None:
             else:
                 value = real() if part == "real" else beside(part, options.rounds, progress)
             record[f"{part}, threads {options.threads}"] = {"on": machine(options.threads), "result": value}
-            options.out.write_text(json.dumps(record, indent=2) + "\n")
+            write_text(options.out, json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 

@@ -13,25 +13,28 @@ With --update, parts that are not measured keep their values in the record. With
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-from peft import LoraConfig, get_peft_model
+from experiments.measuring import alternate, paired_ratios, resident_mib, seconds, short, stamp
+from peft import LoraConfig, ShadowConfig, get_peft_model
 from peft.helpers import DoraCaching
 from transformers import AutoModelForCausalLM, logging
 
 import shadowpeft
-from shadowpeft.evaluate.record import commit
-from shadowpeft.hf.bases import materialise
-from shadowpeft.storage import between
+from shadowpeft.hf.base.aliases import materialise
+from shadowpeft.storage import between, write_text
+from shadowpeft.train.baselines import count_trainable, match_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 README, MARKS = ROOT / "README.md", ("<!-- speed -->", "<!-- /speed -->")
@@ -51,8 +54,6 @@ def ours() -> Any:
 
 def peft_shadow() -> Any:
     """PEFT's own shadow at the same settings."""
-    from peft import ShadowConfig
-
     return get_peft_model(load(), ShadowConfig(task_type="CAUSAL_LM", r=16)).eval()
 
 
@@ -60,17 +61,6 @@ def lora(rank: int = 16, dora: bool = False) -> Any:
     """LoRA or DoRA on all linear layers."""
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=LINEARS, use_dora=dora)
     return get_peft_model(load(), config).eval()
-
-
-def trainable(model: Any) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def matched_rank(budget: int) -> int:
-    """The LoRA rank whose trainable parameters are nearest to ``budget``."""
-    per_rank = trainable(lora(1))
-    return max(1, round(budget / per_rank))
 
 
 def randomise(model: Any) -> None:
@@ -81,18 +71,10 @@ def randomise(model: Any) -> None:
             parameter.data.normal_(0, 0.01, generator=generator)
 
 
-def clock(run: Any) -> float:
-    """Seconds of one call."""
-    gc.collect()
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
 @torch.inference_mode()
 def decode(model: Any, ids: torch.Tensor, new: int) -> float:
     """Seconds per generated token."""
-    seconds = clock(
+    spent = seconds(
         lambda: model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -102,7 +84,7 @@ def decode(model: Any, ids: torch.Tensor, new: int) -> float:
             pad_token_id=2,
         )
     )
-    return seconds / new
+    return spent / new
 
 
 def decode_dora(name: str, model: Any, ids: torch.Tensor) -> float:
@@ -114,7 +96,7 @@ def decode_dora(name: str, model: Any, ids: torch.Tensor) -> float:
 @torch.inference_mode()
 def prefill(model: Any, ids: torch.Tensor) -> float:
     """Seconds for one forward over the prompt, last logits only, cache filled."""
-    return clock(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1))
+    return seconds(lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1))
 
 
 class Step:
@@ -133,45 +115,78 @@ class Step:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def rounds(runs: dict[str, Any], count: int) -> dict[str, list[float]]:
-    """Alternating measurements after one warm-up each."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(count):
-        names = list(runs) if i % 2 == 0 else list(runs)[::-1]
-        for name in names:
-            times[name].append(runs[name]())
-        print(f"\r{i + 1}/{count}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return times
+def timed(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Alternating measurements after one warm-up each, with a counter."""
+
+    def show(done: int) -> None:
+        print(f"\r{done}/{rounds}", end="" if done < rounds else "\n", file=sys.stderr, flush=True)
+
+    return alternate(runs, rounds, progress=show)
 
 
 def ratios(times: dict[str, list[float]], against: str) -> dict[str, float]:
-    """Median over rounds of time / time of ``against`` in the same round."""
-    return {
-        name: round(statistics.median(a / b for a, b in zip(values, times[against], strict=True)), 3)
-        for name, values in times.items()
-    }
+    """Paired ratios with three digits."""
+    return {name: round(ratio, 3) for name, ratio in paired_ratios(times, against).items()}
+
+
+def medians(times: dict[str, list[float]], scale: float, digits: int) -> dict[str, float]:
+    """Median of each, in units of ``1 / scale`` seconds."""
+    return {name: round(scale * statistics.median(values), digits) for name, values in times.items()}
 
 
 def peak(which: str, rank: int) -> None:
     """Child process: two training steps; peak resident memory, and how far it is above that of the loaded model, in MiB."""
     model = ours() if which == "shadow" else peft_shadow() if which == "peft_shadow" else lora(rank)
     step = Step(model)
-    before = resident("VmRSS")
+    before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here: loading is not part of it
     step()
     step()
-    print(json.dumps({"peak_mib": round(resident("VmHWM")), "above_model_mib": round(resident("VmHWM") - before)}))
+    highest = resident_mib("VmHWM")
+    print(json.dumps({"peak_mib": round(highest), "above_model_mib": round(highest - before)}))
 
 
-def resident(key: str) -> float:
-    """A line of this process's memory status (Linux), in MiB; ``ru_maxrss`` would inherit the parent's peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {key}; memory is measured on Linux only")
+def generation(parts: set[str], args: argparse.Namespace) -> dict[str, Any]:
+    """``decode``, ``prefill_256`` and ``ms_per_token_by_length``, as far as they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    short_prompt = torch.randint(0, 49000, (1, 32), generator=generator)
+    long_prompt = torch.randint(0, 49000, (1, 256), generator=generator)
+    result: dict[str, Any] = {}
+    models = {"base": load(), "shadow": ours(), "lora": lora(), "peft_shadow": peft_shadow()}
+    for name, model in models.items():
+        if name != "base":
+            randomise(model)
+    if "decode" in parts:
+        runs = {n: partial(decode, m, short_prompt, args.new_tokens) for n, m in models.items()}
+        times = timed(runs, args.rounds)
+        result["decode"] = {"ratio_to_base": ratios(times, "base"), "median_ms_per_token": medians(times, 1000, 2)}
+    if "prefill" in parts:
+        times = timed({n: partial(prefill, m, long_prompt) for n, m in models.items()}, args.rounds)
+        result["prefill_256"] = {"ratio_to_base": ratios(times, "base"), "median_ms": medians(times, 1000, 1)}
+    if "growth" in parts:
+        by_length = {str(new): [decode(models["shadow"], short_prompt, new) for _ in range(3)] for new in (32, 64, 128)}
+        result["ms_per_token_by_length"] = medians(by_length, 1000, 2)
+    del models
+    if "decode" in parts:
+        three = {"base": load(), "dora": lora(dora=True), "dora_cached": lora(dora=True)}
+        times = timed({n: partial(decode_dora, n, m, short_prompt) for n, m in three.items()}, DORA_ROUNDS)
+        result["decode"]["ratio_to_base"].update({n: r for n, r in ratios(times, "base").items() if n != "base"})
+    return result
+
+
+def training(masked: int, rank: int, rounds: int) -> dict[str, Any]:
+    """A step of each method, the first ``masked`` tokens of a row without a target."""
+    models = {"lora": lora(rank), "shadow": ours(), "peft_shadow": peft_shadow()}
+    steps = {name: partial(seconds, Step(model, masked)) for name, model in models.items()}
+    times = timed(steps, rounds)
+    return {"ratio_to_lora": ratios(times, "lora"), "median_seconds": medians(times, 1, 2)}
+
+
+def memory(which: str, rank: int, threads: int) -> dict[str, int]:
+    """:func:`peak` in a process of its own."""
+    command = [sys.executable, __file__, "--peak", which, "--rank", str(rank), "--threads", str(threads)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(printed.strip().splitlines()[-1]))
 
 
 def main() -> None:
@@ -194,78 +209,41 @@ def main() -> None:
     if args.peak:
         peak(args.peak, args.rank)
         return
-    chosen = args.only.split(",")
-    generator = torch.Generator().manual_seed(0)
-    short = torch.randint(0, 49000, (1, 32), generator=generator)
-    long = torch.randint(0, 49000, (1, 256), generator=generator)
+    chosen = set(args.only.split(","))
     result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": commit(),
+        **stamp(),
         "machine": {"platform": platform.platform(), "threads": args.threads, "torch": torch.__version__},
         "model": "SmolLM2-135M-Instruct, float32",
         "rounds": args.rounds,
         "new_tokens": args.new_tokens,
     }
-    if {"decode", "prefill", "growth"} & set(chosen):
-        models = {"base": load(), "shadow": ours(), "lora": lora(), "peft_shadow": peft_shadow()}
-        for name, model in models.items():
-            if name != "base":
-                randomise(model)
-        if "decode" in chosen:
-            runs = {n: (lambda m=m: decode(m, short, args.new_tokens)) for n, m in models.items()}
-            times = rounds(runs, args.rounds)
-            result["decode"] = {
-                "ratio_to_base": ratios(times, "base"),
-                "median_ms_per_token": {n: round(1000 * statistics.median(t), 2) for n, t in times.items()},
-            }
-        if "prefill" in chosen:
-            times = rounds({n: (lambda m=m: prefill(m, long)) for n, m in models.items()}, args.rounds)
-            result["prefill_256"] = {
-                "ratio_to_base": ratios(times, "base"),
-                "median_ms": {n: round(1000 * statistics.median(t), 1) for n, t in times.items()},
-            }
-        if "growth" in chosen:
-            per = {
-                new: statistics.median(decode(models["shadow"], short, new) for _ in range(3)) for new in (32, 64, 128)
-            }
-            result["ms_per_token_by_length"] = {str(k): round(1000 * v, 2) for k, v in per.items()}
-        del models
-        if "decode" in chosen:
-            three = {"base": load(), "dora": lora(dora=True), "dora_cached": lora(dora=True)}
-            times = rounds({n: (lambda n=n, m=m: decode_dora(n, m, short)) for n, m in three.items()}, DORA_ROUNDS)
-            result["decode"]["ratio_to_base"].update(
-                {n: ratio for n, ratio in ratios(times, "base").items() if n != "base"}
-            )
-            del three
-    budget = trainable(ours())
-    rank = matched_rank(budget)
-    result["matched"] = {"shadow_parameters": budget, "lora_rank": rank, "lora_parameters": trainable(lora(rank))}
-    for key, masked in (("train_step", 0), ("train_step_prompt_masked", 96)):
-        if "train" not in chosen:
-            break
-        steps = {
-            "lora": Step(lora(rank), masked),
-            "shadow": Step(ours(), masked),
-            "peft_shadow": Step(peft_shadow(), masked),
-        }
-        times = rounds({n: (lambda s=s: clock(s)) for n, s in steps.items()}, max(3, args.rounds // 2))
-        result[key] = {
-            "ratio_to_lora": ratios(times, "lora"),
-            "median_seconds": {n: round(statistics.median(t), 2) for n, t in times.items()},
-        }
-        del steps
+    if {"decode", "prefill", "growth"} & chosen:
+        result.update(generation(chosen, args))
+    budget = count_trainable(ours())
+    rank = match_rank(load(), "lora", budget, target_modules=LINEARS).r
+    result["matched"] = {
+        "shadow_parameters": budget,
+        "lora_rank": rank,
+        "lora_parameters": count_trainable(lora(rank)),
+    }
+    if "train" in chosen:
+        for key, masked in (("train_step", 0), ("train_step_prompt_masked", 96)):
+            result[key] = training(masked, rank, training_rounds(args.rounds))
     if "memory" in chosen:
-        result["train_memory_mib"] = {}
-        for which in ("lora", "shadow", "peft_shadow"):
-            command = [sys.executable, __file__, "--peak", which, "--rank", str(rank), "--threads", str(args.threads)]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            result["train_memory_mib"][which] = json.loads(out.strip().splitlines()[-1])
+        names = ("lora", "shadow", "peft_shadow")
+        result["train_memory_mib"] = {name: memory(name, rank, args.threads) for name in names}
     if args.update and Path(args.out).is_file():
         result = {**json.loads(Path(args.out).read_text(encoding="utf-8")), **result}
-    Path(args.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    content = json.dumps(result, indent=2)
+    write_text(Path(args.out), content + "\n")
+    print(content)
     if args.readme:
-        README.write_text(filled(README.read_text(encoding="utf-8"), result), encoding="utf-8")
+        write_text(README, filled(README.read_text(encoding="utf-8"), result))
+
+
+def training_rounds(rounds: int) -> int:
+    """Rounds of training steps, which take longest."""
+    return max(3, rounds // 2)
 
 
 def filled(page: str, result: dict[str, Any]) -> str:
@@ -274,30 +252,29 @@ def filled(page: str, result: dict[str, Any]) -> str:
     Raises:
         RuntimeError: if the page has no marks.
     """
-    made = between(page, MARKS, block(result))
-    if made is None:
+    text = between(page, MARKS, block(result))
+    if text is None:
         raise RuntimeError(
             f"{README.name} has no lines {MARKS[0]} and {MARKS[1]}; write them where the block is to stand"
         )
-    return made
+    return text
 
 
 def block(result: dict[str, Any]) -> str:
     """What README says of a record: how it was measured, and a table."""
-    matched, memory = result["matched"], result["train_memory_mib"]
+    matched = result["matched"]
     names = ("base", "shadow", "peft_shadow", "lora", "dora", "dora_cached")
 
     def line(title: str, values: dict[str, Any], form: str) -> str:
         return f"| {title} | {' | '.join(form.format(values[n]) if n in values else '' for n in names)} |"
 
-    commit_of = result["commit"][:7] + ("-dirty" if result["commit"].endswith("-dirty") else "")
     growth = ", ".join(f"{ms} ms at {length}" for length, ms in result["ms_per_token_by_length"].items())
     return "\n".join(
         [
-            f"`make bench`, {result['date']}, commit {commit_of}, record "
+            f"`make bench`, {result['date']}, commit {short(result['commit'])}, record "
             "[benchmarks/results.json](benchmarks/results.json): SmolLM2-135M, float32, one CPU thread, one process,",
             f"alternating, medians of paired ratios over {result['rounds']} rounds "
-            f"(training {max(3, result['rounds'] // 2)}, DoRA {DORA_ROUNDS} of {DORA_TOKENS} tokens",
+            f"(training {training_rounds(result['rounds'])}, DoRA {DORA_ROUNDS} of {DORA_TOKENS} tokens",
             f"where the others have {result['new_tokens']}). One-layer shadow with",
             "r = m = 16; LoRA and DoRA r = 16 on all linear layers; for training LoRA "
             f"r = {matched['lora_rank']}, which matches the number of trainable",
@@ -317,7 +294,7 @@ def block(result: dict[str, Any]) -> str:
             ),
             line(
                 "memory of a training step above the model's",
-                {n: m["above_model_mib"] for n, m in memory.items()},
+                {n: m["above_model_mib"] for n, m in result["train_memory_mib"].items()},
                 "{:,} MiB",
             ),
             "",

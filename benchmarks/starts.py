@@ -15,20 +15,26 @@ import argparse
 import json
 import math
 import os
-from datetime import datetime, timezone
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+from experiments.measuring import stamp
+from matplotlib.figure import Figure
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shadowpeft.apps.common import bar, quiet_libraries
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.storage import write_json, write_text
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.pretrain import Batches, end_token, make_stream, pretrain
 from shadowpeft.train.pretrain_config import PretrainConfig, parse_pretraining
-from shadowpeft.train.run import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "records" / "pretraining" / "starts.json"
 LAYERS, WIDTH, LENGTH, ROWS = 2, 288, 256, 4
 HELD_OUT = 24
@@ -86,10 +92,6 @@ def run_of(name: str, options: argparse.Namespace) -> PretrainConfig:
 
 def make_small(options: argparse.Namespace, console: Console) -> None:
     """A narrow model with the base's tokens in ``small/`` of the work folder, trained on the corpus's test part."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from shadowpeft.hf.checkpoint import load_base
-
     folder = options.work / "small"
     if (folder / "config.json").is_file():
         return
@@ -157,20 +159,18 @@ def record_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "title": VARIANTS[name][0],
         **{key: result[key] for key in kept},
         "curve": curve(folder),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": stamp()["date"],
     }
 
 
 def draw(records: dict[str, Any], file: Path) -> None:
     """Held-out cross-entropy over tokens, one line a variant; starts far above uniform are cut off."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for i, made in enumerate(records.values()):
-        tokens = [p["step"] * made["tokens"] / made["steps"] for p in made["curve"]]
-        style = {"ce": "-", "kl": ":", "both": "--"}[made["objective"]]
-        axes.plot(tokens, [p["held_out"] for p in made["curve"]], style, marker=".", color=f"C{i}", label=made["title"])
+    for i, run in enumerate(records.values()):
+        tokens = [p["step"] * run["tokens"] / run["steps"] for p in run["curve"]]
+        style = {"ce": "-", "kl": ":", "both": "--"}[run["objective"]]
+        axes.plot(tokens, [p["held_out"] for p in run["curve"]], style, marker=".", color=f"C{i}", label=run["title"])
     axes.set_ylim(5.5, 12.5)
     axes.set_xlabel("training tokens")
     axes.set_ylabel("held-out cross-entropy (nats per token)")
@@ -181,7 +181,7 @@ def draw(records: dict[str, Any], file: Path) -> None:
 
 def page(records: dict[str, Any]) -> str:
     """``docs/starts.md``."""
-    newest = max(records.values(), key=lambda made: made["date"])
+    newest = max(records.values(), key=lambda run: run["date"])
     lines = [
         "# Starts and losses of pretraining",
         "",
@@ -195,10 +195,10 @@ def page(records: dict[str, Any]) -> str:
         "| variant | trained with | before | after | trainable parameters |",
         "|---|---|---|---|---|",
     ]
-    for made in sorted(records.values(), key=lambda made: made["curve"][-1]["held_out"]):
-        first, last = made["curve"][0]["held_out"], made["curve"][-1]["held_out"]
-        count = f"{made['trainable_parameters']:,}"
-        lines.append(f"| {made['title']} | {made['objective']} | {first:.2f} | {last:.3f} | {count} |")
+    for run in sorted(records.values(), key=lambda run: run["curve"][-1]["held_out"]):
+        first, last = run["curve"][0]["held_out"], run["curve"][-1]["held_out"]
+        count = f"{run['trainable_parameters']:,}"
+        lines.append(f"| {run['title']} | {run['objective']} | {first:.2f} | {last:.3f} | {count} |")
     lines += [
         "",
         "![Held-out cross-entropy over tokens](starts.png)",

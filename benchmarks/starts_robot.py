@@ -13,24 +13,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import datetime, timezone
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import yaml
+from experiments.measuring import stamp
 from rich.console import Console
 
 import shadowpeft
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
+from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.record import commit
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
+from shadowpeft.train.rows import robot_rows
+from shadowpeft.train.run import train
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 RECORD = DOCS / "records" / "pretraining" / "robot-starts.json"
 PAGE = DOCS / "pretraining.md"
 MARKS = ("<!-- robot-starts -->", "<!-- /robot-starts -->")
@@ -93,7 +99,7 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
     commands, remote = load("test_normal"), load("test_remote_large")
     remote = remote[:: max(1, len(remote) // OPEN)][:OPEN]
     with bar(console, "test", len(commands) + len(remote)) as progress:
-        made, _ = evaluate.intents(
+        actions, _ = evaluate.intents(
             edge,
             tokenizer,
             [*commands, *remote],
@@ -102,7 +108,7 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
             batch_size=32,
             progress=progress,
         )
-    skills, opened = made[: len(commands)], made[len(commands) :]
+    skills, opened = actions[: len(commands)], actions[len(commands) :]
     return {
         "commands": evaluate.accuracy([a == row["skill"] for a, row in zip(skills, commands, strict=True)]),
         "open_tagged_remote": evaluate.accuracy([a == "REMOTE" for a in opened]),
@@ -112,13 +118,13 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| start | rate | validation loss | commands | open requests tagged |", "|---|---|---|---|---|"]
-    for name, made in record["starts"].items():
-        first = NAMES.get(name, f"{name}: {made['pretraining']['tokens']:,} tokens" if made["pretraining"] else name)
+    for name, start in record["starts"].items():
+        first = NAMES.get(name, f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name)
         shares = [
             f"{100 * part['accuracy']:.1f} % [{100 * part['interval'][0]:.1f}, {100 * part['interval'][1]:.1f}]"
-            for part in (made["commands"], made["open_tagged_remote"])
+            for part in (start["commands"], start["open_tagged_remote"])
         ]
-        lines.append(f"| {first} | {made['rate']:g} | {made['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
+        lines.append(f"| {first} | {start['rate']:g} | {start['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
     return "\n".join(lines)
 
 
@@ -162,9 +168,8 @@ def main() -> None:
             "batch_size": 16,
             "trainable_parameters": trials[rate]["trainable_parameters"],
             **measured(trials[rate]["adapter"], options.console),
-            "commit": commit(),
-            "versions": versions(),
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            **stamp(),
+            "versions": environment(),
         }
         write_json(RECORD, record)
     write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), record))

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from experiments.records import read_record
 from experiments.spec import Cell, cells, names, read_spec
 from shadowpeft.errors import ShadowPeftError
 
@@ -96,9 +97,7 @@ def rate(cell: Cell) -> str:
 
 def state(cell: Cell) -> str:
     """Whether a cell has a record, and whether that is of the settings it has now."""
-    from experiments.report import read
-
-    record = read(cell)
+    record = read_record(cell)
     if record is None:
         return "not run"
     return "done" if record["settings_sha256"] == cell.digest() else "record of other settings"

@@ -12,26 +12,26 @@ taken for zero by all of them, which leaves a low-rank function of the base's ow
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
 import shadowpeft
+from experiments.measuring import stamp
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.core.modules import Injection, Update
 from shadowpeft.data.chat import ChatCollator, ChatDataset
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import answer_loss
-from shadowpeft.evaluate.record import commit
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_json
 from shadowpeft.train import baselines
-from shadowpeft.train.run import prepare_cpu, versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -124,13 +124,13 @@ def layers(model: Any, data: ChatDataset, pad: int, console: Console, batch_size
         bare = loss()
     with without_state(list(injections.values())):
         stateless = loss()
-    found = []
+    by_layer = []
     with bar(console, "one layer's correction left out", len(injections)) as progress:
         for number, (name, injection) in enumerate(injections.items(), 1):
             with without([injection]):
                 alone = loss()
             update = updates.get(name.replace("shadowpeft_injection", "shadowpeft_update"))
-            found.append(
+            by_layer.append(
                 {
                     "layer": next(int(part) for part in name.split(".") if part.isdigit()),
                     "correction": sizes.mean(injection, "correction"),
@@ -146,14 +146,12 @@ def layers(model: Any, data: ChatDataset, pad: int, console: Console, batch_size
         "loss_without_corrections": bare,
         "loss_with_state_zero": stateless,
         "rows": len(sequences),
-        "layers": found,
+        "layers": by_layer,
     }
 
 
 def draw(record: dict[str, Any], file: Path) -> None:
     """Sizes above, worth below, over the layers."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     where = [each["layer"] for each in record["layers"]]
@@ -196,9 +194,8 @@ def main() -> None:
         "task": options.task,
         "split": "validation",
         **layers(model, data, tokenizer.pad_token_id, Console(stderr=True)),
-        "commit": commit(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **stamp(),
+        "versions": environment(),
     }
     write_json(DOCS / "records" / f"{options.out}.json", record)
     draw(record, DOCS / f"{options.out}.png")

@@ -10,29 +10,31 @@ import json
 import os
 import sys
 import warnings
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests" / "architectures")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "src", "tests/architectures")]
 
 import checks  # noqa: E402
 import matrix  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
+from experiments.measuring import releases, stamp  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+
+from shadowpeft.storage import write_text  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 RECORD = ROOT / "docs" / "records" / "architectures.json"
 
 
 def measure() -> dict[str, dict[str, object]]:
-    found = {}
+    """What became of each architecture: the bare model, then the steps with a shadow."""
+    results = {}
     names = [*zoo.decoders(), *zoo.encoder_families()]
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -40,41 +42,43 @@ def measure() -> dict[str, dict[str, object]]:
         for name in names:
             progress.update(task, description=name)
             alone = matrix.isolated(matrix.bare, name)
-            found[name] = alone if "error" in alone else {**alone, **matrix.isolated(matrix.shadowed, name)}
+            results[name] = alone if "error" in alone else {**alone, **matrix.isolated(matrix.shadowed, name)}
             progress.advance(task)
-    return found
+    return results
 
 
-def split(found: dict[str, dict[str, object]]) -> tuple[list[str], list[str], list[str]]:
+def split(results: dict[str, dict[str, object]]) -> tuple[list[str], list[str], list[str]]:
     """Decoders that were measured, encoder families that were measured, and what does not run by itself."""
-    runs = [name for name, result in found.items() if "parameters" in result]
+    runs = [name for name, result in results.items() if "parameters" in result]
     families = set(zoo.encoder_families())
     return (
         [name for name in runs if name not in families],
         [name for name in runs if name in families],
-        [name for name in found if name not in runs],
+        [name for name in results if name not in runs],
     )
 
 
-def table(names: list[str], found: dict[str, dict[str, object]]) -> list[str]:
+def table(names: list[str], results: dict[str, dict[str, object]]) -> list[str]:
     lines = ["| architecture | works | detached as | first step that fails, and why |", "|---|---|---|---|"]
-    for name in sorted(names, key=lambda n: (bool(found[n].get("passed")), n)):
-        result = found[name]
+    for name in sorted(names, key=lambda n: (bool(results[n].get("passed")), n)):
+        result = results[name]
         why = ""
         if not result.get("passed"):
-            said = "refused" if result.get("refused") else "failed"
-            why = f"{said} at {result.get('failed', '-')}: {str(result.get('reason', result.get('error', '')))[:260]}"
+            outcome = "refused" if result.get("refused") else "failed"
+            why = (
+                f"{outcome} at {result.get('failed', '-')}: {str(result.get('reason', result.get('error', '')))[:260]}"
+            )
         works = "yes" if result.get("passed") else "no"
         lines.append(f"| `{name}` | {works} | {result.get('shadow', '')} | {why.replace('|', '/')} |")
     return lines
 
 
 def page(record: dict[str, object]) -> str:
-    found: dict[str, dict[str, object]] = record["architectures"]  # type: ignore[assignment]
-    decoders, families, silent = split(found)
-    passed = sum(bool(found[n].get("passed")) for n in decoders)
-    also = sum(bool(found[n].get("passed")) for n in families)
-    refused = sum(bool(found[n].get("refused")) for n in [*decoders, *families])
+    results: dict[str, dict[str, object]] = record["architectures"]  # type: ignore[assignment]
+    decoders, families, silent = split(results)
+    passed = sum(bool(results[n].get("passed")) for n in decoders)
+    also = sum(bool(results[n].get("passed")) for n in families)
+    refused = sum(bool(results[n].get("refused")) for n in [*decoders, *families])
     lines = [
         "# Architectures",
         "",
@@ -121,11 +125,11 @@ def page(record: dict[str, object]) -> str:
         "",
         "## Decoders",
         "",
-        *table(decoders, found),
+        *table(decoders, results),
         "",
         "## Encoder families built as decoders",
         "",
-        *table(families, found),
+        *table(families, results),
         "",
         "## Not measured",
         "",
@@ -133,7 +137,7 @@ def page(record: dict[str, object]) -> str:
         "",
         "| architecture | what the bare model does |",
         "|---|---|",
-        *(f"| `{n}` | {' '.join(str(found[n]['error']).split())[:200].replace('|', '/')} |" for n in silent),
+        *(f"| `{n}` | {' '.join(str(results[n]['error']).split())[:200].replace('|', '/')} |" for n in silent),
         "",
         "Classes that need pictures or sound, or only join other models, are left out: "
         + ", ".join(f"`{n}`" for n in zoo.MULTIMODAL)
@@ -146,16 +150,15 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     record: dict[str, object] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        **stamp(),
         "machine": f"{os.cpu_count()} CPU cores, one thread",
         "python": sys.version.split()[0],
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
+        **releases("torch", "transformers", "peft"),
         "steps": list(checks.STEPS),
         "architectures": measure(),
     }
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    PAGE.write_text(page(record))
+    write_text(RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_text(PAGE, page(record))
     print(PAGE.read_text().split("\n\n")[2])
 
 

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import shadowpeft
 from shadowpeft.apps.common import quiet_libraries
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.serve.backend import Attached, Backend, Detached
 from shadowpeft.serve.capacity import answers_per_second
 from shadowpeft.serve.engine import Engine, Event, Failed, Finish, Limits, Sampling
-from shadowpeft.train.run import load_tokenizer, prepare_cpu, versions
+from shadowpeft.tokenizer import load_tokenizer
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "capacity.json"
 BASE = "smollm2-135m"
@@ -187,7 +188,7 @@ def main() -> None:
         "attached": found[:-1],
         "detached": found[-1],
         "memory": {name: memory(name) for name in MODELS},
-        "machine": versions(),
+        "machine": environment(),
     }
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"written to {RECORD}")

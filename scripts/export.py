@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
+from experiments.measuring import releases, stamp
 from rich.console import Console
 from rich.progress import track
 
@@ -25,7 +28,8 @@ from shadowpeft.apps.export import load_edge, run, trim
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.export import verify
-from shadowpeft.train.run import prepare_cpu
+from shadowpeft.runtime import environment, prepare_cpu
+from shadowpeft.storage import write_text
 
 RECORD = Path(__file__).parent.parent / "docs" / "records" / "export.json"
 CASES = [
@@ -72,13 +76,13 @@ def main() -> None:
     task, quiet = get_task("robot"), Console(quiet=True)
 
     def score(subject: Any, words: Any) -> dict[str, Any]:
-        made = evaluate_task(subject, words, task, mode="base", limit=options.limit, progress=lambda done: None)
-        return {key: made[key] for key in ("score", "interval", "n")}
+        result = evaluate_task(subject, words, task, mode="base", limit=options.limit, progress=lambda done: None)
+        return {key: result[key] for key in ("score", "interval", "n")}
 
     record: dict[str, Any] = {
-        "versions": {
-            n: version(n) for n in ("torch", "transformers", "torchao", "gguf", "onnx", "onnxruntime", "onnxscript")
-        },
+        **stamp(),
+        "machine": environment(),
+        "versions": releases("torch", "transformers", "torchao", "gguf", "onnx", "onnxruntime", "onnxscript"),
         "model": {
             "class": type(model).__name__,
             "layers": model.config.num_hidden_layers,
@@ -97,15 +101,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for i, (to, dtype, vocabulary) in enumerate(track(cases, console=Console(stderr=True))):
             path = Path(folder) / f"{i}{export.FORMATS[to].suffix}"
-            made = run(model, tokenizer, path, to, dtype, vocabulary, True, None, None, quiet)
+            case = run(model, tokenizer, path, to, dtype, vocabulary, True, None, None, quiet)
             words, kept = (tokenizer, None) if vocabulary is None else small[1:]
             if options.limit and export.FORMATS[to].generates:
-                made["robot"] = score(export.read(to, path), words)
+                case["robot"] = score(export.read(to, path), words)
             if llama and to == "gguf":
-                made["llama.cpp"] = verify.compare(model, LlamaCpp(path), words, kept)
-            del made["path"]
-            record["cases"].append({"vocab_from": vocabulary, **made})
-            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                case["llama.cpp"] = verify.compare(model, LlamaCpp(path), words, kept)
+            del case["path"]
+            record["cases"].append({"vocab_from": vocabulary, **case})
+            write_text(options.out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

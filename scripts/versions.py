@@ -17,11 +17,15 @@ import re
 import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.measuring import releases, stamp
+
 from shadowpeft import versions
+from shadowpeft.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "docs/records/versions.json", ROOT / "docs/versions.md"
@@ -94,7 +98,7 @@ def run(name: str, work: Path) -> dict[str, Any]:
         "first_reason": reasons[0][:300] if reasons else None,
         "exit": done.returncode,
         "seconds": seconds,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **stamp(),
     }
 
 
@@ -147,15 +151,15 @@ def main() -> None:
         json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"environments": {}}
     )
     record["python"], record["platform"] = platform.python_version(), f"{platform.system()} {platform.machine()}"
-    record["torch"] = metadata.version("torch")
+    record.update(releases("torch"))
     for name in [] if arguments.render else arguments.only or ENVIRONMENTS:
         result = run(name, arguments.work)
         record["environments"][name] = result
         ordered = {n: record["environments"][n] for n in ENVIRONMENTS if n in record["environments"]}
         record["environments"] = ordered
-        RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(RECORD, json.dumps(record, indent=2) + "\n")
         print(f"{name}: {result['passed']} passed, {len(result['failed'])} failed, {result['seconds']} s", flush=True)
-    PAGE.write_text(page(record), encoding="utf-8")
+    write_text(PAGE, page(record))
 
 
 if __name__ == "__main__":

@@ -1,43 +1,24 @@
-"""Defects 13-24 of docs/defects.md (the authors' package, 0.1.1): ours is right, and theirs really is not.
+"""Defects 13-24 of docs/defects.md, found in the authors' package (0.1.1): ours is right. `make compare` measures theirs.
 
 13, 17, 20 and 22, which lie in files, are in test_files.py.
 """
 
-import copy
 import dataclasses
-import inspect
-import tempfile
 
 import pytest
 import torch
 import yaml
-from torch import nn
 from transformers import DynamicCache
 
 import shadowpeft
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import UnsupportedModelError
-from shadowpeft.hf import hooks
+from shadowpeft.hf.forward import losses
 from shadowpeft.train.config import RunConfig
-from tiny import adapt, base, padded, randomise, small_llama, tokens
+from tiny import adapt, base, padded, tokens
 
-authors = pytest.importorskip("shadow_peft")
 EXACT = 1e-5
 """Absolute, float32: the same sums in another order; logits of the tiny models are of order 1."""
-
-
-def theirs(model=None, task="CAUSAL_LM", trained=True, **fields):
-    """The authors' model on a base, with weights that are not zero."""
-    torch.manual_seed(5)
-    values = {"injection_hidden_size": 4, "gate_hidden_size": 4, "alpha": 0.7, "dropout": 0.0, **fields}
-    inner = authors.get_shadow_model(
-        base("llama", task=task) if model is None else model, authors.ShadowConfig(**values)
-    )
-    wrapper = authors.ShadowForCausalLM if task == "CAUSAL_LM" else authors.ShadowForSequenceClassification
-    made = wrapper(inner).eval()
-    if trained:
-        randomise(made)
-    return made
 
 
 def logits(model, ids, **more):
@@ -60,12 +41,6 @@ def test_defect_14_detaching_uses_the_trained_shadow_head():
     head = next(p.detach() for n, p in model.named_parameters() if "shadowpeft_head" in n)
     assert float((head - model.get_base_model().lm_head.weight).norm()) > 0.1
 
-    other = theirs(modules_to_save=["shadow_lm_head"])
-    assert other.shadow_lm_head.weight.requires_grad
-    exported = other.peft_model.export_shadow()
-    other.set_inference_mode("shadow_only")
-    assert float((logits(exported, ids) - logits(other, ids)).abs().max()) > 0.1
-
 
 def test_defect_14_a_missing_tensor_is_no_silent_random_one():
     model = adapt(base("llama"))
@@ -73,10 +48,6 @@ def test_defect_14_a_missing_tensor_is_no_silent_random_one():
     del backbone.layers[0].mlp.down_proj
     with pytest.raises(UnsupportedModelError, match=r"down_proj\.weight'\] missing"):
         shadowpeft.detach(model)
-    other = theirs()
-    del other.peft_model.shadow_model.layers[0].mlp.down_proj
-    exported = other.peft_model.export_shadow()
-    assert float(exported.model.layers[0].mlp.down_proj.weight.norm()) > 0  # drawn at random, without a word
 
 
 def test_defect_15_left_padded_classification_pools_the_last_token():
@@ -92,9 +63,6 @@ def test_defect_15_left_padded_classification_pools_the_last_token():
     model = adapt(base("llama", task="SEQ_CLS"), task_type="SEQ_CLS")
     assert gap(model, lambda m, **x: m(**x, return_shadow=True).shadow_logits) < EXACT
     assert gap(model, lambda m, **x: m(**x).logits) < EXACT
-    other = theirs(task="SEQ_CLS")
-    other.set_inference_mode("shadow_only")
-    assert gap(other, lambda m, **x: m(**x).logits) > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -105,17 +73,15 @@ def test_defect_16_a_half_precision_base_trains(dtype):
     loss.backward()
     assert bool(torch.isfinite(loss))
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.requires_grad)
-    with pytest.raises(RuntimeError, match="dtype"):
-        theirs(base("llama").to(dtype)).train()(input_ids=ids, labels=ids)
 
 
 def test_defect_18_the_pseudo_inverse_is_exact_and_needs_no_matrix_of_the_vocabulary():
     torch.manual_seed(0)
     w_lm, w_small = torch.randn(3001, 48), torch.randn(3001, 20)
     reference = torch.linalg.pinv(w_lm.double()) @ w_small.double()
-    found = pseudo_inverse_projection(w_lm, w_small.double())
-    assert float((found - reference).norm() / reference.norm()) < 1e-10
-    residual = (w_lm.double() @ found - w_small.double()).norm()
+    projection = pseudo_inverse_projection(w_lm, w_small.double())
+    assert float((projection - reference).norm() / reference.norm()) < 1e-10
+    residual = (w_lm.double() @ projection - w_small.double()).norm()
     best = (w_lm.double() @ reference - w_small.double()).norm()
     assert float(residual / best - 1) < 1e-12
 
@@ -131,30 +97,6 @@ def test_defect_18_the_pseudo_inverse_is_exact_and_needs_no_matrix_of_the_vocabu
     with Watch():
         pseudo_inverse_projection(w_lm, w_small, chunk=256)
     assert max(largest) <= 256 * 48  # never V x d, which an SVD needs twice
-
-
-def test_defect_18_the_authors_take_an_svd_and_judge_it_in_the_models_own_dtype(capsys, monkeypatch):
-    projected = pytest.importorskip("shadow_peft.projected_causal_lm")
-    called = []
-    pinv = torch.linalg.pinv
-    monkeypatch.setattr(torch.linalg, "pinv", lambda a, *x, **y: called.append(tuple(a.shape)) or pinv(a, *x, **y))
-    small, big = small_llama(), base("llama")
-
-    def error(dtype):
-        projected.AutoModelForCausalLMWithHiddenProjection.wrap(
-            shadow_model=small.to(dtype),
-            shadow_hidden_projection=nn.Linear(24, 32, bias=False),
-            lm_head=copy.deepcopy(big.lm_head).to(dtype),
-            reference_lm_head=small.lm_head,
-        )
-        line = next(row for row in capsys.readouterr().out.splitlines() if "error" in row.lower())
-        return float(line.split(":")[1])
-
-    wrong = error(torch.float32)
-    w_lm, w_small = big.lm_head.weight.detach(), small.lm_head.weight.detach()
-    right = float((w_lm @ pseudo_inverse_projection(w_lm, w_small) - w_small).norm() / w_small.norm())
-    assert called == [tuple(w_lm.shape)]
-    assert abs(wrong - right) > 0.1  # the check multiplies by a head that is loaded only afterwards
 
 
 MODES = {
@@ -204,37 +146,6 @@ def _interleaved(model):
 
 def test_defect_19_interleaved_cached_sequences_do_not_mix():
     assert _interleaved(adapt(base("llama"))) < 1e-4  # attention sums in another order
-    assert _interleaved(theirs()) > 0.1
-
-
-def test_defect_19_the_authors_generation_fails_or_is_wrong():
-    ids = tokens(2, 9)
-    other = theirs()
-    expected = ids
-    for _ in range(8):
-        expected = torch.cat([expected, logits(other, expected).argmax(-1)[:, -1:]], 1)
-    bad = {}
-    for name, options in {"greedy": {}, **MODES, "assisted": {"assistant_model": small_llama()}}.items():
-        prompt = ids[:1] if name in ("prompt lookup", "assisted") else ids
-        try:
-            found = greedy(other, prompt, **options)
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            bad[name] = type(error).__name__
-            continue
-        if name == "beams":
-            reference = greedy(adapt_like(other), prompt, num_beams=3)
-            if not torch.equal(found, reference):
-                bad[name] = "other tokens"
-        elif not torch.equal(found, expected[: len(prompt)]):
-            bad[name] = "other tokens"
-    assert {"beams", "prompt lookup", "chunked prefill", "assisted"} <= set(bad), bad
-
-
-def adapt_like(other):
-    """Our model with the weights of the authors' model ``other``."""
-    with tempfile.TemporaryDirectory() as folder:
-        other.peft_model.save_pretrained(folder)
-        return shadowpeft.load(folder, base("llama"))
 
 
 def test_defect_21_the_base_can_be_had_back_and_a_second_adapter_put_beside():
@@ -254,11 +165,6 @@ def test_defect_21_the_base_can_be_had_back_and_a_second_adapter_put_beside():
     assert torch.equal(logits(restored, ids), expected)
     assert list(restored.state_dict()) == list(plain.state_dict())
 
-    other = theirs().peft_model
-    methods = {n for n in dir(type(other)) if not n.startswith("_")}
-    assert not methods & {"disable_adapter", "unload", "add_adapter", "set_adapter"}
-    assert type(other.base_model.model.layers[0]) is not type(plain.model.layers[0])  # the base itself was changed
-
 
 class Rows:
     """How many states each call of a head gets."""
@@ -272,8 +178,8 @@ def test_defect_23_the_shadows_head_does_not_run_when_only_generating(monkeypatc
     ids = tokens(2, 9)
     model = adapt(base("llama"))
     shadow_calls = []
-    real = hooks.lm_logits
-    monkeypatch.setattr(hooks, "lm_logits", lambda *a, **k: shadow_calls.append(a) or real(*a, **k))
+    real = losses.lm_logits
+    monkeypatch.setattr(losses, "lm_logits", lambda *a, **k: shadow_calls.append(a) or real(*a, **k))
     rows = Rows(model.get_base_model().lm_head)
     greedy(model, ids)
     assert rows.calls == [2] * 8  # one state a row and token: the base's head, on the last position
@@ -281,12 +187,6 @@ def test_defect_23_the_shadows_head_does_not_run_when_only_generating(monkeypatc
     with torch.no_grad():
         model(input_ids=ids, return_shadow=True)
     assert len(shadow_calls) == 1  # the counter counts
-
-    other = theirs()
-    rows = Rows(other.shadow_lm_head)
-    logits(other, ids)
-    assert rows.calls == [18]  # every position, though nothing asked for it
-    assert not [n for n in inspect.signature(type(other).forward).parameters if "keep" in n]
 
 
 def test_defect_24_a_run_is_one_file_that_holds_every_setting(tmp_path):
@@ -303,4 +203,3 @@ def test_defect_24_a_run_is_one_file_that_holds_every_setting(tmp_path):
     assert (run.shadow.r, run.shadow.auxiliary_loss_weight, run.training.seed) == (8, 0.1, 3)
     named = {field.name for field in dataclasses.fields(shadowpeft.ShadowPeftConfig)}
     assert set(run.shadow.fields) <= named
-    assert not [n for n in dir(authors) if "Run" in n or "train" in n.lower() or "xperiment" in n]

@@ -1,18 +1,16 @@
-"""Defects 25-26 of docs/defects.md, which both public implementations share."""
+"""Defects 25-26 of docs/defects.md, which both public implementations share: ours is right. `make compare` measures theirs."""
 
 import inspect
 import threading
 
-import peft
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from shadowpeft import ShadowTrainer
 from shadowpeft.errors import UnsupervisedShadowError
 from shadowpeft.train import run as training
-from tiny import adapt, adapter_config, base, randomise, tokenizer, tokens
+from tiny import adapt, adapter_config, base, tokenizer, tokens
 
 DENORMAL = 1e-39
 """Below float32's smallest normal number, 1.18e-38."""
@@ -46,15 +44,6 @@ def test_defect_25_runs_flush_denormal_numbers(denormals, tmp_path, monkeypatch)
 
     for module in (demo, doctor, evaluate, generate, training):
         assert "prepare_cpu(" in inspect.getsource(module), module.__name__
-
-
-def test_defect_25_neither_peer_does():
-    authors = pytest.importorskip("shadow_peft")
-    import shadow_peft.peft_model
-    from peft.tuners.shadow import model as tuner
-
-    for module in (authors, shadow_peft.peft_model, tuner):
-        assert "flush_denormal" not in inspect.getsource(module)
 
 
 # --------------------------------------------------------------------------------------------------------------- 26
@@ -100,14 +89,6 @@ def trained(model, folder, cls, way):
     return update(model, cls(model=model, args=arguments, train_dataset=rows(), **options))
 
 
-def theirs(weight):
-    torch.manual_seed(5)
-    config = peft.ShadowConfig(task_type="CAUSAL_LM", r=4, shadow_dropout=0.0, auxiliary_loss_weight=weight)
-    made = get_peft_model(base("llama"), config)
-    randomise(made)
-    return made
-
-
 @pytest.mark.parametrize("way", ["smoothing", "own loss"])
 def test_defect_26_lambda_takes_effect_whoever_computes_the_main_loss(tmp_path, way):
     small, large = (
@@ -116,8 +97,6 @@ def test_defect_26_lambda_takes_effect_whoever_computes_the_main_loss(tmp_path, 
     assert float((large - small).norm() / small.norm()) > 10
     with pytest.raises(UnsupervisedShadowError):  # stock Trainer takes the labels away: no silent loss of lambda
         trained(adapt(base("llama")), tmp_path, Trainer, way)
-    small, large = (trained(theirs(w), tmp_path, Trainer, way) for w in (0.05, 100.0))
-    assert torch.equal(small, large)
 
 
 def test_defect_26_lambda_takes_effect_in_trls_trainer(tmp_path):
@@ -133,8 +112,6 @@ def test_defect_26_lambda_takes_effect_in_trls_trainer(tmp_path):
 
     small, large = (sft(adapt(base("llama"), auxiliary_loss_weight=w)) for w in (0.05, 100.0))
     assert float((large - small).norm() / small.norm()) > 10
-    small, large = (sft(theirs(w)) for w in (0.05, 100.0))
-    assert torch.equal(small, large)
 
 
 def test_defect_26_shadow_labels_reach_the_model_and_predictions_stay_a_tensor(tmp_path):

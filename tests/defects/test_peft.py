@@ -1,17 +1,13 @@
-"""Defects 1-12 of docs/defects.md (PEFT 0.21.2's own shadow): ours is right, and PEFT's really is not.
-
-Where a test of PEFT's side fails because a later release has mended it, the row of docs/defects.md goes.
-"""
+"""Defects 1-12 of docs/defects.md, found in PEFT 0.21.2's own shadow: ours is right. `make compare` measures PEFT's."""
 
 import copy
 import subprocess
 import sys
 import threading
 
-import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 
@@ -21,16 +17,6 @@ from tiny import V, adapt, base, randomise, tokens
 
 EXACT = 1e-5
 """Absolute, float32: the same sums in another order; logits of the tiny models are of order 1."""
-
-
-def theirs(model=None, trained=True, **fields):
-    """PEFT's shadow on a base with weights that are not zero."""
-    torch.manual_seed(5)
-    values = {"task_type": "CAUSAL_LM", "r": 4, "shadow_alpha": 0.7, "shadow_dropout": 0.0, **fields}
-    made = get_peft_model(base("llama") if model is None else model, peft.ShadowConfig(**values)).eval()
-    if trained:
-        randomise(made)
-    return made
 
 
 def logits(model, ids, **more):
@@ -54,17 +40,6 @@ def test_defect_01_a_detached_model_reloads_in_a_process_without_this_package(tm
     files = [str(tmp_path / name) for name in ("ours", "ids.pt", "logits.pt")]
     subprocess.run([sys.executable, "-c", code, *files], check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(edge, ids), atol=1e-6, rtol=0)
-
-
-def test_defect_01_pefts_detached_model_does_not_reload(tmp_path):
-    ids = tokens()
-    alone = theirs().base_model.unload_shadow(copy=True)
-    before = logits(alone, ids)
-    alone.save_pretrained(tmp_path)
-    with pytest.raises((TypeError, ValueError, AttributeError, OSError)):
-        type(alone).from_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert float((logits(again, ids) - before).abs().max()) > 0.1  # every weight is drawn anew
 
 
 def _gap_between_threads(model, body):
@@ -95,8 +70,6 @@ def _gap_between_threads(model, body):
 def test_defect_02_two_threads_do_not_mix():
     model = adapt(base("llama"))
     assert _gap_between_threads(model, model.get_base_model().model) == 0.0
-    other = theirs()
-    assert _gap_between_threads(other, other.get_base_model().model) > 0.1
 
 
 def test_defect_03_the_loss_in_eval_mode_is_the_bases_own():
@@ -108,12 +81,6 @@ def test_defect_03_the_loss_in_eval_mode_is_the_bases_own():
     torch.testing.assert_close(out.loss, stock, atol=EXACT, rtol=0)
     assert torch.equal(out.loss, out.task_loss)
     assert float(out.shadow_loss) > 0
-
-    other = theirs(auxiliary_loss_weight=1.0)
-    with torch.no_grad():
-        out = other(input_ids=ids, labels=ids)
-        stock = nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, V), ids[:, 1:].reshape(-1))
-    assert float(out.loss - stock) > 1.0
 
 
 def _accumulated(model, rows, parts):
@@ -135,8 +102,6 @@ def test_defect_04_lambda_does_not_grow_with_the_number_of_micro_batches():
     rows = tokens(4, 9)
     model = adapt(base("llama"), auxiliary_loss_weight=1.0)
     assert _relative(_accumulated(model, rows, 1), _accumulated(model, rows, 4)) < 1e-4  # float32 sums in another order
-    other = theirs(auxiliary_loss_weight=1.0)
-    assert _relative(_accumulated(other, rows, 1), _accumulated(other, rows, 4)) > 0.2
 
 
 def _unmoved(model, steps=10, rate=2e-4):
@@ -158,10 +123,6 @@ def test_defect_05_on_a_bfloat16_base_every_weight_of_the_backbone_moves():
     model = adapt(base("llama").to(torch.bfloat16), auxiliary_loss_weight=1.0, trained=False)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     assert _unmoved(model) < 0.001
-    other = theirs(base("llama").to(torch.bfloat16), auxiliary_loss_weight=1.0, trained=False)
-    backbone = [p for n, p in other.named_parameters() if p.requires_grad and "shadow_backbone" in n]
-    assert {p.dtype for p in backbone} == {torch.bfloat16}
-    assert _unmoved(other) > 0.05
 
 
 def test_defect_06_a_fully_masked_batch_is_finite_and_gives_zero_gradients():
@@ -172,7 +133,6 @@ def test_defect_06_a_fully_masked_batch_is_finite_and_gives_zero_gradients():
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(float(p.grad.abs().max()) == 0.0 for p in model.parameters() if p.requires_grad)
-    assert torch.isnan(theirs().train()(input_ids=ids, labels=labels).loss)
 
 
 def test_defect_07_adapter_names_is_never_ignored():
@@ -180,8 +140,6 @@ def test_defect_07_adapter_names_is_never_ignored():
     model = adapt(base("llama"))
     with pytest.raises((ShadowPeftError, ValueError), match="adapter"):
         logits(model, ids, adapter_names=["nobody", "default"])
-    other = theirs()
-    assert torch.equal(logits(other, ids, adapter_names=["nobody", "nothing"]), logits(other, ids))
 
 
 def test_defect_08_a_cache_filled_by_the_plain_base_is_refused():
@@ -195,16 +153,12 @@ def test_defect_08_a_cache_filled_by_the_plain_base_is_refused():
 
     with pytest.raises(CacheMismatchError, match="without the shadow"):
         continued(adapt(base("llama")))
-    other = theirs()
-    assert float((continued(other) - logits(other, ids)[:, 6:]).abs().max()) > 0.1
 
 
 def test_defect_09_an_adapter_on_another_base_of_the_same_shape_is_refused(tmp_path):
     adapt(base("llama")).save_pretrained(tmp_path / "ours")
     with pytest.raises(BaseMismatchError, match="other weights"):
         PeftModel.from_pretrained(base("llama", seed=9), tmp_path / "ours")
-    theirs().save_pretrained(tmp_path / "theirs")
-    PeftModel.from_pretrained(base("llama", seed=9), tmp_path / "theirs")
 
 
 def _without_gradient(model):
@@ -216,13 +170,10 @@ def _without_gradient(model):
 
 def test_defect_10_every_trainable_parameter_gets_a_gradient():
     assert _without_gradient(adapt(base("llama"))) == []
-    dead = _without_gradient(theirs())
-    assert dead
-    assert all("layers.3" in name for name in dead)  # the last update
 
 
 def test_defect_11_the_shadows_loss_keeps_no_logits_for_the_backward_pass():
-    """Most of PEFT's extra memory and time is the shadow's logits at every position; ours keeps none of them."""
+    """The shadow's logits at every position would be most of a step's extra memory and time; none of them is kept."""
     ids = torch.randint(2, 900, (4, 33), generator=torch.Generator().manual_seed(3))
     labels = ids.clone()
     labels[:, :25] = -100
@@ -240,7 +191,6 @@ def test_defect_11_the_shadows_loss_keeps_no_logits_for_the_backward_pass():
     own = kept(bare)
     assert own > 0
     assert kept(adapt(big)) == own
-    assert kept(theirs(copy.deepcopy(big))) == 2 * own
 
 
 RECURRENT = ("mamba", "qwen3_next")
@@ -260,13 +210,6 @@ def test_defect_12_recurrent_and_hybrid_decoders_work(name):
     cached = model.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     assert _without_gradient(model) == []
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_defect_12_pefts_shadow_fails_on_them(name):
-    ids, made = tokens(2, 7), decoder(name)
-    with pytest.raises((AttributeError, ValueError), match=r"layer_types|get_seq_length"):
-        theirs(made)(input_ids=ids, labels=ids)
 
 
 def decoder(name):

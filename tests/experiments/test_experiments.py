@@ -9,16 +9,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import experiments.report as report_module
 import pytest
 import yaml
 from experiments.__main__ import main
 from experiments.report import Page
-from experiments.runner import Runner, predictions
+from experiments.report.records import columns, difference, interval_of
+from experiments.report.tables import differences_table
+from experiments.runner import Runner
 from experiments.spec import KINDS, SPECS, cells, merge, names, read_spec
+from experiments.training import predictions
 from faketask import Fake
 
 from chatbase import save_base
+from experiments import report
+from pages import facts, numbers, rows
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.train import baselines
@@ -124,8 +128,8 @@ def test_rates_are_searched_on_the_same_grid_at_half_the_budget_on_validation_ro
 
 def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran):
     runner = ran.runner()
-    runner._trained = lambda cell, task, rate, seed: (rate, {}, ran.folder)
-    runner._judged = lambda cell, rates, model, task, folder: ("score", worth[model], model in guessing)
+    runner.trained = lambda cell, task, rate, seed: (rate, {}, ran.folder)
+    runner.judged = lambda cell, rates, model, task, folder: ("score", worth[model], model in guessing)
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
 
     def used(**trials):
@@ -134,7 +138,7 @@ def test_a_rate_that_diverges_at_full_length_gives_way_to_the_next_lower_one(ran
             "judged": {},
             "trials": {1e-2: trials["high"], 3e-3: trials["middle"], 1e-3: trials["low"]},
         }
-        runner._trained_stably(cell, None, rate)
+        runner.trained_stably(cell, None, rate)
         assert "trials" not in rate
         assert rate["value"] == worth[rate["used"]]
         return rate["used"], [d["learning_rate"] for d in rate["diverged"]]
@@ -158,21 +162,21 @@ def test_a_rate_whose_loss_is_not_finite_is_not_chosen_and_gives_way(ran):
         return None, {}, ran.folder
 
     runner = ran.runner()
-    runner._trained = trained
-    runner._judged = lambda *arguments: ("score", 1.0, False)
+    runner.trained = trained
+    runner.judged = lambda *arguments: ("score", 1.0, False)
     (cell,) = [c for c in cells(read_spec("tiny", runner.specs)) if c.name == "lora"]
     limit = 0.0
     details = []
-    assert math.isnan(runner._trial(cell, TASKS["classify"], 1e-2, details))
+    assert math.isnan(runner.trial(cell, TASKS["classify"], 1e-2, details))
     assert details == [{"learning_rate": 1e-2, "by": "diverged", "error": "the gradient's norm became nan"}]
     limit = 5e-3
     rate = {"chosen": 1e-2, "judged": {}, "trials": {1e-2: 1.0, 1e-3: 1.0}}
-    runner._trained_stably(cell, None, rate)
+    runner.trained_stably(cell, None, rate)
     assert rate["used"] == 1e-3
     assert rate["diverged"] == [{"learning_rate": 1e-2, "value": None, "trial": 1.0}]
     limit = 0.0
     with pytest.raises(NonFiniteLossError):  # there is no lower one
-        runner._trained_stably(cell, None, {"chosen": 1e-3, "judged": {}, "trials": {1e-3: 1.0}})
+        runner.trained_stably(cell, None, {"chosen": 1e-3, "judged": {}, "trials": {1e-3: 1.0}})
 
 
 def test_a_classifiers_rate_can_be_chosen_by_the_likelihood_of_the_classes(base, ran, tmp_path):
@@ -180,27 +184,27 @@ def test_a_classifiers_rate_can_be_chosen_by_the_likelihood_of_the_classes(base,
     (cell,) = [c for c in cells(read_spec("tiny", place.page.specs)) if c.name == "lora"]
     runner = ran.runner()  # whose adapters of the trials are there
     task, details = TASKS["classify"], []
-    value = runner._trial(cell, task, 1e-3, details)
+    value = runner.trial(cell, task, 1e-3, details)
     (trained,) = details
     rows = predictions(runner.work / "train" / trained["key"] / "evaluations" / "validation-6")
     golds = {e.id: e.answer for e in task.load("validation")}
     assert value == pytest.approx(sum(r["scores"][task.labels.index(golds[r["id"]])] for r in rows) / 6)
     assert value < 0
     assert trained["by"] == "loss"
-    model, _, folder = runner._trained(cell, task, 1e-3, seed=0, share=0.5)
-    _, again, guesses = runner._judged(cell, cell.rates, model, task, folder)
+    model, _, folder = runner.trained(cell, task, 1e-3, seed=0, share=0.5)
+    _, again, guesses = runner.judged(cell, cell.rates, model, task, folder)
     assert (again, guesses) == (value, value <= -math.log(3))
 
 
 def test_an_adapter_of_other_prompts_is_not_taken_for_this_one(ran, monkeypatch):
     (cell,) = [c for c in cells(read_spec("tiny", ran.page.specs)) if c.name == "lora"]
     task, runner = TASKS["classify"], ran.runner()
-    before = runner._trained(cell, task, 1e-3, seed=0, share=0.5)[2]
-    assert before == runner._trained(cell, task, 1e-3, seed=0, share=0.5)[2]
+    before = runner.trained(cell, task, 1e-3, seed=0, share=0.5)[2]
+    assert before == runner.trained(cell, task, 1e-3, seed=0, share=0.5)[2]
     load = task.load
     changed = lambda *a, **k: [replace(e, prompt=e.prompt[::-1]) for e in load(*a, **k)]  # noqa: E731
     monkeypatch.setattr(task, "load", changed)
-    assert before != runner._trained(cell, task, 1e-3, seed=0, share=0.5)[2]
+    assert before != runner.trained(cell, task, 1e-3, seed=0, share=0.5)[2]
 
 
 def test_a_second_run_does_nothing(ran):
@@ -211,7 +215,7 @@ def test_a_second_run_does_nothing(ran):
 
 
 def test_the_page_holds_the_numbers_of_the_records_and_links_to_them(ran):
-    written = report_module.write(ran.page)
+    written = report.write(ran.page)
     page = (ran.folder / "docs" / "results.md").read_text()
     assert {p.name for p in written} == {"results.md", "tiny.png"}
     links = re.findall(r"\[([^\]]+)\]\((\.\./records/[^)]+)\)", page)
@@ -223,26 +227,26 @@ def test_the_page_holds_the_numbers_of_the_records_and_links_to_them(ran):
             assert float(shown) in [round(100 * r["score"], 1) for r in record["results"].values()]
     assert scores == 3  # attached, detached, LoRA
     assert "2 of 2 cells run" in page
-    assert report_module.text(ran.page) == page
+    assert report.text(ran.page) == page
 
 
 def test_records_of_other_test_rows_are_named(ran):
     record = ran.folder / "records" / "tiny" / "classify-lora-s0.json"
     before = record.read_text()
-    assert "must not be compared" not in report_module.text(ran.page)
+    assert "must not be compared" not in report.text(ran.page)
     changed = json.loads(before)
     changed["results"]["classify-lora"]["settings"]["examples"] = "other rows"
     record.write_text(json.dumps(changed))
     try:
-        assert "since their test rows differ: classify: classify." in report_module.text(ran.page)
+        assert "since their test rows differ: classify: classify." in report.text(ran.page)
     finally:
         record.write_text(before)
 
 
 def test_a_score_without_spread_shows_wilsons_interval():
     result = {"score": 0.0, "interval": [0.0, 0.0], "wilson_interval": [0.0, 0.037]}
-    assert report_module.interval_of(result) == [0.0, 0.037]
-    assert report_module.interval_of({**result, "interval": [0.0, 0.1]}) == [0.0, 0.1]
+    assert interval_of(result) == [0.0, 0.037]
+    assert interval_of({**result, "interval": [0.0, 0.1]}) == [0.0, 0.1]
 
 
 def test_rows_are_compared_with_lora_on_equal_examples_and_seeds_alone(base, ran, tmp_path):
@@ -264,7 +268,7 @@ def test_rows_are_compared_with_lora_on_equal_examples_and_seeds_alone(base, ran
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record))
     spec = read_spec("tiny", place.page.specs)
-    told, _, _, attached, detached = [row for row in report_module.differences_table(place.page, spec) if row]
+    told, _, _, attached, detached = [row for row in differences_table(place.page, spec) if row]
     assert "Points above LoRA on the same test rows" in told
     gaps = [
         (100 * (a - b) + 100 * (c - b)) / 2
@@ -278,11 +282,10 @@ def test_rows_are_compared_with_lora_on_equal_examples_and_seeds_alone(base, ran
     assert attached.endswith(", 2 seeds |")
     assert detached.startswith("| Shadow, detached | **")
     assert (
-        report_module.difference(
+        difference(
             place.page,
             spec,
-            "classify",
-            spec.tasks["classify"].evaluate[0],
+            columns(spec)[0],
             ("shadow", "attached"),
             ("shadow", "detached"),
         )
@@ -320,7 +323,7 @@ def test_the_time_limit_leaves_cells_and_stops_in_the_middle_of_training(base, t
     place = Place(tmp_path, tiny_spec(base, rates=None, train={"learning_rate": 1e-3}))
     assert place.runner(limit_minutes=0.0).run("tiny")["left"] == ["classify-shadow-s0", "classify-lora-s0"]
     runner = place.runner()
-    runner._check_time = lambda: setattr(runner, "deadline", 0.0)  # the time is up once training begins
+    runner.check_time = lambda: setattr(runner, "deadline", 0.0)  # the time is up once training begins
     assert runner.run("tiny", "*-shadow-*")["left"] == ["classify-shadow-s0"]
     assert list((place.folder / "work" / "train").glob("*/checkpoint-1"))
     assert place.runner().run("tiny", "*-shadow-*")["ran"] == ["classify-shadow-s0"]
@@ -348,7 +351,7 @@ def test_a_record_of_other_settings_is_refused_and_named(base, ran, tmp_path):
         ConfigError, match=r"tiny/classify-shadow-s0 was made with other settings .*\(tokens\); delete it"
     ):
         place.runner().run("tiny")
-    page = report_module.text(place.page)
+    page = report.text(place.page)
     assert "Records of other settings than the spec has now: classify-shadow-s0, classify-lora-s0" in page
 
 
@@ -376,7 +379,7 @@ def test_transfer_uses_the_adapter_and_the_rate_of_the_table(base, tmp_path):
         "robot-attached-2shot",
         "robot-detached-2shot",
     }
-    page = report_module.text(place.page)
+    page = report.text(place.page)
     assert "| Robot intents, 2-shot (n = " in page
 
 
@@ -403,7 +406,7 @@ def test_latency_and_scaling_and_system_reach_the_page(base, tmp_path):
     dog, lora = (place.record(f"dog/robot-{n}-s0")["results"]["all"] for n in ("shadow", "lora"))
     assert dog["handed_on"] == 0  # every letter is a "known skill"
     assert lora["handed_on"] == 0
-    written = report_module.write(place.page)
+    written = report.write(place.page)
     assert {p.name for p in written} == {"results.md", "speed.png", "depth.png", "dog.png"}
 
 
@@ -475,11 +478,16 @@ def test_unknown_names_and_patterns_exit_with_2(capsys):
 # --------------------------------------------------------------------------------------------------- the committed report
 
 
-def test_the_committed_page_is_what_the_committed_records_say():
+def test_the_committed_pages_hold_the_numbers_of_the_committed_records():
     page = Page()
-    assert (page.docs / "results.md").read_text(encoding="utf-8") == report_module.text(page), (
-        "run `python -m experiments report` and commit docs/results.md"
-    )
+    results = (page.docs / "results.md").read_text(encoding="utf-8")
+    assert len(numbers(results)) > 500
+    assert facts(results) == facts(report.text(page)), "run `python -m experiments report` and commit docs/results.md"
     content = page.readme.read_text(encoding="utf-8")
-    assert report_module.readme(page, content) == content, "run `python -m experiments report` and commit README.md"
-    assert "| LoRA |" in content.split(report_module.README_MARKS[0])[1].split(report_module.README_MARKS[1])[0]
+    scores, again = (
+        text.split(report.README_MARKS[0])[1].split(report.README_MARKS[1])[0]
+        for text in (content, report.readme(page, content))
+    )
+    assert facts(scores) == facts(again), "run `python -m experiments report` and commit README.md"
+    (lora,) = [row for row in rows(scores) if row[0] == "LoRA"]
+    assert len(numbers(" ".join(lora))) >= 3 * len(lora[1:])  # a score and both ends of its interval in each column

@@ -1,29 +1,28 @@
-"""The committed pages on starts say what the committed records say."""
+"""The committed pages on starts hold the numbers of the committed records."""
 
-import importlib.util
 import json
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
-
-
-def benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from pages import ROOT, benchmark, facts, marked, numbers, rows
 
 
 def test_starts_and_losses():
-    made = benchmark("starts")
-    page = made.page(json.loads(made.RECORD.read_text(encoding="utf-8")))
-    assert (ROOT / "docs" / "starts.md").read_text(encoding="utf-8") == page
-    assert page.count("| ce |") >= 4
+    starts = benchmark("starts")
+    record = json.loads(starts.RECORD.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "starts.md").read_text(encoding="utf-8")
+    assert facts(page) == facts(starts.page(record)), "run `python benchmarks/starts.py` and commit docs/starts.md"
+    ends = sorted(round(run["curve"][-1]["held_out"], 3) for run in record.values())
+    assert [float(row[3]) for row in rows(page)[1:]] == ends
+    assert sum(run["objective"] == "ce" for run in record.values()) >= 4
 
 
 def test_starts_of_the_robots_shadow():
-    made = benchmark("starts_robot")
-    page, record = made.PAGE.read_text(encoding="utf-8"), json.loads(made.RECORD.read_text(encoding="utf-8"))
-    assert made.filled(page, record) == page
+    starts = benchmark("starts_robot")
+    record = json.loads(starts.RECORD.read_text(encoding="utf-8"))
+    table = marked(starts.PAGE, "robot-starts")
+    assert facts(table) == facts(starts.table(record)), "run `python benchmarks/starts_robot.py` and commit the page"
     assert {"random", "base_layers"} <= record["starts"].keys()
-    assert "| random | 0.005 |" in page
+    for row, start in zip(rows(table)[1:], record["starts"].values(), strict=True):
+        commands = start["commands"]
+        shown = [100 * commands["accuracy"], *(100 * end for end in commands["interval"])]
+        assert numbers(row[3]) == [round(value, 1) for value in shown]
+        assert float(row[1]) == start["rate"]

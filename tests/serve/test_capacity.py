@@ -2,16 +2,15 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 from scripts.capacity import MODELS, RECORD, memory
 
+from pages import ROOT, marked, numbers, rows
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.capacity import Route, answers_per_second, cost_break_even, memory_bytes, replicas
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "deployment.md").read_text()
+PAGE = ROOT / "docs" / "deployment.md"
 FIGURE = ROOT / "experiments" / "records" / "fig3b-latency-smollm2" / "mmlu-shadow-s0.json"
 
 
@@ -79,42 +78,61 @@ def test_the_formula_gives_what_the_engine_gave(record):
 
 
 def test_the_pages_tables_are_the_records(record):
-    for row in record["attached"]:
-        assert (
-            f"| {row['rows']} | {row['prefill_ms']:.0f} | {row['step_ms']:.0f} | {row['formula_per_second']:.2f} | "
-            f"{row['measured_per_second']:.2f} |"
-        ) in PAGE
+    pace = [numbers(" ".join(row)) for row in rows(marked(PAGE, "pace"))[1:]]
+    expected = [
+        [
+            row["rows"],
+            round(row["prefill_ms"]),
+            round(row["step_ms"]),
+            round(row["formula_per_second"], 2),
+            round(row["measured_per_second"], 2),
+        ]
+        for row in record["attached"]
+    ]
+    assert pace == expected
+    sizes = {row[0]: numbers(" ".join(row[1:])) for row in rows(marked(PAGE, "memory"))[1:]}
+    assert sizes.keys() == record["memory"].keys()
     for name, m in record["memory"].items():
         base, adapter = 2 * m["base_parameters"], 4 * m["adapter_parameters"]
         caches = 2 * (m["base_cache_per_token"] + m["shadow_cache_per_token"])
         one, hundred = (memory_bytes(base, n * adapter, caches, 16, 2560) for n in (1, 100))
-        assert (
-            f"| {name} | {base / 1e9:.2f} GB | {m['adapter_parameters']:,} | {adapter / 1e6:.1f} MB | {caches / 1e3:.1f} kB | "
-            f"{one / 1e9:.1f} GB | {hundred / 1e9:.1f} GB |"
-        ) in PAGE
+        module_for_adapter = [m["adapter_parameters"], round(adapter / 1e6, 1), round(caches / 1e3, 1)]
+        assert sizes[name] == [round(base / 1e9, 2), *module_for_adapter, round(one / 1e9, 1), round(hundred / 1e9, 1)]
+    counts = {row[0]: numbers(" ".join(row[1:])) for row in rows(marked(PAGE, "replicas"))[1:]}
     measured = record["attached"][-1]["measured_per_second"]
     for devices in (10, 1000, 1_000_000):
         rate = devices * 6 / 3600
-        counts = [replicas(rate, share, x) for x in (measured, 10, 100) for share in (0, 0.5, 0.8)]
-        assert f"| {devices:,} | {rate:,.2f} | {' | '.join(f'{n:,}' for n in counts)} |" in PAGE
+        needed = [replicas(rate, share, x) for x in (measured, 10, 100) for share in (0, 0.5, 0.8)]
+        assert counts[f"{devices:,}"] == [round(rate, 2), *needed]
+    assert len(counts) == 3
 
 
 def test_the_pages_break_even_shares_are_those_of_figure_3b():
-    found = json.loads(FIGURE.read_text())["results"]
-    device, cloud = (found[how]["milliseconds"] for how in ("detached", "attached"))
-    assert f"detached {device:.0f} ms, attached {cloud:.0f} ms" in PAGE
+    results = json.loads(FIGURE.read_text())["results"]
+    device, cloud = (results[how]["milliseconds"] for how in ("detached", "attached"))
+    text = marked(PAGE, "break-even")
+    sentence, _, _ = text.partition("\n|")
+    assert numbers(sentence) == [round(device), round(cloud), 10, 50]
+    lines = {row[0]: row[1:] for row in rows(text)[1:]}
     for faster in (1, 10, 50):
         shares = [Route(device, device, network, cloud / faster).break_even() for network in (0, 50, 200, 1000)]
-        told = ["never" if share > 1 else f"{100 * share:.0f} %" for share in shares]
-        assert f"| {cloud / faster:.0f} | {' | '.join(told)} |" in PAGE
+        shown = lines[f"{cloud / faster:.0f}"]
+        assert ["never" if cell == "never" else numbers(cell) for cell in shown] == [
+            "never" if share > 1 else [round(100 * share)] for share in shares
+        ]
+    assert len(lines) == 3
 
 
-def test_the_pages_other_numbers_are_those_of_their_records():
+def test_the_pages_other_numbers_are_those_of_their_records(record):
     bench = json.loads((ROOT / "benchmarks" / "results.json").read_text())["decode"]
-    assert (
-        f"{bench['ratio_to_base']['shadow']:.2f} times the base's time, LoRA's {bench['ratio_to_base']['lora']:.2f}"
-        in PAGE
-    )
-    assert f"a token took {bench['median_ms_per_token']['shadow']:.0f} ms" in PAGE
+    ratios, token = bench["ratio_to_base"], bench["median_ms_per_token"]["shadow"]
     load = json.loads((ROOT / "docs" / "records" / "serve-load.json").read_text())
-    assert f"took {load['requests']:,} requests in {int(load['seconds'])} s" in PAGE
+    one, *_, eight = (row["step_ms"] for row in record["attached"])
+    assert numbers(marked(PAGE, "steps")) == [
+        round(eight / one, 1),
+        round(ratios["shadow"], 2),
+        round(ratios["lora"], 2),
+        round(token),
+        load["requests"],
+        int(load["seconds"]),
+    ]

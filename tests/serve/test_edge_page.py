@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from scripts.system_test import METHODS, parse
+from scripts.system_test.options import METHODS, parse
 
 from chatbase import save_sitting_base
 from commands import call

@@ -13,7 +13,9 @@ import torch
 from experiments.system import SYSTEMS, Reply
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from scripts import system_test
+from scripts.system_test import adapters
+from scripts.system_test.options import parse
+from scripts.system_test.servers import Server
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
@@ -130,13 +132,13 @@ def test_ten_requests_side_by_side():
 )
 def test_wrong_options(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        system_test.parse(arguments)
+        parse(arguments)
 
 
 def test_an_adapter_that_is_none(tmp_path):
-    options = system_test.parse(["--out", str(tmp_path), "--lora", str(tmp_path)])
+    options = parse(["--out", str(tmp_path), "--lora", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"--lora is .* which holds no adapter_config.json"):
-        system_test.adapters(options, None)
+        adapters.prepare(options, None)
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +155,15 @@ def saved(base, folder, config):
 def test_the_edge_model_and_its_calibration(tmp_path, base):
     shadow = saved(base, tmp_path / "shadow", adapter_config(shadow_init="base_layers"))
     given = ["--out", str(tmp_path), "--base", base]
-    options = system_test.parse([*given, "--calibrate", "1", "--calibration-rows", "60"])
-    assert system_test.routing(shadow, system_test.parse(given)) is None
-    made = system_test.routing(shadow, options)
+    options = parse([*given, "--calibrate", "1", "--calibration-rows", "60"])
+    assert adapters.routing(shadow, parse(given)) is None
+    made = adapters.routing(shadow, options)
     assert made == tmp_path / "routing" / "routing.json"
     report = json.loads(made.read_text())["report"]
     assert report["n"] == report["known_actions"] == report["answered_on_device"] == 60
     shutil.copy(made, shadow)
-    assert system_test.routing(shadow, system_test.parse(given)) == tmp_path / "shadow" / "routing.json"
-    assert system_test.detach(shadow, options)["folder"] == str(tmp_path / "edge")
+    assert adapters.routing(shadow, parse(given)) == tmp_path / "shadow" / "routing.json"
+    assert adapters.detach(shadow, options)["folder"] == str(tmp_path / "edge")
     edge = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
     ids = chat_tokenizer()("\n[S", add_special_tokens=False, return_tensors="pt").input_ids
     assert chat_tokenizer().decode(edge(input_ids=ids).logits[0].argmax(-1)) == "[Si"
@@ -171,7 +173,7 @@ def test_trained_adapters_are_taken_again_and_only_with_the_same_settings(tmp_pa
     shadow = saved(base, tmp_path / "shadow", adapter_config(shadow_init="base_layers"))
     given = ["--out", str(tmp_path), "--shadow", shadow, "--dora", shadow, "--batch-size", "2", "--max-length", "400"]
     quiet = Console(quiet=True)
-    made = system_test.adapters(system_test.parse([*given, "--train-steps", "2"]), quiet)
+    made = adapters.prepare(parse([*given, "--train-steps", "2"]), quiet)
     assert list(made) == ["shadow", "lora", "dora"]
     budget = count_trainable(shadowpeft.load(shadow, is_trainable=True))
     assert abs(made["lora"]["training"]["trainable_parameters"] / budget - 1) <= 0.03
@@ -179,10 +181,10 @@ def test_trained_adapters_are_taken_again_and_only_with_the_same_settings(tmp_pa
     assert is_lora(made["lora"]["folder"])
     weights = Path(made["lora"]["folder"]) / "adapter_model.safetensors"
     written = weights.stat().st_mtime_ns
-    assert system_test.adapters(system_test.parse([*given, "--train-steps", "2"]), quiet) == made
+    assert adapters.prepare(parse([*given, "--train-steps", "2"]), quiet) == made
     assert weights.stat().st_mtime_ns == written
     with pytest.raises(ConfigError, match="was trained with other settings"):
-        system_test.adapters(system_test.parse([*given, "--train-steps", "3"]), quiet)
+        adapters.prepare(parse([*given, "--train-steps", "3"]), quiet)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -191,8 +193,8 @@ def test_a_merged_adapter_is_a_model_of_its_own(tmp_path, base, dora):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     randomise(model, scale=0.5)
     model.save_pretrained(tmp_path / "lora")
-    options = system_test.parse(["--out", str(tmp_path)])
-    folder = system_test.merge("lora", str(tmp_path / "lora"), options)
+    options = parse(["--out", str(tmp_path)])
+    folder = adapters.merge("lora", str(tmp_path / "lora"), options)
     ids = torch.arange(4, 24)[None]
     with torch.no_grad():
         expected, bare = model.eval()(input_ids=ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
@@ -248,7 +250,7 @@ def test_the_whole_script(tmp_path, base):
 @pytest.mark.timeout(600)
 def test_servers_end_with_the_block_also_on_failure(tmp_path, base):
     environment = {"SHADOWPEFT_API_KEYS": "user-key-0123456789"}
-    server = system_test.Server("cloud", [f"robot={base}"], tmp_path / "cloud.log", environment)
+    server = Server("cloud", [f"robot={base}"], tmp_path / "cloud.log", environment)
 
     def fail():
         with server:
@@ -258,7 +260,7 @@ def test_servers_end_with_the_block_also_on_failure(tmp_path, base):
     with pytest.raises(RuntimeError, match="on purpose"):
         fail()
     assert server.process.returncode == 0
-    broken = system_test.Server("edge", [f"robot={base}", "--routing", "none.json"], tmp_path / "edge.log", environment)
+    broken = Server("edge", [f"robot={base}", "--routing", "none.json"], tmp_path / "edge.log", environment)
     with pytest.raises(ShadowPeftError, match=r"edge server ended with status 2.*'none.json' cannot be read"), broken:
         broken.wait()
     assert broken.process.poll() == 2

@@ -12,12 +12,14 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, quiet_libraries
+from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.storage import write_json
 
@@ -61,13 +63,17 @@ SETTINGS: dict[str, Any] = {
 """The run of the demo; what was tried on the way to it is in LOG.md."""
 
 
-def main(out: str, full: bool, as_json: bool) -> None:
-    """Run the demo into the folder ``out``: ``run/``, ``edge/``, ``result.json``, ``result.png``."""
+def main(
+    out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
+    full: Annotated[bool, typer.Option("--full", help="2,800 steps and the whole test sets: hours on a CPU.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""
     folder = Path(out)
     if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     began = time.monotonic()
     prepare_cpu()
@@ -121,10 +127,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     import shadowpeft
     from shadowpeft import evaluate
     from shadowpeft.apps.detach import save_edge
+    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.data.robot import load, parse_action
     from shadowpeft.evaluate.record import commit
     from shadowpeft.generate import answer, routing_reason
-    from shadowpeft.train.run import ROBOT_SYSTEM, versions
+    from shadowpeft.runtime import environment
 
     edge = shadowpeft.detach(model)
     edge_files = save_edge(edge, tokenizer, folder / "edge")
@@ -207,7 +214,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
             "edge_bytes": edge_files["bytes"],
         },
         "requests": requests,
-        "machine": versions(),
+        "machine": environment(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

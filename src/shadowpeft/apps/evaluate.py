@@ -36,8 +36,10 @@ def main(
     import shadowpeft
     from shadowpeft import evaluate
     from shadowpeft.data import chat
+    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.data.robot import load as load_robot
-    from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows
+    from shadowpeft.runtime import prepare_cpu
+    from shadowpeft.train.rows import robot_rows
 
     prepare_cpu()
     where = pick_device(device)
@@ -119,7 +121,7 @@ def run_task(
     task = get_task(name)
     quiet_libraries()
     from shadowpeft.evaluate import evaluate_task
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
     where = pick_device(device)
@@ -164,8 +166,10 @@ def _load_for_task(adapter: str, base: str | None, task: Any) -> tuple[Any, Any,
     from peft import PeftConfig, PeftModel
 
     import shadowpeft
-    from shadowpeft.hf.checkpoint import find_file, load_base, read_config
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.hf.base.load import load_base
+    from shadowpeft.hf.files.locate import find_file
+    from shadowpeft.hf.load import read_config
+    from shadowpeft.tokenizer import load_tokenizer
 
     kind = json.loads(find_file(adapter, "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     plain = kind == "LORA"

@@ -59,8 +59,8 @@ def calibrate(
         rows["check"] = read_intents(check, "check", limit, own)
     quiet_libraries()
     from shadowpeft.data.robot import SKILLS, SYSTEM
+    from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
-    from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
     where = pick_device(device)

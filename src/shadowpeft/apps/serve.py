@@ -81,9 +81,9 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("shadowpeft.serve").setLevel(logging.INFO)
+    from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve.engine import Engine, Limits
     from shadowpeft.serve.server import Settings, build
-    from shadowpeft.train.run import prepare_cpu
 
     prepare_cpu()
     limits = Limits(

@@ -25,7 +25,9 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.scores import wilson
 from shadowpeft.generate import answer, evaluating
-from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.hf.detach import detach
+from shadowpeft.hf.layer import find_hub
+from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import write_json
 
 MODES = ("attached", "detached", "base", "lora", "dora")
@@ -66,7 +68,7 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
     model of that method as it is.
 
     Raises:
-        ConfigError: for another mode, or a model that has not what the mode needs.
+        ConfigError: for an unknown mode, or a model without the adapter that the mode needs.
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
@@ -240,7 +242,7 @@ def _run(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], met
         said = _classified(model, tokenizer, task, batch, max_length)
     else:
         said = _likeliest(model, tokenizer, task, batch)
-    share, peak = (time.perf_counter() - began) / len(batch), facts.peak_memory(model)
+    share, peak = (time.perf_counter() - began) / len(batch), peak_memory_bytes(next(model.parameters()).device)
     return [
         Row(e.id, prediction, _value(task, method, prediction, e), e.gold, text, tokens, share, peak, scores)
         for e, (prediction, text, tokens, scores) in zip(batch, said, strict=True)

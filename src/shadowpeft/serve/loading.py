@@ -23,8 +23,8 @@ def load_edge(path: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    from shadowpeft.hf.pretrained import load_whole
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.hf.base.load import load_whole
+    from shadowpeft.tokenizer import load_tokenizer
 
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
@@ -55,8 +55,8 @@ def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
     """The base with a LoRA or DoRA adapter, and the base's tokenizer: what a shadow is compared with."""
     from peft import PeftConfig, PeftModel
 
-    from shadowpeft.hf.checkpoint import load_base
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.hf.base.load import load_base
+    from shadowpeft.tokenizer import load_tokenizer
 
     named = base or PeftConfig.from_pretrained(path).base_model_name_or_path
     if not named:

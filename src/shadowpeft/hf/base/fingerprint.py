@@ -1,0 +1,132 @@
+"""Identity of a base model: architecture, shapes, vocabulary and a few weight values.
+
+The values are compared with a tolerance, so that the same weights in bfloat16 or behind a quantiser still match, while a
+model with other weights of the same shape does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowpeft.errors import BaseMismatchError
+from shadowpeft.hf.base.structure import DecoderParts
+from shadowpeft.hf.base.weights import dense_weight
+
+SAMPLES = 64
+SAME = 0.02
+"""Relative error up to which two samples are the same weights: bfloat16 rounding is at most 0.004."""
+RELATED = 0.35
+"""Up to here the weights are taken for a quantised or further trained relative; another model's error is about 1.4."""
+
+
+Read = Callable[[nn.Module], AbstractContextManager[Tensor]]
+"""Gives the weight of a module of the base."""
+
+
+def fingerprint(model: nn.Module, parts: DecoderParts, read: Read = dense_weight) -> dict[str, Any]:
+    """Architecture, shapes, vocabulary, and ``SAMPLES`` values of the token embedding and of each sampled norm.
+
+    Of a base whose modules an adapter trains (``modules_to_save``), its own modules are looked at.
+
+    Args:
+        read: where the weights come from; a model on the meta device has none of its own.
+    """
+    config = parts.config
+    shapes = {
+        "hidden_size": parts.hidden_size,
+        "num_hidden_layers": parts.num_layers,
+        "vocab_size": int(config.vocab_size),
+        "layer": hashlib.sha256(
+            ";".join(
+                sorted(
+                    name.replace(".original_module.", ".")
+                    for name, _ in parts.layers[0].named_parameters()
+                    if not name.startswith(("shadow_link", "base_layer")) and ".modules_to_save." not in name
+                )
+            ).encode()
+        ).hexdigest()[:16],
+    }
+    return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts, read)}
+
+
+def _sample(model: nn.Module, parts: DecoderParts, read: Read) -> dict[str, list[float]]:
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    sources: dict[str, nn.Module] = {"embedding": getattr(table, "original_module", table)}
+    for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):
+        for name, weight in layer.named_parameters():
+            if name.endswith("weight") and weight.dim() == 1 and "shadow_link" not in name:
+                sources[f"{position}.{name.replace('.original_module.', '.')}"] = layer.get_submodule(
+                    name.rpartition(".")[0]
+                )
+                break
+    values = {}
+    for name, source in sources.items():
+        with read(source) as real:
+            if real.device.type == "meta" or not real.is_floating_point():
+                continue
+            flat = real.reshape(-1)
+            index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+            values[name] = [float(f"{v:.6g}") for v in flat[index.to(flat.device)].float().tolist()]
+    return values
+
+
+def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
+    """Compare the fingerprint in an adapter with that of the base it is put on.
+
+    Raises:
+        BaseMismatchError: if architecture, shapes or weights differ. Weights that are close but not the same (a
+            quantised copy, a further trained sibling) give a warning with the measured distance.
+    """
+    advice = "; load the base that the adapter names, at the revision it was trained on, and pass it as base="
+    if not _is_fingerprint(recorded):
+        raise BaseMismatchError("the adapter's base_fingerprint is malformed, so its base cannot be checked" + advice)
+    if recorded["architecture"] != found["architecture"]:
+        raise BaseMismatchError(
+            f"the adapter was trained on a {recorded['architecture']} model, this base is {found['architecture']}{advice}"
+        )
+    for key, value in found["shapes"].items():
+        if recorded["shapes"].get(key) != value:
+            raise BaseMismatchError(
+                f"the adapter's base has {key} = {recorded['shapes'].get(key)}, this base has {value}{advice}"
+            )
+    shared = sorted(set(recorded["values"]) & set(found["values"]))
+    if found["values"] and not shared:
+        raise BaseMismatchError(
+            "the adapter's base_fingerprint holds no weight values of this base, so its base cannot be checked" + advice
+        )
+    for name in shared:
+        ours = torch.tensor(recorded["values"][name], dtype=torch.float64)
+        theirs = torch.tensor(found["values"][name], dtype=torch.float64)
+        if ours.shape != theirs.shape:
+            raise BaseMismatchError(f"the adapter's base_fingerprint has {ours.numel()} values for {name}{advice}")
+        distance = float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))
+        if not distance <= RELATED:
+            raise BaseMismatchError(
+                f"the adapter was trained on a base with other weights (relative difference {distance:.2g} in {name})"
+                f"{advice}"
+            )
+        if distance > SAME:
+            warnings.warn(
+                f"the base's weights differ from those the adapter was trained on by {distance:.2g} (relative, {name}): "
+                "expected for a quantised copy, otherwise check that this is the right base",
+                stacklevel=2,
+            )
+
+
+def _is_fingerprint(recorded: Any) -> bool:
+    """Whether a record from a file has the form that :func:`fingerprint` writes."""
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("architecture"), str):
+        return False
+    if not isinstance(recorded.get("shapes"), dict) or not isinstance(recorded.get("values"), dict):
+        return False
+    return all(
+        isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
+        for values in recorded["values"].values()
+    )

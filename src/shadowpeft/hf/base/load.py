@@ -1,0 +1,78 @@
+"""Pretrained models whose every weight comes from the file; transformers draws what is missing at random and logs it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.structure import CLASSIFIERS
+from shadowpeft.messages import shorten
+
+
+def load_whole(
+    auto: Any, source: str | Path, what: str | None = None, *, new: Collection[str] = (), **kwargs: Any
+) -> PreTrainedModel:
+    """``auto.from_pretrained(source, **kwargs)``, refused if the files lack a weight; code in the folder is never run.
+
+    Args:
+        what: how messages call the model; None: by ``source``. new: children of the model that may be missing and are then
+            drawn at random, such as the head of a classifier that is to be trained.
+
+    Raises:
+        ConfigError: if it cannot be loaded, or weights are missing or of other shapes than the configuration says.
+    """
+    what = what or f"'{source}'"
+    try:
+        model, info = auto.from_pretrained(
+            source, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{what} could not be loaded: {shorten(error)}") from error
+    except RuntimeError as error:
+        if "automatic conversion of the weights" not in str(error):
+            raise
+        raise ConfigError(
+            f"{what} could not be loaded: its expert weights are incomplete or of wrong shapes; fetch or save it again"
+        ) from error
+    wrong = sorted(info["mismatched_keys"])
+    if wrong:
+        name, stored, configured = wrong[0]
+        raise ConfigError(
+            f"{what} has {len(wrong)} weights of other shapes than its configuration says ({name}: {tuple(stored)} in the "
+            f"file, {tuple(configured)} configured); configuration and weights do not belong together"
+        )
+    missing = {name for name in info["missing_keys"] if name.partition(".")[0] not in new}
+    missing &= {name for name, _ in model.named_parameters()}  # neither buffers nor the second name of a tied weight
+    if missing:
+        raise ConfigError(
+            f"{what} lacks {len(missing)} of its weights ({', '.join(sorted(missing)[:3])}), which would be drawn at random; "
+            "fetch or save it again"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
+    """A base model by alias (``smollm2-135m``), folder or Hub id; of a classifier, the head may be new.
+
+    Raises:
+        ConfigError: if it cannot be loaded or lacks a weight, with the reason.
+    """
+    source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
+    classifier = task_type == "SEQ_CLS"
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    try:
+        revision = {k: v for k, v in kwargs.items() if k == "revision"}
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
+    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)
