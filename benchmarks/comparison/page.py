@@ -81,10 +81,14 @@ def short_table(record: dict[str, Any], only: tuple[str, ...] | None = None) -> 
 def source(record: dict[str, Any]) -> str:
     """Where the facts come from."""
     v = record["versions"]
+    later = "".join(
+        f" {len(more['rows'])} rows were measured later ({more['date']}, commit {short(more['commit'])})."
+        for more in record.get("later", [])
+    )
     return (
         f"`make compare`, {record['date']}, commit {short(record['commit'])}, {record['machine']}, one thread, torch "
         f"{v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}, shadow-peft {v['shadow-peft']}, TRL {v['trl']}; "
-        "tiny random models."
+        f"tiny random models.{later}"
     )
 
 
