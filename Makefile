@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz bench bench-projection bench-starts architectures compare system-test versions llamacpp ray clean
+.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-projection bench-starts architectures compare system-test versions llamacpp ray clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ durability: $(VENV)/dev  ## kill runs eighty times and compare their ends with a
 
 fuzz: $(VENV)/dev  ## two thousand damaged adapter folders
 	$(BIN)/python -m pytest -m fuzz tests/hostile
+
+processors: $(VENV)/dev  ## the tests with the arithmetic of processors without vector units, then of those without AVX-512; two runs of make test
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n 2 --dist loadfile
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py --readme

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shadowpeft.core import projection
-from shadowpeft.hf.bases import materialise
+from shadowpeft.hf.base.aliases import materialise
 from shadowpeft.storage import write_text
 
 SIZES = ("20000x1024x512", "40000x2048x1024")

@@ -33,7 +33,7 @@ from peft.helpers import DoraCaching
 from transformers import AutoModelForCausalLM, logging
 
 import shadowpeft
-from shadowpeft.hf.bases import materialise
+from shadowpeft.hf.base.aliases import materialise
 from shadowpeft.storage import between, write_text
 from shadowpeft.train.baselines import count_trainable, match_rank
 

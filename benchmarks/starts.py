@@ -29,7 +29,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shadowpeft.apps.common import bar, quiet_libraries
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.pretrain import Batches, end_token, make_stream, pretrain
 from shadowpeft.train.pretrain_config import PretrainConfig, parse_pretraining

@@ -30,7 +30,7 @@ def load(name):
     """Base and tokenizer."""
     torch.manual_seed(0)
     if name != "toy":
-        from shadowpeft.hf.checkpoint import load_base
+        from shadowpeft.hf.base.load import load_base
         from shadowpeft.train.run import load_tokenizer
 
         return load_base(name), load_tokenizer(name)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 import shadowpeft
 from shadowpeft.apps.common import quiet_libraries
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.serve.backend import Attached, Backend, Detached
 from shadowpeft.serve.capacity import answers_per_second
 from shadowpeft.serve.engine import Engine, Event, Failed, Finish, Limits, Sampling

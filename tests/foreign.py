@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from shadowpeft.hf.backbone import anatomy
+from shadowpeft.hf.base.structure import find_decoder
 from tiny import randomise, tokens
 
 TOLERANCE = 1e-5
@@ -61,4 +61,4 @@ def assert_gradients(adapted, expected, skip=()):
 
 
 def parts_of(base):
-    return anatomy(copy.deepcopy(base))
+    return find_decoder(copy.deepcopy(base))

@@ -21,7 +21,8 @@ from shadowpeft.apps.demo import SETTINGS
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.data.tasks import get_task
 from shadowpeft.errors import ConfigError, ShadowPeftError
-from shadowpeft.hf.checkpoint import load_base, read_config
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.load import read_config
 from shadowpeft.serve.router import FILE
 from shadowpeft.storage import write_json
 from shadowpeft.train import baselines

@@ -14,9 +14,9 @@ from shadowpeft._register import register_when_peft_loads
 
 if TYPE_CHECKING:
     from shadowpeft.errors import ShadowPeftError
-    from shadowpeft.hf.checkpoint import load
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.hf.detach import detach
+    from shadowpeft.hf.load import load
     from shadowpeft.hf.model import ShadowModel
     from shadowpeft.hf.swap import swap
     from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
@@ -30,7 +30,7 @@ _LAZY = {
     "ShadowPeftError": "shadowpeft.errors",
     "ShadowTrainer": "shadowpeft.train.trainer",
     "detach": "shadowpeft.hf.detach",
-    "load": "shadowpeft.hf.checkpoint",
+    "load": "shadowpeft.hf.load",
     "swap": "shadowpeft.hf.swap",
 }
 

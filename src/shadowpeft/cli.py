@@ -1,4 +1,7 @@
-"""The command line: a table of commands, each imported when it is called. No torch is imported for ``--help``."""
+"""The command line: a table of commands. Each declares its options in its module of :mod:`shadowpeft.apps`.
+
+A command imports torch and the like when it runs, so that ``--help`` is instant.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ import sys
 from typing import Annotated, Optional
 
 import typer
+
+from shadowpeft import __version__
+from shadowpeft.apps import convert, demo, detach, doctor, export, generate, info, plan, pretrain, train
+from shadowpeft.apps.options import Adapter, Base, Device, Json, System
+from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+from shadowpeft.messages import shorten
 
 app = typer.Typer(
     name="shadowpeft",
@@ -16,22 +25,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Base = Annotated[Optional[str], typer.Option(help="Base model: alias, folder or Hub id. Default: the adapter's own.")]
-Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
-Mode = Annotated[str, typer.Option(help="attached, detached or base.")]
-System = Annotated[Optional[str], typer.Option(help="System message.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0: greedy.")]
-Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps; auto: cuda if there is one.")]
-Seed = Annotated[int, typer.Option(help="Seed for sampling.")]
 _state = {"debug": False}
 
 
 def _version(value: bool) -> None:
     if value:
-        from shadowpeft import __version__
-
         print(f"shadowpeft {__version__}")
         raise typer.Exit
 
@@ -46,31 +44,8 @@ def _options(
     _state["debug"] = debug
 
 
-@app.command()
-def train(
-    run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
-    json: Json = False,
-) -> None:
-    """Fine-tune: one run, its folder, its adapter."""
-    from shadowpeft.apps import train as command
-
-    command.main(run, resume, json)
-
-
-@app.command()
-def pretrain(
-    run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Continue the run in its folder at the exact sample; start it if there is none."),
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Pretrain a shadow under the base's frozen head."""
-    from shadowpeft.apps import pretrain as command
-
-    command.main(run, resume, json)
+app.command("train")(train.main)
+app.command("pretrain")(pretrain.main)
 
 
 @app.command("eval")
@@ -136,142 +111,14 @@ def evaluate(
     )
 
 
-@app.command()
-def generate(
-    adapter: Adapter,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    mode: Mode = "attached",
-    base: Base = None,
-    system: System = None,
-    max_new_tokens: NewTokens = 64,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Answer one prompt."""
-    from shadowpeft.apps import generate as command
-
-    command.generate(adapter, prompt, mode, base, system, max_new_tokens, temperature, seed, device, json)
-
-
-@app.command()
-def chat(
-    adapter: Adapter,
-    mode: Mode = "attached",
-    base: Base = None,
-    system: System = None,
-    max_new_tokens: NewTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    device: Device = "auto",
-) -> None:
-    """Talk to the model in the terminal."""
-    from shadowpeft.apps import generate as command
-
-    command.chat(adapter, mode, base, system, max_new_tokens, temperature, seed, device)
-
-
-@app.command()
-def detach(
-    adapter: Adapter,
-    out: Annotated[str, typer.Argument(help="New folder for the edge model.")],
-    base: Base = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    json: Json = False,
-) -> None:
-    """Write the shadow as a stand-alone stock model."""
-    from shadowpeft.apps import detach as command
-
-    command.main(adapter, out, base, dtype, json)
-
-
-@app.command()
-def export(
-    source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
-    out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
-    to: Annotated[str, typer.Option(help="hf, gguf, onnx, int8 or int4.")],
-    dtype: Annotated[
-        Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
-    ] = None,
-    base: Base = None,
-    vocab_from: Annotated[
-        Optional[str],
-        typer.Option(
-            help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."
-        ),
-    ] = None,
-    verify: Annotated[bool, typer.Option(help="Read the file back and compare greedy tokens with the source.")] = True,
-    evaluate: Annotated[
-        Optional[str], typer.Option(help="Score this task before and after, as eval --task does.")
-    ] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="With --evaluate: this many rows.")] = None,
-    json: Json = False,
-) -> None:
-    """Write the edge model for another runtime, with a smaller vocabulary if wanted, and compare it with its source."""
-    from shadowpeft.apps import export as command
-
-    command.main(source, out, to, dtype, base, vocab_from, verify, evaluate, limit, json)
-
-
-@app.command()
-def convert(
-    source: Annotated[
-        str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")
-    ],
-    out: Annotated[str, typer.Argument(help="New folder.")],
-    base: Base = None,
-    to: Annotated[
-        Optional[str],
-        typer.Option(
-            help="shadowpeft, authors, peft or projected; stock for a projected checkpoint. Default: shadowpeft or stock."
-        ),
-    ] = None,
-    shadow_model: Annotated[
-        Optional[str], typer.Option(help="The model an explicit shadow started from, where the files do not say.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
-    json: Json = False,
-) -> None:
-    """Translate an adapter between this package's format, the authors' and PEFT's SHADOW."""
-    from shadowpeft.apps import convert as command
-
-    command.main(source, out, base, to, shadow_model, force, json)
-
-
-@app.command()
-def plan(
-    run: Annotated[str, typer.Argument(help="YAML file that describes the run.")],
-    json: Json = False,
-) -> None:
-    """Parameters, memory and time of a run, before it is trained."""
-    from shadowpeft.apps import plan as command
-
-    command.main(run, json)
-
-
-@app.command()
-def info(adapter: Adapter, json: Json = False) -> None:
-    """What an adapter is."""
-    from shadowpeft.apps import info as command
-
-    command.main(adapter, json)
-
-
-@app.command()
-def doctor(
-    adapter: Annotated[
-        Optional[str],
-        typer.Argument(help="Folder or Hub id of an adapter of any format. Default: the environment alone."),
-    ] = None,
-    base: Base = None,
-    json: Json = False,
-) -> None:
-    """Check versions, device, adapter, base and tokenizer, and test the model on itself."""
-    from shadowpeft.apps import doctor as command
-
-    command.main(adapter, base, json)
-
+app.command("generate")(generate.generate)
+app.command("chat")(generate.chat)
+app.command("detach")(detach.main)
+app.command("export")(export.main)
+app.command("convert")(convert.main)
+app.command("plan")(plan.main)
+app.command("info")(info.main)
+app.command("doctor")(doctor.main)
 
 route = typer.Typer(name="route", help="Routing between device and cloud.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(route)
@@ -399,16 +246,7 @@ def serve(
     )
 
 
-@app.command()
-def demo(
-    out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
-    full: Annotated[bool, typer.Option("--full", help="2,800 steps and the whole test sets: hours on a CPU.")] = False,
-    json: Json = False,
-) -> None:
-    """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""
-    from shadowpeft.apps import demo as command
-
-    command.main(out, full, json)
+app.command("demo")(demo.main)
 
 
 def main() -> None:
@@ -419,15 +257,12 @@ def main() -> None:
         print("stopped", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
-
         if _state["debug"]:
             raise
         if isinstance(error, ShadowPeftError):
             print(f"error: {error}", file=sys.stderr)
         else:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else "no further description"
-            print(f"error: {type(error).__name__}: {first} (run again with: shadowpeft --debug ...)", file=sys.stderr)
+            print(f"error: {type(error).__name__}: {shorten(error)} (run again with: shadowpeft --debug ...)", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
 
 

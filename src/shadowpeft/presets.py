@@ -5,26 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.settings import WIDTHS, ShadowSettings
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"shadow_alpha": 0.1, "shadow_dropout": 0.2, "shadow_init": "random", "auxiliary_loss_weight": 0.05},
-    "tuned": {
-        "shadow_alpha": 0.5,
-        "shadow_dropout": 0.1,
-        "shadow_init": "base_layers",
-        "auxiliary_loss_weight": 0.3,
-    },
+_TUNED: dict[str, Any] = {
+    "shadow_alpha": 0.5,
+    "shadow_dropout": 0.1,
+    "shadow_init": "base_layers",
+    "auxiliary_loss_weight": 0.3,
 }
-"""``paper``: the settings behind Table 1 where they are one for all tasks (the paper). ``tuned``: for the
-detached model, by the ablation of SmolLM2-135M in docs/results.md; for the attached one no gain was measured."""
-
-_SHAPES = (
-    "shadow_intermediate_size",
-    "shadow_num_attention_heads",
-    "shadow_num_key_value_heads",
-    "shadow_head_dim",
-    "shadow_hidden_size",
-)
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {name: getattr(ShadowSettings, name) for name in _TUNED},
+    "tuned": _TUNED,
+}
+"""``paper``: the settings behind Table 1 where they are one for all tasks (the paper), which are the defaults. ``tuned``: for
+the detached model, by the ablation of SmolLM2-135M in docs/results.md; for the attached one no gain was measured."""
 
 
 def preset(name: str, /, **given: Any) -> dict[str, Any]:
@@ -40,6 +34,6 @@ def preset(name: str, /, **given: Any) -> dict[str, Any]:
         raise ConfigError(f"preset is {name!r} but must be one of {', '.join(PRESETS)}")
     fields = dict(PRESETS[name])
     explicit = given.get("shadow_model", "mirror") != "mirror"
-    if explicit or any(given.get(shape) is not None for shape in _SHAPES):
+    if explicit or any(given.get(width) is not None for width in WIDTHS):
         fields.pop("shadow_init", None)
     return {**fields, **given}

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import shadowpeft
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import UnsupportedModelError
-from shadowpeft.hf import hooks
+from shadowpeft.hf.forward import losses
 from shadowpeft.train.config import RunConfig
 from tiny import adapt, base, padded, tokens
 
@@ -178,8 +178,8 @@ def test_defect_23_the_shadows_head_does_not_run_when_only_generating(monkeypatc
     ids = tokens(2, 9)
     model = adapt(base("llama"))
     shadow_calls = []
-    real = hooks.lm_logits
-    monkeypatch.setattr(hooks, "lm_logits", lambda *a, **k: shadow_calls.append(a) or real(*a, **k))
+    real = losses.lm_logits
+    monkeypatch.setattr(losses, "lm_logits", lambda *a, **k: shadow_calls.append(a) or real(*a, **k))
     rows = Rows(model.get_base_model().lm_head)
     greedy(model, ids)
     assert rows.calls == [2] * 8  # one state a row and token: the base's head, on the last position

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from chatbase import save_base, write_rows
-from shadowpeft.hf.projected import read_projected
+from shadowpeft.hf.files.projected import read_projected
 from shadowpeft.train.progress import read_metrics
 
 pytestmark = pytest.mark.durability

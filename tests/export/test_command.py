@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -126,6 +127,14 @@ def test_wrong_usage(arguments, says, folders, run, tmp_path, monkeypatch):
     assert (code, out) == (2, "")
     assert says in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "package"), [("gguf", "gguf"), ("onnx", "onnxscript"), ("int8", "torchao")])
+def test_a_missing_package_is_named(to, package, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, out, err = run("nowhere", tmp_path / "m.gguf", "--to", to)
+    assert (code, out) == (2, "")
+    assert err == f"error: the format '{to}' needs the package {package}; run: pip install 'shadowpeft[export]'\n"
 
 
 def test_a_classifier_is_refused(run, tmp_path):

@@ -177,6 +177,15 @@ def test_a_second_stop_token_is_named(tmp_path):
     assert fields["tokenizer.ggml.eot_token_id"].contents() == 0
 
 
+def test_named_chat_templates(tmp_path):
+    words = edges.tokenizer()
+    words.chat_template = {"default": words.chat_template, "tool use": words.chat_template + "\n"}
+    gguf.write(edges.model(), words, tmp_path / "m.gguf", "f16")
+    fields = package.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == words.chat_template["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == words.chat_template["tool use"]
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [

@@ -1,5 +1,6 @@
 """ONNX: onnxruntime gives torch's logits for any number of rows and tokens, with padding on the left."""
 
+import onnxruntime
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -13,8 +14,11 @@ from shadowpeft.export import onnx
 def test_any_shape(arch, tmp_path):
     source = edges.model(arch, num_hidden_layers=1)
     words = edges.tokenizer()
-    onnx.write(source, words, tmp_path / "o", "f32")
+    report = onnx.write(source, words, tmp_path / "o", "f32")
     graph = onnx.read(tmp_path / "o")
+    session = onnxruntime.InferenceSession(tmp_path / "o" / "model.onnx")
+    assert report["use"] == session.get_modelmeta().custom_metadata_map["use"]
+    assert report["use"].startswith("scoring only")
     for rows, length, hidden in ((2, 7, 3), (1, 1, 0), (3, 40, 11)):
         ids = edges.ids(rows, length)
         mask = torch.ones_like(ids)

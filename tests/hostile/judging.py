@@ -94,7 +94,7 @@ class Judge:
         import shadowpeft
         from shadowpeft.apps import info
         from shadowpeft.errors import ShadowPeftError
-        from shadowpeft.hf.checkpoint import read_config
+        from shadowpeft.hf.load import read_config
 
         model = copy.deepcopy(self.bases[task])
         try:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer, plain_rows, run_file, save_base, write_rows
 from commands import call
-from shadowpeft.hf import formats, projected
+from shadowpeft.hf import formats
+from shadowpeft.hf.formats import projected_writer
 from tiny import adapt, base, small_llama, tokenizer, tokens
 
 
@@ -193,7 +194,7 @@ def test_a_run_starts_from_a_projected_checkpoint(tmp_path, run):
     small = chat_model(hidden_size=16, num_attention_heads=2, num_hidden_layers=2)
     base_folder = save_base(tmp_path / "base")
     start = adapt(chat_model(), shadow_model=small)
-    projected.save_projected(start, tmp_path / "projected")
+    projected_writer.save_projected(start, tmp_path / "projected")
     chat_tokenizer().save_pretrained(tmp_path / "projected")
     content = run_file(tmp_path / "run", base_folder, write_rows(tmp_path / "rows.jsonl", plain_rows()))
     content["shadow"] = {"r": 4, "shadow_model": str(tmp_path / "projected")}

@@ -17,7 +17,8 @@ from shadowpeft import cli, versions
 from shadowpeft.apps import doctor, selftest
 from shadowpeft.apps.checks import Report
 from shadowpeft.apps.common import load_tokenizer_of
-from shadowpeft.hf import checkpoint, hooks
+from shadowpeft.hf.files import locate
+from shadowpeft.hf.forward import hooks, losses
 from tiny import adapt, randomise
 
 ALL = {
@@ -188,7 +189,7 @@ def test_lambda_zero(monkeypatch, capsys, tmp_path, base_folder):
 
 
 def test_a_lambda_that_changes_nothing(monkeypatch, capsys, adapter):
-    monkeypatch.setattr(hooks, "joint_loss", lambda task, shadow, weight: task)
+    monkeypatch.setattr(losses, "joint_loss", lambda task, shadow, weight: task)
     checks = broken(monkeypatch, capsys, adapter, failed=["lambda"])
     assert "never supervised" in checks["lambda"]["text"]
 
@@ -223,7 +224,7 @@ def test_the_tokenizer_of_an_adapter_on_the_hub(monkeypatch, adapter, base_folde
         assert options["trust_remote_code"] is False
         return real(adapter if name == "me/robot" else name, **options)
 
-    monkeypatch.setattr(checkpoint, "hf_hub_download", fetch)
+    monkeypatch.setattr(locate, "hf_hub_download", fetch)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
     load_tokenizer_of("me/robot", str(base_folder))
     report = Report()

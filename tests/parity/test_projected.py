@@ -15,7 +15,9 @@ import shadowpeft
 from foreign import TOLERANCE, greedy, lm_batch
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import formats, projected
+from shadowpeft.hf import formats
+from shadowpeft.hf.files import projected
+from shadowpeft.hf.formats import projected_writer
 from tiny import adapt, adapter_config, base, randomise, small_llama, tokens
 
 shadow_peft = pytest.importorskip("shadow_peft")
@@ -138,7 +140,7 @@ def test_stock_model_with_a_folded_head(made, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "llama_tied"])
 def test_a_shadow_written_in_the_format_runs_in_their_package(tmp_path, name):
     ours = adapt(base(name), shadow_model="small_llama")
-    projected.save_projected(ours, tmp_path)
+    projected_writer.save_projected(ours, tmp_path)
     theirs = shadow_peft.AutoModelForCausalLMWithHiddenProjection.from_pretrained(tmp_path)
     with torch.no_grad():
         found, expected = theirs(input_ids=tokens()).logits, ours(input_ids=tokens(), return_shadow=True).shadow_logits
@@ -164,13 +166,13 @@ def test_write_read_write_is_the_same_file(made, tmp_path):
 
 def test_what_the_format_cannot_express_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no projection"):
-        projected.save_projected(adapt(base("llama")), tmp_path)
+        projected_writer.save_projected(adapt(base("llama")), tmp_path)
     with pytest.raises(ConfigError, match="is a classifier's"):
-        projected.save_projected(
+        projected_writer.save_projected(
             adapt(base("llama", task="SEQ_CLS"), task_type="SEQ_CLS", shadow_model="small_llama"), tmp_path
         )
     with pytest.raises(UnsupportedModelError, match="soft-cap"):
-        projected.save_projected(adapt(base("gemma3"), shadow_model="small_llama"), tmp_path)
+        projected_writer.save_projected(adapt(base("gemma3"), shadow_model="small_llama"), tmp_path)
 
 
 def _edit(folder, **changes):
@@ -180,7 +182,7 @@ def _edit(folder, **changes):
 
 @pytest.mark.parametrize("key", ["shadow_model_class", "shadow_model_config_class"])
 def test_nothing_that_a_file_names_is_imported(tmp_path, key, monkeypatch):
-    projected.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
+    projected_writer.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     for named in (
@@ -198,7 +200,7 @@ def test_nothing_that_a_file_names_is_imported(tmp_path, key, monkeypatch):
 
 
 def test_bad_files_are_refused_by_name(tmp_path):
-    projected.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
+    projected_writer.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     inner = content["shadow_model_config"]
     for changes, said in (
@@ -226,7 +228,7 @@ def test_bad_files_are_refused_by_name(tmp_path):
 
 
 def test_a_checkpoint_for_another_base(tmp_path):
-    projected.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
+    projected_writer.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
     wide = base("llama", hidden_size=48)
     with pytest.raises(ConfigError, match="made for a base of width 32 but this base has width 48"):
         get_peft_model(wide, adapter_config(shadow_model=str(tmp_path)))
@@ -237,7 +239,7 @@ def test_a_checkpoint_for_another_base(tmp_path):
 
 
 def test_sharded_checkpoints(tmp_path):
-    projected.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
+    projected_writer.save_projected(adapt(base("llama"), shadow_model="small_llama"), tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     expected = projected.read_projected(tmp_path).head
     (tmp_path / "model.safetensors").unlink()

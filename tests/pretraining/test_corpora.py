@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from shadowpeft.data import corpora
-from shadowpeft.data.corpora import FileSource, HubSource, Mixture, PackedStream, collate, find_shards
+from shadowpeft.data.corpora import FileSource, HubSource, find_shards, stable_hash
+from shadowpeft.data.packing import Batches, Mixture, PackedStream, StreamState, collate
 from shadowpeft.errors import ConfigError, DataError
 
 END = 0
@@ -175,9 +175,12 @@ def test_a_stream_stopped_anywhere_goes_on_with_the_next_sequence(tmp_path, buff
         made = stream(tmp_path, buffer=buffer)
         for _ in range(stop):
             next(made)
-        numbers, tensors = made.state()
+        state = made.state()
+        for _ in range(3):
+            next(made)  # what is read afterwards does not change the state
+        state.save(tmp_path)
         again = stream(tmp_path, buffer=buffer)
-        again.load(json.loads(json.dumps(numbers)), tensors)
+        again.load(StreamState.read(tmp_path))
         for sequence in expected[stop:]:
             assert same(next(again), sequence)
 
@@ -226,5 +229,73 @@ def test_batches(tmp_path):
     }
 
 
+def without_reading_ahead(tmp_path, batches, size=2):
+    whole = stream(tmp_path)
+    return [[next(whole) for _ in range(size)] for _ in range(batches)], whole.state()
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_state_is_that_of_the_last_batch_given_out_however_far_was_read(tmp_path, keep):
+    for taken in (0, 1, 5):
+        expected, state = without_reading_ahead(tmp_path, taken)
+        batches = Batches(stream(tmp_path), 2, keep=keep)
+        for sequences in expected:
+            assert next(batches)["input_ids"].tolist() == [s.ids.tolist() for s in sequences]
+        if taken:
+            batches._ahead[-1].result()
+        batches.close()
+        assert batches.stream.number == (2 * (taken + keep) if taken else 0)
+        assert batches.state.numbers == state.numbers
+        batches.save(tmp_path)
+        again = Batches(stream(tmp_path), 2)
+        again.load(tmp_path)
+        assert next(again)["numbers"].tolist() == [2 * taken, 2 * taken + 1]
+
+
+def test_one_process_reads_for_all(tmp_path, monkeypatch):
+    expected, _ = without_reading_ahead(tmp_path, 3, size=4)
+    sent = []
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: sent.append(list(box)))
+    first = Batches(stream(tmp_path), 2, 0, 2)
+    mine = [next(first)["input_ids"].tolist() for _ in range(3)]
+    first.close()
+    waiting = iter(sent)
+
+    def receive(box, src):
+        box[:] = next(waiting)
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", receive)
+    second = Batches(stream(tmp_path), 2, 1, 2)
+    theirs = [next(second)["input_ids"].tolist() for _ in range(3)]
+    assert [a + b for a, b in zip(mine, theirs, strict=True)] == [[s.ids.tolist() for s in part] for part in expected]
+    assert second.stream.number == 0  # it has read nothing
+    assert second.where(11) == "sequence 11 (" + second.where(11).partition("(")[2]
+    assert "corpus 'a'" in second.where(11)
+
+
+def test_an_error_while_reading_ahead_comes_with_its_batch_in_every_process(tmp_path, monkeypatch):
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps({"text": "x" * 15}) + "\n" for _ in range(5)) + "damage\n")
+    sent = []
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: sent.append(list(box)))
+    batches = Batches(PackedStream(Mixture([FileSource("c", [file])], [1.0], encode, END), 16), 1, 0, 2, keep=9)
+    assert [next(batches)["numbers"].tolist() for _ in range(2)] == [[0], [2]]
+    with pytest.raises(DataError, match="line 6 is not JSON"):
+        next(batches)
+    batches.close()
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: box.__setitem__(0, sent[-1][0]))
+    with pytest.raises(DataError, match="line 6 is not JSON"):
+        next(Batches(stream(tmp_path), 1, 1, 2))
+
+
+def test_the_order_of_the_shards_is_found_once_a_pass(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("shadowpeft.data.corpora.stable_hash", lambda *n: calls.append(n) or stable_hash(*n))
+    source = FileSource("c", write(tmp_path / "c", "jsonl", [texts(9), texts(9)]))
+    for _ in range(3):
+        one_pass(source)
+    assert len(calls) == 2 * 4  # three passes and the beginning of a fourth
+
+
 def test_draws_are_the_same_on_every_machine():
-    assert [corpora._hash(1, n) % 1000 for n in range(4)] == [105, 73, 165, 992]
+    assert [stable_hash(1, n) % 1000 for n in range(4)] == [105, 73, 165, 992]

@@ -20,11 +20,11 @@ from commands import call
 from conftest import documents, run_content
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError, UnsupportedModelError
-from shadowpeft.hf import pieces
-from shadowpeft.hf.backbone import copied_layers
-from shadowpeft.hf.pieces import open_base
-from shadowpeft.hf.pretraining import ProjectedShadow, build_shadow, check_separation, save_shadow
-from shadowpeft.hf.projected import read_projected
+from shadowpeft.hf.files.projected import read_projected
+from shadowpeft.hf.pretraining import base_ends as pieces
+from shadowpeft.hf.pretraining.base_ends import open_base
+from shadowpeft.hf.pretraining.model import ProjectedShadow, build_shadow, check_separation, save_shadow
+from shadowpeft.hf.shadow.mirror import copied_layers
 from shadowpeft.train import pretrain as pretrain_module
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.pretrain import PretrainCallback, pretrain

@@ -15,13 +15,13 @@ from chatbase import chat_model, save_base, write_rows
 from conftest import documents
 from shadowpeft.core import teacher_loss
 from shadowpeft.data import teacher as teacher_module
-from shadowpeft.data.corpora import collate
+from shadowpeft.data.packing import collate
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, UnsupportedModelError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.fingerprint import fingerprint
-from shadowpeft.hf.pieces import open_base
-from shadowpeft.hf.pretraining import ProjectedShadow, check_teacher_separation
+from shadowpeft.hf.base.fingerprint import fingerprint
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.pretraining.base_ends import open_base
+from shadowpeft.hf.pretraining.model import ProjectedShadow, check_teacher_separation
 from shadowpeft.train import pretrain_teacher
 from shadowpeft.train.pretrain import PretrainCallback, end_token, load_tokenizer, make_stream, pretrain
 from shadowpeft.train.progress import read_metrics
@@ -298,7 +298,7 @@ def test_the_fingerprint_from_the_files_is_that_of_the_loaded_base(made, tmp_pat
     tied = save_base(tmp_path / "tied", tie_word_embeddings=True)
     for name in (made["base"], tied):
         model = AutoModelForCausalLM.from_pretrained(name)
-        assert open_base(name).fingerprint() == fingerprint(model, anatomy(model))
+        assert open_base(name).fingerprint() == fingerprint(model, find_decoder(model))
         assert set(open_base(name).fingerprint()["values"]) == {
             "embedding",
             "first.input_layernorm.weight",

@@ -96,8 +96,8 @@ def test_the_pages_tables_are_the_records(record):
         base, adapter = 2 * m["base_parameters"], 4 * m["adapter_parameters"]
         caches = 2 * (m["base_cache_per_token"] + m["shadow_cache_per_token"])
         one, hundred = (memory_bytes(base, n * adapter, caches, 16, 2560) for n in (1, 100))
-        of_adapter = [m["adapter_parameters"], round(adapter / 1e6, 1), round(caches / 1e3, 1)]
-        assert sizes[name] == [round(base / 1e9, 2), *of_adapter, round(one / 1e9, 1), round(hundred / 1e9, 1)]
+        module_for_adapter = [m["adapter_parameters"], round(adapter / 1e6, 1), round(caches / 1e3, 1)]
+        assert sizes[name] == [round(base / 1e9, 2), *module_for_adapter, round(one / 1e9, 1), round(hundred / 1e9, 1)]
     counts = {row[0]: numbers(" ".join(row[1:])) for row in rows(marked(PAGE, "replicas"))[1:]}
     measured = record["attached"][-1]["measured_per_second"]
     for devices in (10, 1000, 1_000_000):

@@ -21,8 +21,9 @@ from shadowpeft.errors import (
     ShadowPeftError,
     UnsupportedModelError,
 )
-from shadowpeft.hf import formats, vocabulary
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf import formats
+from shadowpeft.hf.base import vocabulary
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.formats.common import explicit_config
 from shadowpeft.train.run import load_tokenizer
 from tiny import adapt, adapter_config, base, small_llama, tokens

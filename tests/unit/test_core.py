@@ -8,7 +8,6 @@ from shadowpeft.core import (
     Injection,
     Trajectory,
     Update,
-    UpdateNorm,
     count_targets,
     fold_projection,
     head_loss,
@@ -32,7 +31,6 @@ def test_parameter_counts():
     assert count(Injection(D, R)) == 2 * D * R
     assert count(Update(D, M)) == 4 * D * M
     assert count(Update(D, M, bias=True)) == 4 * D * M + 2 * M + 2 * D
-    assert count(UpdateNorm(D)) == 2 * D
 
 
 def test_injection_starts_as_the_paper_says():
@@ -56,7 +54,7 @@ def test_update_starts_as_four_default_linear_layers():
 
 def test_refine_updates_before_it_injects():
     h, s = torch.randn(2, 3, D), torch.randn(2, 3, D)
-    injection, update, norm = Injection(D, R), Update(D, M), UpdateNorm(D)
+    injection, update, norm = Injection(D, R), Update(D, M), torch.nn.LayerNorm(D)
     torch.nn.init.normal_(injection.w_up)
     corrected, advanced = refine(h, s, injection, 0.5, update, norm)
     torch.testing.assert_close(advanced, update(s, h, norm))

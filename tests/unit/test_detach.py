@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, ModernBertDecoderConfig
 
 import shadowpeft
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.projected import read_projected, save_projected
+from shadowpeft.hf.files.projected import read_projected
+from shadowpeft.hf.formats.projected_writer import save_projected
 from tiny import ARCHITECTURES, KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokens
 
 CASES = {

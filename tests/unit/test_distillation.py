@@ -230,7 +230,7 @@ def test_the_trainer_counts_targets_over_the_accumulated_batch(tmp_path):
 
 
 def test_what_is_refused():
-    with pytest.raises(ConfigError, match="shadow_loss is 'mse' but must be one of ce, kl, both"):
+    with pytest.raises(ConfigError, match="shadow_loss is 'mse' but must be 'ce', 'kl' or 'both'"):
         ShadowPeftConfig(task_type="CAUSAL_LM", shadow_loss="mse")
     with pytest.raises(ConfigError, match="classifier's shadow"):
         ShadowPeftConfig(task_type="SEQ_CLS", shadow_loss="kl")

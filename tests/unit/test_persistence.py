@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import shadowpeft
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf import bases, checkpoint
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf import load as checkpoint
+from shadowpeft.hf.base import aliases as bases
+from shadowpeft.hf.base.load import load_base
 from tiny import KINDS, adapt, adapter_config, base, padded, randomise, small_llama, tokenizer, tokens
 
 OPTIONS = {

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
 from shadowpeft.errors import AdapterFileError, ShadowPeftError
-from shadowpeft.hf import checkpoint
+from shadowpeft.hf.files import locate
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import push
 
@@ -48,10 +48,10 @@ def test_a_file_on_an_unreachable_hub(monkeypatch: Any) -> None:
         raise CLIENT.ConnectError("no route to the hub")
 
     with pytest.raises(AdapterFileError, match=r"'a b/c' is neither a folder nor a Hub id"):
-        checkpoint.find_file("a b/c", "adapter_config.json")
-    monkeypatch.setattr(checkpoint, "hf_hub_download", refuse)
+        locate.find_file("a b/c", "adapter_config.json")
+    monkeypatch.setattr(locate, "hf_hub_download", refuse)
     with pytest.raises(AdapterFileError, match=r"could not be fetched from the Hub \(ConnectError\)"):
-        checkpoint.find_file("me/robot", "adapter_config.json")
+        locate.find_file("me/robot", "adapter_config.json")
 
 
 def test_the_hub_id_is_checked_with_the_run() -> None:

@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 
 import shadowpeft
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.pieces import open_base, pruned_backbone
-from shadowpeft.hf.starts import projection_start
-from shadowpeft.hf.vocabulary import align_rows, shared_tokens
+from shadowpeft.hf.base.vocabulary import align_rows, shared_tokens
+from shadowpeft.hf.pretraining.base_ends import open_base, pruned_backbone
+from shadowpeft.hf.shadow.source import projection_start
 from tiny import V, adapt, base, small_llama, tokenizer, tokens
 
 

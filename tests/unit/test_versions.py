@@ -64,6 +64,7 @@ def test_patch_and_development_releases_count_with_theirs(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         versions.check()
+    assert [versions.state(name)[0] for name in ("transformers", "peft")] == [versions.OK] * 2
 
 
 def test_an_optional_package_is_not_asked_for(monkeypatch):

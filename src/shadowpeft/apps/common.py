@@ -33,18 +33,18 @@ def quiet_libraries() -> None:
 
 def has_tokenizer(adapter: str) -> bool:
     """Whether a tokenizer was saved with an adapter, in its folder or on the Hub."""
-    from shadowpeft.hf.checkpoint import find_file
+    from shadowpeft.hf.files.locate import find_file
 
     try:
         find_file(adapter, "tokenizer_config.json")
     except AdapterFileError:
-        return False  # if the adapter itself is not to be had, whoever loads it says so
+        return False  # if the adapter itself is missing, whoever loads it says so
     return True
 
 
 def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     """The tokenizer saved with the adapter, else the base's; with a pad token."""
-    from shadowpeft.hf.checkpoint import read_config
+    from shadowpeft.hf.load import read_config
     from shadowpeft.train.run import load_tokenizer
 
     if has_tokenizer(adapter):
@@ -64,14 +64,15 @@ def pick_device(name: str) -> torch.device:
     """
     import torch
 
-    found = torch.accelerator.current_accelerator(check_available=True)
-    there = ["cpu"]
-    if found is not None:
-        there += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu"]
+    if accelerator is not None:
+        kind = accelerator.type
+        devices += [kind, *(f"{kind}:{i}" for i in range(torch.accelerator.device_count()))]
     if name == "auto":
-        return torch.device("cuda" if "cuda" in there else "cpu")
-    if name not in there:
-        raise ConfigError(f"device is '{name}' but this machine has {', '.join(there)}; choose one of these, or auto")
+        return torch.device("cuda" if "cuda" in devices else "cpu")
+    if name not in devices:
+        raise ConfigError(f"device is '{name}' but this machine has {', '.join(devices)}; choose one of these, or auto")
     return torch.device(name)
 
 

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError
 
 TARGETS = ("shadowpeft", "authors", "peft", "projected", "stock")
 _TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+    "tokenizer*",
     "special_tokens_map.json",
-    "tokenizer.model",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
-    "chat_template.jinja",
+    "chat_template*",
 )
+"""Files of a tokenizer, which go along as they are."""
 
 
 def main(
-    source: str, out: str, base: str | None, to: str | None, shadow_model: str | None, force: bool, as_json: bool
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id: an adapter of any format, or a projected checkpoint.")
+    ],
+    out: Annotated[str, typer.Argument(help="New folder.")],
+    base: Base = None,
+    to: Annotated[
+        Optional[str],
+        typer.Option(
+            help="shadowpeft, authors, peft or projected; stock for a projected checkpoint. Default: shadowpeft or stock."
+        ),
+    ] = None,
+    shadow_model: Annotated[
+        Optional[str], typer.Option(help="The model an explicit shadow started from, where the files do not say.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Convert and report: both formats, what was dropped, what the target leaves unsaid."""
+    """Translate an adapter between this package's format, the authors' and PEFT's SHADOW."""
     folder, here = Path(out).resolve(), Path.cwd().resolve()
     if to is not None and to not in TARGETS:
         raise ConfigError(f"--to is '{to}' but must be one of {', '.join(TARGETS)}")
@@ -35,7 +51,7 @@ def main(
         raise ConfigError(f"'{folder}' is a file; choose another folder")
     if folder in (here, *here.parents):
         raise ConfigError(
-            f"'{folder}' is the working directory or holds it and is replaced as a whole; name a new folder"
+            f"'{folder}' is or holds the working directory, and the conversion replaces a whole folder; name a new one"
         )
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ConfigError(f"'{folder}' is not empty; choose another folder, or replace it with --force")
@@ -59,21 +75,21 @@ def convert(
         ShadowPeftError: if it cannot be written; what was in ``folder`` before is still there.
     """
     from shadowpeft.hf import formats
-    from shadowpeft.hf.checkpoint import load
+    from shadowpeft.hf.load import load
     from shadowpeft.train.checkpoints import written_whole
 
     kind = formats.detect(source)
     to = to or ("stock" if kind == formats.PROJECTED else formats.OURS)
     if (kind == formats.PROJECTED) != (to == "stock"):
         raise ConfigError(
-            f"'{source}' is in the format '{kind}' and cannot become '{to}'; a projected checkpoint becomes 'stock', an "
-            "adapter one of the others (a stock edge model comes from: shadowpeft detach)"
+            f"'{source}' is in the format '{kind}' and cannot become '{to}'; a projected checkpoint becomes 'stock' and an "
+            "adapter becomes one of the others (use shadowpeft detach for a stock edge model)"
         )
     dropped: list[str] = []
     notes: list[str] = []
     model: Any
     if kind == formats.PROJECTED:
-        from shadowpeft.hf.projected import read_projected, to_stock
+        from shadowpeft.hf.files.projected import read_projected, to_stock
 
         model = to_stock(read_projected(source))
         notes.append("the projection is folded into the head, which rounds its product")
@@ -85,9 +101,8 @@ def convert(
     with written_whole(folder, "the conversion", "free some space or choose another folder") as beside:
         notes = notes + _write(model, beside, to)
         if Path(source).is_dir():
-            for name in _TOKENIZER:
-                if (Path(source) / name).is_file():
-                    shutil.copy2(Path(source) / name, beside / name)
+            for file in (f for pattern in _TOKENIZER for f in Path(source).glob(pattern) if f.is_file()):
+                shutil.copy2(file, beside / file.name)
     return {
         "source": source,
         "from": kind,
@@ -101,7 +116,7 @@ def convert(
 
 def _write(model: Any, folder: Path, to: str) -> list[str]:
     from shadowpeft.hf import formats
-    from shadowpeft.hf.projected import save_projected
+    from shadowpeft.hf.formats.projected_writer import save_projected
 
     if to in (formats.AUTHORS, formats.PEFT):
         return formats.write(model, folder, to)

@@ -12,12 +12,14 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, quiet_libraries
+from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.storage import write_json
 
@@ -61,8 +63,12 @@ SETTINGS: dict[str, Any] = {
 """The run of the demo; what was tried on the way to it is in LOG.md."""
 
 
-def main(out: str, full: bool, as_json: bool) -> None:
-    """Run the demo into the folder ``out``: ``run/``, ``edge/``, ``result.json``, ``result.png``."""
+def main(
+    out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
+    full: Annotated[bool, typer.Option("--full", help="2,800 steps and the whole test sets: hours on a CPU.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""
     folder = Path(out)
     if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.apps.options import Adapter, Base, Json
 from shadowpeft.errors import ConfigError
 
 
-def main(adapter: str, out: str, base: str | None, dtype: str, as_json: bool) -> None:
-    """Write the detached model and its tokenizer, beside and renamed."""
+def main(
+    adapter: Adapter,
+    out: Annotated[str, typer.Argument(help="New folder for the edge model.")],
+    base: Base = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write the shadow as a stand-alone stock model."""
     folder = Path(out)
     if folder.exists():
         raise ConfigError(f"'{folder}' exists; choose another folder")

@@ -6,24 +6,29 @@ import json
 import platform
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 
 from shadowpeft import versions
 from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
 from shadowpeft.apps.common import has_tokenizer
+from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
 
 
-def main(adapter: str | None, base: str | None, as_json: bool) -> None:
-    """Print every check; exit 1 if one failed.
-
-    Raises:
-        ConfigError: for a base without an adapter.
-    """
+def main(
+    adapter: Annotated[
+        Optional[str],
+        typer.Argument(help="Folder or Hub id of an adapter of any format. Default: the environment alone."),
+    ] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, device, adapter, base and tokenizer, and test the model on itself."""
     if adapter is None and base is not None:
         raise ConfigError(
             "--base was given without an adapter; give the adapter too, or neither for the environment alone"
@@ -72,20 +77,20 @@ def environment(report: Report) -> bool:
     )
     usable = True
     for package, limits in versions.TESTED.items():
-        kind, found = versions.state(package)
+        kind, version = versions.state(package)
         tested = f"tested: {limits.oldest} to {limits.newest}"
         upgrade = f"pip install '{package}>={limits.oldest}'"
         if kind == versions.OK:
-            report.ok(package, f"{found} ({tested})")
+            report.ok(package, f"{version} ({tested})")
         elif kind == versions.MISSING and not limits.required:
             report.ok(package, f"not installed; only needed for its trainers ({tested})")
         elif kind == versions.NEW:
-            report.warn(package, f"{found} is newer than what was tested ({tested})", "watch the self-test below")
+            report.warn(package, f"{version} is newer than what was tested ({tested})", "watch the self-test below")
         else:
             usable = usable and not limits.required
-            report.fail(package, f"{found or 'not installed'} ({tested})", upgrade)
-    found = versions.installed("accelerate")
-    report.require(found is not None, "accelerate", found or "not installed", "pip install accelerate")
+            report.fail(package, f"{version or 'not installed'} ({tested})", upgrade)
+    version = versions.installed("accelerate")
+    report.require(version is not None, "accelerate", version or "not installed", "pip install accelerate")
     if usable:
         device(report)
     return usable
@@ -108,7 +113,7 @@ def device(report: Report) -> None:
         float(torch.tensor([1e-39]).mul(1.0)) == 0.0,
         "denormal numbers",
         "flushed to zero by every command of this package; in your own script call torch.set_flush_denormal(True) first",
-        "this processor cannot flush them; training a random shadow on it may take twice as long",
+        "this processor cannot flush them; a random shadow may take twice as long to train on it",
         otherwise=WARNING,
     )
 
@@ -177,7 +182,7 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
         report.warn(
             "tokenizer",
             "neither the adapter nor its base has one",
-            "save it beside the base or the adapter: save_pretrained",
+            "save one beside the base or the adapter with save_pretrained",
         )
         return None
     config = model.get_base_model().config.get_text_config(decoder=True)
@@ -187,32 +192,34 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
         len(used) <= rows,
         "vocabulary",
         f"{len(used)} tokens, {rows} embedding rows",
-        "the tokenizer is of another model or has added tokens; use the base's own, or resize the base before training",
+        "the tokenizer belongs to another model or has added tokens; use the base's, or resize the base before training",
     )
     _padding(report, used, config, classifier)
-    _special(report, used, model, classifier)
     if not classifier:
+        _end_of_text(report, used, model)
+    if not classifier:
+        there = used.chat_template is not None
         report.require(
-            used.chat_template is not None,
+            there,
             "chat template",
-            "present" if used.chat_template is not None else "missing: prompts cannot be rendered by the commands",
+            "present" if there else "missing: the commands cannot render prompts",
             "set tokenizer.chat_template, or use an instruction-tuned base",
             otherwise=WARNING,
         )
     if own is not None and of_base is not None:
+        same = own.get_vocab() == of_base.get_vocab()
         report.require(
-            own.get_vocab() == of_base.get_vocab(),
+            same,
             "adapter's vocabulary",
-            "the adapter's tokenizer and the base's have the same tokens"
-            if own.get_vocab() == of_base.get_vocab()
-            else "the adapter's tokenizer and the base's have other tokens",
+            f"the adapter's tokenizer and the base's have {'the same' if same else 'different'} tokens",
             "use the base that the adapter was trained on",
         )
         if not classifier:
+            same = own.chat_template == of_base.chat_template
             report.require(
-                own.chat_template == of_base.chat_template,
+                same,
                 "adapter's chat template",
-                "as the base's" if own.chat_template == of_base.chat_template else "differs from the base's",
+                f"{'the same as' if same else 'differs from'} the base's",
                 "take the tokenizer from the adapter's folder, as the commands do; the adapter was trained with it",
                 otherwise=WARNING,
             )
@@ -222,7 +229,7 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
 def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    from shadowpeft.hf.bases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import is_alias, materialise
 
     try:
         return AutoTokenizer.from_pretrained(
@@ -257,16 +264,14 @@ def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> N
         report.ok("padding side", tokenizer.padding_side)
 
 
-def _special(report: Report, tokenizer: Any, model: Any, classifier: bool) -> None:
-    if classifier:
-        return
+def _end_of_text(report: Report, tokenizer: Any, model: Any) -> None:
     ends = getattr(model.get_base_model().generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    found = tokenizer.eos_token_id
+    own = tokenizer.eos_token_id
     report.require(
-        not ends or found in ends,
+        not ends or own in ends,
         "end of text",
-        f"the tokenizer's is {found}, generation stops at {ends or 'nothing'}",
-        f"model.generation_config.eos_token_id = {sorted({*ends, found} - {None})}",
+        f"the tokenizer's is {own}, generation stops at {ends or 'nothing'}",
+        f"model.generation_config.eos_token_id = {sorted({*ends, own} - {None})}",
         otherwise=WARNING,
     )

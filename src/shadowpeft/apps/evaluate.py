@@ -164,7 +164,9 @@ def _load_for_task(adapter: str, base: str | None, task: Any) -> tuple[Any, Any,
     from peft import PeftConfig, PeftModel
 
     import shadowpeft
-    from shadowpeft.hf.checkpoint import find_file, load_base, read_config
+    from shadowpeft.hf.base.load import load_base
+    from shadowpeft.hf.files.locate import find_file
+    from shadowpeft.hf.load import read_config
     from shadowpeft.train.run import load_tokenizer
 
     kind = json.loads(find_file(adapter, "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 
 from shadowpeft import export
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
 
 
 def main(
-    source: str,
-    out: str,
-    to: str,
-    dtype: str | None,
-    base: str | None,
-    vocab_from: str | None,
-    verify: bool,
-    evaluate: str | None,
-    limit: int | None,
-    as_json: bool,
+    source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
+    out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
+    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), int8 or int4.")],
+    dtype: Annotated[
+        Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
+    ] = None,
+    base: Base = None,
+    vocab_from: Annotated[
+        Optional[str],
+        typer.Option(
+            help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."
+        ),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read the file back and compare greedy tokens with the source.")] = True,
+    evaluate: Annotated[
+        Optional[str], typer.Option(help="Score this task before and after, as eval --task does.")
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="With --evaluate: this many rows.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Export and report: sizes before and after, agreement with the source, and a task's score before and after."""
+    """Write the edge model for another runtime, with a smaller vocabulary if wanted, and compare it with its source."""
     target, dtype = export.find(to, dtype)
     path = Path(out)
     if path.exists():
         raise ConfigError(f"'{path}' exists; choose another name")
     if target.suffix and path.suffix != target.suffix:
         raise ConfigError(
-            f"'{path}' does not end in {target.suffix}, as the one file of the format '{to}' must; rename it"
+            f"'{path}' does not end in {target.suffix}, but the format '{to}' is one such file; rename it"
         )
     if evaluate is not None and not target.generates:
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
@@ -65,7 +76,8 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
     model: Any = shadowpeft.detach(shadowpeft.load(source, base)).cpu()
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(
-            f"'{source}' is a classifier ({type(model).__name__}) and export writes causal ones; use shadowpeft detach"
+            f"'{source}' is a classifier ({type(model).__name__}) but export writes causal language models; use shadowpeft "
+            "detach"
         )
     return model, tokenizer
 
@@ -74,24 +86,22 @@ def _stock(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shadowpeft.hf.pretrained import load_whole
-    from shadowpeft.hf.projected import is_projected, read_projected, to_stock
+    from shadowpeft.hf.base.load import load_whole
+    from shadowpeft.hf.files.projected import is_projected, read_projected, to_stock
 
     if is_projected(folder):
         return to_stock(read_projected(folder))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    named = config.architectures or []
+    classes = config.architectures or []
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"the weights in '{folder}' are quantised; export the edge model that they were made from")
-    if not any(name.endswith("ForCausalLM") or name.endswith("LMHeadModel") for name in named):
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
         raise UnsupportedModelError(
-            f"'{folder}' holds {', '.join(named) or 'a model of no named class'} and export writes causal language models; "
+            f"'{folder}' holds {', '.join(classes) or 'a model of no named class'} but export writes causal language models; "
             "give the folder of one"
         )
-    model = load_whole(
-        AutoModelForCausalLM, folder, f"the edge model in '{folder}'", config=config, dtype=torch.float32
-    )
-    return model.eval()
+    what = f"the edge model in '{folder}'"
+    return load_whole(AutoModelForCausalLM, folder, what, config=config, dtype=torch.float32).eval()
 
 
 def run(
@@ -159,8 +169,8 @@ def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
         rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM
     else:
         rows, system = chat.read_jsonl(vocab_from), None
-    found = vocab.trim(model, tokenizer, vocab.needed_tokens(tokenizer, rows, system))
-    return found.model, found.tokenizer, found.kept
+    small = vocab.trim(model, tokenizer, vocab.needed_tokens(tokenizer, rows, system))
+    return small.model, small.tokenizer, small.kept
 
 
 def check(
@@ -174,24 +184,24 @@ def check(
     from shadowpeft.export.verify import compare, weight_error
 
     limits = export.FORMATS[to].limits[dtype]
-    found = compare(source, target, tokenizer, kept)
+    measured = compare(source, target, tokenizer, kept)
     if export.FORMATS[to].generates:
-        found["weight_error"] = weight_error(small, target)
+        measured["weight_error"] = weight_error(small, target)
     failed = []
-    if found["tokens_equal"] < limits.agreement * found["tokens"]:
+    if measured["tokens_equal"] < limits.agreement * measured["tokens"]:
         failed.append(
-            f"agrees with its source on {found['tokens_equal']} of {found['tokens']} greedy tokens, where {to} {dtype} must "
+            f"agrees with its source on {measured['tokens_equal']} of {measured['tokens']} greedy tokens but {to} {dtype} must "
             f"reach {limits.agreement:.0%}"
         )
-    if found.get("weight_error", 0.0) > limits.error:
+    if measured.get("weight_error", 0.0) > limits.error:
         failed.append(
-            f"has a matrix that is {found['weight_error']:.2g} off (relative), where {limits.error:.2g} is rounding"
+            f"has a matrix that is {measured['weight_error']:.2g} off (relative) but rounding explains {limits.error:.2g}"
         )
     if failed:
         raise ShadowPeftError(
-            f"the exported model {' and '.join(failed)}; '{path}' was not written (--no-verify writes it all the same)"
+            f"the exported model {' and '.join(failed)}; '{path}' was not written (use --no-verify to write it anyway)"
         )
-    return {**found, "tokens_required": limits.agreement, "weight_error_allowed": limits.error}
+    return {**measured, "tokens_required": limits.agreement, "weight_error_allowed": limits.error}
 
 
 def scores(
@@ -202,34 +212,31 @@ def scores(
     from shadowpeft.data.tasks import get_task
     from shadowpeft.evaluate import evaluate_task
 
-    task, found = get_task(name), {}
+    task, result = get_task(name), {}
     for when, model, their in (("before", source, tokenizer), ("after", target, words)):
         total = len(task.load("test", limit=limit))
         with bar(console, f"{name}, {when}", total, quiet=console.quiet) as progress:
             record = evaluate_task(model, their, task, mode="base", limit=limit, progress=progress)
-        found[when] = {key: record[key] for key in ("score", "interval", "n", "tokens_per_second")}
-    return {"task": name, **found}
+        result[when] = {key: record[key] for key in ("score", "interval", "n", "tokens_per_second")}
+    return {"task": name, **result}
 
 
 def sizes(path: Path) -> dict[str, Any]:
     """Bytes of the weights (the largest files' kind) and of everything."""
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    weights = [f for f in files if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
-    return {
-        "bytes": sum(f.stat().st_size for f in weights),
-        "bytes_with_tokenizer": sum(f.stat().st_size for f in files),
-    }
+    files = {f: f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()}
+    weights = [size for f, size in files.items() if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
+    return {"bytes": sum(weights), "bytes_with_tokenizer": sum(files.values())}
 
 
 def flat(report: dict[str, Any]) -> dict[str, Any]:
     """One level, for a table."""
-    found: dict[str, Any] = {}
+    lines: dict[str, Any] = {}
     for key, value in report.items():
         if isinstance(value, dict):
-            found.update({f"{key}: {k}": v for k, v in flat(value).items()})
+            lines |= {f"{key}: {k}": v for k, v in flat(value).items()}
         else:
-            found[key] = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
-    return found
+            lines[key] = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+    return lines
 
 
 def _remove(path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, System, Temperature
 from shadowpeft.errors import ConfigError
 
 
@@ -21,18 +23,18 @@ def _sampling(temperature: float, seed: int) -> dict[str, Any]:
 
 
 def generate(
-    adapter: str,
-    prompt: str,
-    mode: str,
-    base: str | None,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    device: str,
-    as_json: bool,
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    mode: Mode = "attached",
+    base: Base = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
-    """One answer to one prompt."""
+    """Answer one prompt."""
     quiet_libraries()
     import shadowpeft
     from shadowpeft.generate import answer
@@ -43,24 +45,26 @@ def generate(
     sampling = _sampling(temperature, seed)
     tokenizer = load_tokenizer_of(adapter, base)
     with in_mode(placed(shadowpeft.load(adapter, base), where), mode) as model:
-        made = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
+        reply = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
     if as_json:
-        print(json.dumps({"mode": mode, "text": made.text, "tokens": made.tokens, "seconds": round(made.seconds, 4)}))
+        print(
+            json.dumps({"mode": mode, "text": reply.text, "tokens": reply.tokens, "seconds": round(reply.seconds, 4)})
+        )
     else:
-        print(made.text)
+        print(reply.text)
 
 
 def chat(
-    adapter: str,
-    mode: str,
-    base: str | None,
-    system: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    device: str,
+    adapter: Adapter,
+    mode: Mode = "attached",
+    base: Base = None,
+    system: System = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
-    """Talk to the model; ``/mode attached|detached|base`` switches, ``/reset`` forgets, ``/quit`` ends."""
+    """Talk to the model in the terminal."""
     quiet_libraries()
     import shadowpeft
     from shadowpeft.generate import stream

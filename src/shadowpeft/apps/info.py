@@ -8,14 +8,17 @@ from typing import Any
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.options import Adapter, Json
 
 
-def main(adapter: str, as_json: bool) -> None:
-    """Print method, base, settings, parameters by part, and file sizes."""
+def main(adapter: Adapter, as_json: Json = False) -> None:
+    """What an adapter is."""
     quiet_libraries()
     from safetensors import safe_open
 
-    from shadowpeft.hf.checkpoint import CONFIG, check_weights, find_file, read_config
+    from shadowpeft.hf.config import CONFIG
+    from shadowpeft.hf.files.locate import find_file
+    from shadowpeft.hf.load import check_weights, read_config
 
     config = read_config(adapter)
     weights = check_weights(adapter)

@@ -36,7 +36,7 @@ class ShadowPeftLM(HFLM):  # type: ignore[misc]
     _model: Any
 
     def __init__(self, pretrained: str, adapter: str, mode: str = "attached", **options: Any) -> None:
-        from shadowpeft.hf.bases import is_alias, materialise
+        from shadowpeft.hf.base.aliases import is_alias, materialise
 
         if mode not in MODES:
             raise ConfigError(f"mode is '{mode}' but must be attached or detached; the bare base is --model hf")

@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.options import Json, RunFile
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def main(run_file: str, as_json: bool) -> None:
-    """Print the plan of a run."""
+def main(run_file: RunFile, as_json: Json = False) -> None:
+    """Parameters, memory and time of a run, before it is trained."""
     from shadowpeft.train.config import read_run
 
     run = read_run(run_file)
@@ -33,7 +34,7 @@ def plan(run: Any) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shadowpeft.hf.bases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import is_alias, materialise
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.train.run import encode_run, load_tokenizer, prepare_cpu
 

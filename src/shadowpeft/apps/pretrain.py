@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.options import Json, RunFile
 from shadowpeft.apps.train import InterruptedRunError
 
 
-def main(run_file: str, resume: bool, as_json: bool) -> None:
-    """Check the run file, pretrain, print the result."""
+def main(
+    run_file: RunFile,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in its folder at the exact sample; start it if there is none."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Pretrain a shadow under the base's frozen head."""
     from shadowpeft.train.pretrain_config import read_pretraining
 
     run = read_pretraining(run_file)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.options import Json, RunFile
 from shadowpeft.errors import ShadowPeftError
 
 
-def main(run_file: str, resume: bool, as_json: bool) -> None:
-    """Check the run file, train, print the summary."""
+def main(
+    run_file: RunFile,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune: one run, its folder, its adapter."""
     from shadowpeft.train.config import read_run
 
     run = read_run(run_file)

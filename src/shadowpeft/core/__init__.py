@@ -9,7 +9,7 @@ from shadowpeft.core.losses import (
     token_cross_entropy,
     topk_kl,
 )
-from shadowpeft.core.modules import Injection, Update, UpdateNorm
+from shadowpeft.core.modules import Injection, Update
 from shadowpeft.core.projection import (
     ProjectionSolution,
     fold_projection,
@@ -23,7 +23,6 @@ __all__ = [
     "ProjectionSolution",
     "Trajectory",
     "Update",
-    "UpdateNorm",
     "count_targets",
     "distillation_kl",
     "fold_projection",

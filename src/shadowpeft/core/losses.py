@@ -52,7 +52,7 @@ def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0
     """
     log_q = (logits.float() / temperature).log_softmax(-1)
     log_p = (teacher.detach().to(log_q.device).float() / temperature).log_softmax(-1)
-    return temperature * temperature * (log_p.exp() * (log_p - log_q)).sum(-1)
+    return temperature * temperature * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def topk_kl(logits: Tensor, ids: Tensor, log_probs: Tensor, *, temperature: float = 1.0) -> Tensor:

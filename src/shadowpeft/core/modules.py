@@ -53,17 +53,6 @@ class Injection(nn.Module):
         return ops.inject(h, c if streams is None else c.unsqueeze(streams), alpha)
 
 
-class UpdateNorm(nn.Module):
-    """The one LayerNorm that all updates of an adapter share (affine, eps 1e-5; in every count of Table 1)."""
-
-    eps = 1e-5
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.bias = nn.Parameter(torch.zeros(d))
-
-
 class Update(nn.Module):
     """Transform and gate nets of one layer (Eqs. 5-7, 13-14), both with hidden width ``m``.
 
@@ -82,8 +71,11 @@ class Update(nn.Module):
             self.b_in = nn.Parameter(torch.empty(2 * m).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))
             self.b_out = nn.Parameter(torch.empty(2, d).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)))
 
-    def forward(self, s: Tensor, h: Tensor, norm: UpdateNorm | None) -> Tensor:
-        """Shadow state ``s`` and layer output ``h``, both ``(B, T, d)``, to the next shadow state ``(B, T, d)``."""
+    def forward(self, s: Tensor, h: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+        """Shadow state ``s`` and layer output ``h``, both ``(B, T, d)``, to the next shadow state ``(B, T, d)``.
+
+        ``norm`` is the one LayerNorm that all updates of an adapter share (affine, eps 1e-5), or None for PEFT's variant.
+        """
         return ops.advance(
             s,
             h,
@@ -93,7 +85,6 @@ class Update(nn.Module):
             b_out=self.b_out,
             norm_weight=None if norm is None else norm.weight,
             norm_bias=None if norm is None else norm.bias,
-            eps=UpdateNorm.eps,
             activation=self.activation,
             dropout=self.dropout,
             training=self.training,

@@ -7,9 +7,9 @@ that pair is :func:`refine`, and it needs nothing but the hidden state and the s
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from shadowpeft.core.modules import Injection, Update, UpdateNorm
+from shadowpeft.core.modules import Injection, Update
 from shadowpeft.ops import read_streams
 
 
@@ -19,7 +19,7 @@ def refine(
     injection: Injection,
     alpha: float,
     update: Update | None = None,
-    norm: UpdateNorm | None = None,
+    norm: nn.LayerNorm | None = None,
     streams: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``s^(l-1) = update(s^(l-2), h^(l-1))`` (Eqs. 5-7), then ``h~^(l-1) = inject(h^(l-1), s^(l-1))`` (Eqs. 2-4).

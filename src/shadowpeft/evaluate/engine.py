@@ -25,7 +25,8 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.scores import wilson
 from shadowpeft.generate import answer, evaluating
-from shadowpeft.hf.detach import detach, find_hub
+from shadowpeft.hf.detach import detach
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.storage import write_json
 
 MODES = ("attached", "detached", "base", "lora", "dora")
@@ -66,7 +67,7 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
     model of that method as it is.
 
     Raises:
-        ConfigError: for another mode, or a model that has not what the mode needs.
+        ConfigError: for an unknown mode, or a model without the adapter that the mode needs.
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")

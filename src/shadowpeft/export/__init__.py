@@ -9,6 +9,7 @@ gives ``.logits`` ``(B, T, V)``. :mod:`~shadowpeft.export.vocab` makes the vocab
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Format:
     """Module of this package that writes and reads it."""
     limits: dict[str, Limits]
     """Number type -> what a good file keeps to; the first is the default."""
+    packages: tuple[str, ...] = ()
+    """Modules beyond transformers that it needs; ``pip install 'shadowpeft[export]'`` brings them."""
     suffix: str = ""
     """How the file is called; empty: a folder."""
     generates: bool = True
@@ -52,11 +55,12 @@ FORMATS = {
     "gguf": Format(
         "gguf",
         {"f16": Limits(0.95, 1e-3), "q8_0": Limits(0.85, 0.02), "q4_0": Limits(0.4, 0.2), "f32": Limits(1.0, 0.0)},
+        packages=("gguf",),
         suffix=".gguf",
     ),
-    "onnx": Format("onnx", {"f32": Limits(1.0, 0.0)}, generates=False),
-    "int8": Format("quantize", {"int8": Limits(0.85, 0.05)}),
-    "int4": Format("quantize", {"int4": Limits(0.4, 0.25)}),
+    "onnx": Format("onnx", {"f32": Limits(1.0, 0.0)}, packages=("onnx", "onnxruntime", "onnxscript"), generates=False),
+    "int8": Format("quantize", {"int8": Limits(0.85, 0.05)}, packages=("torchao",)),
+    "int4": Format("quantize", {"int4": Limits(0.4, 0.25)}, packages=("torchao",)),
 }
 
 
@@ -64,21 +68,23 @@ def find(name: str, dtype: str | None = None) -> tuple[Format, str]:
     """The format of this name and the number type, the default for None.
 
     Raises:
-        ConfigError: if there is no such format or it has no such number type.
+        ConfigError: if there is no such format, it has no such number type, or a package that it needs is missing.
     """
     if name not in FORMATS:
         raise ConfigError(f"the format is '{name}' but must be one of {', '.join(FORMATS)}")
-    known = FORMATS[name].limits
-    if dtype is not None and dtype not in known:
-        raise ConfigError(f"dtype is '{dtype}' but the format '{name}' has {', '.join(known)}")
-    return FORMATS[name], dtype or next(iter(known))
+    target = FORMATS[name]
+    if dtype is not None and dtype not in target.limits:
+        raise ConfigError(f"dtype is '{dtype}' but the format '{name}' has {', '.join(target.limits)}")
+    for package in target.packages:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"the format '{name}' needs the package {package}; run: pip install 'shadowpeft[export]'")
+    return target, dtype or next(iter(target.limits))
 
 
 def write(name: str, model: Any, tokenizer: Any, path: Path, dtype: str) -> dict[str, Any]:
     """Write ``model`` and ``tokenizer`` in the format ``name``; returns what the format's module has to say.
 
     Raises:
-        ConfigError: if the packages of the format are missing.
         UnsupportedModelError: if the format cannot express the model or the tokenizer, naming why.
     """
     return dict(_module(name).write(model, tokenizer, path, dtype))

@@ -1,144 +1,130 @@
 """GGUF, llama.cpp's file: weights, tokenizer and chat template in one, for Llama- and Qwen-like shadows.
 
-What llama.cpp expects of these architectures is in its file format's key names (the ``gguf`` package has them) and in two
-conventions: Llama's rotary embedding turns neighbouring numbers, transformers' turns the two halves of a head, so the rows of
-W_q and W_k change places; and a one-dimensional tensor is always float32.
+The ``gguf`` package has the names of keys and tensors. Two conventions are llama.cpp's own: Llama's rotary embedding turns
+neighbouring numbers where transformers turns the two halves of a head, so the rows of W_q and W_k change places; and a
+one-dimensional tensor is always float32.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shadowpeft.data.chat import stop_tokens
-from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.errors import UnsupportedModelError
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_INNER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+_ARCH, _PART = gguf.MODEL_ARCH, gguf.MODEL_TENSOR
+ARCHITECTURES = {"LlamaForCausalLM": _ARCH.LLAMA, "Qwen2ForCausalLM": _ARCH.QWEN2, "Qwen3ForCausalLM": _ARCH.QWEN3}
+_QKV = {_PART.ATTN_Q, _PART.ATTN_K, _PART.ATTN_V}
 _BIASES = {
-    "llama": {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"},
-    "qwen2": {"attn_q", "attn_k", "attn_v"},
-    "qwen3": set(),
+    _ARCH.LLAMA: {*_QKV, _PART.ATTN_OUT, _PART.FFN_GATE, _PART.FFN_UP, _PART.FFN_DOWN},
+    _ARCH.QWEN2: _QKV,
+    _ARCH.QWEN3: set(),
 }
-"""Which layers may have a bias: what llama.cpp's graph of the architecture adds."""
+"""Which layers may have a bias: what llama.cpp's graph of the architecture adds. The ``gguf`` package does not say."""
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {_QWEN2: "qwen2", _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): "llama-bpe"}
-_BYTES_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""Token types of the format."""
+_SPLIT_AND_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_BYTES = {**_SPLIT_AND_BYTES, "use_regex": False}
+
+
+def _regex(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+_SPLITS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_SPLIT_AND_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _SPLIT_AND_BYTES],
+    "qwen2": [_regex(_QWEN2), _BYTES],
+    "llama-bpe": [_regex(_QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")), _BYTES],
+}
+"""llama.cpp's name of a way to split text -> what ``tokenizer.json`` says of it."""
 
 
 def write(model: PreTrainedModel, tokenizer: Any, file: Path, dtype: str) -> dict[str, Any]:
     """Write ``file``; matrices as ``dtype`` (f32, f16, q8_0 or q4_0), with the token table and the head of q4_0 as q8_0.
 
     Returns:
-        what loads it, the names of its parts, and the matrices whose width no block of 32 divides and that stayed f16.
+        what loads it, the names of its parts, and the matrices that stay f16 because their width is no multiple of 32.
 
     Raises:
-        ConfigError: if the ``gguf`` package is missing.
         UnsupportedModelError: if llama.cpp cannot express the model or the tokenizer, naming what.
     """
-    gguf = _package()
-    arch = _check(model)
-    words = token_tables(tokenizer, int(model.config.vocab_size))
-    writer = gguf.GGUFWriter(file, arch)
+    arch, places = _check(model)
+    vocabulary = token_tables(tokenizer, int(model.config.vocab_size))
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     try:
-        _describe(writer, model, dtype, gguf)
-        _write_words(writer, model, tokenizer, words)
-        kept = _write_tensors(writer, model, arch, dtype, gguf)
+        _write_config(writer, model, dtype)
+        _write_vocabulary(writer, model, tokenizer, vocabulary)
+        kept = _write_tensors(writer, model, arch, places, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    return {"loads with": "llama.cpp", "architecture": arch, "pre_tokenizer": words["pre"], "kept_f16": kept}
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError("the format gguf needs the package gguf; run: pip install 'shadowpeft[export]'") from error
-    return gguf
+    return {
+        "loads with": "llama.cpp",
+        "architecture": gguf.MODEL_ARCH_NAMES[arch],
+        "pre_tokenizer": vocabulary["pre"],
+        "kept_f16": kept,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def _check(model: PreTrainedModel) -> str:
+def _check(model: PreTrainedModel) -> tuple[Any, dict[str, tuple[Any, str]]]:
+    """The architecture, and for every tensor the part of it that it is and its name in the file (``blk.0.attn_q.weight``)."""
     config: Any = model.config
     name = type(model).__name__
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"the model is a {name} and GGUF is written for {', '.join(ARCHITECTURES)}; choose another format"
+            f"the model is a {name} but GGUF is written for {', '.join(ARCHITECTURES)}; choose another format"
         )
     arch = ARCHITECTURES[name]
     rope = config.rope_parameters["rope_type"]
-    heads = int(config.num_attention_heads)
-    found = {
+    scalings = ("default", "linear", "llama3") if arch is _ARCH.LLAMA else ("default", "linear")
+    odd_heads = _head_dim(config) * config.num_attention_heads != config.hidden_size
+    refused = {
         f"the activation '{config.hidden_act}' (not silu)": config.hidden_act != "silu",
         "sliding windows": bool(getattr(config, "use_sliding_window", False)),
-        f"rotary scaling of type '{rope}'": rope not in ("default", "linear", *(["llama3"] if arch == "llama" else [])),
-        f"heads of {_head_dim(config)} numbers on a width of {config.hidden_size}": arch == "qwen2"
-        and _head_dim(config) * heads != config.hidden_size,
+        f"rotary scaling of type '{rope}'": rope not in scalings,
+        f"heads of {_head_dim(config)} numbers on a width of {config.hidden_size}": arch is _ARCH.QWEN2 and odd_heads,
     }
-    wrong = [what for what, there in found.items() if there]
-    wrong += [
-        f"a bias on {n}"
-        for n in model.state_dict()
-        if n.endswith(".bias") and _gguf_name(n)[:-5] not in _allowed(arch, n)
-    ]
-    if wrong:
-        raise UnsupportedModelError(
-            f"the model has {wrong[0]}, which llama.cpp's {arch} has not; choose another format"
-        )
-    return arch
-
-
-def _allowed(arch: str, name: str) -> set[str]:
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return {f"blk.{layer[1]}.{part}" for part in _BIASES[arch]} if layer else set()
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    places = {key: names.get_type_and_name(key, try_suffixes=(".weight", ".bias")) for key in model.state_dict()}
+    refused |= {f"{key}, a tensor without a place in its file": place is None for key, place in places.items()}
+    refused |= {
+        f"a bias on {key}": key.endswith(".bias") and p[0] not in _BIASES[arch] for key, p in places.items() if p
+    }
+    for feature, present in refused.items():
+        if present:
+            raise UnsupportedModelError(
+                f"the model has {feature}, which llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} does not support; choose another "
+                "format"
+            )
+    return arch, places
 
 
 def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _describe(writer: Any, model: PreTrainedModel, dtype: str, gguf: Any) -> None:
+def _write_config(writer: Any, model: PreTrainedModel, dtype: str) -> None:
     config: Any = model.config
-    kinds = gguf.LlamaFileType
-    types = {
-        "f32": kinds.ALL_F32,
-        "f16": kinds.MOSTLY_F16,
-        "q8_0": kinds.MOSTLY_Q8_0,
-        "q4_0": kinds.MOSTLY_Q4_0,
-    }
+    kind = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
     writer.add_type("model")
     writer.add_name("shadowpeft edge model")
-    writer.add_file_type(types[dtype])
+    writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -157,16 +143,6 @@ def _describe(writer: Any, model: PreTrainedModel, dtype: str, gguf: Any) -> Non
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
 
 
-def _gguf_name(name: str) -> str:
-    """The name of a tensor in the file, for example ``blk.0.attn_q.weight``."""
-    part, _, kind = name.rpartition(".")
-    layer = re.match(r"model\.layers\.(\d+)\.(.*)", part)
-    found = _INNER.get(layer[2]) if layer else _OUTER.get(part)
-    if found is None:
-        raise UnsupportedModelError(f"the tensor {name} has no place in llama.cpp's file; choose another format")
-    return f"blk.{layer[1]}.{found}.{kind}" if layer else f"{found}.{kind}"
-
-
 def neighbours(weight: Tensor, heads: int) -> Tensor:
     """Rows of ``W_q`` or ``W_k`` ``(heads * head_dim, d)``, or of their bias, in llama.cpp's order.
 
@@ -176,27 +152,29 @@ def neighbours(weight: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _write_tensors(writer: Any, model: PreTrainedModel, arch: str, dtype: str, gguf: Any) -> list[str]:
+def _write_tensors(
+    writer: Any, model: PreTrainedModel, arch: Any, places: dict[str, tuple[Any, str]], dtype: str
+) -> list[str]:
     config: Any = model.config
     kept: list[str] = []
-    tied = bool(config.tie_word_embeddings)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and tied:
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        target, value = _gguf_name(name), tensor.detach().float().cpu()
-        if arch == "llama" and ".attn_q." in target:
-            value = neighbours(value, config.num_attention_heads)
-        elif arch == "llama" and ".attn_k." in target:
-            value = neighbours(value, config.num_key_value_heads)
-        kind = "f32" if value.dim() == 1 else dtype
-        if kind == "q4_0" and target in ("token_embd.weight", "output.weight"):
+        part, name = places[key]
+        value, kind = tensor.detach().float().cpu(), dtype
+        if arch is _ARCH.LLAMA and part in (_PART.ATTN_Q, _PART.ATTN_K):
+            queries = part is _PART.ATTN_Q
+            value = neighbours(value, config.num_attention_heads if queries else config.num_key_value_heads)
+        if value.dim() == 1:
+            kind = "f32"
+        elif dtype == "q4_0" and part in (_PART.TOKEN_EMBD, _PART.OUTPUT):
             kind = "q8_0"
         if kind.startswith("q") and value.shape[1] % 32:
-            kind, kept = "f16", [*kept, target]
-        stored = gguf.GGMLQuantizationType[kind.upper()]
+            kind, kept = "f16", [*kept, name]
         if kind == "f16" and not bool((value.abs() < 65504).all()):
-            raise UnsupportedModelError(f"the tensor {name} has values beyond the range of f16; choose --dtype f32")
-        writer.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(value.numpy()), stored), raw_dtype=stored)
+            raise UnsupportedModelError(f"the tensor {key} has values beyond the range of f16; choose --dtype f32")
+        stored = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(value.numpy()), stored), raw_dtype=stored)
     if config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_factors(model).numpy())
     return kept
@@ -217,6 +195,9 @@ def rope_factors(model: PreTrainedModel) -> Tensor:
 def token_tables(tokenizer: Any, rows: int) -> dict[str, Any]:
     """Tokens, types, merges and the name of the pre-tokenizer of a byte-level BPE tokenizer.
 
+    By hand, since ``gguf.BpeVocab`` takes every added token for a control token and refuses ids that do not follow the
+    vocabulary's, which a trimmed one's do not.
+
     Args:
         rows: rows of the token table; ids without a token become unused ones.
 
@@ -230,7 +211,7 @@ def token_tables(tokenizer: Any, rows: int) -> dict[str, Any]:
     bpe = content["model"]
     if bpe["type"] != "BPE" or bpe.get("byte_fallback") or bpe.get("continuing_subword_prefix"):
         raise UnsupportedModelError(
-            f"the tokenizer is a {bpe['type']} and GGUF is written for byte-level BPE ones; choose another format"
+            f"the tokenizer is a {bpe['type']} but GGUF is written for byte-level BPE; choose another format"
         )
     pre = pre_tokenizer_name(content.get("pre_tokenizer"))
     kind = (content.get("normalizer") or {}).get("type")
@@ -238,21 +219,21 @@ def token_tables(tokenizer: Any, rows: int) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"the tokenizer normalises text ({kind}), which llama.cpp does not; choose another format"
         )
-    if bool(bpe.get("ignore_merges")) != (pre == "llama-bpe"):
+    ignores = bool(bpe.get("ignore_merges"))
+    if ignores != (pre == "llama-bpe"):
         raise UnsupportedModelError(
-            f"the tokenizer has ignore_merges = {bool(bpe.get('ignore_merges'))}, which llama.cpp's '{pre}' has not; choose "
-            "another format"
+            f"the tokenizer has ignore_merges = {ignores} but llama.cpp's '{pre}' needs {not ignores}; choose another format"
         )
-    tokens = [f"[PAD{i}]" for i in range(rows)]
-    types = [UNUSED] * rows
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [gguf.TokenType.UNUSED] * rows
     added = {t["id"]: t for t in content.get("added_tokens", [])}
     for text, i in [*bpe["vocab"].items(), *((t["content"], i) for i, t in added.items())]:
         if i >= rows:
             raise UnsupportedModelError(
                 f"the token {text!r} has the id {i} but the model has {rows} rows; resize its embeddings first"
             )
-        tokens[i] = text
-        types[i] = (CONTROL if added[i]["special"] else USER_DEFINED) if i in added else NORMAL
+        tokens[i], types[i] = text, gguf.TokenType.NORMAL
+        if i in added:
+            types[i] = gguf.TokenType.CONTROL if added[i]["special"] else gguf.TokenType.USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]]
     return {"tokens": tokens, "types": types, "merges": merges, "pre": pre}
 
@@ -263,40 +244,38 @@ def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
     Raises:
         UnsupportedModelError: if it has none.
     """
-    parts = (pre or {}).get("pretokenizers", [pre or {}]) if (pre or {}).get("type") == "Sequence" else [pre or {}]
-    bare = [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
-    if bare == [_BYTES_SPLIT]:
-        return "gpt-2"
-    if bare == [{"type": "Digits", "individual_digits": True}, _BYTES_SPLIT]:
-        return "smollm"
-    if len(bare) == 2 and bare[0].get("type") == "Split" and bare[1] == {**_BYTES_SPLIT, "use_regex": False}:
-        regex = bare[0]["pattern"].get("Regex")
-        if regex in _SPLITS and bare[0]["behavior"] == "Isolated" and not bare[0]["invert"]:
-            return _SPLITS[regex]
+    whole = pre or {}
+    parts = whole["pretokenizers"] if whole.get("type") == "Sequence" else [whole]
+    parts = [{k: v for k, v in part.items() if k != "trim_offsets"} for part in parts]
+    for name, split in _SPLITS.items():
+        if parts == split:
+            return name
     raise UnsupportedModelError(
-        f"the tokenizer splits text by {json.dumps(bare, ensure_ascii=False)[:120]}, which is none of llama.cpp's ways "
-        "known here (gpt-2, smollm, qwen2, llama-bpe); choose another format"
+        f"the tokenizer splits text by {json.dumps(parts, ensure_ascii=False)[:120]}, but GGUF is written for llama.cpp's "
+        f"{', '.join(_SPLITS)}; choose another format"
     )
 
 
-def _write_words(writer: Any, model: PreTrainedModel, tokenizer: Any, words: dict[str, Any]) -> None:
+def _write_vocabulary(writer: Any, model: PreTrainedModel, tokenizer: Any, vocabulary: dict[str, Any]) -> None:
+    """By hand, since ``gguf.SpecialVocab`` guesses from tokenizer.json whether a text begins with bos; here it is tried."""
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words["pre"])
-    writer.add_token_list(words["tokens"])
-    writer.add_token_types(words["types"])
-    writer.add_token_merges(words["merges"])
+    writer.add_tokenizer_pre(vocabulary["pre"])
+    writer.add_token_list(vocabulary["tokens"])
+    writer.add_token_types(vocabulary["types"])
+    writer.add_token_merges(vocabulary["merges"])
     ids = list(tokenizer("a").input_ids)
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
-    named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    named = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     ends = [i for i in stop_tokens(model, tokenizer) if i != tokenizer.eos_token_id]
-    named |= {"unk": tokenizer.unk_token_id, **dict(zip(("eot", "eom"), ends, strict=False))}
-    for name, i in named.items():
+    for name, i in {**named, **dict(zip(("eot", "eom"), ends, strict=False))}.items():
         if i is not None:
             getattr(writer, f"add_{name}_token_id")(int(i))
     template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     if template is not None:
-        writer.add_chat_template(template if isinstance(template, str) else template["default"])
+        writer.add_chat_template(template)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -308,7 +287,6 @@ def read(file: Path) -> PreTrainedModel:
     transformers does not read every key of the format: heads of another size than ``d / heads``, biases of a Llama and rotary
     scaling are taken from the file here.
     """
-    gguf = _package()
     reader = gguf.GGUFReader(file)
     names = {t.name: t for t in reader.tensors}
     arch = reader.fields["general.architecture"].contents()

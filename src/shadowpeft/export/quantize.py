@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from shadowpeft.errors import ConfigError
+from torchao import quantization
+from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 GROUP = 32
 
@@ -25,13 +24,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
 
     int8: one scale an output row. int4: groups of 32 inputs, or a row where 32 does not divide them, in the decoder layers;
     torchao has no packed int4 for CPUs, so a file holds a byte for each weight, and int4 is smaller only once packed for a GPU.
-
-    Raises:
-        ConfigError: if torchao is missing.
     """
-    quantization = _package()
-    from transformers import TorchAoConfig
-
     plain = untied(model)
     rows = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=quantization.PerAxis(0))
     plan: dict[str, Any] = {}
@@ -39,7 +32,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
         if isinstance(module, nn.Embedding) or module is plain.get_output_embeddings():
             plan[name] = rows
         elif isinstance(module, nn.Linear):
-            plan[name] = rows if dtype == "int8" else _int4(quantization, module.in_features)
+            plan[name] = rows if dtype == "int8" else _int4(module.in_features)
     settings = TorchAoConfig(quantization.FqnToConfig(plan), include_input_output_embeddings=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as between:
         plain.save_pretrained(between)
@@ -59,25 +52,12 @@ def untied(model: PreTrainedModel) -> PreTrainedModel:
     return plain  # type: ignore[no-any-return]
 
 
-def _int4(quantization: Any, width: int) -> Any:
+def _int4(width: int) -> Any:
     groups = quantization.PerGroup(GROUP) if width % GROUP == 0 else quantization.PerAxis(0)
     return quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
 
 
 def read(folder: Path) -> PreTrainedModel:
-    """The quantised model of a folder.
-
-    Raises:
-        ConfigError: if torchao is missing.
-    """
-    _package()
+    """The quantised model of a folder."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
     return model.eval()
-
-
-def _package() -> Any:
-    try:
-        import torchao.quantization
-    except ImportError as error:
-        raise ConfigError("int8 and int4 need the package torchao; run: pip install 'shadowpeft[export]'") from error
-    return torchao.quantization

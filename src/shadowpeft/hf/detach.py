@@ -17,28 +17,10 @@ from transformers import (
 
 from shadowpeft.core import fold_projection
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.head import logit_scale, soft_cap
-from shadowpeft.hf.layer import ShadowHub
-from shadowpeft.hf.weights import of_adapter, plain, real_weight, share_weight
-
-
-def find_hub(model: nn.Module) -> ShadowHub:
-    """The hub of an adapted model.
-
-    Raises:
-        ConfigError: if ``model`` has no shadow adapter.
-    """
-    for module in model.modules():
-        if isinstance(module, ShadowHub):
-            return module
-    raise ConfigError(f"{type(model).__name__} has no shadow adapter; make one with peft.get_peft_model")
-
-
-def adapted_base(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel (or the model itself)."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model  # type: ignore[return-value]
+from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.base.weights import dense_weight, gather, module_for_adapter, share_weight
+from shadowpeft.hf.layer import adapted_base, find_hub
 
 
 @torch.no_grad()
@@ -65,11 +47,11 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     name: Any = adapter_name or (hub.active_adapters[0] if hub.active_adapters else None)
     if name not in hub.shadowpeft_backbone:
         raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
-    parts = anatomy(base)
+    parts = find_decoder(base)
     backbone: Any = hub.shadowpeft_backbone[name]
     projection = hub.shadowpeft_projection[name] if name in hub.shadowpeft_projection else None  # noqa: SIM401
     own_embedding = hub.embedding(name)
-    embedding: Any = of_adapter(base.get_input_embeddings(), name) if own_embedding is None else own_embedding
+    embedding: Any = module_for_adapter(base.get_input_embeddings(), name) if own_embedding is None else own_embedding
     classifier = hub.is_classifier(name)
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
@@ -89,7 +71,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
             f"{type(edge).__name__} has no {type(backbone).__name__} inside; the shadow's class has no stock model with a head"
         )
 
-    state = {k: plain(v) for k, v in backbone.state_dict().items() if not k.startswith("shadow_embedding.")}
+    state = {k: gather(v) for k, v in backbone.state_dict().items() if not k.startswith("shadow_embedding.")}
     missing, unexpected = edge_body.load_state_dict(state, strict=False)
     table = edge.get_input_embeddings()
     embedding_keys = {f"{n}.{k}" for n, m in edge_body.named_modules() if m is table for k in m.state_dict()}
@@ -99,13 +81,13 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
             f"{unexpected[:2]} unknown"
         )
     rows = config.vocab_size
-    with real_weight(embedding) as weight:
+    with dense_weight(embedding) as weight:
         table.weight.copy_(_rows(weight, rows))
     if _scale(embedding) != _scale(table):  # Gemma multiplies inside its embedding module
         table.weight.mul_(_scale(embedding) / _scale(table))
     if not config.tie_word_embeddings or classifier:
         _set_head(edge, head, projection, classifier)
-    if not hub.facts.plain:
+    if not hub.facts.is_linear:
         _carry_head(edge, base, name, parts.backbone_name, projection)
     edge.eval()
     if not classifier:
@@ -159,8 +141,8 @@ def _rows(weight: Tensor, rows: int) -> Tensor:
 
 def _set_head(edge: PreTrainedModel, head: Any, projection: Any, classifier: bool) -> None:
     stock: Any = _stock_classifier(edge) if classifier else edge.get_output_embeddings()
-    with real_weight(head) as stored:
-        weight = stored.float() if projection is None else fold_projection(stored.float(), plain(projection.weight))
+    with dense_weight(head) as stored:
+        weight = stored.float() if projection is None else fold_projection(stored.float(), gather(projection.weight))
     bias = getattr(head, "bias", None)
     if stock.weight.shape != weight.shape:
         raise UnsupportedModelError(
@@ -172,7 +154,7 @@ def _set_head(edge: PreTrainedModel, head: Any, projection: Any, classifier: boo
             f"the base's head has a bias and that of {type(edge).__name__} has none; use a shadow of the base's own class"
         )
     if stock.bias is not None:
-        stock.bias.zero_() if bias is None else stock.bias.copy_(plain(bias))
+        stock.bias.zero_() if bias is None else stock.bias.copy_(gather(bias))
 
 
 def _carry_head(
@@ -197,7 +179,7 @@ def _carry_head(
         if id(module) not in tables:
             source: Any = base
             for part in name.split("."):
-                source = of_adapter(getattr(source, part), adapter)
+                source = module_for_adapter(getattr(source, part), adapter)
             for key, value in module.named_parameters(recurse=False):
                 value.copy_(source.get_parameter(key))
 

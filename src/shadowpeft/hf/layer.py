@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from shadowpeft.core import Injection, Update, UpdateNorm, refine
+from shadowpeft.core import Injection, Update, refine
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.backbone import BorrowedEmbedding, ShadowParts
+from shadowpeft.hf.base.head import HeadFacts
+from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.weights import dense_weight, device_of, module_for_adapter
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.head import HeadFacts
-from shadowpeft.hf.signature import Signature
-from shadowpeft.hf.weights import device_of, of_adapter, real_weight
+from shadowpeft.hf.shadow.build import ShadowParts
 
 STRUCTURE = threading.RLock()
 """Held while the weights of an adapter are collected or replaced, so that nobody collects half of a replacement."""
@@ -30,37 +30,6 @@ _versions = itertools.count(1)
 
 Step = tuple[Injection, Update | None, float]
 """What happens before one base layer: injection, update (None at the first refined layer and in the ablation), alpha."""
-
-
-@dataclass
-class Weights:
-    """Everything of one adapter that takes part in a forward pass."""
-
-    adapter: str
-    config: ShadowPeftConfig
-    version: int
-    """Differs between weights of one name that a swap or a deletion separates; 0: not known (compiled code)."""
-    backbone: Any
-    embedding: nn.Module | None
-    """The shadow's own token embedding, or None if it shares the base's."""
-    projection: nn.Module | None
-    norm: UpdateNorm | None
-    head: nn.Module | None
-    """The shadow's own head, or None if it reads the base's."""
-    reads_tokens: bool
-    takes: Signature
-    """What the shadow backbone's forward accepts."""
-    steps: dict[int, Step] = field(default_factory=dict)
-    """By base layer; empty unless ``whole``."""
-    saved: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    """For each of PEFT's wrappers around a module of the base the one that this adapter uses; empty unless ``whole``."""
-    whole: bool = False
-    """Whether ``steps`` and ``saved`` were collected; otherwise the links look their own up."""
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether the adapter is one of a sequence classifier."""
-        return bool(self.config.task_type == "SEQ_CLS")
 
 
 class ShadowTunerLayer(BaseTunerLayer):
@@ -101,14 +70,12 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.shadowpeft_head: Any = nn.ModuleDict()
         self.shadowpeft_embedding: Any = nn.ModuleDict()
         self.configs: dict[str, ShadowPeftConfig] = {}
-        self.takes: dict[str, Signature] = {}
+        self.signatures: dict[str, Signature] = {}
         self.facts = HeadFacts()
         self.backbone_name = ""
-        self.reads_tokens: set[str] = set()
-        """Adapters whose shadow looks the tokens up itself, through a :class:`BorrowedEmbedding`."""
         self.versions: dict[str, int] = {}
-        self.records: dict[str, Weights] = {}
-        """What :func:`shadowpeft.hf.mixed.weights_of` has collected."""
+        self.records: dict[str, Any] = {}
+        """What :func:`shadowpeft.hf.forward.rows.weights_of` has collected."""
 
     def add(self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any) -> None:
         """Put the parts of one adapter in place.
@@ -122,9 +89,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.versions[adapter] = next(_versions)
         self.records.clear()  # another adapter may bring a trained module of the base that all of them now pass
         self.shadowpeft_backbone[adapter] = parts.backbone
-        self.takes[adapter] = Signature(parts.backbone)
-        if any(isinstance(module, BorrowedEmbedding) for module in parts.backbone.modules()):
-            self.reads_tokens.add(adapter)
+        self.signatures[adapter] = Signature(parts.backbone)
         d_s = int(parts.backbone.config.hidden_size)
         if d_s != d:
             projection = nn.Linear(d_s, d, bias=False, device=reference.device, dtype=torch.float32)
@@ -140,8 +105,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                 container[adapter] = embedding
             else:
                 parts.backbone.shadow_embedding = embedding
-        if config.use_update and config.mathematics()["update_norm"] and steps > 1:
-            self.shadowpeft_norm[adapter] = UpdateNorm(d).to(device=reference.device)
+        if config.use_update and config.mathematics.update_norm and steps > 1:
+            self.shadowpeft_norm[adapter] = nn.LayerNorm(d).to(device=reference.device)
         if head is not None:
             copy = nn.Linear(d, head.out_features, bias=getattr(head, "bias", None) is not None)
             with torch.no_grad():
@@ -149,7 +114,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
                     copy = copy.to_empty(device="meta")
                 else:
                     copy = copy.to(device=device_of(head))
-                    with real_weight(head) as weight:
+                    with dense_weight(head) as weight:
                         copy.weight.copy_(weight)
                         if copy.bias is not None:
                             copy.bias.copy_(head.bias)
@@ -169,26 +134,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else that of ``model``."""
         if adapter in self.shadowpeft_head:
             return self.shadowpeft_head[adapter]
-        return of_adapter(model.get_output_embeddings(), adapter)
-
-    def read(self, adapter: str) -> Weights:
-        """What the hub holds of ``adapter``."""
-
-        def get(container: Any) -> Any:  # a ModuleDict has no get()
-            return container[adapter] if adapter in container else None  # noqa: SIM401
-
-        return Weights(
-            adapter,
-            self.configs[adapter],
-            0 if torch.compiler.is_compiling() else self.versions[adapter],  # a swap needs no new graph
-            self.shadowpeft_backbone[adapter],
-            self.embedding(adapter),
-            get(self.shadowpeft_projection),
-            get(self.shadowpeft_norm),
-            get(self.shadowpeft_head),
-            adapter in self.reads_tokens,
-            self.takes[adapter],
-        )
+        return module_for_adapter(model.get_output_embeddings(), adapter)
 
     def freeze_unreached(self) -> None:
         """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""
@@ -203,8 +149,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
-        self.takes.pop(adapter_name, None)
-        self.reads_tokens.discard(adapter_name)
+        self.signatures.pop(adapter_name, None)
         self.versions.pop(adapter_name, None)
         self.records.clear()
 
@@ -212,47 +157,6 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 def new_version() -> int:
     """A number that no weights have had in this process."""
     return next(_versions)
-
-
-def initial_state(
-    weights: Weights, input_ids: Tensor | None, inputs_embeds: Tensor | None, base: Any, **kwargs: Any
-) -> Tensor:
-    """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10), ``(B, T, d)``.
-
-    Args:
-        input_ids: ``(B, T)``, or None to run from embeddings. inputs_embeds: the base's, ``(B, T, d)``, or None.
-        base: the model or backbone whose token embedding a shadow without one reads.
-        kwargs: mask, positions and cache view for the shadow backbone.
-
-    Raises:
-        ConfigError: if the shadow needs ``input_ids`` and there are none.
-    """
-    backbone, own, borrowed = weights.backbone, weights.embedding, weights.reads_tokens
-    if input_ids is None and (own is not None or borrowed):
-        raise ConfigError(
-            "inputs_embeds were passed but the shadow "
-            + ("reads the tokens in its layers" if borrowed else "has an embedding table of its own")
-            + " and needs input_ids; "
-            + ("pass those" if borrowed else "use share_embeddings=True to run from embeddings")
-        )
-    if borrowed:
-        return _project(weights, backbone(input_ids=input_ids, return_dict=True, **kwargs))
-    if inputs_embeds is None or own is not None:
-        inputs_embeds = (base.get_input_embeddings() if own is None else own)(input_ids)
-    inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
-    if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and _checkpoints(backbone):
-        # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
-        inputs_embeds = inputs_embeds.detach().requires_grad_(True)
-    return _project(weights, backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs))
-
-
-def _project(weights: Weights, output: Any) -> Tensor:
-    state: Tensor = output.last_hidden_state
-    return state if weights.projection is None else weights.projection(state)
-
-
-def _checkpoints(backbone: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
 
 
 def keep_in_float32(module: nn.Module) -> None:
@@ -290,20 +194,20 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
 
     def add(self, adapter: str, config: ShadowPeftConfig, d: int, device: torch.device) -> None:
         """Make the parameters of one adapter: ``2 d r``, and ``4 d m`` unless this is the first refined layer."""
-        math = config.mathematics()
+        variant = config.mathematics
         dropout = float(config.shadow_dropout)
         self.alpha[adapter] = float(config.shadow_alpha)
         with torch.device(device):
             self.shadowpeft_injection[adapter] = Injection(
-                d, config.r, dropout, dropout_first=math["dropout_before_down"], paper_init=math["paper_init"]
+                d, config.r, dropout, dropout_first=variant.dropout_before_down, paper_init=variant.paper_init
             )
-            if config.use_update and self.layer > math["first_refined_layer"]:
+            if config.use_update and self.layer > variant.first_refined_layer:
                 self.shadowpeft_update[adapter] = Update(
                     d,
                     config.update_width,
-                    dropout if math["dropout_in_update"] else 0.0,
-                    activation=math["update_activation"],
-                    bias=math["update_bias"],
+                    dropout if variant.dropout_in_update else 0.0,
+                    activation=variant.update_activation,
+                    bias=variant.update_bias,
                 )
 
     def step(self, adapter: str) -> Step | None:
@@ -314,7 +218,7 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
         return self.shadowpeft_injection[adapter], update, self.alpha[adapter]
 
     def forward(
-        self, step: Step, h: Tensor, s: Tensor, norm: UpdateNorm | None, streams: int | None = None
+        self, step: Step, h: Tensor, s: Tensor, norm: nn.LayerNorm | None, streams: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """One refinement step, see :func:`shadowpeft.core.refine`; all states ``(B, T, d)``."""
         injection, update, alpha = step
@@ -323,3 +227,21 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.alpha.pop(adapter_name, None)
+
+
+def find_hub(model: nn.Module) -> ShadowHub:
+    """The hub of an adapted model.
+
+    Raises:
+        ConfigError: if ``model`` has no shadow adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, ShadowHub):
+            return module
+    raise ConfigError(f"{type(model).__name__} has no shadow adapter; make one with peft.get_peft_model")
+
+
+def adapted_base(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PeftModel (or the model itself)."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model  # type: ignore[return-value]

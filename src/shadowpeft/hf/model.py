@@ -15,28 +15,29 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import call as calls
-from shadowpeft.hf import hooks, mixed
-from shadowpeft.hf.backbone import Anatomy, anatomy, build_shadow
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.head import HeadFacts, examine_head
+from shadowpeft.hf.base.signature import Signature, hands_down
+from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
+from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import FLOATS, check_exact
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
-from shadowpeft.hf.head import HeadFacts, examine_head
+from shadowpeft.hf.dry_run import check_file
+from shadowpeft.hf.files.reading import FLOATS, check_tensors, check_value
+from shadowpeft.hf.forward import call as calls
+from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
-from shadowpeft.hf.signature import Signature, hands_down
-from shadowpeft.hf.skeleton import check_file
-from shadowpeft.hf.weights import device_of, is_offloaded
+from shadowpeft.hf.shadow.build import build_shadow
+from shadowpeft.hf.shadow.source import resolve
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
-CLASSIFIERS = ("score", "classifier")
 
 
 class ShadowModel(BaseTuner):
     """Adapts a frozen decoder-only transformers model with a shadow network (ShadowPEFT, arXiv 2604.19254).
 
     Made by ``get_peft_model(base, ShadowPeftConfig(...))``. The base's modules stay as they are: ``shadow_hub`` is added to
-    its backbone, ``shadow_link`` to every refined layer, and hooks do the rest (:mod:`shadowpeft.hf.hooks`).
+    its backbone, ``shadow_link`` to every refined layer, and hooks do the rest (:mod:`shadowpeft.hf.forward.hooks`).
     """
 
     prefix = PREFIX
@@ -46,13 +47,15 @@ class ShadowModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         with clean_on_failure(model):
             super().__init__(model, *args, **kwargs)
+        # right after this, PeftModel (0.21) asks transformers (5.23) by the old name of is_activation_checkpointing
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
     # ---------------------------------------------------------------------------------------------------- attaching
 
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
         if peft_config.task_type is None:
             raise ConfigError("task_type is missing; set it to 'CAUSAL_LM' or 'SEQ_CLS'")
-        parts = anatomy(self.model)
+        parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         found = fingerprint(self.model, parts)
         if peft_config._loaded and peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found)
@@ -106,7 +109,7 @@ class ShadowModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        parts = anatomy(self.model)
+        parts = self._parts
         if current_key == parts.backbone_name:
             self._add_hub(parts, peft_config, adapter_name)
         else:
@@ -118,7 +121,7 @@ class ShadowModel(BaseTuner):
             link.add(adapter_name, peft_config, parts.hidden_size, device_of(target))
             link.train(target.training)
 
-    def _facts(self, parts: Anatomy) -> HeadFacts:
+    def _facts(self, parts: DecoderParts) -> HeadFacts:
         """What stands behind the base's backbone; found out once, with the first adapter."""
         hub = getattr(parts.backbone, "shadow_hub", None)
         if hub is not None:
@@ -127,10 +130,10 @@ class ShadowModel(BaseTuner):
             return HeadFacts()
         return examine_head(self.model, parts.backbone_name, parts.config)
 
-    def _hub(self, parts: Anatomy) -> ShadowHub:
+    def _hub(self, parts: DecoderParts) -> ShadowHub:
         return parts.backbone.shadow_hub  # type: ignore[return-value]
 
-    def _add_hub(self, parts: Anatomy, config: ShadowPeftConfig, adapter: str) -> None:
+    def _add_hub(self, parts: DecoderParts, config: ShadowPeftConfig, adapter: str) -> None:
         head = classifier_of(self.model) if config.task_type == "SEQ_CLS" else None
         if config.task_type == "CAUSAL_LM" and self.model.get_output_embeddings() is None:
             raise UnsupportedModelError(
@@ -138,14 +141,14 @@ class ShadowModel(BaseTuner):
                 "AutoModelForCausalLM"
             )
         if config.own_shadow_head:
-            if not self._facts(parts).plain:
+            if not self._facts(parts).is_linear:
                 raise UnsupportedModelError(
                     f"own_shadow_head=True replaces the LM head's matrix, but the head of {type(self.model).__name__} is more "
                     "than a matrix; set own_shadow_head=False"
                 )
             head = self.model.get_output_embeddings()
             head = getattr(head, "original_module", head)
-        built = build_shadow(parts, config, self.model)
+        built = build_shadow(parts, config, resolve(config, parts, self.model))
         if getattr(parts.backbone, "shadow_hub", None) is None:
             facts = self._facts(parts)
             parts.backbone.shadow_hub = ShadowHub()
@@ -155,17 +158,28 @@ class ShadowModel(BaseTuner):
         self._hub(parts).add(adapter, config, built, parts.hidden_size, steps=steps, head=head)
         self._hub(parts).train(parts.backbone.training)
 
-    def _install_hooks(self, parts: Anatomy) -> None:
+    def _install_hooks(self, parts: DecoderParts) -> None:
         name = parts.backbone_name
         whole, body = Signature(self.model), Signature(parts.backbone)
         layers = [Signature(layer) for layer in parts.layers]
-        carried = all(signature.passes_on for signature in (whole, body, *layers))
-        carried = carried and hands_down(self.model, parts.layers[1], hooks.CALL, device_of(self.model))
+        reach = all(signature.passes_on for signature in (whole, body, *layers))
+        reach = reach and hands_down(self.model, parts.layers[1], calls.CALL, device_of(self.model))
         # what travels in a context variable cannot be traced: there, torch.compile leaves the hooks out of its graphs
-        traced: Any = (lambda hook: hook) if carried else torch.compiler.disable
-        before = traced(partial(hooks.before_model, backbone=name, signature=whole, carried=carried))
-        inner = traced(partial(hooks.before_backbone, signature=body, base_layers=parts.num_layers, carried=carried))
-        leave, after = traced(partial(hooks.leave, carried=carried)), traced(partial(hooks.after_model, backbone=name))
+        traced: Any = (lambda hook: hook) if reach else torch.compiler.disable
+
+        def hook(function: Any, **known: Any) -> Any:
+            return traced(partial(function, **known))
+
+        before = hook(
+            hooks.before_model,
+            backbone=name,
+            signature=whole,
+            kwargs_reach_layers=reach,
+            weighted=weighted(self.model),
+        )
+        inner = hook(hooks.before_backbone, signature=body, base_layers=parts.num_layers, kwargs_reach_layers=reach)
+        leave = hook(hooks.leave, kwargs_reach_layers=reach)
+        after = hook(hooks.after_model, backbone=name)
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
             self.model.register_forward_hook(after, with_kwargs=True),
@@ -174,7 +188,7 @@ class ShadowModel(BaseTuner):
             parts.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
         for layer, signature in zip(parts.layers, layers, strict=True):
-            refine = traced(partial(hooks.before_layer, hidden=signature.names[0]))
+            refine = hook(hooks.before_layer, hidden=signature.names[0])
             handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
         setattr(self.model, _HANDLES, handles)
 
@@ -219,18 +233,18 @@ class ShadowModel(BaseTuner):
                 raise ConfigError("adapter_names was passed to a compiled model; call the model itself")
             yield
             return
-        request = calls.Request(self.model)
+        scope = calls.Scope(self.model)
         if names is not None:
-            hub = self._hub(anatomy(self.model))
-            mixed.check_mode(self.model)
-            request.names = mixed.check_names(names, hub)
+            hub = self._hub(find_decoder(self.model))
+            rows.check_mode(self.model)
+            scope.names = rows.check_names(names, hub)
             # PeftModel.forward keeps its inputs to itself; only generate shows them, whose beams repeat each prompt
-            prompts = mixed.batch_rows({"input_ids": args[0], **kwargs} if args else kwargs)
+            prompts = rows.batch_rows({"input_ids": args[0], **kwargs} if args else kwargs)
             if prompts is not None:
-                mixed.check_length(request.names, prompts)
-                mixed.check_not_compiled(self.model, kwargs)
-                request.repeats = True
-        with calls.asking(request):
+                rows.check_length(scope.names, prompts)
+                rows.check_not_compiled(self.model, kwargs)
+                scope.repeats = True
+        with calls.within(scope):
             yield
 
     # --------------------------------------------------------------------------------------------------- switching
@@ -252,7 +266,7 @@ class ShadowModel(BaseTuner):
         PEFT lets each layer choose a successor among the adapters that it holds, so layers that hold different ones would
         disagree; here the choice is made before, for all of them.
         """
-        hub: Any = self._hub(anatomy(self.model))
+        hub: Any = self._hub(find_decoder(self.model))
         left = sorted(set(hub.configs) - {adapter_name})
         if adapter_name in hub.active_adapters and left:
             warnings.warn(
@@ -294,47 +308,18 @@ class ShadowModel(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}(\.|$)")
         expected = {k: v for k, v in model.state_dict().items() if own.search(k)}
-        missing = sorted(set(expected) - set(mapped))
         # PEFT loads whatever it finds: a key of the base would overwrite the base
         trained = f".modules_to_save.{adapter_name}."
         expected.update({k: v for k, v in model.state_dict().items() if trained in k and k in mapped})
-        unknown = sorted(k for k in mapped if k not in expected)
-        unknown += ["a tensor under two names"] * (len(state_dict) - len(mapped))
-        if missing or unknown:
-            raise AdapterFileError(
-                f"the adapter's weights do not fit its configuration: {len(missing)} tensors are missing "
-                f"{missing[:2]}, {len(unknown)} are unknown {unknown[:2]}; the file is truncated or of another adapter"
-            )
-        for key, value in expected.items():
-            if tuple(mapped[key].shape) != tuple(value.shape):
-                raise AdapterFileError(
-                    f"tensor {key} has shape {tuple(mapped[key].shape)} in the file but the configuration says "
-                    f"{tuple(value.shape)}; configuration and weights are of different adapters"
-                )
+        what = "the adapter's weights do not fit its configuration"
+        if len(mapped) < len(state_dict):
+            raise AdapterFileError(f"{what}: a tensor stands under two names; the file is of another adapter")
+        check_tensors(mapped, expected, what, "the file is truncated or of another adapter")
         for key, value in mapped.items():
             if value.dtype not in FLOATS.values():
                 raise AdapterFileError(f"tensor {key} is {value.dtype} in the file but must be floating point")
-            if not bool(torch.isfinite(value).all()):
-                raise AdapterFileError(f"tensor {key} holds NaN or infinite values; the adapter is damaged")
-            check_exact(key, value, expected[key].dtype)
+            check_value(key, value, expected[key].dtype, "the file")
         return mapped
-
-
-def classifier_of(model: nn.Module) -> nn.Linear:
-    """The base's own linear classifier.
-
-    Raises:
-        UnsupportedModelError: if it has none.
-    """
-    for name in CLASSIFIERS:
-        head = getattr(model, name, None)
-        head = getattr(head, "original_module", head)
-        if isinstance(head, nn.Linear):
-            return head
-    raise UnsupportedModelError(
-        f"task_type is SEQ_CLS but {type(model).__name__} has no linear 'score' or 'classifier'; load the base with "
-        "AutoModelForSequenceClassification"
-    )
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Replace the weights of a loaded adapter while the model runs.
 
-A forward pass reads an adapter through one object, :class:`~shadowpeft.hf.layer.Weights`, which it takes once. A swap makes
-new modules beside the old, checks everything, and then puts one new object in the place of the old one: a pass has entirely
-the old weights or entirely the new, and the old ones live until the last pass that holds them has ended.
+A forward pass takes an adapter's weights once, as one object (``AdapterWeights``). A swap makes new modules beside the old,
+checks everything, and then puts one new object in the place of the old one. So a pass has entirely the old weights or
+entirely the new; the old ones live until the last pass that holds them has ended.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from torch.distributed.tensor import DTensor
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf import formats
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.checkpoint import check_weights, read_config
-from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
-from shadowpeft.hf.files import check_exact, plain_record, quote
-from shadowpeft.hf.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.dry_run import check_file
+from shadowpeft.hf.files.reading import check_tensors, check_value
+from shadowpeft.hf.files.records import plain_record
+from shadowpeft.hf.forward.rows import collect
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, ShadowTunerLayer, new_version
-from shadowpeft.hf.mixed import collect
+from shadowpeft.hf.load import check_weights, read_config
 from shadowpeft.hf.model import ShadowModel
-from shadowpeft.hf.skeleton import check_file
+from shadowpeft.messages import did_you_mean, quote
 
 _SHAPING = (
     "task_type",
@@ -82,7 +85,7 @@ def swap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else getattr(model, "model", model)
     base = base if isinstance(model, (PeftModel, ShadowModel)) else model
-    parts = anatomy(base)
+    parts = find_decoder(base)
     hub = getattr(parts.backbone, "shadow_hub", None)
     if not isinstance(hub, ShadowHub):
         raise ConfigError(f"{type(model).__name__} carries no shadow adapter; load one with shadowpeft.load")
@@ -115,7 +118,7 @@ def check_fits(base: nn.Module, adapter: str | Path) -> ShadowPeftConfig:
         raise AdapterFileError(f"'{adapter}' is in another package's format; convert it first (shadowpeft convert)")
     config = read_config(adapter)
     config.weights_file = check_weights(adapter)
-    check_fingerprint(config.base_fingerprint or {}, fingerprint(base, anatomy(base)))
+    check_fingerprint(config.base_fingerprint or {}, fingerprint(base, find_decoder(base)))
     return config
 
 
@@ -126,7 +129,7 @@ def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: st
         ConfigError: naming the first setting that differs.
     """
     pairs = [(field, getattr(loaded, field), getattr(other, field)) for field in _SHAPING]
-    math, others = loaded.mathematics(), other.mathematics()
+    math, others = asdict(loaded.mathematics), asdict(other.mathematics)
     pairs += [(f"variant ({key})", math[key], others[key]) for key in math if key != "paper_init"]
     records = [plain_record(c.shadow_backbone_config or {}) for c in (loaded, other)]
     for key in sorted(set(records[0]) | set(records[1])):
@@ -156,7 +159,7 @@ def _slots(base: nn.Module, adapter: str) -> list[_Slot]:
 
 def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.Module) -> None:
     """Give every slot a new module with the file's tensors. ``memo`` is what the modules refer to but do not own."""
-    left = dict(tensors)
+    values: dict[str, Tensor] = {}
     for slot in slots:
         if any(p.is_meta or isinstance(p, DTensor) for p in slot.old.parameters()):
             raise UnsupportedModelError(
@@ -165,33 +168,19 @@ def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.M
         slot.new = copy.deepcopy(slot.old, {id(memo): memo})
         for parameter in slot.new.parameters():
             parameter.grad = None
-        for name, tensor in slot.new.state_dict().items():
-            key = f"{slot.path}.{name}"
-            value = left.pop(key, None)
-            if value is None or value.shape != tensor.shape:
-                shape = "missing" if value is None else f"of shape {tuple(value.shape)}"
-                raise AdapterFileError(
-                    f"tensor {quote(key)} is {shape} in {path} but {tuple(tensor.shape)} in the loaded adapter; load the new "
-                    "one under another name"
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise AdapterFileError(
-                    f"tensor {quote(key)} in {path} holds NaN or infinite values; the adapter is damaged"
-                )
-            check_exact(key, value, tensor.dtype)
-            with torch.no_grad():
-                tensor.copy_(value)
-    if left:
-        raise AdapterFileError(
-            f"{path} holds {len(left)} tensors that the loaded adapter does not have ({quote(min(left))}); load the new one "
-            "under another name"
-        )
+        values.update({f"{slot.path}.{name}": value for name, value in slot.new.state_dict().items()})
+    what = f"the weights in {path} are not those of the loaded adapter"
+    check_tensors(tensors, values, what, "load the new one under another name")
+    for name, value in values.items():
+        check_value(name, tensors[name], value.dtype, str(path))
+        with torch.no_grad():
+            value.copy_(tensors[name])
 
 
 def _set_dropout(slot: _Slot, config: ShadowPeftConfig) -> None:
     container = slot.path.rpartition(".")[2]
     if container == "shadowpeft_injection" or (
-        container == "shadowpeft_update" and config.mathematics()["dropout_in_update"]
+        container == "shadowpeft_update" and config.mathematics.dropout_in_update
     ):
         slot.new.dropout = float(config.shadow_dropout)  # type: ignore[assignment]
 

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, DynamicCache
 
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf import mixed
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.call import Request, asking
-from shadowpeft.hf.config import did_you_mean
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.forward import rows
+from shadowpeft.hf.forward.call import Scope, within
 from shadowpeft.hf.swap import check_fits, swap
+from shadowpeft.messages import did_you_mean
 
 
 class Session(ABC):
@@ -176,12 +176,12 @@ class Attached(Backend):
             self._check_tokenizer(folder)
         self.base_name = base_name
         self._inner = model.get_base_model()
-        self._hub: Any = anatomy(self._inner).backbone.shadow_hub
+        self._hub: Any = find_decoder(self._inner).backbone.shadow_hub
 
     def open(self, names: list[str]) -> Session:
-        request = Request(self._inner)
-        request.names = mixed.check_names([mixed.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
-        return _AttachedSession(self._inner, request)
+        scope = Scope(self._inner)
+        scope.names = rows.check_names([rows.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
+        return _AttachedSession(self._inner, scope)
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)
@@ -228,17 +228,17 @@ class Attached(Backend):
 
 
 class _AttachedSession(_CachedSession):
-    def __init__(self, model: Any, request: Request) -> None:
+    def __init__(self, model: Any, scope: Scope) -> None:
         super().__init__(model)
-        self.request = request
+        self.scope = scope
 
     def _call(self, **inputs: Any) -> Any:
-        with asking(self.request):  # holds the weights of the first pass for all later ones
+        with within(self.scope):  # holds the weights of the first pass for all later ones
             return self.model(**inputs)
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
-        self.request.names = tuple(self.request.names[row] for row in rows)
+        self.scope.names = tuple(self.scope.names[row] for row in rows)
 
 
 class Detached(Backend):
@@ -253,7 +253,7 @@ class Detached(Backend):
     def _replace(self, name: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        from shadowpeft.hf.pretrained import load_whole
+        from shadowpeft.hf.base.load import load_whole
 
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"'{folder}' is no edge model (it has no config.json); make one with shadowpeft detach")

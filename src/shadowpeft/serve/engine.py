@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
-from shadowpeft.hf.config import did_you_mean
+from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.backend import Backend, Session
 from shadowpeft.serve.router import Scores
 

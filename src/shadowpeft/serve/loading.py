@@ -23,7 +23,7 @@ def load_edge(path: str) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    from shadowpeft.hf.pretrained import load_whole
+    from shadowpeft.hf.base.load import load_whole
     from shadowpeft.train.run import load_tokenizer
 
     if not (Path(path) / "tokenizer_config.json").is_file():
@@ -55,7 +55,7 @@ def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
     """The base with a LoRA or DoRA adapter, and the base's tokenizer: what a shadow is compared with."""
     from peft import PeftConfig, PeftModel
 
-    from shadowpeft.hf.checkpoint import load_base
+    from shadowpeft.hf.base.load import load_base
     from shadowpeft.train.run import load_tokenizer
 
     named = base or PeftConfig.from_pretrained(path).base_model_name_or_path

@@ -37,7 +37,7 @@ _STATUS = {
     409: "the new weights do not fit, or there is nothing to go back to",
     413: "the body is too large",
     429: "too many requests; see Retry-After",
-    503: "not ready, shutting down, no turn in time, or the cloud is needed and away",
+    503: "not ready, shutting down, waited too long for a turn, or the cloud is needed but unreachable",
 }
 _log = logging.getLogger("shadowpeft.serve")
 T = TypeVar("T")

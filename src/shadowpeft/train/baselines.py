@@ -26,7 +26,7 @@ from shadowpeft.data import chat
 from shadowpeft.data.classify import ClassCollator, ClassDataset
 from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.train.config import TrainingSection
 from shadowpeft.train.progress import RunCallback

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import PRESETS, preset
+from shadowpeft.settings import STRICT, ShadowSettings, explain
 
 Run = TypeVar("Run", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+class StrictSection(BaseModel):
+    """A part of a run file."""
+
+    model_config = STRICT
 
 
-class DataConfig(_Strict):
+class DataConfig(StrictSection):
     """Which rows to train and to evaluate on."""
 
     train: str
@@ -37,37 +40,11 @@ class DataConfig(_Strict):
     """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
 
 
-_WIDTHS = (
-    "shadow_intermediate_size",
-    "shadow_num_attention_heads",
-    "shadow_num_key_value_heads",
-    "shadow_head_dim",
-    "shadow_hidden_size",
-)
-
-
-class ShadowSection(_Strict):
-    """The fields of ``ShadowPeftConfig`` that a run may set; meanings there. What is not set comes from ``preset``."""
+class ShadowSection(StrictSection, ShadowSettings):
+    """The fields of ``ShadowPeftConfig`` that a run may set. What is not set comes from ``preset``."""
 
     preset: Literal["tuned", "paper"] = "tuned"
-    r: int = Field(default=16, ge=1)
-    shadow_alpha: float = Field(default=0.1, gt=-1e6, lt=1e6)
-    shadow_dropout: float = Field(default=0.2, ge=0, lt=1)
-    update_hidden_size: int | None = Field(default=None, ge=1)
-    use_update: bool = True
     shadow_model: str = "mirror"
-    shadow_num_hidden_layers: int | None = Field(default=None, ge=1)
-    shadow_intermediate_size: int | None = Field(default=None, ge=1)
-    shadow_num_attention_heads: int | None = Field(default=None, ge=1)
-    shadow_num_key_value_heads: int | None = Field(default=None, ge=1)
-    shadow_head_dim: int | None = Field(default=None, ge=1)
-    shadow_hidden_size: int | None = Field(default=None, ge=1)
-    shadow_init: Literal["random", "base_layers", "base_layers_spread"] = "random"
-    projection_init: Literal["random", "pseudo_inverse"] = "random"
-    share_embeddings: bool | None = None
-    auxiliary_loss_weight: float = Field(default=0.05, ge=0, lt=1e9)
-    shadow_loss: Literal["ce", "kl", "both"] = "ce"
-    variant: Literal["paper", "authors", "peft"] = "paper"
 
     @model_validator(mode="before")
     @classmethod
@@ -85,35 +62,13 @@ class ShadowSection(_Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> ShadowSection:
-        # ShadowPeftConfig refuses the same; here it is said before torch is imported
-        widths = [name for name in _WIDTHS if getattr(self, name) is not None]
-        mirror = self.shadow_model == "mirror"
-        if not mirror and (widths or self.shadow_num_hidden_layers is not None):
-            given = widths or ["shadow_num_hidden_layers"]
-            raise ValueError(
-                f"shadow.{given[0]} shapes a mirrored shadow but shadow.shadow_model is {self.shadow_model!r}, which brings "
-                "its own shape; remove one of them"
-            )
-        if not mirror and self.shadow_init != "random":
-            raise ValueError(
-                f"shadow.shadow_init: {self.shadow_init} fills a mirrored shadow but shadow.shadow_model is set; remove one of "
-                "them"
-            )
-        if mirror and self.projection_init == "pseudo_inverse":
-            raise ValueError(
-                "shadow.projection_init: pseudo_inverse needs a shadow.shadow_model with an LM head; set one or remove it"
-            )
-        if self.shadow_init != "random" and widths:
-            raise ValueError(
-                f"shadow.shadow_init: {self.shadow_init} copies the base's own widths but shadow.{widths[0]} is set; remove "
-                "one of them"
-            )
-        if self.shadow_alpha == 0:
-            raise ValueError("shadow.shadow_alpha is 0, which switches the correction off; give another number")
+        conflict = self.conflict("shadow.")
+        if conflict is not None:
+            raise ValueError(conflict)
         return self
 
 
-class TrainingSection(_Strict):
+class TrainingSection(StrictSection):
     """Optimisation, evaluation and saving."""
 
     epochs: float | None = Field(default=None, gt=0)
@@ -151,7 +106,7 @@ class TrainingSection(_Strict):
         return self
 
 
-class RunConfig(_Strict):
+class RunConfig(StrictSection):
     """One fine-tuning run."""
 
     base: str
@@ -196,7 +151,7 @@ def parse(content: Any, where: str, kind: type[Run], sections: dict[str, type[Ba
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, kind, sections)}") from error
+        raise ConfigError(f"{where}: {problems_in(error, kind, sections)}") from error
 
 
 def read_run(path: str | Path) -> RunConfig:
@@ -228,7 +183,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class RunLoader(yaml.SafeLoader):
-    """The safe subset of YAML, with two mends: ``1e-3`` is a number, and a key given twice is an error."""
+    """The safe subset of YAML with two corrections: ``1e-3`` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -249,23 +204,21 @@ RunLoader.add_implicit_resolver(
 _SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "shadow": ShadowSection, "training": TrainingSection}
 
 
-def explain(error: ValidationError, whole: type[BaseModel], sections: dict[str, type[BaseModel]]) -> str:
+def problems_in(error: ValidationError, whole: type[BaseModel], sections: dict[str, type[BaseModel]]) -> str:
     """What is wrong with a run file, in words; unknown keys get the nearest known one of ``whole`` or its ``sections``."""
     parts = []
-    for item in error.errors():
-        place = ".".join(str(p) for p in item["loc"]) or "the run"
-        if item["type"] == "extra_forbidden":
-            section = next((sections[str(p)] for p in reversed(item["loc"][:-1]) if str(p) in sections), whole)
+    for problem in error.errors():
+        place, key = ".".join(map(str, problem["loc"])) or "the run", problem["loc"][-1] if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
+            section = next((sections[str(p)] for p in reversed(problem["loc"][:-1]) if str(p) in sections), whole)
             known = list(section.model_fields)
-            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            elsewhere = [f"{n}.{item['loc'][-1]}" for n, s in sections.items() if item["loc"][-1] in s.model_fields]
-            hint = f"did you mean '{close[0]}'?" if close else ""
-            hint = f"did you mean '{elsewhere[0]}'?" if elsewhere else hint
-            parts.append(f"unknown key '{place}', " + (hint or "known keys: " + ", ".join(known)))
-        elif item["type"] == "missing":
+            elsewhere = [f" (did you mean '{name}.{key}'?)" for name, kind in sections.items() if key in kind.model_fields]
+            hint = elsewhere[0] if elsewhere else did_you_mean(str(key), known)
+            parts.append(f"unknown key '{place}'" + (hint or f"; known keys: {', '.join(known)}"))
+        elif problem["type"] == "missing":
             parts.append(f"key '{place}' is missing")
-        elif item["type"] == "value_error":
-            parts.append(str(item["ctx"]["error"]))
+        elif problem["type"] == "value_error":
+            parts.append(str(problem["ctx"]["error"]))
         else:
-            parts.append(f"'{place}' is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            parts.append(explain(problem, f"'{place}'", problem["input"]))
     return "; ".join(parts)

@@ -6,15 +6,15 @@ schedule, precision, checkpointing, processes.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,26 +22,22 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from shadowpeft.data.corpora import (
-    Encode,
-    FileSource,
-    HubSource,
-    Mixture,
-    Origin,
-    Packed,
-    PackedStream,
-    Source,
-    collate,
-    find_shards,
-    shard_record,
-)
-from shadowpeft.data.teacher import TeacherCache
+from shadowpeft.data.corpora import FileSource, HubSource, TextSource, find_shards, shard_record
+from shadowpeft.data.packing import Batches, Encode, Mixture, Packed, PackedStream, collate
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit, peak_memory
-from shadowpeft.hf.files import read_json, shorten
-from shadowpeft.hf.pieces import BaseEnds, open_base
-from shadowpeft.hf.pretraining import SEPARATE, ProjectedShadow, build_shadow, check_separation, save_shadow, save_stock
-from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.hf.base.vocabulary import shared_tokens
+from shadowpeft.hf.files.reading import read_json
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
+from shadowpeft.hf.pretraining.model import (
+    SEPARATE,
+    ProjectedShadow,
+    build_shadow,
+    check_separation,
+    save_shadow,
+    save_stock,
+)
+from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import WholeCheckpoints, written_whole
 from shadowpeft.train.pretrain_config import Corpus, PretrainConfig
@@ -59,7 +55,7 @@ from shadowpeft.train.run import (
 )
 from shadowpeft.train.trainer import kept_checkpoint
 
-WEIGHTS, STREAM, HELD = "model.safetensors", "stream.json", "stream.safetensors"
+WEIGHTS = "model.safetensors"
 _CURVES = (("loss", "training", "#1f5fa8", "-"), ("eval_loss", "held out", "#c2571a", "--"))
 
 
@@ -68,7 +64,7 @@ _CURVES = (("loss", "training", "#1f5fa8", "-"), ("eval_loss", "held out", "#c25
 
 def make_source(
     corpus: Corpus, run: PretrainConfig, *, shuffle: bool, warn: Callable[[str], None] | None = None
-) -> Source:
+) -> TextSource:
     """The source that a corpus of the configuration describes.
 
     Raises:
@@ -147,70 +143,11 @@ def hold_out(run: PretrainConfig, encode: Encode, end: int) -> dict[str, list[Pa
     return found
 
 
-class Batches:
-    """This process's micro-batches of a stream that every process reads alike.
-
-    Of each ``size x processes`` sequences a process keeps its own ``size``; so one state holds for all, and nothing is read
-    ahead of the step that uses it. With a ``teacher`` a batch also has what the base says, ``teacher_ids`` and
-    ``teacher_log_probs`` ``(B, T, k)``.
-    """
-
-    def __init__(self, stream: PackedStream, size: int, process: int = 0, processes: int = 1, keep: int = 1) -> None:
-        self.stream, self.size, self.process, self.processes, self.keep = stream, size, process, processes, keep
-        self.teacher: TeacherCache | None = None
-        self.origins: dict[int, list[Origin]] = {}
-        """Of the newest sequences by number, for messages."""
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        sequences = []
-        for _ in range(self.size * self.processes):
-            sequences.append(next(self.stream))
-        own = sequences[self.process * self.size : (self.process + 1) * self.size]
-        self.origins.update({s.number: s.origins for s in own})
-        for number in sorted(self.origins)[: -self.keep * self.size]:
-            del self.origins[number]
-        batch = collate(own)
-        if self.teacher is not None:
-            found = self.teacher.look_up([s.number for s in own], batch["input_ids"])
-            batch["teacher_ids"], batch["teacher_log_probs"] = found
-        return batch
-
-    def where(self, number: int) -> str:
-        """The documents of a sequence in words."""
-        places = [self.stream.mixture.where(origin) for origin in self.origins.get(number, [])]
-        shown = "; ".join(places[:3])
-        return f"sequence {number} ({shown}{f'; {len(places) - 3} more' if len(places) > 3 else ''})"
-
-    def save(self, folder: Path) -> None:
-        """Write the stream's state into a checkpoint."""
-        numbers, tensors = self.stream.state()
-        write_json(folder / STREAM, numbers)
-        save_file(tensors, folder / HELD)
-
-    def load(self, folder: Path) -> None:
-        """Take the state from a checkpoint.
-
-        Raises:
-            AdapterFileError: if it is missing or damaged.
-        """
-        try:
-            content = json.loads((folder / STREAM).read_text(encoding="utf-8"))
-            self.stream.load(content, load_file(folder / HELD))
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
-            raise AdapterFileError(
-                f"the state of the text in '{folder}' cannot be read ({shorten(error)}); remove this checkpoint and resume "
-                "from the one before"
-            ) from error
-
-
 # ------------------------------------------------------------------------------------------------------------ the trainer
 
 
 class PretrainTrainer(WholeCheckpoints, Trainer):
-    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.ProjectedShadow`.
+    """transformers' ``Trainer`` for a :class:`~shadowpeft.hf.pretraining.model.ProjectedShadow`.
 
     The loss of a step is the mean over its targets in all micro-batches and processes. A checkpoint holds the tensors that
     train, the optimiser, and the exact place in the text. A loss or gradient that is not finite ends the run before it
@@ -511,15 +448,20 @@ def pretrain(
     with trainer.accelerator.autocast():
         check_separation(model, SEPARATE if t.precision == "float32" else 0.05)
     if t.gradient_checkpointing:
-        model.shadow_model.gradient_checkpointing_enable({"use_reentrant": False})
+        shadow = model.shadow_model
+        # transformers 5.23 renamed it; older releases know only the old name
+        enable = getattr(shadow, "activation_checkpointing_enable", None) or shadow.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=last)
     finally:
         shown.close()
+        batches.close()
     seconds = time.monotonic() - started
-    result = _result(run, trainer, shown, start, seconds)
+    result: dict[str, Any] = {}
     if main:
+        result = _result(run, trainer, shown, start, seconds)
         with written_whole(folder / "shadow", "the shadow") as beside:
             save_shadow(model, base, beside)
             tokenizer.save_pretrained(str(beside))
@@ -531,15 +473,15 @@ def pretrain(
                 folder, _CURVES, "cross-entropy per token" if run.loss == "ce" else f"loss ({run.loss}) per token"
             )
         write_json(folder / "result.json", result)
-    trainer.accelerator.wait_for_everyone()
-    return result
+    return dict(broadcast_object_list([result])[0])  # the first process alone knows what was read
 
 
 def _result(
     run: PretrainConfig, trainer: Any, shown: PretrainCallback, start: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """What ``result.json`` says."""
-    folder, mixture, steps = Path(run.output), trainer.batches.stream.mixture, int(trainer.state.global_step)
+    folder, steps = Path(run.output), int(trainer.state.global_step)
+    sources, read = trainer.batches.stream.mixture.sources, trainer.batches.state.mixture
     per_step = int(shown.tokens_per_step)
     history = trainer.state.log_history
     measured = [r for r in history if "eval_perplexity" in r]
@@ -548,7 +490,7 @@ def _result(
         "steps": steps,
         "planned_steps": int(trainer.args.max_steps),
         "interrupted": shown.interrupted and steps < trainer.args.max_steps,
-        "ended_early": mixture.sources[mixture.ended].name if trainer.ran_out else None,
+        "ended_early": sources[read["ended"]].name if trainer.ran_out else None,
         "tokens": steps * per_step,
         "loss": next((r["loss"] for r in reversed(history) if "loss" in r), None),
         "perplexity_at_start": measured[0]["eval_perplexity"] if measured else None,
@@ -567,9 +509,9 @@ def _result(
         "teacher": None if (cache := trainer.batches.teacher) is None else {"k": cache.k, "sequences": len(cache)},
         "corpora": [
             {"name": s.name, "tokens_read": n, "documents": d, "passes": p}
-            for s, n, d, p in zip(mixture.sources, mixture.tokens, mixture.documents, mixture.passes, strict=True)
+            for s, n, d, p in zip(sources, read["tokens"], read["documents"], read["passes"], strict=True)
         ],
-        "skipped": [vars(each) for s in mixture.sources if isinstance(s, FileSource) for each in s.skipped],
+        "skipped": [{"shard": f, "reason": why} for s in read["sources"] for f, why in s.get("skipped", ())],
         "shadow": str(folder / "shadow"),
         "stock": str(folder / "stock"),
         "commit": commit(),

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from shadowpeft.train.config import _Strict, parse, read_yaml
+from shadowpeft.train.config import StrictSection, parse, read_yaml
 
 
-class Backbone(_Strict):
+class Backbone(StrictSection):
     """What the shadow's backbone is: some of the base's layers, or a small model."""
 
     layers: Literal["first", "spread"] | None = None
@@ -29,7 +29,7 @@ class Backbone(_Strict):
         return self
 
 
-class Corpus(_Strict):
+class Corpus(StrictSection):
     """One source of text."""
 
     path: str | None = None
@@ -66,7 +66,7 @@ class Corpus(_Strict):
         return self
 
 
-class TextSection(_Strict):
+class TextSection(StrictSection):
     """Which text to train and to evaluate on, and how it becomes sequences."""
 
     corpora: list[Corpus] = Field(min_length=1)
@@ -86,7 +86,7 @@ class TextSection(_Strict):
     """When a corpus ends: read it again, or end the training there."""
 
 
-class PretrainingSection(_Strict):
+class PretrainingSection(StrictSection):
     """Optimisation, evaluation and saving."""
 
     tokens: int | None = Field(default=None, ge=1)
@@ -137,7 +137,7 @@ class PretrainingSection(_Strict):
         return self
 
 
-class Teacher(_Strict):
+class Teacher(StrictSection):
     """The base's own distributions, computed once before training: its ``k`` most likely tokens at every position."""
 
     k: int = Field(default=32, ge=1)
@@ -152,7 +152,7 @@ class Teacher(_Strict):
     """Where the cache is or will be; None: ``teacher`` in the run's folder."""
 
 
-class PretrainConfig(_Strict):
+class PretrainConfig(StrictSection):
     """One pretraining run."""
 
     base: str

@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import TrainingArguments
 
-from shadowpeft.data.corpora import PackedStream, shard_record
+from shadowpeft.data.corpora import shard_record
+from shadowpeft.data.packing import PackedStream
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.checkpoint import load_base
-from shadowpeft.hf.pieces import BaseEnds
-from shadowpeft.hf.pretraining import SEPARATE, check_teacher_separation
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.pretraining.base_ends import BaseEnds
+from shadowpeft.hf.pretraining.model import SEPARATE, check_teacher_separation
 from shadowpeft.train.pretrain_config import PretrainConfig, Teacher
 from shadowpeft.train.run import DTYPES
 

@@ -24,11 +24,11 @@ from shadowpeft.data import chat
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
-from shadowpeft.hf.bases import is_alias, materialise
-from shadowpeft.hf.checkpoint import load_base
+from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import shorten
-from shadowpeft.hf.vocabulary import shared_tokens
+from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json, write_text
 from shadowpeft.train.checkpoints import reason, written_whole
 from shadowpeft.train.config import RunConfig, TrainingSection

@@ -18,9 +18,8 @@ from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.hf.detach import adapted_base, find_hub
-from shadowpeft.hf.hooks import shadow_path_loss
-from shadowpeft.hf.layer import ShadowHub
+from shadowpeft.hf.forward.losses import shadow_path_loss
+from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
 from shadowpeft.train.checkpoints import WholeCheckpoints
 
 _LOSSES = ("task_loss", "shadow_loss")

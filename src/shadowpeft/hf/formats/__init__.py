@@ -3,7 +3,7 @@
 One file per format: :mod:`~shadowpeft.hf.formats.authors` (package ``shadow-peft``) and
 :mod:`~shadowpeft.hf.formats.peft_shadow` (PEFT's ``SHADOW``). A reader gives a :class:`~.common.Translation`: this package's
 configuration and tensors, and what was dropped or left unsaid. Projected checkpoints are models, not adapters; they are in
-:mod:`shadowpeft.hf.projected`.
+:mod:`shadowpeft.hf.files.projected`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import anatomy
-from shadowpeft.hf.bases import is_alias
-from shadowpeft.hf.checkpoint import CONFIG, find_file, load_base
-from shadowpeft.hf.files import read_json
-from shadowpeft.hf.fingerprint import fingerprint
+from shadowpeft.hf.base.aliases import is_alias
+from shadowpeft.hf.base.fingerprint import fingerprint
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.config import CONFIG
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.projected import is_projected
+from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.formats import authors, peft_shadow
 from shadowpeft.hf.formats.common import Translation
 from shadowpeft.hf.model import clean_on_failure
-from shadowpeft.hf.projected import is_projected
 
 OURS, AUTHORS, PEFT, PROJECTED = "shadowpeft", "authors", "peft", "projected"
 
@@ -108,7 +110,7 @@ def load(
     with clean_on_failure(model):
         translation: Translation = reader.translate(source, model, task, shadow_model)
         config = translation.config
-        config.base_fingerprint = fingerprint(model, anatomy(model))
+        config.base_fingerprint = fingerprint(model, find_decoder(model))
         config._loaded = True
         config.inference_mode = not is_trainable
         if not isinstance(named, nn.Module) and is_alias(str(named)):

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.checkpoint import find_file
-from shadowpeft.hf.files import check_numbers, quote, read_json
+from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.records import check_numbers
 from shadowpeft.hf.formats.common import (
     Adapted,
     ShadowLayout,
@@ -57,8 +58,7 @@ from shadowpeft.hf.formats.common import (
     split_update,
     take_apart,
 )
-from shadowpeft.hf.model import classifier_of
-from shadowpeft.hf.tensors import check_tensors, read_tensors
+from shadowpeft.messages import quote
 
 CONFIG = "shadow_config.json"
 WEIGHTS = "shadow_adapter.safetensors"
@@ -166,7 +166,7 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
         AdapterFileError: if tensors are missing, unknown, or of other shapes than configuration and base say.
         ConfigError: if a setting is impossible here.
     """
-    content, parts = source.content, anatomy(base)
+    content, parts = source.content, find_decoder(base)
     depth = content["num_shadow_layers"]
     sizes = {key: content.get(key) for key in _SIZES}
     for key, value in {"num_shadow_layers": depth, **sizes}.items():
@@ -221,7 +221,7 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     return done
 
 
-def expected(parts: Anatomy, shadow: ShadowLayout, r: int, m: int) -> dict[str, tuple[int, ...]]:
+def expected(parts: DecoderParts, shadow: ShadowLayout, r: int, m: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in ``shadow_adapter.safetensors``."""
     d, steps = parts.hidden_size, parts.num_layers - 1
     shapes: dict[str, tuple[int, ...]] = {_BACKBONE + k: v for k, v in shadow.shapes.items()}
@@ -234,7 +234,7 @@ def expected(parts: Anatomy, shadow: ShadowLayout, r: int, m: int) -> dict[str, 
     return shapes
 
 
-def to_ours(tensors: Mapping[str, Tensor], parts: Anatomy, shadow: ShadowLayout) -> dict[str, Tensor]:
+def to_ours(tensors: Mapping[str, Tensor], parts: DecoderParts, shadow: ShadowLayout) -> dict[str, Tensor]:
     """Their tensors under this package's names; a linear map, so it takes gradients to gradients. Heads: see the table."""
     state = backbone_to_ours(
         parts, shadow, {k[len(_BACKBONE) :]: v for k, v in tensors.items() if k.startswith(_BACKBONE)}
@@ -281,7 +281,7 @@ def _classifier_heads(source: Source, base: PreTrainedModel, done: Translation) 
         if not found:
             done.notes.append(f"{name} was not trained; the base's own is used, and would train from here on")
         for key, value in (found or own).items():
-            done.state[hub_name(anatomy(base), f"head.{key}") if prefix is None else f"{prefix}.{key}"] = value
+            done.state[hub_name(find_decoder(base), f"head.{key}") if prefix is None else f"{prefix}.{key}"] = value
 
 
 def _lm_heads(source: Source, base: PreTrainedModel, done: Translation) -> None:
@@ -305,7 +305,7 @@ def _lm_heads(source: Source, base: PreTrainedModel, done: Translation) -> None:
         done.state.update({base_name(f"{place}.{k}"): v for k, v in main.items()})
     if main or shadow:
         done.config.own_shadow_head = True
-        done.state.update({hub_name(anatomy(base), f"head.{k}"): v for k, v in (shadow or own).items()})
+        done.state.update({hub_name(find_decoder(base), f"head.{k}"): v for k, v in (shadow or own).items()})
         if not shadow:
             done.notes.append(
                 "shadow_lm_head was not trained; the shadow keeps a copy of the base's, and would train it"
@@ -373,7 +373,7 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
 
 
 def from_ours(
-    state: Mapping[str, Tensor], parts: Anatomy, shadow: ShadowLayout, r: int, m: int, *, fill: bool = True
+    state: Mapping[str, Tensor], parts: DecoderParts, shadow: ShadowLayout, r: int, m: int, *, fill: bool = True
 ) -> dict[str, Tensor]:
     """The inverse of :func:`to_ours`; what nothing reads is zeros, or left out without ``fill``."""
     d, steps = parts.hidden_size, parts.num_layers - 1

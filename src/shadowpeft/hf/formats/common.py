@@ -15,21 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.config import ShadowPeftConfig, did_you_mean
-from shadowpeft.hf.detach import find_hub
-from shadowpeft.hf.files import BUILD_ERRORS, shorten
-from shadowpeft.hf.head import logit_scale, soft_cap
-from shadowpeft.hf.projected import as_projected, is_projected, projected_config
+from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.structure import DecoderParts, find_decoder
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.projected import is_projected, projected_config
+from shadowpeft.hf.files.reading import BUILD_ERRORS
+from shadowpeft.hf.layer import find_hub
+from shadowpeft.hf.shadow.source import as_projected
+from shadowpeft.messages import did_you_mean, shorten
+from shadowpeft.settings import WIDTHS
 
 _ROOT = "base_model.model."
-_SIZES = {
-    "shadow_intermediate_size": ("intermediate_size", "ffn_dim", "n_inner"),
-    "shadow_num_attention_heads": ("num_attention_heads",),
-    "shadow_num_key_value_heads": ("num_key_value_heads",),
-    "shadow_head_dim": ("head_dim",),
-    "shadow_hidden_size": ("hidden_size",),
-}
 # keys of a configuration that say nothing about what the backbone computes
 _IRRELEVANT = {
     "use_cache",
@@ -72,12 +68,12 @@ def head_notes(config: PreTrainedConfig) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
-def hub_name(parts: Anatomy, what: str) -> str:
+def hub_name(parts: DecoderParts, what: str) -> str:
     """Name of a tensor of the hub in an adapter file, such as ``norm.weight``."""
     return f"{_ROOT}{parts.backbone_name}.shadow_hub.shadowpeft_{what}"
 
 
-def link_name(parts: Anatomy, layer: int, what: str) -> str:
+def link_name(parts: DecoderParts, layer: int, what: str) -> str:
     """Name of a tensor of the link before base layer ``layer``, such as ``injection.w_down``."""
     return f"{_ROOT}{parts.layers_name}.{layer}.shadow_link.shadowpeft_{what}"
 
@@ -169,7 +165,7 @@ class ShadowLayout:
         return self.shared and self.table in self.shapes
 
 
-def layout(parts: Anatomy, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
+def layout(parts: DecoderParts, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
     """Names and shapes of a shadow backbone, without allocating it.
 
     Raises:
@@ -201,7 +197,7 @@ def mirrored(base: PreTrainedConfig, depth: int, sizes: Mapping[str, int | None]
         if isinstance(value, (list, tuple)) and len(value) == length and not key.startswith("_"):
             setattr(new, key, [*value, *[value[-1]] * (depth - length)][:depth])
     new.num_hidden_layers = depth
-    for ours, names in _SIZES.items():
+    for ours, names in WIDTHS.items():
         if sizes.get(ours) is not None:
             name = next((n for n in names if hasattr(new, n)), None)
             if name is None:
@@ -220,7 +216,7 @@ def sizes_of(base: PreTrainedConfig, shadow: PreTrainedConfig, known: tuple[str,
     """
     sizes = {}
     for ours in known:
-        name = next((n for n in _SIZES[ours] if hasattr(base, n)), None)
+        name = next((n for n in WIDTHS[ours] if hasattr(base, n)), None)
         if name is not None and getattr(shadow, name, None) != getattr(base, name):
             sizes[ours] = int(getattr(shadow, name))
     meant = json.loads(mirrored(base, int(shadow.num_hidden_layers), sizes).to_json_string(use_diff=False))
@@ -261,7 +257,7 @@ def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
         raise ConfigError(f"the shadow model '{name}' could not be read ({first}); pass shadow_model=") from error
 
 
-def backbone_to_ours(parts: Anatomy, shadow: ShadowLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_to_ours(parts: DecoderParts, shadow: ShadowLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's tensors under this package's names; a token table that is never read is left out."""
     state = {}
     for name, value in tensors.items():
@@ -273,7 +269,7 @@ def backbone_to_ours(parts: Anatomy, shadow: ShadowLayout, tensors: Mapping[str,
     return state
 
 
-def backbone_from_ours(parts: Anatomy, shadow: ShadowLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_from_ours(parts: DecoderParts, shadow: ShadowLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`backbone_to_ours`; a token table that is never read becomes zeros."""
     place = "backbone.shadow_embedding.weight" if shadow.trained else "embedding.weight"
     tensors = {}
@@ -321,7 +317,7 @@ class Adapted:
     """A model with an adapter, taken apart for a writer."""
 
     base: PreTrainedModel
-    parts: Anatomy
+    parts: DecoderParts
     config: ShadowPeftConfig
     state: dict[str, Tensor]
     """The adapter's tensors under the names of this package's files, float32, on the CPU."""
@@ -339,7 +335,7 @@ def take_apart(model: PeftModel, adapter_name: str | None = None) -> Adapted:
     if name not in hub.shadowpeft_backbone:
         raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
     base: Any = model.get_base_model()
-    parts = anatomy(base)
+    parts = find_decoder(base)
     config = hub.configs[name]
     state = {
         key: value.detach().float().cpu().contiguous()

@@ -30,9 +30,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.backbone import Anatomy, anatomy
-from shadowpeft.hf.checkpoint import CONFIG, WEIGHTS, find_file
-from shadowpeft.hf.files import check_numbers, quote, read_json
+from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
+from shadowpeft.hf.config import CONFIG, WEIGHTS
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.records import check_numbers
 from shadowpeft.hf.formats.common import (
     ShadowLayout,
     Translation,
@@ -52,8 +54,7 @@ from shadowpeft.hf.formats.common import (
     split_update,
     take_apart,
 )
-from shadowpeft.hf.model import classifier_of
-from shadowpeft.hf.tensors import check_tensors, read_tensors
+from shadowpeft.messages import quote
 
 _SIZES = ("shadow_hidden_size", "shadow_intermediate_size", "shadow_num_attention_heads")
 _COVERAGE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -81,11 +82,11 @@ _BACKBONE, _PROJECTION = "base_model.shadow_backbone.default.", "base_model.shad
 _HEAD = "base_model.shadow_head.default."
 
 
-def _at(parts: Anatomy, layer: int, what: str) -> str:
+def _at(parts: DecoderParts, layer: int, what: str) -> str:
     return f"base_model.model.{parts.layers_name}.{layer}.{what}"
 
 
-def _update(parts: Anatomy, layer: int) -> tuple[str, str, str, str]:
+def _update(parts: DecoderParts, layer: int) -> tuple[str, str, str, str]:
     t, g = (_at(parts, layer, f"shadow_update_{net}.default") for net in ("transform", "gate"))
     return f"{t}.0", f"{t}.2", f"{g}.0", f"{g}.2"
 
@@ -153,7 +154,7 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
         AdapterFileError: if tensors are missing, unknown, or of other shapes than configuration and base say.
         ConfigError: if a setting is impossible here.
     """
-    content, parts = source.content, anatomy(base)
+    content, parts = source.content, find_decoder(base)
     depth, sizes = content.get("shadow_num_hidden_layers"), {key: content.get(key) for key in _SIZES}
     for key, value in {"shadow_num_hidden_layers": depth, **sizes}.items():
         if value is not None and (type(value) is not int or value < 1):
@@ -221,7 +222,7 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
     return done
 
 
-def _coverage(source: Source, parts: Anatomy) -> range:
+def _coverage(source: Source, parts: DecoderParts) -> range:
     """The layers that carry tensors; they must be the ones that the file's patterns choose, without a gap."""
     pattern = re.compile(re.escape(_at(parts, 0, "shadow_down")).replace(r"\.0\.", r"\.(\d+)\.") + r"\.default\.weight")
     found = sorted(int(match[1]) for name in source.tensors if (match := pattern.fullmatch(name)))
@@ -260,7 +261,7 @@ def _saved_modules(source: Source, base: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def expected(parts: Anatomy, shadow: ShadowLayout, layers: range, r: int, m: int) -> dict[str, tuple[int, ...]]:
+def expected(parts: DecoderParts, shadow: ShadowLayout, layers: range, r: int, m: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of the method in ``adapter_model.safetensors``, heads and saved modules aside."""
     d = parts.hidden_size
     shapes: dict[str, tuple[int, ...]] = {_BACKBONE + k: v for k, v in shadow.shapes.items()}
@@ -276,7 +277,9 @@ def expected(parts: Anatomy, shadow: ShadowLayout, layers: range, r: int, m: int
     return shapes
 
 
-def to_ours(tensors: Mapping[str, Tensor], parts: Anatomy, shadow: ShadowLayout, layers: range) -> dict[str, Tensor]:
+def to_ours(
+    tensors: Mapping[str, Tensor], parts: DecoderParts, shadow: ShadowLayout, layers: range
+) -> dict[str, Tensor]:
     """Their tensors under this package's names; a linear map, so it takes gradients to gradients. Saved modules aside."""
     state = backbone_to_ours(
         parts, shadow, {k[len(_BACKBONE) :]: v for k, v in tensors.items() if k.startswith(_BACKBONE)}

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.signature import Signature
-from shadowpeft.hf.weights import device_of, plain
+from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.weights import device_of, gather
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -49,7 +49,7 @@ def lm_logits(model: Any, hub: Any, head: Any, state: Tensor) -> Tensor:
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else state.dtype
     device = state.device if weight.device.type == "meta" else weight.device  # an offloaded head moves its input itself
     state = state.to(device=device, dtype=dtype)
-    if not hub.facts.plain:
+    if not hub.facts.is_linear:
         return stock_logits(model, hub.backbone_name, state)
     return _table_logits(head, model.config.get_text_config(decoder=True), state)
 
@@ -58,7 +58,7 @@ def _table_logits(head: nn.Module, config: PreTrainedConfig, state: Tensor) -> T
     if isinstance(head, FSDPModule):
         # FSDP counts the calls of a head that it shards together with the last norm; a second one would put it out of step
         bias = getattr(head, "bias", None)
-        logits = F.linear(state, plain(head.weight), None if bias is None else plain(bias))  # type: ignore[arg-type]
+        logits = F.linear(state, gather(head.weight), None if bias is None else gather(bias))  # type: ignore[arg-type]
     else:
         logits = head(state)
     scale, cap = logit_scale(config), soft_cap(config)
@@ -123,12 +123,12 @@ def stock_logits(model: Any, backbone: str, state: Tensor) -> Tensor:
 class HeadFacts:
     """What was found out about everything behind a base's backbone."""
 
-    plain: bool = True
+    is_linear: bool = True
     """Whether a matrix with bias, scale and soft-cap is all there is between backbone and logits."""
-    shift: int = 1
+    label_shift: int = 1
     """How far ahead the loss looks: 1 if the state at ``t`` is to predict ``labels[t + 1]``; 0 for ``labels[t]``, as in the
     decoders of encoder-decoder families, whose labels are shifted already."""
-    counts: bool = True
+    uses_num_items: bool = True
     """Whether the loss is normalised by ``num_items_in_batch`` where that is given."""
 
 

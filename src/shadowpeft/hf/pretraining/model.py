@@ -18,10 +18,11 @@ from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from shadowpeft.core import head_loss, solve_projection
 from shadowpeft.core.losses import IGNORE, HeadLoss, topk_kl
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import _pretrained, copied_layers
-from shadowpeft.hf.pieces import BaseEnds, pruned_backbone
-from shadowpeft.hf.projected import Projected, is_projected, read_projected, to_stock, write_projected
-from shadowpeft.hf.vocabulary import align_embedding, common_rows
+from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
+from shadowpeft.hf.files.projected import Projected, is_projected, read_projected, to_stock, write_projected
+from shadowpeft.hf.pretraining.base_ends import BaseEnds, pruned_backbone
+from shadowpeft.hf.shadow.mirror import copied_layers
+from shadowpeft.hf.shadow.source import load_source
 
 CHUNK = 512
 """Rows of logits that exist at a time."""
@@ -252,7 +253,7 @@ def build_shadow(
             projection = None
         record = {"model": model, "start": "projected"}
     elif model is not None:
-        small = _pretrained(AutoModelForCausalLM, model)
+        small = load_source(AutoModelForCausalLM, model)
         backbone = small.base_model
         rows = (len(head), len(small.get_input_embeddings().weight))
         tokens = common_rows(base, small, rows)
@@ -295,7 +296,7 @@ def save_shadow(model: ProjectedShadow, base: BaseEnds, folder: str | Path) -> N
 
 def save_stock(model: ProjectedShadow, base: BaseEnds, folder: str | Path) -> None:
     """Write an ordinary causal language model with the projection folded into its head (Eq. 11)."""
-    to_stock(projected_parts(model, base)).save_pretrained(str(folder))
+    to_stock(projected_parts(model, base)).saveload_source(str(folder))
 
 
 def projected_parts(model: ProjectedShadow, base: BaseEnds) -> Projected:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -29,14 +27,11 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from shadowpeft.core import fold_projection
-from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import _config_from_record
-from shadowpeft.hf.checkpoint import find_file
-from shadowpeft.hf.detach import adapted_base, find_hub
-from shadowpeft.hf.files import quote, read_json
-from shadowpeft.hf.head import logit_scale, soft_cap
-from shadowpeft.hf.tensors import check_tensors, read_tensors
-from shadowpeft.hf.weights import of_adapter
+from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.records import config_from_record
+from shadowpeft.messages import quote
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
 CONFIG = "config.json"
@@ -84,7 +79,7 @@ def _read_config(name: str | Path) -> tuple[PreTrainedConfig, int, int]:
             f"{path} has model_type {quote(content.get('model_type'))} and lacks {missing}; a projected checkpoint has "
             f"model_type {MODEL_TYPE!r}, shadow_model_config, base_hidden_size and vocab_size"
         )
-    inner = _config_from_record(content["shadow_model_config"], None)
+    inner = config_from_record(content["shadow_model_config"], None)
     if type(inner) not in MODEL_MAPPING or type(inner) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{path} describes a {inner.model_type} backbone, which has no causal language model")
     body, whole = MODEL_MAPPING[type(inner)], MODEL_FOR_CAUSAL_LM_MAPPING[type(inner)]
@@ -135,60 +130,6 @@ def _read_weights(name: str | Path) -> dict[str, Tensor]:
             ) from error
         return {k: v for shard in shards for k, v in read_tensors(find_file(name, shard)).items()}
     return read_tensors(path)
-
-
-def as_projected(module: nn.Module) -> Projected | None:
-    """The parts of a projected model that is already in memory, recognised by its parts; None for any other module."""
-    projection, backbone = getattr(module, "shadow_hidden_projection", None), getattr(module, "shadow_model", None)
-    head = getattr(module, "lm_head", None)
-    if (
-        not isinstance(projection, nn.Linear)
-        or not isinstance(backbone, PreTrainedModel)
-        or not isinstance(head, nn.Linear)
-    ):
-        return None
-    return Projected(backbone, projection.weight.detach().float(), head.weight.detach().float())
-
-
-def given_projected(shadow_model: Any) -> Projected | None:
-    """``shadow_model`` of a configuration as a projected checkpoint, or None if it is something else."""
-    if isinstance(shadow_model, nn.Module):
-        return as_projected(shadow_model)
-    return read_projected(shadow_model) if is_projected(shadow_model) else None
-
-
-def start_projection(projected: Projected, model: nn.Module, d: int) -> Tensor | None:
-    """The trained ``W_p`` as the start of a shadow's projection onto a base of width ``d``; None for the identity.
-
-    Raises:
-        ConfigError: if it was trained for another width, or is not the identity where none is needed.
-    """
-    width, d_s = projected.projection.shape
-    if width != d:
-        raise ConfigError(
-            f"the projected checkpoint was made for a base of width {width} but this base has width {d}; use the base it "
-            "was pretrained for"
-        )
-    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
-    if isinstance(head, Tensor) and head.is_floating_point() and head.device.type != "meta":
-        distance = 2.0
-        if head.shape == projected.head.shape:
-            theirs = projected.head.to(head.device)
-            distance = float((head.detach().float() - theirs).norm() / theirs.norm().clamp(min=1e-12))
-        if distance > 0.02:  # bfloat16 rounding is at most 0.004
-            warnings.warn(
-                f"the projected checkpoint was trained for an LM head that differs from this base's by {distance:.2g} "
-                "(relative); its projection is only a rough start here",
-                stacklevel=2,
-            )
-    if d_s == d:
-        if not torch.equal(projected.projection, torch.eye(d)):
-            raise ConfigError(
-                f"the projected checkpoint has a projection between equal widths ({d}), and a shadow of the base's width has "
-                "none; use a plain checkpoint of the backbone"
-            )
-        return None
-    return projected.projection
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -246,34 +187,6 @@ def write_projected(
     plain = {k: v.detach().to(device="cpu", dtype=torch.float32).contiguous().clone() for k, v in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def save_projected(model: PeftModel, folder: str | Path, adapter_name: str | None = None) -> None:
-    """Write the shadow of an adapter as a projected checkpoint: backbone, projection and the head that reads ``s^(0)``.
-
-    Raises:
-        ConfigError: if there is no such adapter, it has no projection, or it is a classifier's.
-        UnsupportedModelError: if the head has a bias, a scale or a soft-cap, which the format cannot express.
-    """
-    hub: Any = find_hub(model)
-    base: Any = adapted_base(model)
-    name = adapter_name or hub.active_adapters[0]
-    if name not in hub.shadowpeft_backbone:
-        raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
-    if hub.is_classifier(name) or name not in hub.shadowpeft_projection:
-        what = "is a classifier's" if hub.is_classifier(name) else "has a shadow of the base's width and no projection"
-        raise ConfigError(f"adapter '{name}' {what}; use shadowpeft.detach, which gives a stock model")
-    head = hub.lm_head(name, base)
-    text = base.config.get_text_config(decoder=True)
-    if getattr(head, "bias", None) is not None or (logit_scale(text), soft_cap(text)) != (1.0, None):
-        raise UnsupportedModelError(
-            "the base's head has a bias, a scale or a soft-cap, which a projected checkpoint cannot express; use "
-            "shadowpeft.detach"
-        )
-    backbone = hub.shadowpeft_backbone[name]
-    own = hub.embedding(name)
-    table = (of_adapter(base.get_input_embeddings(), name) if own is None else own).weight
-    write_projected(folder, backbone, table, hub.shadowpeft_projection[name].weight, head.weight, ids=text)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.files import quote, shorten
+from shadowpeft.messages import quote, shorten
 
 
 def shared_tokens(base: Any, small: Any) -> int:

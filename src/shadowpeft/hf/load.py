@@ -6,47 +6,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
-from shadowpeft.hf.bases import is_alias, materialise
+from shadowpeft.hf import formats
+from shadowpeft.hf.base.aliases import is_alias
+from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.weights import is_offloaded
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
-from shadowpeft.hf.files import check_dtypes, quote, read_header, shorten
-from shadowpeft.hf.model import CLASSIFIERS, clean_on_failure
-from shadowpeft.hf.pretrained import load_whole
-from shadowpeft.hf.weights import is_offloaded
-
-
-def find_file(adapter: str | Path, name: str) -> Path:
-    """Path of one file of an adapter, from a folder or the Hub.
-
-    Raises:
-        AdapterFileError: if it is not there.
-    """
-    folder = Path(adapter)
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise AdapterFileError(f"'{folder}' has no {name}; give the folder that save_pretrained wrote")
-        return folder / name
-    if folder.exists() or str(adapter).count("/") != 1 or str(adapter).startswith((".", "/", "~")):
-        raise AdapterFileError(f"'{adapter}' is neither a folder nor a Hub id of the form owner/name; check the path")
-    try:
-        return Path(hf_hub_download(str(adapter), name))
-    except HFValidationError as error:
-        raise AdapterFileError(
-            f"'{adapter}' is neither a folder nor a Hub id ({shorten(error)}); check the path"
-        ) from error
-    except (EntryNotFoundError, HTTPError) as error:  # the client's own class where no answer came
-        raise AdapterFileError(
-            f"'{adapter}' is no local folder and {name} could not be fetched from the Hub ({type(error).__name__}); check "
-            "the name and the network"
-        ) from error
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import check_dtypes, read_header
+from shadowpeft.hf.model import clean_on_failure
+from shadowpeft.messages import quote
 
 
 def read_config(adapter: str | Path) -> ShadowPeftConfig:
@@ -68,27 +41,6 @@ def check_weights(adapter: str | Path) -> Path:
     path = find_file(adapter, WEIGHTS)
     check_dtypes(path, read_header(path))
     return path
-
-
-def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
-    """A base model by alias (``smollm2-135m``), folder or Hub id; of a classifier, the head may be new.
-
-    Raises:
-        ConfigError: if it cannot be loaded or lacks a weight, with the reason.
-    """
-    source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
-    classifier = task_type == "SEQ_CLS"
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    try:
-        revision = {k: v for k, v in kwargs.items() if k == "revision"}
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
-    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)
 
 
 @contextmanager
@@ -131,8 +83,6 @@ def load(
         ConfigError: a configuration key is unknown, missing or impossible, or the base cannot be loaded.
         BaseMismatchError: the adapter belongs to another base.
     """
-    from shadowpeft.hf import formats  # it builds on this module
-
     kind = formats.detect(adapter)
     if kind != formats.OURS:
         model, _ = formats.load(

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from shadowpeft.errors import AdapterFileError
+from shadowpeft.messages import quote, shorten
 
 MAX_CONFIG_BYTES = 4 * 2**20
-MAX_COUNT = 4096
-"""Layers, heads or experts that a configuration may ask for if the weights file does not hold as many tensors."""
-MAX_NUMBER = 2**40
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and is no dtype to train in."""
+"""dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and cannot be trained in."""
 
 BUILD_ERRORS = (
     ArithmeticError,
@@ -34,8 +34,6 @@ BUILD_ERRORS = (
     ValueError,
 )
 """What transformers' configurations and classes raise for values that describe no model: they judge few of them."""
-
-_COUNTS = re.compile(r"(^|_)(num|n|number)_|layers?$|heads?$|experts?$|blocks?$|depth")
 
 
 class Declared(NamedTuple):
@@ -79,17 +77,6 @@ def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError("NaN is no value of a setting")
     return float(name)
-
-
-def quote(value: Any, limit: int = 80) -> str:
-    """``repr`` of a value from a file, on one line and not longer than a message can bear."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
-
-
-def shorten(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
 
 
 def read_header(path: Path) -> dict[str, Declared]:
@@ -142,7 +129,7 @@ def _torch_name(dtype: str) -> str:
     return re.sub(r"^I(\d+)$", r"int\1", dtype)
 
 
-def check_values(path: Path, header: dict[str, Declared], wanted: dict[str, torch.Tensor]) -> None:
+def check_values(path: Path, header: dict[str, Declared], wanted: Mapping[str, Tensor]) -> None:
     """Every tensor is finite in the file and in the dtype of the model's own (``wanted``, by name); read one by one.
 
     Raises:
@@ -151,86 +138,62 @@ def check_values(path: Path, header: dict[str, Declared], wanted: dict[str, torc
     try:
         with safe_open(path, framework="pt") as handle:
             for name in header:
-                value = handle.get_tensor(name)
-                if not bool(torch.isfinite(value).all()):
-                    raise AdapterFileError(
-                        f"tensor {quote(name)} in {path} holds NaN or infinite values; the adapter is damaged"
-                    )
-                check_exact(name, value, wanted[name].dtype if name in wanted else torch.float32)
+                dtype = wanted[name].dtype if name in wanted else torch.float32
+                check_value(name, handle.get_tensor(name), dtype, str(path))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, AdapterFileError):
             raise
         raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged") from error
 
 
-def check_exact(name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """A float64 tensor loses nothing in the dtype of the model.
+def check_value(name: str, value: Tensor, dtype: torch.dtype, where: str) -> None:
+    """One tensor of a file is finite, and a float64 one loses nothing in the ``dtype`` of the model.
 
     Raises:
-        AdapterFileError: if it does; what was loaded would not be what the file says.
+        AdapterFileError: if not; what was loaded would not be what the file says.
     """
+    if not bool(torch.isfinite(value).all()):
+        raise AdapterFileError(f"tensor {quote(name)} in {where} holds NaN or infinite values; the adapter is damaged")
     narrow = dtype if dtype.is_floating_point else torch.float32
     if value.dtype == torch.float64 and not torch.equal(value.to(narrow).double(), value):
         raise AdapterFileError(
-            f"tensor {quote(name)} is float64 in the file but {str(narrow).removeprefix('torch.')} in the model, which cannot "
+            f"tensor {quote(name)} is float64 in {where} but {str(narrow).removeprefix('torch.')} in the model, which cannot "
             "hold its values; save the adapter from a model of its own dtype"
         )
 
 
-def check_numbers(record: Any, tensors: int, where: str = "shadow_backbone_config") -> None:
-    """Counts that the weights file cannot fill, before a model is built by them: 10**9 layers would be 10**9 objects.
-
-    Args:
-        record: JSON content. tensors: how many tensors the file holds; each layer, head list or expert list needs some.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in float32.
 
     Raises:
-        AdapterFileError: naming the setting.
+        AdapterFileError: if it is truncated or empty, or a tensor is no floating point, not finite, or more than float32.
     """
-    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
-        name = f"{where}.{key}" if isinstance(record, dict) else f"{where}[{key}]"
-        if isinstance(value, (dict, list)):
-            check_numbers(value, tensors, name)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            limit = max(MAX_COUNT, tensors) if isinstance(key, str) and _COUNTS.search(key) else MAX_NUMBER
-            if isinstance(value, int) and abs(value) > limit:
-                raise AdapterFileError(
-                    f"{name[:120]} is {quote(value, 40)}, more than the {tensors} tensors of the adapter can belong to; its "
-                    "configuration is damaged"
-                )
-            if isinstance(value, float) and math.isnan(value):
-                raise AdapterFileError(f"{name[:120]} is NaN; the adapter's configuration is damaged")
+    check_dtypes(path, header := read_header(path))
+    check_values(path, header, {})
+    try:
+        return {name: value.float() for name, value in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged or too large") from error
 
 
-_NOT_OF_A_BACKBONE = frozenset(
-    {
-        "transformers_version",
-        "architectures",
-        "quantization_config",
-        "dtype",
-        "torch_dtype",
-        "num_labels",  # makes a dictionary of as many entries
-        "id2label",
-        "label2id",
-        "trust_remote_code",
-        "custom_pipelines",
-        "backbone",
-        "use_pretrained_backbone",
-        "torchscript",
-    }
-)
+def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, advice: str) -> None:
+    """Every expected tensor is there with its shape, and no other.
 
+    Args:
+        found: tensors, or what a header declares, by name. expected: shapes, or anything that has one, by name.
 
-def plain_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a recorded configuration that shapes a backbone.
-
-    Left out at every depth: keys that name code (``auto_map``), where the numbers come from, how they are stored, which
-    kernel computes attention (it may be the name of a repository to fetch and run), and private keys.
+    Raises:
+        AdapterFileError: naming the first tensor that is missing, unknown or of another shape.
     """
-    return {
-        key: plain_record(value) if isinstance(value, dict) else value
-        for key, value in record.items()
-        if isinstance(key, str)
-        and key not in _NOT_OF_A_BACKBONE
-        and not key.startswith(("_", "auto_", "attn_implementation"))
-        and not key.endswith("_implementation")
-    }
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unknown:
+        shown = ", ".join(quote(name) for name in (*missing[:2], *unknown[:2]))
+        raise AdapterFileError(
+            f"{what}: {len(missing)} tensors are missing and {len(unknown)} are unknown ({shown}); {advice}"
+        )
+    for name, want in expected.items():
+        shape = tuple(getattr(want, "shape", want))
+        if tuple(found[name].shape) != shape:
+            raise AdapterFileError(
+                f"{what}: tensor {quote(name)} has shape {tuple(found[name].shape)} but needs {shape}; {advice}"
+            )

@@ -8,6 +8,7 @@ sees a view that holds just those layers.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
 
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
-from shadowpeft.hf.call import ShadowCall
+from shadowpeft.hf.forward.call import ShadowCall
 
 _OWNER = "_shadowpeft_adapter"
 _VERSION = "_shadowpeft_version"
@@ -180,15 +181,16 @@ class _Divided:
         setattr(self, _NAMES, tuple(names[row] for row in source))
 
 
-_divided: dict[type, Any] = {}
+@functools.cache
+def _mixed_with(mixin: type, kind: type) -> Any:
+    """The class ``kind`` with ``mixin`` before it, under its own name; one for each pair."""
+    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
 def _divide(layer: Any, names: tuple[str, ...]) -> Any:
     """``layer``, not yet used, as one that holds the rows of its owner in a batch whose rows belong to ``names``."""
-    kind = type(layer)
-    if kind not in _divided:
-        _divided[kind] = type(kind.__name__, (_Divided, kind), {"__module__": kind.__module__})
-    divided = _divided[kind].__new__(_divided[kind])
+    kind = _mixed_with(_Divided, type(layer))
+    divided = kind.__new__(kind)
     divided.__dict__.update(vars(layer), **{_NAMES: names})
     return divided
 
@@ -241,9 +243,8 @@ def _pair(cache: Cache, layers: list[Any]) -> None:
     """Put the shadow's layers beside ``cache``, in an empty cache of the same class, and make the two change together."""
     pair = copy.deepcopy(cache)
     pair.layers = layers
-    kind = type(cache)
     cache._shadowpeft_pair = pair  # type: ignore[attr-defined]
-    cache.__class__ = type(kind.__name__, (_Paired, kind), {"__module__": kind.__module__})
+    cache.__class__ = _mixed_with(_Paired, type(cache))
 
 
 def _length(cache_or_layer: Any) -> int | None:

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.backbone import Anatomy, LayerChoice, anatomy, mirror_config
-from shadowpeft.hf.bases import is_alias, materialise
-from shadowpeft.hf.checkpoint import find_file
+from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.fingerprint import fingerprint
+from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.structure import DecoderParts, find_decoder
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import BUILD_ERRORS, quote, read_header, read_json, shorten
-from shadowpeft.hf.fingerprint import fingerprint
-from shadowpeft.hf.head import logit_scale, soft_cap
+from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.reading import BUILD_ERRORS, read_header, read_json
+from shadowpeft.hf.shadow.mirror import LayerChoice, mirror_config
+from shadowpeft.messages import quote, shorten
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -101,7 +103,7 @@ class BaseEnds:
     """As given: alias, folder or Hub id."""
     model: Any
     """The whole model, on the meta device."""
-    parts: Anatomy
+    parts: DecoderParts
     """Its parts."""
     whole: PreTrainedConfig
     """The configuration of the whole model."""
@@ -129,7 +131,7 @@ class BaseEnds:
         return self.checkpoint.read([self.head_name])[self.head_name]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What :func:`shadowpeft.hf.fingerprint.fingerprint` gives of the loaded base, from the few tensors that it samples."""
+        """The fingerprint of the loaded base, from the few tensors that it samples."""
         names = {id(module): f"{n}.weight" for n, module in self.model.named_modules()}
 
         @contextmanager
@@ -173,7 +175,7 @@ def open_base(name: str) -> BaseEnds:
         AdapterFileError: if its files are damaged.
     """
     model, checkpoint = described(name)
-    config, parts = model.config, anatomy(model)
+    config, parts = model.config, find_decoder(model)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or getattr(head, "bias", None) is not None or table is None:
         raise UnsupportedModelError(

@@ -16,17 +16,9 @@ from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
 from shadowpeft.hf.config import ShadowPeftConfig
-from shadowpeft.hf.files import (
-    BUILD_ERRORS,
-    FLOATS,
-    Declared,
-    check_dtypes,
-    check_numbers,
-    check_values,
-    quote,
-    read_header,
-    shorten,
-)
+from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
+from shadowpeft.hf.files.records import check_numbers
+from shadowpeft.messages import quote, shorten
 
 SPARE_BYTES = 64 * 2**20
 """Buffers (masks, tables of positions) that a shadow may have beyond as much as the base's buffers and its own weights."""
@@ -132,7 +124,13 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
     check_dtypes(path, header)
     check_numbers(config.shadow_backbone_config or {}, len(header))
     wanted, buffers = implied(tuner, model, config)
-    compare(path, header, wanted)
+    advice = "the file is truncated, or of another adapter than its configuration"
+    check_tensors(header, wanted, f"the adapter's weights in {path} do not fit its configuration", advice)
+    for name, value in wanted.items():
+        if not value.is_floating_point() and header[name].dtype in FLOATS:
+            raise AdapterFileError(
+                f"tensor {quote(name)} is {header[name].dtype} in {path} but {value.dtype} in the model"
+            )
     theirs = sum(b.numel() * b.element_size() for b in model.buffers())
     if buffers > SPARE_BYTES + theirs + path.stat().st_size:
         raise AdapterFileError(
@@ -140,28 +138,3 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
             "bytes; it is damaged"
         )
     check_values(path, header, wanted)
-
-
-def compare(path: Path, header: dict[str, Declared], wanted: dict[str, Tensor]) -> None:
-    """Names and shapes in the file are those that the configuration implies.
-
-    Raises:
-        AdapterFileError: naming the first difference.
-    """
-    missing, unknown = sorted(set(wanted) - set(header)), sorted(set(header) - set(wanted))
-    if missing or unknown:
-        shown = [quote(name) for name in (*missing[:2], *unknown[:2])]
-        raise AdapterFileError(
-            f"the adapter's weights in {path} do not fit its configuration: {len(missing)} tensors are missing and "
-            f"{len(unknown)} are unknown ({', '.join(shown)}); the file is truncated or of another adapter"
-        )
-    for name, value in wanted.items():
-        if header[name].shape != tuple(value.shape):
-            raise AdapterFileError(
-                f"tensor {quote(name)} has shape {header[name].shape} in {path} but the configuration says "
-                f"{tuple(value.shape)}; configuration and weights are of different adapters"
-            )
-        if not value.is_floating_point() and header[name].dtype in FLOATS:
-            raise AdapterFileError(
-                f"tensor {quote(name)} is {header[name].dtype} in {path} but {value.dtype} in the model"
-            )

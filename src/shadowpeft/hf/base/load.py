@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.files import shorten
+from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.structure import CLASSIFIERS
+from shadowpeft.messages import shorten
 
 
 def load_whole(
@@ -53,3 +55,24 @@ def load_whole(
             "fetch or save it again"
         )
     return model  # type: ignore[no-any-return]
+
+
+def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
+    """A base model by alias (``smollm2-135m``), folder or Hub id; of a classifier, the head may be new.
+
+    Raises:
+        ConfigError: if it cannot be loaded or lacks a weight, with the reason.
+    """
+    source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
+    classifier = task_type == "SEQ_CLS"
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    try:
+        revision = {k: v for k, v in kwargs.items() if k == "revision"}
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
+    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)

@@ -24,7 +24,7 @@ _OWN = ("shadow_hub", "shadow_link")
 
 
 @contextmanager
-def real_weight(module: nn.Module) -> Iterator[Tensor]:
+def dense_weight(module: nn.Module) -> Iterator[Tensor]:
     """The weight of ``module`` as a plain floating-point tensor, valid inside the context.
 
     A quantised weight is dequantised, an offloaded one is brought to its execution device, a sharded one is gathered (a
@@ -32,15 +32,15 @@ def real_weight(module: nn.Module) -> Iterator[Tensor]:
     """
     with align_module_device(module):
         weight = dequantize_module_weight(module)
-        yield plain(weight.detach())
+        yield gather(weight.detach())
 
 
-def plain(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """``tensor``, gathered if it is sharded (a collective call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def of_adapter(module: Any, adapter: str) -> Any:
+def module_for_adapter(module: Any, adapter: str) -> Any:
     """What ``adapter`` runs in the place of ``module``: the copy that it trains (``modules_to_save``), or the base's own.
 
     The wrapper itself answers for the active adapter, and for none while adapters are disabled.
@@ -80,7 +80,12 @@ def share_weight(a: Any, b: Any, tied_by_config: bool) -> bool:
     )
 
 
-def allow_gradients(model: nn.Module) -> None:
+def weighted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of ``model`` that have a weight: what :func:`allow_gradients` looks at before each training step."""
+    return [(name, module) for name, module in model.named_modules() if "weight" in module._parameters]
+
+
+def allow_gradients(modules: list[tuple[str, nn.Module]]) -> None:
     """Make sure that gradients pass through a quantised base, which two libraries do not and do not say so.
 
     bitsandbytes 0.50.2, 4 bits, on a CPU with AVX512-BF16: the first forward pass in evaluation mode repacks a weight for an
@@ -93,8 +98,8 @@ def allow_gradients(model: nn.Module) -> None:
         UnsupportedModelError: if a weight passes no gradient to its input.
     """
     probed = set()
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+    for name, module in modules:
+        weight = module._parameters["weight"]
         if weight is None or type(weight) is nn.Parameter:
             continue
         if _is_packed(weight):

@@ -11,10 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.call import Part, Request, ShadowCall, current, enter, leave
-from shadowpeft.hf.config import did_you_mean
-from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, Weights
-from shadowpeft.hf.weights import of_adapter
+from shadowpeft.hf.base.weights import module_for_adapter
+from shadowpeft.hf.forward.call import AdapterWeights, Part, Scope, ShadowCall, current, enter, leave, read_weights
+from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink
+from shadowpeft.messages import did_you_mean
 
 BASE = "__base__"
 """The name of a row that the base answers alone (PEFT's own)."""
@@ -50,13 +50,13 @@ class SavedModule(ModulesToSaveWrapper):
         return whole
 
 
-def weights_of(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
+def weights_of(hub: ShadowHub, model: nn.Module, adapter: str) -> AdapterWeights:
     """Everything of ``adapter`` that a forward pass of ``model`` uses, as one object; made once and kept by the hub.
 
     A pass that holds the object is not touched by a later :func:`shadowpeft.swap`: it ends with the weights it began with.
     """
     if torch.compiler.is_compiling():
-        return hub.read(adapter)
+        return read_weights(hub, adapter)
     found = hub.records.get(adapter)
     if found is not None and found.backbone is hub.shadowpeft_backbone._modules.get(adapter):
         return found
@@ -67,10 +67,10 @@ def weights_of(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
         return found
 
 
-def collect(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
+def collect(hub: ShadowHub, model: nn.Module, adapter: str) -> AdapterWeights:
     """Read the weights of one adapter from all over ``model``."""
-    weights = hub.read(adapter)
-    weights.whole = True
+    weights = read_weights(hub, adapter)
+    weights.collected = True
     for module in model.modules():
         if isinstance(module, ShadowLink):
             step = module.step(adapter)
@@ -79,7 +79,7 @@ def collect(hub: ShadowHub, model: nn.Module, adapter: str) -> Weights:
         elif isinstance(module, ModulesToSaveWrapper):
             if type(module) is ModulesToSaveWrapper:
                 module.__class__ = SavedModule
-            weights.saved[module] = of_adapter(module, adapter)
+            weights.saved[module] = module_for_adapter(module, adapter)
     return weights
 
 
@@ -135,7 +135,7 @@ def batch_rows(kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def mixed_call(hub: ShadowHub, model: nn.Module, names: tuple[str, ...], held: dict[str, Weights]) -> ShadowCall:
+def mixed_call(hub: ShadowHub, model: nn.Module, names: tuple[str, ...], held: dict[str, AdapterWeights]) -> ShadowCall:
     """The call of a batch in which row ``i`` belongs to ``names[i]``; the ordinary call if all rows have one adapter.
 
     Args:
@@ -156,7 +156,7 @@ def mixed_call(hub: ShadowHub, model: nn.Module, names: tuple[str, ...], held: d
 
 
 @contextmanager
-def alone(part: Part) -> Iterator[None]:
+def as_only_adapter(part: Part) -> Iterator[None]:
     """Inside, the base's modules are those of ``part``'s adapter, for whatever number of rows."""
     if torch.compiler.is_compiling():
         yield
@@ -180,13 +180,13 @@ def assemble(parts: list[Part], pieces: list[Tensor], rows: int) -> Tensor:
     return whole
 
 
-def held_weights(hub: ShadowHub, model: nn.Module, adapter: str, asked: Request | None) -> Weights:
+def held_weights(hub: ShadowHub, model: nn.Module, adapter: str, entered: Scope | None) -> AdapterWeights:
     """The weights of ``adapter`` for this pass: those that a running generation of ``model`` holds, or the present ones."""
-    if asked is None:
+    if entered is None:
         return weights_of(hub, model, adapter)
-    if adapter not in asked.held:
-        asked.held[adapter] = weights_of(hub, model, adapter)
-    return asked.held[adapter]
+    if adapter not in entered.held:
+        entered.held[adapter] = weights_of(hub, model, adapter)
+    return entered.held[adapter]
 
 
 def check_not_compiled(model: Any, kwargs: dict[str, Any]) -> None:

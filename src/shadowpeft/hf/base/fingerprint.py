@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from shadowpeft.errors import BaseMismatchError
-from shadowpeft.hf.backbone import Anatomy
-from shadowpeft.hf.weights import real_weight
+from shadowpeft.hf.base.structure import DecoderParts
+from shadowpeft.hf.base.weights import dense_weight
 
 SAMPLES = 64
 SAME = 0.02
@@ -30,7 +30,7 @@ Read = Callable[[nn.Module], AbstractContextManager[Tensor]]
 """Gives the weight of a module of the base."""
 
 
-def fingerprint(model: nn.Module, parts: Anatomy, read: Read = real_weight) -> dict[str, Any]:
+def fingerprint(model: nn.Module, parts: DecoderParts, read: Read = dense_weight) -> dict[str, Any]:
     """Architecture, shapes, vocabulary, and ``SAMPLES`` values of the token embedding and of each sampled norm.
 
     Of a base whose modules an adapter trains (``modules_to_save``), its own modules are looked at.
@@ -56,7 +56,7 @@ def fingerprint(model: nn.Module, parts: Anatomy, read: Read = real_weight) -> d
     return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts, read)}
 
 
-def _sample(model: nn.Module, parts: Anatomy, read: Read) -> dict[str, list[float]]:
+def _sample(model: nn.Module, parts: DecoderParts, read: Read) -> dict[str, list[float]]:
     table = model.get_input_embeddings()  # type: ignore[operator]
     sources: dict[str, nn.Module] = {"embedding": getattr(table, "original_module", table)}
     for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):

@@ -1,0 +1,385 @@
+"""The recorded search for the detached shadow's recipe: ``python -m experiments.device_search run|list|final NAME``.
+
+Cells come from ``specs/device/search.yaml`` in the order in which they are run; a cell that stands there again with more
+passes goes on from its state. Each is judged on development rows alone, after every pass, by an average of its weights, so
+that no schedule has to end before it can be judged. A killed run goes on from its last saved state; a record is written after
+every pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from experiments.device_problems import PROBLEMS, freeze
+from experiments.device_rows import batches
+from experiments.runner import RECORDS, ROOT, processor
+from experiments.spec import SPECS, digest
+from shadowpeft.errors import ConfigError, NonFiniteLossError
+from shadowpeft.evaluate.record import commit
+from shadowpeft.storage import replace as rename
+from shadowpeft.storage import write_json
+from shadowpeft.train.config import RunLoader
+from shadowpeft.train.run import prepare_cpu, versions
+
+PLAN = SPECS / "device" / "search.yaml"
+FOLDER = RECORDS / "device"
+WORK = ROOT / "runs" / "device-search"
+SAVE_EVERY = 180.0
+"""Seconds between saved states."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe; all fields but ``name`` and ``passes`` decide what a step computes."""
+
+    name: str
+    passes: int = 1
+    problem: str = "robot"
+    base: str = "smollm2-135m"
+    layers: int = 6
+    """First layers of the base that the shadow starts from."""
+    frozen_layers: int = 0
+    """Of these, how many (from the first) do not train."""
+    target: str = "action"
+    """``action``: the answer ends after its action. ``reply``: the spoken reply is learnt too."""
+    open_rows: bool = True
+    """The open prompts of the base path's rows are learnt as ``[REMOTE]``."""
+    hold_out: bool = True
+    """Part of the training rows is held out for choosing; False: all train, and the packaged validation set chooses."""
+    rate: float = 1e-3
+    batch_size: int = 16
+    warmup: int = 25
+    """Steps in which the rate rises."""
+    schedule: str = "constant"
+    """``constant``, or ``linear`` to 0 at the end of ``passes`` (such a cell cannot go on)."""
+    average: float = 0.98
+    """Share of the averaged weights that stays in each step; 0: the weights themselves are judged."""
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    """Of the embedded tokens, number by number."""
+    token_dropout: float = 0.0
+    """Of the embedded tokens, whole tokens."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.problem not in PROBLEMS or self.target not in ("action", "reply"):
+            raise ConfigError(f"cell '{self.name}': problem '{self.problem}' or target '{self.target}' is unknown")
+        if self.schedule not in ("constant", "linear") or self.passes < 1:
+            raise ConfigError(f"cell '{self.name}': schedule '{self.schedule}' or passes {self.passes} is impossible")
+
+    def settings(self) -> dict[str, Any]:
+        """What a record must have been made with. A constant schedule can be carried on, so its passes are left out."""
+        left_out = ("name", "passes") if self.schedule == "constant" else ("name",)
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
+
+    def digest(self) -> str:
+        """sha256 of the settings that are no defaults: a setting that is added later changes no older cell."""
+        usual = {field.name: field.default for field in fields(self)}
+        return digest({key: value for key, value in self.settings().items() if value != usual[key]})
+
+
+def read_plan(file: Path = PLAN) -> list[Cell]:
+    """The cells of a plan, in order, each laid over its ``defaults``.
+
+    Raises:
+        ConfigError: if a key is unknown, or a name stands for two different recipes.
+    """
+    content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
+    known = {field.name for field in fields(Cell)}
+    cells: dict[str, Cell] = {}
+    order = []
+    for entry in content["cells"]:
+        unknown = set(entry) - known
+        if unknown:
+            raise ConfigError(f"{file.name}: cell '{entry.get('name')}' has the unknown key '{min(unknown)}'")
+        before = cells.get(entry["name"])
+        cell = replace(before, **entry) if before else Cell(**{**content.get("defaults", {}), **entry})
+        if before is not None and before.settings() != cell.settings():
+            raise ConfigError(f"{file.name}: '{cell.name}' stands for two recipes; a cell may only get more passes")
+        cells[cell.name] = cell
+        order.append(cell)
+    return order
+
+
+def record_of(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The record of a cell, or None."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def waiting(plan: list[Cell], folder: Path = FOLDER) -> list[Cell]:
+    """Entries of the plan whose passes are not done.
+
+    Raises:
+        ConfigError: if a record was made with other settings.
+    """
+    found = []
+    for cell in plan:
+        record = record_of(cell.name, folder)
+        if record is not None and record["settings_sha256"] != cell.digest():
+            raise ConfigError(f"the record of '{cell.name}' has other settings than the plan; give the cell a new name")
+        if record is None or (record["passes"] < cell.passes and record["ended"] is None):
+            found.append(cell)
+    return found
+
+
+class Training:
+    """A cell's model, optimiser and averaged weights, and where it stands."""
+
+    def __init__(self, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> None:
+        self.cell, self.file, self.folder = cell, work / cell.name / "state.pt", folder
+        torch.manual_seed(cell.seed)
+        self.problem = PROBLEMS[cell.problem](cell)
+        self.model = self.problem.model
+        self.named = freeze(self.model, cell.frozen_layers)
+        decayed = [p for _, p in self.named if p.ndim > 1]
+        rest = [p for _, p in self.named if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": cell.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=cell.rate, fused=True)
+        self.averaged = [p.detach().clone() for _, p in self.named]
+        self.at = {"pass": 0, "step": 0, "steps": 0, "tokens": 0, "seconds": 0.0, "processor": 0.0, "loss": 0.0}
+        self.curve: list[dict[str, Any]] = []
+        if self.file.is_file():
+            self._load()
+
+    # ------------------------------------------------------------------------------------------------------------- state
+
+    def save(self) -> None:
+        """Write everything beside and rename it."""
+        state = {
+            "settings": self.cell.digest(),
+            "data": self.problem.data(),
+            "weights": {name: p.detach() for name, p in self.named},
+            "averaged": self.averaged,
+            "optimiser": self.optimiser.state_dict(),
+            "random": torch.get_rng_state(),
+            "at": self.at,
+            "curve": self.curve,
+        }
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.file.with_suffix(".partial")
+        torch.save(state, beside)
+        rename(beside, self.file)
+
+    def _load(self) -> None:
+        state = torch.load(self.file, weights_only=True)
+        if state["settings"] != self.cell.digest() or state["data"] != self.problem.data():
+            raise ConfigError(
+                f"the state of '{self.cell.name}' is of other settings or rows; remove '{self.file.parent}' to start anew"
+            )
+        with torch.no_grad():
+            for (name, p), mean, kept in zip(self.named, self.averaged, state["averaged"], strict=True):
+                p.copy_(state["weights"][name])
+                mean.copy_(kept)
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["random"])
+        self.at, self.curve = state["at"], state["curve"]
+
+    @contextlib.contextmanager
+    def judged_weights(self) -> Iterator[None]:
+        """The averaged weights inside the model, the trained ones back afterwards."""
+        own = [p.detach().clone() for _, p in self.named]
+        with torch.no_grad():
+            for (_, p), mean in zip(self.named, self.averaged, strict=True):
+                p.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, p), value in zip(self.named, own, strict=True):
+                    p.copy_(value)
+
+    # ---------------------------------------------------------------------------------------------------------- training
+
+    def rate(self, total: int) -> float:
+        """The rate of the next step."""
+        done = self.at["steps"]
+        rise = min(1.0, (done + 1) / max(self.cell.warmup, 1))
+        return self.cell.rate * rise * (1.0 if self.cell.schedule == "constant" else 1.0 - done / total)
+
+    def step(self, places: list[int], total: int) -> None:
+        """One optimiser step on some rows.
+
+        Raises:
+            NonFiniteLossError: before the step, if the loss is not finite.
+        """
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate(total)
+        loss = self.problem.loss(places)
+        loss.backward()
+        value, norm = loss.item(), torch.nn.utils.clip_grad_norm_([p for _, p in self.named], 1.0).item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise NonFiniteLossError(f"loss {value}, gradient {norm} at step {self.at['steps']}")
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.at["steps"] += 1
+        self.at["tokens"] += sum(len(self.problem.items[i].ids) for i in places)
+        self.at["loss"] += value
+        keep = min(self.cell.average, self.at["steps"] / (self.at["steps"] + 9))  # a short memory at the start
+        torch._foreach_lerp_(self.averaged, [p.detach() for _, p in self.named], 1.0 - keep)
+
+    def run(self, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Train until the cell's passes are done; False, with the state saved, if ``is_over`` said so before."""
+        self.model.train()
+        began, used, saved = time.monotonic(), time.process_time(), time.monotonic()
+
+        def count() -> None:
+            nonlocal began, used
+            self.at["seconds"] += time.monotonic() - began
+            self.at["processor"] += time.process_time() - used
+            began, used = time.monotonic(), time.process_time()
+
+        while self.at["pass"] < self.cell.passes:
+            order = batches(self.problem.items, self.cell.batch_size, f"{self.cell.seed}/{self.at['pass']}")
+            while self.at["step"] < len(order):
+                self.step(order[self.at["step"]], self.cell.passes * len(order))
+                self.at["step"] += 1
+                over = is_over()
+                if over or time.monotonic() - saved > SAVE_EVERY:
+                    count()
+                    self.save()
+                    saved = time.monotonic()
+                if over:
+                    return False
+            count()
+            mean = self.at["loss"] / len(order)
+            self.at.update({"pass": self.at["pass"] + 1, "step": 0, "loss": 0.0})
+            self.judge(mean)
+            self.save()
+            self.write(None)
+            began, used, saved = time.monotonic(), time.process_time(), time.monotonic()
+        return True
+
+    def judge(self, loss: float) -> None:
+        """Append a point to the curve; the last of the asked passes is also decoded freely."""
+        last = self.at["pass"] == self.cell.passes
+        began, used = time.monotonic(), time.process_time()
+        with self.judged_weights():
+            worth = self.problem.development(greedy=last)
+        for older in self.curve:  # what each row was worth is kept of the last point alone
+            older["constrained"].pop("values", None)
+        point = {"pass": self.at["pass"], "steps": self.at["steps"], "tokens": self.at["tokens"]}
+        point.update(seconds=round(self.at["seconds"], 1), processor_seconds=round(self.at["processor"], 1))
+        point.update(train_loss=round(loss, 4), **worth)
+        point.update(judged_seconds=[round(time.monotonic() - began, 1), round(time.process_time() - used, 1)])
+        self.curve.append(point)
+
+    def write(self, ended: str | None) -> None:
+        """The record; ``ended``: why the cell will not go on."""
+        older = record_of(self.cell.name, self.folder) or {}
+        record = {
+            "id": f"device/{self.cell.name}",
+            "kind": "device",
+            "name": self.cell.name,
+            "passes": self.at["pass"],
+            "ended": ended,
+            "chosen_on": "development rows alone; no test row was looked at",
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for _, p in self.named),
+            "data": self.problem.data(),
+            "curve": self.curve,
+            "test": older.get("test"),
+            "settings": self.cell.settings(),
+            "settings_sha256": self.cell.digest(),
+            "commit": commit(),
+            "versions": versions(),
+            "processor": processor(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / f"{self.cell.name}.json", record)
+
+
+def run(file: Path = PLAN, minutes: float | None = None, work: Path = WORK, folder: Path = FOLDER) -> int:
+    """Run what the plan still asks for; the plan is read again after each entry. Returns how many entries are left."""
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+    prepare_cpu(1)
+    while cells := waiting(read_plan(file), folder):
+        cell = cells[0]
+        print(f"{time.strftime('%H:%M:%S')} {cell.name} to {cell.passes} passes", flush=True)
+        training = Training(cell, work, folder)
+        try:
+            if not training.run(lambda: asked_to_stop.is_set() or time.monotonic() > deadline):
+                break
+        except NonFiniteLossError as error:
+            training.write(str(error))
+        print(f"{time.strftime('%H:%M:%S')} {cell.name}: {summary(training.curve)}", flush=True)
+        del training
+    return len(cells)
+
+
+def summary(curve: list[dict[str, Any]]) -> str:
+    """One line of a curve's last point."""
+    if not curve:
+        return "no pass"
+    found = curve[-1]["constrained"]
+    shown = {key: value["score"] for key, value in found.items() if isinstance(value, dict)}
+    return json.dumps({**shown, "log_loss": found["log_loss"], "seconds": curve[-1]["processor_seconds"]})
+
+
+def final(cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> dict[str, Any]:
+    """Look at the test rows, once: with the recipe that was chosen on development rows.
+
+    Raises:
+        ConfigError: if any record of the same problem has seen them, or the cell was not run to its end.
+    """
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record.get("test") is not None and record["settings"]["problem"] == cell.problem:
+            raise ConfigError(f"'{record['name']}' has already been tested; the test rows are looked at once")
+    prepare_cpu(1)
+    training = Training(cell, work, folder)
+    record = record_of(cell.name, folder)
+    if record is None or record["passes"] < cell.passes or training.at["step"]:
+        raise ConfigError(f"'{cell.name}' has not reached {cell.passes} passes; run it first")
+    with training.judged_weights():
+        record["test"] = training.problem.test()
+    write_json(folder / f"{cell.name}.json", record)
+    return dict(record["test"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: done; 1: failed; 2: wrong usage; 3: entries of the plan are left."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.device_search", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "list", "final"])
+    parser.add_argument("name", nargs="?", help="final: the chosen cell")
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--limit-minutes", type=float, metavar="N", help="stop, with a saved state, after this time")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "run":
+            return 3 if run(chosen.plan, chosen.limit_minutes) else 0
+        plan = read_plan(chosen.plan)
+        if chosen.command == "final":
+            cells = [cell for cell in plan if cell.name == chosen.name]
+            if not cells:
+                raise ConfigError(f"the plan has no cell '{chosen.name}'")
+            print(json.dumps(final(cells[-1]), indent=2))
+            return 0
+        for cell in plan:
+            record = record_of(cell.name)
+            print(f"{cell.name:28} {0 if record is None else record['passes']} of {cell.passes} passes")
+        return 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The rival that any user would try first: TF-IDF and a linear support vector machine, fitted in seconds (scikit-learn).
+
+``python -m experiments.rivals`` fits it on the rows that the trained methods learn, chooses C on validation rows alone, scores
+the test rows once, and writes records in the form of the other methods' under ``records/rivals``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
+from sklearn.svm import LinearSVC
+
+from experiments import device_rows
+from experiments.runner import RECORDS, processor
+from experiments.spec import digest
+from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.tasks import Example, Task, get_task
+from shadowpeft.evaluate import wilson
+from shadowpeft.evaluate.record import bootstrap, commit
+from shadowpeft.storage import write_json
+
+GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SPEC = "rivals"
+NAME = "svc"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Texts with their labels, and the rows on which C is chosen."""
+
+    id: str
+    title: str
+    task: str
+    train: list[tuple[str, Any]]
+    validation: list[tuple[str, Any]]
+
+
+def features() -> FeatureUnion:
+    """Words and pairs of words; character n-grams of 2 to 5, since Chinese has no spaces and a typo changes few of them."""
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5))
+    return FeatureUnion([("words", words), ("characters", characters)])
+
+
+def fit(texts: Sequence[str], labels: Sequence[Any], c: float = 1.0) -> Pipeline:
+    """The fitted classifier; deterministic."""
+    return make_pipeline(features(), LinearSVC(C=c, random_state=0)).fit(texts, labels)
+
+
+def predict(model: Pipeline, texts: Sequence[str]) -> tuple[list[Any], list[float]]:
+    """Labels, and how far the best class is ahead of the second (the confidence of a decision)."""
+    values = model.decision_function(texts)
+    if values.ndim == 1:  # two classes have one number
+        return [model.classes_[int(v > 0)] for v in values], [float(abs(v)) for v in values]
+    two = np.sort(values, axis=1)[:, -2:]
+    return [model.classes_[i] for i in values.argmax(1)], (two[:, 1] - two[:, 0]).tolist()
+
+
+def choose_c(problem: Problem, grid: Sequence[float] = GRID) -> dict[str, Any]:
+    """C by the share of right validation rows; of equals the one nearest to 1. The features are counted once."""
+    extract = features()
+    inputs = extract.fit_transform([text for text, _ in problem.train])
+    asked = extract.transform([text for text, _ in problem.validation])
+    gold = [label for _, label in problem.validation]
+    trials = {}
+    for c in grid:
+        found = LinearSVC(C=c, random_state=0).fit(inputs, [label for _, label in problem.train]).predict(asked)
+        trials[c] = float(np.mean([a == b for a, b in zip(found, gold, strict=True)]))
+    best = max(grid, key=lambda c: (trials[c], -abs(np.log(c))))
+    return {
+        "chosen": best,
+        "at_edge": best in (min(grid), max(grid)),
+        "trials": [{"C": c, "score": value} for c, value in trials.items()],
+        "n": len(gold),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- the problems
+
+
+def robot_problem(*, open_rows: bool) -> Problem:
+    """Robot intents with ``[REMOTE]`` as a class: the 47 rows of the shadow path, or with ``open_rows`` all open prompts too.
+
+    C is chosen on the packaged validation set and the phrasings held out of training, as in the device search; the test rows
+    are scored by a fit on all training rows.
+    """
+    part = device_rows.split(open_rows=open_rows)
+    return Problem(
+        id="robot-svc-open" if open_rows else "robot-svc",
+        title="commands and all open rows" if open_rows else "commands and 47 [REMOTE] rows",
+        task="robot",
+        train=_robot(part.train),
+        validation=_robot(part.development),
+    )
+
+
+def _robot(rows: Sequence[dict[str, str]]) -> list[tuple[str, Any]]:
+    return [(row["prompt"], row["skill"]) for row in rows]
+
+
+def class_problem(name: str) -> Problem:
+    """A classification task with all of its training rows; C is chosen on its validation split."""
+    task = get_task(name)
+    train, validation = ([(e.prompt, e.gold) for e in task.load(split)] for split in ("train", "validation"))
+    return Problem(f"{name}-svc", "all training rows", name, train, validation)
+
+
+def problems() -> list[Problem]:
+    """What has records."""
+    return [
+        robot_problem(open_rows=False),
+        robot_problem(open_rows=True),
+        class_problem("clinc150"),
+        class_problem("newsgroups"),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- the records
+
+
+def final_rows(problem: Problem) -> list[tuple[str, Any]]:
+    """What the chosen C is fitted on: for the robot all training rows, elsewhere the training split."""
+    if problem.task != "robot":
+        return problem.train
+    return _robot(device_rows.split(open_rows=problem.id.endswith("open"), hold_out=False).train)
+
+
+def result(task: Task, examples: Sequence[Example], model: Pipeline, split: str) -> tuple[dict[str, Any], str]:
+    """An evaluation in the form of the other methods' records, and what each example was worth, in the order of their ids."""
+    began = time.monotonic()
+    labels, margins = predict(model, [e.prompt for e in examples])
+    seconds = time.monotonic() - began
+    hits = [task.per_example(label, e) for label, e in zip(labels, examples, strict=True)]
+    low, high = wilson(round(sum(hits)), len(hits))
+    right = [hit == 1.0 for hit in hits]
+    found = {
+        "task": task.name,
+        "split": split,
+        "mode": NAME,
+        "method": "classify",
+        "score": sum(hits) / len(hits),
+        "interval": bootstrap(hits),
+        "scores": {name: float(value) for name, value in task.score(labels, examples).items()},
+        "n": len(hits),
+        "wilson_interval": [low, high],
+        "auroc_of_margin": roc_auc_score(right, margins) if 0 < sum(right) < len(right) else None,
+        "milliseconds_each": round(1000 * seconds / len(hits), 3),
+        "data": task.source(split),
+        "settings": {"limit": None, "examples": fingerprint(asdict(e) for e in examples)},
+    }
+    ordered = sorted(zip((e.id for e in examples), hits, strict=True), key=lambda pair: str(pair[0]))
+    return found, " ".join(f"{hit:.6g}" for _, hit in ordered)
+
+
+def record(problem: Problem, splits: Sequence[str] | None = None) -> dict[str, Any]:
+    """Choose C, fit, score the test rows; the robot's twice, with 18 and with 320 open requests."""
+    task = get_task(problem.task)
+    choice = choose_c(problem)
+    rows = final_rows(problem)
+    began = time.monotonic()
+    model = fit([text for text, _ in rows], [label for _, label in rows], choice["chosen"])
+    seconds = time.monotonic() - began
+    results, values = {}, {}
+    for split in splits or (("test", "test_large") if problem.task == "robot" else ("test",)):
+        name = f"{problem.task}-{NAME}" + ("" if split == "test" else f"-{split}")
+        results[name], values[name] = result(task, task.load(split), model, split)
+    kept = model.steps[-1][1].coef_
+    settings = {"features": "tfidf words 1-2, char_wb 2-5, sublinear", "grid": list(GRID), "rows": problem.title}
+    return {
+        "id": f"{SPEC}/{problem.id}",
+        "spec": SPEC,
+        "kind": "rival",
+        "task": problem.task,
+        "name": problem.id.split("-", 1)[1],
+        "method": NAME,
+        "seed": 0,
+        "rate": {**choice, "chosen_on": "validation rows alone", "validation_sha256": _sha(problem.validation)},
+        "training": {
+            "rows": len(rows),
+            "sha256": _sha(rows),
+            "seconds": round(seconds, 2),
+            "trainable_parameters": int(kept.size + model.steps[-1][1].intercept_.size),
+        },
+        "results": results,
+        "values": values,
+        "settings": settings,
+        "settings_sha256": digest(settings),
+        "commit": commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("scikit-learn", "numpy", "scipy", "shadowpeft")},
+        },
+        "device": f"{os.cpu_count()} CPU cores",
+        "processor": processor(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _sha(pairs: Sequence[tuple[str, Any]]) -> str:
+    return fingerprint({"text": text, "label": label} for text, label in pairs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the records that are not there yet."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.rivals", description="TF-IDF and LinearSVC.")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    chosen = parser.parse_args(arguments)
+    folder = chosen.records / SPEC
+    for problem in problems():
+        file = folder / f"{problem.id}.json"
+        if file.is_file():
+            continue
+        made = record(problem)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, made)
+        scores = {name: found["scores"] for name, found in made["results"].items()}
+        print(problem.id, made["rate"]["chosen"], made["training"]["seconds"], scores, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Options that several commands have, declared once; typer reads them from the signatures of the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Base = Annotated[Optional[str], typer.Option(help="Base model: alias, folder or Hub id. Default: the adapter's own.")]
+Adapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
+RunFile = Annotated[str, typer.Argument(metavar="RUN", help="YAML file that describes the run.")]
+Mode = Annotated[str, typer.Option(help="attached, detached or base.")]
+System = Annotated[Optional[str], typer.Option(help="System message.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0: greedy.")]
+Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps; auto: cuda if there is one.")]
+Seed = Annotated[int, typer.Option(help="Seed for sampling.")]

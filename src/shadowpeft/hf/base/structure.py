@@ -1,0 +1,109 @@
+"""Where backbone, decoder layers and classifier are inside a transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shadowpeft.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """The parts of a decoder-only model that the method needs."""
+
+    backbone: nn.Module
+    """The module that owns the decoder layers, such as ``LlamaModel``."""
+    backbone_name: str
+    """Its name inside the whole model; empty if it is the whole model."""
+    layers: nn.ModuleList
+    layers_name: str
+    """Name of the list of layers inside the whole model."""
+    config: PreTrainedConfig
+    """The text configuration."""
+
+    @property
+    def hidden_size(self) -> int:
+        """``d``."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """``L``."""
+        return len(self.layers)
+
+
+def find_decoder(model: nn.Module) -> DecoderParts:
+    """Find backbone and decoder layers of ``model``.
+
+    Raises:
+        UnsupportedModelError: for encoder-decoder models, models without decoder layers, and models with one layer.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise UnsupportedModelError(
+            f"the base is a {type(model).__name__} without a transformers configuration; pass a transformers model"
+        )
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model; a shadow needs a decoder-only model"
+        )
+    length = num_decoder_layers(text)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == length and is_layer_list(name):
+            parent = name.rpartition(".")[0]
+            if length < 2:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has one decoder layer; a shadow corrects layers 1 to L-1 and needs two"
+                )
+            backbone = model.get_submodule(parent)
+            if not isinstance(backbone, PreTrainedModel):
+                raise UnsupportedModelError(
+                    f"the decoder layers of {type(model).__name__} belong to a {type(backbone).__name__}, which is no model "
+                    "by itself; a shadow needs a decoder-only transformers model"
+                )
+            return DecoderParts(backbone, parent, module, name, text)
+    raise UnsupportedModelError(
+        f"no list of {length} decoder layers, each of which runs once, was found in {type(model).__name__}; only decoder-only "
+        "transformers models are supported"
+    )
+
+
+def is_layer_list(name: str) -> bool:
+    return name.rpartition(".")[2] in ("layers", "h", "blocks", "layer", "block") and "shadow_hub" not in name
+
+
+def num_decoder_layers(config: PreTrainedConfig) -> int:
+    """Number of decoder layers; the decoders of encoder-decoder families count them apart from the encoder's."""
+    return int(getattr(config, "decoder_layers", None) or config.num_hidden_layers)
+
+
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a bare backbone, of any length."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and is_layer_list(name):
+            return module
+    raise UnsupportedModelError(f"no decoder layers were found in {type(backbone).__name__}")
+
+
+CLASSIFIERS = ("score", "classifier")
+
+
+def classifier_of(model: nn.Module) -> nn.Linear:
+    """The base's own linear classifier.
+
+    Raises:
+        UnsupportedModelError: if it has none.
+    """
+    for name in CLASSIFIERS:
+        head = getattr(model, name, None)
+        head = getattr(head, "original_module", head)
+        if isinstance(head, nn.Linear):
+            return head
+    raise UnsupportedModelError(
+        f"task_type is SEQ_CLS but {type(model).__name__} has no linear 'score' or 'classifier'; load the base with "
+        "AutoModelForSequenceClassification"
+    )

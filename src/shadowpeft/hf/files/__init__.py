@@ -1,0 +1,1 @@
+"""Files that came from somewhere else, judged before anything is built or allocated by them."""

@@ -1,0 +1,102 @@
+"""Configurations recorded in files: what in them shapes a model, and numbers that no file can fill."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.messages import quote, shorten
+
+MAX_COUNT = 4096
+"""Layers, heads or experts that a configuration may ask for if the weights file does not hold as many tensors."""
+
+
+MAX_NUMBER = 2**40
+
+
+_COUNTS = re.compile(r"(^|_)(num|n|number)_|layers?$|heads?$|experts?$|blocks?$|depth")
+
+
+def check_numbers(record: Any, tensors: int, where: str = "shadow_backbone_config") -> None:
+    """Counts that the weights file cannot fill, before a model is built by them: 10**9 layers would be 10**9 objects.
+
+    Args:
+        record: JSON content. tensors: how many tensors the file holds; each layer, head list or expert list needs some.
+
+    Raises:
+        AdapterFileError: naming the setting.
+    """
+    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+        name = f"{where}.{key}" if isinstance(record, dict) else f"{where}[{key}]"
+        if isinstance(value, (dict, list)):
+            check_numbers(value, tensors, name)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            limit = max(MAX_COUNT, tensors) if isinstance(key, str) and _COUNTS.search(key) else MAX_NUMBER
+            if isinstance(value, int) and abs(value) > limit:
+                raise AdapterFileError(
+                    f"{name[:120]} is {quote(value, 40)}, more than the {tensors} tensors of the adapter can belong to; its "
+                    "configuration is damaged"
+                )
+            if isinstance(value, float) and math.isnan(value):
+                raise AdapterFileError(f"{name[:120]} is NaN; the adapter's configuration is damaged")
+
+
+_NOT_OF_A_BACKBONE = frozenset(
+    {
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        "dtype",
+        "torch_dtype",
+        "num_labels",  # makes a dictionary of as many entries
+        "id2label",
+        "label2id",
+        "trust_remote_code",
+        "custom_pipelines",
+        "backbone",
+        "use_pretrained_backbone",
+        "torchscript",
+    }
+)
+
+
+def plain_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a recorded configuration that shapes a backbone.
+
+    Left out at every depth: keys that name code (``auto_map``), where the numbers come from, how they are stored, which
+    kernel computes attention (it may be the name of a repository to fetch and run), and private keys.
+    """
+    return {
+        key: plain_record(value) if isinstance(value, dict) else value
+        for key, value in record.items()
+        if isinstance(key, str)
+        and key not in _NOT_OF_A_BACKBONE
+        and not key.startswith(("_", "auto_", "attn_implementation"))
+        and not key.endswith("_implementation")
+    }
+
+
+def config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
+    if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
+        raise ConfigError("shadow_backbone_config must be the JSON object of a transformers configuration")
+    values = plain_record(PreTrainedConfig._decode_special_floats(dict(record)))
+    kind = values.pop("model_type")
+    if config_class is not None and config_class.model_type != kind:
+        raise ConfigError(
+            f"shadow_backbone_config is of a {quote(kind)} model but a mirrored shadow of this base is "
+            f"{config_class.model_type}; configuration and base do not belong together"
+        )
+    if config_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
+        raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, which is no decoder that transformers knows")
+    try:
+        if config_class is not None:
+            return config_class(**values)
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"shadow_backbone_config describes no {kind} model: {shorten(error)}") from error

@@ -1,0 +1,298 @@
+"""Every loss of a path: the task's, the shadow's, what teaches it, and how they are joined (Eqs. 8-9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from shadowpeft.core import count_targets, distillation_kl, head_loss, joint_loss, token_cross_entropy
+from shadowpeft.core.losses import IGNORE
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.base.head import lm_logits, pool_last
+from shadowpeft.hf.forward import supervision
+from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, initial_state
+from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
+from shadowpeft.hf.layer import ShadowHub
+
+
+@dataclass
+class Joined:
+    """What a forward pass with a shadow gives."""
+
+    logits: Tensor
+    loss: Tensor | None
+    """Joint in training, the task's alone otherwise; None without labels."""
+    task_loss: Tensor | None
+    shadow_loss: Tensor | None
+    shadow_logits: Tensor | None
+
+
+def join(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tensor, stock: Tensor | None) -> Joined:
+    """Both paths' losses and the joint one (Eqs. 8-9).
+
+    Args:
+        logits: the attached path's, ``(B, T, V)`` or ``(B, C)``. stock: the loss that the base computed, or None.
+    """
+    weight = _weight(call)
+    training = model.training and torch.is_grad_enabled()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (weight > 0 or call.return_shadow)):
+        if call.is_classifier:
+            shadow_loss, shadow_logits = _classifier_path(model, call)
+        else:
+            shadow_loss, shadow_logits = _lm_path(model, hub, call, logits.detach() if training else None)
+    task_loss = None
+    if call.labels is not None:
+        if call.is_classifier:
+            task_loss = _classification_loss(model, logits, call.labels, call.num_items)
+        elif hub.facts.uses_num_items:
+            task_loss = stock
+        else:
+            assert stock is not None
+            task_loss = _recount(stock, logits, call, hub.facts.label_shift)
+    loss = task_loss
+    if task_loss is not None and training and shadow_loss is not None:
+        loss = joint_loss(task_loss, shadow_loss, weight)
+    elif task_loss is None and training and weight > 0 and not call.return_shadow and logits.requires_grad:
+        if shadow_loss is None:
+            logits = supervision.refuse_gradients(logits)
+        else:
+            logits, shadow_loss = supervision.demand_both(logits, shadow_loss)
+    return Joined(logits, loss, task_loss, shadow_loss, shadow_logits)
+
+
+def _weight(call: ShadowCall) -> float:
+    """lambda; in training a call has one part."""
+    return max(float(part.weights.config.auxiliary_loss_weight) for part in call.parts)
+
+
+def join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any) -> Any:
+    """TRL's fused head gives per-token log-probabilities instead of logits; they carry the shadow's gradient."""
+    weight, training = _weight(call), model.training and torch.is_grad_enabled()
+    output.task_loss, output.shadow_loss = output.loss, None
+    if weight > 0 and (training or call.shadow_labels is None):
+        if call.shadow_labels is not None:
+            raise ConfigError("shadow_labels cannot be used with a fused LM head; use shadowpeft.ShadowTrainer")
+        (part,) = call.parts
+        if training and part.weights.config.shadow_loss != "ce":
+            raise ConfigError(
+                f"shadow_loss is '{part.weights.config.shadow_loss}' but a fused LM head gives no logits to learn from; use "
+                "shadow_loss='ce' or shadowpeft.ShadowTrainer"
+            )
+        with torch.set_grad_enabled(training):
+            total = _shadow_sum(model, hub, part.weights, part.s0, _targets(call, hub))
+        if training:
+            output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
+        output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
+    return output
+
+
+def _recount(loss: Tensor, logits: Tensor, call: ShadowCall, shift: int) -> Tensor:
+    """A mean over this batch's own targets, as some architectures compute it, as one over ``num_items_in_batch``."""
+    assert call.labels is not None
+    own = count_targets(call.labels, shifted=shift == 1)
+    if not int(own):
+        return logits.sum() * 0.0
+    return loss if call.num_items is None else loss * (own / torch.as_tensor(call.num_items, device=loss.device))
+
+
+def _lm_path(
+    model: nn.Module, hub: ShadowHub, call: ShadowCall, teacher: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The shadow's loss (second term of Eq. 8) if there are targets, and its logits (Eq. 11) if they are asked for.
+
+    In a mixed batch the loss is that of all rows which have a shadow, whichever it is.
+
+    Args:
+        teacher: the attached path's logits ``(B, T, V)`` without their graph, in training; None: cross-entropy alone.
+    """
+    loss, logits, pieces = None, None, []
+    targeted = call.labels is not None or call.shadow_labels is not None
+    targets = _targets(call, hub) if targeted else None
+    total: Any = 0.0
+    count: Any = 0
+    for part in call.parts:
+        with as_only_adapter(part):
+            if targets is not None:
+                goals = part.pick(targets)
+                distillation = None if teacher is None else _distillation(call, hub, part, teacher, targets)
+                total = total + _shadow_sum(model, hub, part.weights, part.s0, goals, distillation)
+                count = count + count_targets(goals, shifted=False).to(total.device)
+            if call.return_shadow:
+                kept = _keep(part.s0, call.logits_to_keep)
+                head = _lm_head(model, part.weights)
+                pieces.append(lm_logits(model, hub, head, kept.flatten(0, 1)).unflatten(0, kept.shape[:2]))
+    if targets is not None:
+        items = call.num_items if call.shadow_labels is None else call.shadow_num_items
+        loss = total / torch.as_tensor(count if items is None else items, device=total.device).clamp(min=1)
+    if call.return_shadow:
+        logits = assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
+    return loss, logits
+
+
+def _classifier_path(model: nn.Module, call: ShadowCall) -> tuple[Tensor | None, Tensor | None]:
+    """The shadow's loss (second term of Eq. 9) if there are targets, and its logits.
+
+    In a mixed batch both are those of the rows which have a shadow, part by part.
+    """
+    pieces = []
+    for part in call.parts:
+        ids = None if call.input_ids is None else part.pick(call.input_ids)
+        mask = call.attention_mask
+        mask = part.pick(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+        head: Any = part.weights.head
+        pieces.append(head(pool_last(part.s0, _text_config(model), ids, mask).to(head.weight.dtype)))
+    targets = call.labels if call.shadow_labels is None else call.shadow_labels
+    loss = None
+    if targets is not None:
+        items = call.num_items if call.shadow_labels is None else call.shadow_num_items
+        goals = torch.cat([part.pick(targets) for part in call.parts]) if call.names is not None else targets
+        loss = _classification_loss(model, torch.cat(pieces) if call.names is not None else pieces[0], goals, items)
+    if call.names is not None and BASE in call.names:
+        return loss, None
+    return loss, assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
+
+
+def _lm_head(model: Any, weights: AdapterWeights) -> Any:
+    """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else the base's."""
+    return model.get_output_embeddings() if weights.head is None else weights.head
+
+
+def _text_config(model: nn.Module) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator, no-any-return]
+
+
+def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
+    """The shadow path's target at every position, ``(B, T)``."""
+    if call.shadow_labels is None and call.shift_labels is not None:
+        return call.shift_labels
+    labels = call.labels if call.shadow_labels is None else call.shadow_labels
+    assert labels is not None
+    return shift_left(labels, hub)
+
+
+def _distillation(
+    call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor
+) -> Distillation | None:
+    """What ``shadow_loss="kl"`` or "both" teaches the rows of ``part``; None for "ce".
+
+    The attached path is the teacher wherever both paths are to say the same; where ``shadow_labels`` want something else of
+    the shadow, it would teach the opposite.
+    """
+    kind = part.weights.config.shadow_loss
+    if kind == "ce":
+        return None
+    if call.labels is None and call.shift_labels is None:
+        raise ConfigError(
+            f"shadow_loss is '{kind}' and shadow_labels were passed but labels were not, so nobody knows where both paths are "
+            "to say the same; pass labels too (label smoothing and compute_loss_func take them away), or use shadow_loss='ce'"
+        )
+    if teacher.shape[:2] != targets.shape:
+        raise ConfigError(
+            f"shadow_loss is '{kind}' but the logits have shape {tuple(teacher.shape[:2])} for targets of shape "
+            f"{tuple(targets.shape)}; leave out logits_to_keep"
+        )
+    taught = targets != IGNORE
+    if call.shadow_labels is not None:
+        theirs = call.shift_labels if call.shift_labels is not None else shift_left(call.labels, hub)  # type: ignore[arg-type]
+        taught = taught & (targets == theirs.to(targets.device))
+    return Distillation(part.pick(teacher), part.pick(taught), with_labels=kind == "both")
+
+
+def shift_left(labels: Tensor, hub: ShadowHub) -> Tensor:
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORE) if hub.facts.label_shift else labels
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What the attached path teaches the shadow in one forward pass."""
+
+    teacher: Tensor
+    """Logits ``(B, T, V)``, without their graph."""
+    taught: Tensor
+    """``(B, T)``: where the shadow is to say what the attached path is to say."""
+    with_labels: bool
+    """Whether the cross-entropy counts there too."""
+
+
+def _shadow_sum(
+    model: nn.Module,
+    hub: ShadowHub,
+    weights: AdapterWeights,
+    s0: Tensor,
+    targets: Tensor,
+    distillation: Distillation | None = None,
+) -> Tensor:
+    """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
+    head = _lm_head(model, weights)
+    targets = targets.to(s0.device)
+    plain, rows = targets.reshape(-1), s0.reshape(-1, s0.shape[-1])
+    teacher = taught = plain[:0]
+    if distillation is not None:
+        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(s0.device)
+        plain = plain if distillation.with_labels else plain.masked_fill(taught, IGNORE)
+
+    def loss(rows: Tensor, where: Tensor) -> Tensor:
+        logits = lm_logits(model, hub, head, rows)
+        total: Tensor = model.loss_function(  # type: ignore[operator]
+            logits=logits[None],
+            labels=None,
+            vocab_size=logits.shape[-1],
+            num_items_in_batch=1,
+            shift_labels=plain[where][None],
+        )
+        if distillation is None:
+            return total
+        divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
+        return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
+
+    where = torch.arange(len(rows), device=s0.device)
+    if not torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
+        where = where[targets.reshape(-1) != IGNORE]
+        rows = rows[where]
+    frozen = hub.facts.is_linear and not any(p.requires_grad for p in head.parameters())
+    return head_loss(rows, where, loss, frozen=frozen)
+
+
+def _classification_loss(model: nn.Module, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    """As the stock classifiers, but finite for a fully masked batch and scaled for accumulation (Eq. 9)."""
+    config: Any = model.config
+    single = config.problem_type in (None, "single_label_classification") and config.num_labels > 1
+    if single and labels.dtype in (torch.long, torch.int):
+        config.problem_type = "single_label_classification"
+        count = count_targets(labels, shifted=False) if items is None else items
+        return token_cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).to(logits.device), count)
+    loss: Tensor = model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)  # type: ignore[operator]
+    return loss if items is None else loss * (labels.shape[0] / torch.as_tensor(items, device=loss.device))
+
+
+def _keep(state: Tensor, logits_to_keep: Any) -> Tensor:
+    if isinstance(logits_to_keep, int):
+        return state[:, -logits_to_keep:] if logits_to_keep else state
+    return state[:, logits_to_keep]
+
+
+def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *, items: Any = None) -> Tensor:
+    """The second term of Eq. 8 from the shadow alone: what the shadow path costs a batch, without running the base.
+
+    Args:
+        model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask`` and
+            ``shadow_labels`` ``(B, T)``. items: number of targets to normalise by; None: this batch's.
+
+    Returns:
+        0-d loss, not yet multiplied with lambda.
+    """
+    adapter = hub.active_name()
+    if adapter is None:
+        raise ConfigError("no adapter is enabled; enable or set one")
+    weights = weights_of(hub, model, adapter)
+    takes = weights.signature
+    passed = {k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)}
+    s0 = initial_state(weights, batch["input_ids"], None, model, use_cache=False, **passed)
+    targets = shift_left(batch["shadow_labels"], hub)
+    count = count_targets(targets, shifted=False) if items is None else items
+    return _shadow_sum(model, hub, weights, s0, targets) / torch.as_tensor(count, device=s0.device).clamp(min=1)

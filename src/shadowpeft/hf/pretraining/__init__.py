@@ -1,0 +1,1 @@
+"""Pretraining a shadow alone, with the two ends of its base."""

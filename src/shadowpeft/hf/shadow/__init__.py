@@ -1,0 +1,1 @@
+"""Making the shadow backbone of an adapter."""
