@@ -26,8 +26,8 @@ import yaml
 
 from experiments.device_problems import PROBLEMS, freeze
 from experiments.device_rows import batches
-from experiments.runner import RECORDS, ROOT, processor
-from experiments.spec import SPECS, digest
+from experiments.measuring import processor
+from experiments.spec import RECORDS, ROOT, SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.storage import replace as rename

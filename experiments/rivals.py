@@ -24,8 +24,8 @@ from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
 from sklearn.svm import LinearSVC
 
 from experiments import device_rows
-from experiments.runner import RECORDS, processor
-from experiments.spec import digest
+from experiments.measuring import processor
+from experiments.spec import RECORDS, digest
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.evaluate import wilson

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import RunLoader, ShadowSection, TrainingSection
 
-SPECS = Path(__file__).parent / "specs"
-RECORDS = Path(__file__).parent / "records"
+ROOT = Path(__file__).parents[1]
+SPECS = ROOT / "experiments" / "specs"
+RECORDS = ROOT / "experiments" / "records"
 KINDS = ("table1", "ablation", "ood", "scaling", "latency", "system")
 
 

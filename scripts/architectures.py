@@ -101,7 +101,8 @@ def page(record: dict[str, object]) -> str:
         "|---|---|",
         "| attach | `get_peft_model` with an implicit shadow of one layer |",
         "| identity | logits bit-identical to the base's before training |",
-        "| gradients | in four optimiser steps every trainable tensor gets a gradient, and not always zero; no base tensor gets one |",
+        "| gradients | in four optimiser steps every trainable tensor gets a gradient, and not always zero; no base tensor "
+        "gets one |",
         "| effect | logits are finite and have changed |",
         "| cache | greedy tokens with cache equal those without; logits of a prompt in parts equal those of the whole |",
         "| detach | the detached model's logits are the shadow's; its cached greedy tokens equal its uncached ones |",
@@ -118,7 +119,8 @@ def page(record: dict[str, object]) -> str:
         "corrected in all of them.",
         "- The shadow takes its type from the base's first full-attention layer; if its class refuses that alone, or cannot "
         "be run or cached alone, from the next type, and at last one layer of each.",
-        "- A shadow whose layers read the tokens (per-layer embeddings, hash routing) is run from tokens instead of embeddings.",
+        "- A shadow whose layers read the tokens (per-layer embeddings, hash routing) is run from tokens instead of "
+        "embeddings.",
         "- Tensors that no gradient can reach (an indexer's choice, attention to an absent encoder) are found at attaching "
         "and not trained (`shadow_frozen` in the adapter's configuration).",
         "- What stands between backbone and logits, and which target the base's loss uses, is tried out with random states; a "

@@ -81,14 +81,10 @@ def short_table(record: dict[str, Any], only: tuple[str, ...] | None = None) -> 
 def source(record: dict[str, Any]) -> str:
     """Where the facts come from."""
     v = record["versions"]
-    later = "".join(
-        f" {len(more['rows'])} rows were measured later ({more['date']}, commit {short(more['commit'])})."
-        for more in record.get("later", [])
-    )
     return (
         f"`make compare`, {record['date']}, commit {short(record['commit'])}, {record['machine']}, one thread, torch "
         f"{v['torch']}, transformers {v['transformers']}, PEFT {v['peft']}, shadow-peft {v['shadow-peft']}, TRL {v['trl']}; "
-        f"tiny random models.{later}"
+        "tiny random models."
     )
 
 
@@ -104,7 +100,11 @@ def source_of_speed() -> str:
 
 def page(record: dict[str, Any]) -> str:
     """docs/comparison.md."""
-    lines = ["# Comparison", "", source(record) + source_of_speed(), "", *short_table(record), ""]
+    later = "".join(
+        f" {len(more['rows'])} rows were measured later ({more['date']}, commit {short(more['commit'])})."
+        for more in record.get("later", [])
+    )
+    lines = ["# Comparison", "", source(record) + later + source_of_speed(), "", *short_table(record), ""]
     lines += [
         f'"{NONE}" stands where an implementation does not have what the row is about. The rows that measure a numbered defect '
         "are named in [defects.md](defects.md).",
