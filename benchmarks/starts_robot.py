@@ -24,6 +24,7 @@ from experiments.measuring import stamp
 from rich.console import Console
 
 import shadowpeft
+from experiments import markdown
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
@@ -114,15 +115,16 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| start | rate | validation loss | commands | open requests tagged |", "|---|---|---|---|---|"]
+    rows = []
     for name, start in record["starts"].items():
-        first = NAMES.get(name, f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name)
+        given = f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name
         shares = [
             f"{100 * part['accuracy']:.1f} % [{100 * part['interval'][0]:.1f}, {100 * part['interval'][1]:.1f}]"
             for part in (start["commands"], start["open_tagged_remote"])
         ]
-        lines.append(f"| {first} | {start['rate']:g} | {start['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
-    return "\n".join(lines)
+        rows.append([NAMES.get(name, given), f"{start['rate']:g}", f"{start['validation_loss']:.3f}", *shares])
+    header = ["start", "rate", "validation loss", "commands", "open requests tagged"]
+    return "\n".join(markdown.table(header, rows))
 
 
 def filled(page: str, record: dict[str, Any]) -> str:

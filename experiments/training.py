@@ -24,7 +24,7 @@ from rich.console import Console
 import shadowpeft
 from experiments.measuring import stamp
 from experiments.records import check_settings, read_file, write_record
-from experiments.spec import MODES, RECORDS, SPECS, Cell, digest
+from experiments.spec import MODES, RECORDS, ROOT, SPECS, Cell, digest
 from shadowpeft.apps import common
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Example, Task, get_task
@@ -38,7 +38,7 @@ from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
 
-WORK = Path(__file__).parent.parent / "runs" / "experiments"
+WORK = ROOT / "runs" / "experiments"
 CHECKPOINTS = 5
 """Checkpoints of a cell's training: a kill costs a fifth of it at most."""
 
