@@ -38,9 +38,9 @@ def main(
 
 def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
     """Save a detached model; returns class, parameters, bytes and folder."""
-    from shadowpeft.train.checkpoints import written_whole
+    from shadowpeft.storage import written_whole
 
-    with written_whole(folder, "the edge model", "free some space or choose another folder") as beside:
+    with written_whole(folder, "the edge model", "free some space or choose another folder", replace=False) as beside:
         edge.save_pretrained(beside)  # type: ignore[attr-defined]
         tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
     return {

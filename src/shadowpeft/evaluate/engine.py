@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from shadowpeft.generate import answer, evaluating
 from shadowpeft.hf.detach import detach
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.runtime import peak_memory_bytes
-from shadowpeft.storage import write_json
+from shadowpeft.storage import exclusive, write_json
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 METHODS = ("generate", "likelihood", "classify")
@@ -173,7 +173,8 @@ def evaluate_task(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
-    with runner_in_mode(model, mode) as runner:
+    lock = nullcontext() if folder is None else exclusive(folder)
+    with lock, runner_in_mode(model, mode) as runner:
         settings = {
             "task": task.name,
             "split": split,
