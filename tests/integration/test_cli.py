@@ -127,9 +127,9 @@ def test_help_is_instant_and_imports_nothing_heavy():
     )
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
-        done = python(code)
-        seconds.append(time.perf_counter() - began)
+        before, done, after = os.times(), python(code), os.times()
+        # its processor's time: the clock on the wall also counts whatever else the machine is doing
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
         assert done.stderr == "[]\n"
         assert "Usage:" in done.stdout
     assert min(seconds) < 0.5, seconds
