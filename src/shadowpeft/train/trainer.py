@@ -126,7 +126,10 @@ class ShadowLossMixin(WholeCheckpoints):
             result: Any = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
             )
-        loss, outputs = result if asks else (result, None)
+        outputs: Any = None
+        loss = result
+        if asks:
+            loss, outputs = result
         task, shadow, fused = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss, None)
         if model.training:
             share: Any = 1.0  # of this micro-batch in what is logged
