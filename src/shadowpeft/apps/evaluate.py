@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError
+from shadowpeft.terminal import terminal
 
 
 def main(
@@ -39,7 +39,7 @@ def main(
     """
     quiet_libraries()
     from shadowpeft.evaluate import MODES, evaluate_task
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     for mode in modes or ():
         if mode not in MODES:
@@ -119,11 +119,11 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
         low, high = r["interval"]
         shown = [f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"]]
         table.add_row(mode, *shown, *([f"{r['loss']:.3f}"] if with_loss else []))
-    Console().print(table)
+    terminal().print(table)
     origin = next(iter(records.values()))["data"]
     files = ", ".join(origin.get("name") or origin.get("path") or [])
     lacks = f" (partial: {origin['lacks']})" if origin["partial"] else ""
-    Console().print(f"data from the {origin['from']}: {files}{lacks}")
+    terminal().print(f"data from the {origin['from']}: {files}{lacks}")
 
 
 def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str]]:
@@ -135,7 +135,7 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
     from shadowpeft.hf.base.load import load_base
     from shadowpeft.hf.files.locate import find_file
     from shadowpeft.hf.files.reading import read_json
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.tokenizer import load_tokenizer
 
     foreign = formats.detect(adapter) == formats.AUTHORS
     config = {} if foreign else read_json(find_file(adapter, "adapter_config.json"))

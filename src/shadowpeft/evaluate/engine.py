@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
@@ -26,7 +25,9 @@ from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder
 from shadowpeft.evaluate.modes import runner_in_mode
 from shadowpeft.evaluate.scores import answer_loss, wilson
 from shadowpeft.generate import answer
+from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import write_json
+from shadowpeft.terminal import terminal
 
 METHODS = ("generate", "likelihood", "classify")
 FORMAT = 1
@@ -166,7 +167,7 @@ def _run(
         judged = _classified(model, tokenizer, task, batch, max_length)
     else:
         judged = _likeliest(model, tokenizer, task, batch)
-    share, peak = (time.perf_counter() - began) / len(batch), facts.peak_memory(model)
+    share, peak = (time.perf_counter() - began) / len(batch), peak_memory_bytes(next(model.parameters()).device)
     return [
         Prediction(e.id, prediction, _value(task, method, prediction, e), e.gold, text, tokens, share, peak, scores)
         for e, (prediction, text, tokens, scores) in zip(batch, judged, strict=True)
@@ -261,8 +262,8 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
     if progress is not None:
         yield progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=Console(stderr=True)) as shown:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=terminal(stderr=True)) as shown:
         bar = shown.add_task(label, total=total)
         yield lambda done: shown.update(bar, completed=done)
 
