@@ -46,7 +46,7 @@ def has_tokenizer(adapter: str) -> bool:
 def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     """The tokenizer saved with the adapter, else the base's; with a pad token."""
     from shadowpeft.hf.load import read_config
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.tokenizer import load_tokenizer
 
     if has_tokenizer(adapter):
         return load_tokenizer(adapter)

@@ -88,7 +88,7 @@ def convert(
     if kind == formats.PROJECTED:
         from shadowpeft.export.ends import generation_config
         from shadowpeft.hf.files.projected import read_projected, to_stock
-        from shadowpeft.train.run import load_tokenizer
+        from shadowpeft.tokenizer import load_tokenizer
 
         model = to_stock(read_projected(source))
         if has_tokenizer(source):

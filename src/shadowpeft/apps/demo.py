@@ -74,7 +74,7 @@ def main(
     if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
         raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     began = time.monotonic()
     prepare_cpu()
@@ -128,10 +128,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     import shadowpeft
     from shadowpeft import evaluate
     from shadowpeft.apps.detach import save_edge
+    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.data.robot import load, parse_action
     from shadowpeft.evaluate.record import commit
     from shadowpeft.generate import answer, routing_reason
-    from shadowpeft.train.run import ROBOT_SYSTEM, versions
+    from shadowpeft.runtime import environment
 
     edge = shadowpeft.detach(model)
     edge_files = save_edge(edge, tokenizer, folder / "edge")
@@ -141,10 +142,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
 
     def actions(label: str, runner: Any, rows: list[dict[str, Any]]) -> list[str | None]:
         with bar(console, label, len(rows)) as progress:
-            made, _ = evaluate.intents(
-                runner, tokenizer, rows, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
+            prompts = [row["prompt"] for row in rows]
+            answers = answer(
+                runner, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
             )
-        return made
+        return [parse_action(a.text) for a in answers]
 
     on_device = actions("detached, skills", edge, skills)
     on_device_remote = actions("detached, open requests", edge, remote)
@@ -214,7 +216,7 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
             "edge_bytes": edge_files["bytes"],
         },
         "requests": requests,
-        "machine": versions(),
+        "machine": environment(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

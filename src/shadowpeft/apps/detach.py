@@ -25,7 +25,7 @@ def main(
         raise ConfigError(f"'{folder}' exists; choose another folder")
     quiet_libraries()
     import shadowpeft
-    from shadowpeft.train.run import DTYPES
+    from shadowpeft.runtime import DTYPES
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is '{dtype}' but must be one of {', '.join(DTYPES)}")

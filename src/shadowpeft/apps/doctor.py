@@ -102,7 +102,7 @@ def device(report: Report) -> None:
     """Where models run by default, threads, denormal numbers."""
     import torch
 
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
     if torch.cuda.is_available():

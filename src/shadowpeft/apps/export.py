@@ -49,7 +49,7 @@ def main(
     if evaluate is not None and not target.generates:
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
     console = terminal(stderr=True, quiet=as_json)
@@ -70,7 +70,7 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
 
     folder = Path(source)
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        from shadowpeft.train.run import load_tokenizer
+        from shadowpeft.tokenizer import load_tokenizer
 
         return _stock(folder), load_tokenizer(source)
     tokenizer = load_tokenizer_of(source, base)
@@ -165,8 +165,9 @@ def run(
 def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
     """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set."""
     from shadowpeft.data import chat
+    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.export import vocab
-    from shadowpeft.train.run import ROBOT_SYSTEM, robot_rows
+    from shadowpeft.train.rows import robot_rows
 
     if vocab_from == "robot":
         rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM

@@ -22,7 +22,7 @@ def _open(
     from transformers import set_seed
 
     import shadowpeft
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
     where = pick_device(device)

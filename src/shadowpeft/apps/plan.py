@@ -34,7 +34,9 @@ def plan(run: Any) -> dict[str, Any]:
 
     from shadowpeft.hf.base.aliases import is_alias, materialise
     from shadowpeft.hf.config import ShadowPeftConfig
-    from shadowpeft.train.run import encode_run, load_tokenizer, prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
+    from shadowpeft.tokenizer import load_tokenizer
+    from shadowpeft.train.rows import encode_run
 
     t = run.training
     prepare_cpu(t.threads)
