@@ -172,6 +172,8 @@ def test_python_m_is_the_command(argument, code):
         (["info", "nothing"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
         (["generate", "nothing", "hi"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
         (["generate", "nothing", "hi", "--temperature", "-1"], 2, "error: temperature is -1.0"),
+        (["generate", "nothing", "hi", "--temperature", "nan"], 2, "error: temperature is nan"),
+        (["generate", "nothing", "hi", "--temperature", "inf"], 2, "error: temperature is inf"),
         (["detach", "nothing", "out"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
     ],
 )
@@ -466,6 +468,12 @@ def test_generate_attached_and_base_differ(monkeypatch, capsys, adapter):
     code, out, err = call(monkeypatch, capsys, "generate", adapter, "sit", "--mode", "cloud")
     assert (code, out) == (2, "")
     assert "mode is 'cloud' but must be one of attached, detached, base" in err
+
+
+def test_the_smallest_temperatures_are_greedy(monkeypatch, capsys, adapter):
+    greedy = call(monkeypatch, capsys, "generate", adapter, "sit")[1]
+    for temperature in ("1e-320", sys.float_info.min, 1e-40, 1e-29):
+        assert call(monkeypatch, capsys, "generate", adapter, "sit", "--temperature", temperature) == (0, greedy, "")
 
 
 @pytest.mark.parametrize(
