@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from experiments.markdown import table
 from experiments.measuring import stamp
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -30,9 +31,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.storage import write_json, write_text
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.pretrain import Batches, end_token, make_stream, pretrain
 from shadowpeft.train.pretrain_config import PretrainConfig, parse_pretraining
-from shadowpeft.train.run import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "records" / "pretraining" / "starts.json"
@@ -182,6 +183,16 @@ def draw(records: dict[str, Any], file: Path) -> None:
 def page(records: dict[str, Any]) -> str:
     """``docs/starts.md``."""
     newest = max(records.values(), key=lambda run: run["date"])
+    rows = [
+        [
+            run["title"],
+            run["objective"],
+            f"{run['curve'][0]['held_out']:.2f}",
+            f"{run['curve'][-1]['held_out']:.3f}",
+            f"{run['trainable_parameters']:,}",
+        ]
+        for run in sorted(records.values(), key=lambda run: run["curve"][-1]["held_out"])
+    ]
     lines = [
         "# Starts and losses of pretraining",
         "",
@@ -192,14 +203,7 @@ def page(records: dict[str, Any]) -> str:
         "before, on as many tokens of another part of the corpus under its own head; no trained one with these tokens could "
         "be had.",
         "",
-        "| variant | trained with | before | after | trainable parameters |",
-        "|---|---|---|---|---|",
-    ]
-    for run in sorted(records.values(), key=lambda run: run["curve"][-1]["held_out"]):
-        first, last = run["curve"][0]["held_out"], run["curve"][-1]["held_out"]
-        count = f"{run['trainable_parameters']:,}"
-        lines.append(f"| {run['title']} | {run['objective']} | {first:.2f} | {last:.3f} | {count} |")
-    lines += [
+        *table(["variant", "trained with", "before", "after", "trainable parameters"], rows),
         "",
         "![Held-out cross-entropy over tokens](starts.png)",
         "",

@@ -24,13 +24,18 @@ from experiments.measuring import stamp
 from rich.console import Console
 
 import shadowpeft
+from experiments import markdown
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
-from shadowpeft.data.robot import load
+from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
+from shadowpeft.data.robot import load, parse_action
 from shadowpeft.errors import ConfigError
+from shadowpeft.generate import answer
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.run import ROBOT_SYSTEM, prepare_cpu, robot_rows, train, versions
+from shadowpeft.train.rows import robot_rows
+from shadowpeft.train.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -96,15 +101,11 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
     commands, remote = load("test_normal"), load("test_remote_large")
     remote = remote[:: max(1, len(remote) // OPEN)][:OPEN]
     with bar(console, "test", len(commands) + len(remote)) as progress:
-        actions, _ = evaluate.intents(
-            edge,
-            tokenizer,
-            [*commands, *remote],
-            system=ROBOT_SYSTEM,
-            max_new_tokens=10,
-            batch_size=32,
-            progress=progress,
+        prompts = [row["prompt"] for row in [*commands, *remote]]
+        answers = answer(
+            edge, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
         )
+    actions = [parse_action(a.text) for a in answers]
     skills, opened = actions[: len(commands)], actions[len(commands) :]
     return {
         "commands": evaluate.accuracy([a == row["skill"] for a, row in zip(skills, commands, strict=True)]),
@@ -114,15 +115,16 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| start | rate | validation loss | commands | open requests tagged |", "|---|---|---|---|---|"]
+    rows = []
     for name, start in record["starts"].items():
-        first = NAMES.get(name, f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name)
+        given = f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name
         shares = [
             f"{100 * part['accuracy']:.1f} % [{100 * part['interval'][0]:.1f}, {100 * part['interval'][1]:.1f}]"
             for part in (start["commands"], start["open_tagged_remote"])
         ]
-        lines.append(f"| {first} | {start['rate']:g} | {start['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
-    return "\n".join(lines)
+        rows.append([NAMES.get(name, given), f"{start['rate']:g}", f"{start['validation_loss']:.3f}", *shares])
+    header = ["start", "rate", "validation loss", "commands", "open requests tagged"]
+    return "\n".join(markdown.table(header, rows))
 
 
 def filled(page: str, record: dict[str, Any]) -> str:
@@ -166,7 +168,7 @@ def main() -> None:
             "trainable_parameters": trials[rate]["trainable_parameters"],
             **measured(trials[rate]["adapter"], options.console),
             **stamp(),
-            "versions": versions(),
+            "versions": environment(),
         }
         write_json(RECORD, record)
     write_text(PAGE, filled(PAGE.read_text(encoding="utf-8"), record))

@@ -31,7 +31,7 @@ def load(name):
     torch.manual_seed(0)
     if name != "toy":
         from shadowpeft.hf.base.load import load_base
-        from shadowpeft.train.run import load_tokenizer
+        from shadowpeft.tokenizer import load_tokenizer
 
         return load_base(name), load_tokenizer(name)
     specials = ["<pad>", "<|im_start|>", "<|im_end|>"]

@@ -26,18 +26,18 @@ import yaml
 
 from experiments.device_problems import PROBLEMS, freeze
 from experiments.device_rows import batches
-from experiments.runner import RECORDS, ROOT, processor
-from experiments.spec import SPECS, digest
+from experiments.measuring import processor
+from experiments.spec import RECORDS, SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import replace as rename
 from shadowpeft.storage import write_json
 from shadowpeft.train.config import RunLoader
-from shadowpeft.train.run import prepare_cpu, versions
 
 PLAN = SPECS / "device" / "search.yaml"
 FOLDER = RECORDS / "device"
-WORK = ROOT / "runs" / "device-search"
+WORK = Path(__file__).resolve().parents[1] / "runs" / "device-search"
 SAVE_EVERY = 180.0
 """Seconds between saved states."""
 
@@ -151,7 +151,15 @@ class Training:
         groups = [{"params": decayed, "weight_decay": cell.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=cell.rate, fused=True)
         self.averaged = [p.detach().clone() for _, p in self.named]
-        self.at = {"pass": 0, "step": 0, "steps": 0, "tokens": 0, "seconds": 0.0, "processor": 0.0, "loss": 0.0}
+        self.at: dict[str, Any] = {
+            "pass": 0,
+            "step": 0,
+            "steps": 0,
+            "tokens": 0,
+            "seconds": 0.0,
+            "processor": 0.0,
+            "loss": 0.0,
+        }
         self.curve: list[dict[str, Any]] = []
         if self.file.is_file():
             self._load()
@@ -272,7 +280,7 @@ class Training:
             worth = self.problem.development(greedy=last)
         for older in self.curve:  # what each row was worth is kept of the last point alone
             older["constrained"].pop("values", None)
-        point = {"pass": self.at["pass"], "steps": self.at["steps"], "tokens": self.at["tokens"]}
+        point: dict[str, Any] = {"pass": self.at["pass"], "steps": self.at["steps"], "tokens": self.at["tokens"]}
         point.update(seconds=round(self.at["seconds"], 1), processor_seconds=round(self.at["processor"], 1))
         point.update(train_loss=round(loss, 4), **worth)
         point.update(judged_seconds=[round(time.monotonic() - began, 1), round(time.process_time() - used, 1)])
@@ -296,7 +304,7 @@ class Training:
             "settings": self.cell.settings(),
             "settings_sha256": self.cell.digest(),
             "commit": commit(),
-            "versions": versions(),
+            "versions": environment(),
             "processor": processor(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }

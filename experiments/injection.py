@@ -29,9 +29,9 @@ from shadowpeft.core.modules import Injection, Update
 from shadowpeft.data.chat import ChatCollator, ChatDataset
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import answer_loss
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_json
 from shadowpeft.train import baselines
-from shadowpeft.train.run import prepare_cpu, versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -195,7 +195,7 @@ def main() -> None:
         "split": "validation",
         **layers(model, data, tokenizer.pad_token_id, Console(stderr=True)),
         **stamp(),
-        "versions": versions(),
+        "versions": environment(),
     }
     write_json(DOCS / "records" / f"{options.out}.json", record)
     draw(record, DOCS / f"{options.out}.png")

@@ -19,8 +19,8 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate import norms_kept
 from shadowpeft.evaluate.record import bootstrap
 from shadowpeft.generate import answer, routing_reason
+from shadowpeft.runtime import DTYPES
 from shadowpeft.train import baselines
-from shadowpeft.train.run import DTYPES
 
 
 def trained_and_evaluated(runner: CellTraining, cell: Cell) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from experiments.records import check_settings, read_record, write_record
 from experiments.spec import Cell, cells, read_spec
 from experiments.training import CellTraining, Paused
 from shadowpeft.errors import ConfigError
-from shadowpeft.train.run import prepare_cpu, versions
+from shadowpeft.runtime import environment, prepare_cpu
 
 
 class Runner(CellTraining):
@@ -73,7 +73,7 @@ class Runner(CellTraining):
             "settings": cell.settings(),
             "settings_sha256": cell.digest(),
             **stamp(),
-            "versions": versions(),
+            "versions": environment(),
             "processor": processor(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds_of_last_call": round(time.monotonic() - began, 1),

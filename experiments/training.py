@@ -24,20 +24,21 @@ from rich.console import Console
 import shadowpeft
 from experiments.measuring import stamp
 from experiments.records import check_settings, read_file, write_record
-from experiments.spec import MODES, RECORDS, SPECS, Cell, digest
+from experiments.spec import MODES, RECORDS, ROOT, SPECS, Cell, digest
 from shadowpeft.apps import common
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import answer_loss, evaluate_task
-from shadowpeft.evaluate.engine import PREDICTIONS
+from shadowpeft.evaluate.folder import PREDICTIONS
 from shadowpeft.evaluate.record import commit
+from shadowpeft.runtime import DTYPES, environment
 from shadowpeft.storage import sync, write_json
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.run import DTYPES, load_tokenizer, versions
 
-WORK = Path(__file__).parent.parent / "runs" / "experiments"
+WORK = ROOT / "runs" / "experiments"
 CHECKPOINTS = 5
 """Checkpoints of a cell's training: a kill costs a fifth of it at most."""
 
@@ -127,7 +128,7 @@ class CellTraining:
             "settings": settings,
             "settings_sha256": digest(settings),
             **stamp(),
-            "versions": versions(),
+            "versions": environment(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_record(record, self.records)
@@ -240,7 +241,7 @@ class CellTraining:
             rank=getattr(model.peft_config["default"], "r", None),
             train=task.source("train"),
             commit=commit(),
-            versions=versions(),
+            versions=environment(),
         )
         model.save_pretrained(str(folder / "partial-adapter"))
         sync(folder / "partial-adapter")

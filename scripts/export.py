@@ -28,8 +28,8 @@ from shadowpeft.apps.export import load_edge, run, trim
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.export import verify
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_text
-from shadowpeft.train.run import prepare_cpu, versions
 
 RECORD = Path(__file__).parent.parent / "docs" / "records" / "export.json"
 CASES = [
@@ -81,7 +81,7 @@ def main() -> None:
 
     record: dict[str, Any] = {
         **stamp(),
-        "machine": versions(),
+        "machine": environment(),
         "versions": releases("torch", "transformers", "torchao", "gguf", "onnx", "onnxruntime", "onnxscript"),
         "model": {
             "class": type(model).__name__,

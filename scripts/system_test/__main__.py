@@ -16,8 +16,8 @@ from experiments import system
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.demo import REQUESTS
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_json
-from shadowpeft.train.run import prepare_cpu, versions
 
 
 def main() -> None:
@@ -47,12 +47,12 @@ def main() -> None:
         "max_tokens": options.max_tokens,
         "warmup": options.warmup,
         **measured,
-        "machine": versions(),
+        "machine": environment(),
         **stamp(),
     }
     result["requests"]["replies"] = system.record(ten)
     write_json(options.out / "result.json", result)
-    table = system.table(result)
+    table = system.by_delay(result)
     (options.out / "table.md").write_text(table, encoding="utf-8")
     (options.out / "requests.md").write_text(system.side_by_side(REQUESTS, ten), encoding="utf-8")
     system.draw(result, options.out / "system.png")

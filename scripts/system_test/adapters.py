@@ -25,9 +25,9 @@ from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.load import read_config
 from shadowpeft.serve.router import FILE
 from shadowpeft.storage import write_json
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.run import load_tokenizer
 
 SHADOW_ROW_REPEATS = 10
 """As in the experiments: the 47 ``[REMOTE]`` rows are shown ten times an epoch, in every method's order."""

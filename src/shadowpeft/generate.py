@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowpeft.data.chat import render_prompt, stop_tokens, with_system
+from shadowpeft.data.padding import pad_inputs
 from shadowpeft.errors import DataError
 
 
@@ -28,12 +29,7 @@ class Answer:
 def encode_prompts(tokenizer: Any, prompts: list[list[dict[str, str]]], device: Any) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` ``(B, T)`` of rendered chats, padded on the left."""
     ids = [tokenizer(render_prompt(tokenizer, p), add_special_tokens=False).input_ids for p in prompts]
-    width = max(len(i) for i in ids)
-    pad = tokenizer.pad_token_id
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(i)) + i for i in ids], device=device),
-        "attention_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=device),
-    }
+    return pad_inputs(ids, tokenizer.pad_token_id, "left", device)
 
 
 @torch.inference_mode()

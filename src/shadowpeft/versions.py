@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 
 from shadowpeft.errors import VersionError
 
@@ -42,6 +41,8 @@ def release(version: str) -> tuple[int, ...]:
 
 def installed(package: str) -> str | None:
     """The installed version, or None."""
+    from importlib import metadata  # reads mail headers, which takes a tenth of --help's time
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

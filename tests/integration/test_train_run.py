@@ -24,11 +24,13 @@ from shadowpeft.apps.detach import save_edge
 from shadowpeft.data import chat
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, ShadowPeftError
 from shadowpeft.presets import PRESETS
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import checkpoints
 from shadowpeft.train import run as run_module
 from shadowpeft.train.config import parse_run, read_run
 from shadowpeft.train.progress import RunCallback, read_metrics
-from shadowpeft.train.run import encode_run, load_tokenizer, train
+from shadowpeft.train.rows import encode_run
+from shadowpeft.train.run import train
 from tiny import adapt, base
 
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowLossMixin, ShadowTrainer
-from shadowpeft.errors import NonFiniteLossError, UnsupervisedShadowError
+from shadowpeft.errors import ConfigError, NonFiniteLossError, UnsupervisedShadowError
 from tiny import adapt, adapter_config, base, padded, tokenizer, tokens
 
 LAMBDA = 0.7
@@ -268,6 +268,14 @@ def test_a_loss_that_leaves_the_shadows_out_is_refused():
     out = adapted(input_ids=tokens(), shadow_labels=tokens())
     (out.logits.square().mean() + 0.1 * out.shadow_loss).backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_the_mixin_alone_is_refused():
+    class Lonely(ShadowLossMixin):
+        pass
+
+    with pytest.raises(ConfigError, match=r"declare it as class Lonely\(ShadowLossMixin, Trainer\)"):
+        Lonely()
 
 
 def test_lambda_zero_needs_no_supervision(tmp_path):

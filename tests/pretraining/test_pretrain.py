@@ -25,7 +25,7 @@ from shadowpeft.hf.files.projected import read_projected
 from shadowpeft.hf.pretraining.base_ends import open_base
 from shadowpeft.hf.pretraining.model import ProjectedShadow, build_projected_shadow, check_separation, save_shadow
 from shadowpeft.hf.shadow.mirror import copied_layers
-from shadowpeft.train import pretrain as pretrain_module
+from shadowpeft.train import pretrain_trainer
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.pretrain import PretrainCallback, pretrain
 from shadowpeft.train.pretrain_config import parse_pretraining
@@ -459,7 +459,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_weight(config, monkeypatc
     def clip(self, model):
         return torch.tensor(float("inf"))
 
-    monkeypatch.setattr(pretrain_module.Trainer, "_clip_grad_norm", clip)
+    monkeypatch.setattr(pretrain_trainer.Trainer, "_clip_grad_norm", clip)
     with pytest.raises(NonFiniteLossError, match="the gradient's norm became inf in step 1, at sequence 0"):
         run(config())
 
@@ -487,7 +487,7 @@ def test_skipped_shards_are_in_the_result(config, tmp_path, capsys):
     write_rows(tmp_path / "text" / "good.jsonl", documents(40))
     (tmp_path / "text" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     corpora = [{"path": str(tmp_path / "text")}]
-    with pytest.raises(DataError, match=r"bad\.jsonl' cannot be read \(line 2 is not JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl' cannot be read \(line 2 is not valid JSON"):
         run(config("stop", text={"corpora": corpora}))
     result = run(config("skip", text={"corpora": corpora, "on_bad_shard": "skip"}))
     assert [each["shard"] for each in result["skipped"]] == [str(tmp_path / "text" / "bad.jsonl")]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from serving import attached
-from shadowpeft.train.run import versions as versions_of
+from shadowpeft.runtime import environment as versions_of
 from webserver import metric, wait_for
 
 pytestmark = pytest.mark.server

@@ -25,7 +25,7 @@ from shadowpeft.hf import formats
 from shadowpeft.hf.base import vocabulary
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.formats.common import explicit_config
-from shadowpeft.train.run import load_tokenizer
+from shadowpeft.tokenizer import load_tokenizer
 from tiny import adapt, adapter_config, base, small_llama, tokens
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.terminal import one_line, terminal
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def has_tokenizer(adapter: str) -> bool:
 def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     """The tokenizer saved with the adapter, else the base's; with a pad token."""
     from shadowpeft.hf.load import read_config
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.tokenizer import load_tokenizer
 
     if has_tokenizer(adapter):
         return load_tokenizer(adapter)
@@ -96,16 +97,41 @@ def in_mode(model: Any, mode: str) -> Iterator[Any]:
         yield runner
 
 
-def show(console: Console, result: dict[str, Any], title: str, as_json: bool) -> None:
-    """Print a flat result, as a table or as JSON on standard output."""
+def show(result: dict[str, Any], title: str, as_json: bool) -> None:
+    """Print a result on standard output, as a table or as JSON (in ASCII, which every terminal and pipe can carry)."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json.dumps(result, indent=2))
         return
-    table = Table(title=title, show_header=False)
-    for key, value in result.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(shown))
+    table = Table(show_header=False)
+    for key, value in flat(result).items():
+        table.add_row(one_line(key.replace("_", " ")), one_line(value))
+    console = terminal()
+    console.print(one_line(title), soft_wrap=True)
     console.print(table)
+
+
+def flat(result: dict[str, Any]) -> dict[str, str]:
+    """One level of ``key`` or ``part: key``, with every value in words."""
+    lines: dict[str, str] = {}
+    for key, value in result.items():
+        inner = flat(value) if isinstance(value, dict) else None
+        lines |= {key: in_words(value)} if inner is None else {f"{key}: {name}": text for name, text in inner.items()}
+    return lines
+
+
+def in_words(value: Any) -> str:
+    """A value as people write it, not as Python does."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {text}" for key, text in flat(value).items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(in_words, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 @contextmanager
@@ -114,7 +140,7 @@ def bar(console: Console, label: str, total: int, quiet: bool = False) -> Iterat
     if quiet:
         yield lambda done: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.update(task, completed=done)

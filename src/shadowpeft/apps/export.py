@@ -13,12 +13,13 @@ from shadowpeft import export
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
+from shadowpeft.terminal import terminal
 
 
 def main(
     source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
     out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
-    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), int8 or int4.")],
+    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), onnx-genai, int8 or int4.")],
     dtype: Annotated[
         Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
     ] = None,
@@ -48,14 +49,14 @@ def main(
     if evaluate is not None and not target.generates:
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
     quiet_libraries()
-    from shadowpeft.train.run import prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
-    console = Console(stderr=True, quiet=as_json)
+    console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
         model, tokenizer = load_edge(source, base)
     result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
-    show(Console(), result if as_json else flat(result), f"{source} as {to}", as_json)
+    show(result, f"{source} as {to}", as_json)
 
 
 def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
@@ -69,7 +70,7 @@ def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
 
     folder = Path(source)
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        from shadowpeft.train.run import load_tokenizer
+        from shadowpeft.tokenizer import load_tokenizer
 
         return _stock(folder), load_tokenizer(source)
     tokenizer = load_tokenizer_of(source, base)
@@ -123,6 +124,7 @@ def run(
     """
     from safetensors import SafetensorError
 
+    from shadowpeft.export.ends import end_tokens
     from shadowpeft.train.checkpoints import reason
 
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
@@ -132,7 +134,8 @@ def run(
     if vocab_from is not None:
         with console.status("trimming the vocabulary"):
             small, words, kept = trim(model, tokenizer, vocab_from)
-    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size}
+    ends = words.convert_ids_to_tokens(end_tokens(small, words))
+    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     _remove(beside)
     try:
@@ -162,8 +165,9 @@ def run(
 def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
     """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set."""
     from shadowpeft.data import chat
+    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.export import vocab
-    from shadowpeft.train.run import ROBOT_SYSTEM, robot_rows
+    from shadowpeft.train.rows import robot_rows
 
     if vocab_from == "robot":
         rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM
@@ -226,17 +230,6 @@ def sizes(path: Path) -> dict[str, Any]:
     files = {f: f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()}
     weights = [size for f, size in files.items() if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
     return {"bytes": sum(weights), "bytes_with_tokenizer": sum(files.values())}
-
-
-def flat(report: dict[str, Any]) -> dict[str, Any]:
-    """One level, for a table."""
-    lines: dict[str, Any] = {}
-    for key, value in report.items():
-        if isinstance(value, dict):
-            lines |= {f"{key}: {k}": v for k, v in flat(value).items()}
-        else:
-            lines[key] = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
-    return lines
 
 
 def _remove(path: Path) -> None:

@@ -6,8 +6,6 @@ import math
 import time
 from typing import Any
 
-from rich.console import Console
-
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, RunFile
 
@@ -20,7 +18,7 @@ def main(run_file: RunFile, as_json: Json = False) -> None:
 
     run = read_run(run_file)
     quiet_libraries()
-    show(Console(), plan(run), run_file, as_json)
+    show(plan(run), run_file, as_json)
 
 
 def plan(run: Any) -> dict[str, Any]:
@@ -36,7 +34,9 @@ def plan(run: Any) -> dict[str, Any]:
 
     from shadowpeft.hf.base.aliases import is_alias, materialise
     from shadowpeft.hf.config import ShadowPeftConfig
-    from shadowpeft.train.run import encode_run, load_tokenizer, prepare_cpu
+    from shadowpeft.runtime import prepare_cpu
+    from shadowpeft.tokenizer import load_tokenizer
+    from shadowpeft.train.rows import encode_run
 
     t = run.training
     prepare_cpu(t.threads)

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from shadowpeft.core.losses import IGNORE
+from shadowpeft.data.padding import pad, pad_inputs
 from shadowpeft.errors import DataError
 
 PATHS = ("both", "base", "shadow")
@@ -162,7 +163,7 @@ def encode(
     Raises:
         DataError: if a row is longer and ``too_long`` is "error", or nothing is left.
     """
-    made: list[Sequence] = []
+    sequences: list[Sequence] = []
     skipped = 0
     for index, row in enumerate(rows):
         messages = with_system(row["messages"], system)
@@ -181,10 +182,10 @@ def encode(
                     )
                 skipped += 1
                 continue
-            made.append(Sequence(head + tail, len(head), base, shadow))
-    if not made:
+            sequences.append(Sequence(head + tail, len(head), base, shadow))
+    if not sequences:
         raise DataError(f"no row is left: all {skipped} are longer than data.max_length = {max_length}")
-    return made
+    return sequences
 
 
 def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
@@ -227,12 +228,12 @@ def _is_special(tokenizer: Any, token: int) -> bool:
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's, the model's own, and what the chat template closes a turn with."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    found = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     if tokenizer.chat_template is not None:
         turn = [{"role": "user", "content": "a"}]
         closing = _answer_ids(tokenizer, turn, render_prompt(tokenizer, turn), "a")[-1]
-        found |= {closing} if _is_special(tokenizer, closing) else set()
-    return sorted(token for token in found if token is not None)
+        ends |= {closing} if _is_special(tokenizer, closing) else set()
+    return sorted(token for token in ends if token is not None)
 
 
 class ChatCollator:
@@ -247,16 +248,8 @@ class ChatCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` and ``shadow_labels``; all ``(B, T)``."""
-        width = max(len(f["input_ids"]) for f in features)
-
-        def pad(key: str, value: int) -> Tensor:
-            return torch.tensor([f[key] + [value] * (width - len(f[key])) for f in features])
-
-        batch = {"input_ids": pad("input_ids", self.pad_token_id), "labels": pad("labels", IGNORE)}
-        lengths = torch.tensor([len(f["input_ids"]) for f in features])
-        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
-        batch["shadow_labels"] = pad("shadow_labels", IGNORE)
-        return batch
+        batch = pad_inputs([f["input_ids"] for f in features], self.pad_token_id)
+        return {**batch, **{key: pad([f[key] for f in features], IGNORE) for key in ("labels", "shadow_labels")}}
 
 
 class ChatDataset(torch.utils.data.Dataset[dict[str, Any]]):

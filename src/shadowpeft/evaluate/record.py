@@ -6,16 +6,15 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
+
+from shadowpeft.runtime import package_versions
 
 RESAMPLES = 2000
 _VERSIONED = ("shadowpeft", "torch", "transformers", "peft", "safetensors", "tokenizers", "datasets")
@@ -32,13 +31,7 @@ def bootstrap(values: list[float], seed: int = 0) -> list[float]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on, and Python's."""
-    found = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version(), **package_versions(_VERSIONED)}
 
 
 def device_of(model: nn.Module) -> dict[str, Any]:
@@ -49,19 +42,10 @@ def device_of(model: nn.Module) -> dict[str, Any]:
 
 
 def reset_peak(model: nn.Module) -> None:
-    """Start a new measurement of :func:`peak_memory`, where the device can."""
+    """Start a new measurement of :func:`~shadowpeft.runtime.peak_memory_bytes`, where the device can."""
     where = next(model.parameters()).device
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
-
-
-def peak_memory(model: nn.Module) -> int:
-    """Bytes: most that was allocated on a CUDA device; elsewhere, most that the process has held since its start."""
-    where = next(model.parameters()).device
-    if where.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(where))
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def commit() -> str | None:

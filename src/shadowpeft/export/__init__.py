@@ -59,6 +59,9 @@ FORMATS = {
         suffix=".gguf",
     ),
     "onnx": Format("onnx", {"f32": Limits(1.0, 0.0)}, packages=("onnx", "onnxruntime", "onnxscript"), generates=False),
+    "onnx-genai": Format(
+        "genai", {"f32": Limits(1.0, 0.0)}, packages=("onnxruntime_genai", "onnxruntime"), generates=False
+    ),
     "int8": Format("quantize", {"int8": Limits(0.85, 0.05)}, packages=("torchao",)),
     "int4": Format("quantize", {"int4": Limits(0.4, 0.25)}, packages=("torchao",)),
 }

@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
+from shadowpeft.hf.base.tables import tables_among
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
 from shadowpeft.hf.files.records import check_numbers
@@ -125,7 +126,13 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
     check_numbers(config.shadow_backbone_config or {}, len(header))
     wanted, buffers = implied(tuner, model, config)
     advice = "the file is truncated, or of another adapter than its configuration"
-    check_tensors(header, wanted, f"the adapter's weights in {path} do not fit its configuration", advice)
+    tables = tables_among(model, set(header) - set(wanted), _WRAPPED)
+    check_tensors(
+        {k: v for k, v in header.items() if k not in tables},
+        wanted,
+        f"the adapter's weights in {path} do not fit its configuration",
+        advice,
+    )
     for name, value in wanted.items():
         if not value.is_floating_point() and header[name].dtype in FLOATS:
             raise AdapterFileError(

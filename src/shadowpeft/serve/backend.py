@@ -8,61 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward import rows
-from shadowpeft.hf.forward.call import Scope, within
+from shadowpeft.hf.forward.call import Scope
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
+from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
 
 
-class Session(ABC):
-    """One batch from its prompts to its last token; it ends with the weights it began with."""
-
-    @abstractmethod
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``(B, V)`` in float32 of the token after the last.
-
-        Args:
-            input_ids: the new tokens ``(B, T_new)``. attention_mask: of old and new ones ``(B, T)``, 0 for padding on the left.
-        """
-
-    @abstractmethod
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch only; at least one."""
-
-
-class _CachedSession(Session):
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        out = self._call(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
-
-    def keep(self, rows: list[int]) -> None:
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
-
-    @abstractmethod
-    def _call(self, **inputs: Any) -> Any: ...
-
-
-def _context(model: Any) -> int:
+def _max_model_len(model: Any) -> int:
     """Tokens that a model reads at most."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if limit else 1 << 20
@@ -81,8 +39,8 @@ class Backend(ABC):
     def __init__(self, model: Any, tokenizer: Any, names: tuple[str, ...], versions: dict[str, list[str]]) -> None:
         self.model, self.tokenizer, self.names, self.versions = model, tokenizer, names, versions
         self._changing = threading.Lock()
-        self.ends = frozenset(stop_tokens(model, tokenizer))
-        self.context = _context(model)
+        self.stop_token_ids = frozenset(stop_tokens(model, tokenizer))
+        self.max_model_len = _max_model_len(model)
 
     @abstractmethod
     def open(self, names: list[str]) -> Session:
@@ -123,18 +81,23 @@ class Backend(ABC):
             ShadowPeftError: if it cannot be loaded, or this kind of backend takes no more; everything is as it was.
         """
         raise ConfigError(
-            f"this server cannot take '{name}' while it runs; start it with the folder among its adapters"
+            f"this server cannot load '{name}' while it runs; restart it with the folder among its adapters"
         )
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; no forward pass may run meanwhile, and no request may need it any more."""
-        raise ConfigError(f"this server cannot leave '{name}' out while it runs; start it without")
+        """Take an adapter out; no forward pass may run meanwhile, and no request may need it any more.
+
+        Raises:
+            ConfigError: as :meth:`check_removable`.
+        """
+        self.check_removable(name)
+        raise NotImplementedError
 
     def check_removable(self, name: str) -> None:
         """Raises:
-        ConfigError: if :meth:`remove` would.
+        ConfigError: if ``name`` has to stay.
         """
-        self.remove(name)
+        raise ConfigError(f"this server cannot drop '{name}' while it runs; restart it without that adapter")
 
     def _check(self, name: str) -> None:
         if name not in self.versions:
@@ -164,7 +127,7 @@ class Attached(Backend):
         folders: the folder that each adapter was loaded from.
 
     Raises:
-        ConfigError: if an adapter brings a tokenizer that reads or writes texts otherwise than ``tokenizer``, which all share.
+        ConfigError: if an adapter was saved with another tokenizer or chat template than ``tokenizer``, which all share.
     """
 
     def __init__(self, model: Any, tokenizer: Any, folders: dict[str, str], base_name: str) -> None:
@@ -181,14 +144,14 @@ class Attached(Backend):
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)
         scope.names = rows.check_names([rows.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
-        return _AttachedSession(self._inner, scope)
+        return AttachedSession(self._inner, scope)
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)
         if own is not None and not reads_alike(own, self.tokenizer):
             raise ConfigError(
-                f"the adapter in '{folder}' was saved with another tokenizer or chat template than the server has; start a "
-                "server of its own for it"
+                f"the adapter in '{folder}' was saved with another tokenizer or chat template than this server uses; start a "
+                "separate server for it"
             )
 
     def _replace(self, name: str, folder: str) -> None:
@@ -198,7 +161,7 @@ class Attached(Backend):
     def add(self, name: str, folder: str) -> None:
         with self._changing:
             if name in (*self.versions, self.base_name):
-                raise ConfigError(f"'{name}' is there already; swap its weights, or take another name")
+                raise ConfigError(f"'{name}' is loaded already; swap its weights, or choose another name")
             check_fits(self._inner, folder)
             self._check_tokenizer(folder)
             try:
@@ -227,28 +190,14 @@ class Attached(Backend):
             self.names = tuple(n for n in self.names if n != name)
 
 
-class _AttachedSession(_CachedSession):
-    def __init__(self, model: Any, scope: Scope) -> None:
-        super().__init__(model)
-        self.scope = scope
-
-    def _call(self, **inputs: Any) -> Any:
-        with within(self.scope):  # holds the weights of the first pass for all later ones
-            return self.model(**inputs)
-
-    def keep(self, rows: list[int]) -> None:
-        super().keep(rows)
-        self.scope.names = tuple(self.scope.names[row] for row in rows)
-
-
 class Detached(Backend):
     """A stock model, such as a detached shadow, under one name."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, folder: str | None = None) -> None:
-        super().__init__(model.eval(), tokenizer, (name,), {name: [folder]} if folder is not None else {})
+        super().__init__(model.eval(), tokenizer, (name,), {} if folder is None else {name: [folder]})
 
     def open(self, names: list[str]) -> Session:
-        return _DetachedSession(self.model)
+        return DetachedSession(self.model)
 
     def _replace(self, name: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -263,29 +212,28 @@ class Detached(Backend):
             old, given = getattr(self.model.config, field), getattr(new.config, field)
             if old != given:
                 raise ConfigError(
-                    f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart"
+                    f"the edge model in '{folder}' has {field} {given} but the running one has {old}; restart the server "
+                    "with it"
                 )
         own = _tokenizer_in(folder)
-        if own is not None and not (reads_alike(own, self.tokenizer) and frozenset(stop_tokens(new, own)) == self.ends):
+        same = own is None or (
+            reads_alike(own, self.tokenizer) and frozenset(stop_tokens(new, own)) == self.stop_token_ids
+        )
+        if not same:
             raise ConfigError(
-                f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; "
-                "restart"
+                f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; restart "
+                "the server with it"
             )
-        self.model, self.context = new, _context(new)
+        self.model, self.max_model_len = new, _max_model_len(new)
 
 
-class _DetachedSession(_CachedSession):
-    def _call(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
+class MultiBackend(Backend):
+    """Several backends in one server, to compare them: each row of a batch goes to the backend that has its name.
 
-
-class Several(Backend):
-    """Backends of one vocabulary in one server, to compare them: each row of a batch goes to the backend that has its name.
-
-    Every member has a base of its own in memory, and a forward pass of its own.
+    Every member keeps its own base in memory and runs its own forward pass.
 
     Raises:
-        ConfigError: if two members share a name, or do not read and end texts alike.
+        ConfigError: if two members share a name, or differ in tokenizer, chat template, end tokens or vocabulary.
     """
 
     def __init__(self, members: Sequence[Backend]) -> None:
@@ -296,44 +244,27 @@ class Several(Backend):
                 if name in self._member:
                     raise ConfigError(f"two models are called '{name}'; write NAME=FOLDER with another name for one")
                 self._member[name] = member
-            alike = reads_alike(member.tokenizer, first.tokenizer) and member.ends == first.ends
+            alike = reads_alike(member.tokenizer, first.tokenizer) and member.stop_token_ids == first.stop_token_ids
             if not alike or member.model.config.vocab_size != first.model.config.vocab_size:
                 raise ConfigError(
-                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers or chat templates but one "
-                    "server has one; start a server for each"
+                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers or chat templates but one server "
+                    "uses one; start a server for each"
                 )
         versions = {name: folders for member in members for name, folders in member.versions.items()}
         super().__init__(first.model, first.tokenizer, tuple(self._member), versions)
-        self.context = min(member.context for member in members)
+        self.max_model_len = min(member.max_model_len for member in members)
 
     def open(self, names: list[str]) -> Session:
         places: dict[Backend, list[int]] = {}
         for row, name in enumerate(names):
             places.setdefault(self._member[name], []).append(row)
-        return _SeveralSession([(m.open([names[row] for row in rows]), rows) for m, rows in places.items()])
+        return MultiSession(
+            {m: Share(m.open([names[row] for row in rows]), rows) for m, rows in places.items()}, len(names)
+        )
 
     def _replace(self, name: str, folder: str) -> None:
         member = self._member[name]
         member._replace(name, folder)
-        self.context = min(each.context for each in self._member.values())
+        self.max_model_len = min(each.max_model_len for each in self._member.values())
         if name in next(iter(self._member.values())).names:  # whose weights stand for all in ``model``
             self.model = member.model
-
-
-class _SeveralSession(Session):
-    def __init__(self, parts: list[tuple[Session, list[int]]]) -> None:
-        self.parts = parts
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        made = [part.forward(input_ids[rows], attention_mask[rows]) for part, rows in self.parts]
-        order = torch.tensor([row for _, rows in self.parts for row in rows], device=made[0].device)
-        return torch.cat(made)[order.argsort()]
-
-    def keep(self, rows: list[int]) -> None:
-        left = []
-        for part, mine in self.parts:
-            kept = [row for row in rows if row in mine]
-            if kept:
-                part.keep([mine.index(row) for row in kept])
-                left.append((part, [rows.index(row) for row in kept]))
-        self.parts = left

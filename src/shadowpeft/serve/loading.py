@@ -24,7 +24,7 @@ def load_edge(path: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from shadowpeft.hf.base.load import load_whole
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.tokenizer import load_tokenizer
 
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
@@ -56,7 +56,7 @@ def load_lora(path: str, base: str | None) -> tuple[Any, Any]:
     from peft import PeftConfig, PeftModel
 
     from shadowpeft.hf.base.load import load_base
-    from shadowpeft.train.run import load_tokenizer
+    from shadowpeft.tokenizer import load_tokenizer
 
     named = base or PeftConfig.from_pretrained(path).base_model_name_or_path
     if not named:

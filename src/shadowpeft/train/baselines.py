@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.core.losses import IGNORE
@@ -28,9 +27,11 @@ from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
+from shadowpeft.terminal import terminal
+from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.progress import RunCallback
-from shadowpeft.train.run import DTYPES, prepare_cpu, training_arguments
+from shadowpeft.train.progress import Deadline, RunCallback
 from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
 METHODS = ("shadow", "lora", "dora")
@@ -65,6 +66,26 @@ def shadow_parameters(base: PreTrainedModel, fields: dict[str, Any]) -> int:
     return count_adapter(base, ShadowPeftConfig(task_type=task_type(base), **{**fields, **start}))
 
 
+def lora_config(
+    base: PreTrainedModel,
+    method: str,
+    r: int,
+    *,
+    target_modules: Sequence[str] = ATTENTION,
+    alpha_per_rank: float = 2.0,
+    dropout: float = 0.0,
+) -> LoraConfig:
+    """LoRA or DoRA of rank ``r``; ``alpha_per_rank`` is ``lora_alpha / r``, the factor on the learnt update."""
+    return LoraConfig(
+        task_type=task_type(base),
+        r=r,
+        lora_alpha=max(1, round(alpha_per_rank * r)),
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        use_dora=method == "dora",
+    )
+
+
 def match_rank(
     base: PreTrainedModel,
     method: str,
@@ -72,8 +93,7 @@ def match_rank(
     *,
     target_modules: Sequence[str] = ATTENTION,
     tolerance: float = 0.03,
-    alpha_per_rank: float = 2.0,
-    dropout: float = 0.0,
+    **fields: Any,
 ) -> LoraConfig:
     """The LoRA or DoRA configuration whose trainable parameters come nearest to a budget.
 
@@ -82,7 +102,7 @@ def match_rank(
 
     Args:
         target_parameters: the budget, as :func:`shadow_parameters` counts it. tolerance: greatest relative distance from it.
-        alpha_per_rank: ``lora_alpha / r``, the factor on the learnt update, the same at every rank.
+        fields: ``alpha_per_rank`` and ``dropout`` of :func:`lora_config`, the same at every rank.
 
     Raises:
         ConfigError: if the method is neither "lora" nor "dora", the base has no such modules, or no rank comes near enough; the
@@ -91,25 +111,18 @@ def match_rank(
     if method not in ("lora", "dora"):
         raise ConfigError(f"method is {method!r} but a budget can be matched for 'lora' and 'dora' only")
 
-    def made(rank: int) -> LoraConfig:
-        return LoraConfig(
-            task_type=task_type(base),
-            r=rank,
-            lora_alpha=max(1, round(alpha_per_rank * rank)),
-            lora_dropout=dropout,
-            target_modules=list(target_modules),
-            use_dora=method == "dora",
-        )
+    def config(rank: int) -> LoraConfig:
+        return lora_config(base, method, rank, target_modules=target_modules, **fields)
 
     try:
-        first, second = (count_adapter(base, made(rank)) for rank in (1, 2))
+        first, second = (count_adapter(base, config(rank)) for rank in (1, 2))
     except ValueError as error:  # PEFT's, for names that no module has
         raise ConfigError(
             f"{type(base).__name__} has none of the modules {list(target_modules)}; name its linear layers in target_modules"
         ) from error
     per_rank = second - first
     rank = max(1, round((target_parameters - first + per_rank) / per_rank))
-    count = count_adapter(base, made(rank))
+    count = count_adapter(base, config(rank))
     distance = count / target_parameters - 1
     if abs(distance) > tolerance:
         raise ConfigError(
@@ -117,7 +130,7 @@ def match_rank(
             f"trainable parameters: the nearest is r = {rank} with {count:,} ({distance:+.1%}); choose other target_modules, "
             "another budget or a wider tolerance"
         )
-    return made(rank)
+    return config(rank)
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -172,16 +185,7 @@ def attach(
         raise ConfigError(f"{method} needs either a rank r or a budget to match; got {'both' if budget else 'neither'}")
     if budget is not None:
         return _master_weights(get_peft_model(base, match_rank(base, method, budget, **fields)))
-    rank = int(fields["r"])
-    config = LoraConfig(
-        task_type=task_type(base),
-        r=rank,
-        lora_alpha=max(1, round(float(fields.get("alpha_per_rank", 2.0)) * rank)),
-        lora_dropout=float(fields.get("dropout", 0.0)),
-        target_modules=list(fields.get("target_modules", ATTENTION)),
-        use_dora=method == "dora",
-    )
-    return _master_weights(get_peft_model(base, config))
+    return _master_weights(get_peft_model(base, lora_config(base, method, **fields)))
 
 
 def _master_weights(model: PeftModel) -> PeftModel:
@@ -277,28 +281,6 @@ class TaskTrainer(ShadowTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _WithoutShadowLabels:
-    """A collator for methods without a second path."""
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
-        self.collate = collate
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {key: value for key, value in self.collate(features).items() if key != "shadow_labels"}
-
-
-class _Deadline(TrainerCallback):
-    """Ends training with a checkpoint once ``time.monotonic()`` has passed ``at``."""
-
-    def __init__(self, at: float) -> None:
-        self.at, self.reached = at, False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if time.monotonic() >= self.at and state.global_step < state.max_steps:
-            self.reached = control.should_training_stop = control.should_save = control.should_log = True
-        return control
-
-
 def train_task(
     model: PeftModel,
     tokenizer: Any,
@@ -333,22 +315,26 @@ def train_task(
     shadow = any(isinstance(c, ShadowPeftConfig) for c in model.peft_config.values())
     collate: Any = ClassCollator if isinstance(data, ClassDataset) else chat.ChatCollator
     collate = collate(tokenizer.pad_token_id)
+
+    def without_shadow_labels(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {key: value for key, value in collate(features).items() if key != "shadow_labels"}
+
     folder.mkdir(parents=True, exist_ok=True)
     lengths = tokens_of(data)
     per_step = sum(lengths) / len(lengths) * training.batch_size * training.gradient_accumulation
-    shown = RunCallback(folder, per_step, console or Console(stderr=True), quiet)
-    end = _Deadline(math.inf if deadline is None else deadline)
+    shown = RunCallback(folder, per_step, console or terminal(stderr=True), quiet)
+    end = Deadline(math.inf if deadline is None else deadline)
     trainer = TaskTrainer(
         model=model,
         args=training_arguments(training, folder, evaluates=False),
         train_dataset=data,
-        data_collator=collate if shadow else _WithoutShadowLabels(collate),
+        data_collator=collate if shadow else without_shadow_labels,
         callbacks=[shown, end],
         backbone_lr_ratio=training.backbone_lr_ratio if shadow else 1.0,
     )
     trainer.remove_callback(PrinterCallback)
     order = hashlib.sha256(",".join(str(i) for i in trainer._get_train_sampler()).encode()).hexdigest()
-    reset_peak_memory()
+    reset_peak_memory(trainer.args.device)
     began = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
@@ -371,29 +357,9 @@ def train_task(
         **last,
         "trainable_parameters": count_trainable(model),
         "seconds": round(time.monotonic() - began, 1),
-        "peak_memory_mib": peak_memory(),
+        "peak_memory_mib": round(peak_memory_bytes(trainer.args.device) / 2**20, 1),
         "order": order,
     }
-
-
-def reset_peak_memory() -> None:
-    """Let :func:`peak_memory` start from here, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    clear = Path("/proc/self/clear_refs")
-    if os.access(clear, os.W_OK):
-        clear.write_text("5")
-
-
-def peak_memory() -> float | None:
-    """Peak MiB since :func:`reset_peak_memory`: of tensors on the accelerator, else resident; None where neither is known."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next((row for row in status.read_text().splitlines() if row.startswith("VmHWM")), None)
-    return None if line is None else round(int(line.split()[1]) / 1024, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- learning rate

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import PRESETS, preset
-from shadowpeft.settings import STRICT, ShadowSettings, explain
+from shadowpeft.settings import STRICT, Count, ShadowSettings, explain
 
 Run = TypeVar("Run", bound=BaseModel)
 
@@ -68,34 +68,39 @@ class ShadowSection(StrictSection, ShadowSettings):
         return self
 
 
-class TrainingSection(StrictSection):
-    """Optimisation, evaluation and saving."""
+class OptimisationSection(StrictSection):
+    """What every kind of run says of its optimisation, evaluation and saving."""
 
-    epochs: float | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    eval_batch_size: int = Field(default=16, ge=1)
-    gradient_accumulation: int = Field(default=1, ge=1)
+    max_steps: Count | None = None
+    gradient_accumulation: Count = 1
     learning_rate: float = Field(default=1e-3, gt=0)
-    backbone_lr_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of the shadow backbone, as a multiple of ``learning_rate``."""
     warmup: float = Field(default=0.01, ge=0)
     """Share of the steps (below 1) or their number."""
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     weight_decay: float = Field(default=0.0, ge=0)
+    gradient_checkpointing: bool = False
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    keep_checkpoints: Count = 2
+    log_every: Count = 10
+    seed: int = 0
+    threads: Count | None = None
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+
+class TrainingSection(OptimisationSection):
+    """Optimisation, evaluation and saving of a fine-tuning run."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: Count = 16
+    eval_batch_size: Count = 16
+    backbone_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the shadow backbone, as a multiple of ``learning_rate``."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     max_grad_norm: float = Field(default=1.0, ge=0)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """dtype of the frozen base; trainable weights are float32 always, and 16-bit runs use autocast."""
-    gradient_checkpointing: bool = False
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    eval_every: int | None = Field(default=None, ge=1)
-    save_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    log_every: int = Field(default=10, ge=1)
     group_by_length: bool = True
-    seed: int = 0
-    threads: int | None = Field(default=None, ge=1)
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from shadowpeft.train.config import StrictSection, parse, read_yaml
+from shadowpeft.settings import Count
+from shadowpeft.train.config import OptimisationSection, StrictSection, parse, read_yaml
 
 
 class Backbone(StrictSection):
@@ -15,7 +16,7 @@ class Backbone(StrictSection):
 
     layers: Literal["first", "spread"] | None = None
     """The base's first layers, or layers from its first to its last at equal distances."""
-    count: int | None = Field(default=None, ge=1)
+    count: Count | None = None
     """How many of them."""
     model: str | None = None
     """Instead: a small model with the base's tokenizer, or a projected checkpoint to go on from (alias, folder, Hub id)."""
@@ -72,7 +73,7 @@ class TextSection(StrictSection):
     corpora: list[Corpus] = Field(min_length=1)
     validation: list[Corpus] = Field(default_factory=list)
     """Held-out text; each corpus gets its own perplexity. Empty: none is measured."""
-    validation_sequences: int = Field(default=64, ge=1)
+    validation_sequences: Count = 64
     """At most so many sequences of each."""
     sequence_length: int = Field(default=1024, ge=8)
     """``T``: every sequence is full."""
@@ -86,41 +87,27 @@ class TextSection(StrictSection):
     """When a corpus ends: read it again, or end the training there."""
 
 
-class PretrainingSection(StrictSection):
-    """Optimisation, evaluation and saving."""
+class PretrainingSection(OptimisationSection):
+    """Optimisation, evaluation and saving of a pretraining run."""
 
-    tokens: int | None = Field(default=None, ge=1)
-    """How much to train on, rounded up to whole steps; or"""
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)
+    tokens: Count | None = None
+    """How much to train on, rounded up to whole steps; or ``max_steps``."""
+    batch_size: Count = 8
     """Sequences at a time in each process."""
-    gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: float = Field(default=0.01, ge=0)
-    """Share of the steps (below 1) or their number."""
+    eval_batch_size: Count = 8
     schedule: Literal["cosine", "wsd"] = "cosine"
     """``wsd``: warm up, stay, decay over the last ``decay`` of the steps."""
     decay: float | None = Field(default=None, gt=0, le=1)
     """Of ``wsd``: share of the steps; None: 0.2."""
     final_rate: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a share of ``learning_rate``."""
-    weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast, with the frozen head in bfloat16; what trains is float32 always."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
     """Attention kernel of the backbone; None: transformers' choice."""
-    gradient_checkpointing: bool = False
     train_embeddings: bool = False
     """Whether the backbone's token table trains."""
-    eval_every: int | None = Field(default=None, ge=1)
-    eval_batch_size: int = Field(default=8, ge=1)
-    save_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    log_every: int = Field(default=10, ge=1)
-    seed: int = 0
-    threads: int | None = Field(default=None, ge=1)
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _possible(self) -> PretrainingSection:
@@ -140,11 +127,11 @@ class PretrainingSection(StrictSection):
 class Teacher(StrictSection):
     """The base's own distributions, computed once before training: its ``k`` most likely tokens at every position."""
 
-    k: int = Field(default=32, ge=1)
+    k: Count = 32
     """A token of the text takes ``6 k + 4`` bytes on disk."""
     weight: float = Field(default=1.0, gt=0)
     """Of the divergence beside the cross-entropy (``loss: both``)."""
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: Count = 4
     """Sequences at a time through the base."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Of the base while it runs; None: ``training.precision``."""

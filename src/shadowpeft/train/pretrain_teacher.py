@@ -25,8 +25,8 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.pretraining.base_ends import BaseEnds
 from shadowpeft.hf.pretraining.model import SEPARATE, check_teacher_separation
+from shadowpeft.runtime import DTYPES
 from shadowpeft.train.pretrain_config import PretrainConfig, Teacher
-from shadowpeft.train.run import DTYPES
 
 SHARD_TOKENS = 2**16
 """About so many tokens are lost when a build is killed."""

@@ -40,6 +40,9 @@ class ShadowLossMixin(WholeCheckpoints):
     """
 
     def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
+        if not isinstance(self, Trainer):
+            name = type(self).__name__
+            raise ConfigError(f"{name} is not a Trainer; declare it as class {name}(ShadowLossMixin, Trainer)")
         if not 0 < backbone_lr_ratio < 1e6:
             raise ConfigError(f"backbone_lr_ratio is {backbone_lr_ratio} but must be positive and finite")
         if "trl" in sys.modules:
@@ -52,7 +55,7 @@ class ShadowLossMixin(WholeCheckpoints):
         self._eval_sums: dict[str, list[float]] = {}
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        if type(self).__mro__.index(Trainer) and getattr(trainer.args, "loss_type", None) == "dft":
+        if getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -234,9 +237,9 @@ class ShadowLossMixin(WholeCheckpoints):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, with a learning rate of its own for the shadow backbone."""
         trainer: Any = self
-        made = trainer.optimizer is None
+        is_new = trainer.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if made and self.backbone_lr_ratio != 1.0:
+        if is_new and self.backbone_lr_ratio != 1.0:
             backbone = {id(p) for n, p in trainer.model.named_parameters() if "shadowpeft_backbone." in n}
             groups = []
             for group in optimizer.param_groups:

@@ -81,7 +81,9 @@ def check_fingerprint(recorded: dict[str, Any], actual: dict[str, Any]) -> None:
     """
     problem = _mismatch(recorded, actual)
     if problem is not None:
-        raise BaseMismatchError(f"{problem}; load the base model that the adapter names in base_model_name_or_path")
+        raise BaseMismatchError(
+            f"{problem}; load the base that the adapter names, at the revision it was trained on, and pass it as base="
+        )
 
 
 def _mismatch(recorded: dict[str, Any], actual: dict[str, Any]) -> str | None:

@@ -1,0 +1,86 @@
+"""The folder of a run: its records, and whether they still describe the run when it is resumed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.runtime import environment
+from shadowpeft.storage import write_json, write_text
+from shadowpeft.train.checkpoints import reason
+
+FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
+"""What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Whether the packages that training reports to are there.
+
+    Raises:
+        ConfigError: naming the one that is missing.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"training.report_to names {name}, which is not installed; run: pip install 'shadowpeft[{name}]'"
+            )
+
+
+def stored_record(file: Path) -> dict[str, Any]:
+    """A record of the run that is resumed (JSON is YAML, too)."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"'{file}', the record of the run to resume, cannot be read ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"'{file}', the record of the run to resume, is damaged; start a new run")
+    return content
+
+
+FREE = (
+    "eval_batch_size",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+    "log_every",
+    "threads",
+    "report_to",
+)
+"""Settings that may change when a run is resumed: none of them is part of what is optimised."""
+
+
+def refuse_changed(
+    folder: Path, stored: dict[str, Any], now: dict[str, Any], keys: Sequence[str], sections: Sequence[str]
+) -> None:
+    """Compare the settings a run was started with and those it has now: ``keys`` as wholes, ``sections`` but for :data:`FREE`.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    changed = [key for key in keys if stored.get(key) != now[key]]
+    changed += [
+        f"{section}.{key}"
+        for section in sections
+        for key in now[section]
+        if key not in FREE and (stored.get(section) or {}).get(key) != now[section][key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run in '{folder}' was started with other settings ({', '.join(changed)}); resume with the configuration "
+            "it was started with"
+        )
+
+
+def write_records(folder: Path, run: BaseModel, data: dict[str, Any]) -> None:
+    """Write what a run is: ``versions.json``, ``data.json``, ``config.yaml``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "versions.json", environment())
+    write_json(folder / "data.json", data)
+    # last: a folder with this file is a run that can be resumed, from its start if there is no checkpoint yet
+    write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(), sort_keys=False, allow_unicode=True))
