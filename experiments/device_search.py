@@ -31,8 +31,7 @@ from experiments.spec import RECORDS, SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import environment, prepare_cpu
-from shadowpeft.storage import replace as rename
-from shadowpeft.storage import write_json
+from shadowpeft.storage import whole, write_json
 from shadowpeft.train.config import RunLoader
 
 PLAN = SPECS / "device" / "search.yaml"
@@ -179,9 +178,8 @@ class Training:
             "curve": self.curve,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".partial")
-        torch.save(state, beside)
-        rename(beside, self.file)
+        with whole(self.file) as beside:
+            torch.save(state, beside)
 
     def _load(self) -> None:
         state = torch.load(self.file, weights_only=True)

@@ -20,7 +20,7 @@ def parse_json(content: bytes | str, **options: Any) -> Any:
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text, **options)
+        value = json.loads(text.rstrip(), **options)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:

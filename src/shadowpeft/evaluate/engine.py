@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from shadowpeft.evaluate.modes import runner_in_mode
 from shadowpeft.evaluate.scores import answer_loss, wilson
 from shadowpeft.generate import answer
 from shadowpeft.runtime import peak_memory_bytes
-from shadowpeft.storage import write_json
+from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
 
 METHODS = ("generate", "likelihood", "classify")
@@ -95,7 +95,8 @@ def evaluate_task(
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
     examples = task.for_path(examples, "shadow" if mode == "detached" else "base")
-    with runner_in_mode(model, mode) as runner:
+    lock = nullcontext() if folder is None else exclusive(folder)
+    with lock, runner_in_mode(model, mode) as runner:
         settings = {
             "task": task.name,
             "split": split,

@@ -16,6 +16,7 @@ from typing import Any
 
 from shadowpeft.data.actions import LONGEST_TAG, REMOTE, checked
 from shadowpeft.errors import ConfigError
+from shadowpeft.storage import write_json
 
 DEVICE, CLOUD = "device", "cloud"
 KNOWN, TAGGED, UNKNOWN, UNSURE = "known skill", "[REMOTE]", "unknown answer", "low confidence"
@@ -131,7 +132,7 @@ class Calibration:
         content = {"format": _FORMAT, **asdict(self)}
         if self.skills is None:
             del content["skills"]
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(file, content)
 
     @staticmethod
     def load(file: Path) -> Calibration:

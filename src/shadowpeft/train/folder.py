@@ -12,11 +12,12 @@ from pydantic import BaseModel
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.runtime import environment
-from shadowpeft.storage import write_json, write_text
-from shadowpeft.train.checkpoints import reason
+from shadowpeft.storage import LOCK, is_temporary, reason, write_json, write_text
 
-FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
-"""What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
+
+def is_first_file(name: str) -> bool:
+    """Whether a run that was killed before its first step may have left this; ``config.yaml`` is written last."""
+    return name in ("versions.json", "data.json", LOCK) or is_temporary(name)
 
 
 def check_loggers(names: Sequence[str]) -> None:

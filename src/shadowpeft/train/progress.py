@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from shadowpeft.storage import write_text
+from shadowpeft.storage import whole, write_text
 
 
 class RunCallback(TrainerCallback):
@@ -185,7 +185,8 @@ def plot_losses(
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     path = folder / "loss.png"
-    figure.savefig(path, dpi=130)
+    with whole(path) as beside:
+        figure.savefig(beside, dpi=130)
     plt.close(figure)
     return path
 

@@ -24,6 +24,11 @@ class Rows(Task):
     def __init__(self, file: str | Path, max_new_tokens: int = 64) -> None:
         self.name, self.file, self.max_new_tokens = str(file), Path(file), max_new_tokens  # type: ignore[misc]
         self._rows = read_jsonl(file)
+        for row in self._rows:
+            for key in ("tools", "answer"):
+                if key in row:
+                    named = "tools" if key == "tools" else ", ".join(row[key])
+                    raise DataError(f"{row.where} has {named}, which no answer is compared with; leave the row out")
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""

@@ -123,7 +123,7 @@ def weight_files(source: str | Path) -> dict[str, str]:
         whole = find_file(source, WHOLE)
     except AdapterFileError as error:
         try:
-            shards = read_json(find_file(source, INDEX)).get("weight_map")
+            shards: Any = read_json(find_file(source, INDEX)).get("weight_map")
         except AdapterFileError:
             raise error from None
         files: dict[str, str] = shards if isinstance(shards, dict) else {}
