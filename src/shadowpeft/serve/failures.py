@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import traceback
@@ -29,7 +30,16 @@ _STATUS = {
 }
 _SUBJECT = re.compile(r"^\w+ (?=should )")
 """Pydantic's name for the field."""
+_PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
+"""What of a cloud's refusal is told beside its message."""
 _log = logging.getLogger("shadowpeft.serve")
+
+
+class AsciiResponse(JSONResponse):
+    """JSON that no reader of lines can cut in two."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -55,7 +65,7 @@ def without_text(record: logging.LogRecord) -> bool:
 
 def _answer(status: int, message: str, **more: Any) -> JSONResponse:
     headers = {"retry-after": str(_RETRY_SECONDS)} if status in (429, 503) else None
-    return JSONResponse(error(message, **more), status, headers)
+    return AsciiResponse(error(message, **more), status, headers)
 
 
 def _of_the_package(failure: ShadowPeftError) -> Response:
@@ -68,8 +78,10 @@ def _of_the_package(failure: ShadowPeftError) -> Response:
     if isinstance(failure, CloudError):
         return _answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
     if isinstance(failure, CloudRefusedError):
-        passed_on = failure.content if isinstance(failure.content, dict) and "error" in failure.content else None
-        return JSONResponse(passed_on or error(str(failure)), failure.status)
+        said = failure.content.get("error") if isinstance(failure.content, dict) else None
+        said = said if isinstance(said, dict) and isinstance(said.get("message"), str) else {"message": str(failure)}
+        more = {name: said[key] for name, key in _PASSED_ON.items() if isinstance(said.get(key), str)}
+        return AsciiResponse(error(said["message"], **more), failure.status)
     if isinstance(failure, (DataError, ConfigError)):
         return _answer(400, str(failure))
     report(failure)

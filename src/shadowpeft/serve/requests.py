@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shadowpeft.errors import ShadowPeftError
+from shadowpeft.errors import DataError, ShadowPeftError
 from shadowpeft.serve.router import Scores
 
 GREEDY = 1e-307
@@ -21,6 +21,10 @@ class QueueFullError(ShadowPeftError):
 
 class StoppedError(ShadowPeftError):
     """The engine takes no more requests: it is shutting down."""
+
+
+class TooLongError(DataError):
+    """The prompt, or the answer that is asked for, is longer than this server's model or its limits allow."""
 
 
 class OverdueError(ShadowPeftError):

@@ -21,8 +21,9 @@ from shadowpeft.storage import write_json
 DEVICE, CLOUD = "device", "cloud"
 KNOWN, TAGGED, UNKNOWN, UNSURE = "known skill", "[REMOTE]", "unknown answer", "low confidence"
 ASKED, BASE_PATH = "asked for", "attached"
+TOO_LONG = "too long for the device"
 CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN = "cloud unavailable", "cloud busy", "circuit open"
-REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, ASKED, BASE_PATH, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN)
+REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, ASKED, BASE_PATH, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN)
 """Every reason an answer can carry."""
 
 SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")

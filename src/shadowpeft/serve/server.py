@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
-from shadowpeft.serve.failures import add_handlers, described, without_text
+from shadowpeft.serve.failures import AsciiResponse, add_handlers, described, without_text
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
 from shadowpeft.serve.options import Options
@@ -37,7 +37,7 @@ class Settings:
 
     Attributes:
         versions: folder whose sub-folders may be swapped in; None: no swaps.
-        requests: answers that may be on their way at the same time, on the device and in the cloud.
+        requests: answers that this server may be making at the same time; those that wait for the cloud are counted apart.
         drain_seconds: how long running requests may take after a shutdown was asked for.
         managed: who changes adapters instead of the ``/admin`` routes, as a sentence for those who try; None: the routes do.
         replica: this server's name among several behind one address, for a header and a label; None: it is alone.
@@ -103,6 +103,9 @@ class Server:
         metrics.gauge("queue", "Requests that wait.", lambda: role.engine.waiting)
         metrics.gauge("running", "Requests that run.", lambda: role.engine.running)
         metrics.gauge("in_flight", "Answers on their way.", lambda: self.in_flight)
+        if isinstance(role, EdgeRole) and role.cloud is not None:
+            metrics.gauge("cloud_exchanges", "Answers that wait for the cloud or read from it.", lambda: role.elsewhere)
+            role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
@@ -118,11 +121,14 @@ class Server:
             """Requests are taken."""
             reason = self.unready()
             if reason is not None:
-                return JSONResponse(error(reason, "not_ready"), 503)
+                return AsciiResponse(error(reason, "not_ready"), 503)
             content: dict[str, Any] = {"status": "ready", "role": self.role.name}
             if isinstance(self.role, EdgeRole):
-                content["cloud"] = "none" if self.role.cloud is None else self.role.cloud.breaker.state
-            return JSONResponse(content)
+                cloud = self.role.cloud
+                content["cloud"] = "none" if cloud is None else cloud.breaker.state
+                if cloud is not None and cloud.problem is not None:
+                    content["cloud_problem"] = cloud.problem
+            return AsciiResponse(content)
 
         @app.get("/metrics", responses=described(401))
         async def prometheus() -> Response:
@@ -177,8 +183,9 @@ class Server:
         self._known(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise DataError("stream_options is given without stream; leave one out or set both")
-        if self.in_flight >= self.settings.requests:
-            raise QueueFullError(f"{self.in_flight} requests are on their way already; try again later")
+        here = self.in_flight - self.role.elsewhere  # a slow cloud must not fill this server
+        if here >= self.settings.requests:
+            raise QueueFullError(f"{here} requests are on their way already; try again later")
         began = time.monotonic()
         self.in_flight += 1
         reply: Reply | None = None
@@ -206,7 +213,7 @@ class Server:
                 )
             content = await until_gone(request.receive, reply.whole())
             self._count(reply, began, content["usage"])
-            return JSONResponse(content, headers=headers)
+            return AsciiResponse(content, headers=headers)
         except GoneError:
             self.metrics.disconnected.inc()
             return Response(status_code=499)  # nobody reads it

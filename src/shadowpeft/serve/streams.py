@@ -57,7 +57,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for chunk in self.reply.chunks(self.with_usage):
-                await _event(send, json.dumps(chunk, ensure_ascii=False))
+                await _event(send, json.dumps(chunk))
             self._sent()
             await _event(send, "[DONE]")
         except ShadowPeftError as failure:
