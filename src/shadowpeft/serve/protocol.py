@@ -42,7 +42,9 @@ class _Strict(BaseModel):
         for name, values in cls.neutral.items():
             given = content.get(name)
             # True is 1 for Python, not for JSON
-            if given is not None and not any(given == v and isinstance(given, bool) == isinstance(v, bool) for v in values):
+            if given is not None and not any(
+                given == v and isinstance(given, bool) == isinstance(v, bool) for v in values
+            ):
                 also = "".join(f" or send {json.dumps(value)}" for value in values[:1])
                 raise _invalid(f"asks for what this server does not do; leave it out{also}", name)
         return {name: value for name, value in content.items() if value is not None and name not in cls.neutral}
@@ -340,19 +342,26 @@ class ResponseBuilder:
         if self.top is None:
             return None
         if self.chat:
-            content = [{**_entry(t.piece, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
+            content = [{**_entry(t.bytes, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
             return {"content": content, "refusal": None}
         offsets = []
         for t in tokens:
             offsets.append(self._offset)
             self._offset += len(t.piece)
         return {
-            "tokens": [t.piece for t in tokens],
+            "tokens": [_shown(t.bytes) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens] if self.top else None,
+            "top_logprobs": [{_shown(token): logprob for token, logprob in t.top} for t in tokens]
+            if self.top
+            else None,
             "text_offset": offsets,
         }
 
 
-def _entry(piece: str, logprob: float) -> dict[str, Any]:
-    return {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
+def _entry(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _shown(token), "logprob": logprob, "bytes": list(token)}
+
+
+def _shown(token: bytes) -> str:
+    """A token as text; bytes that are no character are escaped, so that different tokens look different."""
+    return token.decode("utf-8", "backslashreplace")
