@@ -13,6 +13,7 @@ from shadowpeft.data.robot import parse_action
 from shadowpeft.serve.client import Breaker, CloudClient, CloudError
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.options import without_password
 from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
 from shadowpeft.serve.server import Settings, build
@@ -368,6 +369,7 @@ def test_the_page_is_served_behind_the_key_and_loads_nothing_from_elsewhere(edge
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
     assert "http://" not in page.text
     assert "https://" not in page.text
     assert "src=" not in page.text
@@ -397,7 +399,7 @@ def test_a_prompt_too_long_for_the_device_goes_to_the_cloud():
         with pytest.raises(openai.APIStatusError) as caught:
             say(server, "sit " + "x" * 600)
         assert caught.value.status_code == 503  # nobody could answer, and it is not the client's fault
-    with Running(edge_app(None)) as server, pytest.raises(openai.BadRequestError, match="shorten it"):
+    with Running(edge_app(None)) as server, pytest.raises(openai.BadRequestError, match="shorten the prompt"):
         say(server, "sit " + "x" * 600)
 
 
@@ -458,3 +460,25 @@ def test_separators_in_a_clouds_answer_are_text(cloud, text, stream):
         assert say(server, "remote", stream=stream)[0] == text
         body = {"model": "edge", "messages": [{"role": "user", "content": "remote"}], "stream": stream}
         assert http.post("/v1/chat/completions", json=body).content.isascii()
+
+
+def test_a_password_in_the_clouds_url_is_sent_and_never_logged(caplog):
+    seen = []
+
+    def reply(request):
+        seen.append(request)
+        raise httpx.ConnectError(f"no way to {request.url}")
+
+    caplog.set_level("DEBUG")
+    with Running(edge_app("http://me:s3cret@cloud/v1", transport=httpx.MockTransport(reply))) as server:
+        say(server, "remote")
+        with server.http() as http:
+            assert "s3cret" not in http.get("/readyz").text
+    assert seen[0].headers["authorization"].startswith("Basic ")
+    assert str(seen[0].url) == "http://cloud/v1/chat/completions"
+    assert "s3cret" not in caplog.text
+    for url in ("http://me:s3cret@cloud:8000/x", "me:s3cret@cloud", "http://me:s3@s3cret@cloud"):
+        shown = without_password(url)
+        assert "s3" not in shown
+        assert "***@cloud" in shown
+    assert without_password("http://cloud:8000") == "http://cloud:8000"

@@ -190,8 +190,12 @@ class CloudClient:
         self.problem: str | None = None
         self.on_failure: Callable[[str], None] = lambda kind: None
         headers = {"authorization": f"Bearer {key}"} if key else {}
+        address = httpx.URL(re.sub(r"/v1/?$", "", url))
+        # out of the address, which libraries log
+        login = httpx.BasicAuth(address.username, address.password) if address.userinfo else None
         self._http = httpx.AsyncClient(
-            base_url=re.sub(r"/v1/?$", "", url),
+            base_url=address.copy_with(username="", password=""),
+            auth=login,
             headers={**headers, "accept-encoding": "identity", "content-type": "application/json"},
             timeout=httpx.Timeout(self.seconds, connect=connect_timeout),
             transport=transport,

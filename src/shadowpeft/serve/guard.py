@@ -1,4 +1,4 @@
-"""What stands before every route: keys, the size of bodies, counting. Plain ASGI, so that streams pass through untouched."""
+"""What stands before every route: keys, pages of others, the size of bodies, counting. Plain ASGI, so that streams pass through untouched."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from shadowpeft.serve.metrics import Metrics
+from shadowpeft.serve.options import is_loopback
 from shadowpeft.serve.protocol import error
 
 Scope = MutableMapping[str, Any]
@@ -31,6 +33,11 @@ class Keys:
     def __init__(self, keys: tuple[str, ...] | None, admin: tuple[str, ...] | None) -> None:
         self._keys = None if keys is None else [k.encode() for k in keys]
         self._admin = None if admin is None else [k.encode() for k in admin]
+
+    @property
+    def open(self) -> bool:
+        """Whether whoever reaches the server may ask it."""
+        return self._keys is None
 
     def allows(self, path: str, header: bytes | None) -> bool:
         """Whether a request for ``path`` with this ``Authorization`` header may pass; every key is compared, in full."""
@@ -57,6 +64,30 @@ def _key(header: bytes | None) -> bytes:
         except binascii.Error:
             return b""
     return b""
+
+
+def _foreign(headers: dict[bytes, bytes], without_key: bool) -> str | None:
+    """Why a request may come from a web page of somebody else, as a sentence; None if it does not.
+
+    Without keys any page could ask whose name was bound to this machine; with HTTP Basic a browser sends what it remembers.
+    """
+    host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
+    if without_key and not is_loopback(_hostname(host)):
+        return "the Host header names another machine; ask for localhost or 127.0.0.1, or start the server with keys"
+    if origin and not headers.get(b"authorization", b"").lower().startswith(b"bearer "):
+        if origin.partition("://")[2] != host:
+            return (
+                "the Origin header names another page; open this server's own page, or send the key as a Bearer token"
+            )
+    return None
+
+
+def _hostname(host: str) -> str:
+    """A Host header without the port; empty if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Guard:
@@ -87,6 +118,10 @@ class Guard:
 
         headers = dict(scope["headers"])
         try:
+            foreign = _foreign(headers, self.keys.open)
+            if foreign is not None:
+                await _refuse(counted, 403, foreign, "foreign_page")
+                return
             if not self.keys.allows(scope["path"], headers.get(b"authorization")):
                 await _refuse(
                     counted, 401, "a valid API key is needed; send it as 'Authorization: Bearer KEY'", "invalid_api_key"

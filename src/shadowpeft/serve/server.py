@@ -161,6 +161,7 @@ class Server:
             async def page() -> HTMLResponse:
                 """A page to talk to the device."""
                 policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+                policy += "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
                 return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy})
 
     def unready(self) -> str | None:
