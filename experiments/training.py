@@ -33,7 +33,7 @@ from shadowpeft.evaluate import answer_loss, evaluate_task
 from shadowpeft.evaluate.folder import PREDICTIONS
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import DTYPES, environment
-from shadowpeft.storage import sync, write_json
+from shadowpeft.storage import whole, write_json
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
@@ -243,10 +243,8 @@ class CellTraining:
             commit=commit(),
             versions=environment(),
         )
-        model.save_pretrained(str(folder / "partial-adapter"))
-        sync(folder / "partial-adapter")
-        shutil.rmtree(adapter, ignore_errors=True)
-        (folder / "partial-adapter").rename(adapter)
+        with whole(adapter, folder=True) as beside:
+            model.save_pretrained(str(beside))
         write_json(summary_file, summary)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

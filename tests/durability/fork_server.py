@@ -90,7 +90,7 @@ def serve(request):
         if done:
             break
         now = time.monotonic()
-        if due is None and "sight" in kill and any(folder.glob("partial-*")):
+        if due is None and "sight" in kill and any(folder.glob(f".shadowpeft-{32 * '?'}/checkpoint-*")):
             due = now + kill["sight"]
         if due is not None and now >= due:
             os.kill(pid, signal.SIGKILL)  # it has no children of its own

@@ -153,8 +153,7 @@ def assert_same_end(kind, folder, expected):
         for summary in summaries:
             del summary["seconds"], summary["adapter"]
         assert summaries[0] == summaries[1]
-    assert not list(folder.glob("partial-*"))
-    assert not list(folder.glob("old-*"))
+    assert not list(folder.glob(".shadowpeft-*"))
 
 
 def kills(count, kind, undisturbed, seed):

@@ -114,7 +114,7 @@ def assert_same_end(folder, expected):
     assert records[0] == records[1]
     results = [json.loads((f / "result.json").read_text()) for f in (folder, expected)]
     assert {k for k in results[0] if results[0][k] != results[1][k]} <= PLACES
-    assert not [p for p in folder.iterdir() if p.name.startswith(("partial-", "old-"))]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".shadowpeft-")]
 
 
 @pytest.mark.timeout(1800)

@@ -289,6 +289,22 @@ def test_a_cell_that_is_carried_on_is_the_longer_cell(small, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(longer), strict=True))
 
 
+def test_a_cell_can_start_from_another_and_end_it_with_a_falling_rate(small, tmp_path):
+    first = Training(small(passes=2), tmp_path / "w", tmp_path / "r")
+    assert first.run()
+    other = small(name="other", passes=3, schedule="linear", start="cell")
+    second = Training(other, tmp_path / "w", tmp_path / "r")
+    assert all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+    begun, total = second.at["steps"], 3 * second.at["steps"] // 2
+    assert second.rate(total) == pytest.approx(0.01 * min(1.0, (begun + 1) / 25))
+    second.at["steps"] = total - 1
+    assert second.rate(total) == pytest.approx(0.01 * min(1.0, total / 25) / (total - begun))
+    assert Training(other, tmp_path / "w", tmp_path / "r").run()
+    record = device_search.record_of("other", tmp_path / "r")
+    assert [point["pass"] for point in record["curve"]] == [1, 2, 3]
+    assert device_search.record_of("cell", tmp_path / "r")["passes"] == 2
+
+
 def test_training_lowers_the_loss_and_what_is_judged_is_the_average(small, tmp_path):
     training = Training(small(passes=4, average=0.5), tmp_path, tmp_path)
     assert training.run()
@@ -313,11 +329,11 @@ def test_a_linear_schedule_ends_at_nothing_and_a_constant_one_stays(small, tmp_p
 
 def test_a_state_of_other_rows_or_settings_is_refused(small, tmp_path, monkeypatch, parts):
     assert Training(small(), tmp_path, tmp_path).run()
-    with pytest.raises(ConfigError, match="other settings or rows"):
+    with pytest.raises(ConfigError, match="is of other settings or rows"):
         Training(small(rate=0.02), tmp_path, tmp_path)
     few = device_rows.Split(parts.train[1::200], parts.development[::60])
     monkeypatch.setattr(device_rows, "split", lambda **options: few)
-    with pytest.raises(ConfigError, match="other settings or rows"):
+    with pytest.raises(ConfigError, match="is of other settings or rows"):
         Training(small(), tmp_path, tmp_path)
 
 

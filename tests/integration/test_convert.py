@@ -179,14 +179,14 @@ def test_what_was_there_survives_a_failed_rename(folders, run, monkeypatch):
     target = folders / "kept"
     target.mkdir()
     (target / "precious.txt").write_text("x")
-    rename = os.replace
+    rename = os.rename
 
     def refuse(source, to):
-        if Path(to).name == "kept" and Path(source).name.startswith("partial-"):
+        if Path(to) == target and Path(source).name == "kept" and Path(source).parent.parent == folders:
             raise OSError(errno.EBUSY, "Device or resource busy")
         rename(source, to)
 
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
     code, _, err = run(folders / "peft", target, "--force")
     assert code == 1
     assert "Device or resource busy" in err

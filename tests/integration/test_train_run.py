@@ -19,11 +19,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 import shadowpeft
 from chatbase import chat_tokenizer, mixed_rows, plain_rows, run_file, save_base, write_rows
-from shadowpeft import ShadowTrainer
+from shadowpeft import ShadowTrainer, storage
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.data import chat
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, ShadowPeftError
 from shadowpeft.presets import PRESETS
+from shadowpeft.storage import temporary_name
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import checkpoints
 from shadowpeft.train import run as run_module
@@ -198,7 +199,7 @@ def cut(undisturbed, tmp_path, at):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with (folder / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 6, "lo')  # killed in the middle of a line
-    (folder / f"partial-checkpoint-{at + 1}").mkdir()  # and in the middle of a checkpoint
+    (folder / temporary_name() / f"checkpoint-{at + 1}").mkdir(parents=True)  # and in the middle of a checkpoint
     return folder
 
 
@@ -228,7 +229,6 @@ def test_a_resumed_run_without_grouping_by_length(made, tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(made, undisturbed, tmp_path):
     folder = cut(undisturbed, tmp_path, 0)
-    shutil.rmtree(folder / "partial-checkpoint-1")
     with pytest.raises(ConfigError, match=r"not empty.*--resume"):
         start(made, folder, training=LONG, data={"validation": made["validation"]})
     start(made, folder, resume=True, training=LONG, data={"validation": made["validation"]})
@@ -238,8 +238,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(made, undisturbed
 
 def test_what_a_kill_before_the_first_step_leaves_is_no_run_yet(made, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("versions.json", "data.json", ".config.yaml.partial"):
+    for name in ("versions.json", "data.json", storage.LOCK):
         (tmp_path / "run" / name).write_text("half")
+    (tmp_path / "run" / temporary_name()).mkdir()
     start(made, tmp_path / "run", training={"max_steps": 1})
     assert (tmp_path / "run" / "adapter").is_dir()
 
@@ -262,8 +263,8 @@ def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_le
     stock = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **more: (deleted.append(Path(path).name), stock(path, **more)))
     start(made, tmp_path / "run", training={**LONG, "keep_checkpoints": 1})
-    assert [name for name in deleted if "checkpoint" in name]
-    assert not [name for name in deleted if name.startswith("checkpoint")]
+    assert len(deleted) > 5
+    assert [name for name in deleted if not storage.is_temporary(name)] == []
     assert [p.name for p in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-6"]
 
 
@@ -398,7 +399,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(made, undisturbed, tmp
 
         monkeypatch.setattr(torch, "save", save)
     else:
-        full_disk(monkeypatch, checkpoints, "sync", after=1)
+        full_disk(monkeypatch, checkpoints, "sync_tree", after=1)
     options = {**LONG, "save_every": 2}
     with pytest.raises(ShadowPeftError, match=r"checkpoint-4 could not be written .* untouched") as caught:
         start(made, folder, training=options, data={"validation": made["validation"]})
@@ -421,14 +422,14 @@ def test_what_is_no_failure_to_write_is_not_called_one(tmp_path, error):
     def fail(*args, **kwargs):
         raise error
 
-    with pytest.raises(type(error)) as caught, checkpoints.written_whole(tmp_path / "kept"):
+    with pytest.raises(type(error)) as caught, storage.written_whole(tmp_path / "kept"):
         fail()
     assert caught.value is error
     with pytest.raises(type(error)) as caught, checkpoints.WholeCheckpoints()._all_or_none("checkpoint-2", tmp_path):
         fail()
     assert caught.value is error
     with pytest.raises(type(error)) as caught:
-        save_edge(SimpleNamespace(save_pretrained=fail), None, tmp_path / "edge")
+        save_edge(SimpleNamespace(save_pretrained=fail, can_generate=lambda: False), None, tmp_path / "edge")
     assert caught.value is error
     assert not list(tmp_path.iterdir())
 
@@ -437,7 +438,7 @@ def test_a_full_disk_under_torch_save_is_called_one(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     said = pytest.raises(ShadowPeftError, match=r"could not be written .*inline_container")
-    with said, checkpoints.written_whole(tmp_path / "kept"):
+    with said, storage.written_whole(tmp_path / "kept"):
         torch.save({"weight": torch.zeros(100_000)}, "/dev/full")
 
 
@@ -467,21 +468,21 @@ def test_a_full_disk_leaves_the_previous_adapter_whole(made, undisturbed, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     else:
         if moment == "sync":
-            full_disk(monkeypatch, checkpoints, "sync", after=0)
+            full_disk(monkeypatch, storage, "sync_tree", after=0)
         else:  # the old one is moved aside, then the new one cannot take its place
-            stock = os.replace
+            stock = os.rename
 
-            def replace(source, target):
-                if "partial-" in str(source):
+            def rename(source, target):
+                if Path(source).name == "adapter" and storage.is_temporary(Path(source).parent.name):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return stock(source, target)
 
-            monkeypatch.setattr(os, "replace", replace)
+            monkeypatch.setattr(os, "rename", rename)
         with pytest.raises(ShadowPeftError, match=r"adapter could not be written .* untouched") as caught:
             run_module.save_adapter(*arguments)
     assert "\n" not in str(caught.value)
     assert {p.name: p.read_bytes() for p in (folder / "adapter").iterdir()} == before
-    assert not [p.name for p in folder.iterdir() if p.name.startswith(("partial-", "old-"))]
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".shadowpeft-")]
 
 
 # ------------------------------------------------------------------------------------------------- refused before training
@@ -777,7 +778,7 @@ def test_the_best_checkpoint_keeps_its_name(tmp_path):
     best = Path(trainer.state.best_model_checkpoint)
     assert best.parent == tmp_path
     assert best.is_dir()
-    assert not list(tmp_path.glob("partial-*"))
+    assert not list(tmp_path.glob(".shadowpeft-*"))
     stored = json.loads((best / "trainer_state.json").read_text())
     assert stored["best_model_checkpoint"] == str(best)
     state = {k: v for k, v in tensors(best).items() if "shadowpeft_injection" in k}

@@ -18,13 +18,14 @@ def main(role: str, port: int, versions: str, cloud_url: str | None) -> None:
     from shadowpeft.serve.roles import CloudRole, EdgeRole
     from shadowpeft.serve.router import Router
     from shadowpeft.serve.server import Settings, build, serve
+    from shadowpeft.serve.versions import Version
 
     torch.set_num_threads(1)
     keys = Keys(("user-key-0123456789",), ("admin-key-0123456789",))
     limits = EngineLimits(max_num_seqs=16, queue=32)
     if role == "cloud":
         backend = attached(max_position_embeddings=512)
-        backend.versions["late"] = [str(Path(versions) / "v1")]
+        backend.versions["late"] = [Version.of(str(Path(versions) / "v1"))]
         made = CloudRole(Engine(backend, limits), system=None, default_tokens=8)
     else:
         link = (

@@ -21,6 +21,7 @@ from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.versions import Version
 from webserver import Running, metric, wait_for
 
 KEY, ADMIN = "user-key-0123456789", "admin-key-0123456789"
@@ -413,7 +414,7 @@ def test_swap_and_roll_back_over_http_while_clients_ask(tmp_path):
         (tmp_path / v / "late").rename(versions / v)
     (versions / "bad").mkdir()
     backend = attached()
-    backend.versions["late"] = [str(versions / "v1")]
+    backend.versions["late"] = [Version.of(str(versions / "v1"))]
     with Running(cloud(backend, versions=versions)) as server, server.http(ADMIN) as admin, server.http(KEY) as http:
         body = {"model": "late", "prompt": PROMPTS[1], "max_tokens": 14}
 
@@ -515,7 +516,7 @@ def test_adapters_come_and_go_while_clients_ask(tmp_path):
     engine.stop()
     backend = attached(max_position_embeddings=512)
     for name in backend.versions:
-        backend.versions[name] = [str(tmp_path / name)]
+        backend.versions[name] = [Version.of(str(tmp_path / name))]
     backend.remove("late")
     size = sum(p.numel() for p in backend.model.parameters())
     assert "late" not in backend.names
@@ -578,7 +579,7 @@ def names_at_work(server):
 
 def test_a_detached_server_takes_no_adapters(tmp_path):
     backend = detached("edge", max_position_embeddings=512)
-    backend.versions["edge"] = ["start"]
+    backend.versions["edge"] = [Version("start")]
     (tmp_path / "v").mkdir()
     with Running(cloud(backend, versions=tmp_path)) as server, server.http(ADMIN) as admin:
         assert "start it with" in admin.post("/admin/adapters/x", json={"version": "v"}).json()["error"]["message"]

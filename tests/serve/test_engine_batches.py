@@ -337,7 +337,7 @@ def test_swap_and_rollback_while_answers_are_made(tmp_path):
         backend.rollback("late")
     with pytest.raises(ConfigError, match="cannot be swapped"):
         backend.swap("base", a)
-    assert backend.versions["late"] == [a]
+    assert [version.folder for version in backend.versions["late"]] == [a]
     engine.stop(20)
 
 

@@ -20,7 +20,8 @@ def test_every_path_on_the_page_exists(name: str) -> None:
 def test_every_package_and_room_is_on_the_page_and_every_room_in_the_picture() -> None:
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     rooms = {path.name for path in (PACKAGE / "hf").iterdir() if (path / "__init__.py").is_file()}
-    assert packages and rooms
+    assert packages
+    assert rooms
     assert {name for name in packages if f"`{name}" not in PAGE} == set()
     assert {name for name in rooms if f"`hf/{name}`" not in PAGE} == set()
     picture = (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")

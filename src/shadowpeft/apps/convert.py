@@ -73,7 +73,7 @@ def convert(
     """
     from shadowpeft.hf import formats
     from shadowpeft.hf.load import load
-    from shadowpeft.train.checkpoints import written_whole
+    from shadowpeft.storage import written_whole
 
     kind = formats.detect(source)
     to = to or ("stock" if kind == formats.PROJECTED else formats.OURS)

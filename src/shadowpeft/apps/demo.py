@@ -21,7 +21,7 @@ from rich.table import Table
 from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
-from shadowpeft.storage import write_json
+from shadowpeft.storage import whole, write_json
 from shadowpeft.terminal import terminal
 
 REQUESTS = (
@@ -310,5 +310,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         f"{size['adapter_bytes'] / 1e6:.0f} MB; edge model {size['edge_parameters'] / 1e6:.0f}M, "
         f"{size['edge_bytes'] / 1e6:.0f} MB"
     )
-    figure.savefig(path, dpi=130)
+    with whole(path) as beside:
+        figure.savefig(beside, dpi=130)
     plt.close(figure)

@@ -42,13 +42,13 @@ def save_edge(edge: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
         its class, parameters, ends, bytes and folder.
     """
     from shadowpeft.export.ends import end_tokens, generation_config
-    from shadowpeft.train.checkpoints import written_whole
+    from shadowpeft.storage import written_whole
 
     ends: list[int] = []
     if edge.can_generate():
         ends = end_tokens(edge, tokenizer)
         edge.generation_config = generation_config(edge, tokenizer)
-    with written_whole(folder, "the edge model", "free some space or choose another folder") as beside:
+    with written_whole(folder, "the edge model", "free some space or choose another folder", replace=False) as beside:
         edge.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     return {

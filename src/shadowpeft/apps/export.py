@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,6 +12,7 @@ from shadowpeft import export
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
+from shadowpeft.storage import written_whole
 from shadowpeft.terminal import terminal
 
 
@@ -122,10 +122,7 @@ def run(
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
     """
-    from safetensors import SafetensorError
-
     from shadowpeft.export.ends import end_tokens
-    from shadowpeft.train.checkpoints import reason
 
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
     before = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -136,17 +133,10 @@ def run(
             small, words, kept = trim(model, tokenizer, vocab_from)
     ends = words.convert_ids_to_tokens(end_tokens(small, words))
     report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
-    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
-    _remove(beside)
-    try:
+    is_folder, remedy = not export.FORMATS[to].suffix, "free some space or choose another folder"
+    with written_whole(path, "the export", remedy, folder=is_folder, replace=False) as beside:
         with console.status(f"writing {to} {dtype}"):
-            try:
-                beside.parent.mkdir(parents=True, exist_ok=True)
-                notes = export.write(to, small, words, beside, dtype)
-            except (OSError, SafetensorError) as error:
-                raise ShadowPeftError(
-                    f"'{path}' could not be written ({reason(error)}); free some space or choose another folder"
-                ) from error
+            notes = export.write(to, small, words, beside, dtype)
         report["export"] |= {**sizes(beside), **notes}
         if verify or evaluate is not None:
             with console.status("reading it back"):
@@ -156,9 +146,6 @@ def run(
                 report["verify"] = check(model, small, again, words, kept, to, dtype, path)
         if evaluate is not None:
             report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
-        beside.rename(path)
-    finally:
-        _remove(beside)
     return {**report, "path": str(path)}
 
 
@@ -232,8 +219,3 @@ def sizes(path: Path) -> dict[str, Any]:
     return {"bytes": sum(weights), "bytes_with_tokenizer": sum(files.values())}
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()

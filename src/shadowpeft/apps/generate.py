@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,9 @@ from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, plac
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, System, Temperature
 from shadowpeft.errors import ConfigError
 from shadowpeft.terminal import terminal
+
+_GREEDY = 1e-30
+"""Below it a logit divided by the temperature is beyond float32; the likeliest token is all that could be drawn."""
 
 
 def _open(
@@ -26,12 +30,12 @@ def _open(
 
     prepare_cpu()
     where = pick_device(device)
-    if temperature < 0:
-        raise ConfigError(f"temperature is {temperature} but must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature} but must be a number from 0 up")
     set_seed(seed)
     tokenizer = load_tokenizer_of(adapter, base)
     model = placed(shadowpeft.load(adapter, base), where)
-    return model, tokenizer, {} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}
 
 
 def generate(

@@ -34,7 +34,7 @@ def plan(run: Any) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shadowpeft.hf.base.aliases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import source_of
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ def plan(run: Any) -> dict[str, Any]:
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
     sequences, _, _ = encode_run(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
-    source = str(materialise(run.base)) if is_alias(run.base) else run.base
+    source = source_of(run.base)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)

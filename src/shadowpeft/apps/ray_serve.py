@@ -6,7 +6,6 @@ them one address. This module needs ``shadowpeft[ray]`` and is imported by Ray o
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -93,9 +92,13 @@ class Cloud:
                     f"'{self._options.versions}'; name a loaded adapter, and the folder of versions in args"
                 )
         for name, had in backend.versions.items():
-            folder = str(Path(str(self._options.versions)) / versions[name]) if name in versions else had[0]
-            if folder != had[-1]:
-                await asyncio.to_thread(self._server.administration.change, backend.swap, name, folder)
+            folder = (
+                str((Path(str(self._options.versions)) / versions[name]).resolve())
+                if name in versions
+                else had[0].folder
+            )
+            if folder != had[-1].folder:
+                await self._server.administration.change(backend.swap, name, folder)
 
 
 def app(args: dict[str, Any]) -> Any:

@@ -61,7 +61,9 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     )
     router = _router(options) if options.role == "edge" else None
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
-    backend = load_backend(options.named, options.base, pick_device(options.device))
+    # links are followed once, so that configuration and weights are of one version whatever happens to the link
+    named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
+    backend = load_backend(named, options.base, pick_device(options.device))
     role = _role(options, router, Engine(backend, limits))
     settings = Settings(
         keys=keys,
@@ -100,17 +102,18 @@ def read_keys(options: Options) -> Any:
 def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     from shadowpeft.serve.backend import Attached, Detached, MultiBackend
     from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters, load_edge, load_lora
+    from shadowpeft.serve.versions import own_memory
 
     plain = {name: folder for name, folder in named.items() if is_edge_folder(folder) or is_lora(folder)}
     shadows = {name: folder for name, folder in named.items() if name not in plain}
     members: list[Any] = []
     if shadows:
         tokenizer = load_tokenizer_of(next(iter(shadows.values())), base)
-        members.append(Attached(placed(load_adapters(shadows, base), where), tokenizer, shadows, "base"))
+        members.append(Attached(placed(own_memory(load_adapters(shadows, base)), where), tokenizer, shadows, "base"))
     for name, folder in plain.items():
         lora = is_lora(folder)
         model, tokenizer = load_lora(folder, base) if lora else load_edge(folder)
-        members.append(Detached(placed(model, where), tokenizer, name, None if lora else folder))
+        members.append(Detached(placed(own_memory(model), where), tokenizer, name, None if lora else folder))
     return members[0] if len(members) == 1 else MultiBackend(members)
 
 
@@ -118,13 +121,15 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     import shadowpeft
     from shadowpeft.serve.backend import Detached
     from shadowpeft.serve.loading import is_edge_folder, load_edge
+    from shadowpeft.serve.versions import own_memory
 
     name, folder = next(iter(named.items()))
     if is_edge_folder(folder):
         model, tokenizer = load_edge(folder)
-        return Detached(placed(model, where), tokenizer, name, folder)
+        return Detached(placed(own_memory(model), where), tokenizer, name, folder)
     tokenizer = load_tokenizer_of(folder, base)
-    return Detached(placed(shadowpeft.detach(shadowpeft.load(folder, base)), where), tokenizer, name)
+    model = own_memory(shadowpeft.detach(shadowpeft.load(folder, base)))
+    return Detached(placed(model, where), tokenizer, name)
 
 
 def _router(options: Options) -> Any:

@@ -26,11 +26,10 @@ from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.messages import quote, shorten
-from shadowpeft.storage import partial_of, replace, write_text
+from shadowpeft.storage import is_temporary, whole, write_text
 
 INDEX = "teacher.json"
 FORMAT_VERSION = 1
-_PARTIAL = ".partial"
 _KEYS = ("format_version", "k", "temperature", "length", "base", "data")
 
 BaseIdentity = nn.Module | dict[str, Any]
@@ -79,8 +78,9 @@ class CacheFolder:
                 )
             return folder
         # another process may have made the index since the line above looked
-        fresh = (INDEX, partial_of(path / INDEX).name)
-        if path.exists() and (not path.is_dir() or any(p.name not in fresh for p in path.iterdir())):
+        if path.exists() and (
+            not path.is_dir() or any(p.name != INDEX and not is_temporary(p.name) for p in path.iterdir())
+        ):
             raise DataError(f"'{path}' is no teacher cache and not empty; choose another folder")
         return None
 
@@ -94,8 +94,6 @@ class CacheFolder:
             record = {"k": k, "temperature": temperature, "length": None, "base": base, "data": data}
             _write_index(path, {"format_version": FORMAT_VERSION, **record})
             folder = cls(path)
-        for partial in path.glob(f"shard-*{_PARTIAL}"):
-            partial.unlink()
         folder.find_shards()
         return folder
 
@@ -166,9 +164,8 @@ class CacheFolder:
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Write the next shard."""
         path = self._shard(len(self.shards))
-        beside = path.with_name(path.name + _PARTIAL)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
-        replace(beside, path)
+        with whole(path) as beside:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
         self.shards.append(path)
         self.ends.append(self.count + len(tensors["tokens"]))
 

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
-from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder
+from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder, read_object
 from shadowpeft.evaluate.modes import runner_in_mode
 from shadowpeft.evaluate.scores import answer_loss, wilson
 from shadowpeft.generate import answer
 from shadowpeft.runtime import peak_memory_bytes
-from shadowpeft.storage import write_json
+from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
 
 METHODS = ("generate", "likelihood", "classify")
@@ -95,7 +95,8 @@ def evaluate_task(
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
     examples = task.for_path(examples, "shadow" if mode == "detached" else "base")
-    with runner_in_mode(model, mode) as runner:
+    lock = nullcontext() if folder is None else exclusive(folder)
+    with lock, runner_in_mode(model, mode) as runner:
         settings = {
             "task": task.name,
             "split": split,
@@ -114,7 +115,7 @@ def evaluate_task(
             settings["loss"] = True
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
-            return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))  # the same number keeps its id
+            return read_object(folder / RECORD)  # the same number keeps its id
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
         facts.reset_peak(runner)
         batches = _batches(tokenizer, task, examples, method, batch_size, max_length)

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
-from shadowpeft.hf.base.tables import tables_among
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.base.tables import new_rows, tables_among
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
 from shadowpeft.hf.files.records import check_numbers
@@ -145,3 +147,9 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
             "bytes; it is damaged"
         )
     check_values(path, header, wanted)
+    if tables:
+        others = getattr(find_decoder(model).backbone, "shadow_hub", None)
+        with safe_open(path, framework="pt") as handle:
+            new_rows(
+                tables, {name: handle.get_tensor(name) for name in tables}, others=others.configs if others else ()
+            )

@@ -19,7 +19,7 @@ from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.head import HeadFacts, examine_head
 from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
-from shadowpeft.hf.base.tables import tables_among, take_new_rows
+from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
@@ -336,7 +336,7 @@ class ShadowModel(BaseTuner):
                 raise AdapterFileError(f"tensor {key} is {value.dtype} in the file but must be floating point")
             check_value(key, value, expected[key].dtype, "the file")
         hub = next((module for module in model.modules() if isinstance(module, ShadowHub)), None)
-        take_new_rows(tables, stored, others=sorted(set(hub.configs if hub else ()) - {adapter_name}))
+        take(new_rows(tables, stored, others=sorted(set(hub.configs if hub else ()) - {adapter_name})))
         return mapped
 
 

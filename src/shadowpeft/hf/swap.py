@@ -23,7 +23,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf import formats
 from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.structure import find_decoder
-from shadowpeft.hf.base.tables import tables_among, take_new_rows
+from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import check_tensors, check_value
@@ -171,7 +171,7 @@ def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.M
             parameter.grad = None
         values.update({f"{slot.path}.{name}": value for name, value in slot.new.state_dict().items()})
     tables = tables_among(base, set(tensors) - set(values), "base_model.model.")
-    take_new_rows(tables, tensors, others=[slots[0].key])
+    take(new_rows(tables, tensors, others=[slots[0].key]))
     tensors = {name: value for name, value in tensors.items() if name not in tables}
     what = f"the weights in {path} are not those of the loaded adapter"
     check_tensors(tensors, values, what, "load the new one under another name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Administration:
 
     def __init__(self, engine: Engine, versions: Path | None, managed: str | None, metrics: Metrics) -> None:
         self.engine, self.versions, self.managed, self.metrics = engine, versions, managed, metrics
+        self._thread = ThreadPoolExecutor(1, "shadowpeft-administration")
 
     def add_routes(self, app: FastAPI) -> None:
         changed = described(400, 401, 404, 409, 413)
@@ -37,11 +39,11 @@ class Administration:
         @app.get("/admin/adapters", responses=described(401))
         async def versions() -> dict[str, list[str]]:
             """The versions that each adapter had, the present one last."""
-            return {n: [Path(f).name for f in had] for n, had in self.engine.backend.versions.items()}
+            return {n: [version.name for version in had] for n, had in self.engine.backend.versions.items()}
 
         @app.post("/admin/adapters/{name}", responses=changed)
         async def add(name: AdapterName, wanted: SwapRequest) -> dict[str, str]:
-            """Load one more adapter; running answers wait for it."""
+            """Load one more adapter, beside the answers that are made."""
             return await self._change(name, self.engine.add, self._folder(wanted.version), new=True)
 
         @app.delete("/admin/adapters/{name}", responses=changed)
@@ -56,8 +58,12 @@ class Administration:
 
         @app.post("/admin/adapters/{name}/rollback", responses=changed)
         async def rollback(name: str) -> dict[str, str]:
-            """Go back to the weights before the last swap."""
+            """Go back to the version before the last swap."""
             return await self._change(name, self.engine.backend.rollback)
+
+    def close(self) -> None:
+        """Begin no further change."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _folder(self, version: str) -> str:
         if self.versions is None or not (self.versions / version).is_dir():
@@ -73,23 +79,29 @@ class Administration:
         if name not in loaded and not new:
             raise HTTPException(404, f"'{name}' is not loaded or cannot be swapped; there are {sorted(loaded)}")
         try:
-            return {"name": name, "version": await asyncio.to_thread(self.change, action, name, *arguments)}
+            return {"name": name, "version": await self.change(action, name, *arguments)}
         except ShadowPeftError as failure:
             raise HTTPException(409, str(failure)) from failure
 
-    def change(self, action: Callable[..., Any], name: str, *arguments: str) -> str:
+    async def change(self, action: Callable[..., Any], name: str, *arguments: str) -> str:
         """Do ``action`` of engine or backend to an adapter, count and log it; the version that is there now.
+
+        One at a time, in a thread of their own: tokenising must not wait for weights that are read, nor a swap for answers
+        that have to end before an adapter can go.
 
         Raises:
             ShadowPeftError: if it was refused.
         """
         try:
-            action(name, *arguments)
+            if action == self.engine.remove:
+                await asyncio.shield(asyncio.wrap_future(self.engine.remove(name)))
+            else:
+                await asyncio.get_running_loop().run_in_executor(self._thread, action, name, *arguments)
         except ShadowPeftError:
             self.metrics.swaps.labels("refused").inc()
             raise
         self.metrics.swaps.labels(action.__name__).inc()
         had = self.engine.backend.versions.get(name)
-        version = Path(had[-1]).name if had else "none"
+        version = had[-1].name if had else "none"
         _log.info("%s of %s: now %s", action.__name__, name, version)
         return version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from transformers import AutoTokenizer
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.forward import rows
 from shadowpeft.hf.forward.call import Scope
+from shadowpeft.hf.model import ShadowModel
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
+from shadowpeft.serve.versions import Version, own_memory, snapshot
 
 
 def _max_model_len(model: Any) -> int:
@@ -32,15 +35,25 @@ class Backend(ABC):
     Attributes:
         model: the module whose ``config`` and ``generation_config`` hold.
         tokenizer: its tokenizer.
-        names: every name a request may ask for.
-        versions: for each name that can be swapped, the folders it had, the present one last.
+        versions: for each name that can be swapped, the versions it had, the present one last.
+        leaving: names that are taken out; no request may ask for them any more.
+        changing: held while weights come or go.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, names: tuple[str, ...], versions: dict[str, list[str]]) -> None:
-        self.model, self.tokenizer, self.names, self.versions = model, tokenizer, names, versions
-        self._changing = threading.Lock()
+    def __init__(self, model: Any, tokenizer: Any, versions: dict[str, list[Version]]) -> None:
+        self.model, self.tokenizer, self.versions = model, tokenizer, versions
+        self.leaving: set[str] = set()
+        self.changing = threading.Lock()
         self.stop_token_ids = frozenset(stop_tokens(model, tokenizer))
         self.max_model_len = _max_model_len(model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name a request may ask for."""
+        return tuple(name for name in self._all_names() if name not in self.leaving)
+
+    @abstractmethod
+    def _all_names(self) -> tuple[str, ...]: ...
 
     @abstractmethod
     def open(self, names: list[str]) -> Session:
@@ -50,32 +63,48 @@ class Backend(ABC):
     def _replace(self, name: str, folder: str) -> None: ...
 
     def swap(self, name: str, folder: str) -> None:
-        """Replace the weights behind ``name``; batches that run end with the old ones.
+        """Replace the weights behind ``name``; batches that run end with the old ones. The present version stays as it is.
 
         Raises:
             ShadowPeftError: if ``name`` has none that can be replaced or the new ones do not fit; the old ones stay.
         """
-        with self._changing:
+        with self.changing:
             self._check(name)
-            self._replace(name, folder)
-            self.versions[name].append(folder)
+            with snapshot(folder) as (copy, version):
+                if self.versions[name] and version.digest == self.versions[name][-1].digest:
+                    return
+                self._replace(name, str(copy))
+            self.versions[name].append(version)
 
     def rollback(self, name: str) -> str:
-        """Go back to the weights before the last swap; returns their folder.
+        """Go back to the version before the last swap; returns its folder.
 
         Raises:
-            ShadowPeftError: if there were none before, or their files are gone; the present ones stay.
+            ShadowPeftError: if there was none, or its files are gone or are others now; the present ones stay.
         """
-        with self._changing:
+        with self.changing:
             self._check(name)
             if len(self.versions[name]) < 2:
                 raise ConfigError(f"'{name}' was not swapped since the start, so there is nothing to roll back to")
-            self._replace(name, self.versions[name][-2])
+            before = self.versions[name][-2]
+            if before.digest is None:  # of the Hub, whose files do not change
+                self._replace(name, before.folder)
+            else:
+                with snapshot(before.folder) as (copy, version):
+                    if version.digest != before.digest:
+                        raise ConfigError(
+                            f"version '{before.name}' of '{name}' is gone: the files in '{before.folder}' were changed after "
+                            "it was loaded; swap in another version"
+                        )
+                    self._replace(name, str(copy))
             self.versions[name].pop()
-            return self.versions[name][-1]
+            return before.folder
 
-    def add(self, name: str, folder: str) -> None:
-        """Load one more adapter; no forward pass may run meanwhile (:meth:`~shadowpeft.serve.engine.Engine.add`).
+    def add(self, name: str, folder: str, between: Callable[[Callable[[], None]], None]) -> None:
+        """Load one more adapter.
+
+        Args:
+            between: runs its argument while no forward pass does, and waits for it; what takes long is done before.
 
         Raises:
             ShadowPeftError: if it cannot be loaded, or this kind of backend takes no more; everything is as it was.
@@ -100,10 +129,10 @@ class Backend(ABC):
         raise ConfigError(f"this server cannot drop '{name}' while it runs; restart it without that adapter")
 
     def _check(self, name: str) -> None:
-        if name not in self.versions:
+        there = sorted(set(self.versions) - self.leaving)
+        if name not in there:
             raise ConfigError(
-                f"'{name}' is not loaded or cannot be swapped{did_you_mean(name, list(self.versions))}; there are "
-                f"{sorted(self.versions)}"
+                f"'{name}' is not loaded or cannot be swapped{did_you_mean(name, there)}; there are {there}"
             )
 
 
@@ -133,8 +162,7 @@ class Attached(Backend):
     def __init__(self, model: Any, tokenizer: Any, folders: dict[str, str], base_name: str) -> None:
         if base_name in folders:
             raise ConfigError(f"an adapter is called '{base_name}' like the base; give it another name")
-        names = (*folders, base_name)
-        super().__init__(model.eval(), tokenizer, names, {name: [folder] for name, folder in folders.items()})
+        super().__init__(model.eval(), tokenizer, {name: [Version.of(folder)] for name, folder in folders.items()})
         for folder in folders.values():
             self._check_tokenizer(folder)
         self.base_name = base_name
@@ -158,43 +186,57 @@ class Attached(Backend):
         self._check_tokenizer(folder)
         swap(self.model, folder, name)
 
-    def add(self, name: str, folder: str) -> None:
-        with self._changing:
+    def add(self, name: str, folder: str, between: Callable[[Callable[[], None]], None]) -> None:
+        with self.changing, snapshot(folder) as (copy, version):
             if name in (*self.versions, self.base_name):
                 raise ConfigError(f"'{name}' is loaded already; swap its weights, or choose another name")
-            check_fits(self._inner, folder)
-            self._check_tokenizer(folder)
-            try:
-                self.model.load_adapter(folder, name)
-            except BaseException:
-                if name in self._hub.configs:
-                    self.model.delete_adapter(name)
-                raise
+            config = check_fits(self._inner, copy)
+            check_file(ShadowModel, self._inner, config, config.weights_file)
+            self._check_tokenizer(str(copy))
+            between(lambda: self._attach(name, copy, version))
+
+    def _attach(self, name: str, copy: Path, version: Version) -> None:
+        try:
+            self.model.load_adapter(str(copy), name)
             self.model.eval()
-            self.versions[name] = [folder]
-            self.names = (*(n for n in self.names if n != self.base_name), name, self.base_name)
+        except BaseException:
+            self._detach(name)
+            raise
+        self.versions[name] = [version]
 
-    def check_removable(self, name: str) -> None:
-        self._check(name)
-        if len(self.versions) == 1:
-            raise ConfigError(f"'{name}' is the only adapter and must stay; add another one first")
-
-    def remove(self, name: str) -> None:
-        with self._changing:
-            self.check_removable(name)
+    def _detach(self, name: str) -> None:
+        """Delete an adapter of which everything or only a part is there."""
+        if name in self._hub.configs:
             if name in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
                 other = next(n for n in self.versions if n != name)
                 self.model.base_model.set_adapter(other, inference_mode=True)
             self.model.delete_adapter(name)
-            del self.versions[name]
-            self.names = tuple(n for n in self.names if n != name)
+        self.model.peft_config.pop(name, None)
+
+    def check_removable(self, name: str) -> None:
+        self._check(name)
+        if len(set(self.versions) - self.leaving) == 1:
+            raise ConfigError(f"'{name}' is the only adapter and must stay; add another one first")
+
+    def remove(self, name: str) -> None:
+        if name not in self.leaving:
+            self.check_removable(name)
+        self._detach(name)
+        del self.versions[name]
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (*self.versions, self.base_name)
 
 
 class Detached(Backend):
     """A stock model, such as a detached shadow, under one name."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, folder: str | None = None) -> None:
-        super().__init__(model.eval(), tokenizer, (name,), {} if folder is None else {name: [folder]})
+        super().__init__(model.eval(), tokenizer, {} if folder is None else {name: [Version.of(folder)]})
+        self._name = name
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (self._name,)
 
     def open(self, names: list[str]) -> Session:
         return DetachedSession(self.model)
@@ -207,7 +249,7 @@ class Detached(Backend):
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"'{folder}' is no edge model (it has no config.json); make one with shadowpeft detach")
         loaded: Any = load_whole(AutoModelForCausalLM, folder, f"the edge model in '{folder}'", dtype=self.model.dtype)
-        new = loaded.to(self.model.device).eval()
+        new = own_memory(loaded).to(self.model.device).eval()
         for field in ("model_type", "vocab_size"):
             old, given = getattr(self.model.config, field), getattr(new.config, field)
             if old != given:
@@ -251,8 +293,11 @@ class MultiBackend(Backend):
                     "uses one; start a server for each"
                 )
         versions = {name: folders for member in members for name, folders in member.versions.items()}
-        super().__init__(first.model, first.tokenizer, tuple(self._member), versions)
+        super().__init__(first.model, first.tokenizer, versions)
         self.max_model_len = min(member.max_model_len for member in members)
+
+    def _all_names(self) -> tuple[str, ...]:
+        return tuple(self._member)
 
     def open(self, names: list[str]) -> Session:
         places: dict[Backend, list[int]] = {}

@@ -17,6 +17,7 @@ import numpy as np
 
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.router import SIGNALS, Calibration
+from shadowpeft.storage import whole
 
 FEWEST = 30
 """Answers with a known action that a calibration needs."""
@@ -224,7 +225,8 @@ def plot(calibration: Calibration, samples: Sequence[Sample], file: Path, title:
     right_axis.plot([0, 1], [0, 1], linestyle="--", color="grey")
     right_axis.plot([known[place == b].mean() for b in used], [hits[place == b].mean() for b in used], marker="o")
     right_axis.set(xlabel="confidence", ylabel="share that is right", title="reliability", ylim=(-0.02, 1.02))
-    figure.savefig(file, dpi=120)
+    with whole(file) as beside:
+        figure.savefig(beside, dpi=120)
 
 
 def _column(known: Sequence[Sample], name: str) -> np.ndarray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -44,15 +45,34 @@ class EngineLimits:
     """From the request to the end of its answer: what runs then is ended, what still waits has failed."""
     gather_seconds: float = 0.002
     """How long an idle engine waits for neighbours of the first request."""
-    prefill_tokens: int = 128
-    """Tokens of prompts that are read in one pass while other requests run; more than that delays them noticeably."""
+    prefill_tokens: int | None = None
+    """Tokens of prompts that are read in one step, which delays those that run. None: 128 on a CPU, 1024 elsewhere."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Change:
+    """Something to do while no forward pass runs."""
+
     action: Callable[[], None]
-    without: str | None
+    without: str | None = None
+    """To be done once no request of this name is left, and nothing else changes the adapters."""
     done: Future[None] = field(default_factory=Future)
+
+    def make(self) -> None:
+        try:
+            self.action()
+        except BaseException as error:  # noqa: BLE001  (handed to who asked; the engine goes on)
+            self.settle(error)
+        else:
+            self.settle(None)
+
+    def settle(self, error: BaseException | None) -> None:
+        """Tell who asked, unless a shutdown has."""
+        with suppress(InvalidStateError):
+            if error is None:
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(error)
 
 
 class Engine:
@@ -136,36 +156,42 @@ class Engine:
             )
 
     def add(self, name: str, folder: str) -> None:
-        """Load one more adapter between two steps; every running answer waits for it, none is lost.
+        """Load one more adapter. It is read and checked beside the running answers, and put in its place between two steps.
 
         Raises:
             ShadowPeftError: if it cannot be loaded; everything is as it was.
         """
-        self._between(_Change(lambda: self.backend.add(name, folder), None))
+        self.backend.add(name, folder, lambda action: self._between(_Change(action)).result())
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str) -> Future[None]:
         """Take an adapter out: new requests for it are refused at once, those that are here are finished first.
 
+        Returns:
+            What is done when the adapter is out; the same for all who ask meanwhile.
+
         Raises:
-            ConfigError: if it cannot be taken out.
+            ConfigError: if it has to stay.
         """
         with self._changed:
+            for change in self._changes:
+                if change.without == name:
+                    return change.done
             self.backend.check_removable(name)
-            self.backend.names = tuple(n for n in self.backend.names if n != name)
-        try:
-            self._between(_Change(lambda: self.backend.remove(name), name))
-        except BaseException:
-            with self._changed:
-                self.backend.names = (name, *self.backend.names)
-            raise
+            self.backend.leaving.add(name)
+            try:
+                return self._between(_Change(lambda: self.backend.remove(name), name))
+            except StoppedError:
+                self.backend.leaving.discard(name)
+                raise
 
-    def _between(self, change: _Change) -> None:
+    def _between(self, change: _Change) -> Future[None]:
+        change.done.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it for the others
         with self._changed:
             if not self.ready():
                 raise StoppedError("the server takes no changes now: it is shutting down, or has not started")
-            self._changes.append(change)
+            self._changes = [*self._changes, change]
             self._changed.notify_all()
-        change.done.result()
+        return change.done
 
     @property
     def waiting(self) -> int:
@@ -196,7 +222,8 @@ class Engine:
             self._waiting.clear()
             changes, self._changes = self._changes, []
         for change in changes:
-            change.done.set_exception(StoppedError("the server shut down before the change was made"))
+            self.backend.leaving.discard(change.without or "")
+            change.settle(StoppedError("the server shut down before the change was made"))
         for request in left:
             request.fail(StoppedError("the server shut down before the answer was finished"))
         self._thread.join(timeout)
@@ -213,26 +240,45 @@ class Engine:
                         return
                     self._changed.wait(1.0)
                 idle = not self._batches and not self._changes
-            if idle and self.limits.gather_seconds:
+                stuck = bool(self._changes) and not self._waiting and not self._batches
+            if (idle or stuck) and self.limits.gather_seconds:  # neighbours may come, or what a change waits for end
                 time.sleep(self.limits.gather_seconds)
-            self._drop_overdue()
-            self._admit()
-            self._step()
-            self._change()
-            self.beat = time.monotonic()
+            self.step()
+
+    def step(self) -> None:
+        """Admit who may start, add a token to every answer, read a piece of the prompts, and make the changes that are due."""
+        self._drop_overdue()
+        self._admit()
+        advancing = [batch for batch in self._batches if not batch.reading]
+        for batch in [*advancing, *next_to_read(self._batches)]:
+            self._pass(batch)
+        ready = [batch for batch in self._batches if batch.requests and not batch.reading]
+        reading = [batch for batch in self._batches if batch.requests and batch.reading]
+        self._batches = [*join_batches(ready, self.limits.batches), *reading]
+        self._change()
+        self.beat = time.monotonic()
 
     def _change(self) -> None:
+        """Make the changes that are due. One that must wait for others leaves the batches running."""
         with self._changed:
             needed = {r.name for r in self._waiting} | {r.name for batch in self._batches for r in batch.requests}
-            due = [change for change in self._changes if change.without not in needed]
-            self._changes = [change for change in self._changes if change.without in needed]
-        for change in due:
-            try:
-                change.action()
-            except BaseException as error:  # noqa: BLE001  (handed to who asked; the engine goes on)
-                change.done.set_exception(error)
+            changes = self._changes
+        for change in changes:
+            if change.without is None:
+                change.make()
+            elif change.without in needed or not self.backend.changing.acquire(blocking=False):
+                continue
             else:
-                change.done.set_result(None)
+                try:
+                    change.make()
+                finally:
+                    self.backend.changing.release()
+            self._forget(change)
+
+    def _forget(self, change: _Change) -> None:
+        with self._changed:
+            self._changes = [other for other in self._changes if other is not change]
+            self.backend.leaving.discard(change.without or "")
 
     def _drop_overdue(self) -> None:
         now = time.monotonic()
@@ -267,17 +313,9 @@ class Engine:
                 for request in requests:
                     self._open([request])
 
-    def _step(self) -> None:
-        """A token for every answer, and a piece of the prompts that are not wholly read."""
-        advancing = [batch for batch in self._batches if not batch.reading]
-        for batch in [*advancing, *next_to_read(self._batches)]:
-            self._pass(batch)
-        ready = [batch for batch in self._batches if batch.requests and not batch.reading]
-        reading = [batch for batch in self._batches if batch.requests and batch.reading]
-        self._batches = [*join_batches(ready, self.limits.batches), *reading]
-
     def _pass(self, batch: Batch) -> None:
-        piece = max(self.limits.prefill_tokens // max(len(batch.requests), 1), _SHORTEST_PIECE)
+        tokens = self.limits.prefill_tokens or (128 if self.backend.model.device.type == "cpu" else 1024)
+        piece = max(tokens // max(len(batch.requests), 1), _SHORTEST_PIECE)
         try:
             with torch.inference_mode():
                 self.tokens += batch.forward_step(piece)

@@ -11,6 +11,9 @@ import torch
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.router import Scores
 
+GREEDY = 1e-307
+"""Where processors and libraries begin to take a number for 0 and divide by it."""
+
 
 class QueueFullError(ShadowPeftError):
     """As many requests wait as may."""
@@ -30,7 +33,7 @@ class SamplingParams:
 
     max_tokens: int = 64
     temperature: float = 0.0
-    """0: greedy."""
+    """0, or less than :data:`GREEDY`: greedy."""
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -40,7 +43,7 @@ class SamplingParams:
 
     def generator(self) -> torch.Generator | None:
         """The request's own source of random numbers, on the CPU; None for greedy answers, which draw none."""
-        if self.temperature <= 0:
+        if self.temperature < GREEDY:
             return None
         generator = torch.Generator()
         if self.seed is None:

@@ -7,10 +7,11 @@ import copy
 import logging
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from shadowpeft.data.chat import render_prompt, with_system
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
@@ -35,6 +36,14 @@ class Role(ABC):
     def __init__(self, engine: Engine, *, system: str | None, default_tokens: int) -> None:
         self.engine, self.system, self.default_tokens = engine, system, default_tokens
         self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
+        self._threads = ThreadPoolExecutor(2, "shadowpeft-tokenizing")  # nothing that takes long may hold these up
+        longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self.prompt_characters = longest * engine.limits.prompt_tokens
+        """Longer prompts have more tokens than allowed, whatever they are."""
+
+    def close(self) -> None:
+        """Tokenize no more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @abstractmethod
     async def answer(self, asked: Asked) -> Reply:
@@ -46,8 +55,19 @@ class Role(ABC):
         """
 
     async def prompt(self, asked: Asked) -> list[int]:
-        """The prompt's tokens."""
-        return await asyncio.to_thread(self._encode, asked)
+        """The prompt's tokens.
+
+        Raises:
+            DataError: if it has so many characters that it must have too many tokens; it is not tokenized then.
+        """
+        texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [m.content for m in asked.messages]
+        characters = sum(map(len, texts))
+        if characters > self.prompt_characters:
+            raise DataError(
+                f"the prompt has {characters} characters but {self.engine.limits.prompt_tokens} tokens hold at most "
+                f"{self.prompt_characters}; shorten it"
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, asked)
 
     def _encode(self, asked: Asked) -> list[int]:
         if isinstance(asked, CompletionRequest):

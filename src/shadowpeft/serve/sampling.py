@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shadowpeft.serve.requests import Finish, Request, SamplingParams, Token
+from shadowpeft.serve.requests import GREEDY, Finish, Request, SamplingParams, Token
 
 _REPLACEMENT = "\ufffd"
 
@@ -51,6 +51,8 @@ def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Gene
 
     The random number comes from the row's own generator on the CPU, so it does not depend on the batch or the device.
     """
+    if sampling.temperature < GREEDY:
+        return int(logits.argmax())
     logits = logits.double().cpu()
     # the largest becomes 0 before the division, which for the smallest temperatures would be infinite
     p = ((logits - logits.max()) / sampling.temperature).softmax(-1)

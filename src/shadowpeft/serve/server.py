@@ -59,7 +59,9 @@ def build(role: Role, settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         role.engine.start()
         yield
+        server.administration.close()
         await asyncio.to_thread(role.engine.stop, settings.drain_seconds)
+        role.close()
         if isinstance(role, EdgeRole) and role.cloud is not None:
             await role.cloud.close()
 

@@ -28,6 +28,7 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
+from shadowpeft.storage import exclusive
 from shadowpeft.terminal import terminal
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import TrainingSection
@@ -340,7 +341,8 @@ def train_task(
     reset_peak_memory(trainer.args.device)
     began = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        with exclusive(folder):
+            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     finally:
         shown.close()
     state = trainer.state

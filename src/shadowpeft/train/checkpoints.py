@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shadowpeft.errors import ShadowPeftError
-from shadowpeft.storage import sync, sync_names
-
-_PARTIAL = "partial-"
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-"""What a full disk raises: plain files OSError, safetensors its own error, ``torch.save`` a RuntimeError. Whoever catches them
-asks :func:`is_write_error`, for most RuntimeErrors are something else."""
-_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")
+from shadowpeft.storage import (
+    WRITE_ERRORS,
+    clear_leftovers,
+    discard,
+    is_write_error,
+    reason,
+    sync,
+    sync_tree,
+    take_name,
+    temporary_name,
+    workspace,
+)
 
 
 class WholeCheckpoints:
@@ -34,8 +36,9 @@ class WholeCheckpoints:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, after what a killed run left half-written or half-deleted in the folder is taken away."""
         trainer: Any = self
-        if trainer.args.should_save:
-            clear_leftovers(Path(trainer.args.output_dir))
+        folder = Path(trainer.args.output_dir)
+        if trainer.args.should_save and folder.is_dir():
+            clear_leftovers(folder)
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -71,31 +74,31 @@ class WholeCheckpoints:
             return
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        beside = run_dir / f"{_PARTIAL}{name}"
+        agreed = [temporary_name()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(agreed)
+        beside = run_dir / agreed[0]
         writes = trainer.args.should_save  # one process of all, or of each machine that has folders of its own
-        if writes:
-            clear_leftovers(run_dir)
-        trainer.accelerator.wait_for_everyone()
         limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-        self._run_dir = str(beside)
-        try:
+        with ExitStack() as stack:
             with self._all_or_none(name, run_dir):
-                super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            with self._all_or_none(name, run_dir):
-                if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
-                    trainer.state.best_model_checkpoint = str(run_dir / name)
-                    if writes:
-                        trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
                 if writes:
-                    sync(beside / name)
-                    if (run_dir / name).exists():  # aside first: a kill while it is deleted would leave half of it
-                        os.replace(run_dir / name, beside / "replaced")
-                    os.replace(beside / name, run_dir / name)
-                    sync_names(run_dir)
-        finally:
-            self._run_dir, trainer.args.save_total_limit = None, limit
-            if writes:
-                shutil.rmtree(beside, ignore_errors=True)
+                    stack.enter_context(workspace(run_dir, beside.name))
+            self._run_dir = str(beside)
+            try:
+                with self._all_or_none(name, run_dir):
+                    super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                with self._all_or_none(name, run_dir):
+                    if trainer.state.best_model_checkpoint == str(beside / name):  # it is about to get its lasting name
+                        trainer.state.best_model_checkpoint = str(run_dir / name)
+                        if writes:
+                            trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
+                    if writes:
+                        sync_tree(beside / name)
+                        take_name(beside / name, run_dir / name, beside)
+                        sync(run_dir)
+            finally:
+                self._run_dir, trainer.args.save_total_limit = None, limit
         if writes:
             rotate(run_dir, limit, trainer.state.best_model_checkpoint)
 
@@ -121,23 +124,6 @@ class WholeCheckpoints:
             ) from failure
 
 
-def is_write_error(error: BaseException) -> bool:
-    """Whether one of ``WRITE_ERRORS`` is about a file: not an exhausted memory, tensors that share theirs, a lost process."""
-    return not isinstance(error, RuntimeError) or any(mark in str(error) for mark in _TORCH_SAVE)
-
-
-def reason(error: BaseException) -> str:
-    """Why a write failed, in a few words."""
-    text = str(getattr(error, "strerror", None) or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def clear_leftovers(run_dir: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted; nothing of it was ever a checkpoint."""
-    for path in run_dir.glob(f"{_PARTIAL}{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     """Keep the newest ``limit`` checkpoints; the newest and the best one stay always.
 
@@ -151,43 +137,3 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     surplus = len(found) - max(limit, len(protected))
     for path in [Path(p) for p in found if p not in protected][: max(surplus, 0)]:
         discard(path)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; it loses its name first."""
-    aside = checkpoint.with_name(f"{_PARTIAL}{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(checkpoint, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def written_whole(
-    folder: Path, what: str = "it", remedy: str = "free some space and resume from the newest checkpoint"
-) -> Iterator[Path]:
-    """A folder to write into, which takes the name ``folder`` when all is written and on disk.
-
-    Raises:
-        ShadowPeftError: if it cannot be written; what was there before is untouched.
-    """
-    beside, old = folder.with_name(f"{_PARTIAL}{folder.name}"), folder.with_name(f"old-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        sync(beside)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except WRITE_ERRORS as error:
-        if not is_write_error(error):
-            raise
-        if old.is_dir() and not folder.exists():
-            os.replace(old, folder)
-        raise ShadowPeftError(
-            f"{what} could not be written to '{folder}' ({reason(error)}); what was there before is untouched, {remedy}"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

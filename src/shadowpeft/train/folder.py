@@ -12,11 +12,12 @@ from pydantic import BaseModel
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.runtime import environment
-from shadowpeft.storage import write_json, write_text
-from shadowpeft.train.checkpoints import reason
+from shadowpeft.storage import LOCK, is_temporary, reason, write_json, write_text
 
-FIRST_FILES = ("versions.json", ".versions.json.partial", "data.json", ".data.json.partial", ".config.yaml.partial")
-"""What a run that was killed before its first step may leave; ``config.yaml`` is written last."""
+
+def is_first_file(name: str) -> bool:
+    """Whether a run that was killed before its first step may have left this; ``config.yaml`` is written last."""
+    return name in ("versions.json", "data.json", LOCK) or is_temporary(name)
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def stored_record(file: Path) -> dict[str, Any]:
     """A record of the run that is resumed (JSON is YAML, too)."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # so are numbers of 5,000 digits, and nesting
         raise ConfigError(f"'{file}', the record of the run to resume, cannot be read ({reason(error)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"'{file}', the record of the run to resume, is damaged; start a new run")

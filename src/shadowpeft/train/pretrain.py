@@ -7,6 +7,7 @@ schedule, precision, checkpointing, processes.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,17 @@ from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
 from shadowpeft.hf.pretraining.model import (
     SEPARATE,
     ProjectedShadow,
-    build_shadow,
+    build_projected_shadow,
     check_separation,
     save_shadow,
     save_stock,
 )
 from shadowpeft.runtime import DTYPES, environment, peak_memory_bytes, prepare_cpu
-from shadowpeft.storage import write_json
+from shadowpeft.storage import exclusive, write_json, written_whole
 from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.arguments import pretraining_arguments
-from shadowpeft.train.checkpoints import written_whole
-from shadowpeft.train.folder import FIRST_FILES, check_loggers, refuse_changed, stored_record, write_records
+from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.pretrain_teacher import Lesson, make_cache
 from shadowpeft.train.pretrain_text import check_enough, end_token, hold_out, make_stream
@@ -110,18 +110,30 @@ def pretrain(
         check_enough(run, make_stream(run, encode, end), sequences)
     else:
         batches.load(Path(last))
-    if main:
-        _write_records(run, folder, record)
-    if lesson is not None:
-        batches.teacher = make_cache(lesson, make_stream(run, encode, end), args, console, quiet=quiet)
+    with exclusive(folder) if main else nullcontext():
+        if main:
+            if _begin(run, folder, resume) != last:  # again: another process may have begun while this one loaded
+                raise ConfigError(f"another process has gone on with the run in '{folder}'; start again")
+            _write_records(run, folder, record)
+        if lesson is not None:
+            batches.teacher = make_cache(lesson, make_stream(run, encode, end), args, console, quiet=quiet)
+        shown = PretrainCallback(folder, sequences * text.sequence_length, console, quiet, writes=main)
+        shown.evaluates = bool(held_out)
+        weights = (1.0, 0.0) if lesson is None else lesson.weights
+        trainer = PretrainTrainer(
+            model=model, args=args, callbacks=[shown], batches=batches, held_out=held_out, weights=weights
+        )
+        result = _train(run, trainer, shown, last, start)
+        if main:
+            _save(run, trainer, base, tokenizer, result)
+    return dict(broadcast_object_list([result])[0])  # the first process alone knows what was read
 
-    per_step = sequences * text.sequence_length
-    shown = PretrainCallback(folder, per_step, console, quiet, writes=main)
-    shown.evaluates = bool(held_out)
-    weights = (1.0, 0.0) if lesson is None else lesson.weights
-    trainer: Any = PretrainTrainer(
-        model=model, args=args, callbacks=[shown], batches=batches, held_out=held_out, weights=weights
-    )
+
+def _train(
+    run: PretrainConfig, trainer: Any, shown: PretrainCallback, last: str | None, start: dict[str, Any]
+) -> dict[str, Any]:
+    """Train, and what came out; empty in every process but the first."""
+    model, t = trainer.model, run.training
     trainer.remove_callback(PrinterCallback)
     with trainer.accelerator.autocast():
         check_separation(model, SEPARATE if t.precision == "float32" else 0.05)
@@ -135,23 +147,19 @@ def pretrain(
         trainer.train(resume_from_checkpoint=last)
     finally:
         shown.close()
-        batches.close()
-    seconds = time.monotonic() - started
-    result: dict[str, Any] = {}
-    if main:
-        result = _result(run, trainer, shown, start, seconds)
-        with written_whole(folder / "shadow", "the shadow") as beside:
-            save_shadow(model, base, beside)
+        trainer.batches.close()
+    return _result(run, trainer, shown, start, time.monotonic() - started) if shown.writes else {}
+
+
+def _save(run: PretrainConfig, trainer: Any, base: BaseEnds, tokenizer: Any, result: dict[str, Any]) -> None:
+    folder = Path(run.output)
+    for name, what, save in (("shadow", "the shadow", save_shadow), ("stock", "the stock model", save_stock)):
+        with written_whole(folder / name, what) as beside:
+            save(trainer.model, base, beside)
             tokenizer.save_pretrained(str(beside))
-        with written_whole(folder / "stock", "the stock model") as beside:
-            save_stock(model, base, beside)
-            tokenizer.save_pretrained(str(beside))
-        if read_metrics(folder):
-            plot_losses(
-                folder, _CURVES, "cross-entropy per token" if run.loss == "ce" else f"loss ({run.loss}) per token"
-            )
-        write_json(folder / "result.json", result)
-    return dict(broadcast_object_list([result])[0])  # the first process alone knows what was read
+    if read_metrics(folder):
+        plot_losses(folder, _CURVES, "cross-entropy per token" if run.loss == "ce" else f"loss ({run.loss}) per token")
+    write_json(folder / "result.json", result)
 
 
 def _result(
@@ -202,7 +210,7 @@ def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[Project
     if b.model is not None:
         shared_tokens(tokenizer, load_tokenizer(b.model))
     set_seed(t.seed)
-    model, start = build_shadow(
+    model, start = build_projected_shadow(
         base,
         layers=b.layers,
         count=b.count or 1,
@@ -226,7 +234,7 @@ def _begin(run: PretrainConfig, folder: Path, resume: bool) -> str | None:
         raise ConfigError(f"the run folder '{folder}' is a file; choose another output")
     started = (folder / "config.yaml").is_file()
     if not started:
-        foreign = [p.name for p in folder.iterdir() if p.name not in FIRST_FILES] if folder.is_dir() else []
+        foreign = [p.name for p in folder.iterdir() if not is_first_file(p.name)] if folder.is_dir() else []
         if foreign:
             raise ConfigError(f"the run folder '{folder}' holds '{foreign[0]}' and no run; choose another output")
         return None

@@ -22,14 +22,13 @@ from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.messages import shorten
 from shadowpeft.runtime import DTYPES, prepare_cpu
-from shadowpeft.storage import write_json, write_text
+from shadowpeft.storage import exclusive, write_json, write_text, written_whole
 from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.card import model_card
-from shadowpeft.train.checkpoints import written_whole
 from shadowpeft.train.config import RunConfig
-from shadowpeft.train.folder import FIRST_FILES, check_loggers, refuse_changed, stored_record, write_records
+from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
 from shadowpeft.train.rows import encode_run
 from shadowpeft.train.trainer import ShadowTrainer
@@ -70,7 +69,7 @@ def train(
     t = run.training
     prepare_cpu(t.threads)
     folder = Path(run.output)
-    last = _start_or_resume(run, folder, resume)
+    _start_or_resume(run, folder, resume)
     check_loggers(t.report_to)
 
     tokenizer = load_tokenizer(run.base)
@@ -82,8 +81,23 @@ def train(
     longest = max(len(s.ids) for s in training + (validation or []))
     if limit is not None and longest > limit:
         raise DataError(f"a row has {longest} tokens but the base reads {limit}; lower data.max_length to {limit}")
-    write_records(folder, run, record)
+    with exclusive(folder):
+        last = _start_or_resume(run, folder, resume)  # again: another process may have begun while this one loaded
+        write_records(folder, run, record)
+        return _train(run, folder, last, model, tokenizer, (training, validation, record), console, quiet)
 
+
+def _train(
+    run: RunConfig,
+    folder: Path,
+    last: str | None,
+    model: PeftModel,
+    tokenizer: Any,
+    data: tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]],
+    console: Console,
+    quiet: bool,
+) -> dict[str, Any]:
+    t, (training, validation, record) = run.training, data
     args = training_arguments(t, folder, evaluates=validation is not None)
     mean_tokens = sum(len(s.ids) for s in training) / len(training)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
@@ -151,7 +165,7 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     started = (folder / "config.yaml").is_file()
     if not resume:
-        if folder.is_dir() and (started or any(path.name not in FIRST_FILES for path in folder.iterdir())):
+        if folder.is_dir() and (started or not all(is_first_file(path.name) for path in folder.iterdir())):
             way = "continue with --resume" if last is not None or started else "remove it (it holds no checkpoint)"
             raise ConfigError(f"the run folder '{folder}' is not empty; choose another output, or {way}")
         return None

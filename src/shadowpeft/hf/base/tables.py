@@ -38,8 +38,10 @@ def tables_among(model: Any, names: Iterable[str], prefix: str = "") -> dict[str
     return {name: own[key] for name, key in plain.items() if key in own}
 
 
-def take_new_rows(tables: Mapping[str, nn.Module], stored: Mapping[str, Tensor], *, others: Iterable[str] = ()) -> None:
-    """Give the base's tables the rows at their end in which a file differs from them; equal tables stay as they are.
+def new_rows(
+    tables: Mapping[str, nn.Module], stored: Mapping[str, Tensor], *, others: Iterable[str] = ()
+) -> list[tuple[Any, int, Tensor]]:
+    """For each of the base's tables that a file differs from at its end: the base's tensor, the first such row, the file's.
 
     Args:
         tables: the base's modules by name. stored: the file's tensors by the same names, each ``(V, ...)``.
@@ -50,7 +52,7 @@ def take_new_rows(tables: Mapping[str, nn.Module], stored: Mapping[str, Tensor],
         AdapterFileError: if rows of the first half differ: it is another base's table.
         ConfigError: if new rows are needed but other adapters or a quantised table are in the way.
     """
-    new: list[tuple[Any, int, Tensor]] = []
+    new = []
     for name, module in tables.items():
         if ".modules_to_save." in name:  # PEFT writes a trained table under its own name too, and that one is read
             continue
@@ -78,6 +80,11 @@ def take_new_rows(tables: Mapping[str, nn.Module], stored: Mapping[str, Tensor],
                 f"({', '.join(others)}); load it on a base of its own"
             )
         new.append((own, first, value))
-    with torch.no_grad():
-        for own, first, value in new:
-            own[first:] = value[first:].to(own)
+    return new
+
+
+@torch.no_grad()
+def take(rows: Iterable[tuple[Any, int, Tensor]]) -> None:
+    """Write what :func:`new_rows` found into the base; equal tables stay as they are."""
+    for own, first, value in rows:
+        own[first:] = value[first:].to(own)
