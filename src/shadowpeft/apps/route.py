@@ -14,6 +14,7 @@ from rich.table import Table
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.data.actions import REMOTE, parser, read_skills
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.json_text import parse_json
 from shadowpeft.terminal import terminal
 
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
@@ -143,9 +144,9 @@ def read_intents(
 
 def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = parse_json(line)
     except ValueError as error:
-        raise DataError(f"{where} is not a JSON object in UTF-8; one row a line") from error
+        raise DataError(f"{where} {error}; write one JSON object a line") from error
     good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
     if not good:
         raise DataError(f"{where} must have the strings 'prompt' and 'skill'")

@@ -279,6 +279,7 @@ class ChatDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
+        self.skipped: Skipped | None = getattr(sequences, "skipped", None)
 
     def __len__(self) -> int:
         return len(self.sequences)
