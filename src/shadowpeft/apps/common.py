@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.watching import Watched
 
 if TYPE_CHECKING:
     import torch
@@ -110,11 +110,6 @@ def show(console: Console, result: dict[str, Any], title: str, as_json: bool) ->
 
 @contextmanager
 def bar(console: Console, label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar with ETA; yields a function that takes the number done."""
-    if quiet:
-        yield lambda done: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    """A progress bar with ETA, without a terminal a line a minute; yields a function that takes the number done."""
+    with Watched(console, label, total, quiet=quiet) as watched:
+        yield watched.update

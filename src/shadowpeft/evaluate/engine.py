@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft.helpers import DoraCaching
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from shadowpeft.data.chat import answer_ids, fingerprint, prompt_ids, with_system
@@ -29,6 +28,7 @@ from shadowpeft.hf.detach import detach
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
+from shadowpeft.watching import Watched
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 METHODS = ("generate", "likelihood", "classify")
@@ -401,10 +401,8 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
     if progress is not None:
         yield progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=Console(stderr=True)) as shown:
-        bar = shown.add_task(label, total=total)
-        yield lambda done: shown.update(bar, completed=done)
+    with Watched(Console(stderr=True), label, total) as watched:
+        yield watched.update
 
 
 # -------------------------------------------------------------------------------------------------------------- record
