@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -30,7 +31,40 @@ from transformers import logging
 from benchmarks.comparison.forked import architectures, measure
 from benchmarks.comparison.modes import MODES
 from benchmarks.comparison.page import PAGE, README, RECORD, ROWS, page, readme, short_table
+from shadowpeft.errors import ConfigError
 from shadowpeft.storage import write_text
+
+
+def whole(limit: str) -> dict[str, Any]:
+    """A record of every row and of ``limit`` architectures."""
+    began = time.perf_counter()
+    record = {
+        **stamp(),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "versions": releases("torch", "transformers", "peft", "shadow-peft", "trl"),
+        "facts": measure(ROWS),
+        "modes": measure(MODES),
+    }
+    if limit != "0":
+        record["architectures"] = architectures(None if limit == "all" else int(limit))
+    return {**record, "seconds": round(time.perf_counter() - began)}
+
+
+def updated(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the rows that it lacks, which are named with their own date and commit under ``later``.
+
+    Raises:
+        ConfigError: if it was made with other versions, since its rows are shown side by side.
+    """
+    now = releases(*record["versions"])
+    if now != record["versions"]:
+        raise ConfigError(f"the record was made with {record['versions']}, now there is {now}; measure all rows anew")
+    later = {**stamp(), "rows": []}
+    for part, rows in (("facts", ROWS), ("modes", MODES)):
+        lacking = {key: row for key, row in rows.items() if key not in record[part]}
+        record[part].update(measure(lacking))
+        later["rows"] += lacking
+    return {**record, "later": [*record.get("later", []), later]}
 
 
 def main() -> None:
@@ -38,28 +72,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", default="40", help="all, 0, or how many, evenly from the list")
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--update", action="store_true", help="measure only the rows that the record lacks")
     parser.add_argument("--render", action="store_true", help="only render what is recorded")
     arguments = parser.parse_args()
-    if arguments.render:
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
-    else:
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if arguments.render or arguments.update else {}
+    if not arguments.render:
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        began = time.perf_counter()
-        record = {
-            "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-            **stamp(),
-            "versions": releases("torch", "transformers", "peft", "shadow-peft", "trl"),
-            "facts": measure(ROWS),
-            "modes": measure(MODES),
-        }
-        limit = None if arguments.architectures == "all" else int(arguments.architectures)
-        if limit != 0:
-            record["architectures"] = architectures(limit)
-        record["seconds"] = round(time.perf_counter() - began)
+        record = updated(record) if arguments.update else whole(arguments.architectures)
         write_text(RECORD, json.dumps(record, indent=1) + "\n")
     write_text(PAGE, page(record))
     if arguments.readme:

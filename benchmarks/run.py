@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from experiments.markdown import table
 from experiments.measuring import alternate, paired_ratios, resident_mib, seconds, short, stamp
 from peft import LoraConfig, ShadowConfig, get_peft_model
 from peft.helpers import DoraCaching
@@ -265,9 +266,18 @@ def block(result: dict[str, Any]) -> str:
     matched = result["matched"]
     names = ("base", "shadow", "peft_shadow", "lora", "dora", "dora_cached")
 
-    def line(title: str, values: dict[str, Any], form: str) -> str:
-        return f"| {title} | {' | '.join(form.format(values[n]) if n in values else '' for n in names)} |"
+    def row(title: str, values: dict[str, Any], form: str) -> list[str]:
+        return [title, *(form.format(values[n]) if n in values else "" for n in names)]
 
+    memory = {n: m["above_model_mib"] for n, m in result["train_memory_mib"].items()}
+    masked = result["train_step_prompt_masked"]["ratio_to_lora"]
+    rows = [
+        row("decode, time per token", result["decode"]["ratio_to_base"], "{:.2f}"),
+        row("prefill, 256 tokens", result["prefill_256"]["ratio_to_base"], "{:.2f}"),
+        row("training step, 4 x 128 tokens, every token a target", result["train_step"]["ratio_to_lora"], "{:.2f}"),
+        row("training step, last quarter of a row are targets", masked, "{:.2f}"),
+        row("memory of a training step above the model's", memory, "{:,} MiB"),
+    ]
     growth = ", ".join(f"{ms} ms at {length}" for length, ms in result["ms_per_token_by_length"].items())
     return "\n".join(
         [
@@ -280,23 +290,7 @@ def block(result: dict[str, Any]) -> str:
             f"r = {matched['lora_rank']}, which matches the number of trainable",
             f"parameters ({matched['shadow_parameters']:,} and {matched['lora_parameters']:,}).",
             "",
-            "| | base | shadowpeft | PEFT's shadow | LoRA | DoRA | DoRA, norms cached |",
-            "|---|---|---|---|---|---|---|",
-            line("decode, time per token", result["decode"]["ratio_to_base"], "{:.2f}"),
-            line("prefill, 256 tokens", result["prefill_256"]["ratio_to_base"], "{:.2f}"),
-            line(
-                "training step, 4 x 128 tokens, every token a target", result["train_step"]["ratio_to_lora"], "{:.2f}"
-            ),
-            line(
-                "training step, last quarter of a row are targets",
-                result["train_step_prompt_masked"]["ratio_to_lora"],
-                "{:.2f}",
-            ),
-            line(
-                "memory of a training step above the model's",
-                {n: m["above_model_mib"] for n, m in result["train_memory_mib"].items()},
-                "{:,} MiB",
-            ),
+            *table(["", "base", "shadowpeft", "PEFT's shadow", "LoRA", "DoRA", "DoRA, norms cached"], rows),
             "",
             f"Time per token of the shadow by length: {growth} new tokens.",
         ]

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from experiments.markdown import table
 from experiments.measuring import stamp
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -182,6 +183,16 @@ def draw(records: dict[str, Any], file: Path) -> None:
 def page(records: dict[str, Any]) -> str:
     """``docs/starts.md``."""
     newest = max(records.values(), key=lambda run: run["date"])
+    rows = [
+        [
+            run["title"],
+            run["objective"],
+            f"{run['curve'][0]['held_out']:.2f}",
+            f"{run['curve'][-1]['held_out']:.3f}",
+            f"{run['trainable_parameters']:,}",
+        ]
+        for run in sorted(records.values(), key=lambda run: run["curve"][-1]["held_out"])
+    ]
     lines = [
         "# Starts and losses of pretraining",
         "",
@@ -192,14 +203,7 @@ def page(records: dict[str, Any]) -> str:
         "before, on as many tokens of another part of the corpus under its own head; no trained one with these tokens could "
         "be had.",
         "",
-        "| variant | trained with | before | after | trainable parameters |",
-        "|---|---|---|---|---|",
-    ]
-    for run in sorted(records.values(), key=lambda run: run["curve"][-1]["held_out"]):
-        first, last = run["curve"][0]["held_out"], run["curve"][-1]["held_out"]
-        count = f"{run['trainable_parameters']:,}"
-        lines.append(f"| {run['title']} | {run['objective']} | {first:.2f} | {last:.3f} | {count} |")
-    lines += [
+        *table(["variant", "trained with", "before", "after", "trainable parameters"], rows),
         "",
         "![Held-out cross-entropy over tokens](starts.png)",
         "",

@@ -24,11 +24,13 @@ from experiments.measuring import stamp
 from rich.console import Console
 
 import shadowpeft
+from experiments import markdown
 from shadowpeft import evaluate
 from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
-from shadowpeft.data.robot import load
+from shadowpeft.data.robot import load, parse_action
 from shadowpeft.errors import ConfigError
+from shadowpeft.generate import answer
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.train.config import parse_run
@@ -99,15 +101,11 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
     commands, remote = load("test_normal"), load("test_remote_large")
     remote = remote[:: max(1, len(remote) // OPEN)][:OPEN]
     with bar(console, "test", len(commands) + len(remote)) as progress:
-        actions, _ = evaluate.intents(
-            edge,
-            tokenizer,
-            [*commands, *remote],
-            system=ROBOT_SYSTEM,
-            max_new_tokens=10,
-            batch_size=32,
-            progress=progress,
+        prompts = [row["prompt"] for row in [*commands, *remote]]
+        answers = answer(
+            edge, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
         )
+    actions = [parse_action(a.text) for a in answers]
     skills, opened = actions[: len(commands)], actions[len(commands) :]
     return {
         "commands": evaluate.accuracy([a == row["skill"] for a, row in zip(skills, commands, strict=True)]),
@@ -117,15 +115,16 @@ def measured(adapter: str, console: Console) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| start | rate | validation loss | commands | open requests tagged |", "|---|---|---|---|---|"]
+    rows = []
     for name, start in record["starts"].items():
-        first = NAMES.get(name, f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name)
+        given = f"{name}: {start['pretraining']['tokens']:,} tokens" if start["pretraining"] else name
         shares = [
             f"{100 * part['accuracy']:.1f} % [{100 * part['interval'][0]:.1f}, {100 * part['interval'][1]:.1f}]"
             for part in (start["commands"], start["open_tagged_remote"])
         ]
-        lines.append(f"| {first} | {start['rate']:g} | {start['validation_loss']:.3f} | {shares[0]} | {shares[1]} |")
-    return "\n".join(lines)
+        rows.append([NAMES.get(name, given), f"{start['rate']:g}", f"{start['validation_loss']:.3f}", *shares])
+    header = ["start", "rate", "validation loss", "commands", "open requests tagged"]
+    return "\n".join(markdown.table(header, rows))
 
 
 def filled(page: str, record: dict[str, Any]) -> str:

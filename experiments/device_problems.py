@@ -96,9 +96,7 @@ class Robot:
     def loss(self, places: Sequence[int]) -> Tensor:
         """Cross-entropy per learnt token of some rows."""
         skip = len(self.prefix.ids)
-        tokens, where, targets = rows_of.padded(
-            [self.items[i] for i in places], skip, int(self.tokenizer.pad_token_id)
-        )
+        tokens, where, targets = rows_of.padded([self.items[i] for i in places], skip, int(self.tokenizer.pad_token_id))
         embedded = self.model.get_input_embeddings()(tokens)
         if self.cell.token_dropout:
             embedded = embedded * (torch.rand(embedded.shape[:2]) >= self.cell.token_dropout)[..., None]
@@ -231,12 +229,12 @@ class Clinc:
         self.model.base_model.load_state_dict(body.base_model.state_dict())
         self.examples, origin = self.task.load_with_source("train")
         self.items = [rows_of.Item(class_ids(self.tokenizer, e.prompt, 64), 0) for e in self.examples]
-        self.origin = {"train": {"rows": origin["rows"], "sha256": origin["fingerprint"]}}
+        self.origin = {"train": {"rows": len(self.examples), "sha256": origin["fingerprint"]}}
 
     def data(self) -> dict[str, Any]:
         """What identifies the rows of a record."""
-        source = self.task.source("validation")
-        development = {"rows": source["rows"], "sha256": source["fingerprint"]}
+        examples, origin = self.task.load_with_source("validation")
+        development = {"rows": len(examples), "sha256": origin["fingerprint"]}
         tokens = sum(len(item.ids) for item in self.items)
         return {**self.origin, "development": development, "tokens_of_a_pass": tokens}
 

@@ -26,8 +26,8 @@ import yaml
 
 from experiments.device_problems import PROBLEMS, freeze
 from experiments.device_rows import batches
-from experiments.runner import RECORDS, ROOT, processor
-from experiments.spec import SPECS, digest
+from experiments.measuring import processor
+from experiments.spec import RECORDS, SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import environment, prepare_cpu
@@ -36,7 +36,7 @@ from shadowpeft.train.config import RunLoader
 
 PLAN = SPECS / "device" / "search.yaml"
 FOLDER = RECORDS / "device"
-WORK = ROOT / "runs" / "device-search"
+WORK = Path(__file__).resolve().parents[1] / "runs" / "device-search"
 SAVE_EVERY = 180.0
 """Seconds between saved states."""
 
@@ -73,6 +73,8 @@ class Cell:
     token_dropout: float = 0.0
     """Of the embedded tokens, whole tokens."""
     seed: int = 0
+    start: str = ""
+    """Another cell whose state this one starts from, so that two ways to go on can be compared; its passes count."""
 
     def __post_init__(self) -> None:
         if self.problem not in PROBLEMS or self.target not in ("action", "reply"):
@@ -150,10 +152,22 @@ class Training:
         groups = [{"params": decayed, "weight_decay": cell.weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, lr=cell.rate, fused=True)
         self.averaged = [p.detach().clone() for _, p in self.named]
-        self.at = {"pass": 0, "step": 0, "steps": 0, "tokens": 0, "seconds": 0.0, "processor": 0.0, "loss": 0.0}
+        self.at: dict[str, Any] = {
+            "pass": 0,
+            "step": 0,
+            "steps": 0,
+            "begun": 0,
+            "tokens": 0,
+            "seconds": 0.0,
+            "processor": 0.0,
+            "loss": 0.0,
+        }
         self.curve: list[dict[str, Any]] = []
         if self.file.is_file():
-            self._load()
+            self._load(self.file, cell.digest())
+        elif cell.start:
+            self._load(work / cell.start / "state.pt", None)
+            self.at["begun"] = self.at["steps"]
 
     # ------------------------------------------------------------------------------------------------------------- state
 
@@ -173,19 +187,17 @@ class Training:
         with whole(self.file) as beside:
             torch.save(state, beside)
 
-    def _load(self) -> None:
-        state = torch.load(self.file, weights_only=True)
-        if state["settings"] != self.cell.digest() or state["data"] != self.problem.data():
-            raise ConfigError(
-                f"the state of '{self.cell.name}' is of other settings or rows; remove '{self.file.parent}' to start anew"
-            )
+    def _load(self, file: Path, settings: str | None) -> None:
+        state = torch.load(file, weights_only=True)
+        if settings not in (None, state["settings"]) or state["data"] != self.problem.data():
+            raise ConfigError(f"the state '{file}' is of other settings or rows; remove '{file.parent}' to start anew")
         with torch.no_grad():
             for (name, p), mean, kept in zip(self.named, self.averaged, state["averaged"], strict=True):
                 p.copy_(state["weights"][name])
                 mean.copy_(kept)
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"])
-        self.at, self.curve = state["at"], state["curve"]
+        self.at, self.curve = {"begun": 0, **state["at"]}, state["curve"]
 
     @contextlib.contextmanager
     def judged_weights(self) -> Iterator[None]:
@@ -207,7 +219,9 @@ class Training:
         """The rate of the next step."""
         done = self.at["steps"]
         rise = min(1.0, (done + 1) / max(self.cell.warmup, 1))
-        return self.cell.rate * rise * (1.0 if self.cell.schedule == "constant" else 1.0 - done / total)
+        if self.cell.schedule == "constant":
+            return self.cell.rate * rise
+        return self.cell.rate * rise * (1.0 - (done - self.at["begun"]) / (total - self.at["begun"]))
 
     def step(self, places: list[int], total: int) -> None:
         """One optimiser step on some rows.
@@ -270,7 +284,7 @@ class Training:
             worth = self.problem.development(greedy=last)
         for older in self.curve:  # what each row was worth is kept of the last point alone
             older["constrained"].pop("values", None)
-        point = {"pass": self.at["pass"], "steps": self.at["steps"], "tokens": self.at["tokens"]}
+        point: dict[str, Any] = {"pass": self.at["pass"], "steps": self.at["steps"], "tokens": self.at["tokens"]}
         point.update(seconds=round(self.at["seconds"], 1), processor_seconds=round(self.at["processor"], 1))
         point.update(train_loss=round(loss, 4), **worth)
         point.update(judged_seconds=[round(time.monotonic() - began, 1), round(time.process_time() - used, 1)])

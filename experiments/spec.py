@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import RunLoader, ShadowSection, TrainingSection
 
-SPECS = Path(__file__).parent / "specs"
-RECORDS = Path(__file__).parent / "records"
+ROOT = Path(__file__).parents[1]
+SPECS = ROOT / "experiments" / "specs"
+RECORDS = ROOT / "experiments" / "records"
 KINDS = ("table1", "ablation", "ood", "scaling", "latency", "system")
 
 
@@ -221,19 +222,19 @@ def _read(name: str, folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``above`` laid over ``below``, key by key; null takes a key away; of some keys one replaces another."""
-    found = copy.deepcopy(below)
+    merged = copy.deepcopy(below)
     for group in _EITHER:
         if any(above.get(key) is not None for key in group):
             for key in group:
-                found.pop(key, None)
+                merged.pop(key, None)
     for key, value in above.items():
         if value is None:
-            found.pop(key, None)
-        elif isinstance(value, dict) and isinstance(found.get(key), dict):
-            found[key] = merge(found[key], value)
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
         else:
-            found[key] = copy.deepcopy(value)
-    return found
+            merged[key] = copy.deepcopy(value)
+    return merged
 
 
 def cells(spec: Spec) -> list[Cell]:
@@ -242,7 +243,7 @@ def cells(spec: Spec) -> list[Cell]:
     Raises:
         ConfigError: if a cell has no budget, no learning rate or two of either, or matches a method that is not there.
     """
-    found = []
+    all_cells = []
     for task, part in spec.tasks.items():
         unknown = set(part.methods) - set(spec.methods)
         if unknown:
@@ -255,23 +256,23 @@ def cells(spec: Spec) -> list[Cell]:
                 if method.method == "base" and seed != seeds[0]:
                     continue  # nothing about the bare base is drawn
                 if method.tasks is None or task in method.tasks:
-                    found.append(_cell(spec, task, part, name, method, seed))
-    return found
+                    all_cells.append(_cell(spec, task, part, name, method, seed))
+    return all_cells
 
 
 def _layers(spec: Spec, part: TaskPart, name: str, key: str) -> list[dict[str, Any]]:
     """What a spec says of a method's ``fields``, ``train`` or ``rates`` on a task, the general before the special."""
     method = spec.methods[name]
     below = _layers(spec, part, method.like, key) if method.like is not None else []
-    found = [*below, getattr(method, key), part.methods.get(name, {}).get(key)]
-    return [layer for layer in found if layer is not None]
+    layers = [*below, getattr(method, key), part.methods.get(name, {}).get(key)]
+    return [layer for layer in layers if layer is not None]
 
 
 def _merged(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for layer in layers:
-        found = merge(found, layer)
-    return found
+        merged = merge(merged, layer)
+    return merged
 
 
 def _cell(spec: Spec, task: str, part: TaskPart, name: str, method: Method, seed: int) -> Cell:

@@ -1,6 +1,6 @@
 """The device-cloud pair as a system (Figure 4, Table 3): requests one by one over HTTP, accuracy and latency of each system.
 
-``scripts/system_test.py`` starts the two servers; here are the client and what is made of its measurements.
+``scripts/system_test`` starts the two servers; here are the client and what becomes of its measurements.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments.markdown import table
 from shadowpeft.data.tasks import Example, Task
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.evaluate import accuracy
-from shadowpeft.serve.client import Cloud
+from shadowpeft.serve.client import CloudClient
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Client:
         self, urls: Mapping[str, str], key: str, *, system_message: str | None, max_tokens: int, delay: float
     ) -> None:
         delays = {"edge": 0.0, "cloud": delay}
-        self._servers = {name: Cloud(url, key, timeout=120.0, delay=delays[name]) for name, url in urls.items()}
+        self._servers = {name: CloudClient(url, key, timeout=120.0, delay=delays[name]) for name, url in urls.items()}
         self._lead = [] if system_message is None else [{"role": "system", "content": system_message}]
         self._max_tokens = max_tokens
 
@@ -85,11 +86,11 @@ class Client:
         if system.route is not None:
             body["route"] = system.route
         began = time.perf_counter()
-        made = await self._servers[system.server].ask("/v1/chat/completions", body)
+        answer = await self._servers[system.server].ask("/v1/chat/completions", body)
         milliseconds = 1000 * (time.perf_counter() - began)
-        note = made["shadowpeft"]
-        text = made["choices"][0]["message"]["content"]
-        tokens = made["usage"]["completion_tokens"]
+        note = answer["shadowpeft"]
+        text = answer["choices"][0]["message"]["content"]
+        tokens = answer["usage"]["completion_tokens"]
         return Reply(
             text.strip(), milliseconds, tokens, note["where"], note["reason"], bool(note.get("degraded", False))
         )
@@ -132,7 +133,7 @@ async def measure(
 
 
 def summarise(replies: Sequence[Reply], examples: Sequence[Example], task: Task) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, latency, and where the answers were made.
+    """Accuracy with its 95 % interval, latency, and who answered.
 
     Returns:
         ``accuracy``, ``interval``, ``n``, the parts of ``task.score``, ``p50_ms``, ``p95_ms``, ``mean_ms``, ``tokens`` (mean of
@@ -167,42 +168,33 @@ def record(replies: Mapping[str, Sequence[Reply]]) -> dict[str, list[dict[str, A
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
+def by_delay(result: Mapping[str, Any]) -> str:
     """Markdown: a row for each delay and system."""
-    lines = [
-        "| network delay, ms | system | accuracy | 95 % interval | p50, ms | p95, ms | on the device |",
-        "|---|---|---|---|---|---|---|",
+    header = ["network delay, ms", "system", "accuracy", "95 % interval", "p50, ms", "p95, ms", "on the device"]
+    rows = [
+        [
+            f"{delay['milliseconds']:g}",
+            SYSTEMS[name].title,
+            f"{row['accuracy']:.1%}",
+            "{:.1%} - {:.1%}".format(*row["interval"]),
+            f"{row['p50_ms']:.0f}",
+            f"{row['p95_ms']:.0f}",
+            f"{row['on_device']:.1%}" + (f" ({row['degraded']} for want of a cloud)" if row["degraded"] else ""),
+        ]
+        for delay in result["delays"]
+        for name, row in delay["systems"].items()
     ]
-    for delay in result["delays"]:
-        for name, row in delay["systems"].items():
-            low, high = row["interval"]
-            cells = [
-                f"{delay['milliseconds']:g}",
-                SYSTEMS[name].title,
-                f"{row['accuracy']:.1%}",
-                f"{low:.1%} - {high:.1%}",
-                f"{row['p50_ms']:.0f}",
-                f"{row['p95_ms']:.0f}",
-                f"{row['on_device']:.1%}" + (f" ({row['degraded']} for want of a cloud)" if row["degraded"] else ""),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(table(header, rows)) + "\n"
 
 
 def side_by_side(asked: Sequence[str], replies: Mapping[str, Sequence[Reply]]) -> str:
     """Markdown: a row for each request, a column for each system."""
-    names = list(replies)
-    lines = [
-        f"| request | {' | '.join(SYSTEMS[name].title for name in names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for i, prompt in enumerate(asked):
-        cells = [_plain(prompt)]
-        for name in names:
-            reply = replies[name][i]
-            cells.append(f"{_plain(reply.text) or '(nothing)'} ({reply.where}, {reply.milliseconds:.0f} ms)")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+
+    def cell(reply: Reply) -> str:
+        return f"{_plain(reply.text) or '(nothing)'} ({reply.where}, {reply.milliseconds:.0f} ms)"
+
+    rows = [[_plain(prompt), *(cell(own[i]) for own in replies.values())] for i, prompt in enumerate(asked)]
+    return "\n".join(table(["request", *(SYSTEMS[name].title for name in replies)], rows)) + "\n"
 
 
 def _plain(text: str) -> str:

@@ -24,13 +24,13 @@ from rich.console import Console
 import shadowpeft
 from experiments.measuring import stamp
 from experiments.records import check_settings, read_file, write_record
-from experiments.spec import MODES, RECORDS, SPECS, Cell, digest
+from experiments.spec import MODES, RECORDS, ROOT, SPECS, Cell, digest
 from shadowpeft.apps import common
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import answer_loss, evaluate_task
-from shadowpeft.evaluate.engine import PREDICTIONS
+from shadowpeft.evaluate.folder import PREDICTIONS
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import DTYPES, environment
 from shadowpeft.storage import whole, write_json
@@ -38,7 +38,7 @@ from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
 
-WORK = Path(__file__).parent.parent / "runs" / "experiments"
+WORK = ROOT / "runs" / "experiments"
 CHECKPOINTS = 5
 """Checkpoints of a cell's training: a kill costs a fifth of it at most."""
 

@@ -23,6 +23,7 @@ import matrix  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import zoo  # noqa: E402
+from experiments.markdown import table  # noqa: E402
 from experiments.measuring import releases, stamp  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
@@ -58,19 +59,20 @@ def split(results: dict[str, dict[str, object]]) -> tuple[list[str], list[str], 
     )
 
 
-def table(names: list[str], results: dict[str, dict[str, object]]) -> list[str]:
-    lines = ["| architecture | works | detached as | first step that fails, and why |", "|---|---|---|---|"]
+def outcomes(names: list[str], results: dict[str, dict[str, object]]) -> list[str]:
+    """A table: what works, as what it is detached, and why what does not work does not."""
+    rows = []
     for name in sorted(names, key=lambda n: (bool(results[n].get("passed")), n)):
         result = results[name]
         why = ""
         if not result.get("passed"):
             outcome = "refused" if result.get("refused") else "failed"
-            why = (
-                f"{outcome} at {result.get('failed', '-')}: {str(result.get('reason', result.get('error', '')))[:260]}"
-            )
-        works = "yes" if result.get("passed") else "no"
-        lines.append(f"| `{name}` | {works} | {result.get('shadow', '')} | {why.replace('|', '/')} |")
-    return lines
+            reason = str(result.get("reason", result.get("error", "")))[:260]
+            why = f"{outcome} at {result.get('failed', '-')}: {reason}"
+        rows.append(
+            [f"`{name}`", "yes" if result.get("passed") else "no", str(result.get("shadow", "")), why.replace("|", "/")]
+        )
+    return table(["architecture", "works", "detached as", "first step that fails, and why"], rows)
 
 
 def page(record: dict[str, object]) -> str:
@@ -99,7 +101,8 @@ def page(record: dict[str, object]) -> str:
         "|---|---|",
         "| attach | `get_peft_model` with an implicit shadow of one layer |",
         "| identity | logits bit-identical to the base's before training |",
-        "| gradients | in four optimiser steps every trainable tensor gets a gradient, not always 0, and no base tensor one |",
+        "| gradients | in four optimiser steps every trainable tensor gets a gradient, and not always zero; no base tensor "
+        "gets one |",
         "| effect | logits are finite and have changed |",
         "| cache | greedy tokens with cache equal those without; logits of a prompt in parts equal those of the whole |",
         "| detach | the detached model's logits are the shadow's; its cached greedy tokens equal its uncached ones |",
@@ -116,7 +119,8 @@ def page(record: dict[str, object]) -> str:
         "corrected in all of them.",
         "- The shadow takes its type from the base's first full-attention layer; if its class refuses that alone, or cannot "
         "be run or cached alone, from the next type, and at last one layer of each.",
-        "- A shadow whose layers read the tokens (per-layer embeddings, hash routing) is run from tokens, not embeddings.",
+        "- A shadow whose layers read the tokens (per-layer embeddings, hash routing) is run from tokens instead of "
+        "embeddings.",
         "- Tensors that no gradient can reach (an indexer's choice, attention to an absent encoder) are found at attaching "
         "and not trained (`shadow_frozen` in the adapter's configuration).",
         "- What stands between backbone and logits, and which target the base's loss uses, is tried out with random states; a "
@@ -125,19 +129,20 @@ def page(record: dict[str, object]) -> str:
         "",
         "## Decoders",
         "",
-        *table(decoders, results),
+        *outcomes(decoders, results),
         "",
         "## Encoder families built as decoders",
         "",
-        *table(families, results),
+        *outcomes(families, results),
         "",
         "## Not measured",
         "",
         "Their tiny instance does not run by itself here, so nothing can be said of a shadow on it.",
         "",
-        "| architecture | what the bare model does |",
-        "|---|---|",
-        *(f"| `{n}` | {' '.join(str(results[n]['error']).split())[:200].replace('|', '/')} |" for n in silent),
+        *table(
+            ["architecture", "what the bare model does"],
+            ([f"`{n}`", " ".join(str(results[n]["error"]).split())[:200].replace("|", "/")] for n in silent),
+        ),
         "",
         "Classes that need pictures or sound, or only join other models, are left out: "
         + ", ".join(f"`{n}`" for n in zoo.MULTIMODAL)

@@ -26,7 +26,8 @@ from shadowpeft.hf.base.load import load_base
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.serve.backend import Attached, Backend, Detached
 from shadowpeft.serve.capacity import answers_per_second
-from shadowpeft.serve.engine import Engine, Event, Failed, Finish, Limits, Sampling
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.requests import Event, Failed, Finish, SamplingParams
 from shadowpeft.tokenizer import load_tokenizer
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "capacity.json"
@@ -110,7 +111,7 @@ def pace(backend: Backend, name: str, rows: int, prompt: int, new: int, rounds: 
     """Medians: milliseconds to read a prompt, of a step, and what an engine with full rows gives, beside the formula."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 1000, (rows, prompt), generator=generator)
-    reads, steps, given = [], [], []
+    reads, steps, measured = [], [], []
     for _ in range(rounds):
         with torch.inference_mode():
             session = backend.open([name] * rows)
@@ -123,20 +124,20 @@ def pace(backend: Backend, name: str, rows: int, prompt: int, new: int, rounds: 
                 mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
                 last = session.forward(last, mask).argmax(-1, keepdim=True)
             steps.append((time.perf_counter() - began) / (new - 1))
-        given.append(throughput(backend, name, ids.tolist(), new))
+        measured.append(throughput(backend, name, ids.tolist(), new))
     read, step = 1000 * statistics.median(reads), 1000 * statistics.median(steps)
     return {
         "rows": rows,
         "prefill_ms": round(read, 1),
         "step_ms": round(step, 1),
         "formula_per_second": round(answers_per_second(rows, read, step, new - 1), 3),
-        "measured_per_second": round(statistics.median(given), 3),
+        "measured_per_second": round(statistics.median(measured), 3),
     }
 
 
 def throughput(backend: Backend, name: str, prompts: list[list[int]], new: int) -> float:
     """Answers per second of an engine that gets two requests for every row at once."""
-    engine = Engine(backend, Limits(rows=len(prompts), queue=2 * len(prompts), new_tokens=new))
+    engine = Engine(backend, EngineLimits(max_num_seqs=len(prompts), queue=2 * len(prompts), new_tokens=new))
     left, over, failed = threading.Semaphore(0), 2 * len(prompts), []
 
     def emit(event: Event) -> None:
@@ -146,7 +147,7 @@ def throughput(backend: Backend, name: str, prompts: list[list[int]], new: int) 
             left.release()
 
     for prompt in prompts * 2:
-        engine.submit(prompt, name, Sampling(max_tokens=new), emit)
+        engine.submit(prompt, name, SamplingParams(max_tokens=new), emit)
     began = time.perf_counter()
     engine.start()
     for _ in range(over):
@@ -174,10 +175,10 @@ def main() -> None:
     tokenizer = load_tokenizer(BASE)
     attached = Attached(model, tokenizer, {"default": BASE}, "base")
     detached = Detached(shadowpeft.detach(model), tokenizer, "device")
-    attached.ends = detached.ends = frozenset()  # every answer has its full length
+    attached.stop_token_ids = detached.stop_token_ids = frozenset()  # every answer has its full length
     jobs = [(attached, "default", rows) for rows in options.rows] + [(detached, "device", 1)]
     console = Console(stderr=True)
-    found = [
+    paces = [
         pace(backend, name, rows, options.prompt, options.new, options.rounds)
         for backend, name, rows in track(jobs, "measuring", console=console)
     ]
@@ -185,8 +186,8 @@ def main() -> None:
         "base": f"{BASE}, float32",
         "prompt_tokens": options.prompt,
         "new_tokens": options.new,
-        "attached": found[:-1],
-        "detached": found[-1],
+        "attached": paces[:-1],
+        "detached": paces[-1],
         "memory": {name: memory(name) for name in MODELS},
         "machine": environment(),
     }

@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.markdown import table
 from experiments.measuring import releases, stamp
 
 from shadowpeft import versions
@@ -115,10 +116,8 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"Record: [records/versions.json](records/versions.json). Python {record['python']}, {record['platform']}.",
         "",
-        "| transformers | PEFT | TRL | passed | failed | verdict | within the limits | date |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    notes = []
+    rows, notes = [], []
     for name, row in record["environments"].items():
         v = row["versions"]
         share = row["passed"] / max(1, row["passed"] + len(row["failed"]))
@@ -127,14 +126,15 @@ def page(record: dict[str, Any]) -> str:
         )
         limits = {n: versions.TESTED[n].oldest for n in ("transformers", "peft", "trl")}
         inside = all(versions.release(v[n]) >= versions.release(oldest) for n, oldest in limits.items())
-        lines.append(
-            f"| {v['transformers']} | {v['peft']} | {v['trl']} | {row['passed']} | {len(row['failed'])} | {verdict} "
-            f"| {'yes' if inside else 'no'} | {row['date']} |"
-        )
+        passed, failed = str(row["passed"]), str(len(row["failed"]))
+        within = "yes" if inside else "no"
+        rows.append([v["transformers"], v["peft"], v["trl"], passed, failed, verdict, within, row["date"]])
         if row["exit"]:
             tests = sorted({f.split("::")[-1].split("[")[0] for f in row["failed"]})
             shown = ", ".join(tests[:6]) + (f" and {len(tests) - 6} more" if len(tests) > 6 else "")
             notes.append(f"- `{name}`: {shown}. First reason: `{row['first_reason']}`")
+    header = ["transformers", "PEFT", "TRL", "passed", "failed", "verdict", "within the limits", "date"]
+    lines += table(header, rows)
     if notes:
         lines += ["", "## What fails", "", *notes]
     return "\n".join(lines) + "\n"

@@ -40,9 +40,9 @@ def facts(text: str) -> tuple[list[float], list[str], list[list[str]]]:
     return numbers(text), links(text), [row[1:] for row in rows(text)[1:]]
 
 
-def benchmark(name: str) -> ModuleType:
-    """A script of ``benchmarks/`` as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+def script(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

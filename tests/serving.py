@@ -11,8 +11,10 @@ import shadowpeft
 from chatbase import chat_model, chat_tokenizer
 from several import several
 from shadowpeft.serve.backend import Attached, Detached
-from shadowpeft.serve.engine import Engine, Failed, Finish, Limits, Sampling, Token
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.requests import Failed, Finish, SamplingParams, Token
 from shadowpeft.serve.router import Calibration
+from shadowpeft.serve.sessions import Session
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "default": {"r": 4},
@@ -74,13 +76,13 @@ def ask(engine: Engine, prompt: str, name: str, until: Any = None, **sampling: A
     """Submit a prompt, as it is."""
     reader = Reader()
     ids = engine.backend.tokenizer(prompt, add_special_tokens=False).input_ids
-    reader.work = engine.submit(ids, name, Sampling(**sampling), reader, until)  # type: ignore[attr-defined]
+    reader.request = engine.submit(ids, name, SamplingParams(**sampling), reader, until)  # type: ignore[attr-defined]
     return reader
 
 
 def engine_of(backend: Any, **limits: Any) -> Engine:
     """A running engine."""
-    made = Engine(backend, Limits(**limits))
+    made = Engine(backend, EngineLimits(**limits))
     made.start()
     return made
 
@@ -108,9 +110,9 @@ class Scripted:
     def open(self, names):
         outer, rows = self, None
         pad = self.inner.tokenizer.pad_token_id
-        ends = next(iter(self.inner.ends))
+        end = next(iter(self.inner.stop_token_ids))
 
-        class Session:
+        class Saying(Session):
             def forward(self, ids, mask):
                 nonlocal rows
                 outer.passes += 1
@@ -120,7 +122,7 @@ class Scripted:
                     for text in texts:
                         word = next(w for w in outer.LINES if w in text)
                         said = outer.inner.tokenizer(outer.LINES[word], add_special_tokens=False).input_ids
-                        rows.append((iter([*said, ends]), 2.0 if word == "unsure" else 30.0))
+                        rows.append((iter([*said, end]), 2.0 if word == "unsure" else 30.0))
                 logits = torch.zeros(len(rows), 260)
                 for i, (said, strength) in enumerate(rows):
                     logits[i, next(said)] = strength
@@ -130,4 +132,6 @@ class Scripted:
                 nonlocal rows
                 rows = [rows[i] for i in kept]
 
-        return Session()
+            restart = None
+
+        return Saying()

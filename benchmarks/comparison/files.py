@@ -27,7 +27,7 @@ def _refused(kind: str, change: Callable[[Path], None] = lambda folder: None, **
         change(Path(folder))
         try:
             load(kind, tiny.base(**other_base), folder)
-        except (ValueError, ShadowPeftError):
+        except (ValueError, RuntimeError, ShadowPeftError):
             return True
     return False
 

@@ -17,7 +17,7 @@ from benchmarks.comparison.page import shown
 from benchmarks.comparison.peers import KINDS, Row
 
 
-def forked(run: Callable[[], Any], seconds: int = 60) -> dict[str, Any]:
+def forked(run: Callable[[], Any], seconds: int = 300) -> dict[str, Any]:
     """``{"value": ...}`` or ``{"value": None, "reason": ...}`` of ``run`` in a child process with a time limit."""
     read, write = os.pipe()
     child = os.fork()
@@ -55,10 +55,10 @@ def architectures(limit: int | None) -> dict[str, Any]:
     """How many architectures each implementation handles, of those whose stock model is sound by itself."""
     names = zoo.decoders()
     chosen = names if limit is None else names[:: max(1, len(names) // limit)][:limit]
-    sound = [name for name in chosen if forked(partial(architecture, "base", name), 20)["value"] is True]
+    sound = [name for name in chosen if forked(partial(architecture, "base", name), 60)["value"] is True]
     result: dict[str, Any] = {"of": len(sound), "tried": len(chosen), "fails": {}}
     for kind in KINDS:
-        outcomes = {name: forked(partial(architecture, kind, name), 30) for name in sound}
+        outcomes = {name: forked(partial(architecture, kind, name), 60) for name in sound}
         result[kind] = sum(outcome["value"] is True for outcome in outcomes.values())
         result[f"{kind}_attached"] = sum(bool(outcome["value"]) for outcome in outcomes.values())
         result["fails"][kind] = {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.markdown import table
 from experiments.measuring import short
 
 from benchmarks.comparison.facts import FACTS
@@ -55,32 +56,26 @@ def _right_modes(record: dict[str, Any], kind: str) -> str:
     return f"{sum(row[kind]['value'] is True for row in record['modes'].values())} of {len(record['modes'])}"
 
 
-def _head() -> list[str]:
-    return ["| | " + " | ".join(KINDS.values()) + " |", "|---" * (len(KINDS) + 1) + "|"]
-
-
-def _lines(rows: Mapping[str, Row], outcomes: dict[str, Any]) -> list[str]:
+def _cells(rows: Mapping[str, Row], outcomes: dict[str, Any]) -> list[list[str]]:
+    """A line for each row that is in the record."""
     return [
-        f"| {row.label} | " + " | ".join(shown(outcomes[key][kind]) for kind in KINDS) + " |"
-        for key, row in rows.items()
-        if key in outcomes
+        [row.label, *(shown(outcomes[key][kind]) for kind in KINDS)] for key, row in rows.items() if key in outcomes
     ]
 
 
 def short_table(record: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
     """Counts, facts and speed; README shows the counts and the facts of ``only``."""
-    lines = _head()
+    lines = []
     counts = record.get("architectures")
     if counts:
         labels = {"_attached": "attach, train, cached = uncached", "": "and detach, generate"}
         for end, label in labels.items():
-            cells = " | ".join(str(counts[kind + end]) for kind in KINDS)
-            lines.append(f"| architectures, of {counts['of']}: {label} | {cells} |")
-    lines.append("| modes of generation that are right | " + " | ".join(_right_modes(record, k) for k in KINDS) + " |")
-    lines += _lines({key: row for key, row in ROWS.items() if only is None or key in only}, record["facts"])
+            lines.append([f"architectures, of {counts['of']}: {label}", *(str(counts[kind + end]) for kind in KINDS)])
+    lines.append(["modes of generation that are right", *(_right_modes(record, kind) for kind in KINDS)])
+    lines += _cells({key: row for key, row in ROWS.items() if only is None or key in only}, record["facts"])
     if only is None:
-        lines += [f"| {label} | {ours} | {peers} | not measured |" for label, ours, peers in _speed()]
-    return lines
+        lines += [[label, ours, pefts, "not measured"] for label, ours, pefts in _speed()]
+    return table(["", *KINDS.values()], lines)
 
 
 def source(record: dict[str, Any]) -> str:
@@ -105,15 +100,18 @@ def source_of_speed() -> str:
 
 def page(record: dict[str, Any]) -> str:
     """docs/comparison.md."""
-    lines = ["# Comparison", "", source(record) + source_of_speed(), "", *short_table(record), ""]
+    later = "".join(
+        f" {len(more['rows'])} rows were measured later ({more['date']}, commit {short(more['commit'])})."
+        for more in record.get("later", [])
+    )
+    lines = ["# Comparison", "", source(record) + later + source_of_speed(), "", *short_table(record), ""]
     lines += [
         f'"{NONE}" stands where an implementation does not have what the row is about. The rows that measure a numbered defect '
         "are named in [defects.md](defects.md).",
         "",
         "## Modes of generation",
         "",
-        *_head(),
-        *_lines(MODES, record["modes"]),
+        *table(["", *KINDS.values()], _cells(MODES, record["modes"])),
     ]
     reasons = [
         f"- {KINDS[kind]}, {rows[key].label}: `{outcome[kind]['reason']}`"

@@ -159,7 +159,8 @@ def _trainer_lambda(kind: str, settings: dict[str, Any], options: dict[str, Any]
 
     def train(model: Any, folder: str) -> None:
         torch.manual_seed(0)
-        arguments = TrainingArguments(output_dir=folder, max_steps=1, save_strategy="no", **ARGUMENTS, **settings)
+        own = {**ARGUMENTS, **settings, "remove_unused_columns": kind != "authors"}  # whose forward names no columns
+        arguments = TrainingArguments(output_dir=folder, max_steps=1, save_strategy="no", **own)
         trainer(model=model, args=arguments, train_dataset=data, **options).train()
 
     return _takes_effect(kind, train)

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from experiments.markdown import table
 from experiments.report.records import (
     NOT_RUN,
     Page,
@@ -17,7 +18,7 @@ from experiments.report.records import (
     title_with_rows,
     unlike,
 )
-from experiments.report.tables import TABLES, table, training_table
+from experiments.report.tables import TABLES, training_table
 from experiments.spec import KINDS, Spec, cells, names, read_spec
 from shadowpeft.storage import between, write_text
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import read_record, record_file
-from experiments.spec import MODES, RECORDS, SPECS, Cell, Evaluation, Spec, cells, evaluation_name
+from experiments.spec import MODES, RECORDS, ROOT, SPECS, Cell, Evaluation, Spec, cells, evaluation_name
 from shadowpeft.evaluate.record import bootstrap
 
-ROOT = Path(__file__).parents[2]
 NOT_RUN = "not run"
 TITLES = {
     "mmlu": "MMLU",

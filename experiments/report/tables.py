@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from experiments.markdown import table
 from experiments.report.records import (
     NOT_RUN,
     TITLES,
@@ -19,12 +20,6 @@ from experiments.report.records import (
     title_with_rows,
 )
 from experiments.spec import MODES, Spec, cells
-
-
-def table(header: list[str], lines: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    head = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return head + ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def tasks_table(page: Page, spec: Spec, paper: dict[str, Any]) -> list[str]:

@@ -52,7 +52,7 @@ def main() -> None:
     }
     result["requests"]["replies"] = system.record(ten)
     write_json(options.out / "result.json", result)
-    table = system.table(result)
+    table = system.by_delay(result)
     (options.out / "table.md").write_text(table, encoding="utf-8")
     (options.out / "requests.md").write_text(system.side_by_side(REQUESTS, ten), encoding="utf-8")
     system.draw(result, options.out / "system.png")

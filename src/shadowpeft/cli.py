@@ -5,6 +5,7 @@ A command imports torch and the like when it runs, so that ``--help`` is instant
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Optional
 
@@ -15,6 +16,8 @@ from shadowpeft.apps import convert, demo, detach, doctor, export, generate, inf
 from shadowpeft.apps.options import Adapter, Base, Device, Json, System
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.messages import shorten
+from shadowpeft.serve.options import Options, command_of
+from shadowpeft.terminal import check_arguments, one_line
 
 app = typer.Typer(
     name="shadowpeft",
@@ -24,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-_state = {"debug": False}
 
 
 def _version(value: bool) -> None:
@@ -41,7 +42,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    _state["debug"] = debug
+    """``main`` reads ``--debug`` itself."""
 
 
 app.command("train")(train.main)
@@ -62,24 +63,24 @@ def evaluate(
     ] = None,
     mode: Annotated[
         Optional[list[str]],
-        typer.Option(help="attached, detached, base (with --task also lora, dora); repeatable. Default: all that fit."),
+        typer.Option(help="attached, detached, base, lora or dora; repeatable. Default: all that fit."),
     ] = None,
     base: Base = None,
     limit: Annotated[
-        Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with a fixed seed.")
+        Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with --seed.")
     ] = None,
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64.")
+        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for robot 16.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
     shots: Annotated[int, typer.Option(min=0, help="With --task: worked examples before each question.")] = 0,
     method: Annotated[
-        Optional[str], typer.Option(help="With --task: generate, likelihood or classify. Default: the task's.")
+        Optional[str], typer.Option(help="generate, likelihood or classify. Default: the task's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="With --task: which rows --limit and --shots draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which rows --limit and --shots draw.")] = 0,
     out: Annotated[
-        Optional[str], typer.Option(help="With --task: folder for predictions and records; continued if it is there.")
+        Optional[str], typer.Option(help="Folder for predictions and records; continued if it is there.")
     ] = None,
     device: Device = "auto",
     json: Json = False,
@@ -87,15 +88,12 @@ def evaluate(
     """Evaluate attached, detached and bare base on the same rows."""
     from shadowpeft.apps import evaluate as command
 
-    if task is None:
-        modes = mode or ["base", "attached", "detached"]
-        command.main(adapter, data or "robot", modes, base, limit, max_new_tokens or 64, batch_size, device, json)
-        return
-    if data is not None or max_new_tokens is not None:
+    if task is not None and (data is not None or max_new_tokens is not None):
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
-    command.run_task(
+    command.main(
         adapter,
+        (data or "robot") if task is None else None,
         task,
         mode,
         base,
@@ -104,6 +102,7 @@ def evaluate(
         limit=limit,
         seed=seed,
         method=method,
+        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         out=out,
         device=device,
@@ -174,76 +173,12 @@ def calibrate(
 
 
 @app.command()
-def serve(
-    adapters: Annotated[
-        list[str], typer.Argument(help="FOLDER or NAME=FOLDER: adapters (cloud: several), or an edge model.")
-    ],
-    role: Annotated[str, typer.Option(help="cloud (attached) or edge (detached; the router hands on to the cloud).")],
-    base: Base = None,
-    device: Device = "auto",
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    auth: Annotated[
-        bool, typer.Option(help="Take keys from SHADOWPEFT_API_KEYS; --no-auth works on a loopback host only.")
-    ] = True,
-    cloud_url: Annotated[Optional[str], typer.Option(help="Edge: the cloud server.")] = None,
-    cloud_model: Annotated[str, typer.Option(help="Edge: the model's name there.")] = "default",
-    cloud_timeout: Annotated[float, typer.Option(min=0.1, help="Edge: seconds until the cloud counts as away.")] = 30.0,
-    cloud_delay_ms: Annotated[float, typer.Option(min=0, help="Edge: wait before each request, as a network.")] = 0.0,
-    when_cloud_down: Annotated[str, typer.Option(help="Edge: local (say so) or error.")] = "local",
-    routing: Annotated[
-        Optional[str], typer.Option(help="Edge: the calibration. Default: routing.json beside the model, if there.")
-    ] = None,
-    skills: Annotated[
-        Optional[str],
-        typer.Option(help="Edge: file of the known actions. Default: the calibration's, or the packaged 34."),
-    ] = None,
-    versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None,
-    system: System = None,
-    rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16,
-    batches: Annotated[
-        int, typer.Option(min=1, help="Batches that run at the same time: requests that start together are one.")
-    ] = 4,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused with 429.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    default_tokens: Annotated[int, typer.Option(min=1, help="Answer's length where a request names none.")] = 64,
-    answer_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Time from a request to the end of its answer; then it is cut, and says so.")
-    ] = 120.0,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="Time to finish what runs at shutdown.")] = 30.0,
-) -> None:
+@command_of(Options)
+def serve(options: Options) -> None:
     """Serve the OpenAI API, as cloud or as edge."""
     from shadowpeft.apps import serve as command
 
-    command.main(
-        command.Options(
-            adapters=adapters,
-            role=role,
-            base=base,
-            device=device,
-            host=host,
-            port=port,
-            auth=auth,
-            cloud_url=cloud_url,
-            cloud_model=cloud_model,
-            cloud_timeout=cloud_timeout,
-            cloud_delay_ms=cloud_delay_ms,
-            when_cloud_down=when_cloud_down,
-            routing=routing,
-            skills=skills,
-            versions=versions,
-            system=system,
-            rows=rows,
-            batches=batches,
-            queue=queue,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            default_tokens=default_tokens,
-            answer_seconds=answer_seconds,
-            drain_seconds=drain_seconds,
-        )
-    )
+    command.main(options)
 
 
 app.command("demo")(demo.main)
@@ -251,18 +186,21 @@ app.command("demo")(demo.main)
 
 def main() -> None:
     """Entry point: exit 0 done, 1 failed, 2 wrong usage or configuration; one sentence unless ``--debug``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows escapes
     try:
+        check_arguments(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if _state["debug"]:
+        if "--debug" in sys.argv:
             raise
-        if isinstance(error, ShadowPeftError):
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            print(f"error: {type(error).__name__}: {shorten(error)} (run again with: shadowpeft --debug ...)", file=sys.stderr)
+        text = str(error)
+        if not isinstance(error, ShadowPeftError):
+            text = f"{type(error).__name__}: {shorten(error)} (run again with: shadowpeft --debug ...)"
+        print(f"error: {one_line(text)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from queue import Queue
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
 from shadowpeft.data.chat import render_prompt, stop_tokens, with_system
+from shadowpeft.data.padding import pad_inputs
+from shadowpeft.decode import Decoder, decode
 from shadowpeft.errors import DataError
 
 
@@ -28,12 +36,7 @@ class Answer:
 def encode_prompts(tokenizer: Any, prompts: list[list[dict[str, str]]], device: Any) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` ``(B, T)`` of rendered chats, padded on the left."""
     ids = [tokenizer(render_prompt(tokenizer, p), add_special_tokens=False).input_ids for p in prompts]
-    width = max(len(i) for i in ids)
-    pad = tokenizer.pad_token_id
-    return {
-        "input_ids": torch.tensor([[pad] * (width - len(i)) + i for i in ids], device=device),
-        "attention_mask": torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=device),
-    }
+    return pad_inputs(ids, tokenizer.pad_token_id, "left", device)
 
 
 @torch.inference_mode()
@@ -84,7 +87,7 @@ def answer(
             share = (time.perf_counter() - began) / len(chosen)
             for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
                 kept = row[: _length(row.tolist(), ends)]
-                answers[i] = Answer(tokenizer.decode(kept, skip_special_tokens=True).strip(), int(kept.numel()), share)
+                answers[i] = Answer(decode(tokenizer, kept.tolist()).strip(), int(kept.numel()), share)
             if progress is not None:
                 progress(start + len(chosen))
     return [a for a in answers if a is not None]
@@ -119,6 +122,19 @@ def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+class _Tokens(BaseStreamer):
+    """What ``generate`` gives a streamer: the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self.queue: Queue[Tensor | None] = Queue()
+
+    def put(self, value: Tensor) -> None:
+        self.queue.put(value)
+
+    def end(self) -> None:
+        """The end comes when ``generate`` has returned or failed."""
+
+
 def stream(
     model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], *, max_new_tokens: int = 256, **sampling: Any
 ) -> Iterator[str]:
@@ -127,38 +143,33 @@ def stream(
     Raises:
         DataError: if the prompt with its answer does not fit the model's context.
     """
-    from threading import Thread
-
-    from transformers import TextIteratorStreamer
-
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    tokens, decoder, left = _Tokens(), Decoder(tokenizer), Event()
     inputs = encode_prompts(tokenizer, [messages], next(model.parameters()).device)
     _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
-    ends = stop_tokens(model, tokenizer)
-    failures: list[BaseException] = []
 
-    def run() -> None:
+    def is_left(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(ids),), left.is_set(), device=ids.device)
+
+    with evaluating(model), ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(
+            model.generate,  # type: ignore[arg-type]
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            streamer=tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stop_tokens(model, tokenizer),
+            stopping_criteria=StoppingCriteriaList([is_left]),
+            **options,
+        )
+        whole.add_done_callback(lambda _: tokens.queue.put(None))
         try:
-            model.generate(  # type: ignore[operator]
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=ends,
-                **options,
-            )
-        except BaseException as error:  # noqa: BLE001  (handed to the reader below, which raises it)
-            failures.append(error)
-            streamer.end()
-
-    with evaluating(model):
-        thread = Thread(target=run, daemon=True)
-        thread.start()
-        yield from streamer
-        thread.join()
-    if failures:
-        raise failures[0]
+            for value in islice(iter(tokens.queue.get, None), 1, None):
+                yield from (piece for token in value.flatten().tolist() if (piece := decoder.push(token)))
+            whole.result()
+            yield decoder.finish()
+        finally:
+            left.set()  # a reader that goes away waits for one token, not for the rest
 
 
 def routing_reason(action: str | None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 
 from shadowpeft.errors import VersionError
 
@@ -42,6 +41,8 @@ def release(version: str) -> tuple[int, ...]:
 
 def installed(package: str) -> str | None:
     """The installed version, or None."""
+    from importlib import metadata  # reads mail headers, which takes a tenth of --help's time
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -50,12 +51,12 @@ def installed(package: str) -> str | None:
 
 def state(package: str) -> tuple[str, str | None]:
     """``ok``, ``too old``, ``untested`` or ``not installed``, and the installed version."""
-    found = installed(package)
-    if found is None:
+    version = installed(package)
+    if version is None:
         return MISSING, None
-    if release(found) < release(TESTED[package].oldest):
-        return OLD, found
-    return (NEW if release(found) > release(TESTED[package].newest) else OK), found
+    if release(version) < release(TESTED[package].oldest):
+        return OLD, version
+    return (NEW if release(version) > release(TESTED[package].newest) else OK), version
 
 
 def check(*packages: str) -> None:
@@ -68,17 +69,17 @@ def check(*packages: str) -> None:
         VersionError: if an installed release is older than the oldest that works.
     """
     for package in packages or [name for name, limits in TESTED.items() if limits.required]:
-        kind, found = state(package)
+        kind, version = state(package)
         limits = TESTED[package]
         if kind == OLD:
             raise VersionError(
-                f"{package} {found} is installed but shadowpeft needs {limits.oldest} or newer; run: pip install "
+                f"{package} {version} is installed but shadowpeft needs {limits.oldest} or newer; run: pip install "
                 f"'{package}>={limits.oldest}'"
             )
         if kind == NEW and package not in _warned:
             _warned.add(package)
             warnings.warn(
-                f"{package} {found} is newer than {limits.newest}, the newest that shadowpeft was tested with; run "
+                f"{package} {version} is newer than {limits.newest}, the newest that shadowpeft was tested with; run "
                 "'shadowpeft doctor ADAPTER' to see whether it works here",
                 stacklevel=3,
             )

@@ -21,9 +21,9 @@ class Watched:
         self._first, self._began = done, time.monotonic()
         self._printed = self._began
         if not quiet and (console.is_terminal or console.is_jupyter):
-            columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"))
-            more = (TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-            self._bar = Progress(*columns, *more, console=console, refresh_per_second=2)
+            done_so_far = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            to_come = (TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
+            self._bar = Progress(*done_so_far, *to_come, console=console, refresh_per_second=2)
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=done, note="")
 

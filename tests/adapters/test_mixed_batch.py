@@ -339,7 +339,7 @@ def test_a_trained_module_called_with_flattened_tokens_is_refused():
 
 def test_streams_of_residuals():
     """A decoder that carries several residual streams: their axis is kept, the rows are divided."""
-    from shadowpeft.hf.forward.hooks import _streams
+    from shadowpeft.hf.forward.inputs import streams_axis
 
     for streams_first, shape, axis in ((True, (4, 3, 5, 8), 0), (False, (3, 5, 4, 8), 2)):
-        assert _streams(torch.zeros(shape), (3, 5, 8), streams_first) == axis
+        assert streams_axis(torch.zeros(shape), (3, 5, 8), streams_first) == axis

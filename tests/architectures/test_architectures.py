@@ -1,12 +1,13 @@
 """A fixed spread of architectures, one of each kind; `make architectures` tries them all and writes docs/architectures.md."""
 
 import json
-from pathlib import Path
 
 import matrix
 import pytest
 import zoo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pages import ROOT, facts, script
 
 SPREAD = {
     "llama": "the usual decoder",
@@ -43,7 +44,7 @@ REFUSED = {
     "xlnet": "cannot run from a shadow's input",
     "prophetnet": "predicts several tokens at once",
 }
-RECORD = Path(__file__).parents[2] / "docs" / "records" / "architectures.json"
+RECORD = ROOT / "docs" / "records" / "architectures.json"
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -69,6 +70,12 @@ def test_the_committed_table_holds_what_is_promised():
     assert len(passed) >= 0.95 * len(decoders)
     for name in (*decoders, *(n for n in zoo.encoder_families() if "parameters" in record.get(n, {}))):
         assert record[name]["passed"] or record[name]["refused"], f"{name} is neither right nor refused: {record[name]}"
+
+
+def test_the_committed_page_holds_what_the_committed_record_says():
+    page = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
+    again = script("scripts/architectures.py").page(json.loads(RECORD.read_text(encoding="utf-8")))
+    assert facts(page) == facts(again), "run `make architectures` and commit docs/architectures.md"
 
 
 def test_a_hang_and_a_crash_are_reported_not_shared():

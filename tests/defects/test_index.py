@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pages import facts, marked
+
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 NUMBERS = list(range(1, 27))
@@ -26,22 +28,28 @@ def test_every_defect_has_a_named_test_and_the_page_lists_them():
     assert {number: set(re.findall(r"`(test_defect_\w+)`", row)) for number, row in listed().items()} == tests
 
 
-def test_every_defect_is_measured_in_the_comparison_and_the_page_names_the_rows():
+@pytest.fixture(scope="module")
+def comparison():
+    """The rows of the comparison, and its record."""
     pytest.importorskip("shadow_peft")
-    from benchmarks.comparison.modes import MODES
-    from benchmarks.comparison.page import RECORD, ROWS
+    from benchmarks.comparison import modes, page
 
-    rows = {number: set() for number in NUMBERS}
-    for key, row in {**ROWS, **MODES}.items():
-        for number in row.defects:
-            rows[number].add(key)
-    assert all(rows.values())
-    named = {number: set(re.findall(r"`(\w+)`", row.split("|")[-2])) for number, row in listed().items()}
-    assert named == rows
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    assert {**ROWS}.keys() == record["facts"].keys()
-    assert MODES.keys() == record["modes"].keys()
-    for keys in rows.values():  # and ours has none of them
-        for key in keys:
-            ours = (record["facts"].get(key) or record["modes"][key])["ours"]
-            assert ours["value"] not in (None, False), key
+    return {**page.ROWS, **modes.MODES}, json.loads(page.RECORD.read_text(encoding="utf-8")), page
+
+
+def test_every_defect_is_measured_in_the_comparison_and_the_page_names_the_rows(comparison):
+    rows, record, _ = comparison
+    outcomes = {**record["facts"], **record["modes"]}
+    assert outcomes.keys() == rows.keys()
+    measured = {number: {key for key, row in rows.items() if number in row.defects} for number in NUMBERS}
+    assert all(measured.values())
+    assert {number: set(re.findall(r"`(\w+)`", row.split("|")[-2])) for number, row in listed().items()} == measured
+    for keys in measured.values():  # and ours has none of them
+        assert all(outcomes[key]["ours"]["value"] not in (None, False) for key in keys)
+
+
+def test_the_committed_comparison_holds_what_the_committed_record_says(comparison):
+    _, record, page = comparison
+    assert facts((DOCS / "comparison.md").read_text(encoding="utf-8")) == facts(page.page(record))
+    block = page.short_table(record, page.IN_README)
+    assert facts(marked(page.README, "compare").split("\n\n")[1]) == facts("\n".join(block))

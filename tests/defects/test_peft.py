@@ -24,6 +24,7 @@ def logits(model, ids, **more):
         return model(input_ids=ids, **more).logits
 
 
+@pytest.mark.slow  # a fresh interpreter; tests/unit/test_detach.py does the same by default, with seven models
 def test_defect_01_a_detached_model_reloads_in_a_process_without_this_package(tmp_path):
     ids = tokens()
     edge = shadowpeft.detach(adapt(base("llama")))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
-from shadowpeft.apps.common import pick_device, placed
+from shadowpeft.apps.common import flat, pick_device, placed
 from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS
+from shadowpeft.terminal import one_line, terminal
 from shadowpeft.train.progress import read_metrics
 
 COMMANDS = ("train", "pretrain", "eval", "generate", "chat", "detach", "convert", "plan", "info", "doctor", "demo")
@@ -127,9 +131,10 @@ def test_help_is_instant_and_imports_nothing_heavy():
     )
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = python(code)
-        seconds.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor, so that a busy machine does not count
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.stderr == "[]\n"
         assert "Usage:" in done.stdout
     assert min(seconds) < 0.5, seconds
@@ -167,6 +172,8 @@ def test_python_m_is_the_command(argument, code):
         (["info", "nothing"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
         (["generate", "nothing", "hi"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
         (["generate", "nothing", "hi", "--temperature", "-1"], 2, "error: temperature is -1.0"),
+        (["generate", "nothing", "hi", "--temperature", "nan"], 2, "error: temperature is nan"),
+        (["generate", "nothing", "hi", "--temperature", "inf"], 2, "error: temperature is inf"),
         (["detach", "nothing", "out"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
     ],
 )
@@ -287,6 +294,91 @@ def test_info(monkeypatch, capsys, road, adapter):
     assert "llama, 1 layer(s), width 32" in out
 
 
+def test_info_describes_the_base_in_words(monkeypatch, capsys, road, adapter):
+    record = json.loads(call(monkeypatch, capsys, "info", adapter, "--json")[1])
+    config = json.loads((road / "base" / "config.json").read_text())
+    sizes = [config[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    assert record["base_architecture"] == "llama, layers {}, width {}, tokens {}".format(*sizes)
+    assert not any(mark in str(value) for value in record.values() for mark in "{}")
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+NAMES = (
+    "[red]robot",
+    "[@click=app.bell]",
+    "[bold",
+    ":dog:",
+    "a\nb",
+    "\x1b[31mred",
+    "a\u2028b",
+    "robot-v1.2",
+    "机器人",
+    "keys",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_printed_as_they_are(monkeypatch, capsys, tmp_path, adapter, name):
+    monkeypatch.setenv("COLUMNS", "250")
+    (tmp_path / name).symlink_to(adapter)
+    code, out, err = call(monkeypatch, capsys, "info", tmp_path / name)
+    assert (code, err) == (0, "")
+    assert str(tmp_path / one_line(name)) in out
+    code, out, err = call(monkeypatch, capsys, "detach", tmp_path / name, tmp_path / f"{name} edge")
+    assert (code, err) == (0, "")
+    assert str(tmp_path / one_line(f"{name} edge")) in out
+    code, out, err = call(monkeypatch, capsys, "info", tmp_path / name / "missing")
+    assert (code, out) == (1, "")
+    assert str(tmp_path / one_line(name)) in err
+    assert err.count("\n") == 1
+
+
+def test_a_terminal_without_utf_8_shows_escapes(tmp_path, adapter):
+    (tmp_path / "机器人").symlink_to(adapter)
+    command = [sys.executable, "-m", "shadowpeft", "info", str(tmp_path / "机器人")]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr  # what libraries say at their import is not ours
+    assert "\\u673a\\u5668\\u4eba" in done.stdout
+
+
+@pytest.mark.parametrize("command", [("info",), ("detach", "edge"), ("train",), ("export", "edge", "--to", "hf")])
+def test_names_that_are_not_utf_8_are_refused_at_the_door(monkeypatch, capsys, command):
+    name = os.fsdecode(b"robot-\xff")
+    code, out, err = call(monkeypatch, capsys, command[0], name, *command[1:])
+    assert (code, out) == (2, "")
+    assert err == "error: the argument 'robot-\\udcff' is not UTF-8; rename the file or folder that it names\n"
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_subnormal=False), st.text("ab c")),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text("xyz", min_size=1), inner, max_size=3)
+    ),
+)
+
+
+@given(st.dictionaries(st.text("xyz", min_size=1), VALUES, max_size=4))
+def test_a_table_shows_nothing_as_python_writes_it(result):
+    for key, text in flat(result).items():
+        assert not any(mark in f"{key}{text}" for mark in ("{", "}", "[", "]", "'", "None", "True", "False"))
+
+
+@given(st.one_of(st.text(), st.binary().map(os.fsdecode)))
+def test_whatever_is_printed_stays_on_its_line(text):
+    line = one_line(text)
+    assert line.isprintable()
+    line.encode()
+    assert one_line(line) == line
+    if text.isprintable():
+        assert line == text
+    console = terminal()
+    with console.capture() as captured:
+        console.print(line, soft_wrap=True)
+    assert captured.get() == f"{line}\n"
+
+
 def test_eval_agrees_with_the_runs_own_evaluation(monkeypatch, capsys, road, adapter):
     arguments = ("eval", adapter, "--data", road / "validation.jsonl", "--max-new-tokens", 4)
     code, out, err = call(monkeypatch, capsys, *arguments, "--json")
@@ -376,6 +468,12 @@ def test_generate_attached_and_base_differ(monkeypatch, capsys, adapter):
     code, out, err = call(monkeypatch, capsys, "generate", adapter, "sit", "--mode", "cloud")
     assert (code, out) == (2, "")
     assert "mode is 'cloud' but must be one of attached, detached, base" in err
+
+
+def test_the_smallest_temperatures_are_greedy(monkeypatch, capsys, adapter):
+    greedy = call(monkeypatch, capsys, "generate", adapter, "sit")[1]
+    for temperature in ("1e-320", sys.float_info.min, 1e-40, 1e-29):
+        assert call(monkeypatch, capsys, "generate", adapter, "sit", "--temperature", temperature) == (0, greedy, "")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer, plain_rows, run_file, save_base, write_rows
@@ -102,6 +102,12 @@ def test_projected_and_stock(folders, run):
     with torch.no_grad():
         shadow = logits(folders / "explicit", base("llama"))[3:]
         torch.testing.assert_close(stock(tokens()).logits, shadow, atol=1e-4, rtol=0)  # the folded head is rounded
+    words = chat_tokenizer(eos="<eos>")  # its template closes a turn with <|im_end|>
+    words.save_pretrained(folders / "projected")
+    assert run(folders / "projected", folders / "chat")[0] == 0
+    ends = GenerationConfig.from_pretrained(folders / "chat").eos_token_id
+    assert set(ends) >= {words.eos_token_id, words.convert_tokens_to_ids("<|im_end|>")}
+    assert AutoTokenizer.from_pretrained(folders / "chat").chat_template == words.chat_template
     code, _, err = run(folders / "projected", folders / "x", "--to", "authors")
     assert code == 2
     assert "becomes 'stock'" in err

@@ -240,8 +240,19 @@ def test_an_adapters_tokenizer_without_a_pad_token(tmp_path):
 
 
 def test_another_end_of_text(monkeypatch, capsys, tmp_path, base_folder):
-    make(tmp_path, base_folder, tokenizer=chat_tokenizer(eos="<eos>"))
-    broken(monkeypatch, capsys, tmp_path, warned=["end of text"])
+    words = chat_tokenizer(eos="<eos>")
+    make(tmp_path, base_folder, tokenizer=words)
+    checks = broken(monkeypatch, capsys, tmp_path, warned=["end of text"])
+    ends = sorted(words.convert_tokens_to_ids(["<eos>", "<|im_end|>"]))
+    assert checks["end of text"]["fix"] == f"model.generation_config.eos_token_id = {ends}"
+
+
+def test_a_template_that_closes_a_turn_otherwise_than_the_base_ends(monkeypatch, capsys, tmp_path, base_folder):
+    """Plain ``generate`` would run on after the end that was trained."""
+    words = chat_tokenizer(template=CHATML.replace("<|im_end|>", "<eos>"))
+    make(tmp_path, base_folder, tokenizer=words)
+    checks = broken(monkeypatch, capsys, tmp_path, warned=["end of text", "adapter's chat template"])
+    assert f"answers end with {sorted(words.convert_tokens_to_ids(['<eos>', '<|im_end|>']))}" in checks["end of text"]["text"]
 
 
 def test_no_tokenizer_at_all(monkeypatch, capsys, tmp_path):

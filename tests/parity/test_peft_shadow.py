@@ -13,7 +13,7 @@ import shadowpeft
 from foreign import TOLERANCE, assert_gradients, greedy, labels_for, lm_batch, parts_of, train_steps
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf import formats
-from shadowpeft.hf.formats import common, peft_shadow
+from shadowpeft.hf.formats import common, peft_shadow, table
 from tiny import adapt, base, padded, randomise, small_llama, tokens
 
 NARROW = {"shadow_intermediate_size": 24, "shadow_num_attention_heads": 2}
@@ -105,7 +105,8 @@ def test_gradients_are_theirs(tmp_path, small, case):
     parts, config = parts_of(plain), ours.peft_config["default"]
     backbone = theirs.base_model.shadow_backbone["default"]
     shadow = common.layout(parts, backbone.config, mirror=config.is_mirror, shared=config.shares_embeddings)
-    assert_gradients(ours, peft_shadow.to_ours(gradients, parts, shadow, config.refined(parts.num_layers)))
+    rows = peft_shadow.tensor_table(plain, parts, shadow, config, {})
+    assert_gradients(ours, table.to_ours(rows, gradients))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -272,15 +273,15 @@ def test_an_explicit_shadow_can_be_given(tmp_path, small):
         ({"r": 6}, "has shape"),
         ({"r": "5"}, "r is '5'"),
         ({"shadow_num_hidden_layers": 2}, "missing"),
-        ({"shadow_num_hidden_layers": 0}, "shadow_num_hidden_layers = 0"),
+        ({"shadow_num_hidden_layers": 0}, "shadow_num_hidden_layers is 0"),
         ({"share_embeddings": False}, "missing.*embed_tokens"),
-        ({"share_embeddings": "yes"}, "needs a string and true or false"),
+        ({"share_embeddings": "yes"}, "share_embeddings is 'yes' but must be a valid boolean"),
         ({"target_modules": ["model.layers.0"]}, r"choose \[0\]"),
         ({"target_modules": ["model.layers.0"], "layers_pattern": "layers"}, "PEFT refuses"),
         ({"modules_to_save": ["lm_head"]}, "missing.*lm_head"),
         ({"modules_to_save": ["nothing"]}, "does not have"),
-        ({"base_model_name_or_path": 3}, "needs strings or null"),
-        ({"revision": 3}, "needs strings or null"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3 but must be a valid string"),
+        ({"revision": 3}, "revision is 3 but must be a valid string"),
     ],
 )
 def test_bad_configurations_are_refused_by_name(tmp_path, small, changes, said):

@@ -16,7 +16,7 @@ from foreign import TOLERANCE, greedy, lm_batch
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf import formats
-from shadowpeft.hf.files import projected
+from shadowpeft.hf.files import projected, reading
 from shadowpeft.hf.formats import projected_writer
 from tiny import adapt, adapter_config, base, randomise, small_llama, tokens
 
@@ -248,8 +248,8 @@ def test_sharded_checkpoints(tmp_path):
         index[key] = f"model-{number % 2}.safetensors"
     for shard in set(index.values()):
         save_file({k: v for k, v in whole.items() if index[k] == shard}, tmp_path / shard)
-    (tmp_path / projected.INDEX).write_text(json.dumps({"weight_map": index}))
+    (tmp_path / reading.INDEX).write_text(json.dumps({"weight_map": index}))
     assert torch.equal(projected.read_projected(tmp_path).head, expected)
-    (tmp_path / projected.INDEX).write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    (tmp_path / reading.INDEX).write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     with pytest.raises(AdapterFileError, match="names no files beside it"):
         projected.read_projected(tmp_path)

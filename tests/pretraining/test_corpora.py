@@ -280,11 +280,11 @@ def test_an_error_while_reading_ahead_comes_with_its_batch_in_every_process(tmp_
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: sent.append(list(box)))
     batches = Batches(PackedStream(Mixture([FileSource("c", [file])], [1.0], encode, END), 16), 1, 0, 2, keep=9)
     assert [next(batches)["numbers"].tolist() for _ in range(2)] == [[0], [2]]
-    with pytest.raises(DataError, match="line 6 is not JSON"):
+    with pytest.raises(DataError, match="line 6 is not valid JSON"):
         next(batches)
     batches.close()
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: box.__setitem__(0, sent[-1][0]))
-    with pytest.raises(DataError, match="line 6 is not JSON"):
+    with pytest.raises(DataError, match="line 6 is not valid JSON"):
         next(Batches(stream(tmp_path), 1, 1, 2))
 
 

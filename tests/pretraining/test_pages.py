@@ -2,11 +2,11 @@
 
 import json
 
-from pages import ROOT, benchmark, facts, marked, numbers, rows
+from pages import ROOT, facts, marked, numbers, rows, script
 
 
 def test_starts_and_losses():
-    starts = benchmark("starts")
+    starts = script("benchmarks/starts.py")
     record = json.loads(starts.RECORD.read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "starts.md").read_text(encoding="utf-8")
     assert facts(page) == facts(starts.page(record)), "run `python benchmarks/starts.py` and commit docs/starts.md"
@@ -16,7 +16,7 @@ def test_starts_and_losses():
 
 
 def test_starts_of_the_robots_shadow():
-    starts = benchmark("starts_robot")
+    starts = script("benchmarks/starts_robot.py")
     record = json.loads(starts.RECORD.read_text(encoding="utf-8"))
     table = marked(starts.PAGE, "robot-starts")
     assert facts(table) == facts(starts.table(record)), "run `python benchmarks/starts_robot.py` and commit the page"

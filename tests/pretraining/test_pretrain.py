@@ -20,8 +20,8 @@ from commands import call
 from conftest import documents, run_content
 from shadowpeft.core import pseudo_inverse_projection
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFiniteLossError, UnsupportedModelError
+from shadowpeft.hf.files import reading
 from shadowpeft.hf.files.projected import read_projected
-from shadowpeft.hf.pretraining import base_ends as pieces
 from shadowpeft.hf.pretraining.base_ends import open_base
 from shadowpeft.hf.pretraining.model import ProjectedShadow, build_shadow, check_separation, save_shadow
 from shadowpeft.hf.shadow.mirror import copied_layers
@@ -98,11 +98,14 @@ def test_the_base_s_other_layers_are_never_read(made, config, tmp_path, monkeypa
         def __exit__(self, *details):
             self.handle.__exit__(*details)
 
+        def __getattr__(self, name):
+            return getattr(self.handle, name)
+
         def get_tensor(self, name):
             names.append(name)
             return self.handle.get_tensor(name)
 
-    monkeypatch.setattr(pieces, "safe_open", Watched)
+    monkeypatch.setattr(reading, "safe_open", Watched)
     base = open_base(made["base"])
     model, _ = build_shadow(base, layers="spread", count=2)
     assert {name.split(".")[2] for name in names if name.startswith("model.layers.")} == {"0", "2"}
@@ -482,7 +485,7 @@ def test_skipped_shards_are_in_the_result(config, tmp_path, capsys):
     write_rows(tmp_path / "text" / "good.jsonl", documents(40))
     (tmp_path / "text" / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     corpora = [{"path": str(tmp_path / "text")}]
-    with pytest.raises(DataError, match=r"bad\.jsonl' cannot be read \(line 2 is not JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl' cannot be read \(line 2 is not valid JSON"):
         run(config("stop", text={"corpora": corpora}))
     result = run(config("skip", text={"corpora": corpora, "on_bad_shard": "skip"}))
     assert [each["shard"] for each in result["skipped"]] == [str(tmp_path / "text" / "bad.jsonl")]

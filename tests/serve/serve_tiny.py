@@ -12,25 +12,26 @@ def main(role: str, port: int, versions: str, cloud_url: str | None) -> None:
     from chatbase import chat_tokenizer
     from serving import attached, detached
     from shadowpeft.data.robot import parse_action
-    from shadowpeft.serve.client import Breaker, Cloud
-    from shadowpeft.serve.engine import Engine, Limits
+    from shadowpeft.serve.client import Breaker, CloudClient
+    from shadowpeft.serve.engine import Engine, EngineLimits
     from shadowpeft.serve.guard import Keys
     from shadowpeft.serve.roles import CloudRole, EdgeRole
     from shadowpeft.serve.router import Router
     from shadowpeft.serve.server import Settings, build, serve
+    from shadowpeft.serve.versions import Version
 
     torch.set_num_threads(1)
     keys = Keys(("user-key-0123456789",), ("admin-key-0123456789",))
-    limits = Limits(rows=16, queue=32)
+    limits = EngineLimits(max_num_seqs=16, queue=32)
     if role == "cloud":
         backend = attached(max_position_embeddings=512)
-        backend.versions["late"] = [str(Path(versions) / "v1")]
+        backend.versions["late"] = [Version.of(str(Path(versions) / "v1"))]
         made = CloudRole(Engine(backend, limits), system=None, default_tokens=8)
     else:
         link = (
             None
             if cloud_url is None
-            else Cloud(cloud_url, "user-key-0123456789", breaker=Breaker(pause=0.5), timeout=20)
+            else CloudClient(cloud_url, "user-key-0123456789", breaker=Breaker(pause=0.5), timeout=20)
         )
 
         def parse(text: str) -> str | None:  # the tiny shadow speaks no actions: half of what it says counts as one

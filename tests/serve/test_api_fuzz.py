@@ -8,7 +8,7 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from serving import attached, detached
 from shadowpeft.data.robot import parse_action
-from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
@@ -23,7 +23,7 @@ KEY = "the-same-key-for-both"
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("role", ["cloud", "edge"])
 def test_drawn_requests_are_answered_or_refused_as_described(role):
-    limits = Limits(new_tokens=8)
+    limits = EngineLimits(new_tokens=8)
     if role == "cloud":
         made = CloudRole(Engine(attached(), limits), system=None, default_tokens=4)
     else:

@@ -15,11 +15,13 @@ import torch
 from chatbase import chat_tokenizer
 from serving import ask, attached, detached, engine_of
 from shadowpeft.data.chat import render_prompt
-from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.failures import without_text
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.roles import CloudRole
-from shadowpeft.serve.server import Settings, build, without_text
+from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.versions import Version
 from webserver import Running, metric, wait_for
 
 KEY, ADMIN = "user-key-0123456789", "admin-key-0123456789"
@@ -27,7 +29,7 @@ PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "another on
 
 
 def cloud(backend=None, keys=None, versions=None, requests=128, max_body=1 << 20, **limits):
-    engine = Engine(backend or attached(max_position_embeddings=512), Limits(**limits))
+    engine = Engine(backend or attached(max_position_embeddings=512), EngineLimits(**limits))
     role = CloudRole(engine, system=None, default_tokens=8)
     settings = Settings(keys or Keys((KEY,), (ADMIN,)), versions, requests=requests, max_body=max_body)
     return build(role, settings)
@@ -268,7 +270,7 @@ class Slow:
 
 def test_a_full_server_says_429_and_when_to_come_back():
     slow = Slow(attached())
-    with Running(cloud(slow, queue=2, rows=1, gather_seconds=0)) as server, server.http(KEY) as http:
+    with Running(cloud(slow, queue=2, max_num_seqs=1, gather_seconds=0)) as server, server.http(KEY) as http:
         body = {"model": "default", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
         found = []
         threads = [
@@ -412,7 +414,7 @@ def test_swap_and_roll_back_over_http_while_clients_ask(tmp_path):
         (tmp_path / v / "late").rename(versions / v)
     (versions / "bad").mkdir()
     backend = attached()
-    backend.versions["late"] = [str(versions / "v1")]
+    backend.versions["late"] = [Version.of(str(versions / "v1"))]
     with Running(cloud(backend, versions=versions)) as server, server.http(ADMIN) as admin, server.http(KEY) as http:
         body = {"model": "late", "prompt": PROMPTS[1], "max_tokens": 14}
 
@@ -467,7 +469,7 @@ def test_an_answer_that_is_cut_by_time_says_so(stream):
             return session
 
     backend = Slow(attached(max_position_embeddings=512))
-    backend.inner.ends = frozenset()
+    backend.inner.stop_token_ids = frozenset()
     with (
         Running(cloud(backend, answer_seconds=0.3)) as server,
         openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0) as client,
@@ -491,7 +493,7 @@ def test_a_request_without_a_turn_in_time_is_503():
         return session
 
     backend.open = stuck
-    with Running(cloud(backend, rows=1, answer_seconds=0.3)) as server, server.http(KEY) as http:
+    with Running(cloud(backend, max_num_seqs=1, answer_seconds=0.3)) as server, server.http(KEY) as http:
         body = {"model": "late", "prompt": "x", "max_tokens": 2}
         with ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(http.post, "/v1/completions", json=body) for _ in range(2)]
@@ -514,7 +516,7 @@ def test_adapters_come_and_go_while_clients_ask(tmp_path):
     engine.stop()
     backend = attached(max_position_embeddings=512)
     for name in backend.versions:
-        backend.versions[name] = [str(tmp_path / name)]
+        backend.versions[name] = [Version.of(str(tmp_path / name))]
     backend.remove("late")
     size = sum(p.numel() for p in backend.model.parameters())
     assert "late" not in backend.names
@@ -572,12 +574,12 @@ def test_adapters_come_and_go_while_clients_ask(tmp_path):
 
 def names_at_work(server):
     engine = server.app.state.server.role.engine
-    return {w.name for batch in list(engine._batches) for w in batch.works}
+    return {w.name for batch in list(engine._batches) for w in batch.requests}
 
 
 def test_a_detached_server_takes_no_adapters(tmp_path):
     backend = detached("edge", max_position_embeddings=512)
-    backend.versions["edge"] = ["start"]
+    backend.versions["edge"] = [Version("start")]
     (tmp_path / "v").mkdir()
     with Running(cloud(backend, versions=tmp_path)) as server, server.http(ADMIN) as admin:
         assert "start it with" in admin.post("/admin/adapters/x", json={"version": "v"}).json()["error"]["message"]
@@ -590,7 +592,7 @@ def test_a_detached_server_takes_no_adapters(tmp_path):
 
 
 def test_a_plain_prompt_gets_the_token_that_texts_begin_with_and_a_chat_its_templates_own(backend):
-    role = CloudRole(Engine(backend, Limits()), system=None, default_tokens=8)
+    role = CloudRole(Engine(backend, EngineLimits()), system=None, default_tokens=8)
     seen = []
 
     class Recorder:

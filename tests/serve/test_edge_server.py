@@ -10,8 +10,8 @@ import pytest
 
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
-from shadowpeft.serve.client import Breaker, Cloud, CloudError
-from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.client import Breaker, CloudClient, CloudError
+from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
@@ -25,8 +25,8 @@ def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="
     link = None
     if cloud_url is not None:
         breaker = Breaker(failures=2, pause=pause)
-        link = Cloud(cloud_url, KEY, breaker=breaker, transport=transport, **{"timeout": 5.0, **cloud_options})
-    engine = Engine(Scripted(detached()), Limits())
+        link = CloudClient(cloud_url, KEY, breaker=breaker, transport=transport, **{"timeout": 5.0, **cloud_options})
+    engine = Engine(Scripted(detached()), EngineLimits())
     router = Router(parse_action, calibration)
     role = EdgeRole(engine, router, link, "late", system=None, default_tokens=64, when_down=when_down)
     return build(role, Settings(keys or Keys((KEY,), ())))
@@ -34,7 +34,7 @@ def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="
 
 @pytest.fixture(scope="module")
 def cloud():
-    role = CloudRole(Engine(attached(max_position_embeddings=512), Limits()), system=None, default_tokens=8)
+    role = CloudRole(Engine(attached(max_position_embeddings=512), EngineLimits()), system=None, default_tokens=8)
     with Running(build(role, Settings(Keys((KEY,), ())))) as running:
         yield running
 
@@ -263,7 +263,7 @@ def test_a_cloud_that_never_ends_its_stream_is_left():
 
     async def read():
         transport = httpx.MockTransport(lambda request: httpx.Response(200, content=endless()))
-        cloud = Cloud("http://cloud", transport=transport, answer_seconds=0.3)
+        cloud = CloudClient("http://cloud", transport=transport, answer_seconds=0.3)
         read = []
         with pytest.raises(CloudError, match="ReadTimeout"):  # noqa: PT012
             async for made in cloud.stream("/v1/chat/completions", {}):

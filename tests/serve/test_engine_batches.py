@@ -8,8 +8,11 @@ import torch
 
 from serving import Reader, ask, attached, detached, engine_of
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.engine import Engine, OverdueError, QueueFullError, Sampling, StoppedError, draw
+from shadowpeft.serve.engine import Engine
+from shadowpeft.serve.requests import OverdueError, QueueFullError, SamplingParams, StoppedError
 from shadowpeft.serve.router import Scores
+from shadowpeft.serve.sampling import sample_token
+from shadowpeft.serve.sessions import Session
 
 PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "another one of middle length", "1 2 3"]
 
@@ -41,7 +44,7 @@ def naive(backend, prompt, name, n):
             else:
                 logits = model(input_ids=torch.tensor([ids + made])).logits[0, -1]
         token = int(logits.argmax())
-        if token in backend.ends:
+        if token in backend.stop_token_ids:
             break
         made.append(token)
         logprobs.append(float(logits.double().log_softmax(-1)[token]))
@@ -75,7 +78,7 @@ def test_concurrent_mixed_requests_equal_the_naive_loop_one_by_one(backend, engi
 
 
 def test_requests_join_while_others_run(backend):
-    engine = engine_of(backend, rows=3, batches=3, gather_seconds=0.0)
+    engine = engine_of(backend, max_num_seqs=3, batches=3, gather_seconds=0.0)
     long = ask(engine, PROMPTS[1], "default", max_tokens=60, until=lambda pieces, _: len(pieces) >= 60)
     short = [ask(engine, p, "late", max_tokens=3) for p in PROMPTS]
     assert [[t.id for t in r.tokens] for r in short if r.wait()] == [naive(backend, p, "late", 3)[0] for p in PROMPTS]
@@ -92,7 +95,7 @@ def test_detached_engine_equals_the_naive_loop():
         ids, made = backend.tokenizer(prompt, add_special_tokens=False).input_ids, []
         for _ in range(8):
             logits = backend.model(input_ids=torch.tensor([ids + made])).logits[0, -1]
-            if int(logits.argmax()) in backend.ends:
+            if int(logits.argmax()) in backend.stop_token_ids:
                 break
             made.append(int(logits.argmax()))
         reader.wait()
@@ -132,8 +135,10 @@ def test_draws_have_the_models_distribution():
     generator = torch.Generator().manual_seed(0)
     n = 5000
     for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.8)):
-        sampling = Sampling(temperature=temperature, top_p=top_p)
-        found = torch.bincount(torch.tensor([draw(logits, sampling, generator) for _ in range(n)]), minlength=4) / n
+        sampling = SamplingParams(temperature=temperature, top_p=top_p)
+        found = (
+            torch.bincount(torch.tensor([sample_token(logits, sampling, generator) for _ in range(n)]), minlength=4) / n
+        )
         p = (logits / temperature).softmax(-1)
         if top_p < 1:  # 0.643 + 0.236 reach 0.8: tokens 1 and 2 are left
             p = torch.tensor([0.0, p[1], p[2], 0.0]) / (p[1] + p[2])
@@ -165,11 +170,13 @@ def test_characters_are_given_whole(backend):
         def open(self, names):
             said = iter(self.said)
 
-            class Session:
+            class Said(Session):
                 def forward(self, ids, mask):
                     return torch.nn.functional.one_hot(torch.tensor([next(said)]), 260).float() * 50
 
-            return Session()
+                keep = restart = None
+
+            return Said()
 
     text = "狗 sits é!"
     engine = engine_of(Spelling(backend, text))
@@ -204,7 +211,7 @@ def test_a_cancelled_request_leaves_and_its_neighbours_stay_right(backend, engin
     gone = ask(engine, "x", "default", until, max_tokens=200)
     stays = ask(engine, PROMPTS[4], "deep", max_tokens=10)
     assert started.wait(20)
-    gone.work.cancelled = True
+    gone.request.cancelled = True
     stays.wait()
     assert [t.id for t in stays.tokens] == naive(backend, PROMPTS[4], "deep", 10)[0]
     for _ in range(200):
@@ -221,7 +228,7 @@ def test_a_full_queue_refuses_and_serves_those_it_took(backend):
     readers = [ask(engine, "sit", "default", max_tokens=2) for _ in range(3)]
     with pytest.raises(QueueFullError, match="3 requests are waiting"):
         ask(engine, "sit", "default")
-    readers[0].work.cancelled = True
+    readers[0].request.cancelled = True
     readers.append(ask(engine, "sit", "default", max_tokens=2))  # the cancelled one made room
     engine.start()
     assert len({r.text for r in readers[1:]}) == 1
@@ -285,10 +292,10 @@ def test_stopping_in_time_fails_what_is_left(backend):
     threading.Timer(0.5, release.set).start()
     assert not engine.stop(0.1)
     for reader in (slow, waiting):
-        if reader.work.cancelled:
+        if reader.request.cancelled:
             with pytest.raises(StoppedError):
                 reader.wait()
-    assert slow.work.cancelled
+    assert slow.request.cancelled
 
 
 def test_swap_and_rollback_while_answers_are_made(tmp_path):
@@ -330,14 +337,14 @@ def test_swap_and_rollback_while_answers_are_made(tmp_path):
         backend.rollback("late")
     with pytest.raises(ConfigError, match="cannot be swapped"):
         backend.swap("base", a)
-    assert backend.versions["late"] == [a]
+    assert [version.folder for version in backend.versions["late"]] == [a]
     engine.stop(20)
 
 
 class Slow:
     """A backend whose passes take a while and whose answers do not end by themselves."""
 
-    ends = frozenset()
+    stop_token_ids = frozenset()
 
     def __init__(self, inner, seconds):
         self.inner, self.seconds = inner, seconds
@@ -348,7 +355,7 @@ class Slow:
     def open(self, names):
         session, seconds = self.inner.open(names), self.seconds
 
-        class Session:
+        class Late(Session):
             def forward(self, ids, mask):
                 time.sleep(seconds)
                 return session.forward(ids, mask)
@@ -356,7 +363,9 @@ class Slow:
             def keep(self, rows):
                 session.keep(rows)
 
-        return Session()
+            restart = None
+
+        return Late()
 
 
 def test_an_answer_ends_in_time_with_what_it_has(backend):
@@ -377,7 +386,7 @@ def test_an_answer_ends_in_time_with_what_it_has(backend):
 
 
 def test_a_request_that_has_no_turn_in_time_fails(backend):
-    engine = engine_of(Slow(backend, 0.15), rows=1, answer_seconds=0.4)
+    engine = engine_of(Slow(backend, 0.15), max_num_seqs=1, answer_seconds=0.4)
     first = ask(engine, PROMPTS[1], "late", max_tokens=14)
     second = [ask(engine, "x", "late", max_tokens=2) for _ in range(8)]
     assert first.wait().reason == "time"

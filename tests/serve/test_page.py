@@ -10,8 +10,8 @@ import pytest
 
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
-from shadowpeft.serve.client import Breaker, Cloud
-from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.client import Breaker, CloudClient
+from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
@@ -28,12 +28,12 @@ def test_the_dialogue_its_route_and_its_time():
     browser_file = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_file is None:
         pytest.skip("no Chromium")
-    cloud_role = CloudRole(Engine(attached(max_position_embeddings=512), Limits()), system=None, default_tokens=8)
+    cloud_role = CloudRole(Engine(attached(max_position_embeddings=512), EngineLimits()), system=None, default_tokens=8)
     cloud = Running(build(cloud_role, Settings(Keys((KEY,), ()))))
     with cloud:
-        link = Cloud(cloud.url, KEY, breaker=Breaker(failures=1, pause=60), connect_timeout=2)
+        link = CloudClient(cloud.url, KEY, breaker=Breaker(failures=1, pause=60), connect_timeout=2)
         role = EdgeRole(
-            Engine(Scripted(detached()), Limits()),
+            Engine(Scripted(detached()), EngineLimits()),
             Router(parse_action, CALIBRATION),
             link,
             "late",

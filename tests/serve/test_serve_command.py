@@ -20,10 +20,10 @@ from chatbase import chat_tokenizer, save_base
 from commands import call
 from serving import ask, engine_of
 from shadowpeft import cli
-from shadowpeft.apps.serve import Options, parse_adapters
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Attached, Detached
 from shadowpeft.serve.loading import load_adapters, load_edge
+from shadowpeft.serve.options import Options, parse_adapters
 from tiny import adapter_config, randomise
 from webserver import wait_for
 

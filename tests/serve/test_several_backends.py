@@ -9,7 +9,7 @@ from chatbase import chat_tokenizer, save_base
 from serving import ask, detached, engine_of
 from shadowpeft.apps.serve import _cloud_backend
 from shadowpeft.errors import ConfigError
-from shadowpeft.serve.backend import Several
+from shadowpeft.serve.backend import MultiBackend
 from tiny import adapter_config, randomise
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_folder_of_peft_alone(folders, name):
 
 def test_mixed_batches_equal_each_alone(folders):
     backend = _cloud_backend(named(folders, "lora", "shadow", "dora"), None, CPU)
-    assert isinstance(backend, Several)
+    assert isinstance(backend, MultiBackend)
     assert set(backend.names) == set(NAMES)
     lengths = {name: 3 + 2 * i for i, name in enumerate(NAMES)}  # rows leave one by one
     engine = engine_of(backend, gather_seconds=0.1)
@@ -102,8 +102,8 @@ def test_a_shadow_is_swapped_among_others_and_a_lora_is_not(folders, tmp_path):
 
 def test_what_does_not_go_together():
     with pytest.raises(ConfigError, match="two models are called 'one'"):
-        Several([detached("one"), detached("one")])
+        MultiBackend([detached("one"), detached("one")])
     other = detached("two")
     other.tokenizer.add_tokens(["<more>"])
     with pytest.raises(ConfigError, match="'two' and 'one' have different tokenizers"):
-        Several([detached("one"), other])
+        MultiBackend([detached("one"), other])

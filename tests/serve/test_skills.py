@@ -13,7 +13,7 @@ from serving import Scripted, attached, detached
 from shadowpeft.apps import serve as command
 from shadowpeft.data.robot import SKILLS
 from shadowpeft.errors import ConfigError
-from shadowpeft.serve.engine import Engine, Limits
+from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.router import Calibration
@@ -112,7 +112,7 @@ def scripted(monkeypatch):
 
 
 def test_the_edge_keeps_its_skills_and_hands_on_the_rest(lamp, scripted, tmp_path):
-    role = CloudRole(Engine(attached(max_position_embeddings=512), Limits()), system=None, default_tokens=8)
+    role = CloudRole(Engine(attached(max_position_embeddings=512), EngineLimits()), system=None, default_tokens=8)
     with Running(build(role, Settings(NOBODY))) as cloud:
         options = edge_options(
             tmp_path, skills=str(lamp / "skills.txt"), cloud_url=cloud.url, cloud_model="late", default_tokens=24

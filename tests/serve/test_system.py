@@ -101,7 +101,7 @@ def result_of(examples):
 
 def test_tables_and_picture(tmp_path, examples):
     result = result_of(examples)
-    lines = system.table(result).splitlines()
+    lines = system.by_delay(result).splitlines()
     assert len(lines) == 2 + 6
     assert lines[2] == (
         "| 0 | shadow, routed | 100.0% | 83.9% - 100.0% | 1050 | 1905 | 50.0% (2 for want of a cloud) |"

@@ -13,9 +13,9 @@ from shadowpeft.data import chat
 from shadowpeft.data.tasks import Example, class_ids
 from shadowpeft.data.tasks.base import Task
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.evaluate import engine, evaluate_task
+from shadowpeft.evaluate import engine, evaluate_task, runner_in_mode
 from shadowpeft.evaluate import record as facts
-from shadowpeft.evaluate.engine import runner_in_mode, sequence_likelihoods
+from shadowpeft.evaluate.engine import sequence_likelihoods
 from shadowpeft.generate import answer
 from tiny import adapt, randomise
 

@@ -7,7 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
-from chatbase import chat_model, chat_tokenizer, save_base
+from chatbase import chat_model, chat_tokenizer, save_base, write_rows
 from commands import call
 from tiny import adapt, randomise
 
@@ -71,6 +71,26 @@ def test_every_method_of_adaptation(monkeypatch, capsys, tmp_path, data, folders
     assert call(monkeypatch, capsys, "eval", *arguments)[1] == out  # resumed: nothing left to do, the same records
 
 
+def test_rows_of_a_file_are_a_task_like_another(monkeypatch, capsys, tmp_path, folders):
+    rows = [{"prompt": f"q{i}", "response": "a" * i, **({"path": "base"} if i < 2 else {})} for i in range(5)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = ("eval", folders / "shadow", "--data", file, "--out", tmp_path / "out", "--max-new-tokens", 3, "--json")
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["data"], result["rows"]) == (file, 5)
+    assert {mode: r["n"] for mode, r in result["modes"].items()} == {"base": 5, "attached": 5, "detached": 3}
+    for mode, record in result["modes"].items():
+        kept = json.loads((tmp_path / "out" / mode / "record.json").read_text())
+        assert {"loss", "perplexity", "tokens", "accuracy", "interval", "n"} <= record.keys()  # as ever
+        assert kept.keys() <= record.keys()  # and all that a task's record has
+        assert (record["accuracy"], record["loss"]) == (kept["score"], kept["loss"])
+        assert record["interval"] == [round(end, 4) for end in kept["wilson_interval"]]
+        assert record["tokens"] == sum(max(i, 0) + 1 for i in range(5) if mode != "detached" or i >= 2)  # with the turn's end
+        assert kept["settings"]["max_new_tokens"] == 3
+    assert call(monkeypatch, capsys, *arguments)[1] == out
+
+
 def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folders):
     code, out, err = call(
         monkeypatch, capsys, "eval", folders / "shadow", "--task", "mmlu", "--mode", "base", "--method", "likelihood"
@@ -88,7 +108,7 @@ def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folder
         (("--task", "mmlu", "--max-new-tokens", "3"), "leave --max-new-tokens or --task out"),
         (("--task", "mmlu", "--mode", "lora"), "mode is 'lora' but the model is shadowpeft"),
         (("--task", "clinc150"), "needs a SEQ_CLS adapter"),
-        (("--task", "gsm8k"), "does not exist and the Hub is not used"),
+        (("--task", "gsm8k"), "does not exist; set SHADOWPEFT_DATA"),
     ],
 )
 def test_usage_errors(monkeypatch, capsys, data, folders, arguments, said):

@@ -211,23 +211,38 @@ def test_the_hub_is_read_when_it_is_there(monkeypatch):
     assert (origin["from"], origin["name"], origin["partial"]) == ("hub", ["clinc/clinc_oos:plus:test"], False)
 
 
-def test_whether_the_hub_is_used(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_the_folder_that_is_named_is_read_else_the_hub(monkeypatch, tmp_path):
     monkeypatch.delenv("SHADOWPEFT_DATA_FROM", raising=False)
-    assert not source.use_hub()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    tried = []
-
-    def refused(address, timeout):
-        tried.append(address)
-        raise OSError("no route")
-
-    monkeypatch.setattr("socket.create_connection", refused)
-    assert not source.use_hub()
-    assert len(tried) == 1
+    monkeypatch.setenv("SHADOWPEFT_DATA", str(tmp_path))
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        assert not source.use_hub()
+    monkeypatch.delenv("SHADOWPEFT_DATA")
+    assert source.use_hub()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        DataError, match="HF_HUB_OFFLINE is set and no data folder is named; set SHADOWPEFT_DATA, or unset"
+    ):
+        get_task("gsm8k").load("test")
+    with pytest.raises(DataError, match="no data folder is named; set SHADOWPEFT_DATA"):
+        get_task("squad_v2_devsplit").load("test")  # not on the Hub
+    monkeypatch.setenv("SHADOWPEFT_DATA_FROM", "hub")
+    assert source.use_hub()
     monkeypatch.setenv("SHADOWPEFT_DATA_FROM", "both")
     with pytest.raises(ConfigError, match="SHADOWPEFT_DATA_FROM is 'both' but must be hub or folder"):
         source.use_hub()
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def load_dataset(name, configuration, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("SHADOWPEFT_DATA_FROM", "hub")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(
+        DataError, match=r"'openai/gsm8k' cannot be read from the Hub \(no route\); check the network, or set"
+    ):
+        get_task("gsm8k").load("test")
 
 
 def test_missing_and_damaged_files(folder):
@@ -241,7 +256,7 @@ def test_missing_and_damaged_files(folder):
     with pytest.raises(DataError, match="damaged after line 1"):
         get_task("gsm8k").load("test")
     file.unlink()
-    with pytest.raises(DataError, match=r"does not exist and the Hub is not used .* set SHADOWPEFT_DATA"):
+    with pytest.raises(DataError, match=r"test.jsonl.gz' does not exist; set SHADOWPEFT_DATA to a folder"):
         get_task("gsm8k").load("test")
     with pytest.raises(DataError, match="split is 'dev' but task 'gsm8k' has train, validation, test"):
         get_task("gsm8k").load("dev")

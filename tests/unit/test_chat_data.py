@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatbase import CHATML, chat_model, chat_tokenizer, write_rows
-from shadowpeft.data import chat
+from shadowpeft.data import chat, chat_rows
 from shadowpeft.errors import DataError
 
 END = 3
@@ -14,7 +16,7 @@ PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def sequences(rows, tokenizer=None, **options):
-    checked = [chat.check_row(row, f"row {i}") for i, row in enumerate(rows)]
+    checked = [chat.check_row(row, f"row {i}") for i, row in enumerate(rows, 1)]
     return chat.encode(checked, tokenizer or chat_tokenizer(), **{"max_length": 256, **options})
 
 
@@ -153,9 +155,129 @@ def test_a_row_of_just_the_longest_length_is_kept():
         sequences([{"prompt": "hi", "response": "ho"}], max_length=len(one.ids) - 1)
 
 
+def test_rows_that_were_left_out_are_told():
+    rows = [{"prompt": "hi", "response": "ho"}] * 3 + [{"prompt": "hi", "response": "o" * n} for n in (50, 70, 60)]
+    rows.append({"prompt": "hi", "response": "ho", "shadow_response": "o" * 55})  # half of it is trained
+    kept = sequences(rows, max_length=64, too_long="skip")
+    longest = len(sequences(rows[4:5])[0].ids)
+    assert (len(kept), kept.rows) == (4, 4)
+    assert kept.record() == {
+        "rows": 4,
+        "skipped": {"rows": 4, "of": 7, "longest": longest, "first": "row 4", "max_length": 64},
+    }
+    assert str(kept.skipped) == (
+        "4 of 7 rows are longer than data.max_length = 64 and are left out; "
+        f"the longest has {longest} tokens, the first is row 4"
+    )
+    assert sequences(rows[:3], max_length=64, too_long="skip").record() == {"rows": 3}
+
+
+# --------------------------------------------------------------------------------------- tools, calls and what was thought
+
+TOOLS = (
+    "{% if tools %}<|im_start|>system\nTOOLS {{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m['role'] }}\n{% if m.get('reasoning_content') %}THINK {{ m['reasoning_content'] }} {% endif %}{{ m['content'] }}"
+    "{% for c in m.get('tool_calls') or [] %}CALL {{ c['function']['name'] }} {{ c['function']['arguments'] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = [{"id": "1", "type": "function", "function": {"name": "sit", "arguments": "{}"}}]
+
+
+def conversation(**answer):
+    return {"messages": [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "", **answer}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "target"),
+    [
+        ({**conversation(tool_calls=CALL), "tools": [{"name": "sit"}]}, "CALL sit {}<|im_end|>"),
+        (conversation(content=None, tool_calls=CALL), "CALL sit {}<|im_end|>"),
+        (conversation(content="4", reasoning_content="two and two"), "THINK two and two 4<|im_end|>"),
+        (conversation(content="ok", weight=1, tool_calls=[], name=None), "ok<|im_end|>"),
+    ],
+)
+def test_what_an_answer_has_beside_its_text_is_learned(row, target):
+    tokenizer = chat_tokenizer(TOOLS)
+    (one,) = sequences([row], tokenizer)
+    assert tokenizer.decode(one.ids[one.start :]) == target
+    assert ('TOOLS [{"name": "sit"}]' in tokenizer.decode(one.ids[: one.start])) == ("tools" in row)
+
+
+def test_calls_and_results_of_earlier_turns_are_in_the_prompt():
+    turns = [*conversation(tool_calls=CALL)["messages"], {"role": "tool", "content": "done", "tool_call_id": "1"}]
+    tokenizer = chat_tokenizer(TOOLS)
+    (one,) = sequences([{"messages": [*turns, {"role": "assistant", "content": "sat"}]}], tokenizer)
+    assert "CALL sit {}<|im_end|>\n<|im_start|>tool\ndone" in tokenizer.decode(one.ids[: one.start])
+    assert tokenizer.decode(one.ids[one.start :]) == "sat<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        (conversation(tool_calls=CALL), "tool_calls"),
+        (conversation(content="4", reasoning_content="two and two"), "reasoning_content"),
+        ({"prompt": "a", "response": "b", "tools": [{"name": "sit"}]}, "tools"),
+        (
+            {"messages": [*conversation(tool_calls=CALL)["messages"], *conversation(content="x")["messages"]]},
+            "tool_calls",
+        ),
+    ],
+)
+def test_what_the_template_would_not_write_is_refused(row, key):
+    with pytest.raises(DataError, match=f"row 1 has '{key}' but the tokenizer's chat template does not write it"):
+        sequences([row])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+)
+
+
+@settings(deadline=None)
+@given(
+    row=st.sampled_from(
+        [
+            {"prompt": "hi", "response": "ho"},
+            conversation(content="ho"),
+            {"prompt": "hi", "response": "ho", "path": "base"},
+        ]
+    ),
+    absent=st.sets(
+        st.sampled_from(
+            ["messages", "prompt", "response", "shadow_response", "path", "tools", "weight", "system", "id"]
+        )
+    ),
+)
+def test_null_means_absent(row, absent):
+    filled = {**dict.fromkeys(absent), **row}
+    assert chat.check_row(filled, "here") == chat.check_row(row, "here")
+
+
+@settings(deadline=None)
+@given(key=st.sampled_from(chat_rows.WRITTEN) | st.text(min_size=1), value=JSON)
+def test_a_key_of_a_message_is_used_refused_by_name_or_null(key, value):
+    row = conversation(content="ho", **{key: value})
+    try:
+        answer, message = chat.check_row(row, "here").get("answer", {}), ""
+    except DataError as error:
+        answer, message = {}, str(error)
+    unsaid = {"role", "content", "weight", "name", "tool_call_id"}  # they are no part of what is learned
+    assert (
+        value in (None, [])
+        or key in unsaid
+        or answer == {key: chat_rows.without_null(value)}
+        or (message.startswith("here") and repr(key)[1:-1] in message)
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 GOOD = json.dumps({"prompt": "hi", "response": "ho"})
+ANSWER = {"role": "assistant", "content": "ho"}
+
+
+def turns(*messages):
+    return json.dumps({"messages": [{"role": "user", "content": "hi"}, *messages]})
 
 
 def test_a_file_with_blank_lines_and_a_byte_order_mark(tmp_path):
@@ -188,6 +310,24 @@ def test_a_file_with_blank_lines_and_a_byte_order_mark(tmp_path):
         ('{"prompt": "hi", "response": "ho", "shadow_reponse": "x"}', "did you mean 'shadow_response'"),
         ('{"prompt": "hi", "messages": []}', "keep one form"),
         (r'{"prompt": "hi \ud83d", "response": "ho"}', "half a surrogate pair"),
+        ('{"prompt": "hi", "response": "ho", "n": ' + "9" * 5000 + "}", "a number of more than 4,300 digits"),
+        (
+            '{"prompt": "hi", "response": "ho", "n": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            "nests brackets more deeply",
+        ),
+        ('{"prompt": "hi", "response": "ho", "weight": 0}', "the key 'weight', which training does not use"),
+        ('{"prompt": "hi", "response": "ho", "tools": {"name": "sit"}}', "'tools' must be a list of objects"),
+        (turns({"role": "assistant", "content": "ho", "weight": 0}), "the answer has weight 0"),
+        (
+            turns({"role": "assistant", "content": "x", "weight": 1}, ANSWER),
+            "message 2 has weight 1 but only the last answer",
+        ),
+        (
+            turns({"role": "assistant", "content": "ho", "refusal": "no"}),
+            "message 2 has the key 'refusal', which nothing reads",
+        ),
+        (turns({"role": "assistant", "content": None}), "must be a list of objects"),
+        (turns({"role": "assistant", "tool_calls": "sit"}), "'tool_calls' of message 2 must be a list"),
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, message):

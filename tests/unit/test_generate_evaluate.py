@@ -1,16 +1,19 @@
 """Answers in batches equal answers one by one, streamed equals whole, and evaluation counts what it says."""
 
+import json
 import math
 
 import pytest
 import torch
 
 import shadowpeft
-from chatbase import chat_model, chat_tokenizer
+from chatbase import chat_model, chat_tokenizer, write_rows
 from shadowpeft.apps.common import in_mode
 from shadowpeft.data import chat
+from shadowpeft.data.tasks import get_task
+from shadowpeft.data.tasks.rows import Rows
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.evaluate import accuracy, answer_loss, exact_match, intents, target, wilson
+from shadowpeft.evaluate import accuracy, answer_loss, evaluate_task, wilson
 from shadowpeft.generate import answer, encode_prompts, routing_reason, stream
 from tiny import adapt
 
@@ -216,44 +219,62 @@ def test_the_detached_loss_is_the_shadow_loss(model, tokenizer):
     assert answer_loss(model, sequences, 0)["loss"] == pytest.approx(float(out.task_loss), rel=1e-5)
 
 
-def test_exact_match_counts_each_paths_own_answer(model, tokenizer):
-    said = {}
-    for mode in ("attached", "detached"):
-        with in_mode(model, mode) as runner:
-            said[mode] = answer(runner, tokenizer, ["sit"], max_new_tokens=6)[0].text
-    row = chat.check_row(
-        {"prompt": "sit", "response": said["attached"], "shadow_response": said["detached"] + " "}, "row"
-    )
-    wrong = chat.check_row({"prompt": "sit", "response": "something else"}, "row")
-    assert target(row, detached=False) == said["attached"]
-    for mode in ("attached", "detached"):
-        with in_mode(model, mode) as runner:
-            hits = exact_match(
-                runner,
-                tokenizer,
-                [row, wrong],
-                system=None,
-                max_new_tokens=6,
-                batch_size=2,
-                detached=mode == "detached",
-            )
-        assert hits == [True, False]
+def asked(model, tokenizer, task, mode="attached", **options):
+    return evaluate_task(model, tokenizer, task, mode=mode, progress=lambda done: None, **options)
 
 
-def test_intents_are_parsed_from_answers(model, tokenizer, monkeypatch):
-    texts = iter(["[Sit()] ok", "[REMOTE] later", "[Fly()] no such", "words"])
+def test_exact_match_counts_each_paths_own_answer(model, tokenizer, tmp_path):
+    texts = {}
+    for mode in ("attached", "detached"):
+        with in_mode(model, mode) as runner:
+            texts[mode] = answer(runner, tokenizer, ["sit"], max_new_tokens=6)[0].text
+    right = {"prompt": "sit", "response": texts["attached"], "shadow_response": texts["detached"] + " "}
+    wrong = {"prompt": "sit", "response": "something else"}
+    only = {"prompt": "sit", "response": texts["attached"], "path": "base"}
+    task = Rows(write_rows(tmp_path / "rows.jsonl", [right, wrong, only]), max_new_tokens=6)
+    for mode, values in (("attached", [1.0, 0.0, 1.0]), ("detached", [1.0, 0.0])):
+        record = asked(model, tokenizer, task, mode, folder=tmp_path / mode, loss=True)
+        kept = sorted(
+            map(json.loads, (tmp_path / mode / "predictions.jsonl").read_text().splitlines()), key=lambda r: r["id"]
+        )
+        assert [row["value"] for row in kept] == values
+        assert (record["score"], record["n"]) == (sum(values) / len(values), len(values))
+        assert record["wilson_interval"] == list(wilson(int(sum(values)), len(values)))
+        chosen = task.for_path(task.load("test"), "shadow" if mode == "detached" else "base")
+        sequences = chat.encode(
+            [chat.check_row({"prompt": "sit", "response": e.answer}, "row") for e in chosen], tokenizer, max_length=256
+        )
+        with in_mode(model, mode) as runner:
+            assert record["loss"] == pytest.approx(answer_loss(runner, sequences, 0)["loss"], rel=1e-6)
+
+
+def test_a_file_without_a_row_for_a_path(model, tokenizer, tmp_path):
+    task = Rows(write_rows(tmp_path / "rows.jsonl", [{"prompt": "sit", "response": "ok", "path": "base"}]))
+    with pytest.raises(DataError, match=r"rows\.jsonl' has no row for the shadow path"):
+        asked(model, tokenizer, task, "detached")
+    with pytest.raises(DataError, match="has no form with worked examples"):
+        asked(model, tokenizer, task, shots=2)
+
+
+def test_intents_are_parsed_from_answers(model, tokenizer, monkeypatch, tmp_path):
+    task = get_task("robot")
+    rows = task.load("test_normal", limit=4)
+    texts = iter([f"[{e.gold}()] ok" for e in rows[:1]] + ["[REMOTE] later", "[Fly()] no such", "words"])
     monkeypatch.setattr(tokenizer.__class__, "decode", lambda self, ids, **options: next(texts))
-    actions, answers = intents(model, tokenizer, [{"prompt": "x"}] * 4, system=None, max_new_tokens=2)
-    assert actions == ["Sit", "REMOTE", None, None]
-    assert [a.text for a in answers] == ["[Sit()] ok", "[REMOTE] later", "[Fly()] no such", "words"]
+    record = asked(model, tokenizer, task, split="test_normal", limit=4, batch_size=1, folder=tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in kept][1:] == ["REMOTE", None, None]
+    assert kept[0]["prediction"] == rows[0].gold
+    assert [row["text"] for row in kept] == [f"[{rows[0].gold}()] ok", "[REMOTE] later", "[Fly()] no such", "words"]
+    assert record["n"] == 4
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_asking_leaves_a_model_in_the_mode_it_was_in(tokenizer, training):
+def test_asking_leaves_a_model_in_the_mode_it_was_in(tokenizer, training, tmp_path):
     model = adapt(chat_model(), auxiliary_loss_weight=0.5).train(training)
     row = chat.check_row({"prompt": "sit", "response": "something"}, "row")
-    asked = {"system": None, "max_new_tokens": 2, "batch_size": 2}
-    exact_match(model, tokenizer, [row], **asked)
+    answer(model, tokenizer, ["sit"], max_new_tokens=2)
+    asked(model, tokenizer, Rows(write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}]), 2), loss=True)
     answer_loss(model, chat.encode([row], tokenizer, max_length=256), tokenizer.pad_token_id)
     list(stream(model, tokenizer, [{"role": "user", "content": "sit"}], max_new_tokens=2))
     for mode in ("attached", "base"):

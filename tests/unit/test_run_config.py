@@ -41,7 +41,7 @@ def test_the_papers_preset_has_the_configs_own_defaults():
         (run(training={"learning_rat": 0.1}), "unknown key 'training.learning_rat' (did you mean 'learning_rate'"),
         (run(learning_rate=0.1), "unknown key 'learning_rate' (did you mean 'training.learning_rate'"),
         (run(training={"r": 8}), "unknown key 'training.r' (did you mean 'shadow.r'"),
-        (run(training={"zzz": 8}), "unknown key 'training.zzz'; known keys: epochs, max_steps"),
+        (run(training={"zzz": 8}), "unknown key 'training.zzz'; known keys: max_steps, "),
         ({"data": {"train": "x"}}, "key 'base' is missing"),
         ({"base": "x", "data": {}}, "key 'data.train' is missing"),
         (run(data="rows.jsonl"), "'data' is 'rows.jsonl'"),

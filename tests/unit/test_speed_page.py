@@ -2,11 +2,11 @@
 
 import json
 
-from pages import ROOT, benchmark, facts, marked, numbers, rows
+from pages import ROOT, facts, marked, numbers, rows, script
 
 
 def test_the_blocks_numbers_are_those_of_the_record():
-    run = benchmark("run")
+    run = script("benchmarks/run.py")
     block = marked(ROOT / "README.md", "speed")
     record = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
     assert facts(block) == facts(run.block(record)), "run `python benchmarks/run.py --readme` and commit README.md"

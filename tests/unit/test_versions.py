@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowpeft import versions
+from shadowpeft import _register, versions
 from shadowpeft.errors import VersionError
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -73,6 +73,13 @@ def test_an_optional_package_is_not_asked_for(monkeypatch):
     assert versions.state("trl") == (versions.MISSING, None)
 
 
+def test_an_old_release_is_refused_before_anything_is_registered(monkeypatch):
+    pretend(monkeypatch, transformers="5.1.0")
+    with pytest.raises(VersionError, match=r"transformers 5\.1\.0 is installed but shadowpeft needs 5\.20 or newer"):
+        _register._register()
+
+
+@pytest.mark.slow  # a fresh interpreter imports PEFT
 def test_an_old_release_is_refused_when_peft_is_imported():
     code = (
         "import shadowpeft\n"

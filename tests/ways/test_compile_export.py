@@ -55,7 +55,7 @@ def test_as_many_graphs_with_a_cache_as_the_base(name, cache, kind):
     assert torch.equal(compiled, eager[:, 6:])
 
 
-@pytest.mark.parametrize("kind", ["mirror", "explicit"])
+@pytest.mark.parametrize("kind", ["mirror", pytest.param("explicit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_generation_with_a_compiled_step_and_a_static_cache(name, kind):
     adapted = adapt(base(name), **KINDS[kind])
@@ -151,7 +151,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("dynamic", [pytest.param(False, id="fixed", marks=SLOW), pytest.param(True, id="dynamic")])
-@pytest.mark.parametrize("kind", ["mirror", pytest.param("narrow", marks=SLOW), "explicit"])
+@pytest.mark.parametrize("kind", ["mirror", *[pytest.param(kind, marks=SLOW) for kind in ("narrow", "explicit")]])
 @pytest.mark.parametrize(
     "name", ["llama", *[pytest.param(n, marks=SLOW) for n in ("qwen3", "gemma3", "mistral", "gpt2")]]
 )

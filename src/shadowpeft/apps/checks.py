@@ -30,20 +30,21 @@ class Report:
         """Whether one failed."""
         return any(check.state == FAILED for check in self.checks)
 
-    def _add(self, check: Check) -> None:
+    def add(self, check: Check) -> None:
+        """Take a check and hand it on."""
         self.checks.append(check)
         if self._listener is not None:
             self._listener(check)
 
     def ok(self, name: str, text: str) -> None:
-        self._add(Check(name, OK, text))
+        self.add(Check(name, OK, text))
 
     def warn(self, name: str, text: str, fix: str) -> None:
-        self._add(Check(name, WARNING, text, fix))
+        self.add(Check(name, WARNING, text, fix))
 
     def fail(self, name: str, text: str, fix: str) -> None:
-        self._add(Check(name, FAILED, text, fix))
+        self.add(Check(name, FAILED, text, fix))
 
     def require(self, good: bool, name: str, text: str, fix: str, *, otherwise: str = FAILED) -> None:
         """``ok`` if ``good``, else ``otherwise`` with the remedy."""
-        self._add(Check(name, OK, text) if good else Check(name, otherwise, text, fix))
+        self.add(Check(name, OK, text) if good else Check(name, otherwise, text, fix))

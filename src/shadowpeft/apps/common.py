@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.terminal import one_line, terminal
 from shadowpeft.watching import Watched
 
 if TYPE_CHECKING:
@@ -96,16 +97,41 @@ def in_mode(model: Any, mode: str) -> Iterator[Any]:
         yield runner
 
 
-def show(console: Console, result: dict[str, Any], title: str, as_json: bool) -> None:
-    """Print a flat result, as a table or as JSON on standard output."""
+def show(result: dict[str, Any], title: str, as_json: bool) -> None:
+    """Print a result on standard output, as a table or as JSON (in ASCII, which every terminal and pipe can carry)."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json.dumps(result, indent=2))
         return
-    table = Table(title=title, show_header=False)
-    for key, value in result.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-        table.add_row(key.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(shown))
+    table = Table(show_header=False)
+    for key, value in flat(result).items():
+        table.add_row(one_line(key.replace("_", " ")), one_line(value))
+    console = terminal()
+    console.print(one_line(title), soft_wrap=True)
     console.print(table)
+
+
+def flat(result: dict[str, Any]) -> dict[str, str]:
+    """One level of ``key`` or ``part: key``, with every value in words."""
+    lines: dict[str, str] = {}
+    for key, value in result.items():
+        inner = flat(value) if isinstance(value, dict) else None
+        lines |= {key: in_words(value)} if inner is None else {f"{key}: {name}": text for name, text in inner.items()}
+    return lines
+
+
+def in_words(value: Any) -> str:
+    """A value as people write it, not as Python does."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {text}" for key, text in flat(value).items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(in_words, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 @contextmanager

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
-from shadowpeft.apps.common import quiet_libraries, show
+from shadowpeft.apps.common import has_tokenizer, quiet_libraries, show
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError
 
@@ -20,7 +19,7 @@ _TOKENIZER = (
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
-    "chat_template*",
+    "*chat_template*",
 )
 """Files of a tokenizer, which go along as they are."""
 
@@ -59,9 +58,7 @@ def main(
         raise ConfigError(f"'{folder}' holds the source '{source}'; choose another folder")
     quiet_libraries()
     result = convert(source, folder, base=base, to=to, shadow_model=shadow_model)
-    if not as_json:
-        result = {k: "; ".join(v) or "nothing" if isinstance(v, list) else v for k, v in result.items()}
-    show(Console(), result, "converted", as_json)
+    show(result, "converted", as_json)
 
 
 def convert(
@@ -89,9 +86,13 @@ def convert(
     notes: list[str] = []
     model: Any
     if kind == formats.PROJECTED:
+        from shadowpeft.export.ends import generation_config
         from shadowpeft.hf.files.projected import read_projected, to_stock
+        from shadowpeft.tokenizer import load_tokenizer
 
         model = to_stock(read_projected(source))
+        if has_tokenizer(source):
+            model.generation_config = generation_config(model, load_tokenizer(source))
         notes.append("the projection is folded into the head, which rounds its product")
     elif kind == formats.OURS:
         model = load(source, base, shadow_model=shadow_model)
@@ -101,8 +102,8 @@ def convert(
     with written_whole(folder, "the conversion", "free some space or choose another folder") as beside:
         notes = notes + _write(model, beside, to)
         if Path(source).is_dir():
-            for file in (f for pattern in _TOKENIZER for f in Path(source).glob(pattern) if f.is_file()):
-                shutil.copy2(file, beside / file.name)
+            for path in (path for pattern in _TOKENIZER for path in Path(source).glob(pattern)):
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, beside / path.name)
     return {
         "source": source,
         "from": kind,

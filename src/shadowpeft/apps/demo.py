@@ -21,6 +21,7 @@ from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.storage import discard, whole, write_json
+from shadowpeft.terminal import terminal
 
 REQUESTS = (
     "Stand up, please!",
@@ -78,7 +79,7 @@ def main(
     prepare_cpu()
     for path in folder.iterdir() if folder.exists() else ():
         discard(path) if path.is_dir() else path.unlink()
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     summary, model, tokenizer = _train(folder, full, console)
     result = _evaluate(model, tokenizer, folder, full, console)
     result = {"summary": summary, **result, "minutes": round((time.monotonic() - began) / 60, 2)}
@@ -87,7 +88,7 @@ def main(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        _print(result, Console())
+        _print(result, terminal())
         console.print(
             f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}"
         )
@@ -161,10 +162,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
 
     def actions(label: str, runner: Any, rows: list[dict[str, Any]]) -> list[str | None]:
         with bar(console, label, len(rows)) as progress:
-            made, _ = evaluate.intents(
-                runner, tokenizer, rows, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
+            prompts = [row["prompt"] for row in rows]
+            answers = answer(
+                runner, tokenizer, prompts, system=ROBOT_SYSTEM, max_new_tokens=10, batch_size=32, progress=progress
             )
-        return made
+        return [parse_action(a.text) for a in answers]
 
     on_device = actions("detached, skills", edge, skills)
     on_device_remote = actions("detached, open requests", edge, remote)
@@ -259,7 +261,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     table = Table(show_header=False, title=f"routing ({open_['n']} open-domain requests)")
     table.add_row("skill commands handled on the device", f"{skills['handled_on_device']:.1%}")
     table.add_row("open requests handed to the cloud", f"{open_['detached_deferred']:.1%}")
-    table.add_row("open requests tagged \\[REMOTE] by the shadow", f"{open_['detached_tagged_remote']:.1%}")
+    table.add_row("open requests tagged [REMOTE] by the shadow", f"{open_['detached_tagged_remote']:.1%}")
     table.add_row("open requests the attached model answers in words", f"{open_['attached_not_an_action']:.1%}")
     console.print(table)
     table = Table("", "parameters", "on disk", title="size")

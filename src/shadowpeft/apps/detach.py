@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Adapter, Base, Json
@@ -33,19 +32,29 @@ def main(
     tokenizer = load_tokenizer_of(adapter, base)
     edge = shadowpeft.detach(shadowpeft.load(adapter, base)).to(DTYPES[dtype])
     result = {**save_edge(edge, tokenizer, folder), "dtype": dtype}
-    show(Console(), result, "edge model", as_json)
+    show(result, "edge model", as_json)
 
 
-def save_edge(edge: object, tokenizer: object, folder: Path) -> dict[str, object]:
-    """Save a detached model; returns class, parameters, bytes and folder."""
+def save_edge(edge: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """Save a detached model, made to stop where answers ended in training.
+
+    Returns:
+        its class, parameters, ends, bytes and folder.
+    """
+    from shadowpeft.export.ends import end_tokens, generation_config
     from shadowpeft.storage import written_whole
 
+    ends: list[int] = []
+    if edge.can_generate():
+        ends = end_tokens(edge, tokenizer)
+        edge.generation_config = generation_config(edge, tokenizer)
     with written_whole(folder, "the edge model", "free some space or choose another folder", replace=False) as beside:
-        edge.save_pretrained(beside)  # type: ignore[attr-defined]
-        tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
+        edge.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     return {
         "class": type(edge).__name__,
-        "parameters": sum(p.numel() for p in edge.parameters()),  # type: ignore[attr-defined]
+        "parameters": sum(p.numel() for p in edge.parameters()),
+        "ends": tokenizer.convert_ids_to_tokens(ends),
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "folder": str(folder),
     }

@@ -10,12 +10,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from shadowpeft import versions
 from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
 from shadowpeft.apps.common import has_tokenizer
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.terminal import one_line, terminal
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
 
@@ -33,7 +35,7 @@ def main(
         raise ConfigError(
             "--base was given without an adapter; give the adapter too, or neither for the environment alone"
         )
-    console = Console(highlight=False)
+    console = terminal()
     report = Report(None if as_json else lambda check: _print(console, check))
     diagnose(report, adapter, base)
     if as_json:
@@ -61,10 +63,10 @@ def diagnose(report: Report, adapter: str | None, base: str | None) -> None:
 
 
 def _print(console: Console, check: Check) -> None:
-    console.print(f"[{_COLOURS[check.state]}]{check.state:<8}[/] {check.name}: ", end="", soft_wrap=True)
-    console.print(check.text, markup=False, soft_wrap=True)
+    state = Text(f"{check.state:<8}", style=_COLOURS[check.state])
+    console.print(state, f"{check.name}: {one_line(check.text)}", soft_wrap=True)
     if check.fix:
-        console.print(f"         fix: {check.fix}", markup=False, soft_wrap=True)
+        console.print(f"         fix: {check.fix}", soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------------- environment
@@ -265,13 +267,16 @@ def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> N
 
 
 def _end_of_text(report: Report, tokenizer: Any, model: Any) -> None:
-    ends = getattr(model.get_base_model().generation_config, "eos_token_id", None)
+    from shadowpeft.export.ends import end_tokens
+
+    base = model.get_base_model()
+    ends = getattr(base.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    own = tokenizer.eos_token_id
+    trained = end_tokens(base, tokenizer)
     report.require(
-        not ends or own in ends,
+        not ends or set(trained) <= set(ends),
         "end of text",
-        f"the tokenizer's is {own}, generation stops at {ends or 'nothing'}",
-        f"model.generation_config.eos_token_id = {sorted({*ends, own} - {None})}",
+        f"answers end with {trained}, plain generate stops at {ends or 'nothing'} (the commands stop at all)",
+        f"model.generation_config.eos_token_id = {trained}",
         otherwise=WARNING,
     )

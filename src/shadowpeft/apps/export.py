@@ -13,12 +13,13 @@ from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.storage import written_whole
+from shadowpeft.terminal import terminal
 
 
 def main(
     source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
     out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
-    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), int8 or int4.")],
+    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), onnx-genai, int8 or int4.")],
     dtype: Annotated[
         Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
     ] = None,
@@ -51,11 +52,11 @@ def main(
     from shadowpeft.runtime import prepare_cpu
 
     prepare_cpu()
-    console = Console(stderr=True, quiet=as_json)
+    console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
         model, tokenizer = load_edge(source, base)
     result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
-    show(Console(), result if as_json else flat(result), f"{source} as {to}", as_json)
+    show(result, f"{source} as {to}", as_json)
 
 
 def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
@@ -121,6 +122,8 @@ def run(
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
     """
+    from shadowpeft.export.ends import end_tokens
+
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     report["source"] = {"parameters": model.num_parameters(), "vocabulary": model.config.vocab_size, "bytes": before}
@@ -128,7 +131,8 @@ def run(
     if vocab_from is not None:
         with console.status("trimming the vocabulary"):
             small, words, kept = trim(model, tokenizer, vocab_from)
-    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size}
+    ends = words.convert_ids_to_tokens(end_tokens(small, words))
+    report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     is_folder, remedy = not export.FORMATS[to].suffix, "free some space or choose another folder"
     with written_whole(path, "the export", remedy, folder=is_folder, replace=False) as beside:
         with console.status(f"writing {to} {dtype}"):
@@ -215,12 +219,3 @@ def sizes(path: Path) -> dict[str, Any]:
     return {"bytes": sum(weights), "bytes_with_tokenizer": sum(files.values())}
 
 
-def flat(report: dict[str, Any]) -> dict[str, Any]:
-    """One level, for a table."""
-    lines: dict[str, Any] = {}
-    for key, value in report.items():
-        if isinstance(value, dict):
-            lines |= {f"{key}: {k}": v for k, v in flat(value).items()}
-        else:
-            lines[key] = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
-    return lines

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, System, Temperature
 from shadowpeft.errors import ConfigError
+from shadowpeft.terminal import terminal
+
+_GREEDY = 1e-30
+"""Below it a logit divided by the temperature is beyond float32; the likeliest token is all that could be drawn."""
 
 
-def _sampling(temperature: float, seed: int) -> dict[str, Any]:
+def _open(
+    adapter: str, base: str | None, device: str, temperature: float, seed: int
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The adapted model on its device, its tokenizer, and how to sample."""
+    quiet_libraries()
     from transformers import set_seed
 
-    if temperature < 0:
-        raise ConfigError(f"temperature is {temperature} but must be at least 0")
+    import shadowpeft
+    from shadowpeft.runtime import prepare_cpu
+
+    prepare_cpu()
+    where = pick_device(device)
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature} but must be a number from 0 up")
     set_seed(seed)
-    return {} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    tokenizer = load_tokenizer_of(adapter, base)
+    model = placed(shadowpeft.load(adapter, base), where)
+    return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}
 
 
 def generate(
@@ -35,17 +51,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer one prompt."""
-    quiet_libraries()
-    import shadowpeft
+    model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.generate import answer
-    from shadowpeft.runtime import prepare_cpu
 
-    prepare_cpu()
-    where = pick_device(device)
-    sampling = _sampling(temperature, seed)
-    tokenizer = load_tokenizer_of(adapter, base)
-    with in_mode(placed(shadowpeft.load(adapter, base), where), mode) as model:
-        reply = answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
+    with in_mode(model, mode) as runner:
+        reply = answer(runner, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
     if as_json:
         print(
             json.dumps({"mode": mode, "text": reply.text, "tokens": reply.tokens, "seconds": round(reply.seconds, 4)})
@@ -65,22 +75,15 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to the model in the terminal."""
-    quiet_libraries()
-    import shadowpeft
+    model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.generate import stream
-    from shadowpeft.runtime import prepare_cpu
 
-    prepare_cpu()
-    where = pick_device(device)
-    console = Console()
-    sampling = _sampling(temperature, seed)
-    tokenizer = load_tokenizer_of(adapter, base)
-    model = placed(shadowpeft.load(adapter, base), where)
+    console = terminal()
     history: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    console.print(f"[bold]{mode}[/bold]  (/mode attached|detached|base, /reset, /quit)")
+    console.print(Text(mode, style="bold"), " (/mode attached|detached|base, /reset, /quit)")
     while True:
         try:
-            text = console.input("[bold cyan]you[/bold cyan] ").strip()
+            text = console.input(Text("you ", style="bold cyan")).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
@@ -100,7 +103,7 @@ def chat(
         if not text:
             continue
         history.append({"role": "user", "content": text})
-        console.print(f"[bold]{mode}[/bold] ", end="")
+        console.print(Text(f"{mode} ", style="bold"), end="")
         pieces = []
         with in_mode(model, mode) as runner:
             for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling):

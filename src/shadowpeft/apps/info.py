@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rich.console import Console
-
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Adapter, Json
 
@@ -28,10 +26,9 @@ def main(adapter: Adapter, as_json: Json = False) -> None:
             part = next((p for p in _PARTS if f"shadowpeft_{p}" in name), "modules to save")
             counts[part] = counts.get(part, 0) + math.prod(handle.get_slice(name).get_shape())
     backbone: dict[str, Any] = config.shadow_backbone_config or {}
-    identity: dict[str, Any] = config.base_fingerprint or {}
     result = {
         "base": config.base_alias or config.base_model_name_or_path,
-        "base_architecture": f"{identity.get('architecture')} {identity.get('shapes', {})}",
+        "base_architecture": _base(config.base_fingerprint or {}),
         "task_type": str(getattr(config.task_type, "value", config.task_type)),
         "variant": config.variant,
         "shadow": f"{backbone.get('model_type')}, {backbone.get('num_hidden_layers')} layer(s), width "
@@ -45,7 +42,15 @@ def main(adapter: Adapter, as_json: Json = False) -> None:
         "bytes": weights.stat().st_size + find_file(adapter, CONFIG).stat().st_size,
         "format_version": config.format_version,
     }
-    show(Console(), result, adapter, as_json)
+    show(result, adapter, as_json)
+
+
+def _base(identity: dict[str, Any]) -> str:
+    """Architecture and shape of the base, from the identity that the adapter records."""
+    shapes = identity.get("shapes")
+    names = {"num_hidden_layers": "layers", "hidden_size": "width", "vocab_size": "tokens"}
+    sizes = [f"{name} {shapes[key]}" for key, name in names.items() if key in shapes] if isinstance(shapes, dict) else []
+    return ", ".join([str(identity.get("architecture", "not recorded")), *sizes])
 
 
 _PARTS = ("backbone", "projection", "norm", "head", "embedding", "injection", "update")

@@ -6,8 +6,6 @@ import math
 import time
 from typing import Any
 
-from rich.console import Console
-
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, RunFile
 
@@ -20,7 +18,7 @@ def main(run_file: RunFile, as_json: Json = False) -> None:
 
     run = read_run(run_file)
     quiet_libraries()
-    show(Console(), plan(run), run_file, as_json)
+    show(plan(run), run_file, as_json)
 
 
 def plan(run: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, RunFile
@@ -31,7 +30,7 @@ def main(
 
     result = pretrain(run, resume=resume, quiet=as_json)
     if PartialState().is_main_process:
-        show(Console(), result if as_json else _flat(result), "pretraining", as_json)
+        show(result if as_json else _flat(result), "pretraining", as_json)
     if result["interrupted"]:
         raise InterruptedRunError(
             f"stopped after step {result['steps']} of {result['planned_steps']}; continue with: shadowpeft pretrain "

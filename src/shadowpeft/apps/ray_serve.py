@@ -6,15 +6,16 @@ them one address. This module needs ``shadowpeft[ray]`` and is imported by Ray o
 
 from __future__ import annotations
 
-import asyncio
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from ray import serve
 
-from shadowpeft.apps.serve import Options, application, read_keys
+from shadowpeft.apps.serve import application, read_keys
 from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.serve.options import Options
 
 MANAGED = (
     "adapters are changed in all replicas together here: name the versions in user_config of the deployment and run serve "
@@ -25,29 +26,25 @@ _SPARE = 8
 _RETRY_SECONDS = 1
 
 
-class Arguments(BaseModel):
-    """What ``args`` of the application may hold; meanings and defaults as in ``shadowpeft serve --role cloud``."""
+_NOT_HERE = {"role", "host", "port", "auth", "when_cloud_down", "routing", "skills"}  # Ray's own, and the edge's
+_FIELDS = [f.name for f in fields(Options) if f.name not in _NOT_HERE and not f.name.startswith("cloud_")]
+_HINTS = get_type_hints(Options, include_extras=True)
 
-    model_config = ConfigDict(extra="forbid")
 
-    adapters: list[str] = Field(min_length=1)
-    """``NAME=FOLDER``; the folders must be there, under the same path, on every machine that has a replica."""
-    base: str | None = None
-    device: str = Options.device
-    versions: str | None = None
-    system: str | None = None
-    rows: int = Field(default=Options.rows, ge=1)
-    batches: int = Field(default=Options.batches, ge=1)
-    queue: int = Field(default=Options.queue, ge=1)
-    prompt_tokens: int = Field(default=Options.prompt_tokens, ge=1)
-    new_tokens: int = Field(default=Options.new_tokens, ge=1)
-    default_tokens: int = Field(default=Options.default_tokens, ge=1)
-    answer_seconds: float = Field(default=Options.answer_seconds, gt=0)
-    drain_seconds: float = Field(default=Options.drain_seconds, ge=0)
+def _field(name: str) -> Any:
+    kind, option = get_args(_HINTS[name])
+    least = getattr(option, "min", None)
+    default = getattr(Options, name, ...)
+    return kind, Field(default, min_length=1 if name == "adapters" else None, ge=least, description=option.help)
 
-    def options(self) -> Options:
-        """As the command's options. Keys are always needed: a replica cannot see who reaches Ray's address."""
-        return Options(role="cloud", auth=True, **self.model_dump())
+
+Arguments: Any = create_model(
+    "Arguments", __config__=ConfigDict(extra="forbid"), **{name: _field(name) for name in _FIELDS}
+)
+"""What ``args`` of the application may hold: the options of ``shadowpeft serve --role cloud`` that Ray does not set itself.
+
+The folders of ``adapters`` must be there, under the same path, on every machine that has a replica.
+"""
 
 
 class Wanted(BaseModel):
@@ -65,13 +62,14 @@ class Cloud:
     """One replica. Keys come from its environment (``SHADOWPEFT_API_KEYS``), never from arguments, which Ray shows."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self.given = Arguments(**arguments).options()
+        # keys are always needed: a replica cannot see who reaches Ray's address
+        self._options = Options(role="cloud", auth=True, **arguments)
 
     def __serve_build_asgi_app__(self) -> Any:
         name = serve.get_replica_context().replica_id.unique_id
-        made = application(self.given, read_keys(self.given), managed=MANAGED, replica=name)
-        self._server = made.state.server
-        return made
+        replica = application(self._options, read_keys(self._options), managed=MANAGED, replica=name)
+        self._server = replica.state.server
+        return replica
 
     def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""
@@ -88,35 +86,39 @@ class Cloud:
         backend = self._server.role.engine.backend
         versions = _checked(Wanted, wanted, "user_config").versions
         for name in versions:
-            if name not in backend.versions or self.given.versions is None:
+            if name not in backend.versions or self._options.versions is None:
                 raise ConfigError(
                     f"user_config has a version of '{name}' but there are {sorted(backend.versions)} and versions is "
-                    f"'{self.given.versions}'; name a loaded adapter, and the folder of versions in args"
+                    f"'{self._options.versions}'; name a loaded adapter, and the folder of versions in args"
                 )
         for name, had in backend.versions.items():
-            folder = str(Path(str(self.given.versions)) / versions[name]) if name in versions else had[0]
-            if folder != had[-1]:
-                await asyncio.to_thread(self._server.change, backend.swap, name, folder)
+            folder = (
+                str((Path(str(self._options.versions)) / versions[name]).resolve())
+                if name in versions
+                else had[0].folder
+            )
+            if folder != had[-1].folder:
+                await self._server.administration.change(backend.swap, name, folder)
 
 
 def app(args: dict[str, Any]) -> Any:
     """The application: what ``import_path: shadowpeft.apps.ray_serve:app`` with ``args`` deploys.
 
     Raises:
-        ConfigError: for arguments that there are not, or that are no such values.
+        ConfigError: for unknown arguments, and for values that are not allowed.
     """
     if isinstance(args.get("adapters"), str):  # serve run MODULE:app adapters=NAME=FOLDER,NAME=FOLDER
         args = {**args, "adapters": args["adapters"].split(",")}
     checked = _checked(Arguments, args, "args")
     room = checked.rows + checked.queue
-    made = Cloud.options(  # type: ignore[attr-defined]
+    deployment = Cloud.options(  # type: ignore[attr-defined]
         max_ongoing_requests=room + _SPARE,
         max_queued_requests=room,
         backpressure_config={"status_code": 429, "retry_after_s": _RETRY_SECONDS},
         graceful_shutdown_timeout_s=checked.drain_seconds + 10.0,
         health_check_period_s=5.0,
     )
-    return made.bind(checked.model_dump())
+    return deployment.bind(checked.model_dump())
 
 
 def _checked(kind: Any, given: Any, where: str) -> Any:

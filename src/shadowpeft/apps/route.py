@@ -14,6 +14,7 @@ from rich.table import Table
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.data.actions import REMOTE, parser, read_skills
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.terminal import terminal
 
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
 
@@ -53,7 +54,7 @@ def calibrate(
     if out is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
-        raise ConfigError(f"'{folder}' is no folder to save the calibration in; pass --out")
+        raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
     rows = {"fit": read_intents(data, "fit", limit, own)}
     if check is not None:
         rows["check"] = read_intents(check, "check", limit, own)
@@ -64,7 +65,7 @@ def calibrate(
 
     prepare_cpu()
     where = pick_device(device)
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     system = SYSTEM if system is None and data == "robot" else system
     edge, in_cloud = _backends(source, base, cloud, where)
     parse = parser(own or SKILLS)
@@ -76,23 +77,30 @@ def calibrate(
             if backend is not None
         }
         samples[name] = [_sample(i, row, texts, parse) for i, row in enumerate(part)]
-    made = replace(fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound), skills=own)
-    made.report.update(data=Path(data).name, source=Path(source).name, max_new_tokens=max_new_tokens, system=system)
+    calibration = replace(fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound), skills=own)
+    calibration.report.update(
+        data=Path(data).name, source=Path(source).name, max_new_tokens=max_new_tokens, system=system
+    )
     shown = "fit"
     if check is not None:
-        made.report["check"] = {"data": Path(check).name, **fitting.check(made, samples["check"])}
+        calibration.report["check"] = {"data": Path(check).name, **fitting.check(calibration, samples["check"])}
         shown = "check"
-    made.report["curve"] = fitting.curve(made, samples[shown])
-    made.save(folder / FILE)
+    calibration.report["curve"] = fitting.curve(calibration, samples[shown])
+    calibration.save(folder / FILE)
     picture = (folder / FILE).with_suffix(".png")
-    fitting.plot(made, samples[shown], picture, f"cost and quality ({shown} data, n = {len(samples[shown])})")
-    result = {"signal": made.signal, "threshold": made.threshold, **made.report, "saved": str(folder / FILE)}
+    fitting.plot(calibration, samples[shown], picture, f"cost and quality ({shown} data, n = {len(samples[shown])})")
+    result = {
+        "signal": calibration.signal,
+        "threshold": calibration.threshold,
+        **calibration.report,
+        "saved": str(folder / FILE),
+    }
     if own is not None:
         result["skills"] = list(own)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    _print(made, Console())
+    _print(calibration, terminal())
     console.print(f"saved: {folder / FILE}, {picture}")
 
 
@@ -121,7 +129,7 @@ def read_intents(
     else:
         file = Path(source)
         if not file.is_file():
-            raise DataError(f"data file '{file}' does not exist; check the path, or say robot for the packaged set")
+            raise DataError(f"data file '{file}' does not exist; check the path, or write robot for the packaged set")
         rows = []
         for number, line in enumerate(file.read_bytes().splitlines(), 1):
             if line.strip():
@@ -201,15 +209,18 @@ def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: A
     kept = action not in (None, REMOTE)
     cloud_right = None
     if "cloud" in answers:
-        said = decisive(answers["cloud"][i][0], parse)[1]
-        cloud_right = said == row["skill"] or (row["skill"] == REMOTE and said is None)
+        cloud_action = decisive(answers["cloud"][i][0], parse)[1]
+        cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
     return Sample(kept, kept and action == row["skill"], signals(scores.first(n)), cloud_right)
 
 
-def _print(made: Any, console: Console) -> None:
-    r = made.report
+def _print(calibration: Any, console: Console) -> None:
+    report = calibration.report
     table = Table(
-        "", "fit (cross-fitted)", "check", title=f"signal {made.signal}, keep at {made.threshold:.4f} and above"
+        "",
+        "fit (cross-fitted)",
+        "check",
+        title=f"signal {calibration.signal}, keep at {calibration.threshold:.4f} and above",
     )
     rows = [
         ("requests", "n"),
@@ -223,7 +234,7 @@ def _print(made: Any, console: Console) -> None:
         ("accuracy, always cloud", "accuracy_cloud"),
     ]
     for label, key in rows:
-        cells = [part.get(key) for part in (r, r.get("check", {}))]
+        cells = [part.get(key) for part in (report, report.get("check", {}))]
         if any(cell is not None for cell in cells):
             table.add_row(label, *("" if c is None else str(c) if isinstance(c, int) else f"{c:.4f}" for c in cells))
     console.print(table)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from shadowpeft.apps.checks import Report
+from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
 from shadowpeft.errors import ShadowPeftError, UnsupervisedShadowError
 from shadowpeft.hf.detach import detach
 from shadowpeft.hf.layer import find_hub
@@ -23,11 +23,14 @@ order with and without a cache. float32 leaves 1e-6 to 1e-5 a layer; half precis
 _BROKEN = (ShadowPeftError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 """What a defective layer, cache or head raises; everything else is a defect of this file and must show."""
 
+Outcome = Optional[tuple[str, str, str]]
+"""State, text and remedy of a step; None: there was nothing to test."""
+
 
 def self_test(report: Report, model: Any, tokenizer: Any) -> None:
     """Identity, detached path, cache, left padding, lambda and targets; the model is unloaded at the end."""
     test = _SelfTest(report, model, tokenizer)
-    steps: dict[str, Callable[[str], None]] = {
+    steps: dict[str, Callable[[], Outcome]] = {
         "detached = shadow": test.detached,
         "cached = uncached": test.cached,
         "left padding": test.left_padding,
@@ -42,16 +45,18 @@ def self_test(report: Report, model: Any, tokenizer: Any) -> None:
             continue
         model.eval()
         try:
-            step(name)
+            outcome = step()
         except _BROKEN as error:
-            report.fail(
-                name, f"{type(error).__name__}: {shorten(error)}", "this architecture or set-up breaks the method here"
-            )
+            text = f"{type(error).__name__}: {shorten(error)}"
+            outcome = FAILED, text, "this architecture or set-up breaks the method here"
+        if outcome is not None:
+            state, text, fix = outcome
+            report.add(Check(name, state, text, None if state == OK else fix))
         model.zero_grad(set_to_none=True)
 
 
 class _SelfTest:
-    """The steps; each adds its line to the report under the name that it is given."""
+    """The steps, on one model and one drawn batch."""
 
     def __init__(self, report: Report, model: Any, tokenizer: Any) -> None:
         self.report, self.model, self.tokenizer = report, model, tokenizer
@@ -85,46 +90,38 @@ class _SelfTest:
         return (torch.arange(ROWS, device=self.ids.device) + offset) % self.base.config.num_labels
 
     @torch.no_grad()
-    def identity(self, name: str) -> None:
+    def identity(self) -> Outcome:
         with self.model.disable_adapter():
             disabled = self._run().logits
         enabled = self._run().logits
         plain = self._run(self.model.unload()).logits
         same, change = torch.equal(disabled, plain), _gap(enabled, plain)
-        self.report.require(
-            same,
-            name,
-            f"{'bit-identical' if same else f'logits differ by {_gap(disabled, plain):.1e} (relative)'}; the adapter changes "
-            f"them by {change:.1e}",
-            "another hook or patch on the base is active; take it off",
-        )
         if change == 0.0:
             self.report.warn(
                 "effect",
                 "the adapter changes no logit: it was never trained",
                 "train it, or check that this is the one",
             )
+        difference = "bit-identical" if same else f"logits differ by {_gap(disabled, plain):.1e} (relative)"
+        text = f"{difference}; the adapter changes them by {change:.1e}"
+        return OK if same else FAILED, text, "another hook or patch on the base is active; take it off"
 
     @torch.no_grad()
-    def detached(self, name: str) -> None:
+    def detached(self) -> Outcome:
         edge = detach(self.model).to(self.ids.device)
         gap = _gap(self._run(edge).logits, self._run(return_shadow=True).shadow_logits)
         size = sum(p.numel() for p in edge.parameters())
-        self.report.require(
-            gap <= self.allowed,
-            name,
-            f"{type(edge).__name__}, {size:,} parameters, logits {gap:.1e} apart (relative)",
-            "do not ship the detached model; its class computes something else than the shadow",
-        )
+        text = f"{type(edge).__name__}, {size:,} parameters, logits {gap:.1e} apart (relative)"
+        fix = "do not ship the detached model; its class computes something else than the shadow"
+        return OK if gap <= self.allowed else FAILED, text, fix
 
     @torch.no_grad()
-    def cached(self, name: str) -> None:
+    def cached(self) -> Outcome:
         whole = self._run(use_cache=False).logits
         out = self.model(input_ids=self.ids[:, :7], use_cache=True)
         parts, caches = [out.logits], _caches(out)
         if not caches:
-            self.report.warn(name, "this architecture has no cache", "expect generation to slow down with every token")
-            return
+            return WARNING, "this architecture has no cache", "expect generation to slow down with every token"
         for part in self.ids[:, 7:].split(1, dim=1):
             out = self.model(input_ids=part, use_cache=True, **caches)
             parts, caches = [*parts, out.logits], _caches(out)
@@ -138,25 +135,17 @@ class _SelfTest:
             f"logits {gap:.1e} apart (relative, at most {self.allowed:g}), {same} of {ROWS * NEW} greedy tokens equal"
         )
         if gap <= self.allowed and same < ROWS * NEW and self.base.dtype != torch.float32:
-            self.report.warn(
-                name, text, "rounding decides between near ties; run it in float32 to see whether it is more"
-            )
-            return
-        self.report.require(
-            gap <= self.allowed and same == ROWS * NEW,
-            name,
-            text,
-            "generate with use_cache=False, and report the architecture with the versions above",
-        )
+            return WARNING, text, "rounding decides between near ties; run it in float32 to see whether it is more"
+        fix = "generate with use_cache=False, and report the architecture with the versions above"
+        return OK if gap <= self.allowed and same == ROWS * NEW else FAILED, text, fix
 
     @torch.no_grad()
-    def left_padding(self, name: str) -> None:
+    def left_padding(self) -> Outcome:
         pad = getattr(self.base.config.get_text_config(decoder=True), "pad_token_id", None)
         pad = self.tokenizer.pad_token_id if pad is None and self.tokenizer is not None else pad
         pad = pad[0] if isinstance(pad, list) else pad
         if pad is None:
-            self.report.warn(name, "there is no pad token to test with", "give tokenizer and model a pad token")
-            return
+            return WARNING, "there is no pad token to test with", "give tokenizer and model a pad token"
         short, cut = self.ids[:, 4:], 4
         padded = torch.cat([torch.full_like(self.ids[:, :cut], pad), short], 1)
         mask = (torch.arange(LENGTH, device=self.ids.device) >= cut).long().expand(ROWS, -1)
@@ -169,12 +158,10 @@ class _SelfTest:
             alone = self._generate(short, torch.ones_like(short), 4, **options)
             beside = self._generate(padded, mask, 4, **options)
             gap = _gap(beside.logits[0], alone.logits[0])
-        self.report.require(
-            gap <= self.allowed,
-            name,
-            f"a padded batch and the same rows without padding are {gap:.1e} apart (relative, at most {self.allowed:g})",
-            "use batches without padding with this architecture",
+        text = (
+            f"a padded batch and the same rows without padding are {gap:.1e} apart (relative, at most {self.allowed:g})"
         )
+        return OK if gap <= self.allowed else FAILED, text, "use batches without padding with this architecture"
 
     def _backbone_gradient(self, loss: Callable[[], Tensor], weight: float) -> Tensor:
         """Gradient of the shadow backbone under the lambda ``weight``; dropout draws from a fixed seed."""
@@ -192,66 +179,59 @@ class _SelfTest:
         parameters = self.hub.shadowpeft_backbone["default"].parameters()
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters])
 
-    def _judge_lambda(self, name: str, loss: Callable[[], Tensor], where: str) -> None:
+    def _judge_lambda(self, loss: Callable[[], Tensor], where: str) -> Outcome:
         weight = self.config.auxiliary_loss_weight
         own, more = self._backbone_gradient(loss, weight), self._backbone_gradient(loss, weight + 1.0)
         moved = float((more - own).norm())
         if not (moved > 1e-3 * float(more.norm()) and moved > 0):
-            self.report.fail(
-                name,
-                f"lambda changes nothing in {where}: the shadow is never supervised",
-                "use shadowpeft.ShadowTrainer",
-            )
-        elif weight == 0:
-            self.report.warn(
-                name,
-                f"lambda is 0, so nothing trains the detached path in {where}",
-                "set auxiliary_loss_weight above 0 (0.05 by default), unless only the attached model is wanted",
-            )
-        else:
-            sizes = f"{float(own.norm()):.2g}, {float(more.norm()):.2g} with 1 more"
-            self.report.ok(name, f"{weight:g} takes effect in {where}: backbone gradient {sizes}")
+            text = f"lambda changes nothing in {where}: the shadow is never supervised"
+            return FAILED, text, "use shadowpeft.ShadowTrainer"
+        if weight == 0:
+            fix = "set auxiliary_loss_weight above 0 (0.05 by default), unless only the attached model is wanted"
+            return WARNING, f"lambda is 0, so nothing trains the detached path in {where}", fix
+        sizes = f"{float(own.norm()):.2g}, {float(more.norm()):.2g} with 1 more"
+        return OK, f"{weight:g} takes effect in {where}: backbone gradient {sizes}", ""
 
-    def weight_of_the_shadow(self, name: str) -> None:
-        self._judge_lambda(name, lambda: self._run(labels=self._labels()).loss, "a plain forward")
+    def weight_of_the_shadow(self) -> Outcome:
+        return self._judge_lambda(lambda: self._run(labels=self._labels()).loss, "a plain forward")
 
     @torch.no_grad()
-    def targets(self, name: str) -> None:
+    def targets(self) -> Outcome:
         same = self._run(labels=self._labels())
         other = self._run(labels=self._labels(), shadow_labels=self._labels(1))
-        self.report.require(
-            float(same.shadow_loss) != float(other.shadow_loss) and float(same.task_loss) == float(other.task_loss),
-            name,
-            f"shadow_labels move the shadow's loss from {float(same.shadow_loss):.4g} to {float(other.shadow_loss):.4g} and "
-            f"leave the task's at {float(same.task_loss):.4g}",
-            "the base's forward swallows shadow_labels; use shadowpeft.ShadowTrainer",
+        task, shadow = (
+            (float(same.task_loss), float(other.task_loss)),
+            (float(same.shadow_loss), float(other.shadow_loss)),
         )
+        good = shadow[0] != shadow[1] and task[0] == task[1]
+        moved = f"from {shadow[0]:.4g} to {shadow[1]:.4g}"
+        text = f"shadow_labels move the shadow's loss {moved} and leave the task's at {task[0]:.4g}"
+        fix = "the base's forward swallows shadow_labels; use shadowpeft.ShadowTrainer"
+        return OK if good else FAILED, text, fix
 
-    def stock_trainer(self, name: str) -> None:
+    def stock_trainer(self) -> Outcome:
         """What transformers' Trainer does with label smoothing or an own loss: it takes the labels away from the model."""
         if self.config.auxiliary_loss_weight == 0:
-            return
+            return None
         self.model.train()
         try:
             self._run().logits.float().logsumexp(-1).mean().backward()
         except UnsupervisedShadowError:
-            self.report.ok(
-                name, "joint loss; with label smoothing or compute_loss_func it is refused, use ShadowTrainer there"
+            return (
+                OK,
+                "joint loss; with label smoothing or compute_loss_func it is refused, use ShadowTrainer there",
+                "",
             )
-        else:
-            self.report.fail(
-                name, "label smoothing would train without the shadow's loss", "use shadowpeft.ShadowTrainer"
-            )
+        return FAILED, "label smoothing would train without the shadow's loss", "use shadowpeft.ShadowTrainer"
 
-    def trl(self, name: str) -> None:
+    def trl(self) -> Outcome:
         if importlib.util.find_spec("trl") is None or self.tokenizer is None:
-            return
+            return None
         from datasets import Dataset, disable_progress_bars
         from trl import SFTConfig, SFTTrainer
 
         if self.tokenizer.pad_token_id is None:
-            self.report.warn(name, "needs a pad token", "tokenizer.pad_token = tokenizer.eos_token")
-            return
+            return WARNING, "needs a pad token", "tokenizer.pad_token = tokenizer.eos_token"
         disable_progress_bars()
         rows = [{"input_ids": row} for row in self.ids.tolist()]
         forward = vars(self.base).get("forward")
@@ -262,10 +242,8 @@ class _SelfTest:
             trainer = SFTTrainer(self.model, args=arguments, train_dataset=data, processing_class=self.tokenizer)
             batch, items = trainer.data_collator(rows), torch.tensor(ROWS * (LENGTH - 1))
             try:
-                self._judge_lambda(
-                    name,
-                    lambda: trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items),
-                    "SFTTrainer",
+                return self._judge_lambda(
+                    lambda: trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items), "SFTTrainer"
                 )
             finally:
                 vars(self.base).pop("forward", None)  # TRL's own

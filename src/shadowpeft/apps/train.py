@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, RunFile
@@ -25,7 +24,7 @@ def main(
     from shadowpeft.train.run import train
 
     summary = train(run, resume=resume, quiet=as_json)
-    show(Console(), summary, "run", as_json)
+    show(summary, "run", as_json)
     if summary["interrupted"]:
         raise InterruptedRunError(
             f"stopped after step {summary['steps']} of {summary['planned_steps']}; continue with: shadowpeft train {run_file} "

@@ -87,5 +87,5 @@ def read_skills(file: str | Path) -> tuple[str, ...]:
 
 
 def _short(name: object) -> str:
-    told = repr(name)
-    return told if len(told) <= 2 * LONGEST_TAG else told[: 2 * LONGEST_TAG] + "..."
+    text = repr(name)
+    return text if len(text) <= 2 * LONGEST_TAG else text[: 2 * LONGEST_TAG] + "..."

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowpeft.data.padding import pad_inputs
 from shadowpeft.errors import DataError
 
 
@@ -37,11 +38,5 @@ class ClassCollator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``(B, T)``, ``labels`` ``(B,)``."""
-        width = max(len(f["input_ids"]) for f in features)
-        rows = [f["input_ids"] + [self.pad_token_id] * (width - len(f["input_ids"])) for f in features]
-        lengths = torch.tensor([len(f["input_ids"]) for f in features])
-        return {
-            "input_ids": torch.tensor(rows),
-            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
-            "labels": torch.tensor([f["labels"] for f in features]),
-        }
+        batch = pad_inputs([f["input_ids"] for f in features], self.pad_token_id)
+        return {**batch, "labels": torch.tensor([f["labels"] for f in features])}

@@ -9,16 +9,16 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from shadowpeft.data.tasks.source import data_folder
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.json_text import parse_json
+from shadowpeft.messages import shorten
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -45,129 +45,89 @@ class Origin(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ one file of text
 
 
-class _Place(NamedTuple):
-    """A place between two documents of a shard: a byte offset (uncompressed), a line (gzip) or a row group, and the rows
-    before it."""
-
-    at: int
-    row: int
+Read = Iterator[tuple[str, int, int]]
+"""Texts, each with its first and its last row."""
 
 
 class _Damaged(Exception):
     """A shard cannot be read on."""
 
 
-def _lines(path: Path, place: _Place) -> Iterator[tuple[str, int, _Place]]:
-    """Lines from ``place`` on, each with its number (from 1) and the place after it."""
-    packed = path.suffix == ".gz"
-    row = place.row
+def _lines(path: Path, after: int) -> Iterator[tuple[str, int]]:
+    """Lines after line ``after``, each with its number (from 1)."""
+    row = 0
     try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as handle:
-            if packed:
-                for _ in range(place.at):
-                    handle.readline()
-            else:
-                handle.seek(place.at)
-            while raw := handle.readline():
-                row += 1
-                yield raw.decode("utf-8"), row, _Place(row if packed else handle.tell(), row)
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+            for row, line in enumerate(handle, 1):
+                if row > after:
+                    yield line.decode("utf-8"), row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise _Damaged(f"after line {row}: {_short(error)}") from error
+        raise _Damaged(f"after line {row}: {shorten(error)}") from error
 
 
-def _read_jsonl(path: Path, field: str, place: _Place) -> Iterator[tuple[str, int, _Place]]:
-    for line, row, after in _lines(path, place):
+def _read_jsonl(path: Path, field: str, after: int) -> Read:
+    for line, row in _lines(path, after):
         if not line.strip():
             continue
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _Damaged(f"line {row} is not JSON ({_short(error)})") from error
+            content = parse_json(line)
+        except ValueError as error:
+            raise _Damaged(f"line {row} {error}") from error
         text = content.get(field) if isinstance(content, dict) else None
         if not isinstance(text, str):
             known = ", ".join(content) if isinstance(content, dict) else type(content).__name__
             raise _Damaged(f"line {row} has no text under '{field}' (it has: {known})")
-        yield text, row, after
+        yield text, row, row
 
 
-def _read_text(path: Path, field: str, place: _Place) -> Iterator[tuple[str, int, _Place]]:
+def _read_text(path: Path, field: str, after: int) -> Read:
     """Documents are separated by empty lines."""
     parts: list[str] = []
-    first, after = place.row + 1, place
-    for line, row, after in _lines(path, place):
+    first = row = after + 1
+    for line, row in _lines(path, after):
         if line.strip():
-            if not parts:
-                first = row
+            first = first if parts else row
             parts.append(line)
         elif parts:
-            yield "".join(parts).strip(), first, after
+            yield "".join(parts).strip(), first, row
             parts = []
     if parts:
-        yield "".join(parts).strip(), first, after
+        yield "".join(parts).strip(), first, row
 
 
-def _read_parquet(path: Path, field: str, place: _Place) -> Iterator[tuple[str, int, _Place]]:
-    """One row group at a time; a resumed stream reads only the group in which it stopped and those after it."""
+def _read_parquet(path: Path, field: str, after: int) -> Read:
+    """One row group at a time; those before row ``after`` are not read."""
     import pyarrow
     from pyarrow import parquet
 
-    row = place.row
+    row = 0
     try:
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 raise _Damaged(f"there is no column '{field}' (it has: {', '.join(file.schema_arrow.names)})")
-            before = sum(file.metadata.row_group(i).num_rows for i in range(place.at))
-            for group in range(place.at, file.num_row_groups):
-                texts = file.read_row_group(group, columns=[field]).column(0)
-                for index in range(row - before, len(texts)):
-                    text = texts[index].as_py()
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if row + count <= after:
+                    row += count
+                    continue
+                for text in file.read_row_group(group, columns=[field]).column(0).to_pylist():
                     row += 1
                     if text is not None and not isinstance(text, str):
                         raise _Damaged(f"column '{field}' holds {type(text).__name__}, not text")
-                    yield text or "", row, _Place(group, row)
-                before += len(texts)
+                    if row > after:
+                        yield text or "", row, row
     except (OSError, pyarrow.ArrowException) as error:
-        raise _Damaged(f"after row {row}: {_short(error)}") from error
+        raise _Damaged(f"after row {row}: {shorten(error)}") from error
 
 
 _READERS = {"jsonl": _read_jsonl, "text": _read_text, "parquet": _read_parquet}
 
 
-def _short(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-
-
 # ---------------------------------------------------------------------------------------------------------- one corpus
 
 
-class TextSource(Protocol):
-    """A corpus that is read document by document, pass by pass."""
-
-    name: str
-
-    def next(self) -> tuple[str, int, int] | None:
-        """Text, shard and row of the next document; None once at the end of each pass."""
-
-    def where(self, shard: int, row: int) -> str:
-        """A place in words."""
-
-    def state(self) -> dict[str, Any]:
-        """Where the source stands, as JSON."""
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Stand there again."""
-
-
-@dataclass
-class Skipped:
-    """A shard that was left, wholly or from some line on."""
-
-    shard: str
-    reason: str
-
-
 class FileSource:
-    """Files of JSON lines, plain text or parquet, in an order that seed and pass decide.
+    """Files of JSON lines, plain text or parquet, read document by document in an order that seed and pass decide.
 
     Args:
         name: in messages. files: the shards. format: ``jsonl``, ``text``, ``parquet``, or None: by each file's name.
@@ -196,9 +156,10 @@ class FileSource:
         self.formats = [format or format_of(file) for file in self.files]
         self.field, self.on_bad_shard, self.shuffle, self.seed = field, on_bad_shard, shuffle, seed
         self.warn = warn or (lambda message: None)
-        self.turn, self.place = 0, _Place(0, 0)
-        self.skipped: list[Skipped] = []
-        self._open: Iterator[tuple[str, int, _Place]] | None = None
+        self.turn, self.row = 0, 0
+        self.skipped: dict[str, str] = {}
+        """Shards that were left, wholly or from some row on, and why."""
+        self._open: Read | None = None
         self._begin(0)
 
     def _begin(self, number: int) -> None:
@@ -217,10 +178,10 @@ class FileSource:
             shard = self._order[self.turn]
             file = self.files[shard]
             if self._open is None:
-                self._open = _READERS[self.formats[shard]](file, self.field, self.place)
+                self._open = _READERS[self.formats[shard]](file, self.field, self.row)
             try:
-                text, row, self.place = next(self._open)
-                return text, shard, row
+                text, first, self.row = next(self._open)
+                return text, shard, first
             except StopIteration:
                 pass
             except _Damaged as error:
@@ -229,10 +190,10 @@ class FileSource:
                         f"corpus '{self.name}': shard '{file}' cannot be read ({error}); mend or remove it, or set "
                         "on_bad_shard: skip"
                     ) from error
-                if all(known.shard != str(file) for known in self.skipped):  # once, not in every pass
-                    self.skipped.append(Skipped(str(file), str(error)))
+                if str(file) not in self.skipped:  # once, not in every pass
+                    self.skipped[str(file)] = str(error)
                     self.warn(f"corpus '{self.name}': the rest of shard '{file}' is skipped ({error})")
-            self.turn, self.place, self._open = self.turn + 1, _Place(0, 0), None
+            self.turn, self.row, self._open = self.turn + 1, 0, None
         self.turn = 0
         self._begin(self.passes + 1)
         return None
@@ -242,20 +203,15 @@ class FileSource:
         return f"'{self.files[shard]}', row {row}"
 
     def state(self) -> dict[str, Any]:
-        """Pass, shard, place in it, and what was skipped."""
-        return {
-            "passes": self.passes,
-            "turn": self.turn,
-            "place": list(self.place),
-            "skipped": [[s.shard, s.reason] for s in self.skipped],
-        }
+        """Pass, shard, rows of it that were read, and what was skipped."""
+        skipped = [list(each) for each in self.skipped.items()]
+        return {"passes": self.passes, "turn": self.turn, "row": self.row, "skipped": skipped}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go to a place that :meth:`state` gave: one seek (for gzip: the lines before it are decompressed)."""
+        """Go to a place that :meth:`state` gave; the rows before it are passed over unparsed."""
         self._begin(state["passes"])
-        self.turn, self.place = state["turn"], _Place(*state["place"])
-        self.skipped = [Skipped(*each) for each in state["skipped"]]
-        self._open = None
+        self.turn, self.row = state["turn"], state["row"] if "row" in state else state["place"][1]  # older checkpoints
+        self.skipped, self._open = dict(state["skipped"]), None
 
 
 class HubSource:
@@ -277,7 +233,7 @@ class HubSource:
             self.stream = datasets.load_dataset(repository, config, split=split, streaming=True)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"corpus '{name}': the data set '{repository}' cannot be opened ({_short(error)}); check its name, config "
+                f"corpus '{name}': the data set '{repository}' cannot be opened ({shorten(error)}); check its name, config "
                 "and split, and the network"
             ) from error
         self._start = self.stream.state_dict()
@@ -300,7 +256,7 @@ class HubSource:
             return None
         except (OSError, ValueError) as error:
             raise DataError(
-                f"corpus '{self.name}' cannot be read after row {self.row} ({_short(error)}); check the network and resume"
+                f"corpus '{self.name}' cannot be read after row {self.row} ({shorten(error)}); check the network and resume"
             ) from error
         self.row += 1
         text = content.get(self.field)
@@ -326,6 +282,9 @@ class HubSource:
         self._rows = None
 
 
+TextSource = FileSource | HubSource
+
+
 def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]:
     """The files of a corpus: of one file, a folder (all known formats below it), a pattern, or a packaged name.
 
@@ -334,20 +293,20 @@ def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]
     """
     if builtin is not None:
         folder = data_folder() / builtin
-        found = sorted(folder.glob(f"{split}.jsonl*"))
+        files = sorted(folder.glob(f"{split}.jsonl*"))
         advice = f"set SHADOWPEFT_DATA to a folder that holds {builtin}/{split}.jsonl.gz"
         path = str(folder)
     else:
         assert path is not None
         whole = Path(path)
         if whole.is_dir():
-            found = sorted(f for f in whole.rglob("*") if f.is_file() and _suffix(f) in FORMATS)
+            files = sorted(f for f in whole.rglob("*") if f.is_file() and _suffix(f) in FORMATS)
         else:
-            found = [whole] if whole.is_file() else sorted(Path(f) for f in glob.glob(path, recursive=True))
+            files = [whole] if whole.is_file() else sorted(Path(f) for f in glob.glob(path, recursive=True))
         advice = f"give a file, a folder or a pattern; known endings are {', '.join(FORMATS)}"
-    if not found:
+    if not files:
         raise DataError(f"the corpus '{path}' has no files; {advice}")
-    return found
+    return files
 
 
 def _suffix(file: Path) -> str:

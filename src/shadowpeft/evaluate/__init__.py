@@ -1,18 +1,7 @@
-"""Model x data -> numbers: a task's record (``engine``), or exact match, intents and loss of given rows (``scores``)."""
+"""Model x data -> numbers: a task's record, and the loss of given rows."""
 
-from shadowpeft.evaluate.engine import METHODS, MODES, evaluate_task, norms_kept, runner_in_mode
-from shadowpeft.evaluate.scores import accuracy, answer_loss, exact_match, intents, target, wilson
+from shadowpeft.evaluate.engine import METHODS, evaluate_task
+from shadowpeft.evaluate.modes import MODES, norms_kept, runner_in_mode
+from shadowpeft.evaluate.scores import accuracy, answer_loss, wilson
 
-__all__ = [
-    "METHODS",
-    "MODES",
-    "accuracy",
-    "answer_loss",
-    "evaluate_task",
-    "exact_match",
-    "intents",
-    "norms_kept",
-    "runner_in_mode",
-    "target",
-    "wilson",
-]
+__all__ = ["METHODS", "MODES", "accuracy", "answer_loss", "evaluate_task", "norms_kept", "runner_in_mode", "wilson"]

@@ -5,116 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.helpers import DoraCaching
-from rich.console import Console
 from torch import nn
 
-from shadowpeft.data.chat import answer_ids, fingerprint, prompt_ids, with_system
-from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids
+from shadowpeft.data.chat import answer_ids, encode, fingerprint, prompt_ids
+from shadowpeft.data.padding import pad_inputs
+from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
-from shadowpeft.evaluate.scores import wilson
-from shadowpeft.generate import answer, evaluating
-from shadowpeft.hf.detach import detach
-from shadowpeft.hf.layer import find_hub
+from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder
+from shadowpeft.evaluate.modes import runner_in_mode
+from shadowpeft.evaluate.scores import answer_loss, wilson
+from shadowpeft.generate import answer
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
+from shadowpeft.terminal import terminal
 from shadowpeft.watching import Watched
 
-MODES = ("attached", "detached", "base", "lora", "dora")
 METHODS = ("generate", "likelihood", "classify")
 FORMAT = 1
-PREDICTIONS, SETTINGS, RECORD = "predictions.jsonl", "evaluation.json", "record.json"
 
-
-Said = tuple[Any, str, int, list[float]]
+Judged = tuple[Any, str, int, list[float]]
 """Prediction, text, tokens, scores."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is kept of one example: a line of ``predictions.jsonl``."""
-
-    id: str
-    prediction: Any
-    value: float
-    """0 to 1, what the interval resamples."""
-    gold: Any
-    text: str
-    """The generated text; for other methods the empty string."""
-    tokens: int
-    """Generated tokens; for other methods tokens read."""
-    seconds: float
-    """Wall time of its batch over the batch's size."""
-    peak_memory: int
-    scores: list[float]
-    """Log-likelihoods of the choices, or of the classes; the answer's alone where there are no choices."""
-
-
-@contextmanager
-def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
-    """The model to run for ``mode``, in eval mode.
-
-    ``attached``: with its shadow adapter; ``detached``: the shadow alone; ``base``: adapters off; ``lora``, ``dora``: a PEFT
-    model of that method as it is.
-
-    Raises:
-        ConfigError: for an unknown mode, or a model without the adapter that the mode needs.
-    """
-    if mode not in MODES:
-        raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
-    with evaluating(model):
-        if mode == "attached":
-            find_hub(model)
-            yield model
-        elif mode == "detached":
-            yield detach(model).eval()
-        elif mode == "base":
-            if hasattr(model, "disable_adapter"):
-                with model.disable_adapter():
-                    yield model
-            else:
-                yield model
-        else:
-            found = _peft_method(model)
-            if found != mode:
-                raise ConfigError(f"mode is '{mode}' but the model is {found}; pass a PEFT model of that method")
-            with norms_kept(model):
-                yield model
-
-
-@contextmanager
-def norms_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, PEFT's DoRA layers compute the norm of their merged matrix once, not at each forward: no weight may change. Other
-    models run as always; the model is in evaluation mode afterwards.
-
-    PEFT empties what it keeps when a model goes to training; that is done before, so that no norm of older weights is used,
-    and after, so that none is left.
-    """
-    model.train().eval()
-    try:
-        with DoraCaching():
-            yield
-    finally:
-        model.train().eval()
-
-
-def _peft_method(model: Any) -> str:
-    configs = getattr(model, "peft_config", None)
-    if not configs:
-        return f"a {type(model).__name__} without adapter"
-    active = configs[model.active_adapter]
-    kind = str(getattr(active.peft_type, "value", active.peft_type)).lower()
-    return "dora" if kind == "lora" and getattr(active, "use_dora", False) else kind
 
 
 def evaluate_task(
@@ -133,6 +52,7 @@ def evaluate_task(
     resume: bool = True,
     extra: dict[str, Any] | None = None,
     max_length: int = CLASSIFY_MAX_LENGTH,
+    loss: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a task, in the mode given.
@@ -152,6 +72,7 @@ def evaluate_task(
         folder: where ``predictions.jsonl``, ``evaluation.json`` and ``record.json`` go; None: nowhere.
         resume: continue what the folder holds; otherwise a folder with predictions is refused.
         extra: kept in the record. max_length: tokens of a text that a classifier reads.
+        loss: whether the record also has ``loss`` and ``perplexity`` per token of the examples' answers, ``answer_tokens``.
         progress: called with the number of examples done after each batch; None: a bar on standard error.
 
     Returns:
@@ -173,6 +94,7 @@ def evaluate_task(
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
+    examples = task.for_path(examples, "shadow" if mode == "detached" else "base")
     lock = nullcontext() if folder is None else exclusive(folder)
     with lock, runner_in_mode(model, mode) as runner:
         settings = {
@@ -189,7 +111,9 @@ def evaluate_task(
             "examples": fingerprint(asdict(e) for e in examples),
             "weights": facts.weights_digest(runner),
         }
-        done = _open_folder(folder, settings, resume)
+        if loss:
+            settings["loss"] = True
+        done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
             return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))  # the same number keeps its id
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
@@ -198,13 +122,16 @@ def evaluate_task(
         with _shown(progress, f"{task.name} {mode}", len(examples)) as report:
             for batch in batches:
                 if any(e.id not in done for e in batch):
-                    made = _run(runner, tokenizer, task, batch, method, max_length)
-                    new = [row for row in made if row.id not in done]
-                    _append(folder, new)
-                    done.update({row.id: row for row in new})
+                    predictions = _run(runner, tokenizer, task, batch, method, max_length)
+                    new = [p for p in predictions if p.id not in done]
+                    if folder is not None:
+                        append(folder, new)
+                    done.update({p.id: p for p in new})
                 report(sum(e.id in done for e in examples))
         rows = [done[e.id] for e in examples]
         result = _record(task, examples, rows, settings, origin, runner, extra)
+        if loss:
+            result |= _loss(runner, tokenizer, task, examples)
     result["wall_seconds"] = before + time.perf_counter() - began
     result = {"id": hashlib.sha256(json.dumps(result, sort_keys=True, default=str).encode()).hexdigest()[:12], **result}
     if folder is not None:
@@ -224,29 +151,27 @@ def _batches(
     if method == "classify":
         lengths = [len(class_ids(tokenizer, e.prompt, max_length)) for e in examples]
     else:
-        lengths = [len(prompt_ids(tokenizer, _chat(task, e))) for e in examples]
+        lengths = [len(prompt_ids(tokenizer, task.chat(e))) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
     return [[examples[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
 
-def _chat(task: Task, example: Example) -> list[dict[str, str]]:
-    return with_system([{"role": "user", "content": example.prompt}], task.system)
-
-
-def _run(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], method: str, max_length: int) -> list[Row]:
+def _run(
+    model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], method: str, max_length: int
+) -> list[Prediction]:
     began = time.perf_counter()
     if method == "generate":
-        chats = [_chat(task, e) for e in batch]
+        chats = [task.chat(e) for e in batch]
         answers = answer(model, tokenizer, chats, max_new_tokens=task.max_new_tokens, batch_size=len(batch))
-        said: list[Said] = [(task.parse(a.text), a.text, a.tokens, []) for a in answers]
+        judged: list[Judged] = [(task.parse(a.text), a.text, a.tokens, []) for a in answers]
     elif method == "classify":
-        said = _classified(model, tokenizer, task, batch, max_length)
+        judged = _classified(model, tokenizer, task, batch, max_length)
     else:
-        said = _likeliest(model, tokenizer, task, batch)
+        judged = _likeliest(model, tokenizer, task, batch)
     share, peak = (time.perf_counter() - began) / len(batch), peak_memory_bytes(next(model.parameters()).device)
     return [
-        Row(e.id, prediction, _value(task, method, prediction, e), e.gold, text, tokens, share, peak, scores)
-        for e, (prediction, text, tokens, scores) in zip(batch, said, strict=True)
+        Prediction(e.id, prediction, _value(task, method, prediction, e), e.gold, text, tokens, share, peak, scores)
+        for e, (prediction, text, tokens, scores) in zip(batch, judged, strict=True)
     ]
 
 
@@ -259,14 +184,10 @@ def _value(task: Task, method: str, prediction: Any, example: Example) -> float:
 
 
 @torch.inference_mode()
-def _classified(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], max_length: int) -> list[Said]:
+def _classified(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], max_length: int) -> list[Judged]:
     """Logits ``(B, C)`` of right-padded texts, each pooled where its model class pools."""
     ids = [class_ids(tokenizer, e.prompt, max_length) for e in batch]
-    width, where = max(map(len, ids)), next(model.parameters()).device
-    logits = model(
-        input_ids=torch.tensor([i + [tokenizer.pad_token_id] * (width - len(i)) for i in ids], device=where),
-        attention_mask=torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i in ids], device=where),
-    ).logits
+    logits = model(**pad_inputs(ids, tokenizer.pad_token_id, device=next(model.parameters()).device)).logits
     if logits.dim() != 2 or logits.shape[1] != len(task.labels):
         raise ConfigError(
             f"the model's logits have shape {tuple(logits.shape)} but task '{task.name}' has {len(task.labels)} classes; load "
@@ -277,26 +198,24 @@ def _classified(model: nn.Module, tokenizer: Any, task: Task, batch: list[Exampl
 
 
 @torch.inference_mode()
-def _likeliest(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example]) -> list[Said]:
+def _likeliest(model: nn.Module, tokenizer: Any, task: Task, batch: list[Example]) -> list[Judged]:
     """The likeliest choice, or the mean log-likelihood of the gold answer's tokens where there are no choices."""
     texts: list[tuple[list[int], list[int]]] = []
     for e in batch:
-        chat = _chat(task, e)
+        chat = task.chat(e)
         head = prompt_ids(tokenizer, chat)
         tails = [answer_ids(tokenizer, chat, text, closed=False) for text in e.choices]
         texts += [(head, tail) for tail in tails or [answer_ids(tokenizer, chat, e.answer)]]
-    sums = iter(sequence_likelihoods(model, tokenizer.pad_token_id, texts))
-    counts = iter(texts)
-    said: list[Said] = []
+    rows = iter(zip(texts, sequence_likelihoods(model, tokenizer.pad_token_id, texts), strict=True))
+    judged: list[Judged] = []
     for e in batch:
-        heads = [next(counts) for _ in e.choices or ("answer",)]
-        found = [next(sums) for _ in heads]
-        read = sum(len(head) + len(tail) for head, tail in heads)
+        own = [next(rows) for _ in e.choices or ("answer",)]
+        tokens, sums = sum(len(head) + len(tail) for (head, tail), _ in own), [total for _, total in own]
         if e.choices:
-            said.append((e.choices[max(range(len(found)), key=found.__getitem__)], "", read, found))
+            judged.append((e.choices[max(range(len(sums)), key=sums.__getitem__)], "", tokens, sums))
         else:
-            said.append((found[0] / len(heads[0][1]), "", read, found))
-    return said
+            judged.append((sums[0] / len(own[0][0][1]), "", tokens, sums))
+    return judged
 
 
 @torch.inference_mode()
@@ -320,80 +239,23 @@ def sequence_likelihoods(model: nn.Module, pad: int, texts: list[tuple[list[int]
         raise DataError(
             f"a prompt with its answer has {width} tokens but the model reads {limit}; shorten or leave it out"
         )
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=where)
+    inputs = pad_inputs(rows, pad, "left", where)
     keep = 1 if single else max(len(tail) for _, tail in texts) + 1
-    logits = model(
-        input_ids=torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=where),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    logits = model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
     scores = logits[:, -keep:].float().log_softmax(-1)
-    found = []
+    sums = []
     for (_, tail), index in zip(texts, place, strict=True):
         at = scores[index, -1:] if single else scores[index, -len(tail) - 1 : -1]
-        found.append(float(at.gather(-1, torch.tensor(tail, device=where)[:, None]).double().sum()))
-    return found
+        sums.append(float(at.gather(-1, torch.tensor(tail, device=where)[:, None]).double().sum()))
+    return sums
 
 
-# -------------------------------------------------------------------------------------------------------------- folder
-
-
-def _open_folder(folder: Path | None, settings: dict[str, Any], resume: bool) -> dict[str, Row]:
-    """Rows that an earlier sitting left, by id; the folder is ready to be appended to."""
-    if folder is None:
-        return {}
-    folder.mkdir(parents=True, exist_ok=True)
-    stored, file = folder / SETTINGS, folder / PREDICTIONS
-    if not stored.is_file():
-        if file.exists():
-            raise ConfigError(
-                f"'{folder}' has {PREDICTIONS} but no {SETTINGS}, so they belong to nothing; choose another folder"
-            )
-        write_json(stored, settings)
-        return {}
-    if not resume:
-        raise ConfigError(f"'{folder}' already holds an evaluation; choose another folder, or resume it")
-    try:
-        before = json.loads(stored.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"'{stored}' is damaged ({error}); start the evaluation in another folder") from error
-    differing = [key for key in settings if before.get(key, "absent") != settings[key]]
-    if differing:
-        raise ConfigError(
-            f"'{folder}' holds an evaluation with another {', '.join(differing)}; choose another folder, or evaluate as it was"
-        )
-    return _read_rows(file)
-
-
-def _read_rows(file: Path) -> dict[str, Row]:
-    """Whole lines; what a kill left of a last one is cut off."""
-    if not file.is_file():
-        return {}
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
-    rows = {}
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-        try:
-            row = Row(**json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
-            raise ConfigError(
-                f"line {number} of '{file}' is no prediction ({error}); start in another folder"
-            ) from error
-        rows[row.id] = row
-    return rows
-
-
-def _append(folder: Path | None, rows: list[Row]) -> None:
-    if folder is None:
-        return
-    with (folder / PREDICTIONS).open("a", encoding="utf-8") as handle:
-        handle.write("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
-        handle.flush()
-        os.fsync(handle.fileno())
+def _loss(model: nn.Module, tokenizer: Any, task: Task, examples: list[Example]) -> dict[str, float]:
+    longest = getattr(model.config, "max_position_embeddings", None) or 10**9  # type: ignore[union-attr]
+    sequences = encode(training_rows(task, examples), tokenizer, max_length=longest)
+    mean = answer_loss(model, sequences, tokenizer.pad_token_id)
+    return {"loss": mean["loss"], "perplexity": mean["perplexity"], "answer_tokens": mean["tokens"]}
 
 
 @contextmanager
@@ -401,7 +263,7 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
     if progress is not None:
         yield progress
         return
-    with Watched(Console(stderr=True), label, total) as watched:
+    with Watched(terminal(stderr=True), label, total) as watched:
         yield watched.update
 
 
@@ -411,7 +273,7 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
 def _record(
     task: Task,
     examples: list[Example],
-    rows: list[Row],
+    rows: list[Prediction],
     settings: dict[str, Any],
     origin: dict[str, Any],
     model: nn.Module,
@@ -428,7 +290,7 @@ def _record(
         scores["gold_probability"] = sum(math.exp(g) for g in gold) / len(gold)
     seconds, tokens = sum(row.seconds for row in rows), sum(row.tokens for row in rows)
     device = facts.device_of(model)
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "task": task.name,
         "split": settings["split"],
@@ -441,9 +303,9 @@ def _record(
         "seed": settings["seed"],
     }
     if set(values) <= {0.0, 1.0}:  # resampling says nothing at 0 % and 100 %
-        found["wilson_interval"] = list(wilson(int(sum(values)), len(values)))
+        record["wilson_interval"] = list(wilson(int(sum(values)), len(values)))
     return {
-        **found,
+        **record,
         "tokens": tokens,
         "tokens_are": "generated" if settings["method"] == "generate" else "read",
         "tokens_per_second": tokens / seconds if seconds else float("nan"),

@@ -1,17 +1,15 @@
-"""Model x data -> record: exact match, robot-intent accuracy, loss per answer token."""
+"""A share with its interval, and the loss per answer token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from shadowpeft.data.chat import ChatCollator, Sequence
-from shadowpeft.data.robot import parse_action
-from shadowpeft.generate import Answer, answer, evaluating
+from shadowpeft.generate import evaluating
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -31,29 +29,6 @@ def accuracy(hits: list[bool]) -> dict[str, Any]:
         "interval": [round(low, 4), round(high, 4)],
         "n": len(hits),
     }
-
-
-def intents(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    *,
-    system: str | None,
-    max_new_tokens: int = 16,
-    batch_size: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[list[str | None], list[Answer]]:
-    """Generated actions of robot-set rows (see :func:`shadowpeft.data.robot.parse_action`) and the answers they came from."""
-    answers = answer(
-        model,
-        tokenizer,
-        [row["prompt"] for row in rows],
-        system=system,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return [parse_action(a.text) for a in answers], answers
 
 
 @torch.inference_mode()
@@ -77,34 +52,3 @@ def answer_loss(
             count += n
     mean = total / max(count, 1)
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": float(count)}
-
-
-def exact_match(
-    model: nn.Module,
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    *,
-    system: str | None,
-    max_new_tokens: int,
-    batch_size: int,
-    detached: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> list[bool]:
-    """Whether the greedy answer equals the row's response (of the path that ``detached`` says), white space aside."""
-    answers = answer(
-        model,
-        tokenizer,
-        [row["messages"] for row in rows],
-        system=system,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    wanted = [target(row, detached) for row in rows]
-    return [a.text.split() == text.split() for a, text in zip(answers, wanted, strict=True)]
-
-
-def target(row: dict[str, Any], detached: bool) -> str:
-    """The answer of a checked row that the base path or, for ``detached``, the shadow path should give."""
-    own = row["shadow_response"] if detached else None
-    return str(row["response"] if own is None else own)

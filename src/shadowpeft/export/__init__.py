@@ -59,6 +59,9 @@ FORMATS = {
         suffix=".gguf",
     ),
     "onnx": Format("onnx", {"f32": Limits(1.0, 0.0)}, packages=("onnx", "onnxruntime", "onnxscript"), generates=False),
+    "onnx-genai": Format(
+        "genai", {"f32": Limits(1.0, 0.0)}, packages=("onnxruntime_genai", "onnxruntime"), generates=False
+    ),
     "int8": Format("quantize", {"int8": Limits(0.85, 0.05)}, packages=("torchao",)),
     "int4": Format("quantize", {"int4": Limits(0.4, 0.25)}, packages=("torchao",)),
 }
@@ -74,7 +77,7 @@ def find(name: str, dtype: str | None = None) -> tuple[Format, str]:
         raise ConfigError(f"the format is '{name}' but must be one of {', '.join(FORMATS)}")
     target = FORMATS[name]
     if dtype is not None and dtype not in target.limits:
-        raise ConfigError(f"dtype is '{dtype}' but the format '{name}' has {', '.join(target.limits)}")
+        raise ConfigError(f"dtype is '{dtype}' but the format '{name}' only has {', '.join(target.limits)}")
     for package in target.packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"the format '{name}' needs the package {package}; run: pip install 'shadowpeft[export]'")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export.ends import end_tokens
 
 _ARCH, _PART = gguf.MODEL_ARCH, gguf.MODEL_TENSOR
 ARCHITECTURES = {"LlamaForCausalLM": _ARCH.LLAMA, "Qwen2ForCausalLM": _ARCH.QWEN2, "Qwen3ForCausalLM": _ARCH.QWEN3}
@@ -33,6 +33,8 @@ _BIASES = {
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ENDS = ("eos", "eot", "eom")
+"""What the format calls the tokens that end an answer; llama.cpp stops at each."""
 _SPLIT_AND_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _BYTES = {**_SPLIT_AND_BYTES, "use_regex": False}
 
@@ -61,6 +63,7 @@ def write(model: PreTrainedModel, tokenizer: Any, file: Path, dtype: str) -> dic
     """
     arch, places = _check(model)
     vocabulary = token_tables(tokenizer, int(model.config.vocab_size))
+    _ends(model, tokenizer)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     try:
         _write_config(writer, model, dtype)
@@ -256,6 +259,17 @@ def pre_tokenizer_name(pre: dict[str, Any] | None) -> str:
     )
 
 
+def _ends(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, the tokenizer's own first."""
+    ends = sorted(end_tokens(model, tokenizer), key=lambda i: i != tokenizer.eos_token_id)
+    if len(ends) > len(_ENDS):
+        raise UnsupportedModelError(
+            f"{len(ends)} tokens end an answer ({', '.join(map(repr, tokenizer.convert_ids_to_tokens(ends)))}) but a GGUF file "
+            f"names at most {len(_ENDS)}; shorten eos_token_id in the source's generation_config.json"
+        )
+    return ends
+
+
 def _write_vocabulary(writer: Any, model: PreTrainedModel, tokenizer: Any, vocabulary: dict[str, Any]) -> None:
     """By hand, since ``gguf.SpecialVocab`` guesses from tokenizer.json whether a text begins with bos; here it is tried."""
     writer.add_tokenizer_model("gpt2")
@@ -266,9 +280,9 @@ def _write_vocabulary(writer: Any, model: PreTrainedModel, tokenizer: Any, vocab
     ids = list(tokenizer("a").input_ids)
     writer.add_add_bos_token(bool(ids) and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
-    named = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
-    ends = [i for i in stop_tokens(model, tokenizer) if i != tokenizer.eos_token_id]
-    for name, i in {**named, **dict(zip(("eot", "eom"), ends, strict=False))}.items():
+    named = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "unk")}
+    ends = dict(zip(_ENDS, _ends(model, tokenizer), strict=False))
+    for name, i in {**named, **ends}.items():
         if i is not None:
             getattr(writer, f"add_{name}_token_id")(int(i))
     template = tokenizer.chat_template

@@ -14,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export.ends import generation_config
 from shadowpeft.messages import shorten
 
 FILE = "model.onnx"
@@ -40,7 +42,7 @@ class _Logits(nn.Module):
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
-    """Write ``model.onnx`` (weights beside it where torch puts them), the configuration and the tokenizer.
+    """Write ``model.onnx`` (weights beside it where torch puts them), configuration, ends of an answer and tokenizer.
 
     Raises:
         UnsupportedModelError: if torch cannot trace the architecture into a graph of free sizes.
@@ -71,16 +73,23 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     program.model.metadata_props["use"] = USE
     program.save(folder / FILE, external_data=True)
     model.config.save_pretrained(folder)
+    generation_config(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"loads with": "onnxruntime", "inputs": inputs, "cache": "none", "use": USE}
 
 
-def read(folder: Path) -> Callable[[Tensor, Tensor], SimpleNamespace]:
-    """The graph of a folder on onnxruntime's CPU provider: ``input_ids`` and ``attention_mask`` to ``.logits``, float32."""
+def read(folder: Path, head_dim: int = 0) -> Callable[[Tensor, Tensor], SimpleNamespace]:
+    """The graph on onnxruntime: ``input_ids`` and ``attention_mask`` ``(B, T)`` to ``.logits`` ``(B, T, V)``, float32.
+
+    Args:
+        head_dim: numbers of a head, for a graph that takes a cache; it gets an empty one.
+    """
     session = onnxruntime.InferenceSession(str(folder / FILE), providers=["CPUExecutionProvider"])
+    heads = {entry.name: entry.shape[1] for entry in session.get_inputs() if entry.name.startswith("past_key_values.")}
 
     def logits(input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        inputs |= {name: np.zeros((len(input_ids), n, 0, head_dim), np.float32) for name, n in heads.items()}
         return SimpleNamespace(logits=torch.from_numpy(session.run(["logits"], inputs)[0]))
 
     return logits

@@ -1,7 +1,7 @@
 """int8 and int4 weights by torchao, in a folder that transformers loads where torchao is installed.
 
-The token table and the head are most of a shadow, so they are quantised too, always to int8: a row of the table has one scale.
-Tied ones are untied first (torchao's tensors cannot be shared in a file), which still leaves half of float32's tied bytes.
+The token table and the head are most of a shadow, so they are quantised too, always to int8 with one scale a row. A tied head
+is untied first, since torchao's tensors cannot be shared in a file; the two still take half the bytes of one float32 table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import nn
 from torchao import quantization
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
+from shadowpeft.export.ends import generation_config
+
 GROUP = 32
 
 
@@ -26,6 +28,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     torchao has no packed int4 for CPUs, so a file holds a byte for each weight, and int4 is smaller only once packed for a GPU.
     """
     plain = untied(model)
+    plain.generation_config = generation_config(model, tokenizer)
     rows = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=quantization.PerAxis(0))
     plan: dict[str, Any] = {}
     for name, module in plain.named_modules():

@@ -1,4 +1,4 @@
-"""Does the exported file say what the source says? Greedy tokens and logits on a fixed list of prompts."""
+"""Whether the exported file says what the source says: greedy tokens and logits on a fixed list of prompts."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def compare(
 ) -> dict[str, Any]:
     """Let ``source`` continue every prompt greedily and ask ``target``, which is given the same tokens, for its choices.
 
-    As long as the choices agree this is what ``target`` would have generated itself, so a prompt whose choices are all equal
-    is one whose greedy continuation is equal. The end of a turn does not end a continuation.
+    While the choices agree, they are what ``target`` would have generated itself: a prompt whose choices are all equal has an
+    equal greedy continuation. The end of a turn does not end a continuation.
 
     Args:
         source: a transformers model. target: what :func:`shadowpeft.export.read` gave.
@@ -82,14 +82,9 @@ def compare(
         prompts_equal += bool(same.all())
         free += unrestricted
         largest = max(largest, float((theirs - logits).abs().max()))
-    found = {
-        "prompts": len(prompts),
-        "prompts_equal": prompts_equal,
-        "tokens": tokens,
-        "tokens_equal": equal,
-        "max_logit_difference": largest,
-    }
-    return found if kept is None else {**found, "tokens_kept": free}
+    counts: dict[str, Any] = {"prompts": len(prompts), "prompts_equal": prompts_equal}
+    counts |= {"tokens": tokens, "tokens_equal": equal, "max_logit_difference": largest}
+    return counts if kept is None else {**counts, "tokens_kept": free}
 
 
 def _continue(source: Any, ids: Tensor, kept: Tensor | None, steps: int) -> tuple[Tensor, int]:

@@ -1,10 +1,9 @@
 """A smaller vocabulary for small devices: a one-layer shadow is mostly its token table and its head.
 
-Kept are the tokens that the data need, every special token and, so that whatever the tokenizer could write it still can, every
-single byte. With
-a token come the merges that lead to it, and with those their halves. Byte-pair encoding applies the earliest merge it can; each
-merge that it applies to a word of the data leads to a kept token, so the earliest one is always still there and the word is
-split as before. Other words split into shorter pieces.
+Kept are the tokens that the data need, every special token, and every single byte, so that any text can still be written. A
+token brings the merges that lead to it, and those bring their halves. Byte-pair encoding applies the earliest merge it can.
+Each merge that it applies to a word of the data leads to a kept token, so the earliest one is still there and the word is split
+as before. Other words split into shorter pieces.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ def needed_tokens(tokenizer: Any, rows: Iterable[dict[str, Any]], system: str | 
     Args:
         rows: as :func:`shadowpeft.data.chat.check_row` gives them. system: for rows that bring none.
     """
-    found: set[int] = set()
+    needed: set[int] = set()
     for row in rows:
         chat = with_system(row["messages"], system)
-        found.update(prompt_ids(tokenizer, chat))
+        needed.update(prompt_ids(tokenizer, chat))
         for text in (row["response"], row["shadow_response"]):
             if text is not None:
-                found.update(answer_ids(tokenizer, chat, text))
-    return found
+                needed.update(answer_ids(tokenizer, chat, text))
+    return needed
 
 
 @torch.no_grad()
@@ -62,13 +61,13 @@ def trim(model: PreTrainedModel, tokenizer: Any, needed: Iterable[int]) -> Trimm
     The logits of kept tokens are the source's; the probabilities are renormalised over them.
 
     Raises:
-        UnsupportedModelError: if the tokenizer is no byte-level BPE one, or the model names tokens by id in other places than
+        UnsupportedModelError: if the tokenizer is not byte-level BPE, or the model names tokens by id in other places than
             bos, eos, pad and unk.
     """
     content = _content(tokenizer)
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    more = ends if isinstance(ends, list) else [ends]
-    kept = closure(content, {*needed, *(i for i in [*more, *(_ids(tokenizer, model))] if i is not None)})
+    named = [getattr(h, n, None) for h in (tokenizer, model.config, model.generation_config) for n in _NAMED]
+    ids = (i for value in named for i in (value if isinstance(value, list) else [value]))
+    kept = closure(content, {*needed, *(i for i in ids if i is not None)})
     rows = int(model.get_input_embeddings().weight.shape[0])
     if kept[-1] >= rows:
         raise UnsupportedModelError(f"token {kept[-1]} has no row in a model of {rows}; resize its embeddings first")
@@ -104,14 +103,9 @@ def _content(tokenizer: Any) -> dict[str, Any]:
     model = content.get("model", {"type": type(tokenizer).__name__})
     if model["type"] != "BPE" or '"ByteLevel"' not in json.dumps(content.get("pre_tokenizer")):
         raise UnsupportedModelError(
-            f"the tokenizer is a {model['type']} and a vocabulary is trimmed for byte-level BPE ones; leave --vocab-from out"
+            f"the tokenizer is a {model['type']} but only byte-level BPE can be trimmed; leave --vocab-from out"
         )
     return content
-
-
-def _ids(tokenizer: Any, model: PreTrainedModel) -> list[int | None]:
-    held = [getattr(holder, name, None) for holder in (model.config, tokenizer) for name in _NAMED]
-    return [i for found in held for i in (found if isinstance(found, list) else [found])]
 
 
 def _tokenizer(tokenizer: Any, content: dict[str, Any], index: dict[int, int]) -> Any:

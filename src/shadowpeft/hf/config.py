@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torch
 from peft import PeftConfig
 from peft.utils import PeftType, TaskType
 from pydantic import AfterValidator, ValidationError, create_model
+from safetensors.torch import save_file
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
@@ -148,6 +151,20 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         config = config_from_file(folder / CONFIG)
         config.weights_file = folder / WEIGHTS
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration. Weights that PEFT has just pickled beside it (``safe_serialization=False``) become
+        safetensors, with a warning: no loader of this package reads pickle."""
+        super().save_pretrained(save_directory, **kwargs)
+        pickled, weights = Path(save_directory) / "adapter_model.bin", Path(save_directory) / WEIGHTS
+        if pickled.is_file() and not weights.is_file():
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+            save_file({name: value.contiguous().clone() for name, value in tensors.items()}, weights)
+            pickled.unlink()
+            warnings.warn(
+                f"safe_serialization=False asks for pickle, which no loader of an adapter reads; {weights} was written instead",
+                stacklevel=2,
+            )
 
     @property
     def is_recorded(self) -> bool:

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.base.tables import new_rows, tables_among
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
 from shadowpeft.hf.files.records import check_numbers
@@ -125,7 +128,13 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
     check_numbers(config.shadow_backbone_config or {}, len(header))
     wanted, buffers = implied(tuner, model, config)
     advice = "the file is truncated, or of another adapter than its configuration"
-    check_tensors(header, wanted, f"the adapter's weights in {path} do not fit its configuration", advice)
+    tables = tables_among(model, set(header) - set(wanted), _WRAPPED)
+    check_tensors(
+        {k: v for k, v in header.items() if k not in tables},
+        wanted,
+        f"the adapter's weights in {path} do not fit its configuration",
+        advice,
+    )
     for name, value in wanted.items():
         if not value.is_floating_point() and header[name].dtype in FLOATS:
             raise AdapterFileError(
@@ -138,3 +147,9 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
             "bytes; it is damaged"
         )
     check_values(path, header, wanted)
+    if tables:
+        others = getattr(find_decoder(model).backbone, "shadow_hub", None)
+        with safe_open(path, framework="pt") as handle:
+            new_rows(
+                tables, {name: handle.get_tensor(name) for name in tables}, others=others.configs if others else ()
+            )

@@ -23,6 +23,7 @@ from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.weights import dense_weight, device_of, module_for_adapter
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.shadow.build import ShadowParts
+from shadowpeft.messages import quote
 
 STRUCTURE = threading.RLock()
 """Held while the weights of an adapter are collected or replaced, so that nobody collects half of a replacement."""
@@ -30,6 +31,23 @@ _versions = itertools.count(1)
 
 Step = tuple[Injection, Update | None, float]
 """What happens before one base layer: injection, update (None at the first refined layer and in the ablation), alpha."""
+
+
+def check_adapter_name(name: Any) -> str:
+    """``name``, if an adapter may have it: it becomes the key of a torch ``ModuleDict`` and a part of tensor names.
+
+    Raises:
+        ConfigError: if it may not, with a name that may.
+    """
+    allowed = isinstance(name, str) and name.isprintable() and name.strip() == name != "" and len(name) <= 200
+    if not allowed or "." in name or "/" in name or hasattr(nn.ModuleDict, name) or name == "__base__":
+        plain = "".join(c if c.isalnum() or c in "_-" else "_" for c in str(name)[:60]).strip("_") or "adapter"
+        plain = f"{plain}_adapter" if hasattr(nn.ModuleDict, plain) or plain == "base" else plain
+        raise ConfigError(
+            f"the adapter name {quote(name)} cannot be used: it must be printable, without dots and slashes, and no "
+            f"attribute of torch's ModuleDict; use another, such as '{plain}'"
+        )
+    return str(name)
 
 
 class ShadowTunerLayer(BaseTunerLayer):

@@ -16,8 +16,9 @@ from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.base.weights import is_offloaded
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig, config_from_file
-from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.locate import at_revision, find_file
 from shadowpeft.hf.files.reading import check_dtypes, read_header
+from shadowpeft.hf.layer import check_adapter_name
 from shadowpeft.hf.model import clean_on_failure
 from shadowpeft.messages import quote
 
@@ -64,6 +65,7 @@ def load(
     shadow_model: nn.Module | str | Path | None = None,
     adapter_name: str = "default",
     is_trainable: bool = False,
+    revision: str | None = None,
 ) -> PeftModel:
     """Load a shadow adapter onto its base.
 
@@ -73,6 +75,7 @@ def load(
             the revision it names.
         shadow_model: for adapters whose shadow backbone is of a class transformers does not know, a module of that class;
             for an explicit shadow in the authors' or PEFT's format, the model (module, folder or Hub id) it started from.
+        revision: of an adapter on the Hub: branch, tag or commit; None: its main branch.
         adapter_name: name for the adapter in the model. is_trainable: keep it trainable; otherwise it is frozen, in eval mode.
 
     Returns:
@@ -83,6 +86,9 @@ def load(
         ConfigError: a configuration key is unknown, missing or impossible, or the base cannot be loaded.
         BaseMismatchError: the adapter belongs to another base.
     """
+    check_adapter_name(adapter_name)
+    if revision is not None:
+        adapter = at_revision(adapter, revision)
     kind = formats.detect(adapter)
     if kind != formats.OURS:
         model, _ = formats.load(

@@ -19,13 +19,14 @@ from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.head import HeadFacts, examine_head
 from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
+from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import FLOATS, check_tensors, check_value
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward import hooks, rows
-from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, keep_in_float32
+from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, check_adapter_name, keep_in_float32
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
 
@@ -51,6 +52,10 @@ class ShadowModel(BaseTuner):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
     # ---------------------------------------------------------------------------------------------------- attaching
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
         if peft_config.task_type is None:
@@ -247,6 +252,14 @@ class ShadowModel(BaseTuner):
         with calls.within(scope):
             yield
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' continuous batching is refused: its paged cache has no room for a shadow's layers.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(hooks.NO_PAGES)
+
     # --------------------------------------------------------------------------------------------------- switching
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -305,12 +318,15 @@ class ShadowModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        own_copy = f".modules_to_save.{adapter_name}."  # PEFT has put the trained modules under these names already
+        tables = tables_among(model, (k for k in state_dict if own_copy not in k))
+        stored = {k: v for k, v in state_dict.items() if k in tables}
+        state_dict = {k: v for k, v in state_dict.items() if k not in tables}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = re.compile(rf"\.{PREFIX}[a-z]+\.{re.escape(adapter_name)}(\.|$)")
         expected = {k: v for k, v in model.state_dict().items() if own.search(k)}
         # PEFT loads whatever it finds: a key of the base would overwrite the base
-        trained = f".modules_to_save.{adapter_name}."
-        expected.update({k: v for k, v in model.state_dict().items() if trained in k and k in mapped})
+        expected.update({k: v for k, v in model.state_dict().items() if own_copy in k and k in mapped})
         what = "the adapter's weights do not fit its configuration"
         if len(mapped) < len(state_dict):
             raise AdapterFileError(f"{what}: a tensor stands under two names; the file is of another adapter")
@@ -319,6 +335,8 @@ class ShadowModel(BaseTuner):
             if value.dtype not in FLOATS.values():
                 raise AdapterFileError(f"tensor {key} is {value.dtype} in the file but must be floating point")
             check_value(key, value, expected[key].dtype, "the file")
+        hub = next((module for module in model.modules() if isinstance(module, ShadowHub)), None)
+        take(new_rows(tables, stored, others=sorted(set(hub.configs if hub else ()) - {adapter_name})))
         return mapped
 
 

@@ -23,6 +23,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf import formats
 from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
 from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import check_tensors, check_value
@@ -99,7 +100,7 @@ def swap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -
     check_same_shape(hub.configs[adapter_name], config, adapter_name)
     check_file(ShadowModel, base, copy.deepcopy(config), path)
     slots = _slots(base, adapter_name)
-    _fill(slots, load_file(path), path, memo=parts.backbone)
+    _fill(slots, load_file(path), path, parts.backbone, base)
     record = copy.copy(hub.configs[adapter_name])
     for name in _TAKEN_OVER:
         setattr(record, name, getattr(config, name))
@@ -157,7 +158,7 @@ def _slots(base: nn.Module, adapter: str) -> list[_Slot]:
     return found
 
 
-def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.Module) -> None:
+def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.Module, base: nn.Module) -> None:
     """Give every slot a new module with the file's tensors. ``memo`` is what the modules refer to but do not own."""
     values: dict[str, Tensor] = {}
     for slot in slots:
@@ -169,6 +170,9 @@ def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.M
         for parameter in slot.new.parameters():
             parameter.grad = None
         values.update({f"{slot.path}.{name}": value for name, value in slot.new.state_dict().items()})
+    tables = tables_among(base, set(tensors) - set(values), "base_model.model.")
+    take(new_rows(tables, tensors, others=[slots[0].key]))
+    tensors = {name: value for name, value in tensors.items() if name not in tables}
     what = f"the weights in {path} are not those of the loaded adapter"
     check_tensors(tensors, values, what, "load the new one under another name")
     for name, value in values.items():

@@ -4,65 +4,26 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer
 
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.forward import rows
-from shadowpeft.hf.forward.call import Scope, within
+from shadowpeft.hf.forward.call import Scope
+from shadowpeft.hf.model import ShadowModel
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
+from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
+from shadowpeft.serve.versions import Version, own_memory, snapshot
 
 
-class Session(ABC):
-    """One batch from its prompts to its last token; it ends with the weights it began with."""
-
-    @abstractmethod
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``(B, V)`` in float32 of the token after the last.
-
-        Args:
-            input_ids: the new tokens ``(B, T_new)``. attention_mask: of old and new ones ``(B, T)``, 0 for padding on the left.
-        """
-
-    @abstractmethod
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch only; at least one."""
-
-
-class _CachedSession(Session):
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache(config=model.config)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        out = self._call(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
-
-    def keep(self, rows: list[int]) -> None:
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
-
-    @abstractmethod
-    def _call(self, **inputs: Any) -> Any: ...
-
-
-def _context(model: Any) -> int:
+def _max_model_len(model: Any) -> int:
     """Tokens that a model reads at most."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return int(limit) if limit else 1 << 20
@@ -74,15 +35,25 @@ class Backend(ABC):
     Attributes:
         model: the module whose ``config`` and ``generation_config`` hold.
         tokenizer: its tokenizer.
-        names: every name a request may ask for.
-        versions: for each name that can be swapped, the folders it had, the present one last.
+        versions: for each name that can be swapped, the versions it had, the present one last.
+        leaving: names that are taken out; no request may ask for them any more.
+        changing: held while weights come or go.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, names: tuple[str, ...], versions: dict[str, list[str]]) -> None:
-        self.model, self.tokenizer, self.names, self.versions = model, tokenizer, names, versions
-        self._changing = threading.Lock()
-        self.ends = frozenset(stop_tokens(model, tokenizer))
-        self.context = _context(model)
+    def __init__(self, model: Any, tokenizer: Any, versions: dict[str, list[Version]]) -> None:
+        self.model, self.tokenizer, self.versions = model, tokenizer, versions
+        self.leaving: set[str] = set()
+        self.changing = threading.Lock()
+        self.stop_token_ids = frozenset(stop_tokens(model, tokenizer))
+        self.max_model_len = _max_model_len(model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name a request may ask for."""
+        return tuple(name for name in self._all_names() if name not in self.leaving)
+
+    @abstractmethod
+    def _all_names(self) -> tuple[str, ...]: ...
 
     @abstractmethod
     def open(self, names: list[str]) -> Session:
@@ -92,55 +63,76 @@ class Backend(ABC):
     def _replace(self, name: str, folder: str) -> None: ...
 
     def swap(self, name: str, folder: str) -> None:
-        """Replace the weights behind ``name``; batches that run end with the old ones.
+        """Replace the weights behind ``name``; batches that run end with the old ones. The present version stays as it is.
 
         Raises:
             ShadowPeftError: if ``name`` has none that can be replaced or the new ones do not fit; the old ones stay.
         """
-        with self._changing:
+        with self.changing:
             self._check(name)
-            self._replace(name, folder)
-            self.versions[name].append(folder)
+            with snapshot(folder) as (copy, version):
+                if self.versions[name] and version.digest == self.versions[name][-1].digest:
+                    return
+                self._replace(name, str(copy))
+            self.versions[name].append(version)
 
     def rollback(self, name: str) -> str:
-        """Go back to the weights before the last swap; returns their folder.
+        """Go back to the version before the last swap; returns its folder.
 
         Raises:
-            ShadowPeftError: if there were none before, or their files are gone; the present ones stay.
+            ShadowPeftError: if there was none, or its files are gone or are others now; the present ones stay.
         """
-        with self._changing:
+        with self.changing:
             self._check(name)
             if len(self.versions[name]) < 2:
                 raise ConfigError(f"'{name}' was not swapped since the start, so there is nothing to roll back to")
-            self._replace(name, self.versions[name][-2])
+            before = self.versions[name][-2]
+            if before.digest is None:  # of the Hub, whose files do not change
+                self._replace(name, before.folder)
+            else:
+                with snapshot(before.folder) as (copy, version):
+                    if version.digest != before.digest:
+                        raise ConfigError(
+                            f"version '{before.name}' of '{name}' is gone: the files in '{before.folder}' were changed after "
+                            "it was loaded; swap in another version"
+                        )
+                    self._replace(name, str(copy))
             self.versions[name].pop()
-            return self.versions[name][-1]
+            return before.folder
 
-    def add(self, name: str, folder: str) -> None:
-        """Load one more adapter; no forward pass may run meanwhile (:meth:`~shadowpeft.serve.engine.Engine.add`).
+    def add(self, name: str, folder: str, between: Callable[[Callable[[], None]], None]) -> None:
+        """Load one more adapter.
+
+        Args:
+            between: runs its argument while no forward pass does, and waits for it; what takes long is done before.
 
         Raises:
             ShadowPeftError: if it cannot be loaded, or this kind of backend takes no more; everything is as it was.
         """
         raise ConfigError(
-            f"this server cannot take '{name}' while it runs; start it with the folder among its adapters"
+            f"this server cannot load '{name}' while it runs; restart it with the folder among its adapters"
         )
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; no forward pass may run meanwhile, and no request may need it any more."""
-        raise ConfigError(f"this server cannot leave '{name}' out while it runs; start it without")
+        """Take an adapter out; no forward pass may run meanwhile, and no request may need it any more.
+
+        Raises:
+            ConfigError: as :meth:`check_removable`.
+        """
+        self.check_removable(name)
+        raise NotImplementedError
 
     def check_removable(self, name: str) -> None:
         """Raises:
-        ConfigError: if :meth:`remove` would.
+        ConfigError: if ``name`` has to stay.
         """
-        self.remove(name)
+        raise ConfigError(f"this server cannot drop '{name}' while it runs; restart it without that adapter")
 
     def _check(self, name: str) -> None:
-        if name not in self.versions:
+        there = sorted(set(self.versions) - self.leaving)
+        if name not in there:
             raise ConfigError(
-                f"'{name}' is not loaded or cannot be swapped{did_you_mean(name, list(self.versions))}; there are "
-                f"{sorted(self.versions)}"
+                f"'{name}' is not loaded or cannot be swapped{did_you_mean(name, there)}; there are {there}"
             )
 
 
@@ -164,14 +156,13 @@ class Attached(Backend):
         folders: the folder that each adapter was loaded from.
 
     Raises:
-        ConfigError: if an adapter brings a tokenizer that reads or writes texts otherwise than ``tokenizer``, which all share.
+        ConfigError: if an adapter was saved with another tokenizer or chat template than ``tokenizer``, which all share.
     """
 
     def __init__(self, model: Any, tokenizer: Any, folders: dict[str, str], base_name: str) -> None:
         if base_name in folders:
             raise ConfigError(f"an adapter is called '{base_name}' like the base; give it another name")
-        names = (*folders, base_name)
-        super().__init__(model.eval(), tokenizer, names, {name: [folder] for name, folder in folders.items()})
+        super().__init__(model.eval(), tokenizer, {name: [Version.of(folder)] for name, folder in folders.items()})
         for folder in folders.values():
             self._check_tokenizer(folder)
         self.base_name = base_name
@@ -181,74 +172,74 @@ class Attached(Backend):
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)
         scope.names = rows.check_names([rows.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
-        return _AttachedSession(self._inner, scope)
+        return AttachedSession(self._inner, scope)
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)
         if own is not None and not reads_alike(own, self.tokenizer):
             raise ConfigError(
-                f"the adapter in '{folder}' was saved with another tokenizer or chat template than the server has; start a "
-                "server of its own for it"
+                f"the adapter in '{folder}' was saved with another tokenizer or chat template than this server uses; start a "
+                "separate server for it"
             )
 
     def _replace(self, name: str, folder: str) -> None:
         self._check_tokenizer(folder)
         swap(self.model, folder, name)
 
-    def add(self, name: str, folder: str) -> None:
-        with self._changing:
+    def add(self, name: str, folder: str, between: Callable[[Callable[[], None]], None]) -> None:
+        with self.changing, snapshot(folder) as (copy, version):
             if name in (*self.versions, self.base_name):
-                raise ConfigError(f"'{name}' is there already; swap its weights, or take another name")
-            check_fits(self._inner, folder)
-            self._check_tokenizer(folder)
-            try:
-                self.model.load_adapter(folder, name)
-            except BaseException:
-                if name in self._hub.configs:
-                    self.model.delete_adapter(name)
-                raise
+                raise ConfigError(f"'{name}' is loaded already; swap its weights, or choose another name")
+            config = check_fits(self._inner, copy)
+            check_file(ShadowModel, self._inner, config, config.weights_file)
+            self._check_tokenizer(str(copy))
+            between(lambda: self._attach(name, copy, version))
+
+    def _attach(self, name: str, copy: Path, version: Version) -> None:
+        try:
+            self.model.load_adapter(str(copy), name)
             self.model.eval()
-            self.versions[name] = [folder]
-            self.names = (*(n for n in self.names if n != self.base_name), name, self.base_name)
+        except BaseException:
+            self._detach(name)
+            raise
+        self.versions[name] = [version]
 
-    def check_removable(self, name: str) -> None:
-        self._check(name)
-        if len(self.versions) == 1:
-            raise ConfigError(f"'{name}' is the only adapter and must stay; add another one first")
-
-    def remove(self, name: str) -> None:
-        with self._changing:
-            self.check_removable(name)
+    def _detach(self, name: str) -> None:
+        """Delete an adapter of which everything or only a part is there."""
+        if name in self._hub.configs:
             if name in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
                 other = next(n for n in self.versions if n != name)
                 self.model.base_model.set_adapter(other, inference_mode=True)
             self.model.delete_adapter(name)
-            del self.versions[name]
-            self.names = tuple(n for n in self.names if n != name)
+        self.model.peft_config.pop(name, None)
 
+    def check_removable(self, name: str) -> None:
+        self._check(name)
+        if len(set(self.versions) - self.leaving) == 1:
+            raise ConfigError(f"'{name}' is the only adapter and must stay; add another one first")
 
-class _AttachedSession(_CachedSession):
-    def __init__(self, model: Any, scope: Scope) -> None:
-        super().__init__(model)
-        self.scope = scope
+    def remove(self, name: str) -> None:
+        if name not in self.leaving:
+            self.check_removable(name)
+        self._detach(name)
+        del self.versions[name]
 
-    def _call(self, **inputs: Any) -> Any:
-        with within(self.scope):  # holds the weights of the first pass for all later ones
-            return self.model(**inputs)
-
-    def keep(self, rows: list[int]) -> None:
-        super().keep(rows)
-        self.scope.names = tuple(self.scope.names[row] for row in rows)
+    def _all_names(self) -> tuple[str, ...]:
+        return (*self.versions, self.base_name)
 
 
 class Detached(Backend):
     """A stock model, such as a detached shadow, under one name."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str, folder: str | None = None) -> None:
-        super().__init__(model.eval(), tokenizer, (name,), {name: [folder]} if folder is not None else {})
+        super().__init__(model.eval(), tokenizer, {} if folder is None else {name: [Version.of(folder)]})
+        self._name = name
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (self._name,)
 
     def open(self, names: list[str]) -> Session:
-        return _DetachedSession(self.model)
+        return DetachedSession(self.model)
 
     def _replace(self, name: str, folder: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -258,34 +249,33 @@ class Detached(Backend):
         if not (Path(folder) / "config.json").is_file():
             raise ConfigError(f"'{folder}' is no edge model (it has no config.json); make one with shadowpeft detach")
         loaded: Any = load_whole(AutoModelForCausalLM, folder, f"the edge model in '{folder}'", dtype=self.model.dtype)
-        new = loaded.to(self.model.device).eval()
+        new = own_memory(loaded).to(self.model.device).eval()
         for field in ("model_type", "vocab_size"):
             old, given = getattr(self.model.config, field), getattr(new.config, field)
             if old != given:
                 raise ConfigError(
-                    f"the edge model in '{folder}' has {field} {given} but the running one {old}; restart"
+                    f"the edge model in '{folder}' has {field} {given} but the running one has {old}; restart the server "
+                    "with it"
                 )
         own = _tokenizer_in(folder)
-        if own is not None and not (reads_alike(own, self.tokenizer) and frozenset(stop_tokens(new, own)) == self.ends):
+        same = own is None or (
+            reads_alike(own, self.tokenizer) and frozenset(stop_tokens(new, own)) == self.stop_token_ids
+        )
+        if not same:
             raise ConfigError(
-                f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; "
-                "restart"
+                f"the edge model in '{folder}' has another tokenizer, chat template or end token than the running one; restart "
+                "the server with it"
             )
-        self.model, self.context = new, _context(new)
+        self.model, self.max_model_len = new, _max_model_len(new)
 
 
-class _DetachedSession(_CachedSession):
-    def _call(self, **inputs: Any) -> Any:
-        return self.model(**inputs)
+class MultiBackend(Backend):
+    """Several backends in one server, to compare them: each row of a batch goes to the backend that has its name.
 
-
-class Several(Backend):
-    """Backends of one vocabulary in one server, to compare them: each row of a batch goes to the backend that has its name.
-
-    Every member has a base of its own in memory, and a forward pass of its own.
+    Every member keeps its own base in memory and runs its own forward pass.
 
     Raises:
-        ConfigError: if two members share a name, or do not read and end texts alike.
+        ConfigError: if two members share a name, or differ in tokenizer, chat template, end tokens or vocabulary.
     """
 
     def __init__(self, members: Sequence[Backend]) -> None:
@@ -296,44 +286,30 @@ class Several(Backend):
                 if name in self._member:
                     raise ConfigError(f"two models are called '{name}'; write NAME=FOLDER with another name for one")
                 self._member[name] = member
-            alike = reads_alike(member.tokenizer, first.tokenizer) and member.ends == first.ends
+            alike = reads_alike(member.tokenizer, first.tokenizer) and member.stop_token_ids == first.stop_token_ids
             if not alike or member.model.config.vocab_size != first.model.config.vocab_size:
                 raise ConfigError(
-                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers or chat templates but one "
-                    "server has one; start a server for each"
+                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers or chat templates but one server "
+                    "uses one; start a server for each"
                 )
         versions = {name: folders for member in members for name, folders in member.versions.items()}
-        super().__init__(first.model, first.tokenizer, tuple(self._member), versions)
-        self.context = min(member.context for member in members)
+        super().__init__(first.model, first.tokenizer, versions)
+        self.max_model_len = min(member.max_model_len for member in members)
+
+    def _all_names(self) -> tuple[str, ...]:
+        return tuple(self._member)
 
     def open(self, names: list[str]) -> Session:
         places: dict[Backend, list[int]] = {}
         for row, name in enumerate(names):
             places.setdefault(self._member[name], []).append(row)
-        return _SeveralSession([(m.open([names[row] for row in rows]), rows) for m, rows in places.items()])
+        return MultiSession(
+            {m: Share(m.open([names[row] for row in rows]), rows) for m, rows in places.items()}, len(names)
+        )
 
     def _replace(self, name: str, folder: str) -> None:
         member = self._member[name]
         member._replace(name, folder)
-        self.context = min(each.context for each in self._member.values())
+        self.max_model_len = min(each.max_model_len for each in self._member.values())
         if name in next(iter(self._member.values())).names:  # whose weights stand for all in ``model``
             self.model = member.model
-
-
-class _SeveralSession(Session):
-    def __init__(self, parts: list[tuple[Session, list[int]]]) -> None:
-        self.parts = parts
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        made = [part.forward(input_ids[rows], attention_mask[rows]) for part, rows in self.parts]
-        order = torch.tensor([row for _, rows in self.parts for row in rows], device=made[0].device)
-        return torch.cat(made)[order.argsort()]
-
-    def keep(self, rows: list[int]) -> None:
-        left = []
-        for part, mine in self.parts:
-            kept = [row for row in rows if row in mine]
-            if kept:
-                part.keep([mine.index(row) for row in kept])
-                left.append((part, [rows.index(row) for row in kept]))
-        self.parts = left

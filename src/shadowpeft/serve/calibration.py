@@ -90,7 +90,8 @@ def calibrate(
     x = _column(known, chosen)
     out_of_fold = _cross_fit(x, right, folds, seed)
     threshold = choose_threshold(out_of_fold, right, target, bound=bound)
-    values, chances = _isotonic(x, right)
+    fitted = _isotonic().fit(x, right)
+    values, chances = (tuple(points.tolist()) for points in (fitted.X_thresholds_, fitted.y_thresholds_))
     report = {
         "n": len(samples),
         "known_actions": len(known),
@@ -108,15 +109,15 @@ def calibrate(
 
 def check(calibration: Calibration, samples: Sequence[Sample]) -> dict[str, Any]:
     """The same figures on answers that had no part in the fit."""
-    found = confidences(calibration, samples)
-    mine = np.array([c for c in found if c is not None])
+    chances = confidences(calibration, samples)
+    known = np.array([c for c in chances if c is not None])
     right = np.array([s.right for s in samples if s.kept], dtype=float)
     return {
         "n": len(samples),
-        "known_actions": len(mine),
-        "auroc": _rounded(auroc(right, mine)),
-        "ece": _rounded(ece(right, mine)),
-        **summarise(samples, found, calibration.threshold),
+        "known_actions": len(known),
+        "auroc": _rounded(auroc(right, known)),
+        "ece": _rounded(ece(right, known)),
+        **summarise(samples, chances, calibration.threshold),
     }
 
 
@@ -125,9 +126,9 @@ def confidences(calibration: Calibration, samples: Sequence[Sample]) -> list[flo
     return [calibration.at(s.signals[calibration.signal]) if s.kept else None for s in samples]
 
 
-def summarise(samples: Sequence[Sample], found: Sequence[float | None], threshold: float) -> dict[str, Any]:
+def summarise(samples: Sequence[Sample], chances: Sequence[float | None], threshold: float) -> dict[str, Any]:
     """Share answered on the device, share of these that is wrong with its 95 % upper bound, accuracy of the whole."""
-    here = [c is not None and c >= threshold for c in found]
+    here = [c is not None and c >= threshold for c in chances]
     kept = sum(here)
     wrong = sum(k and not s.right for k, s in zip(here, samples, strict=True))
     result: dict[str, Any] = {
@@ -164,23 +165,9 @@ def choose_threshold(chance: np.ndarray, right: np.ndarray, target: float, *, bo
 
 def upper_bound(wrong: int, n: int, level: float = 0.95) -> float:
     """Upper end of the one-sided Clopper-Pearson interval of ``wrong`` in ``n``: the share at which so few are unlikely."""
-    if n == 0 or wrong >= n:
-        return 1.0
-    low, high = wrong / n, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        tail = sum(
-            math.exp(
-                math.lgamma(n + 1)
-                - math.lgamma(k + 1)
-                - math.lgamma(n - k + 1)
-                + (k * math.log(middle) if k else 0.0)
-                + ((n - k) * math.log1p(-middle) if middle < 1 else (0.0 if k == n else -math.inf))
-            )
-            for k in range(wrong + 1)
-        )
-        low, high = (middle, high) if tail > 1 - level else (low, middle)
-    return high
+    from scipy.stats import beta
+
+    return 1.0 if wrong >= n else float(beta.ppf(level, wrong + 1, n - wrong))
 
 
 def auroc(right: np.ndarray, score: np.ndarray) -> float | None:
@@ -203,11 +190,11 @@ def ece(right: np.ndarray, chance: np.ndarray, bins: int = 10) -> float | None:
 
 def curve(calibration: Calibration, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """The cost-quality curve: one point a threshold, with the share sent to the cloud and what :func:`summarise` finds."""
-    found = confidences(calibration, samples)
+    chances = confidences(calibration, samples)
     points = []
-    for threshold in sorted({0.0, *(c for c in found if c is not None), _NEVER}):
-        made = summarise(samples, found, threshold)
-        points.append({"threshold": threshold, "to_cloud": round(1 - made["on_device"], 4), **made})
+    for threshold in sorted({0.0, *(c for c in chances if c is not None), _NEVER}):
+        summary = summarise(samples, chances, threshold)
+        points.append({"threshold": threshold, "to_cloud": round(1 - summary["on_device"], 4), **summary})
     return points
 
 
@@ -231,12 +218,12 @@ def plot(calibration: Calibration, samples: Sequence[Sample], file: Path, title:
     left.axvline(1 - chosen["on_device"], linestyle=":", color="black", label="the chosen threshold")
     left.set(xlabel="share sent to the cloud", ylabel="share", title=title, ylim=(-0.02, 1.02))
     left.legend(fontsize=7)
-    mine = np.array([c for c in confidences(calibration, samples) if c is not None])
+    known = np.array([c for c in confidences(calibration, samples) if c is not None])
     hits = np.array([s.right for s in samples if s.kept], dtype=float)
-    place = np.minimum((mine * 10).astype(int), 9)
+    place = np.minimum((known * 10).astype(int), 9)
     used = [b for b in range(10) if (place == b).any()]
     right_axis.plot([0, 1], [0, 1], linestyle="--", color="grey")
-    right_axis.plot([mine[place == b].mean() for b in used], [hits[place == b].mean() for b in used], marker="o")
+    right_axis.plot([known[place == b].mean() for b in used], [hits[place == b].mean() for b in used], marker="o")
     right_axis.set(xlabel="confidence", ylabel="share that is right", title="reliability", ylim=(-0.02, 1.02))
     with whole(file) as beside:
         figure.savefig(beside, dpi=120)
@@ -247,31 +234,30 @@ def _column(known: Sequence[Sample], name: str) -> np.ndarray:
 
 
 def _spread(samples: Sequence[Sample], values: np.ndarray) -> list[float | None]:
-    found = iter(values.tolist())
-    return [next(found) if s.kept else None for s in samples]
+    left = iter(values.tolist())
+    return [next(left) if s.kept else None for s in samples]
 
 
-def _isotonic(x: np.ndarray, right: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _isotonic() -> Any:
     from sklearn.isotonic import IsotonicRegression
 
-    fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(x, right)
-    return tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist())
+    return IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip")
 
 
 def _cross_fit(x: np.ndarray, right: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Chances from fits that did not see the answer; right and wrong ones are dealt evenly over the folds."""
+    """Chances from fits that did not see the answer; right and wrong ones are dealt evenly over the folds.
+
+    ``StratifiedKFold`` deals otherwise for the same seed, which would change the thresholds of saved calibrations.
+    """
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
+
     fold = np.zeros(len(x), dtype=int)
     for value in (0.0, 1.0):
         group = np.flatnonzero(right == value).tolist()
         random.Random(seed).shuffle(group)
         fold[group] = np.arange(len(group)) % folds
-    out = np.zeros(len(x))
-    for k in range(folds):
-        held = fold == k
-        if held.any():
-            values, chances = _isotonic(x[~held], right[~held])
-            out[held] = np.interp(x[held], values, chances)
-    return out
+    chances: np.ndarray = cross_val_predict(_isotonic(), x, right, cv=PredefinedSplit(fold))
+    return chances
 
 
 def _rounded(value: float | None) -> float | None:

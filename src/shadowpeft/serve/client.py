@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from shadowpeft.errors import ShadowPeftError
+from shadowpeft.serve.options import Options
 from shadowpeft.serve.router import CIRCUIT_OPEN, CLOUD_BUSY, CLOUD_DOWN
 
 
@@ -34,7 +35,7 @@ class CloudRefusedError(ShadowPeftError):
 
 @dataclass
 class Breaker:
-    """Opens after ``failures`` failures in a row; lets one trial through ``pause`` seconds later, and closes if that works."""
+    """Opens after ``failures`` failures in a row; lets one trial through ``pause`` seconds later, and closes if it succeeds."""
 
     failures: int = 3
     pause: float = 5.0
@@ -64,19 +65,19 @@ class Breaker:
         self.failed, self.opened, self.trying = 0, None, False
 
     def fail(self) -> None:
-        """A request was not."""
+        """A request failed."""
         self.failed += 1
         if self.trying or self.failed >= self.failures:
             self.opened = self.clock()
         self.trying = False
 
     def forget(self) -> None:
-        """A request was given up by its client; nothing was learnt."""
+        """The client of a request left; this says nothing about the cloud."""
         self.trying = False
 
 
-class Cloud:
-    """A cloud server.
+class CloudClient:
+    """The edge's client of a cloud server.
 
     Args:
         url: such as ``http://host:8000``. key: its API key. timeout: seconds until the first byte, and between bytes.
@@ -88,10 +89,10 @@ class Cloud:
         url: str,
         key: str | None = None,
         *,
-        timeout: float = 30.0,
+        timeout: float = Options.cloud_timeout,
         connect_timeout: float = 2.0,
         delay: float = 0.0,
-        answer_seconds: float = 120.0,
+        answer_seconds: float = Options.answer_seconds,
         breaker: Breaker | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
@@ -145,7 +146,9 @@ class Cloud:
     @asynccontextmanager
     async def _open(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
         if not self.breaker.enter():
-            raise CloudError(CIRCUIT_OPEN, "the cloud failed a moment ago and is left alone for a while")
+            raise CloudError(
+                CIRCUIT_OPEN, "the cloud failed several times in a row, so it is not asked for a few seconds"
+            )
         settled = False
         try:
             await asyncio.sleep(self.delay)
@@ -180,10 +183,10 @@ class Cloud:
         if not 400 <= status < 500:
             raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}")
         try:
-            told = json.loads(content)
+            said = json.loads(content)
         except ValueError:
-            told = None
-        raise CloudRefusedError(status, told)
+            said = None
+        raise CloudRefusedError(status, said)
 
 
 def _is_answer(content: Any) -> bool:

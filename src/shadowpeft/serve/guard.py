@@ -40,8 +40,8 @@ class Keys:
         given = _key(header)
         if path.startswith("/admin") and (header or b"")[:6].lower() == b"basic ":
             return False  # a browser sends what it remembers with other sites' requests too
-        found = [hmac.compare_digest(given, key) for key in wanted]  # all of them, so that the time tells nothing
-        return any(found)
+        matches = [hmac.compare_digest(given, key) for key in wanted]  # all of them, so that the time tells nothing
+        return any(matches)
 
 
 def _key(header: bytes | None) -> bytes:

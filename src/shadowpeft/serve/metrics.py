@@ -60,6 +60,6 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         """The registry's families, with the labels that every line carries."""
         for family in self.registry.collect():
-            told = copy.copy(family)
-            told.samples = [s._replace(labels={**s.labels, **self.everywhere}) for s in family.samples]
-            yield told
+            labelled = copy.copy(family)
+            labelled.samples = [s._replace(labels={**s.labels, **self.everywhere}) for s in family.samples]
+            yield labelled

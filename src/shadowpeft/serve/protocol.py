@@ -18,10 +18,9 @@ from pydantic import (
     field_validator,
 )
 
-from shadowpeft.serve.engine import Token
+from shadowpeft.serve.requests import Token
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
-Role = Literal["system", "user", "assistant"]
 Number = Union[StrictInt, StrictFloat]
 _SEED = 2**63
 
@@ -33,7 +32,7 @@ class _Strict(BaseModel):
 class Message(_Strict):
     """One turn."""
 
-    role: Role
+    role: Literal["system", "user", "assistant"]
     content: Text
     name: Optional[Annotated[StrictStr, Field(max_length=64)]] = Field(default=None, description="Accepted, not used.")
 
@@ -44,7 +43,7 @@ class StreamOptions(_Strict):
     include_usage: StrictBool = False
 
 
-class _Request(_Strict):
+class _Generate(_Strict):
     """What both endpoints take."""
 
     model: Annotated[StrictStr, Field(min_length=1, max_length=200)]
@@ -89,7 +88,7 @@ class _Request(_Strict):
         raise NotImplementedError
 
 
-class ChatRequest(_Request):
+class ChatRequest(_Generate):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
@@ -106,7 +105,7 @@ class ChatRequest(_Request):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(_Generate):
     """``POST /v1/completions``."""
 
     prompt: Annotated[StrictStr, Field(min_length=1, max_length=200_000)]
@@ -149,8 +148,8 @@ def error(
     message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
     """The content of an error answer; half surrogate pairs, which no JSON in UTF-8 can hold, are replaced."""
-    made = ErrorBody(message=_clean(message), type=kind, param=None if param is None else _clean(param), code=code)
-    return {"error": made.model_dump()}
+    body = ErrorBody(message=_clean(message), type=kind, param=None if param is None else _clean(param), code=code)
+    return {"error": body.model_dump()}
 
 
 def _clean(text: str) -> str:
@@ -162,7 +161,7 @@ def usage(prompt: int, new: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
-class Shape:
+class ResponseBuilder:
     """Builds the answers to one request: whole, or chunk by chunk, for either endpoint.
 
     Args:
@@ -176,54 +175,38 @@ class Shape:
             "created": int(time.time()),
             "model": model,
         }
+        self._chunk_kind = "chat.completion.chunk" if chat else "text_completion"
         self._first = True
         self._offset = 0
 
     def whole(self, text: str, tokens: list[Token], reason: str, counts: dict[str, int]) -> dict[str, Any]:
         """The answer in one piece."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        kind = "chat.completion" if self.chat else "text_completion"
+        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
+        kind = "chat.completion" if self.chat else self._chunk_kind
         return {**self._head, "object": kind, "choices": [choice], "usage": counts, "shadowpeft": self.note}
 
     def chunk(self, text: str, tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
         """One piece of a stream; the first one says who answers, and why."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
-        if self.chat:
-            choice["delta"] = {**({"role": "assistant"} if self._first else {}), **({"content": text} if text else {})}
-        else:
-            choice["text"] = text
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        made = {**self._head, "object": kind, "choices": [choice]}
+        delta = {**({"role": "assistant"} if self._first else {}), **({"content": text} if text else {})}
+        said = {"delta": delta} if self.chat else {"text": text}
+        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
+        chunk: dict[str, Any] = {**self._head, "object": self._chunk_kind, "choices": [choice]}
         if self._first or reason is not None:  # at the end the times are known
-            made["shadowpeft"] = dict(self.note)
+            chunk["shadowpeft"] = dict(self.note)
         self._first = False
-        return made
+        return chunk
 
     def last(self, counts: dict[str, int]) -> dict[str, Any]:
         """The chunk with the token counts."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [], "usage": counts}
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": counts}
 
     def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
         if self.top is None:
             return None
         if self.chat:
-            return {
-                "content": [
-                    {
-                        "token": t.piece,
-                        "logprob": t.logprob,
-                        "bytes": list(t.piece.encode()),
-                        "top_logprobs": [{"token": p, "logprob": v, "bytes": list(p.encode())} for p, v in t.top],
-                    }
-                    for t in tokens
-                ],
-                "refusal": None,
-            }
+            content = [{**_entry(t.piece, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
+            return {"content": content, "refusal": None}
         offsets = []
         for t in tokens:
             offsets.append(self._offset)
@@ -234,3 +217,7 @@ class Shape:
             "top_logprobs": [dict(t.top) for t in tokens] if self.top else None,
             "text_offset": offsets,
         }
+
+
+def _entry(piece: str, logprob: float) -> dict[str, Any]:
+    return {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}

@@ -7,15 +7,17 @@ import copy
 import logging
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from shadowpeft.data.chat import render_prompt, with_system
-from shadowpeft.errors import ConfigError
-from shadowpeft.serve.answers import Answer, Forwarded, Generation, Local
-from shadowpeft.serve.client import Cloud, CloudError
-from shadowpeft.serve.engine import Engine, Sampling
-from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, Shape
-from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, Decision, Router, Scores
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.serve.client import CloudClient, CloudError
+from shadowpeft.serve.engine import Engine
+from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
+from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
+from shadowpeft.serve.requests import SamplingParams
+from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, Router, Scores
 
 _log = logging.getLogger("shadowpeft.serve")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
@@ -34,9 +36,17 @@ class Role(ABC):
     def __init__(self, engine: Engine, *, system: str | None, default_tokens: int) -> None:
         self.engine, self.system, self.default_tokens = engine, system, default_tokens
         self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
+        self._threads = ThreadPoolExecutor(2, "shadowpeft-tokenizing")  # nothing that takes long may hold these up
+        longest = max(map(len, self._tokenizer.get_vocab()), default=1)
+        self.prompt_characters = longest * engine.limits.prompt_tokens
+        """Longer prompts have more tokens than allowed, whatever they are."""
+
+    def close(self) -> None:
+        """Tokenize no more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @abstractmethod
-    async def answer(self, asked: Asked) -> Answer:
+    async def answer(self, asked: Asked) -> Reply:
         """An answer that has begun.
 
         Raises:
@@ -45,8 +55,19 @@ class Role(ABC):
         """
 
     async def prompt(self, asked: Asked) -> list[int]:
-        """The prompt's tokens."""
-        return await asyncio.to_thread(self._encode, asked)
+        """The prompt's tokens.
+
+        Raises:
+            DataError: if it has so many characters that it must have too many tokens; it is not tokenized then.
+        """
+        texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [m.content for m in asked.messages]
+        characters = sum(map(len, texts))
+        if characters > self.prompt_characters:
+            raise DataError(
+                f"the prompt has {characters} characters but {self.engine.limits.prompt_tokens} tokens hold at most "
+                f"{self.prompt_characters}; shorten it"
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, asked)
 
     def _encode(self, asked: Asked) -> list[int]:
         if isinstance(asked, CompletionRequest):
@@ -58,9 +79,9 @@ class Role(ABC):
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids
 
-    def sampling(self, asked: Asked) -> Sampling:
+    def sampling(self, asked: Asked) -> SamplingParams:
         """What the engine is told."""
-        return Sampling(
+        return SamplingParams(
             max_tokens=asked.wanted_tokens or self.default_tokens,
             temperature=float(asked.temperature or 0.0),
             top_p=1.0 if asked.top_p is None else float(asked.top_p),
@@ -69,9 +90,9 @@ class Role(ABC):
             top_logprobs=asked.wanted_logprobs or 0,
         )
 
-    def shape(self, asked: Asked, note: dict[str, Any]) -> Shape:
+    def builder(self, asked: Asked, note: dict[str, Any]) -> ResponseBuilder:
         """How the answer will look."""
-        return Shape(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note)
+        return ResponseBuilder(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note)
 
 
 class CloudRole(Role):
@@ -79,14 +100,13 @@ class CloudRole(Role):
 
     name = "cloud"
 
-    async def answer(self, asked: Asked) -> Answer:
+    async def answer(self, asked: Asked) -> Reply:
         if asked.route == "device":
             raise ConfigError("route is 'device' but this is the cloud; ask the edge server, or leave route out")
         began = time.monotonic()
         ids = await self.prompt(asked)
         generation = Generation().start(self.engine, ids, asked.model, self.sampling(asked))
-        made = Local(generation, self.shape(asked, {"where": CLOUD, "reason": BASE_PATH}), began)
-        return await _begun(made)
+        return await _begun(LocalReply(generation, self.builder(asked, {"where": CLOUD, "reason": BASE_PATH}), began))
 
 
 class EdgeRole(Role):
@@ -103,7 +123,7 @@ class EdgeRole(Role):
         self,
         engine: Engine,
         router: Router,
-        cloud: Cloud | None,
+        cloud: CloudClient | None,
         cloud_model: str,
         *,
         system: str | None,
@@ -115,7 +135,7 @@ class EdgeRole(Role):
             raise ConfigError(f"when_down is '{when_down}' but must be local or error")
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
 
-    async def answer(self, asked: Asked) -> Answer:
+    async def answer(self, asked: Asked) -> Reply:
         began = time.monotonic()
         ids = await self.prompt(asked)
         sampling = self.sampling(asked)
@@ -129,32 +149,22 @@ class EdgeRole(Role):
         with Generation() as generation:
             generation.start(self.engine, ids, asked.model, sampling, self.router.lost if reachable else None)
             finish = await generation.run()
-        scores = self._scores(generation)
-        decision = self.router.decide([t.piece for t in generation.tokens], scores)
-        note = self._note(decision)
+        decision = self.router.decide([t.piece for t in generation.tokens], Scores.of(generation.tokens))
+        note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
+        if decision.confidence is not None:
+            note["confidence"] = round(decision.confidence, 4)
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
         if asked.route == "device":
             note.update(where=DEVICE, reason=ASKED)
         if note["where"] == DEVICE:
-            return await _begun(Local(generation, self.shape(asked, note), began))
+            return await _begun(LocalReply(generation, self.builder(asked, note), began))
         try:
             return await self._forward(asked, note, began)
         except CloudError as error:
             complete = generation if finish.reason != "until" else None
             return await self._instead(asked, ids, sampling, error, note, began, complete)
 
-    def _note(self, decision: Decision) -> dict[str, Any]:
-        note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
-        if decision.confidence is not None:
-            note["confidence"] = round(decision.confidence, 4)
-        return note
-
-    @staticmethod
-    def _scores(generation: Generation) -> Scores:
-        tokens = generation.tokens
-        return Scores([t.logprob for t in tokens], [t.margin for t in tokens], [t.entropy for t in tokens])
-
-    async def _forward(self, asked: Asked, note: dict[str, Any], began: float) -> Answer:
+    async def _forward(self, asked: Asked, note: dict[str, Any], began: float) -> Reply:
         if self.cloud is None:
             raise CloudError(CLOUD_DOWN, "this edge server has no cloud")
         body = asked.model_dump(exclude_none=True, exclude={"route"})
@@ -164,21 +174,21 @@ class EdgeRole(Role):
         if isinstance(asked, ChatRequest):
             body["messages"] = with_system(body["messages"], self.system)
         sent = time.monotonic()
-        made = Forwarded(self.cloud, PATHS[isinstance(asked, ChatRequest)], body, asked.model, note, began)
-        begun = await _begun(made)
+        path = PATHS[isinstance(asked, ChatRequest)]
+        reply = await _begun(ForwardedReply(self.cloud, path, body, asked.model, note, began))
         note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)
-        return begun
+        return reply
 
     async def _instead(
         self,
         asked: Asked,
         ids: list[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         error: CloudError,
         note: dict[str, Any],
         began: float,
         generation: Generation | None = None,
-    ) -> Answer:
+    ) -> Reply:
         """The device's own answer, said to be one."""
         _log.warning("%s: %s", error.reason, error)
         if self.when_down == "error":
@@ -187,13 +197,13 @@ class EdgeRole(Role):
         note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
         if generation is None:
             generation = Generation().start(self.engine, ids, asked.model, sampling)
-        return await _begun(Local(generation, self.shape(asked, note), began))
+        return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
 
-async def _begun(made: Answer) -> Answer:
+async def _begun(reply: Reply) -> Reply:
     try:
-        await made.begin()
+        await reply.begin()
     except BaseException:
-        made.close()
+        reply.close()
         raise
-    return made
+    return reply

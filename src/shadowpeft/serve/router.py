@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,20 @@ class Scores:
     """Log-probability of the likeliest token less that of the second."""
     entropy: list[float] = field(default_factory=list)
     """Entropy of the distribution, in nats."""
+
+    @classmethod
+    def of(cls, tokens: Iterable[Any]) -> Scores:
+        """The scores of tokens that carry theirs as ``logprob``, ``margin`` and ``entropy``."""
+        scores = cls()
+        for token in tokens:
+            scores.append(token)
+        return scores
+
+    def append(self, token: Any) -> None:
+        """Add one token's."""
+        self.logprob.append(token.logprob)
+        self.margin.append(token.margin)
+        self.entropy.append(token.entropy)
 
     def first(self, n: int) -> Scores:
         """The scores of the first ``n`` tokens."""
@@ -148,8 +162,8 @@ class Calibration:
         skills = content.get("skills")
         if "skills" in content and not isinstance(skills, list):
             raise ConfigError(f"'{file}' has skills that are no list; calibrate again")
-        made = {**content, "values": tuple(content["values"]), "chances": tuple(content["chances"])}
-        return Calibration(**{name: made[name] for name in kept}, skills=None if skills is None else tuple(skills))
+        content.update(values=tuple(content["values"]), chances=tuple(content["chances"]))
+        return Calibration(**{name: content[name] for name in kept}, skills=None if skills is None else tuple(skills))
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 from collections.abc import Callable
 from typing import Any
 
 from shadowpeft.data.chat import render_prompt, with_system
 from shadowpeft.serve.backend import Backend
-from shadowpeft.serve.engine import Engine, Event, Failed, Limits, Sampling, Token
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.requests import Event, Failed, SamplingParams, Token
 from shadowpeft.serve.router import Scores
-
-
-class _Collector:
-    def __init__(self, done: Callable[[], None]) -> None:
-        self.pieces: list[str] = []
-        self.scores = Scores()
-        self.failure: BaseException | None = None
-        self.finished = threading.Event()
-        self._done = done
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Token):
-            self.pieces.append(event.piece)
-            self.scores.logprob.append(event.logprob)
-            self.scores.margin.append(event.margin)
-            self.scores.entropy.append(event.entropy)
-            return
-        if isinstance(event, Failed):
-            self.failure = event.error
-        self.finished.set()
-        self._done()
 
 
 def scored_answers(
@@ -40,7 +20,7 @@ def scored_answers(
     *,
     system: str | None,
     max_tokens: int,
-    rows: int = 16,
+    rows: int = EngineLimits.max_num_seqs,
     until: Callable[[list[str], Scores], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[list[str], Scores]]:
@@ -53,32 +33,29 @@ def scored_answers(
     Raises:
         DataError: if a prompt does not fit the model.
     """
-    lock, done = threading.Lock(), 0
+    longest = backend.max_model_len
+    limits = EngineLimits(max_num_seqs=rows, queue=len(prompts) + 1, prompt_tokens=longest, new_tokens=longest)
+    engine = Engine(backend, limits)
+    answers: list[list[Token]] = [[] for _ in prompts]
+    ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def count() -> None:
-        nonlocal done
-        with lock:
-            done += 1
-            if progress is not None:
-                progress(done)
+    def reader(tokens: list[Token]) -> Callable[[Event], None]:
+        return lambda event: tokens.append(event) if isinstance(event, Token) else ends.put(event)
 
-    engine = Engine(
-        backend, Limits(rows=rows, queue=len(prompts) + 1, prompt_tokens=backend.context, new_tokens=backend.context)
-    )
-    collectors = []
-    for prompt in prompts:
+    for prompt, tokens in zip(prompts, answers, strict=True):
         ids = _prompt_ids(backend.tokenizer, prompt, system)
-        collectors.append(_Collector(count))
-        engine.submit(ids, name, Sampling(max_tokens=max_tokens), collectors[-1], until)
+        engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until)
     engine.start()
     try:
-        for collector in collectors:
-            collector.finished.wait()
-            if collector.failure is not None:
-                raise collector.failure
+        for done in range(1, len(prompts) + 1):
+            end = ends.get()
+            if isinstance(end, Failed):
+                raise end.error
+            if progress is not None:
+                progress(done)
     finally:
         engine.stop()
-    return [(c.pieces, c.scores) for c in collectors]
+    return [([token.piece for token in tokens], Scores.of(tokens)) for tokens in answers]
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, system: str | None) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.core.losses import IGNORE
@@ -29,9 +29,10 @@ from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
 from shadowpeft.storage import exclusive
+from shadowpeft.terminal import terminal
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import TrainingSection
-from shadowpeft.train.progress import RunCallback
+from shadowpeft.train.progress import Deadline, RunCallback
 from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
 METHODS = ("shadow", "lora", "dora")
@@ -281,18 +282,6 @@ class TaskTrainer(ShadowTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _Deadline(TrainerCallback):
-    """Ends training with a checkpoint once ``time.monotonic()`` has passed ``at``."""
-
-    def __init__(self, at: float) -> None:
-        self.at, self.reached = at, False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if time.monotonic() >= self.at and state.global_step < state.max_steps:
-            self.reached = control.should_training_stop = control.should_save = control.should_log = True
-        return control
-
-
 def train_task(
     model: PeftModel,
     tokenizer: Any,
@@ -334,8 +323,8 @@ def train_task(
     folder.mkdir(parents=True, exist_ok=True)
     lengths = tokens_of(data)
     per_step = sum(lengths) / len(lengths) * training.batch_size * training.gradient_accumulation
-    shown = RunCallback(folder, per_step, console or Console(stderr=True), quiet)
-    end = _Deadline(math.inf if deadline is None else deadline)
+    shown = RunCallback(folder, per_step, console or terminal(stderr=True), quiet)
+    end = Deadline(math.inf if deadline is None else deadline)
     trainer = TaskTrainer(
         model=model,
         args=training_arguments(training, folder, evaluates=False),

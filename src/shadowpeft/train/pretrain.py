@@ -33,6 +33,7 @@ from shadowpeft.hf.pretraining.model import (
 )
 from shadowpeft.runtime import DTYPES, environment, peak_memory_bytes, prepare_cpu
 from shadowpeft.storage import exclusive, write_json, written_whole
+from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.arguments import pretraining_arguments
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
@@ -67,7 +68,7 @@ def pretrain(
         NonFiniteLossError: if the loss became NaN.
         ShadowPeftError: any other defect of base, backbone or files.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     t, text = run.training, run.text
     prepare_cpu(t.threads)
     folder = Path(run.output)

@@ -179,3 +179,15 @@ def plot_losses(
         figure.savefig(beside, dpi=130)
     plt.close(figure)
     return path
+
+
+class Deadline(TrainerCallback):
+    """Ends training with a checkpoint once ``time.monotonic()`` has passed ``at``."""
+
+    def __init__(self, at: float) -> None:
+        self.at, self.reached = at, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if time.monotonic() >= self.at and state.global_step < state.max_steps:
+            self.reached = control.should_training_stop = control.should_save = control.should_log = True
+        return control

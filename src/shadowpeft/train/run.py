@@ -22,6 +22,7 @@ from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.messages import shorten
 from shadowpeft.runtime import DTYPES, prepare_cpu
 from shadowpeft.storage import exclusive, write_json, write_text, written_whole
+from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.card import model_card
@@ -63,7 +64,7 @@ def train(
         ConfigError: if the folder already holds a run and ``resume`` is not set, or there is nothing to resume.
         ShadowPeftError: any defect of data, base or configuration; raised before training starts.
     """
-    console = console or Console(stderr=True)
+    console = console or terminal(stderr=True)
     t = run.training
     prepare_cpu(t.threads)
     folder = Path(run.output)

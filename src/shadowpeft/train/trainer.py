@@ -121,10 +121,15 @@ class ShadowLossMixin(WholeCheckpoints):
             inputs["shadow_labels"] = labels
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
+        asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
         with _both_losses(adapted_base(trainer.model)) as losses:
-            loss, outputs = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            result: Any = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
             )
+        outputs: Any = None
+        loss = result
+        if asks:
+            loss, outputs = result
         task, shadow, fused = losses[0] if losses else (getattr(outputs, "task_loss", None), outputs.shadow_loss, None)
         if model.training:
             share: Any = 1.0  # of this micro-batch in what is logged
@@ -308,6 +313,12 @@ def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
         yield seen
     finally:
         handle.remove()
+
+
+def _runs_again_for_outputs(trainer: Any) -> bool:
+    """Whether the outputs cost a second forward pass, as with TRL's fused head; a compiled model may pass the hook by."""
+    from_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
+    return from_trl and not trainer.args.torch_compile
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float | None:

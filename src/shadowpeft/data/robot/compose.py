@@ -103,7 +103,7 @@ def _take(
 def _open_requests(split: str, lang: str, count: int, rng: random.Random, taken: set[str]) -> list[Row]:
     """``count`` open-domain requests: the single ones, then table facts, each once before any twice."""
     own = [request for request in seeds.requests(lang) if request.split == split]
-    by_fact: dict[str, list[seeds.Request]] = {}
+    by_fact: dict[str, list[seeds.OpenRequest]] = {}
     for request in own:
         by_fact.setdefault(request.fact, []).append(request)
     singles = [group[0] for group in by_fact.values() if "/" not in group[0].fact]

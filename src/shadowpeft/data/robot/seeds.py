@@ -34,7 +34,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Request:
+class OpenRequest:
     """One open-domain request with its answer. ``fact`` names what is asked, the same in both languages."""
 
     family: str
@@ -87,9 +87,9 @@ def replies(lang: str) -> dict[str, list[str]]:
 
 
 @cache
-def requests(lang: str) -> tuple[Request, ...]:
+def requests(lang: str) -> tuple[OpenRequest, ...]:
     """All open-domain requests of a language: the single ones and each (fact, template) of the tables."""
-    out: list[Request] = []
+    out: list[OpenRequest] = []
     split = topic = ""
     asks: list[str] = []
     answers: list[str] = []
@@ -109,10 +109,10 @@ def requests(lang: str) -> tuple[Request, ...]:
                 filled = tuple(_sentence(answer.format(*cells)) for answer in answers)
                 fact = f"{topic}/{cells[0]}"
                 prompt = _sentence(ask.format(*cells))
-                out.append(Request(f"{lang}-{split}-{topic}{k}", split, fact, ask, prompt, filled))
+                out.append(OpenRequest(f"{lang}-{split}-{topic}{k}", split, fact, ask, prompt, filled))
         else:
             fact, prompt, answer = line.split(" | ")
-            out.append(Request(f"{lang}-{split}-{fact}", split, fact, prompt, prompt, (answer,)))
+            out.append(OpenRequest(f"{lang}-{split}-{fact}", split, fact, prompt, prompt, (answer,)))
     return tuple(out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from shadowpeft.data.tasks.base import Example, Task
-from shadowpeft.data.tasks.source import Part, Parts
+from shadowpeft.data.tasks.source import Parts, SplitPart
 
 _HUB = ("mteb/amazon_reviews_multi", "en")
 
@@ -17,7 +17,7 @@ class AmazonReviews(Task):
     kind = "classify"
     labels = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
     parts: ClassVar[Parts] = {
-        split: (Part((f"amazon_reviews/{split}.jsonl.gz",), (*_HUB, split)),)
+        split: (SplitPart((f"amazon_reviews/{split}.jsonl.gz",), (*_HUB, split)),)
         for split in ("train", "validation", "test")
     }
 

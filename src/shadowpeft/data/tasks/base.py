@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from shadowpeft.data.chat import check_row, fingerprint
+from shadowpeft.data.chat import check_row, fingerprint, with_system
 from shadowpeft.data.tasks.source import Parts, read
 from shadowpeft.errors import ConfigError, DataError
 
@@ -101,10 +101,10 @@ class Task:
         chosen = range(len(rows))
         if limit is not None and limit < len(rows):
             chosen = sorted(random.Random(seed).sample(chosen, limit))  # type: ignore[assignment]
-        made = [self.example(rows[i], f"{self.name}-{split}-{i}") for i in chosen]
+        examples = [self.example(rows[i], f"{self.name}-{split}-{i}") for i in chosen]
         if lead:
-            made = [Example(e.id, lead + e.prompt, e.answer, e.gold, e.choices, e.meta) for e in made]
-        return made, origin
+            examples = [Example(e.id, lead + e.prompt, e.answer, e.gold, e.choices, e.meta) for e in examples]
+        return examples, origin
 
     def lead(self, shots: int, seed: int) -> str:
         """Text before a question that shows ``shots`` solved training questions.
@@ -124,6 +124,14 @@ class Task:
     def example(self, row: dict[str, Any], identity: str) -> Example:
         """The example of a row."""
         raise NotImplementedError
+
+    def for_path(self, examples: list[Example], path: str) -> list[Example]:
+        """The examples that the ``base`` or the ``shadow`` path is asked, each with the answer that this path should give."""
+        return examples
+
+    def chat(self, example: Example) -> list[dict[str, str]]:
+        """The messages of a question, the system message included."""
+        return with_system([{"role": "user", "content": example.prompt}], self.system)
 
     # ------------------------------------------------------------------------------------------------- judging
 
@@ -159,20 +167,19 @@ def shares(
     A group without examples is left out.
     """
     pairs = [(task.per_example(p, e), e) for p, e in _pairs(predictions, examples)]
-    found = {"score": mean([value for value, _ in pairs])}
+    scores = {"score": mean([value for value, _ in pairs])}
     for name, belongs in groups.items():
         values = [value for value, example in pairs if belongs(example)]
         if values:
-            found[name] = mean(values)
-    return found
+            scores[name] = mean(values)
+    return scores
 
 
 def training_rows(task: Task, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Examples of a generating task as checked chat rows (:mod:`shadowpeft.data.chat`), its system message included."""
-    lead = [{"role": "system", "content": task.system}] if task.system else []
     rows = []
     for e in examples:
-        messages = [*lead, {"role": "user", "content": e.prompt}, {"role": "assistant", "content": e.answer}]
+        messages = [*task.chat(e), {"role": "assistant", "content": e.answer}]
         rows.append(check_row({"messages": messages, "path": e.meta.get("path", "both")}, e.id))
     return rows
 

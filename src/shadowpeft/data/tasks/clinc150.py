@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from shadowpeft.data.tasks.base import Example, Task, shares
-from shadowpeft.data.tasks.source import Part, Parts
+from shadowpeft.data.tasks.source import Parts, SplitPart
 
 _HUB = ("clinc/clinc_oos", "plus")
 _INTENTS = """
@@ -41,7 +41,7 @@ class Clinc150(Task):
     kind = "classify"
     labels = (*_INTENTS.split(), "oos")
     parts: ClassVar[Parts] = {
-        split: (Part((f"clinc150/{split}.jsonl.gz",), (*_HUB, split), names=("intent",)),)
+        split: (SplitPart((f"clinc150/{split}.jsonl.gz",), (*_HUB, split), names=("intent",)),)
         for split in ("train", "validation", "test")
     }
 

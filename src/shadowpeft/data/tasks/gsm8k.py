@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from shadowpeft.data.tasks.base import Example, Task, mean
-from shadowpeft.data.tasks.source import Part, Parts
+from shadowpeft.data.tasks.source import Parts, SplitPart
 
 _NUMBER = re.compile(r"#### (-?[\d.,]+)")
 
@@ -19,8 +19,8 @@ class GSM8K(Task):
     max_new_tokens = 400
     held_out_by = "question"
     parts: ClassVar[Parts] = {
-        "train": (Part(("gsm8k/train.jsonl.gz",), ("openai/gsm8k", "main", "train")),),
-        "test": (Part(("gsm8k/test.jsonl.gz",), ("openai/gsm8k", "main", "test")),),
+        "train": (SplitPart(("gsm8k/train.jsonl.gz",), ("openai/gsm8k", "main", "train")),),
+        "test": (SplitPart(("gsm8k/test.jsonl.gz",), ("openai/gsm8k", "main", "test")),),
     }
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
@@ -29,8 +29,8 @@ class GSM8K(Task):
 
     def parse(self, text: str) -> str | None:
         """The first number behind ``####``; None where there is none."""
-        found = _NUMBER.search(text)
-        return found[1].replace(",", "") if found else None
+        match = _NUMBER.search(text)
+        return match[1].replace(",", "") if match else None
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
         """``score``: share of right numbers; ``answered``: share of answers with a number."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from shadowpeft.data.tasks.base import Example, Task, mean
-from shadowpeft.data.tasks.source import Part, Parts
+from shadowpeft.data.tasks.source import Parts, SplitPart
 from shadowpeft.errors import DataError
 
 LETTERS = ("A", "B", "C", "D")
@@ -33,14 +33,14 @@ class MMLU(Task):
     max_new_tokens = 8
     parts: ClassVar[Parts] = {
         "train": (
-            Part(
+            SplitPart(
                 ("mmlu/auxiliary_train_subset.jsonl.gz",),
                 ("cais/mmlu", "all", "auxiliary_train"),
                 "8,323 of about 99,842 auxiliary training questions; no RACE, MCTest or law part",
             ),
         ),
-        "validation": (Part(("mmlu/validation.jsonl.gz",), ("cais/mmlu", "all", "validation")),),
-        "test": (Part(("mmlu/test.jsonl.gz",), ("cais/mmlu", "all", "test")),),
+        "validation": (SplitPart(("mmlu/validation.jsonl.gz",), ("cais/mmlu", "all", "validation")),),
+        "test": (SplitPart(("mmlu/test.jsonl.gz",), ("cais/mmlu", "all", "test")),),
     }
 
     def lead(self, shots: int, seed: int) -> str:
@@ -57,8 +57,8 @@ class MMLU(Task):
 
     def parse(self, text: str) -> str | None:
         """The letter an answer begins with ("B", "(B)", "B: four", "The answer is B"); "A cat" names none."""
-        found = _LETTER.match(text)
-        return found[1].upper() if found else None
+        match = _LETTER.match(text)
+        return match[1].upper() if match else None
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
         """``score``: accuracy; ``subject_mean``: mean of the subjects' accuracies; ``answered``: share with a letter."""

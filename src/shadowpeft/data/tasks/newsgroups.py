@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from shadowpeft.data.tasks.base import Example, Task
-from shadowpeft.data.tasks.source import Part, Parts
+from shadowpeft.data.tasks.source import Parts, SplitPart
 
 _HUB = "SetFit/20_newsgroups"
 _GROUPS = """
@@ -24,8 +24,8 @@ class Newsgroups(Task):
     labels = tuple(_GROUPS.split())
     held_out_by = "text"
     parts: ClassVar[Parts] = {
-        "train": (Part(("20news/train.jsonl.gz",), (_HUB, None, "train")),),
-        "test": (Part(("20news/test.jsonl.gz",), (_HUB, None, "test")),),
+        "train": (SplitPart(("20news/train.jsonl.gz",), (_HUB, None, "train")),),
+        "test": (SplitPart(("20news/test.jsonl.gz",), (_HUB, None, "test")),),
     }
 
     def example(self, row: dict[str, Any], identity: str) -> Example:

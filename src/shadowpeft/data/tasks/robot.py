@@ -16,6 +16,7 @@ _SPLITS = {
     "train": ("train_normal", "train_remote_base", "train_remote_shadow"),
     "validation": ("validation_normal", "validation_remote"),
     "test": ("test_normal", "test_remote"),
+    "test_normal": ("test_normal",),
     "test_large": ("test_normal", "test_remote_large"),
 }
 _PATHS = {"train_remote_base": "base", "train_remote_shadow": "shadow"}
@@ -25,7 +26,8 @@ class Robot(Task):
     """A skill command is right if that skill is called; an open request is right if no skill is.
 
     The router hands on whatever is no known skill, with ``[REMOTE]`` or without, so one rule judges both paths: the shadow
-    answers ``[REMOTE]``, the base path answers in words. ``test_large`` has 320 open requests instead of the paper's 18.
+    answers ``[REMOTE]``, the base path answers in words. ``test_large`` has 320 open requests instead of the paper's 18, and
+    ``test_normal`` none.
     """
 
     name = "robot"
@@ -70,6 +72,6 @@ class Robot(Task):
             "en": lambda e: e.meta["lang"] == "en",
             "zh": lambda e: e.meta["lang"] == "zh",
         }
-        found = shares(self, predictions, examples, groups)
+        scores = shares(self, predictions, examples, groups)
         asked = [float(p == REMOTE) for p, e in zip(predictions, examples, strict=True) if e.gold == REMOTE]
-        return {**found, "tagged": mean(asked)} if asked else found
+        return {**scores, "tagged": mean(asked)} if asked else scores

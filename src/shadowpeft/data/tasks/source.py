@@ -1,28 +1,25 @@
-"""Where a task's rows come from: the Hub when it can be reached, else a folder of compressed JSONL files."""
+"""Where a task's rows come from: a folder of compressed JSONL files if one is named, else the Hub."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.messages import shorten
 
 FOLDER = "SHADOWPEFT_DATA"
 CHOICE = "SHADOWPEFT_DATA_FROM"
-_TIMEOUT = 5.0
-"""Seconds to wait for the Hub before the folder is taken."""
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """One split of a data set, on the Hub and in the folder."""
 
     files: tuple[str, ...]
@@ -37,48 +34,49 @@ class Part:
     """Hub column -> our column, where they differ."""
 
 
-Parts = dict[str, tuple[Part, ...]]
+Parts = dict[str, tuple[SplitPart, ...]]
 """Split -> its parts."""
 
 
 def data_folder() -> Path:
-    """The folder of ``SHADOWPEFT_DATA``, else ``../shared/data`` beside the repository."""
+    """The folder that ``SHADOWPEFT_DATA`` names.
+
+    Raises:
+        DataError: if it names none.
+    """
     chosen = os.environ.get(FOLDER)
-    return Path(chosen) if chosen else Path(__file__).resolve().parents[4].parent / "shared" / "data"
+    if not chosen:
+        raise DataError(f"no data folder is named; set {FOLDER} to one that holds what docs/data.md lists")
+    return Path(chosen)
 
 
 def use_hub() -> bool:
-    """Whether to read from the Hub: what ``SHADOWPEFT_DATA_FROM`` says ("hub", "folder"), else whether it can be reached.
+    """Whether to read from the Hub: what ``SHADOWPEFT_DATA_FROM`` says ("hub", "folder"), else where no folder is named.
 
     Raises:
-        ConfigError: if ``SHADOWPEFT_DATA_FROM`` is something else.
+        ConfigError: if ``SHADOWPEFT_DATA_FROM`` is something else. DataError: if nothing says it and the Hub is switched off.
     """
-    choice = os.environ.get(CHOICE)
-    if choice is not None:
-        if choice not in ("hub", "folder"):
-            raise ConfigError(f"{CHOICE} is '{choice}' but must be hub or folder; unset it to try the Hub first")
-        return choice == "hub"
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
+    choice = os.environ.get(CHOICE)
+    if choice not in (None, "hub", "folder"):
+        raise ConfigError(f"{CHOICE} is '{choice}' but must be hub or folder; unset it to read the folder in {FOLDER}")
+    if choice is None and os.environ.get(FOLDER):
         return False
-    address = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((str(address.hostname), address.port or 443), timeout=_TIMEOUT).close()
-    except OSError:
-        return False
-    return True
+    if choice is None and constants.HF_HUB_OFFLINE:
+        raise DataError(f"HF_HUB_OFFLINE is set and no data folder is named; set {FOLDER}, or unset HF_HUB_OFFLINE")
+    return choice != "folder"
 
 
-def read(parts: Iterable[Part]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read(parts: Iterable[SplitPart]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the parts, one after the other, and their source: from, name or path, fingerprint, partial.
 
     Raises:
-        DataError: if there is neither network nor file, or a file is damaged.
+        DataError: if no folder is named and the Hub is off, or a file is missing or damaged.
     """
     parts = list(parts)
     hub = [part.hub for part in parts]
-    if hub[0] is not None and None not in hub and use_hub():
+    if None not in hub and use_hub():
         rows = [row for part in parts for row in _from_hub(part)]
         origin: dict[str, Any] = {"from": "hub", "name": [":".join(p or "default" for p in h) for h in hub if h]}
         lacks: list[str] = []
@@ -98,8 +96,7 @@ def read_gzip(file: Path) -> Iterator[dict[str, Any]]:
     """
     if not file.is_file():
         raise DataError(
-            f"'{file}' does not exist and the Hub is not used (offline, or it does not answer); set {FOLDER} to a folder "
-            "that holds this file, or connect to the network"
+            f"'{file}' does not exist; set {FOLDER} to a folder that holds this file, or {CHOICE} to hub to read the Hub"
         )
     whole = 0
     try:
@@ -112,12 +109,17 @@ def read_gzip(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"'{file}' is damaged after line {whole} ({error}); fetch it anew") from error
 
 
-def _from_hub(part: Part) -> Iterator[dict[str, Any]]:
+def _from_hub(part: SplitPart) -> Iterator[dict[str, Any]]:
     import datasets
 
     assert part.hub is not None
     name, configuration, split = part.hub
-    table = datasets.load_dataset(name, configuration, split=split)
+    try:
+        table = datasets.load_dataset(name, configuration, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"the data set '{name}' cannot be read from the Hub ({shorten(error)}); check the network, or set {FOLDER}"
+        ) from error
     named = {c: table.features[c].int2str for c in part.names if hasattr(table.features[c], "int2str")}
     for row in table:
         row = {part.fields.get(key, key): value for key, value in row.items()}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from shadowpeft.data.tasks.base import Example, Task, mean
-from shadowpeft.data.tasks.source import Part, Parts
+from shadowpeft.data.tasks.source import Parts, SplitPart
 
 UNANSWERABLE = "unanswerable"
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -28,11 +28,11 @@ def exact(prediction: str, gold: str) -> float:
 
 def f1(prediction: str, gold: str) -> float:
     """F1 of the normalised words as bags; with an empty side, 1 only if both are."""
-    said, wanted = normalise(prediction).split(), normalise(gold).split()
-    if not said or not wanted:
-        return float(said == wanted)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted))
+    words, gold_words = normalise(prediction).split(), normalise(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    common = sum((Counter(words) & Counter(gold_words)).values())
+    return 2 * common / (len(words) + len(gold_words))
 
 
 def golds(example: Example) -> list[str]:
@@ -48,13 +48,13 @@ class SquadV2(Task):
     held_out_by = "context"
     parts: ClassVar[Parts] = {
         "train": (
-            Part(
+            SplitPart(
                 ("squad_v2/train_first10articles.jsonl.gz", "squad_v2/train_extra_answerable_only.jsonl.gz"),
                 ("rajpurkar/squad_v2", None, "train"),
                 "8,569 of 130,319 training questions, 4.1 % unanswerable instead of 33.4 %; no random sample",
             ),
         ),
-        "test": (Part(("squad_v2/validation.jsonl.gz",), ("rajpurkar/squad_v2", None, "validation")),),
+        "test": (SplitPart(("squad_v2/validation.jsonl.gz",), ("rajpurkar/squad_v2", None, "validation")),),
     }
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
@@ -81,7 +81,7 @@ class SquadV2(Task):
             (example.meta["answerable"], self.per_example(p, example), max(f1(p, gold) for gold in golds(example)))
             for p, example in zip(predictions, examples, strict=True)
         ]
-        found = {
+        scores = {
             "score": mean([r[1] for r in rows]),
             "exact": mean([r[1] for r in rows]),
             "f1": mean([r[2] for r in rows]),
@@ -89,8 +89,8 @@ class SquadV2(Task):
         for prefix, wanted in (("has_answer_", True), ("no_answer_", False)):
             some = [r for r in rows if r[0] is wanted]
             if some:
-                found[f"{prefix}exact"], found[f"{prefix}f1"] = mean([r[1] for r in some]), mean([r[2] for r in some])
-        return found
+                scores[f"{prefix}exact"], scores[f"{prefix}f1"] = mean([r[1] for r in some]), mean([r[2] for r in some])
+        return scores
 
 
 class SquadV2DevSplit(SquadV2):
@@ -101,6 +101,10 @@ class SquadV2DevSplit(SquadV2):
 
     name = "squad_v2_devsplit"
     parts: ClassVar[Parts] = {
-        "train": (Part(("squad_v2_devsplit/train.jsonl.gz",), None, "25 of the 35 articles of the published dev set"),),
-        "test": (Part(("squad_v2_devsplit/test.jsonl.gz",), None, "10 of the 35 articles of the published dev set"),),
+        "train": (
+            SplitPart(("squad_v2_devsplit/train.jsonl.gz",), None, "25 of the 35 articles of the published dev set"),
+        ),
+        "test": (
+            SplitPart(("squad_v2_devsplit/test.jsonl.gz",), None, "10 of the 35 articles of the published dev set"),
+        ),
     }

@@ -25,7 +25,6 @@ SAME = 0.02
 RELATED = 0.35
 """Up to here the weights are taken for a quantised or further trained relative; another model's error is about 1.4."""
 
-
 Read = Callable[[nn.Module], AbstractContextManager[Tensor]]
 """Gives the weight of a module of the base."""
 
@@ -39,19 +38,16 @@ def fingerprint(model: nn.Module, parts: DecoderParts, read: Read = dense_weight
         read: where the weights come from; a model on the meta device has none of its own.
     """
     config = parts.config
+    names = sorted(
+        name.replace(".original_module.", ".")
+        for name, _ in parts.layers[0].named_parameters()
+        if not name.startswith(("shadow_link", "base_layer")) and ".modules_to_save." not in name
+    )
     shapes = {
         "hidden_size": parts.hidden_size,
         "num_hidden_layers": parts.num_layers,
         "vocab_size": int(config.vocab_size),
-        "layer": hashlib.sha256(
-            ";".join(
-                sorted(
-                    name.replace(".original_module.", ".")
-                    for name, _ in parts.layers[0].named_parameters()
-                    if not name.startswith(("shadow_link", "base_layer")) and ".modules_to_save." not in name
-                )
-            ).encode()
-        ).hexdigest()[:16],
+        "layer": hashlib.sha256(";".join(names).encode()).hexdigest()[:16],
     }
     return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts, read)}
 
@@ -62,9 +58,8 @@ def _sample(model: nn.Module, parts: DecoderParts, read: Read) -> dict[str, list
     for position, layer in (("first", parts.layers[0]), ("last", parts.layers[-1])):
         for name, weight in layer.named_parameters():
             if name.endswith("weight") and weight.dim() == 1 and "shadow_link" not in name:
-                sources[f"{position}.{name.replace('.original_module.', '.')}"] = layer.get_submodule(
-                    name.rpartition(".")[0]
-                )
+                norm = layer.get_submodule(name.rpartition(".")[0])
+                sources[f"{position}.{name.replace('.original_module.', '.')}"] = norm
                 break
     values = {}
     for name, source in sources.items():
@@ -77,47 +72,47 @@ def _sample(model: nn.Module, parts: DecoderParts, read: Read) -> dict[str, list
     return values
 
 
-def check_fingerprint(recorded: dict[str, Any], found: dict[str, Any]) -> None:
+def check_fingerprint(recorded: dict[str, Any], actual: dict[str, Any]) -> None:
     """Compare the fingerprint in an adapter with that of the base it is put on.
 
     Raises:
         BaseMismatchError: if architecture, shapes or weights differ. Weights that are close but not the same (a
             quantised copy, a further trained sibling) give a warning with the measured distance.
     """
-    advice = "; load the base model that the adapter names in base_model_name_or_path"
+    problem = _mismatch(recorded, actual)
+    if problem is not None:
+        raise BaseMismatchError(
+            f"{problem}; load the base that the adapter names, at the revision it was trained on, and pass it as base="
+        )
+
+
+def _mismatch(recorded: dict[str, Any], actual: dict[str, Any]) -> str | None:
     if not _is_fingerprint(recorded):
-        raise BaseMismatchError("the adapter's base_fingerprint is malformed, so its base cannot be checked" + advice)
-    if recorded["architecture"] != found["architecture"]:
-        raise BaseMismatchError(
-            f"the adapter was trained on a {recorded['architecture']} model, this base is {found['architecture']}{advice}"
-        )
-    for key, value in found["shapes"].items():
+        return "the adapter's base_fingerprint is malformed, so its base cannot be checked"
+    if recorded["architecture"] != actual["architecture"]:
+        return f"the adapter was trained on a {recorded['architecture']} model, this base is {actual['architecture']}"
+    for key, value in actual["shapes"].items():
         if recorded["shapes"].get(key) != value:
-            raise BaseMismatchError(
-                f"the adapter's base has {key} = {recorded['shapes'].get(key)}, this base has {value}{advice}"
-            )
-    shared = sorted(set(recorded["values"]) & set(found["values"]))
-    if found["values"] and not shared:
-        raise BaseMismatchError(
-            "the adapter's base_fingerprint holds no weight values of this base, so its base cannot be checked" + advice
-        )
+            return f"the adapter's base has {key} = {recorded['shapes'].get(key)}, this base has {value}"
+    shared = sorted(set(recorded["values"]) & set(actual["values"]))
+    if actual["values"] and not shared:
+        return "the adapter's base_fingerprint holds no weight values of this base, so its base cannot be checked"
     for name in shared:
-        ours = torch.tensor(recorded["values"][name], dtype=torch.float64)
-        theirs = torch.tensor(found["values"][name], dtype=torch.float64)
-        if ours.shape != theirs.shape:
-            raise BaseMismatchError(f"the adapter's base_fingerprint has {ours.numel()} values for {name}{advice}")
-        distance = float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))
+        theirs, ours = (torch.tensor(record["values"][name], dtype=torch.float64) for record in (recorded, actual))
+        if theirs.shape != ours.shape:
+            return f"the adapter's base_fingerprint has {theirs.numel()} values for {name} but needs {ours.numel()}"
+        distance = float((theirs - ours).norm() / theirs.norm().clamp(min=1e-12))
         if not distance <= RELATED:
-            raise BaseMismatchError(
+            return (
                 f"the adapter was trained on a base with other weights (relative difference {distance:.2g} in {name})"
-                f"{advice}"
             )
         if distance > SAME:
             warnings.warn(
-                f"the base's weights differ from those the adapter was trained on by {distance:.2g} (relative, {name}): "
-                "expected for a quantised copy, otherwise check that this is the right base",
-                stacklevel=2,
+                f"the base's weights differ from those the adapter was trained on by {distance:.2g} (relative, {name}); this "
+                "is expected for a quantised copy, otherwise check that this is the right base",
+                stacklevel=3,
             )
+    return None
 
 
 def _is_fingerprint(recorded: Any) -> bool:

@@ -19,23 +19,28 @@ from shadowpeft.hf.base.weights import device_of, gather
 
 def logit_scale(config: PreTrainedConfig) -> float:
     """The factor that the architecture puts on its logits (1.0 for most)."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is not None:
-        return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
-    return 1.0
+    scale = _number(config, "logit_scale", "output_multiplier", "lm_head_multiplier")
+    if scale is None:
+        divisor = _number(config, "logits_scaling")
+        if divisor is None:
+            return 1.0
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    return scale
 
 
 def soft_cap(config: PreTrainedConfig) -> float | None:
     """``c`` of ``c * tanh(logits / c)``, or None."""
-    for name in ("final_logit_softcapping", "logits_soft_cap"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    return None
+    return _number(config, "final_logit_softcapping", "logits_soft_cap")
+
+
+def scales_or_caps(config: PreTrainedConfig) -> bool:
+    """Whether the architecture scales or soft-caps its logits."""
+    return logit_scale(config) != 1.0 or soft_cap(config) is not None
+
+
+def _number(config: PreTrainedConfig, *names: str) -> float | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((float(value) for value in values if value is not None), None)
 
 
 def lm_logits(model: Any, hub: Any, head: Any, state: Tensor) -> Tensor:

@@ -64,15 +64,12 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
         ConfigError: if it cannot be loaded or lacks a weight, with the reason.
     """
     source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
-    classifier = task_type == "SEQ_CLS"
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
-        revision = {k: v for k, v in kwargs.items() if k == "revision"}
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=kwargs.get("revision"))
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
-    return load_whole(auto, source, f"base '{name}'", new=CLASSIFIERS if classifier else (), **kwargs)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
+    if task_type == "SEQ_CLS":
+        return load_whole(AutoModelForSequenceClassification, source, f"base '{name}'", new=CLASSIFIERS, **kwargs)
+    return load_whole(AutoModelForCausalLM, source, f"base '{name}'", **kwargs)

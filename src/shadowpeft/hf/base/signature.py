@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,6 +35,19 @@ class Signature:
         return name in self.names or self.passes_on
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a trial run, whose dropout would use up random numbers; then each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class _ArrivedError(Exception):
     """Ends a trial forward: what was looked for has been seen."""
 
@@ -53,16 +68,10 @@ def hands_down(model: nn.Module, layer: nn.Module, name: str, device: torch.devi
         seen.append(kwargs.get(name) is marker)
         raise _ArrivedError
 
-    modes = [(module, module.training) for module in model.modules()]
     handle = layer.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        for module, _ in modes:
-            module.training = False  # no dropout: random numbers are not ours to use up
-        model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False, **{name: marker})
-    except _ArrivedError:
-        pass
+        with evaluating(model), suppress(_ArrivedError):
+            model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False, **{name: marker})
     finally:
         handle.remove()
-        for module, training in modes:
-            module.training = training
     return seen == [True]

@@ -89,6 +89,20 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     raise UnsupportedModelError(f"no decoder layers were found in {type(backbone).__name__}")
 
 
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    """The name of ``part`` inside ``model``.
+
+    Raises:
+        UnsupportedModelError: if it is no part of it.
+    """
+    for name, module in model.named_modules():
+        if module is part:
+            return name
+    raise UnsupportedModelError(
+        f"a {type(part).__name__} is not part of {type(model).__name__}; pass an unmodified model"
+    )
+
+
 CLASSIFIERS = ("score", "classifier")
 
 

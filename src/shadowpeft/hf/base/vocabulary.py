@@ -62,15 +62,15 @@ def common_rows(base: Any, small: Any, rows: tuple[int, int]) -> int:
     """
     tokenizers = []
     for model, what in ((base, "base"), (small, "shadow")):
-        found, reason = _tokenizer_of(model)
-        if found is None and rows[0] == rows[1]:
-            return rows[0]
-        if found is None:
+        tokenizer, reason = _tokenizer_of(model)
+        if tokenizer is None:
+            if rows[0] == rows[1]:
+                return rows[0]
             raise ConfigError(
                 f"the shadow has a vocabulary of {rows[1]} and the base of {rows[0]}, and the {what} has no tokenizer to "
                 f"compare ({reason}); use a shadow with the base's tokenizer, and load both from where their tokenizers are"
             )
-        tokenizers.append(found)
+        tokenizers.append(tokenizer)
     tokens = shared_tokens(*tokenizers)
     if tokens > min(rows):
         raise ConfigError(

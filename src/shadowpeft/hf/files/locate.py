@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
 from shadowpeft.errors import AdapterFileError
@@ -34,4 +34,20 @@ def find_file(adapter: str | Path, name: str) -> Path:
         raise AdapterFileError(
             f"'{adapter}' is no local folder and {name} could not be fetched from the Hub ({type(error).__name__}); check "
             "the name and the network"
+        ) from error
+
+
+def at_revision(adapter: str | Path, revision: str) -> Path:
+    """The folder of a Hub id at one revision: a branch, a tag or a commit.
+
+    Raises:
+        AdapterFileError: if it cannot be fetched, or ``adapter`` is a folder, which has no revisions.
+    """
+    if Path(adapter).is_dir():
+        raise AdapterFileError(f"revision is '{revision}' but '{adapter}' is a folder; leave revision out")
+    try:
+        return Path(snapshot_download(str(adapter), revision=revision))
+    except (HFValidationError, HTTPError, OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"'{adapter}' at revision '{revision}' could not be fetched ({shorten(error)}); check name, revision and network"
         ) from error

@@ -29,14 +29,12 @@ from transformers import __version__ as transformers_version
 from shadowpeft.core import fold_projection
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.files.locate import find_file
-from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.reading import WHOLE, check_tensors, read_json, read_tensors, weight_files
 from shadowpeft.hf.files.records import config_from_record
 from shadowpeft.messages import quote
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _BACKBONE, _PROJECTION, _HEAD = "shadow_model.", "shadow_hidden_projection.weight", "lm_head.weight"
 
 
@@ -102,7 +100,8 @@ def read_projected(name: str | Path) -> Projected:
         ConfigError: if transformers knows no such model type.
     """
     inner, width, vocabulary = _read_config(name)
-    tensors = _read_weights(name)
+    files = sorted(set(weight_files(name).values()))
+    tensors = {k: v for file in files for k, v in read_tensors(find_file(name, file)).items()}
     backbone: Any = MODEL_MAPPING[type(inner)]._from_config(copy.deepcopy(inner), dtype=torch.float32)
     expected = {_BACKBONE + k: tuple(v.shape) for k, v in backbone.state_dict().items()}
     expected[_PROJECTION] = (width, int(inner.hidden_size))
@@ -113,23 +112,6 @@ def read_projected(name: str | Path) -> Projected:
     backbone.load_state_dict({k[len(_BACKBONE) :]: v for k, v in tensors.items() if k.startswith(_BACKBONE)})
     backbone.config._name_or_path = str(name)
     return Projected(backbone.eval(), tensors[_PROJECTION], tensors[_HEAD])
-
-
-def _read_weights(name: str | Path) -> dict[str, Tensor]:
-    try:
-        path = find_file(name, WEIGHTS)
-    except AdapterFileError as error:
-        try:
-            index = read_json(find_file(name, INDEX)).get("weight_map")
-        except AdapterFileError:
-            raise error from None
-        shards = sorted(set(index.values())) if isinstance(index, dict) else []
-        if not shards or any(not isinstance(s, str) or Path(s).name != s for s in shards):
-            raise AdapterFileError(
-                f"{INDEX} of '{name}' names no files beside it; the checkpoint is damaged"
-            ) from error
-        return {k: v for shard in shards for k, v in read_tensors(find_file(name, shard)).items()}
-    return read_tensors(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -177,7 +159,7 @@ def write_projected(
         **{k: getattr(ids or config, k, None) for k in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }
     with torch.device("meta"):
-        whole: Any = body(copy.deepcopy(type(config)(**{k: v for k, v in inner.items() if k != "model_type"})))
+        whole: Any = body(type(config)(**{k: v for k, v in inner.items() if k != "model_type"}))
     tables = {f"{n}.weight" for n, m in whole.named_modules() if m is whole.get_input_embeddings()}
     state = backbone.state_dict()
     tensors = {_BACKBONE + k: table if k in tables else state[k] for k in whole.state_dict()}
@@ -185,7 +167,7 @@ def write_projected(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().to(device="cpu", dtype=torch.float32).contiguous().clone() for k, v in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(plain, folder / WHOLE, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

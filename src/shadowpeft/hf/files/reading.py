@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shadowpeft.errors import AdapterFileError
+from shadowpeft.hf.files.locate import find_file
 from shadowpeft.messages import quote, shorten
 
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The weights of a model in one file, and the list of its files where there are several."""
 MAX_CONFIG_BYTES = 4 * 2**20
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """dtypes of adapter tensors, as a safetensors header names them; float8 has no infinity and cannot be trained in."""
@@ -89,10 +91,10 @@ def read_header(path: Path) -> dict[str, Declared]:
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            found = {}
+            header = {}
             for name in handle.keys():  # noqa: SIM118  (a safetensors handle is not iterable)
                 part = handle.get_slice(name)
-                found[name] = Declared(part.get_dtype(), tuple(part.get_shape()))
+                header[name] = Declared(part.get_dtype(), tuple(part.get_shape()))
     except MemoryError as error:
         raise AdapterFileError(
             f"{path} with {path.stat().st_size:,} bytes does not fit into memory; it is no adapter, or free some memory"
@@ -101,14 +103,34 @@ def read_header(path: Path) -> dict[str, Declared]:
         raise AdapterFileError(
             f"{path} is not a whole safetensors file ({shorten(error)}); it is truncated or damaged"
         ) from error
-    for name, (_, shape) in found.items():
+    for name, (_, shape) in header.items():
         if any(size >= 2**62 for size in shape):  # an empty tensor may declare any number beside its zero
             raise AdapterFileError(
                 f"tensor {quote(name)} in {path} declares a size of {max(shape):,}; the file is damaged"
             )
-    if not found:
+    if not header:
         raise AdapterFileError(f"{path} holds no tensors; the adapter was not saved completely")
-    return found
+    return header
+
+
+def weight_files(source: str | Path) -> dict[str, str]:
+    """The file of each tensor of a model, in a folder or on the Hub, saved in one piece or in shards.
+
+    Raises:
+        AdapterFileError: if it has no safetensors files, or the file or the index of the shards is damaged.
+    """
+    try:
+        whole = find_file(source, WHOLE)
+    except AdapterFileError as error:
+        try:
+            shards: Any = read_json(find_file(source, INDEX)).get("weight_map")
+        except AdapterFileError:
+            raise error from None
+        names = list(shards.values()) if isinstance(shards, dict) else []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise AdapterFileError(f"{INDEX} of '{source}' names no files beside it; it is damaged") from error
+        return dict(shards)
+    return dict.fromkeys(read_header(whole), WHOLE)
 
 
 def check_dtypes(path: Path, header: dict[str, Declared]) -> None:
@@ -135,15 +157,22 @@ def check_values(path: Path, header: dict[str, Declared], wanted: Mapping[str, T
     Raises:
         AdapterFileError: naming the first that is not.
     """
+    for name, value in read_values(path, header):
+        check_value(name, value, wanted[name].dtype if name in wanted else torch.float32, str(path))
+
+
+def read_values(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a safetensors file in their own dtypes, one by one.
+
+    Raises:
+        AdapterFileError: if one cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as handle:
-            for name in header:
-                dtype = wanted[name].dtype if name in wanted else torch.float32
-                check_value(name, handle.get_tensor(name), dtype, str(path))
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged") from error
+            for name in names:
+                yield name, handle.get_tensor(name)
+    except (SafetensorError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged or too large") from error
 
 
 def check_value(name: str, value: Tensor, dtype: torch.dtype, where: str) -> None:
@@ -170,22 +199,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     check_dtypes(path, header := read_header(path))
     check_values(path, header, {})
-    try:
-        return {name: value.float() for name, value in load_file(path).items()}
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise AdapterFileError(f"{path} could not be read ({shorten(error)}); it is damaged or too large") from error
+    return {name: value.float() for name, value in read_values(path, header)}
 
 
-def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, advice: str) -> None:
+def check_tensors(given: Mapping[str, Any], expected: Mapping[str, Any], what: str, advice: str) -> None:
     """Every expected tensor is there with its shape, and no other.
 
     Args:
-        found: tensors, or what a header declares, by name. expected: shapes, or anything that has one, by name.
+        given: tensors, or what a header declares, by name. expected: shapes, or anything that has one, by name.
 
     Raises:
         AdapterFileError: naming the first tensor that is missing, unknown or of another shape.
     """
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    missing, unknown = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or unknown:
         shown = ", ".join(quote(name) for name in (*missing[:2], *unknown[:2]))
         raise AdapterFileError(
@@ -193,7 +219,7 @@ def check_tensors(found: Mapping[str, Any], expected: Mapping[str, Any], what: s
         )
     for name, want in expected.items():
         shape = tuple(getattr(want, "shape", want))
-        if tuple(found[name].shape) != shape:
+        if tuple(given[name].shape) != shape:
             raise AdapterFileError(
-                f"{what}: tensor {quote(name)} has shape {tuple(found[name].shape)} but needs {shape}; {advice}"
+                f"{what}: tensor {quote(name)} has shape {tuple(given[name].shape)} but needs {shape}; {advice}"
             )

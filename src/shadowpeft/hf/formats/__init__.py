@@ -26,10 +26,12 @@ from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.projected import is_projected
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.formats import authors, peft_shadow
-from shadowpeft.hf.formats.common import Translation
+from shadowpeft.hf.formats.common import ForeignAdapter, Translation
 from shadowpeft.hf.model import clean_on_failure
 
 OURS, AUTHORS, PEFT, PROJECTED = "shadowpeft", "authors", "peft", "projected"
+
+_FORMATS: dict[str, Any] = {AUTHORS: authors, PEFT: peft_shadow}
 
 _log = logging.getLogger(__name__)
 
@@ -44,23 +46,23 @@ def detect(adapter: str | Path) -> str:
     Raises:
         AdapterFileError: if it holds two formats, or none.
     """
-    own = first = None
-    try:
-        own = find_file(adapter, CONFIG)
-    except AdapterFileError as error:
-        first = error
-    try:
-        find_file(adapter, authors.CONFIG)
-    except AdapterFileError:
-        if own is None:
-            if is_projected(adapter):
-                return PROJECTED
-            assert first is not None
-            raise first from None
-        return PEFT if read_json(own).get("peft_type") == "SHADOW" else OURS
-    if own is not None:
+    has_own, has_authors = (_has(adapter, name) for name in (CONFIG, authors.CONFIG))
+    if has_own and has_authors:
         raise AdapterFileError(f"'{adapter}' has both {CONFIG} and {authors.CONFIG}; give a folder with one adapter")
-    return AUTHORS
+    if has_authors:
+        return AUTHORS
+    if not has_own and is_projected(adapter):
+        return PROJECTED
+    path = find_file(adapter, CONFIG)  # says what is wrong where there is none
+    return PEFT if read_json(path).get("peft_type") == "SHADOW" else OURS
+
+
+def _has(adapter: str | Path, name: str) -> bool:
+    try:
+        find_file(adapter, name)
+    except AdapterFileError:
+        return False
+    return True
 
 
 def load(
@@ -85,30 +87,21 @@ def load(
             f"'{adapter}' is a projected checkpoint, a model and not an adapter; use it as shadow_model=, or turn it into a "
             "stock model with: shadowpeft convert"
         )
-    reader: Any = {AUTHORS: authors, PEFT: peft_shadow}[kind]
-    source = reader.open_source(adapter)
-    if base is None and source.base is None:
+    reader = _FORMATS[kind]
+    opened = reader.open_adapter(adapter)
+    named = opened.base if base is None else base
+    if named is None:
         raise ConfigError(f"'{adapter}' does not name its base; pass base= (on the command line --base)")
-    named = source.base if base is None else base
-    if not isinstance(named, nn.Module):
-        task = source.task_type or _task_of(str(named))
-        options: dict[str, Any] = {}
-        if task == "SEQ_CLS" and source.num_labels is not None:
-            options["num_labels"] = source.num_labels
-        if base is None and source.revision is not None:
-            options["revision"] = source.revision
-        model: nn.Module = load_base(named, task, **options)
-    else:
-        model = named
+    model = named if isinstance(named, nn.Module) else _load_base(opened, named, base is None)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
             f"base is a {type(model).__name__} but must be a transformers model without an adapter, or a name"
         )
     task = "SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM"
-    if source.task_type not in (None, task):
-        raise ConfigError(f"'{adapter}' is a {source.task_type} adapter but the base is a {type(model).__name__}")
+    if opened.task_type not in (None, task):
+        raise ConfigError(f"'{adapter}' is a {opened.task_type} adapter but the base is a {type(model).__name__}")
     with clean_on_failure(model):
-        translation: Translation = reader.translate(source, model, task, shadow_model)
+        translation: Translation = reader.translate(opened, model, task, shadow_model)
         config = translation.config
         config.base_fingerprint = fingerprint(model, find_decoder(model))
         config._loaded = True
@@ -119,21 +112,29 @@ def load(
         adapted = get_peft_model(model, config, adapter_name=adapter_name)
         set_peft_model_state_dict(adapted, translation.state, adapter_name=adapter_name)
         adapted.train(mode if is_trainable else False)
-    for line in translation.dropped:
-        _log.info("'%s': dropped %s", adapter, line)
-    for line in translation.notes:
+    for line in (*(f"dropped {line}" for line in translation.dropped), *translation.notes):
         _log.info("'%s': %s", adapter, line)
     return adapted, translation
+
+
+def _load_base(adapter: ForeignAdapter, name: str | Path, recorded: bool) -> PreTrainedModel:
+    """The base ``name``; at the adapter's revision if the adapter names it (``recorded``)."""
+    task = adapter.task_type or _task_of(str(name))
+    options = {
+        "num_labels": adapter.num_labels if task == "SEQ_CLS" else None,
+        "revision": adapter.revision if recorded else None,
+    }
+    return load_base(name, task, **{key: value for key, value in options.items() if value is not None})
 
 
 def _task_of(base: str) -> str:
     if is_alias(base):
         return "CAUSAL_LM"
     try:
-        named = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "architectures", None) or []
+        architectures = getattr(AutoConfig.from_pretrained(base, trust_remote_code=False), "architectures", None) or []
     except (OSError, ValueError):
         return "CAUSAL_LM"  # load_base says why it cannot be read
-    return "SEQ_CLS" if any(name.endswith("ForSequenceClassification") for name in named) else "CAUSAL_LM"
+    return "SEQ_CLS" if any(name.endswith("ForSequenceClassification") for name in architectures) else "CAUSAL_LM"
 
 
 def write(model: PeftModel, folder: str | Path, kind: str, adapter_name: str | None = None) -> list[str]:
@@ -142,6 +143,5 @@ def write(model: PeftModel, folder: str | Path, kind: str, adapter_name: str | N
     Raises:
         ConfigError: naming what the format cannot express.
     """
-    writer: Any = {AUTHORS: authors, PEFT: peft_shadow}[kind]
-    notes: list[str] = writer.write(model, folder, adapter_name)
+    notes: list[str] = _FORMATS[kind].write(model, Path(folder), adapter_name)
     return notes

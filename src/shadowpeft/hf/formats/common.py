@@ -1,4 +1,4 @@
-"""What the readers and writers of other packages' adapters share: names, tensors, and the shadow backbone they mean."""
+"""What the readers and writers of other packages' adapters share: the files, the shadow backbone they mean, the settings."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.head import logit_scale, soft_cap
-from shadowpeft.hf.base.structure import DecoderParts, find_decoder
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.base.head import scales_or_caps
+from shadowpeft.hf.base.structure import DecoderParts, find_decoder, name_of
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.projected import is_projected, projected_config
-from shadowpeft.hf.files.reading import BUILD_ERRORS
+from shadowpeft.hf.files.reading import BUILD_ERRORS, check_tensors, read_json, read_tensors
+from shadowpeft.hf.files.records import check_numbers
+from shadowpeft.hf.formats.table import Row, Shape, expected_shapes, from_ours, hub_name, to_ours, unread
 from shadowpeft.hf.layer import find_hub
+from shadowpeft.hf.shadow.mirror import set_widths, width_name
 from shadowpeft.hf.shadow.source import as_projected
-from shadowpeft.messages import did_you_mean, shorten
-from shadowpeft.settings import WIDTHS
+from shadowpeft.messages import did_you_mean, quote, shorten
+from shadowpeft.settings import explain
 
-_ROOT = "base_model.model."
-# keys of a configuration that say nothing about what the backbone computes
+NO_MATCH = "base, configuration and weights do not belong together"
 _IRRELEVANT = {
     "use_cache",
     "dtype",
@@ -40,96 +46,65 @@ _IRRELEVANT = {
     "label2id",
     "problem_type",
 }
+"""Keys of a configuration that say nothing about what the backbone computes."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @dataclass
-class Translation:
-    """Another package's adapter in this package's terms."""
+class ForeignAdapter:
+    """An adapter of another package, read but not yet fitted to a base."""
 
-    config: ShadowPeftConfig
-    state: dict[str, Tensor]
-    """Float32 tensors under the names of this package's adapter files."""
-    dropped: list[str] = field(default_factory=list)
-    """What the file holds and nothing reads, each with the reason."""
-    notes: list[str] = field(default_factory=list)
-    """What the file does not say or this package does differently."""
-
-
-def head_notes(config: PreTrainedConfig) -> list[str]:
-    """Both packages read ``s^(0)`` with the bare matrix of the base's head; here the shadow has the complete head."""
-    if (logit_scale(config), soft_cap(config)) == (1.0, None):
-        return []
-    return [
-        "the base scales or soft-caps its logits; the producer left that out on the shadow's path, so shadow logits and "
-        "shadow loss differ here (the adapted model's do not)"
-    ]
+    name: str
+    """As given: folder or Hub id."""
+    path: Path
+    """Its configuration file."""
+    settings: Any
+    """Its content: an instance of the format's model."""
+    tensors: dict[str, Tensor]
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors of trained heads that have a file of their own, such as ``classifier_head.weight``."""
+    task_type: str | None = None
+    """None where the files do not tell."""
+    num_labels: int | None = None
+    """Classes of the heads in the files."""
+    base: str | None = None
+    revision: str | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------- names
-
-
-def hub_name(parts: DecoderParts, what: str) -> str:
-    """Name of a tensor of the hub in an adapter file, such as ``norm.weight``."""
-    return f"{_ROOT}{parts.backbone_name}.shadow_hub.shadowpeft_{what}"
-
-
-def link_name(parts: DecoderParts, layer: int, what: str) -> str:
-    """Name of a tensor of the link before base layer ``layer``, such as ``injection.w_down``."""
-    return f"{_ROOT}{parts.layers_name}.{layer}.shadow_link.shadowpeft_{what}"
-
-
-def base_name(module: str) -> str:
-    """Name of a tensor of a saved base module (``modules_to_save``), such as ``score.weight``."""
-    return _ROOT + module
-
-
-def name_of(model: nn.Module, part: nn.Module) -> str:
-    """The name of ``part`` inside ``model``.
-
-    Raises:
-        UnsupportedModelError: if it is no part of it.
-    """
-    for name, module in model.named_modules():
-        if module is part:
-            return name
-    raise UnsupportedModelError(
-        f"a {type(part).__name__} is no part of {type(model).__name__}; pass an unmodified base"
-    )
-
-
-# -------------------------------------------------------------------------------------------------------------- tensors
-
-
-def fuse_update(tensors: Mapping[str, Tensor], t_in: str, t_out: str, g_in: str, g_out: str) -> dict[str, Tensor]:
-    """Two nets of two layers each to ``w_in`` ``(2m, d)``, ``w_out`` ``(2, d, m)`` and, with biases, ``b_in``, ``b_out``.
+def read_adapter(adapter: str | Path, config: str, weights: str, model: type[BaseModel]) -> ForeignAdapter:
+    """Read the two files of an adapter and check what can be checked without its base.
 
     Args:
-        t_in, t_out: names of the candidate's layers, ``W_1`` and ``W_2`` (Eq. 13). g_in, g_out: the gate's, ``W_3`` and
-            ``W_4`` (Eq. 14).
+        config, weights: names of the files. model: the settings in ``config``.
+
+    Raises:
+        AdapterFileError: a file is missing or damaged.
+        ConfigError: a key is unknown or missing, or has an impossible value.
     """
-    fused = {
-        "w_in": torch.cat([tensors[f"{t_in}.weight"], tensors[f"{g_in}.weight"]]),
-        "w_out": torch.stack([tensors[f"{t_out}.weight"], tensors[f"{g_out}.weight"]]),
-    }
-    if f"{t_in}.bias" in tensors:
-        fused["b_in"] = torch.cat([tensors[f"{t_in}.bias"], tensors[f"{g_in}.bias"]])
-        fused["b_out"] = torch.stack([tensors[f"{t_out}.bias"], tensors[f"{g_out}.bias"]])
-    return fused
+    path = find_file(adapter, config)
+    content = read_json(path)
+    try:
+        settings = model.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path} {_problem(error.errors(), content, sorted(model.model_fields))}") from None
+    tensors = read_tensors(find_file(adapter, weights))
+    check_numbers(content, len(tensors), str(path))
+    return ForeignAdapter(str(adapter), path, settings, tensors)
 
 
-def split_update(fused: Mapping[str, Tensor], t_in: str, t_out: str, g_in: str, g_out: str) -> dict[str, Tensor]:
-    """The inverse of :func:`fuse_update`."""
-    m = fused["w_in"].shape[0] // 2
-    split = {
-        f"{t_in}.weight": fused["w_in"][:m],
-        f"{g_in}.weight": fused["w_in"][m:],
-        f"{t_out}.weight": fused["w_out"][0],
-        f"{g_out}.weight": fused["w_out"][1],
-    }
-    if "b_in" in fused:
-        split[f"{t_in}.bias"], split[f"{g_in}.bias"] = fused["b_in"][:m], fused["b_in"][m:]
-        split[f"{t_out}.bias"], split[f"{g_out}.bias"] = fused["b_out"][0], fused["b_out"][1]
-    return split
+def _problem(problems: list[ErrorDetails], content: dict[str, Any], known: list[str]) -> str:
+    keys: dict[str, list[str]] = {}
+    for problem in problems:
+        keys.setdefault(problem["type"], []).append(str(problem["loc"][0]))
+    if "extra_forbidden" in keys:
+        key = keys["extra_forbidden"][0]
+        return f"has the unknown key {quote(key)}{did_you_mean(key[:99], known)}; nothing is dropped unseen"
+    if "missing" in keys:
+        return f"lacks the keys {keys['missing']}; take them from the run that made the adapter"
+    key = str(problems[0]["loc"][0])
+    return f"says that {explain(problems[0], key, content[key])}; take it from the run that made the adapter"
 
 
 # ------------------------------------------------------------------------------------------------------------- backbone
@@ -140,7 +115,7 @@ class ShadowLayout:
     """The shadow backbone as the other packages keep it: whole, with or without its token table."""
 
     config: PreTrainedConfig
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Shape]
     """Shapes of the tensors in the file, by name inside the backbone."""
     table: str
     """Name of the token table, such as ``embed_tokens.weight``."""
@@ -157,12 +132,23 @@ class ShadowLayout:
     @property
     def record(self) -> dict[str, Any]:
         """For ``shadow_backbone_config``."""
-        record: dict[str, Any] = json.loads(self.config.to_json_string(use_diff=False))
-        return record
+        return _record(self.config)
 
-    def dead_table(self) -> bool:
-        """Whether the file holds a token table that is never read: both packages take out only an ``embed_tokens``."""
-        return self.shared and self.table in self.shapes
+    def rows(self, parts: DecoderParts, prefix: str, projection: str) -> list[Row]:
+        """The backbone and its projection to the base's width, in a format that calls them ``prefix`` and ``projection``."""
+        rows = []
+        for name, shape in self.shapes.items():
+            ours = f"backbone.{name}"
+            if name == self.table:
+                ours = "backbone.shadow_embedding.weight" if self.trained else "embedding.weight"
+                if self.shared:  # both packages take out an ``embed_tokens`` only
+                    reason = f"{prefix}{name}: the base's embedding feeds the shadow"
+                    rows.append(Row(prefix + name, shape, unread=reason))
+                    continue
+            rows.append(Row(prefix + name, shape, hub_name(parts, ours)))
+        if self.width != parts.hidden_size:
+            rows.append(Row(projection, (parts.hidden_size, self.width), hub_name(parts, "projection.weight")))
+        return rows
 
 
 def layout(parts: DecoderParts, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
@@ -197,12 +183,7 @@ def mirrored(base: PreTrainedConfig, depth: int, sizes: Mapping[str, int | None]
         if isinstance(value, (list, tuple)) and len(value) == length and not key.startswith("_"):
             setattr(new, key, [*value, *[value[-1]] * (depth - length)][:depth])
     new.num_hidden_layers = depth
-    for ours, names in WIDTHS.items():
-        if sizes.get(ours) is not None:
-            name = next((n for n in names if hasattr(new, n)), None)
-            if name is None:
-                raise ConfigError(f"{ours}={sizes[ours]} is set but {base.model_type} has no such size; check the base")
-            setattr(new, name, sizes[ours])
+    set_widths(new, sizes)
     if getattr(new, "max_window_layers", None) is not None:
         new.max_window_layers = min(new.max_window_layers, depth)
     return new
@@ -215,21 +196,23 @@ def sizes_of(base: PreTrainedConfig, shadow: PreTrainedConfig, known: tuple[str,
         ConfigError: if those do not describe it, naming what else differs.
     """
     sizes = {}
-    for ours in known:
-        name = next((n for n in WIDTHS[ours] if hasattr(base, n)), None)
+    for setting in known:
+        name = width_name(base, setting)
         if name is not None and getattr(shadow, name, None) != getattr(base, name):
-            sizes[ours] = int(getattr(shadow, name))
-    meant = json.loads(mirrored(base, int(shadow.num_hidden_layers), sizes).to_json_string(use_diff=False))
-    given = json.loads(shadow.to_json_string(use_diff=False))
-    differing = sorted(
-        key for key in set(meant) | set(given) if key not in _IRRELEVANT and meant.get(key) != given.get(key)
-    )
+            sizes[setting] = int(getattr(shadow, name))
+    described, given = _record(mirrored(base, int(shadow.num_hidden_layers), sizes)), _record(shadow)
+    differing = sorted(key for key in {*described, *given} - _IRRELEVANT if described.get(key) != given.get(key))
     if differing:
         raise ConfigError(
             f"the format describes a mirrored shadow by its depth and {', '.join(known)} alone, but this one also differs "
             f"from the base in {', '.join(differing)}; keep shadowpeft's own format"
         )
     return sizes
+
+
+def _record(config: PreTrainedConfig) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return record
 
 
 def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
@@ -253,63 +236,61 @@ def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config(decoder=True), name
     except (OSError, ValueError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"the shadow model '{name}' could not be read ({first}); pass shadow_model=") from error
+        raise ConfigError(
+            f"the shadow model '{name}' could not be read ({shorten(error)}); pass shadow_model="
+        ) from error
 
 
-def backbone_to_ours(parts: DecoderParts, shadow: ShadowLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's tensors under this package's names; a token table that is never read is left out."""
-    state = {}
-    for name, value in tensors.items():
-        if name != shadow.table:
-            state[hub_name(parts, f"backbone.{name}")] = value
-        elif not shadow.shared:
-            place = "backbone.shadow_embedding.weight" if shadow.trained else "embedding.weight"
-            state[hub_name(parts, place)] = value
-    return state
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
-def backbone_from_ours(parts: DecoderParts, shadow: ShadowLayout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`backbone_to_ours`; a token table that is never read becomes zeros."""
-    place = "backbone.shadow_embedding.weight" if shadow.trained else "embedding.weight"
-    tensors = {}
-    for name, shape in shadow.shapes.items():
-        if name != shadow.table:
-            tensors[name] = state[hub_name(parts, f"backbone.{name}")]
-        else:
-            tensors[name] = torch.zeros(shape) if shadow.shared else state[hub_name(parts, place)]
-    return tensors
+@dataclass
+class Translation:
+    """Another package's adapter in this package's terms."""
+
+    config: ShadowPeftConfig
+    state: dict[str, Tensor]
+    """Float32 tensors under the names of this package's adapter files."""
+    dropped: list[str] = field(default_factory=list)
+    """What the file holds and nothing reads, each with the reason."""
+    notes: list[str] = field(default_factory=list)
+    """What the file does not say or this package does differently."""
 
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-def check_keys(content: Mapping[str, Any], known: set[str], required: set[str], path: Path) -> None:
-    """Every key is known, none that is required is missing.
-
-    Raises:
-        ConfigError: naming the first offender.
-    """
-    for key in content:
-        if key not in known:
-            raise ConfigError(
-                f"unknown key '{key}' in {path}{did_you_mean(key, sorted(known))}; nothing is dropped unseen"
-            )
-    missing = sorted(required - set(content))
-    if missing:
-        raise ConfigError(f"{path} lacks the keys {missing}; take them from the run that made the adapter")
-
-
-def make_config(path: Path, **fields: Any) -> ShadowPeftConfig:
+def make_config(path: Path, shadow: ShadowLayout, **fields: Any) -> ShadowPeftConfig:
     """A configuration from another package's values.
 
     Raises:
         ConfigError: if a value is impossible, naming the file.
     """
     try:
-        return ShadowPeftConfig(**fields)
+        config = ShadowPeftConfig(**fields)
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    config.shadow_backbone_config = shadow.record
+    return config
+
+
+def fit(
+    adapter: ForeignAdapter, config: ShadowPeftConfig, parts: DecoderParts, table: list[Row], advice: str = NO_MATCH
+) -> Translation:
+    """The adapter by its format's table.
+
+    Raises:
+        AdapterFileError: if tensors are missing, unknown, or of other shapes than the table says.
+    """
+    check_tensors(adapter.tensors, expected_shapes(table), f"'{adapter.name}'", advice)
+    translation = Translation(config, to_ours(table, adapter.tensors), unread(table))
+    if config.task_type == "CAUSAL_LM" and scales_or_caps(parts.config):
+        # both packages read s^(0) with the bare matrix of the base's head; here the shadow has the complete head
+        translation.notes.append(
+            "the base scales or soft-caps its logits; the producer left that out on the shadow's path, so shadow logits and "
+            "shadow loss differ here (the adapted model's do not)"
+        )
+    return translation
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 @dataclass(frozen=True)
@@ -322,6 +303,17 @@ class Adapted:
     state: dict[str, Tensor]
     """The adapter's tensors under the names of this package's files, float32, on the CPU."""
     shadow: ShadowLayout
+
+
+def refuse(format_name: str, reasons: Mapping[str, bool]) -> None:
+    """Refuse what a format cannot express.
+
+    Raises:
+        ConfigError: naming every setting of ``reasons`` that is true.
+    """
+    settings = [setting for setting, true in reasons.items() if true]
+    if settings:
+        raise ConfigError(f"{format_name} format cannot express {', '.join(settings)}; keep shadowpeft's own")
 
 
 def take_apart(model: PeftModel, adapter_name: str | None = None) -> Adapted:
@@ -348,3 +340,15 @@ def take_apart(model: PeftModel, adapter_name: str | None = None) -> Adapted:
         shared=config.shares_embeddings,
     )
     return Adapted(base, parts, config, state, shadow)
+
+
+def write_adapter(own: Adapted, table: list[Row], path: Path, metadata: dict[str, str] | None = None) -> list[str]:
+    """Write the adapter's tensors by a format's table; returns notes on what was filled in."""
+    save_tensors(from_ours(table, own.state), path, metadata)
+    return [f"filled with zeros: {line}" for line in unread(table)]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and the folder it is in; tensors may share memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, path, metadata=metadata)

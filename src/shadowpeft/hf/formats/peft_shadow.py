@@ -1,149 +1,127 @@
-"""Adapters of PEFT's own ``SHADOW`` method (PEFT 0.21): variant ``peft``.
-
-==========================================================  ===========================================================
-their tensor (``l`` = base layer)                           here
-==========================================================  ===========================================================
-``<layers>.l.shadow_down.default.weight``                   ``injection.w_down`` of layer ``l``
-``<layers>.l.shadow_up.default.weight``                     ``injection.w_up`` of layer ``l``
-``<layers>.l.shadow_update_transform.default.{0,2}``        ``update.{w,b}_in[:m]``, ``update.{w,b}_out[0]`` of ``l + 1``
-``<layers>.l.shadow_update_gate.default.{0,2}``             ``update.{w,b}_in[m:]``, ``update.{w,b}_out[1]`` of ``l + 1``
-``shadow_backbone.default``                                 ``backbone``; a pretrained one's token table: ``embedding``
-``shadow_projection.default``, ``shadow_head.default``      ``projection``, ``head``
-==========================================================  ===========================================================
-"""
+"""Adapters of PEFT's own ``SHADOW`` method (PEFT 0.21): variant ``peft``."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import save_file
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
-from shadowpeft.hf.config import CONFIG, WEIGHTS
-from shadowpeft.hf.files.locate import find_file
-from shadowpeft.hf.files.reading import check_tensors, read_json, read_tensors
-from shadowpeft.hf.files.records import check_numbers
+from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig
 from shadowpeft.hf.formats.common import (
+    ForeignAdapter,
     ShadowLayout,
     Translation,
-    backbone_from_ours,
-    backbone_to_ours,
-    base_name,
-    check_keys,
     explicit_config,
-    fuse_update,
-    head_notes,
-    hub_name,
+    fit,
     layout,
-    link_name,
     make_config,
     mirrored,
+    read_adapter,
+    refuse,
     sizes_of,
-    split_update,
     take_apart,
+    write_adapter,
 )
+from shadowpeft.hf.formats.table import Row, base_name, hub_name, is_base_name, link_name, update_rows
 from shadowpeft.messages import quote
+from shadowpeft.settings import STRICT, WIDTHS, Count
 
-_SIZES = ("shadow_hidden_size", "shadow_intermediate_size", "shadow_num_attention_heads")
 _COVERAGE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _VALUES = ("r", "shadow_alpha", "shadow_dropout", "auxiliary_loss_weight")
-_GENERAL = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
-_REQUIRED = {
-    *_VALUES,
-    "peft_type",
-    "task_type",
-    "shadow_model",
-    "share_embeddings",
-    "update_hidden_size",
-    "target_modules",
-}
-_KNOWN = {*_GENERAL, *_REQUIRED, *_SIZES, *_COVERAGE, "shadow_num_hidden_layers", "modules_to_save", "init_weights"}
+
+
+class Settings(BaseModel):
+    """``adapter_config.json``; what has a default is missing in some files."""
+
+    model_config = STRICT
+    peft_type: str
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"]
+    r: int
+    shadow_alpha: float
+    shadow_dropout: float
+    auxiliary_loss_weight: float
+    update_hidden_size: int | None
+    shadow_model: str
+    share_embeddings: bool
+    target_modules: Any
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    shadow_num_hidden_layers: Count | None = None
+    shadow_hidden_size: Count | None = None
+    shadow_intermediate_size: Count | None = None
+    shadow_num_attention_heads: Count | None = None
+    modules_to_save: list[str] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    init_weights: Any = None
+    auto_mapping: Any = None
+    inference_mode: Any = None
+    peft_version: Any = None
+
+
+_SIZES = tuple(name for name in WIDTHS if name in Settings.model_fields)
 _BACKBONE, _PROJECTION = "base_model.shadow_backbone.default.", "base_model.shadow_projection.default.weight"
 _HEAD = "base_model.shadow_head.default."
 
 
-def _at(parts: DecoderParts, layer: int, what: str) -> str:
-    return f"base_model.model.{parts.layers_name}.{layer}.{what}"
+def tensor_table(
+    base: PreTrainedModel,
+    parts: DecoderParts,
+    shadow: ShadowLayout,
+    config: ShadowPeftConfig,
+    saved: Mapping[str, Tensor],
+) -> list[Row]:
+    """All tensors of ``adapter_model.safetensors``; ``saved``: those of ``modules_to_save``, whose names are the same here."""
+    layers, d, r, m = config.refined(parts.num_layers), parts.hidden_size, config.r, config.update_width
+    rows = shadow.rows(parts, _BACKBONE, _PROJECTION)
+    for layer in layers:
+        here = base_name(f"{parts.layers_name}.{layer}.shadow_")
+        rows.append(Row(f"{here}down.default.weight", (r, d), link_name(parts, layer, "injection.w_down")))
+        rows.append(Row(f"{here}up.default.weight", (d, r), link_name(parts, layer, "injection.w_up")))
+        transform, gate = (
+            (f"{here}update_{net}.default.0", f"{here}update_{net}.default.2") for net in ("transform", "gate")
+        )
+        link = "" if layer == layers[-1] else link_name(parts, layer + 1, "update.")
+        reason = f"{here}update_*: nothing reads the last update"
+        rows += update_rows(transform, gate, link, d, m, biases=True, unread=reason)
+    if config.task_type == "SEQ_CLS":
+        for key, value in classifier_of(base).state_dict().items():
+            rows.append(Row(_HEAD + key, tuple(value.shape), hub_name(parts, f"head.{key}")))
+    return rows + [Row(name, tuple(value.shape), name) for name, value in saved.items()]
 
 
-def _update(parts: DecoderParts, layer: int) -> tuple[str, str, str, str]:
-    t, g = (_at(parts, layer, f"shadow_update_{net}.default") for net in ("transform", "gate"))
-    return f"{t}.0", f"{t}.2", f"{g}.0", f"{g}.2"
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
-@dataclass
-class Source:
-    """An adapter in PEFT's format, read but not yet fitted to a base."""
-
-    name: str
-    path: Path
-    content: dict[str, Any]
-    tensors: dict[str, Tensor]
-    task_type: str
-    base: str | None
-    revision: str | None
-
-    @property
-    def num_labels(self) -> int | None:
-        """Classes of the shadow's classifier."""
-        head = self.tensors.get(_HEAD + "weight")
-        return None if head is None else int(head.shape[0])
-
-
-def open_source(adapter: str | Path) -> Source:
+def open_adapter(adapter: str | Path) -> ForeignAdapter:
     """Read the files of an adapter and check what can be checked without its base.
 
     Raises:
         AdapterFileError: a file is missing or damaged.
         ConfigError: a key is unknown or missing, or the task is none of ours.
     """
-    path = find_file(adapter, CONFIG)
-    content = read_json(path)
-    check_keys(content, _KNOWN, _REQUIRED, path)
-    if content["task_type"] not in ("CAUSAL_LM", "SEQ_CLS"):
-        raise ConfigError(
-            f"{path} has task_type {quote(content['task_type'])}; a shadow supports CAUSAL_LM and SEQ_CLS"
-        )
-    if not isinstance(content["shadow_model"], str) or type(content["share_embeddings"]) is not bool:
-        raise ConfigError(
-            f"{path} has shadow_model = {quote(content['shadow_model'])} and share_embeddings = "
-            f"{quote(content['share_embeddings'])} but needs a string and true or false"
-        )
-    base, revision = (content.get(key) for key in ("base_model_name_or_path", "revision"))
-    if not isinstance(base, (str, type(None))) or not isinstance(revision, (str, type(None))):
-        raise ConfigError(
-            f"{path} has base_model_name_or_path = {quote(base)} and revision = {quote(revision)} but needs strings or "
-            "null"
-        )
-    tensors = read_tensors(find_file(adapter, WEIGHTS))
-    check_numbers(content, len(tensors), str(path))
-    return Source(str(adapter), path, content, tensors, content["task_type"], base or None, revision or None)
+    opened = read_adapter(adapter, CONFIG, WEIGHTS, Settings)
+    settings = opened.settings
+    opened.task_type, opened.revision = settings.task_type, settings.revision or None
+    opened.base = settings.base_model_name_or_path or None
+    head = opened.tensors.get(_HEAD + "weight")
+    opened.num_labels = len(head) if head is not None and head.dim() else None
+    return opened
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_model: Any = None) -> Translation:
+def translate(adapter: ForeignAdapter, base: PreTrainedModel, task_type: str, shadow_model: Any = None) -> Translation:
     """The adapter in this package's terms, for its base.
 
     Args:
@@ -154,106 +132,84 @@ def translate(source: Source, base: PreTrainedModel, task_type: str, shadow_mode
         AdapterFileError: if tensors are missing, unknown, or of other shapes than configuration and base say.
         ConfigError: if a setting is impossible here.
     """
-    content, parts = source.content, find_decoder(base)
-    depth, sizes = content.get("shadow_num_hidden_layers"), {key: content.get(key) for key in _SIZES}
-    for key, value in {"shadow_num_hidden_layers": depth, **sizes}.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(
-                f"{source.path} has {key} = {quote(value)} but needs a whole number of at least 1, or null"
-            )
-    mirror = content["shadow_model"] == "mirror"
-    fields: dict[str, Any]
+    settings, parts = adapter.settings, find_decoder(base)
+    depth, sizes = settings.shadow_num_hidden_layers, {key: getattr(settings, key) for key in _SIZES}
+    fields: dict[str, Any] = {"shadow_num_hidden_layers": depth, **sizes}
+    mirror, shared = settings.shadow_model == "mirror", False
     if mirror:
         if shadow_model is not None:
-            raise ConfigError(f"'{source.name}' has a mirrored shadow, built from the base; leave shadow_model out")
+            raise ConfigError(f"'{adapter.name}' has a mirrored shadow, built from the base; leave shadow_model out")
         shadow_config = mirrored(parts.config, depth or 1, sizes)
         # theirs shares only between equal widths, without a word
-        shared = content["share_embeddings"] and int(shadow_config.hidden_size) == parts.hidden_size
-        fields = {"shadow_num_hidden_layers": depth, **sizes, "share_embeddings": shared}
+        shared = settings.share_embeddings and int(shadow_config.hidden_size) == parts.hidden_size
     else:
-        if depth is not None or any(v is not None for v in sizes.values()):
+        if any(value is not None for value in fields.values()):
             raise ConfigError(
-                f"{source.path} sizes a mirrored shadow but names shadow_model = '{content['shadow_model']}'"
+                f"{adapter.path} sizes a mirrored shadow but names shadow_model = {quote(settings.shadow_model)}; remove one"
             )
-        shadow_config, name = explicit_config(content["shadow_model"] if shadow_model is None else shadow_model)
-        shared = False  # theirs never shares with an explicit shadow, whatever the file says
-        fields = {"shadow_model": name, "share_embeddings": False}
+        shadow_config, name = explicit_config(settings.shadow_model if shadow_model is None else shadow_model)
+        fields = {"shadow_model": name}  # theirs never shares with an explicit shadow, whatever the file says
     shadow = layout(parts, shadow_config, mirror=mirror, shared=shared)
-    layers = _coverage(source, parts)
-    whole = layers == range(parts.num_layers)
+    layers = _adapted_layers(adapter, parts)
     config = make_config(
-        source.path,
+        adapter.path,
+        shadow,
         task_type=task_type,
-        update_hidden_size=content["update_hidden_size"] or None,
+        update_hidden_size=settings.update_hidden_size or None,
         variant="peft",
-        refined_layers=None if whole else [layers[0], layers[-1]],
-        **{key: content[key] for key in _VALUES},
+        share_embeddings=shared,
+        refined_layers=None if layers == range(parts.num_layers) else [layers[0], layers[-1]],
+        **{key: getattr(settings, key) for key in _VALUES},
         **fields,
     )
-    config.shadow_backbone_config = shadow.record
-    saved = _saved_modules(source, base)
-    expected_shapes = expected(parts, shadow, layers, config.r, config.update_width)
-    if _PROJECTION in source.tensors and shadow.width == parts.hidden_size:
+    if _PROJECTION in adapter.tensors and shadow.width == parts.hidden_size:
         raise ConfigError(
-            f"'{source.name}' has a projection between equal widths ({shadow.width}); a shadow of the base's width has none "
+            f"'{adapter.name}' has a projection between equal widths ({shadow.width}); a shadow of the base's width has none "
             "here, so it cannot be carried"
         )
-    if task_type == "SEQ_CLS":
-        expected_shapes.update({_HEAD + k: tuple(v.shape) for k, v in classifier_of(base).state_dict().items()})
-    expected_shapes.update({key: tuple(value.shape) for key, value in saved.items()})
-    advice = "base, configuration and weights do not belong together"
-    check_tensors(source.tensors, expected_shapes, f"'{source.name}'", advice)
+    saved = _saved_modules(adapter, base)
     if saved:
-        modules = {key.removeprefix(base_name("")).rpartition(".")[0] for key in saved}
-        config.modules_to_save = sorted(modules)
-    done = Translation(config, to_ours(source.tensors, parts, shadow, layers))
-    done.state.update({key: source.tensors[key] for key in saved})
-    done.dropped.append(f"{_at(parts, layers[-1], 'shadow_update_*')}: nothing reads the last update")
-    if shadow.dead_table():
-        done.dropped.append(f"{_BACKBONE}{shadow.table}: the base's embedding feeds the shadow")
-    if content.get("init_weights") is False:
-        done.dropped.append("init_weights: it is about the start of training")
-    if task_type == "CAUSAL_LM":
-        done.notes += head_notes(parts.config)
-    if content["share_embeddings"] and not shared:
-        done.notes.append(
+        config.modules_to_save = sorted({key.removeprefix(base_name("")).rpartition(".")[0] for key in saved})
+    translation = fit(adapter, config, parts, tensor_table(base, parts, shadow, config, saved))
+    if settings.init_weights is False:
+        translation.dropped.append("init_weights: it is about the start of training")
+    if settings.share_embeddings and not shared:
+        translation.notes.append(
             "share_embeddings is true in the file but PEFT does not share here, and neither does this adapter"
         )
-    return done
+    return translation
 
 
-def _coverage(source: Source, parts: DecoderParts) -> range:
+def _adapted_layers(adapter: ForeignAdapter, parts: DecoderParts) -> range:
     """The layers that carry tensors; they must be the ones that the file's patterns choose, without a gap."""
-    pattern = re.compile(re.escape(_at(parts, 0, "shadow_down")).replace(r"\.0\.", r"\.(\d+)\.") + r"\.default\.weight")
-    found = sorted(int(match[1]) for name in source.tensors if (match := pattern.fullmatch(name)))
+    pattern = re.compile(re.escape(base_name(parts.layers_name)) + r"\.(\d+)\.shadow_down\.default\.weight")
+    layers = sorted(int(match[1]) for name in adapter.tensors if (match := pattern.fullmatch(name)))
     try:
-        rule = peft.ShadowConfig(**{key: source.content.get(key) for key in _COVERAGE})
+        rule = peft.ShadowConfig(**{key: getattr(adapter.settings, key) for key in _COVERAGE})
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source.path} has target modules that PEFT refuses ({error})") from error
+        raise ConfigError(f"{adapter.path} has target modules that PEFT refuses ({error})") from error
     names = {layer: f"{parts.layers_name}.{layer}" for layer in range(parts.num_layers)}
     chosen = [i for i, name in names.items() if rule.target_modules is None or check_target_module_exists(rule, name)]
-    if not found or found != chosen or found != list(range(found[0], found[-1] + 1)):
+    if not layers or layers != chosen or layers != list(range(layers[0], layers[-1] + 1)):
         raise AdapterFileError(
-            f"'{source.name}' holds tensors for the layers {found} of {parts.layers_name}, its target_modules choose {chosen} "
-            f"of this base's {parts.num_layers}; they must agree and have no gap, so pass the base it was trained on"
+            f"'{adapter.name}' holds tensors for the layers {layers} of {parts.layers_name}, its target_modules choose "
+            f"{chosen} of this base's {parts.num_layers}; they must agree and have no gap, so pass the base it was trained on"
         )
-    if found[0] == 0 and found[-1] < parts.num_layers - 1:
+    if layers[0] == 0 and layers[-1] < parts.num_layers - 1:
         warnings.warn(
-            f"'{source.name}' adapts layers 0 to {found[-1]} of {parts.num_layers}; PEFT adapts all unless told otherwise, so "
-            f"check that it was not trained on a base of {found[-1] + 1} layers",
+            f"'{adapter.name}' adapts layers 0 to {layers[-1]} of {parts.num_layers}; PEFT adapts all unless told otherwise, "
+            f"so check that it was not trained on a base of {layers[-1] + 1} layers",
             stacklevel=2,
         )
-    return range(found[0], found[-1] + 1)
+    return range(layers[0], layers[-1] + 1)
 
 
-def _saved_modules(source: Source, base: PreTrainedModel) -> dict[str, Tensor]:
-    """Tensors of ``modules_to_save``, by their name in the file, with the base's own values for their shapes."""
-    names = source.content.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{source.path} has modules_to_save = {quote(names)} but needs a list of names")
+def _saved_modules(adapter: ForeignAdapter, base: PreTrainedModel) -> dict[str, Tensor]:
+    """The base's own values of the modules that the adapter saves, by their name in the file."""
+    names = adapter.settings.modules_to_save or []
     chosen = [name for name, _ in base.named_modules() if any(name == n or name.endswith("." + n) for n in names)]
-    if not chosen and names and source.task_type != "SEQ_CLS":
-        raise AdapterFileError(f"'{source.name}' saves the modules {quote(names)}, which this base does not have")
+    if not chosen and names and adapter.task_type != "SEQ_CLS":
+        raise AdapterFileError(f"'{adapter.name}' saves the modules {quote(names)}, which this base does not have")
     return {
         base_name(f"{module}.{key}"): value
         for module in chosen
@@ -261,45 +217,10 @@ def _saved_modules(source: Source, base: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def expected(parts: DecoderParts, shadow: ShadowLayout, layers: range, r: int, m: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of the method in ``adapter_model.safetensors``, heads and saved modules aside."""
-    d = parts.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {_BACKBONE + k: v for k, v in shadow.shapes.items()}
-    if shadow.width != d:
-        shapes[_PROJECTION] = (d, shadow.width)
-    for layer in layers:
-        shapes[_at(parts, layer, "shadow_down.default.weight")] = (r, d)
-        shapes[_at(parts, layer, "shadow_up.default.weight")] = (d, r)
-        t_in, t_out, g_in, g_out = _update(parts, layer)
-        for first, second in ((t_in, t_out), (g_in, g_out)):
-            shapes.update({f"{first}.weight": (m, d), f"{first}.bias": (m,)})
-            shapes.update({f"{second}.weight": (d, m), f"{second}.bias": (d,)})
-    return shapes
-
-
-def to_ours(
-    tensors: Mapping[str, Tensor], parts: DecoderParts, shadow: ShadowLayout, layers: range
-) -> dict[str, Tensor]:
-    """Their tensors under this package's names; a linear map, so it takes gradients to gradients. Saved modules aside."""
-    state = backbone_to_ours(
-        parts, shadow, {k[len(_BACKBONE) :]: v for k, v in tensors.items() if k.startswith(_BACKBONE)}
-    )
-    for layer in layers:
-        state[link_name(parts, layer, "injection.w_down")] = tensors[_at(parts, layer, "shadow_down.default.weight")]
-        state[link_name(parts, layer, "injection.w_up")] = tensors[_at(parts, layer, "shadow_up.default.weight")]
-        if layer != layers[-1]:
-            for key, value in fuse_update(tensors, *_update(parts, layer)).items():
-                state[link_name(parts, layer + 1, f"update.{key}")] = value
-    if _PROJECTION in tensors:
-        state[hub_name(parts, "projection.weight")] = tensors[_PROJECTION]
-    state.update({hub_name(parts, f"head.{k[len(_HEAD) :]}"): v for k, v in tensors.items() if k.startswith(_HEAD)})
-    return state
-
-
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None) -> list[str]:
+def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> list[str]:
     """Write an adapter of variant ``peft`` in PEFT's format; returns what the format leaves unsaid.
 
     Raises:
@@ -307,71 +228,46 @@ def write(model: PeftModel, folder: str | Path, adapter_name: str | None = None)
     """
     own = take_apart(model, adapter_name)
     config, parts, shadow = own.config, own.parts, own.shadow
-    refused = {
-        f"variant={config.variant!r} (its mathematics is 'peft')": config.variant != "peft",
-        "use_update=False": not config.use_update,
-        "own_shadow_head=True": config.own_shadow_head,
-        "share_embeddings=True with an explicit shadow": not config.is_mirror and config.shares_embeddings,
-    }
-    if any(refused.values()):
-        raise ConfigError(
-            f"PEFT's format cannot express {', '.join(k for k, no in refused.items() if no)}; keep shadowpeft's own"
-        )
-    layers, notes = config.refined(parts.num_layers), []
-    sizes: dict[str, Any] = {}
+    refuse(
+        "PEFT's",
+        {
+            f"variant={config.variant!r} (its mathematics is 'peft')": config.variant != "peft",
+            "use_update=False": not config.use_update,
+            "own_shadow_head=True": config.own_shadow_head,
+            "share_embeddings=True with an explicit shadow": not config.is_mirror and config.shares_embeddings,
+        },
+    )
+    notes: list[str] = []
+    sizes: dict[str, int] = {}
     if config.is_mirror:
-        sizes = {
-            **sizes_of(parts.config, shadow.config, _SIZES),
-            "shadow_num_hidden_layers": shadow.config.num_hidden_layers,
-        }
         shadow_model = "mirror"
+        sizes = sizes_of(parts.config, shadow.config, _SIZES)
+        sizes["shadow_num_hidden_layers"] = shadow.config.num_hidden_layers
     else:
-        shadow_model = _source_of_shadow(config.shadow_model, shadow)
+        shadow_model = _origin(config.shadow_model, shadow)
         notes.append(f"PEFT takes the shadow's configuration from '{shadow_model}', which must stay where it is")
-    tensors = {_BACKBONE + k: v for k, v in backbone_from_ours(parts, shadow, own.state).items()}
-    if shadow.dead_table():
-        notes.append(f"filled with zeros, since nothing reads it: {_BACKBONE}{shadow.table}")
-    if shadow.width != parts.hidden_size:
-        tensors[_PROJECTION] = own.state[hub_name(parts, "projection.weight")]
-    for layer in layers:
-        for what in ("down", "up"):
-            tensors[_at(parts, layer, f"shadow_{what}.default.weight")] = own.state[
-                link_name(parts, layer, f"injection.w_{what}")
-            ]
-        if layer != layers[-1]:
-            fused = {
-                k: own.state[link_name(parts, layer + 1, f"update.{k}")] for k in ("w_in", "w_out", "b_in", "b_out")
-            }
-            tensors.update(split_update(fused, *_update(parts, layer)))
-    shapes = expected(parts, shadow, layers, config.r, config.update_width)
-    tensors.update({name: torch.zeros(shape) for name, shape in shapes.items() if name not in tensors})
-    notes.append(f"filled with zeros, since nothing reads them: {_at(parts, layers[-1], 'shadow_update_*')}")
-    prefix = hub_name(parts, "head.")
-    for key, value in own.state.items():
-        if key.startswith(prefix):
-            tensors[_HEAD + key[len(prefix) :]] = value
-        elif "shadow_hub." not in key and "shadow_link." not in key:
-            tensors[key] = value  # modules_to_save, which PEFT writes the same way for every method
-    foreign = peft.ShadowConfig(
+    saved = {name: value for name, value in own.state.items() if is_base_name(name)}
+    peft.ShadowConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
-        target_modules=sorted(f"{parts.layers_name}.{layer}" for layer in layers),
+        target_modules=sorted(f"{parts.layers_name}.{layer}" for layer in config.refined(parts.num_layers)),
         shadow_model=shadow_model,
         share_embeddings=config.shares_embeddings,
         update_hidden_size=config.update_width,
         modules_to_save=config.modules_to_save,
         **{key: getattr(config, key) for key in _VALUES},
         **sizes,
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign.save_pretrained(str(folder))
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    ).save_pretrained(str(folder))
+    table = tensor_table(own.base, parts, shadow, config, saved)
+    notes += write_adapter(own, table, folder / WEIGHTS, {"format": "pt"})
     return notes
 
 
-def _source_of_shadow(shadow_model: Any, shadow: ShadowLayout) -> str:
+_SHAPE = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+
+
+def _origin(shadow_model: Any, shadow: ShadowLayout) -> str:
     """The folder or Hub id that PEFT can take the shadow's configuration from."""
     if not isinstance(shadow_model, str) or shadow_model == "custom":
         raise ConfigError(
@@ -385,6 +281,3 @@ def _source_of_shadow(shadow_model: Any, shadow: ShadowLayout) -> str:
             f"the shadow differs from '{shadow_model}' in {', '.join(differing)}; keep shadowpeft's own format"
         )
     return str(Path(shadow_model).resolve()) if Path(shadow_model).is_dir() else shadow_model
-
-
-_SHAPE = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.head import logit_scale, soft_cap
+from shadowpeft.hf.base.head import scales_or_caps
 from shadowpeft.hf.base.weights import module_for_adapter
 from shadowpeft.hf.files.projected import write_projected
 from shadowpeft.hf.layer import adapted_base, find_hub
@@ -31,7 +31,7 @@ def save_projected(model: PeftModel, folder: str | Path, adapter_name: str | Non
         raise ConfigError(f"adapter '{name}' {what}; use shadowpeft.detach, which gives a stock model")
     head = hub.lm_head(name, base)
     text = base.config.get_text_config(decoder=True)
-    if getattr(head, "bias", None) is not None or (logit_scale(text), soft_cap(text)) != (1.0, None):
+    if getattr(head, "bias", None) is not None or scales_or_caps(text):
         raise UnsupportedModelError(
             "the base's head has a bias, a scale or a soft-cap, which a projected checkpoint cannot express; use "
             "shadowpeft.detach"

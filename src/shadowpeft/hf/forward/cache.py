@@ -182,7 +182,7 @@ class _Divided:
 
 
 @functools.cache
-def _mixed_with(mixin: type, kind: type) -> Any:
+def _mixed_with(mixin: Any, kind: Any) -> Any:
     """The class ``kind`` with ``mixin`` before it, under its own name; one for each pair."""
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 

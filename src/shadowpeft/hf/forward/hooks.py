@@ -29,6 +29,10 @@ from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, re
 from shadowpeft.hf.forward.inputs import PACKED, pick_argument, shadow_mask, streams_axis
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step
 
+NO_PAGES = (
+    "generate_batch keeps a paged cache, which holds no shadow; use generate, or shadowpeft serve for many requests"
+)
+
 # --------------------------------------------------------------------------------------------------------- whole model
 
 
@@ -44,6 +48,8 @@ def before_model(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out ``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
     kwargs = signature.by_name(args, kwargs)
+    if "cache" in kwargs and "cache" not in signature.names:
+        raise UnsupportedModelError(NO_PAGES)
     shadow_labels = kwargs.pop("shadow_labels", None)
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))

@@ -9,26 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.aliases import is_alias, materialise
 from shadowpeft.hf.base.fingerprint import fingerprint
-from shadowpeft.hf.base.head import logit_scale, soft_cap
-from shadowpeft.hf.base.structure import DecoderParts, find_decoder
+from shadowpeft.hf.base.head import scales_or_caps
+from shadowpeft.hf.base.structure import DecoderParts, find_decoder, name_of
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.locate import find_file
-from shadowpeft.hf.files.reading import BUILD_ERRORS, read_header, read_json
+from shadowpeft.hf.files.reading import BUILD_ERRORS, check_tensors, read_values, weight_files
 from shadowpeft.hf.shadow.mirror import LayerChoice, mirror_config
 from shadowpeft.messages import quote, shorten
-
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
@@ -42,21 +38,7 @@ class Checkpoint:
     """
 
     def __init__(self, source: str, prefix: str = "") -> None:
-        self.source, self.prefix = source, prefix
-        try:
-            whole = find_file(source, _WHOLE)
-        except AdapterFileError as error:
-            try:
-                index = read_json(find_file(source, _INDEX)).get("weight_map")
-            except AdapterFileError:
-                raise error from None
-            if not isinstance(index, dict) or any(
-                not isinstance(shard, str) or Path(shard).name != shard for shard in index.values()
-            ):
-                raise AdapterFileError(f"{_INDEX} of '{source}' names no files beside it; it is damaged") from error
-            self.files: dict[str, str] = index
-        else:
-            self.files = dict.fromkeys(read_header(whole), _WHOLE)
+        self.source, self.prefix, self.files = source, prefix, weight_files(source)
 
     def find(self, name: str) -> str | None:
         """The name under which the tensor ``name`` of the model is stored, or None."""
@@ -78,21 +60,14 @@ class Checkpoint:
                     "other names: load it with transformers and save it again"
                 )
             by_file.setdefault(self.files[stored], []).append((name, stored))
-        found = {}
-        for file, wanted in by_file.items():
-            path = find_file(self.source, file)
-            try:
-                with safe_open(path, framework="pt") as handle:
-                    for name, stored in wanted:
-                        found[name] = handle.get_tensor(stored)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise AdapterFileError(
-                    f"{path} cannot be read ({shorten(error)}); it is truncated or damaged"
-                ) from error
-        for name, value in found.items():
+        tensors = {}
+        for file, pairs in by_file.items():
+            values = dict(read_values(find_file(self.source, file), {stored for _, stored in pairs}))
+            tensors.update({name: values[stored] for name, stored in pairs})
+        for name, value in tensors.items():
             if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
                 raise AdapterFileError(f"tensor {quote(name)} of '{self.source}' is not floating point and finite")
-        return found
+        return tensors
 
 
 @dataclass
@@ -132,11 +107,10 @@ class BaseEnds:
 
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the loaded base, from the few tensors that it samples."""
-        names = {id(module): f"{n}.weight" for n, module in self.model.named_modules()}
 
         @contextmanager
         def read(module: nn.Module) -> Iterator[Tensor]:
-            name = names[id(module)]
+            name = f"{name_of(self.model, module)}.weight"
             yield self.checkpoint.read([name])[name]
 
         return fingerprint(self.model, self.parts, read)
@@ -182,12 +156,11 @@ def open_base(name: str) -> BaseEnds:
             f"the head of {type(model).__name__} is not a matrix without bias, which a projected checkpoint cannot express; "
             "use another base"
         )
-    if (logit_scale(parts.config), soft_cap(parts.config)) != (1.0, None):
+    if scales_or_caps(parts.config):
         raise UnsupportedModelError(
             f"{type(model).__name__} scales or caps its logits, which a projected checkpoint cannot express; use another base"
         )
-    names = {id(module): f"{n}.weight" for n, module in model.named_modules()}
-    embedding, output = names[id(table)], names[id(head)]
+    embedding, output = (f"{name_of(model, module)}.weight" for module in (table, head))
     tied = any(getattr(each, "tie_word_embeddings", False) for each in (config, parts.config))
     if checkpoint.find(output) is None and tied:
         output = embedding
@@ -208,17 +181,10 @@ def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool) -> Any:
     kind: Any = type(base.parts.backbone)
     backbone = kind._from_config(config, dtype=torch.float32)
     stem = f"{base.parts.backbone_name}." if base.parts.backbone_name else ""
-    table = backbone.get_input_embeddings()
-    tables = {f"{n}.weight" for n, module in backbone.named_modules() if module is table}
     names = {key: stored_name(stem + key, base.parts.layers_name, indices) for key in backbone.state_dict() if copy}
-    names.update(dict.fromkeys(tables, base.embedding_name))
+    names[f"{name_of(backbone, backbone.get_input_embeddings())}.weight"] = base.embedding_name
     tensors = base.checkpoint.read(set(names.values()))
-    state = {key: tensors[name].float() for key, name in names.items()}
-    for key, value in backbone.state_dict().items():
-        if key in state and state[key].shape != value.shape:
-            raise AdapterFileError(
-                f"tensor {quote(names[key])} of '{base.checkpoint.source}' has shape {tuple(state[key].shape)} but its "
-                f"configuration says {tuple(value.shape)}; the files do not belong together"
-            )
-    backbone.load_state_dict(state, strict=False)
+    expected = {names[key]: value for key, value in backbone.state_dict().items() if key in names}
+    check_tensors(tensors, expected, f"'{base.checkpoint.source}'", "configuration and weights do not belong together")
+    backbone.load_state_dict({key: tensors[name].float() for key, name in names.items()}, strict=False)
     return backbone

@@ -18,6 +18,7 @@ from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from shadowpeft.core import head_loss, solve_projection
 from shadowpeft.core.losses import IGNORE, HeadLoss, topk_kl
 from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.hf.base.signature import evaluating
 from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.files.projected import Projected, is_projected, read_projected, to_stock, write_projected
 from shadowpeft.hf.pretraining.base_ends import BaseEnds, pruned_backbone
@@ -153,9 +154,9 @@ class ProjectedShadow(nn.Module):
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight)
-    return made
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
 
 
 @torch.no_grad()
@@ -178,8 +179,8 @@ def check_teacher_separation(base: PreTrainedModel, tolerance: float = SEPARATE)
     """
 
     def logits(ids: Tensor, positions: Tensor) -> Tensor:
-        found: Tensor = base(input_ids=ids, position_ids=positions, use_cache=False).logits
-        return found
+        out: Tensor = base(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return out
 
     table: Any = base.get_input_embeddings()
     _check_separation(base, base, logits, table.weight, tolerance, "base or loss: ce")
@@ -197,11 +198,9 @@ def _check_separation(
     ids = torch.arange(1, 10, device=device)[None] * 7 % rows
     parts = (ids[:, :5], ids[:, 5:])
     positions = [torch.arange(part.shape[1], device=device)[None] for part in parts]
-    training = model.training
-    model.eval()
-    packed = state(ids, torch.cat(positions, 1))
-    alone = torch.cat([state(part, place) for part, place in zip(parts, positions, strict=True)], 1)
-    model.train(training)
+    with evaluating(model):
+        packed = state(ids, torch.cat(positions, 1))
+        alone = torch.cat([state(part, place) for part, place in zip(parts, positions, strict=True)], 1)
     distance = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-12))
     if not distance <= tolerance:
         attention = named.config._attn_implementation
@@ -282,9 +281,8 @@ def build_shadow(
     backbone.to(torch.float32)
     if attention is not None:
         backbone.set_attn_implementation(attention)
-    made = ProjectedShadow(backbone, projection, head.to(dtype), train_embeddings=train_embeddings)
     record["projection"] = "identity" if projection is None else list(projection.shape)
-    return made, record
+    return ProjectedShadow(backbone, projection, head.to(dtype), train_embeddings=train_embeddings), record
 
 
 def save_shadow(model: ProjectedShadow, base: BaseEnds, folder: str | Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.structure import DecoderParts, decoder_layers
+from shadowpeft.hf.base.structure import DecoderParts, decoder_layers, name_of
 from shadowpeft.hf.base.weights import device_of
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS
@@ -41,12 +41,9 @@ def replace_embeddings(backbone: PreTrainedModel, replacement: nn.Module | None)
     """Put ``replacement`` in place of a backbone's token embedding and return that; with None the backbone is fed with
     ``inputs_embeds``."""
     embedding = backbone.get_input_embeddings()
-    for name, module in backbone.named_modules():
-        if module is embedding:
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, replacement)
-            return embedding
-    raise UnsupportedModelError(f"the token embedding of {type(backbone).__name__} is not part of its backbone")
+    parent, _, child = name_of(backbone, embedding).rpartition(".")
+    setattr(backbone.get_submodule(parent), child, replacement)
+    return embedding
 
 
 @dataclass
@@ -146,7 +143,7 @@ def _first_that_runs(
     Raises:
         UnsupportedModelError: if none can be built.
     """
-    refusals, found = [], None
+    refusals, partly = [], None
     for choice in layer_choices(parts.config, config):
         state = torch.get_rng_state()
         try:
@@ -171,13 +168,13 @@ def _first_that_runs(
         if not left:
             return shadow, backbone, reads_tokens, []
         torch.set_rng_state(state)
-        found = found or (shadow, backbone, reads_tokens, left)
-    if found is None:
+        partly = partly or (shadow, backbone, reads_tokens, left)
+    if partly is None:
         raise UnsupportedModelError(
             f"no layer of {kind.__name__} can be built alone as a shadow ({refusals[0]}); pass shadow_model, a small model "
             "with the base's tokenizer"
         )
-    return found
+    return partly
 
 
 def _tiny(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +63,13 @@ def layer_choices(base: PreTrainedConfig, config: ShadowPeftConfig) -> list[Laye
 def _per_layer(base: PreTrainedConfig) -> dict[str, Any]:
     """The stored fields of a configuration that say something of each layer, or name a cycle of layer types."""
     length = num_decoder_layers(base)
-    found = {}
+    fields = {}
     for key, value in vars(base).items():
         if isinstance(value, (list, tuple)) and value and not key.startswith("_"):
             cycle = key.endswith("_types") and all(isinstance(kind, str) for kind in value) and len(value) < length
             if len(value) == length or cycle:
-                found[key] = value
-    return found
+                fields[key] = value
+    return fields
 
 
 def mirror_config(
@@ -97,14 +98,7 @@ def mirror_config(
     for counter, most in (("max_window_layers", depth), ("num_kv_shared_layers", 0)):
         if getattr(new, counter, None) is not None:
             setattr(new, counter, min(getattr(new, counter), most))
-    for ours, theirs in WIDTHS.items():
-        wanted = getattr(config, ours)
-        if wanted is None:
-            continue
-        field = next((n for n in theirs if hasattr(new, n)), None)
-        if field is None:
-            raise ConfigError(f"{ours}={wanted} was given but {base.model_type} has no such width; remove it")
-        setattr(new, field, wanted)
+    set_widths(new, {setting: getattr(config, setting) for setting in WIDTHS})
     heads, kv_heads = getattr(new, "num_attention_heads", None), getattr(new, "num_key_value_heads", None)
     if heads is not None and kv_heads is not None:
         if config.shadow_num_key_value_heads is None and kv_heads > heads:
@@ -120,6 +114,25 @@ def mirror_config(
     return new
 
 
+def width_name(config: PreTrainedConfig, setting: str) -> str | None:
+    """What an architecture calls the width that our ``setting`` changes; None if it has no such width."""
+    return next((name for name in WIDTHS[setting] if hasattr(config, name)), None)
+
+
+def set_widths(config: PreTrainedConfig, widths: Mapping[str, int | None]) -> None:
+    """Set the widths, by our setting, that are not None.
+
+    Raises:
+        ConfigError: if the architecture does not have one.
+    """
+    for setting, value in widths.items():
+        if value is not None:
+            name = width_name(config, setting)
+            if name is None:
+                raise ConfigError(f"{setting}={value} was given but {config.model_type} has no such width; remove it")
+            setattr(config, name, value)
+
+
 def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers") -> list[int]:
     """Indices of ``depth`` of the base's ``n`` attention layers: its first ones for "base_layers"; from the first to the last
     at equal distances, ``round(i (n - 1) / (depth - 1))``, for "base_layers_spread" (the first, if it is one only).
@@ -130,15 +143,15 @@ def copied_layers(base: PreTrainedConfig, depth: int, init: str = "base_layers")
         ConfigError: if the base has fewer.
     """
     types = getattr(base, "layer_types", None) or ["full_attention"] * int(base.num_hidden_layers)
-    found = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
-    if len(found) < depth:
+    copyable = [i for i, kind in enumerate(types) if kind not in _LINEAR_TYPES]
+    if len(copyable) < depth:
         raise ConfigError(
-            f"a shadow of {depth} layers of the base was asked for but the base has {len(found)} attention layers to copy; "
+            f"a shadow of {depth} layers of the base was asked for but the base has {len(copyable)} attention layers to copy; "
             "ask for fewer"
         )
     if init == "base_layers" or depth == 1:
-        return found[:depth]
-    return [found[round(i * (len(found) - 1) / (depth - 1))] for i in range(depth)]
+        return copyable[:depth]
+    return [copyable[round(i * (len(copyable) - 1) / (depth - 1))] for i in range(depth)]
 
 
 def copy_base_layers(parts: DecoderParts, backbone: PreTrainedModel, chosen: list[int]) -> None:
@@ -158,9 +171,9 @@ def _copy_into(target: nn.Module, source: nn.Module) -> None:
         fits = key in state and state[key].shape == value.shape and type(state[key]) is Tensor
         fits = fits and state[key].is_floating_point() == value.is_floating_point()
         if not fits or (state[key].is_meta and not value.is_meta):
-            found = f"{tuple(state[key].shape)}, {state[key].dtype}" if key in state else "nothing"
+            present = f"{tuple(state[key].shape)}, {state[key].dtype}" if key in state else "nothing"
             raise ConfigError(
-                f"a shadow that copies layers needs a base tensor of shape {tuple(value.shape)} for '{key}' but found "
-                f"{found}; a quantised or offloaded base cannot be copied, use shadow_init='random'"
+                f"a shadow that copies layers needs a base tensor of shape {tuple(value.shape)} for '{key}' but has "
+                f"{present}; a quantised or offloaded base cannot be copied, use shadow_init='random'"
             )
         value.copy_(state[key])

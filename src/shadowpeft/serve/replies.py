@@ -1,4 +1,4 @@
-"""One request's answer, made here or in the cloud: whole, or chunk by chunk."""
+"""The reply to one request, from this server's engine or from the cloud: whole, or chunk by chunk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from shadowpeft.errors import ShadowPeftError
-from shadowpeft.serve.client import Cloud
-from shadowpeft.serve.engine import Engine, Event, Failed, Finish, Sampling, Token, Work
-from shadowpeft.serve.protocol import Shape, usage
+from shadowpeft.serve.client import CloudClient
+from shadowpeft.serve.engine import Engine
+from shadowpeft.serve.protocol import ResponseBuilder, usage
+from shadowpeft.serve.requests import Event, Failed, Finish, Request, SamplingParams, Token
 from shadowpeft.serve.router import Scores
 
 
@@ -28,18 +29,18 @@ class Generation:
         self.queue: asyncio.Queue[Event] = asyncio.Queue()
         self.tokens: list[Token] = []
         self.finish: Finish | None = None
-        self._work: Work | None = None
+        self._request: Request | None = None
 
     def start(
         self,
         engine: Engine,
         ids: list[int],
         name: str,
-        sampling: Sampling,
+        sampling: SamplingParams,
         until: Callable[[list[str], Scores], bool] | None = None,
     ) -> Generation:
         """Submit; raises what :meth:`Engine.submit` does."""
-        self._work = engine.submit(ids, name, sampling, self._emit, until)
+        self._request = engine.submit(ids, name, sampling, self._emit, until)
         return self
 
     def _emit(self, event: Event) -> None:
@@ -50,8 +51,8 @@ class Generation:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._work is not None:
-            self._work.cancelled = True
+        if self._request is not None:
+            self._request.cancelled = True
 
     async def next(self) -> Token | Finish:
         """The next event.
@@ -82,10 +83,12 @@ class Generation:
         return "".join(t.text for t in self.tokens) + (self.finish.text if self.finish else "")
 
 
-class Answer(ABC):
-    """Attributes:
-    note: where the answer was made and why, and how long it took; complete at the end.
-    first: seconds until its beginning was there.
+class Reply(ABC):
+    """What a request gets.
+
+    Attributes:
+        note: where the answer was made and why, and how long it took; complete at the end.
+        first: seconds until its beginning was there.
     """
 
     def __init__(self, note: dict[str, Any], began: float) -> None:
@@ -109,12 +112,12 @@ class Answer(ABC):
         """Give up what is not finished."""
 
 
-class Local(Answer):
+class LocalReply(Reply):
     """An answer of this server's engine; what it has made already is given first."""
 
-    def __init__(self, generation: Generation, shape: Shape, began: float) -> None:
-        super().__init__(shape.note, began)
-        self.generation, self.shape = generation, shape
+    def __init__(self, generation: Generation, builder: ResponseBuilder, began: float) -> None:
+        super().__init__(builder.note, began)
+        self.generation, self.builder = generation, builder
 
     async def begin(self) -> None:
         if not self.generation.tokens and self.generation.finish is None:
@@ -125,7 +128,7 @@ class Local(Answer):
         finish = await self.generation.run()
         self._time()
         counts = usage(finish.prompt_tokens, finish.new_tokens)
-        return self.shape.whole(self.generation.text, self.generation.tokens, self._reason(finish), counts)
+        return self.builder.whole(self.generation.text, self.generation.tokens, self._reason(finish), counts)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
         generation, given = self.generation, 0
@@ -133,18 +136,18 @@ class Local(Answer):
             while given < len(generation.tokens):
                 token = generation.tokens[given]
                 given += 1
-                if token.text or self.shape.top is not None or given == 1:
-                    yield self.shape.chunk(token.text, [token])
+                if token.text or self.builder.top is not None or given == 1:
+                    yield self.builder.chunk(token.text, [token])
             if generation.finish is not None:
                 break
             await generation.next()
         self._time()
         finish = generation.finish
         if finish.text:
-            yield self.shape.chunk(finish.text, [])
-        yield self.shape.chunk("", [], self._reason(finish))
+            yield self.builder.chunk(finish.text, [])
+        yield self.builder.chunk("", [], self._reason(finish))
         if with_usage:
-            yield self.shape.last(usage(finish.prompt_tokens, finish.new_tokens))
+            yield self.builder.last(usage(finish.prompt_tokens, finish.new_tokens))
 
     def close(self) -> None:
         self.generation.__exit__()
@@ -160,11 +163,11 @@ class Local(Answer):
         self.note["milliseconds"] = _ms(self.began)
 
 
-class Forwarded(Answer):
+class ForwardedReply(Reply):
     """An answer of the cloud under this server's name and note."""
 
     def __init__(
-        self, cloud: Cloud, path: str, body: dict[str, Any], model: str, note: dict[str, Any], began: float
+        self, cloud: CloudClient, path: str, body: dict[str, Any], model: str, note: dict[str, Any], began: float
     ) -> None:
         super().__init__(note, began)
         self.cloud, self.path, self.body, self.model = cloud, path, body, model

@@ -1,0 +1,167 @@
+"""Chat rows of a JSONL file, checked: everything in a row is used, or refused by name with file and line.
+
+A row is ``{"messages": [...]}`` or ``{"prompt": ..., "response": ...}``; the last message is the answer. Optional keys:
+``"tools"`` (what the chat template writes them for), ``"shadow_response"`` and ``"path"`` ("both", "base", "shadow"), see
+:mod:`shadowpeft.data.chat`. A message may have ``"tool_calls"`` and what a model has thought beside its content. ``null`` means
+absent. Keys of a row that say nothing of training, such as an id, are left alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.errors import DataError
+from shadowpeft.json_text import parse_json
+from shadowpeft.messages import quote
+
+PATHS = ("both", "base", "shadow")
+WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message beside its content that a chat template may write."""
+_MESSAGE_KEYS = ("role", "content", *WRITTEN, "tool_call_id", "name", "weight")
+_KEYS = ("messages", "prompt", "response", "shadow_response", "path", "tools")
+_UNUSED = (
+    "weight",
+    "system",
+    "completion",
+    "chosen",
+    "rejected",
+    "functions",
+    "function_call",
+    "images",
+    "audios",
+    "videos",
+)
+"""Keys by which other trainers are told something that this one would not do."""
+
+
+class ChatRow(dict[str, Any]):
+    """A row in normal form: ``messages``, ``response``, ``shadow_response``, ``path``; and, where there are any, ``tools`` and
+    ``answer``, what the answer has beside its text."""
+
+    where = ""
+    """File and line."""
+
+
+def read_jsonl(path: str | Path) -> list[ChatRow]:
+    """Rows of a JSONL file, each a checked chat row.
+
+    Raises:
+        DataError: naming file and line, if the file is missing or empty or a row is malformed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"data file '{file}' does not exist; check the path")
+    rows = []
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                try:
+                    rows.append(check_row(parse_json(line), where))
+                except ValueError as error:
+                    raise error if isinstance(error, DataError) else DataError(f"{where} {error}") from error
+    if not rows:
+        raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
+    return rows
+
+
+def check_row(row: Any, where: str) -> ChatRow:
+    """A row in normal form.
+
+    Raises:
+        DataError: starting with ``where``, if something is missing, of the wrong type, or asks for what training does not do.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
+    row = without_null(row)
+    for key in row:
+        if key not in _KEYS and difflib.get_close_matches(key, ["shadow_response"], n=1, cutoff=0.85):
+            raise DataError(f"{where} has the key '{key}'; did you mean 'shadow_response'?")
+        if key in _UNUSED:
+            raise DataError(f"{where} has the key '{key}', which training does not use; leave it out")
+    if "messages" in row and ("prompt" in row or "response" in row):
+        raise DataError(f"{where} has 'messages' and also 'prompt' or 'response'; keep one form")
+    beside: dict[str, Any] = {}
+    if "messages" in row:
+        *history, answer = _check_messages(row["messages"], where)
+        response, beside = answer["content"], {key: answer[key] for key in WRITTEN if key in answer}
+    elif "prompt" in row and "response" in row:
+        if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
+            raise DataError(f"{where}: 'prompt' and 'response' must be strings")
+        history, response = [{"role": "user", "content": row["prompt"]}], row["response"]
+    else:
+        raise DataError(f"{where} has the keys {sorted(row)[:6]} but needs 'messages', or 'prompt' and 'response'")
+    shadow, path = row.get("shadow_response"), row.get("path", "both")
+    if shadow is not None and not isinstance(shadow, str):
+        raise DataError(f"{where}: 'shadow_response' must be a string")
+    if path not in PATHS:
+        raise DataError(f"{where}: 'path' is {path!r} but must be one of {', '.join(PATHS)}")
+    if shadow is not None and path != "both":
+        raise DataError(f"{where}: 'shadow_response' with path '{path}' contradicts itself; leave one out")
+    checked = ChatRow(messages=history, response=response, shadow_response=shadow, path=path)
+    if beside:
+        checked["answer"] = beside
+    if "tools" in row:
+        if not isinstance(row["tools"], list) or not all(isinstance(tool, dict) for tool in row["tools"]):
+            raise DataError(f"{where}: 'tools' must be a list of objects")
+        if row["tools"]:
+            checked["tools"] = row["tools"]
+    checked.where = where
+    return checked
+
+
+def _check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """The messages without their weights; the last one is the assistant's."""
+    wrong = DataError(f"{where}: 'messages' must be a list of objects with string 'role' and 'content'")
+    if not isinstance(messages, list) or not messages:
+        raise wrong
+    checked = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise wrong
+        for key in message:
+            if key not in _MESSAGE_KEYS:
+                raise DataError(
+                    f"{where}: message {number} has the key {quote(key)}, which nothing reads; known are "
+                    f"{', '.join(_MESSAGE_KEYS)}"
+                )
+        calls, last = message.get("tool_calls"), number == len(messages)
+        if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
+            raise DataError(f"{where}: 'tool_calls' of message {number} must be a list of objects")
+        message = {"content": "", **message} if calls else message
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise wrong
+        weight = message.get("weight", 1 if last else 0)
+        if type(weight) not in (int, float) or (last and weight != 1):
+            raise DataError(
+                f"{where}: the answer has weight {weight!r} but is learned with weight 1; leave the row out"
+            )
+        if not last and weight != 0:
+            raise DataError(
+                f"{where}: message {number} has weight {weight!r} but only the last answer is learned; make it the end of a "
+                "row of its own"
+            )
+        checked.append({key: value for key, value in message.items() if key != "weight" and value != []})
+    if checked[-1]["role"] != "assistant" or len(checked) < 2:
+        raise DataError(f"{where}: 'messages' must end with an 'assistant' message after at least one other")
+    return checked
+
+
+def without_null(value: Any) -> Any:
+    """``value`` without the keys that are null, at any depth: a table has every key in every row."""
+    if isinstance(value, dict):
+        return {key: without_null(each) for key, each in value.items() if each is not None}
+    return [without_null(each) for each in value] if isinstance(value, list) else value
+
+
+def fingerprint(rows: Iterable[dict[str, Any]]) -> str:
+    """sha256 over the rows, in order: identifies the data of a run."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()

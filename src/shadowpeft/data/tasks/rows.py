@@ -1,0 +1,62 @@
+"""A JSONL file of chat rows as a task: the answer that a row gives, word for word."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.data.chat import fingerprint, read_jsonl
+from shadowpeft.data.tasks.base import Example, Task
+from shadowpeft.errors import DataError
+
+
+class Rows(Task):
+    """Share of answers that equal the row's, white space aside. A path is asked what it learns (:mod:`shadowpeft.data.chat`).
+
+    Args:
+        file: JSONL. max_new_tokens: longest answer in tokens.
+
+    Raises:
+        DataError: naming file and line, if the file is missing or empty or a row is malformed.
+    """
+
+    def __init__(self, file: str | Path, max_new_tokens: int = 64) -> None:
+        self.name, self.file, self.max_new_tokens = str(file), Path(file), max_new_tokens  # type: ignore[misc]
+        self._rows = read_jsonl(file)
+        for row in self._rows:
+            for key in ("tools", "answer"):
+                if key in row:
+                    named = "tools" if key == "tools" else ", ".join(row[key])
+                    raise DataError(f"{row.where} has {named}, which no answer is compared with; leave the row out")
+
+    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of the file, whatever the split."""
+        about = {
+            "from": "file",
+            "path": [self.name],
+            "fingerprint": fingerprint(self._rows),
+            "partial": False,
+            "lacks": "",
+        }
+        return self._rows, {**about, "rows": len(self._rows)}
+
+    def lead(self, shots: int, seed: int) -> str:
+        raise DataError(f"'{self.file}' has no form with worked examples; set shots to 0")
+
+    def example(self, row: dict[str, Any], identity: str) -> Example:
+        return Example(identity, row["messages"][-1]["content"], row["response"], row["response"], (), row)
+
+    def for_path(self, examples: list[Example], path: str) -> list[Example]:
+        """Rows that this path learns, with the shadow's own response for the shadow."""
+        asked = [e for e in examples if e.meta["path"] in ("both", path)]
+        if not asked:
+            raise DataError(f"'{self.file}' has no row for the {path} path; leave out the modes that answer with it")
+        own = [e.meta["shadow_response"] if path == "shadow" else None for e in asked]
+        return [e if text is None else replace(e, answer=text, gold=text) for e, text in zip(asked, own, strict=True)]
+
+    def chat(self, example: Example) -> list[dict[str, str]]:
+        return list(example.meta["messages"])
+
+    def per_example(self, prediction: Any, example: Example) -> float:
+        return float(prediction.split() == example.gold.split())

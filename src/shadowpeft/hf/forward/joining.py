@@ -1,0 +1,127 @@
+"""Batches that come together and apart between two forward passes: their caches, row by row and column by column.
+
+A column is a position of the batch, the same for base and shadow; rows that are shorter have padding on the left, which the
+attention mask hides and positions do not count. So columns of padding may be added or dropped on the left at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    QuantizedLayer,
+)
+
+from shadowpeft.errors import CacheMismatchError
+from shadowpeft.hf.forward.cache import _NAMES, _OWNER, _VERSION, _divide
+
+_STATES = ("conv_states", "recurrent_states")
+
+
+def can_join(cache: Cache) -> bool:
+    """Whether rows and columns of ``cache`` can be added: all its layers are of kinds that are known here."""
+    return all(_is_known(layer) for layer in cache.layers)
+
+
+def can_continue(cache: Cache) -> bool:
+    """Whether a prompt may be read in pieces: recurrent layers of some architectures start anew with each piece."""
+    return can_join(cache) and not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
+
+
+def select_rows(cache: Cache, rows: list[int]) -> None:
+    """Go on with these rows of the batch only."""
+    for layer in cache.layers:
+        names: tuple[str, ...] | None = getattr(layer, _NAMES, None)
+        local = rows if names is None else layer._local(rows, names)
+
+        def pick(x: Tensor, local: list[int] = local) -> Tensor:
+            return x[torch.tensor(local, dtype=torch.long, device=x.device)]
+
+        _replace(layer, pick)
+        if names is not None:
+            setattr(layer, _NAMES, tuple(names[row] for row in rows))
+
+
+def shift(cache: Cache, columns: int) -> None:
+    """Add so many columns of padding on the left; with a negative number, drop as many columns, which no row may need."""
+    if columns == 0:
+        return
+    for layer in cache.layers:
+        if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
+            continue
+        length = layer.keys.shape[-2] + columns
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length += columns
+            length = min(layer.cumulative_length, layer.sliding_window - 1)
+        layer.keys, layer.values = (F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in (layer.keys, layer.values))
+
+
+def join(cache: Cache, other: Cache, names: tuple[str, ...] | None) -> None:
+    """Put the rows of ``other``, which has as many columns, after those of ``cache``.
+
+    Args:
+        names: the adapter of each row of the joined batch, the base's name for its rows; None: there are no shadows.
+
+    Raises:
+        CacheMismatchError: if rows of one adapter were read with different weights.
+    """
+    shared = [[layer for layer in c.layers if not hasattr(layer, _OWNER)] for c in (cache, other)]
+    layers = [_joined(one, two) for one, two in zip(*shared, strict=True)]
+    first, second = _by_owner(cache), _by_owner(other)
+    for owner in {**first, **second}:
+        own = [first.get(owner, []), second.get(owner, [])]
+        joined = [_joined(one, two) for one, two in zip(*own, strict=True)] if all(own) else own[0] or own[1]
+        assert names is not None
+        for layer in joined:
+            if hasattr(layer, _NAMES):
+                setattr(layer, _NAMES, names)
+            layers.append(layer if hasattr(layer, _NAMES) else _divide(layer, names))
+    cache.layers = layers
+
+
+def _is_known(layer: Any) -> bool:
+    if isinstance(layer, (DynamicIndexedLayer, QuantizedLayer)) or getattr(layer, "record_past", False):
+        return False
+    return isinstance(layer, (DynamicLayer, LinearAttentionLayer, DummyLayer))
+
+
+def _by_owner(cache: Cache) -> dict[str, list[Any]]:
+    """The layers of each shadow that has rows."""
+    layers: dict[str, list[Any]] = {}
+    for layer in cache.layers:
+        owner = getattr(layer, _OWNER, None)
+        if owner is not None and owner in getattr(layer, _NAMES, (owner,)):
+            layers.setdefault(owner, []).append(layer)
+    return layers
+
+
+def _joined(one: Any, two: Any) -> Any:
+    if getattr(one, _VERSION, None) != getattr(two, _VERSION, None):
+        raise CacheMismatchError(
+            f"two batches were read with different weights of adapter '{getattr(one, _OWNER)}' and cannot be joined; finish "
+            "one before the other"
+        )
+    _replace(one, lambda x, y: torch.cat([x, y]), two)
+    return one
+
+
+def _replace(layer: Any, change: Any, *others: Any) -> None:
+    """Put ``change(x, ...)`` in the place of every tensor ``x`` of a layer that has rows; ``...`` are those of ``others``."""
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        layer.keys = change(layer.keys, *(other.keys for other in others))
+        layer.values = change(layer.values, *(other.values for other in others))
+    if isinstance(layer, LinearAttentionLayer):
+        for kind in _STATES:
+            states = getattr(layer, kind)
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = change(state, *(getattr(other, kind)[index] for other in others))

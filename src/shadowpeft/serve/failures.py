@@ -1,0 +1,98 @@
+"""How failures reach clients and the log: a status, one sentence, and never what a user wrote."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+from shadowpeft.serve.client import CloudError, CloudRefusedError
+from shadowpeft.serve.protocol import ErrorAnswer, error
+from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError
+
+_RETRY_SECONDS = 1
+_STATUS = {
+    400: "malformed, or not possible",
+    401: "no valid key",
+    404: "no such model, adapter or path",
+    409: "the new weights do not fit, or there is nothing to go back to",
+    413: "the body is too large",
+    429: "too many requests; see Retry-After",
+    503: "not ready, shutting down, no turn in time, or the cloud is needed but unavailable",
+}
+_log = logging.getLogger("shadowpeft.serve")
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error answers of a route, for the OpenAPI description."""
+    return {status: {"model": ErrorAnswer, "description": _STATUS[status]} for status in statuses}
+
+
+def report(failure: BaseException) -> None:
+    """Log a failure without its text, which may hold what a user wrote."""
+    cause = failure.__cause__ or failure
+    where = "".join(traceback.format_tb(cause.__traceback__))
+    _log.error("%s: %s in\n%s", type(failure).__name__, type(cause).__name__, where)
+
+
+def without_text(record: logging.LogRecord) -> bool:
+    """uvicorn logs what the application raised, text included; here it is logged without."""
+    failure = record.exc_info[1] if record.exc_info else None
+    if failure is None:
+        return True
+    report(failure)
+    return False
+
+
+def _answer(status: int, message: str, **more: Any) -> JSONResponse:
+    headers = {"retry-after": str(_RETRY_SECONDS)} if status in (429, 503) else None
+    return JSONResponse(error(message, **more), status, headers)
+
+
+def _of_the_package(failure: ShadowPeftError) -> Response:
+    if isinstance(failure, QueueFullError):
+        return _answer(429, str(failure), kind="rate_limit_error", code="queue_full")
+    if isinstance(failure, StoppedError):
+        return _answer(503, str(failure), kind="not_ready")
+    if isinstance(failure, OverdueError):
+        return _answer(503, str(failure), kind="timeout", code="timed_out")
+    if isinstance(failure, CloudError):
+        return _answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
+    if isinstance(failure, CloudRefusedError):
+        passed_on = failure.content if isinstance(failure.content, dict) and "error" in failure.content else None
+        return JSONResponse(passed_on or error(str(failure)), failure.status)
+    if isinstance(failure, (DataError, ConfigError)):
+        return _answer(400, str(failure))
+    report(failure)
+    return _answer(500, "the answer could not be made", kind="server_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Give every failure its answer."""
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, failure: RequestValidationError) -> Response:
+        first = failure.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        problem = str(first["msg"]).removeprefix("Value error, ")
+        return _answer(400, f"{where}: {problem}" if where else problem, param=where or None)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, failure: HTTPException) -> Response:
+        response = _answer(failure.status_code, str(failure.detail))
+        response.headers.update(failure.headers or {})
+        return response
+
+    @app.exception_handler(ShadowPeftError)
+    async def of_the_package(_: Request, failure: ShadowPeftError) -> Response:
+        return _of_the_package(failure)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, failure: Exception) -> Response:
+        return _answer(500, "the answer could not be made", kind="server_error")

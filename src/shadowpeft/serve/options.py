@@ -1,0 +1,139 @@
+"""The one declaration of the server's options: the command line, Ray's arguments and the engine's limits derive from it.
+
+No torch here: ``shadowpeft --help`` reads this module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar, get_type_hints
+
+import typer
+
+from shadowpeft.errors import ConfigError
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``shadowpeft serve``; the help of each says what it means."""
+
+    adapters: Annotated[
+        list[str], typer.Argument(help="FOLDER or NAME=FOLDER: adapters (cloud: several), or an edge model.")
+    ]
+    role: Annotated[str, typer.Option(help="cloud (attached) or edge (detached; the router hands on to the cloud).")]
+    base: Annotated[
+        Optional[str], typer.Option(help="Base model: alias, folder or Hub id. Default: the adapter's own.")
+    ] = None
+    device: Annotated[
+        str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps; auto: cuda if there is one.")
+    ] = "auto"
+    host: Annotated[str, typer.Option()] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000
+    auth: Annotated[
+        bool, typer.Option(help="Take keys from SHADOWPEFT_API_KEYS; --no-auth works on a loopback host only.")
+    ] = True
+    cloud_url: Annotated[Optional[str], typer.Option(help="Edge: the cloud server.")] = None
+    cloud_model: Annotated[str, typer.Option(help="Edge: the model's name there.")] = "default"
+    cloud_timeout: Annotated[float, typer.Option(min=0.1, help="Edge: seconds until the cloud counts as away.")] = 30.0
+    cloud_delay_ms: Annotated[float, typer.Option(min=0, help="Edge: wait before each request, as a network.")] = 0.0
+    when_cloud_down: Annotated[str, typer.Option(help="Edge: local (say so) or error.")] = "local"
+    routing: Annotated[
+        Optional[str], typer.Option(help="Edge: the calibration. Default: routing.json beside the model, if there.")
+    ] = None
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="Edge: file of the known actions. Default: the calibration's, or the packaged 34."),
+    ] = None
+    versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None
+    system: Annotated[Optional[str], typer.Option(help="System message.")] = None
+    rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16
+    batches: Annotated[
+        int, typer.Option(min=1, help="Batches that run at the same time: requests that start together are one.")
+    ] = 4
+    queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused with 429.")] = 64
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512
+    default_tokens: Annotated[int, typer.Option(min=1, help="Answer's length where a request names none.")] = 64
+    answer_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Time from a request to the end of its answer; then it is cut, and says so.")
+    ] = 120.0
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Time to finish what runs at shutdown.")] = 30.0
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The adapters by name; see :func:`parse_adapters`."""
+        return parse_adapters(self.adapters)
+
+    def check(self) -> None:
+        """Raises:
+        ConfigError: for options that contradict each other, or name what is not there.
+        """
+        if self.role not in ("cloud", "edge"):
+            raise ConfigError(f"role is '{self.role}' but must be cloud or edge")
+        if self.role == "cloud" and (self.cloud_url or self.routing or self.skills is not None):
+            raise ConfigError(
+                "--cloud-url, --routing and --skills belong to the edge; leave them out or set --role edge"
+            )
+        if self.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.cloud_url):
+            raise ConfigError(f"--cloud-url is '{self.cloud_url}' but must be like http://host:8000")
+        if self.role == "edge" and len(self.named) > 1:
+            raise ConfigError(f"{len(self.named)} adapters were given but an edge server has one; start one for each")
+        if self.when_cloud_down not in ("local", "error"):
+            raise ConfigError(f"when-cloud-down is '{self.when_cloud_down}' but must be local or error")
+        if self.versions and not Path(self.versions).is_dir():
+            raise ConfigError(f"the --versions folder '{self.versions}' does not exist")
+        if self.default_tokens > self.new_tokens:
+            raise ConfigError(
+                f"--default-tokens is {self.default_tokens} but --new-tokens allows {self.new_tokens}; lower one or raise the "
+                "other"
+            )
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_adapters(given: list[str]) -> dict[str, str]:
+    """``NAME=FOLDER`` or ``FOLDER`` (called ``default``) to name -> folder.
+
+    Raises:
+        ConfigError: if two have one name.
+    """
+    named: dict[str, str] = {}
+    for item in given:
+        name, equals, folder = item.partition("=")
+        name, folder = (name, folder) if equals and _ADAPTER_NAME.fullmatch(name) else ("default", item)
+        if name in named:
+            raise ConfigError(f"two adapters are called '{name}'; write NAME=FOLDER for each")
+        named[name] = folder
+    return named
+
+
+def command_of(kind: Callable[..., T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Make ``run(options)`` a typer command whose parameters are the fields of the dataclass ``kind``."""
+
+    def decorate(run: Callable[[T], None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            run(kind(**given))
+
+        command.__doc__, command.__name__ = run.__doc__, run.__name__
+        command.__annotations__ = get_type_hints(kind, include_extras=True)
+        parameters = inspect.signature(kind).parameters.values()
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(annotation=command.__annotations__[p.name]) for p in parameters]
+        )
+        return command
+
+    return decorate

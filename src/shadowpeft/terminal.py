@@ -1,0 +1,28 @@
+"""Printing of what others named: folders, adapters and texts may hold brackets, colons, line breaks and broken UTF-8."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from shadowpeft.errors import ConfigError
+
+
+def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that prints text as it is: ``[red]`` is no colour and ``:dog:`` no picture."""
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+
+
+def one_line(text: str) -> str:
+    """``text`` with its line breaks, control characters and halves of surrogates written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Refuse names that are not UTF-8 before a command meets one: tokenizers and the Hub's client cannot open them.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for argument in arguments:
+        if any("\ud800" <= c <= "\udfff" for c in argument):
+            raise ConfigError(f"the argument {argument!a} is not UTF-8; rename the file or folder that it names")
