@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from shadowpeft.data.chat import answer_ids, encode, fingerprint, prompt_ids
@@ -28,6 +27,7 @@ from shadowpeft.generate import answer
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
+from shadowpeft.watching import Watched
 
 METHODS = ("generate", "likelihood", "classify")
 FORMAT = 1
@@ -263,10 +263,8 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
     if progress is not None:
         yield progress
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=terminal(stderr=True)) as shown:
-        bar = shown.add_task(label, total=total)
-        yield lambda done: shown.update(bar, completed=done)
+    with Watched(terminal(stderr=True), label, total) as watched:
+        yield watched.update
 
 
 # -------------------------------------------------------------------------------------------------------------- record
