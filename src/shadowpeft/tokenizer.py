@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.aliases import source_of
 from shadowpeft.messages import shorten
 
 
@@ -17,7 +17,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         ConfigError: if it cannot be loaded, or has neither a pad nor an eos token.
     """
-    source = str(materialise(name)) if is_alias(name) else name
+    source = source_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -36,6 +36,7 @@ FOREIGN = {
 }
 """Kind of the format, and which of its files the damages, which know our names, are to hit."""
 UNDAMAGEABLE = (
+    struct.error,
     ArithmeticError,
     OSError,
     ValueError,

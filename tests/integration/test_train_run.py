@@ -142,11 +142,24 @@ def test_the_last_steps_are_logged_however_long_log_every_is(made, tmp_path):
     assert one["task_loss"] == pytest.approx(np.mean(each), rel=1e-5)  # the mean of the steps since the last log
 
 
+def test_rows_that_are_too_long_are_told_and_not_counted(made, tmp_path, capsys):
+    rows = [{"prompt": "hi", "response": "ok"}] * 5 + [{"prompt": "x" * 300, "response": "ok"}] * 7
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    data = {"train": file, "max_length": 128, "too_long": "skip"}
+    run = config(made, tmp_path / "run", data=data, training={"max_steps": 1, "batch_size": 2})
+    train(run, quiet=True)
+    told = "7 of 12 rows are longer than data.max_length = 128 and are left out; the longest has "
+    assert told in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    assert (record["rows"], record["skipped"]["rows"], record["skipped"]["first"]) == (5, 7, f"{file}, line 6")
+    assert "(5 rows, sha256" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
 def test_epochs_and_the_packaged_set(made, tmp_path):
     run = config(made, tmp_path / "run", training={"max_steps": None, "epochs": 1.0, "batch_size": 3})
     assert train(run, quiet=True)["steps"] == 6  # 17 sequences: one row has an answer for each path
     robot = config(made, tmp_path / "robot", data={"train": "robot", "max_length": 512})
-    sequences, validation, record = encode_run(robot, load_tokenizer(made["base"]))
+    sequences, validation, record = encode_run(robot, load_tokenizer(made["base"]), print)
     assert record["train"]["rows"] == len(sequences) > 4000
     assert validation
     text = chat_tokenizer().decode(sequences[0].ids)

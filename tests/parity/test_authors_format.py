@@ -113,7 +113,7 @@ def test_gradients_are_theirs(tmp_path, case):
         parameter = inner.get_parameter(key)
         gradients[key] = torch.zeros_like(value) if parameter.grad is None else parameter.grad
     parts = parts_of(plain)
-    shadow = common.layout(parts, inner.shadow_model.config, mirror=kind is None, shared=kind != "small")
+    shadow = common.ShadowLayout.of(parts, inner.shadow_model.config, mirror=kind is None, shared=kind != "small")
     rows = authors.tensor_table(parts, shadow, ours.peft_config["default"])
     assert_gradients(ours, table.to_ours(rows, gradients))
 

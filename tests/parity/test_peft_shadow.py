@@ -104,8 +104,8 @@ def test_gradients_are_theirs(tmp_path, small, case):
     gradients = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in trained_state(theirs).items()}
     parts, config = parts_of(plain), ours.peft_config["default"]
     backbone = theirs.base_model.shadow_backbone["default"]
-    shadow = common.layout(parts, backbone.config, mirror=config.is_mirror, shared=config.shares_embeddings)
-    rows = peft_shadow.tensor_table(plain, parts, shadow, config, {})
+    shadow = common.ShadowLayout.of(parts, backbone.config, mirror=config.is_mirror, shared=config.shares_embeddings)
+    rows = peft_shadow.tensor_table(plain, parts, shadow, {}, config)
     assert_gradients(ours, table.to_ours(rows, gradients))
 
 

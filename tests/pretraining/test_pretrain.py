@@ -23,7 +23,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, DataError, NonFinit
 from shadowpeft.hf.files import reading
 from shadowpeft.hf.files.projected import read_projected
 from shadowpeft.hf.pretraining.base_ends import open_base
-from shadowpeft.hf.pretraining.model import ProjectedShadow, build_shadow, check_separation, save_shadow
+from shadowpeft.hf.pretraining.model import ProjectedShadow, build_projected_shadow, check_separation, save_shadow
 from shadowpeft.hf.shadow.mirror import copied_layers
 from shadowpeft.train import pretrain_trainer
 from shadowpeft.train.config import parse_run
@@ -107,7 +107,7 @@ def test_the_base_s_other_layers_are_never_read(made, config, tmp_path, monkeypa
 
     monkeypatch.setattr(reading, "safe_open", Watched)
     base = open_base(made["base"])
-    model, _ = build_shadow(base, layers="spread", count=2)
+    model, _ = build_projected_shadow(base, layers="spread", count=2)
     assert {name.split(".")[2] for name in names if name.startswith("model.layers.")} == {"0", "2"}
     assert {name for name in names if ".layers." not in name} == {
         "lm_head.weight",
@@ -123,10 +123,10 @@ def test_the_base_s_other_layers_are_never_read(made, config, tmp_path, monkeypa
     cut = save_base(tmp_path / "cut")
     tensors = load_file(Path(cut) / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, Path(cut) / "model.safetensors")
-    assert build_shadow(open_base(cut), layers="spread", count=2)
+    assert build_projected_shadow(open_base(cut), layers="spread", count=2)
     save_file({k: v for k, v in tensors.items() if ".layers.2." not in k}, Path(cut) / "model.safetensors")
     with pytest.raises(AdapterFileError, match=r"has no tensor 'model\.layers\.2\."):
-        build_shadow(open_base(cut), layers="spread", count=2)
+        build_projected_shadow(open_base(cut), layers="spread", count=2)
 
 
 def test_only_the_shards_that_are_needed_are_opened(made, tmp_path):
@@ -136,7 +136,9 @@ def test_only_the_shards_that_are_needed_are_opened(made, tmp_path):
     index = {name: "needless.safetensors" if ".layers.1." in name else "needed.safetensors" for name in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, folder / "needed.safetensors")
-    assert build_shadow(open_base(str(folder)), layers="spread", count=2)  # the other shard does not even exist
+    assert build_projected_shadow(
+        open_base(str(folder)), layers="spread", count=2
+    )  # the other shard does not even exist
 
 
 @pytest.mark.parametrize(
@@ -162,12 +164,12 @@ def test_a_hybrid_base_gives_its_attention_layers():
 
 def test_equation_12_starts_a_narrow_backbone(made):
     base = open_base(made["base"])
-    model, record = build_shadow(base, model=made["small"])
+    model, record = build_projected_shadow(base, model=made["small"])
     small = AutoModelForCausalLM.from_pretrained(made["small"])
     expected = pseudo_inverse_projection(base.read_head(), small.lm_head.weight.detach())
     assert torch.equal(model.shadow_hidden_projection.weight.detach(), expected)
     assert record == {"model": made["small"], "start": "pseudo_inverse", "projection": [32, 24]}
-    random, record = build_shadow(base, model=made["small"], start="random")
+    random, record = build_projected_shadow(base, model=made["small"], start="random")
     assert not torch.equal(random.shadow_hidden_projection.weight.detach(), expected)
     assert record["start"] == "random"
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -180,7 +182,7 @@ def test_tables_with_other_padding_rows_are_aligned(tmp_path, ours, theirs):
     base = open_base(save_base(tmp_path / "base", vocab_size=ours))
     narrow = save_base(tmp_path / "narrow", hidden_size=24, vocab_size=theirs)
     small = AutoModelForCausalLM.from_pretrained(narrow)
-    model, _ = build_shadow(base, model=narrow)
+    model, _ = build_projected_shadow(base, model=narrow)
     expected = torch.linalg.pinv(base.read_head().double()[:260]) @ small.lm_head.weight.detach().double()[:260]
     found = model.shadow_hidden_projection.weight.detach()
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)  # products in float32
@@ -188,7 +190,7 @@ def test_tables_with_other_padding_rows_are_aligned(tmp_path, ours, theirs):
     assert (len(table), model.shadow_model.config.vocab_size) == (ours, ours)
     assert torch.equal(table[:260], given[:260])
     assert not bool(table[theirs:].any())
-    same, _ = build_shadow(base, model=save_base(tmp_path / "same", vocab_size=theirs))
+    same, _ = build_projected_shadow(base, model=save_base(tmp_path / "same", vocab_size=theirs))
     assert same.shadow_hidden_projection is None
     assert len(same.shadow_model.embed_tokens.weight) == ours
     save_shadow(model, base, tmp_path / "shadow")
@@ -499,7 +501,9 @@ def test_models_that_do_not_belong_together(config, tmp_path, made):
     file.write_text(file.read_text().replace('"<|im_start|>"', '"<|other|>"'))
     with pytest.raises(ConfigError, match=r"tokenizers of base and shadow differ: token '<\|im_start\|>' with id 2"):
         run(config(backbone={"model": other}))
-    with pytest.raises(ConfigError, match=r"do not meet; the head is \(V, d\), so the projection must be \(32, 24\)"):
+    with pytest.raises(
+        ConfigError, match=r"do not fit together; the head is \(V, d\), so the projection must be \(32, 24\)"
+    ):
         ProjectedShadow(chat_model(hidden_size=24).model, torch.zeros(24, 32), torch.zeros(260, 32))
     with pytest.raises(ConfigError, match="token table has 260 rows and the base's head 300"):
         ProjectedShadow(chat_model().model, None, torch.zeros(300, 32))

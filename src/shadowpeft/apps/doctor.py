@@ -231,12 +231,10 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
 def _tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    from shadowpeft.hf.base.aliases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import source_of
 
     try:
-        return AutoTokenizer.from_pretrained(
-            str(materialise(source)) if is_alias(source) else source, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source_of(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None  # there is none: the caller says so
 

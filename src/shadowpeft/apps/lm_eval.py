@@ -36,7 +36,7 @@ class ShadowPeftLM(HFLM):  # type: ignore[misc]
     _model: Any
 
     def __init__(self, pretrained: str, adapter: str, mode: str = "attached", **options: Any) -> None:
-        from shadowpeft.hf.base.aliases import is_alias, materialise
+        from shadowpeft.hf.base.aliases import source_of
 
         if mode not in MODES:
             raise ConfigError(f"mode is '{mode}' but must be attached or detached; the bare base is --model hf")
@@ -46,7 +46,7 @@ class ShadowPeftLM(HFLM):  # type: ignore[misc]
                     f"model_args has {key}= beside adapter=, which adapts the model twice; leave {key} out"
                 )
         self._adapter, self._mode = adapter, mode
-        super().__init__(pretrained=str(materialise(pretrained)) if is_alias(pretrained) else pretrained, **options)
+        super().__init__(pretrained=source_of(pretrained), **options)
 
     def _create_model(self, *args: Any, **options: Any) -> None:
         """The base as ``lm-eval`` makes it, then the adapter."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, RunFile
+from shadowpeft.terminal import terminal
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -32,7 +34,7 @@ def plan(run: Any) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from shadowpeft.hf.base.aliases import is_alias, materialise
+    from shadowpeft.hf.base.aliases import source_of
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
@@ -41,8 +43,8 @@ def plan(run: Any) -> dict[str, Any]:
     t = run.training
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
-    sequences, _, _ = encode_run(run, tokenizer)
-    source = str(materialise(run.base)) if is_alias(run.base) else run.base
+    sequences, _, _ = encode_run(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
+    source = source_of(run.base)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)

@@ -26,7 +26,7 @@ from shadowpeft.hf.pretraining.base_ends import BaseEnds, open_base
 from shadowpeft.hf.pretraining.model import (
     SEPARATE,
     ProjectedShadow,
-    build_shadow,
+    build_projected_shadow,
     check_separation,
     save_shadow,
     save_stock,
@@ -210,7 +210,7 @@ def _build(run: PretrainConfig, base: BaseEnds, tokenizer: Any) -> tuple[Project
     if b.model is not None:
         shared_tokens(tokenizer, load_tokenizer(b.model))
     set_seed(t.seed)
-    model, start = build_shadow(
+    model, start = build_projected_shadow(
         base,
         layers=b.layers,
         count=b.count or 1,

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from shadowpeft.errors import ConfigError
+from shadowpeft.json_text import parse_json
 from shadowpeft.storage import whole, write_text
 from shadowpeft.watching import Watched
 
@@ -128,12 +130,21 @@ class RunCallback(TrainerCallback):
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The records of ``metrics.jsonl``; a last line that a kill cut short is no record."""
+    """The records of ``metrics.jsonl``; a last line that a kill cut short is no record.
+
+    Raises:
+        ConfigError: naming the line that is damaged.
+    """
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole if line]
+    records = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records += [parse_json(line)] if line else []
+        except ValueError as error:
+            raise ConfigError(f"'{file}', line {number} {error}; remove the line, or start a new run") from error
+    return records
 
 
 STYLES = (

@@ -18,6 +18,15 @@ def is_alias(name: str) -> bool:
     return name in ALIASES
 
 
+def source_of(name: str | Path) -> str:
+    """The folder or Hub id to load ``name`` from: an alias's dequantised copy, else the name itself.
+
+    Raises:
+        ConfigError: as :func:`materialise`.
+    """
+    return str(materialise(str(name)) if is_alias(str(name)) else name)
+
+
 def cache_folder() -> Path:
     """Where dequantised copies live: ``$SHADOWPEFT_CACHE`` or ``~/.cache/shadowpeft``."""
     return Path(os.environ.get("SHADOWPEFT_CACHE") or Path.home() / ".cache" / "shadowpeft")

@@ -161,8 +161,8 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
         )
     except (AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"the head of {type(model).__name__} needs more than the last hidden state ({error}); a shadow has nothing else to "
-            "give to it"
+            f"the head of {type(model).__name__} needs more than the last hidden state ({error}), and a shadow "
+            "has nothing else to give"
         ) from error
     mine = _table_logits(head, config, state)
     simple = mine.shape == stock.shape and bool(torch.allclose(mine.float(), stock.float(), rtol=1e-3, atol=1e-3))
@@ -172,8 +172,8 @@ def examine_head(model: Any, backbone: str, config: PreTrainedConfig) -> HeadFac
         if torch.allclose(loss, total / (3 - shift), rtol=1e-2, atol=1e-3):
             return HeadFacts(simple, shift, bool(torch.allclose(counted, total / 16, rtol=1e-2, atol=1e-3)))
     raise UnsupportedModelError(
-        f"{type(model).__name__} computes a loss that is no cross-entropy over its tokens, so the shadow's loss cannot be "
-        "made alike; this architecture is not supported"
+        f"the loss of {type(model).__name__} is not the cross-entropy over its tokens, so the shadow cannot have the same "
+        "loss; this architecture is not supported"
     )
 
 

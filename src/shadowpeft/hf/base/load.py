@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.aliases import source_of
 from shadowpeft.hf.base.structure import CLASSIFIERS
 from shadowpeft.messages import shorten
 
@@ -63,7 +63,7 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     Raises:
         ConfigError: if it cannot be loaded or lacks a weight, with the reason.
     """
-    source = str(materialise(str(name))) if is_alias(str(name)) else str(name)
+    source = source_of(name)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=kwargs.get("revision"))
     except (OSError, ValueError) as error:

@@ -30,7 +30,7 @@ from shadowpeft.core import fold_projection
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import WHOLE, check_tensors, read_json, read_tensors, weight_files
-from shadowpeft.hf.files.records import config_from_record
+from shadowpeft.hf.files.records import config_from_record, record_of
 from shadowpeft.messages import quote
 
 MODEL_TYPE = "causal_lm_with_hidden_projection"
@@ -142,8 +142,7 @@ def write_projected(
             f"the projection has shape {(d, d_s)}, the head {tuple(head.shape)} and the table {tuple(table.shape)}; a "
             "projected checkpoint needs (d, d_s), (V, d) and (V, d_s)"
         )
-    inner = json.loads(config.to_json_string(use_diff=False))
-    inner["vocab_size"] = int(head.shape[0])
+    inner = {**record_of(config), "vocab_size": int(head.shape[0])}
     body = MODEL_MAPPING[type(config)]
     content = {
         "architectures": ["AutoModelForCausalLMWithHiddenProjection"],

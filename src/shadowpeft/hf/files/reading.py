@@ -126,10 +126,10 @@ def weight_files(source: str | Path) -> dict[str, str]:
             shards: Any = read_json(find_file(source, INDEX)).get("weight_map")
         except AdapterFileError:
             raise error from None
-        names = list(shards.values()) if isinstance(shards, dict) else []
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        files: dict[str, str] = shards if isinstance(shards, dict) else {}
+        if not files or any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
             raise AdapterFileError(f"{INDEX} of '{source}' names no files beside it; it is damaged") from error
-        return dict(shards)
+        return files
     return dict.fromkeys(read_header(whole), WHOLE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
@@ -15,11 +16,8 @@ from shadowpeft.messages import quote, shorten
 
 MAX_COUNT = 4096
 """Layers, heads or experts that a configuration may ask for if the weights file does not hold as many tensors."""
-
-
 MAX_NUMBER = 2**40
-
-
+"""The largest whole number that any other setting may have."""
 _COUNTS = re.compile(r"(^|_)(num|n|number)_|layers?$|heads?$|experts?$|blocks?$|depth")
 
 
@@ -40,8 +38,8 @@ def check_numbers(record: Any, tensors: int, where: str = "shadow_backbone_confi
             limit = max(MAX_COUNT, tensors) if isinstance(key, str) and _COUNTS.search(key) else MAX_NUMBER
             if isinstance(value, int) and abs(value) > limit:
                 raise AdapterFileError(
-                    f"{name[:120]} is {quote(value, 40)}, more than the {tensors} tensors of the adapter can belong to; its "
-                    "configuration is damaged"
+                    f"{name[:120]} is {quote(value, 40)}, which the adapter's {tensors} tensors cannot fill; its configuration "
+                    "is damaged"
                 )
             if isinstance(value, float) and math.isnan(value):
                 raise AdapterFileError(f"{name[:120]} is NaN; the adapter's configuration is damaged")
@@ -82,7 +80,18 @@ def plain_record(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def record_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """All settings of a configuration, as JSON."""
+    record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return record
+
+
 def config_from_record(record: dict[str, Any] | None, config_class: type[PreTrainedConfig] | None) -> PreTrainedConfig:
+    """The configuration in a record, of the class ``config_class``, or of the decoder that the record names.
+
+    Raises:
+        ConfigError: if it names another or no known decoder, or its values are impossible.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("model_type"), str):
         raise ConfigError("shadow_backbone_config must be the JSON object of a transformers configuration")
     values = plain_record(PreTrainedConfig._decode_special_floats(dict(record)))
@@ -93,10 +102,8 @@ def config_from_record(record: dict[str, Any] | None, config_class: type[PreTrai
             f"{config_class.model_type}; configuration and base do not belong together"
         )
     if config_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
-        raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, which is no decoder that transformers knows")
+        raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, but transformers knows no such decoder")
     try:
-        if config_class is not None:
-            return config_class(**values)
-        return AutoConfig.for_model(kind, **values)
+        return AutoConfig.for_model(kind, **values) if config_class is None else config_class(**values)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"shadow_backbone_config describes no {kind} model: {shorten(error)}") from error
+        raise ConfigError(f"shadow_backbone_config is not a valid {kind} configuration: {shorten(error)}") from error

@@ -46,23 +46,22 @@ def detect(adapter: str | Path) -> str:
     Raises:
         AdapterFileError: if it holds two formats, or none.
     """
-    has_own, has_authors = (_has(adapter, name) for name in (CONFIG, authors.CONFIG))
-    if has_own and has_authors:
+    own, theirs = (_path(adapter, name) for name in (CONFIG, authors.CONFIG))
+    if own and theirs:
         raise AdapterFileError(f"'{adapter}' has both {CONFIG} and {authors.CONFIG}; give a folder with one adapter")
-    if has_authors:
+    if theirs:
         return AUTHORS
-    if not has_own and is_projected(adapter):
+    if own is None and is_projected(adapter):
         return PROJECTED
-    path = find_file(adapter, CONFIG)  # says what is wrong where there is none
-    return PEFT if read_json(path).get("peft_type") == "SHADOW" else OURS
+    own = own or find_file(adapter, CONFIG)  # raises, and says why there is none
+    return PEFT if read_json(own).get("peft_type") == "SHADOW" else OURS
 
 
-def _has(adapter: str | Path, name: str) -> bool:
+def _path(adapter: str | Path, name: str) -> Path | None:
     try:
-        find_file(adapter, name)
+        return find_file(adapter, name)
     except AdapterFileError:
-        return False
-    return True
+        return None
 
 
 def load(

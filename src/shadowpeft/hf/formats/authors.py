@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,16 @@ from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import check_tensors, read_tensors
 from shadowpeft.hf.formats.common import (
-    NO_MATCH,
     Adapted,
     ForeignAdapter,
     ShadowLayout,
     Translation,
     explicit_config,
-    fit,
-    layout,
-    make_config,
     mirrored,
-    read_adapter,
-    refuse,
     save_tensors,
     sizes_of,
-    take_apart,
-    write_adapter,
 )
-from shadowpeft.hf.formats.table import Row, base_name, hub_name, is_base_name, link_name, update_rows
+from shadowpeft.hf.formats.table import Piece, base_name, hub_name, is_base_name, link_name, update_rows
 from shadowpeft.messages import quote
 from shadowpeft.settings import STRICT, WIDTHS, Count
 
@@ -54,7 +47,7 @@ DEFAULT_WEIGHT = 0.05
 """lambda where their task classes are not told another."""
 
 
-class Settings(BaseModel):
+class AuthorsSettings(BaseModel):
     """``shadow_config.json``."""
 
     model_config = STRICT
@@ -70,13 +63,13 @@ class Settings(BaseModel):
     modules_to_save: list[str] | None = None
 
 
-_SIZES = tuple(name for name in WIDTHS if name in Settings.model_fields)
+_SIZES = tuple(name for name in WIDTHS if name in AuthorsSettings.model_fields)
 _HEADS = {"CAUSAL_LM": ("lm_head", "shadow_lm_head"), "SEQ_CLS": ("classifier_head", "shadow_classifier_head")}
 """The base's head and the shadow's."""
 _PROJECTION, _BACKBONE, _NORM = "shadow_hidden_projection.weight", "shadow_model.", "shadow_update_model.hidden_norm"
 
 
-def tensor_table(parts: DecoderParts, shadow: ShadowLayout, config: ShadowPeftConfig) -> list[Row]:
+def tensor_table(parts: DecoderParts, shadow: ShadowLayout, config: ShadowPeftConfig) -> list[Piece]:
     """All tensors of ``shadow_adapter.safetensors``; index ``i`` there is the base layer ``i + 1``."""
     d, r, m, last = parts.hidden_size, config.r, config.update_width, parts.num_layers - 2
     rows = shadow.rows(parts, _BACKBONE, _PROJECTION)
@@ -84,7 +77,7 @@ def tensor_table(parts: DecoderParts, shadow: ShadowLayout, config: ShadowPeftCo
         for what, shape in (("down", (d, r)), ("up", (r, d))):
             ours = link_name(parts, i + 1, f"injection.w_{what}")
             rows.append(
-                Row(f"shadow_injection_model.injection_{what}s", (1, *shape), ours, shape[::-1], transposed=True)
+                Piece(f"shadow_injection_model.injection_{what}s", (1, *shape), ours, shape[::-1], transposed=True)
             )
         transform, gate = (f"shadow_update_model.update_{net}.{i}" for net in ("transforms", "gates"))
         link = link_name(parts, i + 2, "update.") if i < last else ""
@@ -93,7 +86,7 @@ def tensor_table(parts: DecoderParts, shadow: ShadowLayout, config: ShadowPeftCo
         rows += update_rows(*layers, link, d, m, biases=False, unread=reason)
     for key in ("weight", "bias"):
         ours = hub_name(parts, f"norm.{key}") if last else ""
-        rows.append(Row(f"{_NORM}.{key}", (d,), ours, unread=f"{_NORM}: only the last update reads it"))
+        rows.append(Piece(f"{_NORM}.{key}", (d,), ours, unread=f"{_NORM}: only the last update reads it"))
     return rows
 
 
@@ -107,7 +100,7 @@ def open_adapter(adapter: str | Path) -> ForeignAdapter:
         AdapterFileError: a file is missing or damaged, or the heads in it are not those its configuration lists.
         ConfigError: a key is unknown or missing.
     """
-    opened = read_adapter(adapter, CONFIG, WEIGHTS, Settings)
+    opened = ForeignAdapter.read(adapter, CONFIG, WEIGHTS, AuthorsSettings)
     opened.heads = _read_heads(adapter)
     stored, listed = {name.partition(".")[0] for name in opened.heads}, set(opened.settings.modules_to_save or [])
     tasks = [task for task, heads in _HEADS.items() if {*heads} & (stored | listed)]
@@ -152,7 +145,7 @@ def translate(adapter: ForeignAdapter, base: PreTrainedModel, task_type: str, sh
     """
     settings, parts = adapter.settings, find_decoder(base)
     depth, sizes = settings.num_shadow_layers, {key: getattr(settings, key) for key in _SIZES}
-    advice = NO_MATCH
+    advice = ""
     fields: dict[str, Any]
     if shadow_model is None:
         if _BACKBONE + "embed_tokens.weight" in adapter.tensors or _PROJECTION in adapter.tensors:
@@ -160,21 +153,23 @@ def translate(adapter: ForeignAdapter, base: PreTrainedModel, task_type: str, sh
                 f"'{adapter.name}' was trained with an explicit shadow, whose configuration the format does not hold; pass "
                 "shadow_model= (on the command line --shadow-model), the model it was trained with"
             )
-        shadow = layout(parts, mirrored(parts.config, depth, sizes), mirror=True, shared=True)
+        shadow = ShadowLayout.of(parts, mirrored(parts.config, depth, sizes), mirror=True, shared=True)
         fields = {"shadow_num_hidden_layers": depth, **sizes}
-        advice += ", or the shadow was explicit: then pass shadow_model="
+        advice = ", or the shadow was explicit: then pass shadow_model="
     else:
         config, name = explicit_config(shadow_model)
-        shadow = layout(parts, config, mirror=False, shared=False)
+        shadow = ShadowLayout.of(parts, config, mirror=False, shared=False)
         if _BACKBONE + shadow.table not in adapter.tensors:
-            shadow = layout(parts, config, mirror=False, shared=True)
+            shadow = ShadowLayout.of(parts, config, mirror=False, shared=True)
         fields = {
             "shadow_model": name if isinstance(shadow_model, str) else "custom",
             "share_embeddings": shadow.shared,
         }
-    ours = make_config(
-        adapter.path,
+    translation = adapter.translate(
+        parts,
         shadow,
+        partial(tensor_table, parts, shadow),
+        advice,
         task_type=task_type,
         r=settings.injection_hidden_size,
         shadow_alpha=settings.alpha,
@@ -184,7 +179,6 @@ def translate(adapter: ForeignAdapter, base: PreTrainedModel, task_type: str, sh
         variant="authors",
         **fields,
     )
-    translation = fit(adapter, ours, parts, tensor_table(parts, shadow, ours), advice)
     translation.notes.append(f"lambda is not in the file; auxiliary_loss_weight is {DEFAULT_WEIGHT}, their default")
     _read_trained_heads(adapter, base, parts, translation)
     return translation
@@ -250,9 +244,9 @@ def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> li
     Raises:
         ConfigError: naming what the format cannot express.
     """
-    own = take_apart(model, adapter_name)
+    own = Adapted.of(model, adapter_name)
     config, parts, shadow = own.config, own.parts, own.shadow
-    refuse(
+    own.refuse(
         "the authors'",
         {
             f"variant={config.variant!r}": config.variant == "peft",
@@ -273,7 +267,7 @@ def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> li
             f"layers and width {shadow.width}" + (" without its token table" if shadow.shared else "")
         )
     heads = _heads_to_write(own)
-    settings = Settings(
+    settings = AuthorsSettings(
         alpha=config.shadow_alpha,
         dropout=config.shadow_dropout,
         injection_hidden_size=config.r,
@@ -282,7 +276,7 @@ def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> li
         modules_to_save=sorted({name.partition(".")[0] for name in heads}),
         **sizes,
     )
-    notes += write_adapter(own, tensor_table(parts, shadow, config), folder / WEIGHTS)
+    notes += own.write(tensor_table(parts, shadow, config), folder / WEIGHTS)
     if heads:
         save_tensors(heads, folder / MODULES)
     (folder / CONFIG).write_text(json.dumps(settings.model_dump(), indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,14 @@ from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.projected import is_projected, projected_config
 from shadowpeft.hf.files.reading import BUILD_ERRORS, check_tensors, read_json, read_tensors
-from shadowpeft.hf.files.records import check_numbers
-from shadowpeft.hf.formats.table import Row, Shape, expected_shapes, from_ours, hub_name, to_ours, unread
+from shadowpeft.hf.files.records import check_numbers, record_of
+from shadowpeft.hf.formats.table import Piece, Shape, expected_shapes, from_ours, hub_name, to_ours, unread
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.hf.shadow.mirror import set_widths, width_name
 from shadowpeft.hf.shadow.source import as_projected
 from shadowpeft.messages import did_you_mean, quote, shorten
 from shadowpeft.settings import explain
 
-NO_MATCH = "base, configuration and weights do not belong together"
 _IRRELEVANT = {
     "use_cache",
     "dtype",
@@ -49,7 +47,20 @@ _IRRELEVANT = {
 """Keys of a configuration that say nothing about what the backbone computes."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class Translation:
+    """Another package's adapter in this package's terms."""
+
+    config: ShadowPeftConfig
+    state: dict[str, Tensor]
+    """Float32 tensors under the names of this package's adapter files."""
+    dropped: list[str] = field(default_factory=list)
+    """What the file holds and nothing reads, each with the reason."""
+    notes: list[str] = field(default_factory=list)
+    """What the file does not say or this package does differently."""
 
 
 @dataclass
@@ -72,26 +83,57 @@ class ForeignAdapter:
     base: str | None = None
     revision: str | None = None
 
+    @classmethod
+    def read(cls, adapter: str | Path, config: str, weights: str, model: type[BaseModel]) -> ForeignAdapter:
+        """Read the two files of an adapter and check what can be checked without its base.
 
-def read_adapter(adapter: str | Path, config: str, weights: str, model: type[BaseModel]) -> ForeignAdapter:
-    """Read the two files of an adapter and check what can be checked without its base.
+        Args:
+            config, weights: names of the files. model: the settings in ``config``.
 
-    Args:
-        config, weights: names of the files. model: the settings in ``config``.
+        Raises:
+            AdapterFileError: a file is missing or damaged.
+            ConfigError: a key is unknown or missing, or has an impossible value.
+        """
+        path = find_file(adapter, config)
+        content = read_json(path)
+        try:
+            settings = model.model_validate(content)
+        except ValidationError as error:
+            raise ConfigError(f"{path} {_problem(error.errors(), content, sorted(model.model_fields))}") from None
+        tensors = read_tensors(find_file(adapter, weights))
+        check_numbers(content, len(tensors), str(path))
+        return cls(str(adapter), path, settings, tensors)
 
-    Raises:
-        AdapterFileError: a file is missing or damaged.
-        ConfigError: a key is unknown or missing, or has an impossible value.
-    """
-    path = find_file(adapter, config)
-    content = read_json(path)
-    try:
-        settings = model.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(f"{path} {_problem(error.errors(), content, sorted(model.model_fields))}") from None
-    tensors = read_tensors(find_file(adapter, weights))
-    check_numbers(content, len(tensors), str(path))
-    return ForeignAdapter(str(adapter), path, settings, tensors)
+    def translate(
+        self,
+        parts: DecoderParts,
+        shadow: ShadowLayout,
+        table: Callable[[ShadowPeftConfig], list[Piece]],
+        advice: str = "",
+        **fields: Any,
+    ) -> Translation:
+        """The adapter for a base: ``fields`` are the settings here, ``table`` is the format's.
+
+        Raises:
+            AdapterFileError: if tensors are missing, unknown, or of other shapes than the table says.
+            ConfigError: if a setting is impossible, naming the file.
+        """
+        try:
+            config = ShadowPeftConfig(**fields)
+        except (TypeError, ConfigError) as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+        config.shadow_backbone_config = shadow.record
+        rows = table(config)
+        advice = f"base, configuration and weights do not belong together{advice}"
+        check_tensors(self.tensors, expected_shapes(rows), f"'{self.name}'", advice)
+        translation = Translation(config, to_ours(rows, self.tensors), unread(rows))
+        if config.task_type == "CAUSAL_LM" and scales_or_caps(parts.config):
+            # both packages read s^(0) with the bare matrix of the base's head; here the shadow has the complete head
+            translation.notes.append(
+                "the base scales or soft-caps its logits; the producer left that out on the shadow's path, so shadow logits "
+                "and shadow loss differ here (the adapted model's do not)"
+            )
+        return translation
 
 
 def _problem(problems: list[ErrorDetails], content: dict[str, Any], known: list[str]) -> str:
@@ -124,6 +166,27 @@ class ShadowLayout:
     trained: bool
     """Whether the shadow's own table is trained (a mirrored shadow's) or frozen (a pretrained one's)."""
 
+    @classmethod
+    def of(cls, parts: DecoderParts, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
+        """Names and shapes of a shadow backbone, without allocating it.
+
+        Raises:
+            ConfigError: if the configuration describes no model.
+        """
+        try:
+            with torch.device("meta"):
+                backbone: Any = type(parts.backbone)(copy.deepcopy(config)) if mirror else AutoModel.from_config(config)
+        except BUILD_ERRORS as error:
+            raise ConfigError(
+                f"no {config.model_type} model has the sizes in the adapter's configuration ({shorten(error)}); it is "
+                "damaged"
+            ) from error
+        shapes = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+        table = name_of(backbone, backbone.get_input_embeddings()) + ".weight"
+        if shared and table == "embed_tokens.weight":
+            del shapes[table]
+        return cls(config, shapes, table, shared, trained=mirror)
+
     @property
     def width(self) -> int:
         """``d_s``."""
@@ -132,9 +195,9 @@ class ShadowLayout:
     @property
     def record(self) -> dict[str, Any]:
         """For ``shadow_backbone_config``."""
-        return _record(self.config)
+        return record_of(self.config)
 
-    def rows(self, parts: DecoderParts, prefix: str, projection: str) -> list[Row]:
+    def rows(self, parts: DecoderParts, prefix: str, projection: str) -> list[Piece]:
         """The backbone and its projection to the base's width, in a format that calls them ``prefix`` and ``projection``."""
         rows = []
         for name, shape in self.shapes.items():
@@ -143,32 +206,12 @@ class ShadowLayout:
                 ours = "backbone.shadow_embedding.weight" if self.trained else "embedding.weight"
                 if self.shared:  # both packages take out an ``embed_tokens`` only
                     reason = f"{prefix}{name}: the base's embedding feeds the shadow"
-                    rows.append(Row(prefix + name, shape, unread=reason))
+                    rows.append(Piece(prefix + name, shape, unread=reason))
                     continue
-            rows.append(Row(prefix + name, shape, hub_name(parts, ours)))
+            rows.append(Piece(prefix + name, shape, hub_name(parts, ours)))
         if self.width != parts.hidden_size:
-            rows.append(Row(projection, (parts.hidden_size, self.width), hub_name(parts, "projection.weight")))
+            rows.append(Piece(projection, (parts.hidden_size, self.width), hub_name(parts, "projection.weight")))
         return rows
-
-
-def layout(parts: DecoderParts, config: PreTrainedConfig, *, mirror: bool, shared: bool) -> ShadowLayout:
-    """Names and shapes of a shadow backbone, without allocating it.
-
-    Raises:
-        ConfigError: if the configuration describes no model.
-    """
-    try:
-        with torch.device("meta"):
-            backbone: Any = type(parts.backbone)(copy.deepcopy(config)) if mirror else AutoModel.from_config(config)
-    except BUILD_ERRORS as error:
-        raise ConfigError(
-            f"the sizes in the adapter's configuration describe no {config.model_type} model ({shorten(error)}); it is damaged"
-        ) from error
-    shapes = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
-    table = name_of(backbone, backbone.get_input_embeddings()) + ".weight"
-    if shared and table == "embed_tokens.weight":
-        del shapes[table]
-    return ShadowLayout(config, shapes, table, shared, trained=mirror)
 
 
 def mirrored(base: PreTrainedConfig, depth: int, sizes: Mapping[str, int | None]) -> PreTrainedConfig:
@@ -200,7 +243,7 @@ def sizes_of(base: PreTrainedConfig, shadow: PreTrainedConfig, known: tuple[str,
         name = width_name(base, setting)
         if name is not None and getattr(shadow, name, None) != getattr(base, name):
             sizes[setting] = int(getattr(shadow, name))
-    described, given = _record(mirrored(base, int(shadow.num_hidden_layers), sizes)), _record(shadow)
+    described, given = record_of(mirrored(base, int(shadow.num_hidden_layers), sizes)), record_of(shadow)
     differing = sorted(key for key in {*described, *given} - _IRRELEVANT if described.get(key) != given.get(key))
     if differing:
         raise ConfigError(
@@ -208,11 +251,6 @@ def sizes_of(base: PreTrainedConfig, shadow: PreTrainedConfig, known: tuple[str,
             f"from the base in {', '.join(differing)}; keep shadowpeft's own format"
         )
     return sizes
-
-
-def _record(config: PreTrainedConfig) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return record
 
 
 def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
@@ -241,55 +279,6 @@ def explicit_config(shadow_model: Any) -> tuple[PreTrainedConfig, str]:
         ) from error
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass
-class Translation:
-    """Another package's adapter in this package's terms."""
-
-    config: ShadowPeftConfig
-    state: dict[str, Tensor]
-    """Float32 tensors under the names of this package's adapter files."""
-    dropped: list[str] = field(default_factory=list)
-    """What the file holds and nothing reads, each with the reason."""
-    notes: list[str] = field(default_factory=list)
-    """What the file does not say or this package does differently."""
-
-
-def make_config(path: Path, shadow: ShadowLayout, **fields: Any) -> ShadowPeftConfig:
-    """A configuration from another package's values.
-
-    Raises:
-        ConfigError: if a value is impossible, naming the file.
-    """
-    try:
-        config = ShadowPeftConfig(**fields)
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    config.shadow_backbone_config = shadow.record
-    return config
-
-
-def fit(
-    adapter: ForeignAdapter, config: ShadowPeftConfig, parts: DecoderParts, table: list[Row], advice: str = NO_MATCH
-) -> Translation:
-    """The adapter by its format's table.
-
-    Raises:
-        AdapterFileError: if tensors are missing, unknown, or of other shapes than the table says.
-    """
-    check_tensors(adapter.tensors, expected_shapes(table), f"'{adapter.name}'", advice)
-    translation = Translation(config, to_ours(table, adapter.tensors), unread(table))
-    if config.task_type == "CAUSAL_LM" and scales_or_caps(parts.config):
-        # both packages read s^(0) with the bare matrix of the base's head; here the shadow has the complete head
-        translation.notes.append(
-            "the base scales or soft-caps its logits; the producer left that out on the shadow's path, so shadow logits and "
-            "shadow loss differ here (the adapted model's do not)"
-        )
-    return translation
-
-
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -304,48 +293,39 @@ class Adapted:
     """The adapter's tensors under the names of this package's files, float32, on the CPU."""
     shadow: ShadowLayout
 
+    @classmethod
+    def of(cls, model: PeftModel, adapter_name: str | None = None) -> Adapted:
+        """Take a model apart.
 
-def refuse(format_name: str, reasons: Mapping[str, bool]) -> None:
-    """Refuse what a format cannot express.
+        Raises:
+            ConfigError: if it has no such adapter.
+        """
+        hub = find_hub(model)
+        name = adapter_name or model.active_adapter
+        if name not in hub.shadowpeft_backbone:
+            raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
+        base: Any = model.get_base_model()
+        parts, config = find_decoder(base), hub.configs[name]
+        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+        backbone = copy.deepcopy(hub.shadowpeft_backbone[name].config)
+        shadow = ShadowLayout.of(parts, backbone, mirror=config.is_mirror, shared=config.shares_embeddings)
+        return cls(base, parts, config, state, shadow)
 
-    Raises:
-        ConfigError: naming every setting of ``reasons`` that is true.
-    """
-    settings = [setting for setting, true in reasons.items() if true]
-    if settings:
-        raise ConfigError(f"{format_name} format cannot express {', '.join(settings)}; keep shadowpeft's own")
+    def refuse(self, format_name: str, reasons: Mapping[str, bool]) -> None:
+        """Refuse what a format cannot express.
 
+        Raises:
+            ConfigError: naming every setting of ``reasons`` that is true.
+        """
+        settings = [setting for setting, true in reasons.items() if true]
+        if settings:
+            raise ConfigError(f"{format_name} format cannot express {', '.join(settings)}; keep shadowpeft's own")
 
-def take_apart(model: PeftModel, adapter_name: str | None = None) -> Adapted:
-    """What a writer needs of an adapted model.
-
-    Raises:
-        ConfigError: if it has no such adapter.
-    """
-    hub = find_hub(model)
-    name = adapter_name or model.active_adapter
-    if name not in hub.shadowpeft_backbone:
-        raise ConfigError(f"there is no adapter '{name}'; the model has {sorted(hub.shadowpeft_backbone)}")
-    base: Any = model.get_base_model()
-    parts = find_decoder(base)
-    config = hub.configs[name]
-    state = {
-        key: value.detach().float().cpu().contiguous()
-        for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()
-    }
-    shadow = layout(
-        parts,
-        copy.deepcopy(hub.shadowpeft_backbone[name].config),
-        mirror=config.is_mirror,
-        shared=config.shares_embeddings,
-    )
-    return Adapted(base, parts, config, state, shadow)
-
-
-def write_adapter(own: Adapted, table: list[Row], path: Path, metadata: dict[str, str] | None = None) -> list[str]:
-    """Write the adapter's tensors by a format's table; returns notes on what was filled in."""
-    save_tensors(from_ours(table, own.state), path, metadata)
-    return [f"filled with zeros: {line}" for line in unread(table)]
+    def write(self, table: list[Piece], path: Path, metadata: dict[str, str] | None = None) -> list[str]:
+        """Write the tensors by a format's table; returns notes on what was filled in."""
+        save_tensors(from_ours(table, self.state), path, metadata)
+        return [f"filled with zeros: {line}" for line in unread(table)]
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

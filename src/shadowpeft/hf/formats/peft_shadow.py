@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,21 +20,15 @@ from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
 from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig
 from shadowpeft.hf.formats.common import (
+    Adapted,
     ForeignAdapter,
     ShadowLayout,
     Translation,
     explicit_config,
-    fit,
-    layout,
-    make_config,
     mirrored,
-    read_adapter,
-    refuse,
     sizes_of,
-    take_apart,
-    write_adapter,
 )
-from shadowpeft.hf.formats.table import Row, base_name, hub_name, is_base_name, link_name, update_rows
+from shadowpeft.hf.formats.table import Piece, base_name, hub_name, is_base_name, link_name, update_rows
 from shadowpeft.messages import quote
 from shadowpeft.settings import STRICT, WIDTHS, Count
 
@@ -41,7 +36,7 @@ _COVERAGE = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 _VALUES = ("r", "shadow_alpha", "shadow_dropout", "auxiliary_loss_weight")
 
 
-class Settings(BaseModel):
+class PeftSettings(BaseModel):
     """``adapter_config.json``; what has a default is missing in some files."""
 
     model_config = STRICT
@@ -71,7 +66,7 @@ class Settings(BaseModel):
     peft_version: Any = None
 
 
-_SIZES = tuple(name for name in WIDTHS if name in Settings.model_fields)
+_SIZES = tuple(name for name in WIDTHS if name in PeftSettings.model_fields)
 _BACKBONE, _PROJECTION = "base_model.shadow_backbone.default.", "base_model.shadow_projection.default.weight"
 _HEAD = "base_model.shadow_head.default."
 
@@ -80,16 +75,16 @@ def tensor_table(
     base: PreTrainedModel,
     parts: DecoderParts,
     shadow: ShadowLayout,
-    config: ShadowPeftConfig,
     saved: Mapping[str, Tensor],
-) -> list[Row]:
+    config: ShadowPeftConfig,
+) -> list[Piece]:
     """All tensors of ``adapter_model.safetensors``; ``saved``: those of ``modules_to_save``, whose names are the same here."""
     layers, d, r, m = config.refined(parts.num_layers), parts.hidden_size, config.r, config.update_width
     rows = shadow.rows(parts, _BACKBONE, _PROJECTION)
     for layer in layers:
         here = base_name(f"{parts.layers_name}.{layer}.shadow_")
-        rows.append(Row(f"{here}down.default.weight", (r, d), link_name(parts, layer, "injection.w_down")))
-        rows.append(Row(f"{here}up.default.weight", (d, r), link_name(parts, layer, "injection.w_up")))
+        rows.append(Piece(f"{here}down.default.weight", (r, d), link_name(parts, layer, "injection.w_down")))
+        rows.append(Piece(f"{here}up.default.weight", (d, r), link_name(parts, layer, "injection.w_up")))
         transform, gate = (
             (f"{here}update_{net}.default.0", f"{here}update_{net}.default.2") for net in ("transform", "gate")
         )
@@ -98,8 +93,8 @@ def tensor_table(
         rows += update_rows(transform, gate, link, d, m, biases=True, unread=reason)
     if config.task_type == "SEQ_CLS":
         for key, value in classifier_of(base).state_dict().items():
-            rows.append(Row(_HEAD + key, tuple(value.shape), hub_name(parts, f"head.{key}")))
-    return rows + [Row(name, tuple(value.shape), name) for name, value in saved.items()]
+            rows.append(Piece(_HEAD + key, tuple(value.shape), hub_name(parts, f"head.{key}")))
+    return rows + [Piece(name, tuple(value.shape), name) for name, value in saved.items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -112,7 +107,7 @@ def open_adapter(adapter: str | Path) -> ForeignAdapter:
         AdapterFileError: a file is missing or damaged.
         ConfigError: a key is unknown or missing, or the task is none of ours.
     """
-    opened = read_adapter(adapter, CONFIG, WEIGHTS, Settings)
+    opened = ForeignAdapter.read(adapter, CONFIG, WEIGHTS, PeftSettings)
     settings = opened.settings
     opened.task_type, opened.revision = settings.task_type, settings.revision or None
     opened.base = settings.base_model_name_or_path or None
@@ -149,28 +144,27 @@ def translate(adapter: ForeignAdapter, base: PreTrainedModel, task_type: str, sh
             )
         shadow_config, name = explicit_config(settings.shadow_model if shadow_model is None else shadow_model)
         fields = {"shadow_model": name}  # theirs never shares with an explicit shadow, whatever the file says
-    shadow = layout(parts, shadow_config, mirror=mirror, shared=shared)
+    shadow = ShadowLayout.of(parts, shadow_config, mirror=mirror, shared=shared)
     layers = _adapted_layers(adapter, parts)
-    config = make_config(
-        adapter.path,
-        shadow,
-        task_type=task_type,
-        update_hidden_size=settings.update_hidden_size or None,
-        variant="peft",
-        share_embeddings=shared,
-        refined_layers=None if layers == range(parts.num_layers) else [layers[0], layers[-1]],
-        **{key: getattr(settings, key) for key in _VALUES},
-        **fields,
-    )
     if _PROJECTION in adapter.tensors and shadow.width == parts.hidden_size:
         raise ConfigError(
             f"'{adapter.name}' has a projection between equal widths ({shadow.width}); a shadow of the base's width has none "
             "here, so it cannot be carried"
         )
     saved = _saved_modules(adapter, base)
-    if saved:
-        config.modules_to_save = sorted({key.removeprefix(base_name("")).rpartition(".")[0] for key in saved})
-    translation = fit(adapter, config, parts, tensor_table(base, parts, shadow, config, saved))
+    translation = adapter.translate(
+        parts,
+        shadow,
+        partial(tensor_table, base, parts, shadow, saved),
+        task_type=task_type,
+        update_hidden_size=settings.update_hidden_size or None,
+        variant="peft",
+        share_embeddings=shared,
+        refined_layers=None if layers == range(parts.num_layers) else [layers[0], layers[-1]],
+        modules_to_save=sorted({key.removeprefix(base_name("")).rpartition(".")[0] for key in saved}) or None,
+        **{key: getattr(settings, key) for key in _VALUES},
+        **fields,
+    )
     if settings.init_weights is False:
         translation.dropped.append("init_weights: it is about the start of training")
     if settings.share_embeddings and not shared:
@@ -226,9 +220,9 @@ def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> li
     Raises:
         ConfigError: naming what the format cannot express.
     """
-    own = take_apart(model, adapter_name)
+    own = Adapted.of(model, adapter_name)
     config, parts, shadow = own.config, own.parts, own.shadow
-    refuse(
+    own.refuse(
         "PEFT's",
         {
             f"variant={config.variant!r} (its mathematics is 'peft')": config.variant != "peft",
@@ -259,8 +253,8 @@ def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> li
         **{key: getattr(config, key) for key in _VALUES},
         **sizes,
     ).save_pretrained(str(folder))
-    table = tensor_table(own.base, parts, shadow, config, saved)
-    notes += write_adapter(own, table, folder / WEIGHTS, {"format": "pt"})
+    table = tensor_table(own.base, parts, shadow, saved, config)
+    notes += own.write(table, folder / WEIGHTS, {"format": "pt"})
     return notes
 
 

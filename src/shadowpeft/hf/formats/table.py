@@ -19,7 +19,7 @@ _ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Row:
+class Piece:
     """A tensor, or a part of one, in both formats.
 
     A name that several rows share is one tensor: their concatenation along the first axis, in the order of the table.
@@ -38,7 +38,7 @@ class Row:
     """For a row without ``ours``: what this is, and why nothing reads it."""
 
 
-def expected_shapes(table: Iterable[Row]) -> dict[str, Shape]:
+def expected_shapes(table: Iterable[Piece]) -> dict[str, Shape]:
     """Shapes of the tensors in their file."""
     shapes: dict[str, Shape] = {}
     for row in table:
@@ -47,12 +47,12 @@ def expected_shapes(table: Iterable[Row]) -> dict[str, Shape]:
     return shapes
 
 
-def to_ours(table: Iterable[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_ours(table: Iterable[Piece], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors under this package's names. The map is linear, so it takes gradients to gradients."""
     return _move(tensors, ((r.theirs, r.shape, r.ours, r.ours_shape or r.shape, r.transposed) for r in table))
 
 
-def from_ours(table: Iterable[Row], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_ours(table: Iterable[Piece], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`to_ours`; what nothing reads is zeros."""
     return _move(state, ((r.ours, r.ours_shape or r.shape, r.theirs, r.shape, r.transposed) for r in table))
 
@@ -77,7 +77,7 @@ def _move(tensors: Mapping[str, Tensor], moves: Iterable[tuple[str, Shape, str, 
     return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in joined.items()}
 
 
-def unread(table: Iterable[Row]) -> list[str]:
+def unread(table: Iterable[Piece]) -> list[str]:
     """What the file holds and nothing reads."""
     return list(dict.fromkeys(row.unread for row in table if not row.ours))
 
@@ -104,7 +104,7 @@ def is_base_name(name: str) -> bool:
 
 def update_rows(
     transform: tuple[str, str], gate: tuple[str, str], link: str, d: int, m: int, *, biases: bool, unread: str
-) -> list[Row]:
+) -> list[Piece]:
     """Two nets of two layers each as ``w_in`` ``(2m, d)``, ``w_out`` ``(2, d, m)`` and, with biases, ``b_in``, ``b_out``.
 
     Args:
@@ -120,5 +120,5 @@ def update_rows(
         if biases:
             layers += [(f"{first}.bias", (m,), "b_in", (m,)), (f"{second}.bias", (d,), "b_out", (1, d))]
         for theirs, shape, ours, ours_shape in layers:
-            rows.append(Row(theirs, shape, link and link + ours, ours_shape, unread=unread))
+            rows.append(Piece(theirs, shape, link and link + ours, ours_shape, unread=unread))
     return rows

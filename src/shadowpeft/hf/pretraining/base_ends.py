@@ -6,6 +6,7 @@ are read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.aliases import is_alias, materialise
+from shadowpeft.hf.base.aliases import source_of
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.head import scales_or_caps
 from shadowpeft.hf.base.structure import DecoderParts, find_decoder, name_of
@@ -74,14 +75,10 @@ class Checkpoint:
 class BaseEnds:
     """What is on either side of a base's layers, and the base itself as names and shapes."""
 
-    name: str
-    """As given: alias, folder or Hub id."""
     model: Any
     """The whole model, on the meta device."""
     parts: DecoderParts
     """Its parts."""
-    whole: PreTrainedConfig
-    """The configuration of the whole model."""
     checkpoint: Checkpoint
     embedding_name: str
     head_name: str
@@ -116,28 +113,9 @@ class BaseEnds:
         return fingerprint(self.model, self.parts, read)
 
 
-def described(name: str) -> tuple[Any, Checkpoint]:
-    """A causal language model by alias, folder or Hub id, on the meta device, and its files.
-
-    Raises:
-        ConfigError: if there is no such model. AdapterFileError: if it has no safetensors files.
-    """
-    source = str(materialise(name)) if is_alias(name) else name
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
-    except BUILD_ERRORS as error:
-        raise ConfigError(f"base '{name}' could not be opened: {shorten(error)}") from error
-    return model, Checkpoint(source, getattr(model, "base_model_prefix", ""))
-
-
 def stored_name(name: str, layers: str, indices: list[int]) -> str:
     """The base's name of what a model of its layers ``indices`` calls ``name``: ``layers.i`` there is ``layers.indices[i]``."""
-    if not name.startswith(f"{layers}."):
-        return name
-    place, _, rest = name.removeprefix(f"{layers}.").partition(".")
-    return f"{layers}.{indices[int(place)]}.{rest}"
+    return re.sub(rf"^{re.escape(layers)}\.(\d+)\.", lambda match: f"{layers}.{indices[int(match[1])]}.", name)
 
 
 def open_base(name: str) -> BaseEnds:
@@ -148,8 +126,14 @@ def open_base(name: str) -> BaseEnds:
         UnsupportedModelError: if its head is more than a matrix, which a projected checkpoint cannot express.
         AdapterFileError: if its files are damaged.
     """
-    model, checkpoint = described(name)
-    config, parts = model.config, find_decoder(model)
+    source = source_of(name)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except BUILD_ERRORS as error:
+        raise ConfigError(f"base '{name}' could not be opened: {shorten(error)}") from error
+    checkpoint, parts = Checkpoint(source, getattr(model, "base_model_prefix", "")), find_decoder(model)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or getattr(head, "bias", None) is not None or table is None:
         raise UnsupportedModelError(
@@ -164,7 +148,7 @@ def open_base(name: str) -> BaseEnds:
     tied = any(getattr(each, "tie_word_embeddings", False) for each in (config, parts.config))
     if checkpoint.find(output) is None and tied:
         output = embedding
-    return BaseEnds(name, model, parts, config, checkpoint, embedding, output)
+    return BaseEnds(model, parts, checkpoint, embedding, output)
 
 
 def pruned_backbone(base: BaseEnds, indices: list[int], *, copy: bool) -> Any:

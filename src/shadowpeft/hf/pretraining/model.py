@@ -40,7 +40,7 @@ class ProjectedShadow(nn.Module):
         train_embeddings: whether the backbone's token embedding trains.
 
     Raises:
-        ConfigError: if the shapes do not meet.
+        ConfigError: if the shapes do not fit together.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ProjectedShadow(nn.Module):
         if shape != (d, width) or (projection is None and width != d):
             raise ConfigError(
                 f"head {tuple(head.shape)}, projection {None if projection is None else shape} and backbone width {width} do "
-                f"not meet; the head is (V, d), so the projection must be ({d}, {width})"
+                f"not fit together; the head is (V, d), so the projection must be ({d}, {width})"
             )
         if table.weight.shape[0] != rows:
             raise ConfigError(
@@ -210,7 +210,7 @@ def _check_separation(
         )
 
 
-def build_shadow(
+def build_projected_shadow(
     base: BaseEnds,
     *,
     layers: str | None = None,
@@ -272,7 +272,7 @@ def build_shadow(
             theirs = small.get_output_embeddings().weight.detach()
             projection = solve_projection(head, theirs, rows=tokens).weight.clone()
     else:
-        raise ConfigError("neither layers nor model of the backbone is given; give one")
+        raise ConfigError("the backbone is not given; give layers or model")
     if MODEL_MAPPING.get(type(backbone.config), None) is not type(backbone):
         raise UnsupportedModelError(
             f"a {type(backbone).__name__} cannot be written as a projected checkpoint, since transformers builds another class "

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.structure import DecoderParts, decoder_layers, name_of
 from shadowpeft.hf.base.weights import device_of
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS
-from shadowpeft.hf.files.records import config_from_record
+from shadowpeft.hf.files.records import config_from_record, record_of
 from shadowpeft.hf.shadow.mirror import copied_layers, copy_base_layers, layer_choices, mirror_config
 from shadowpeft.hf.shadow.probe import caches_exactly, runs_from_embeddings, unreached
 from shadowpeft.hf.shadow.source import ShadowSource, check_widths
@@ -78,10 +77,7 @@ def build_shadow(parts: DecoderParts, config: ShadowPeftConfig, source: ShadowSo
     elif config.is_recorded:
         mirror = config.is_mirror
         shadow_config = config_from_record(config.shadow_backbone_config, type(parts.config) if mirror else None)
-        shadow_class: Any = type(parts.backbone)
-        if not mirror:
-            with torch.device("meta"):  # only its class is wanted
-                shadow_class = type(AutoModel.from_config(_tiny(shadow_config)))
+        shadow_class: Any = type(parts.backbone) if mirror else MODEL_MAPPING[type(shadow_config)]
         check_widths(parts.config, shadow_config, config)
         backbone = _make(parts, config, shadow_class, shadow_config, whole=mirror and config.shadow_reads_tokens)
     else:
@@ -100,7 +96,7 @@ def build_shadow(parts: DecoderParts, config: ShadowPeftConfig, source: ShadowSo
     if "meta" not in (device_of(parts.backbone).type, device_of(backbone).type):  # PEFT may load with low_cpu_mem_usage
         backbone.to(device_of(parts.backbone))
     backbone.train(parts.backbone.training)
-    config.shadow_backbone_config = json.loads(shadow_config.to_json_string(use_diff=False))
+    config.shadow_backbone_config = record_of(shadow_config)
     embedding = None if config.shares_embeddings else own
     return ShadowParts(backbone, embedding, None if source is None else source.projection)
 
@@ -155,8 +151,7 @@ def _first_that_runs(
             refusals.append(shorten(error))
             continue
         try:
-            record = json.loads(shadow.to_json_string(use_diff=False))
-            shadow = config_from_record(record, type(parts.config))
+            shadow = config_from_record(record_of(shadow), type(parts.config))
             backbone, reads_tokens = _new_backbone(parts, config, kind, shadow)
             left = unreached(backbone, reads_tokens)
             if not caches_exactly(backbone):
@@ -175,9 +170,3 @@ def _first_that_runs(
             "with the base's tokenizer"
         )
     return partly
-
-
-def _tiny(config: PreTrainedConfig) -> PreTrainedConfig:
-    new = copy.deepcopy(config)
-    new.vocab_size, new.pad_token_id = 1, 0
-    return new
