@@ -53,10 +53,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-class TakenError(FileExistsError):
-    """Somebody else made or replaced the file or folder meanwhile; theirs was kept."""
-
-
 @contextmanager
 def whole(path: Path, *, folder: bool = False, replace: bool = True) -> Iterator[Path]:
     """A place to write to, which takes the name ``path`` when all is written and on disk; on an error nothing is left.
