@@ -35,6 +35,10 @@ asks :func:`is_write_error`, for most RuntimeErrors are something else."""
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")
 
 
+class TakenError(FileExistsError):
+    """Another process has written under a name that was free, or was another's, when the work on it began."""
+
+
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -47,10 +51,6 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """JSON, in the same way."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-class TakenError(FileExistsError):
-    """Somebody else made or replaced the file or folder meanwhile; theirs was kept."""
 
 
 @contextmanager

@@ -269,6 +269,14 @@ def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_le
     assert [p.name for p in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-6"]
 
 
+def test_a_run_folder_has_one_writer(made, tmp_path):
+    """Also where the second run looks before the first has written anything."""
+    with storage.exclusive(tmp_path / "run"), pytest.raises(ConfigError, match="another process is writing to"):
+        start(made, tmp_path / "run", training={"max_steps": 1})
+    start(made, tmp_path / "run", training={"max_steps": 1})
+    assert not list((tmp_path / "run").glob(".shadowpeft-*"))
+
+
 def test_settings_that_change_nothing_may_change(made, undisturbed, tmp_path):
     folder = cut(undisturbed, tmp_path, 4)
     options = {**LONG, "log_every": 2, "save_every": 3}

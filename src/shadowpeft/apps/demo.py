@@ -179,11 +179,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     routed = [d if k else c for d, c, k in zip(on_device, in_cloud, kept, strict=True)]
     kept_remote = [routing_reason(a) == "known skill" for a in on_device_remote]
 
-    def spoken(made: list[str | None]) -> float:
-        return sum(a is None or a == "REMOTE" for a in made) / len(made)
+    def spoken(answers: list[str | None]) -> float:
+        return sum(a is None or a == "REMOTE" for a in answers) / len(answers)
 
-    def hits(made: list[str | None]) -> dict[str, Any]:
-        return evaluate.accuracy([a == b for a, b in zip(made, wanted, strict=True)])
+    def hits(answers: list[str | None]) -> dict[str, Any]:
+        return evaluate.accuracy([a == b for a, b in zip(answers, wanted, strict=True)])
 
     latency = {}
     single = [row["prompt"] for row in skills[:: max(1, len(skills) // 12)][:12]]

@@ -143,10 +143,10 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     Each is renamed before it is deleted, so that a kill never leaves half a checkpoint under a checkpoint's name. The stock
     rotation deletes in place and orders by time of change, and a deletion that was cut short is a change.
     """
-    found = sort_checkpoints(str(run_dir), use_mtime=True)
-    if not limit or not found:
+    checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+    if not limit or not checkpoints:
         return
-    protected = {found[-1], *([] if best is None else [str(Path(best))])}
-    surplus = len(found) - max(limit, len(protected))
-    for path in [Path(p) for p in found if p not in protected][: max(surplus, 0)]:
+    protected = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
+    surplus = len(checkpoints) - max(limit, len(protected))
+    for path in [Path(p) for p in checkpoints if p not in protected][: max(surplus, 0)]:
         discard(path)

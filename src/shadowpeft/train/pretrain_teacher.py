@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ class Lesson:
         if run.teacher.k > rows:
             raise ConfigError(f"teacher.k is {run.teacher.k} but the base has a vocabulary of {rows}; lower it")
         folder = Path(run.teacher.folder or Path(run.output) / "teacher")
-        made = cls(run, run.teacher, folder, base.fingerprint(), data_fingerprint(run, stream, tokenizer), sequences)
-        made.finished = made.is_finished()
-        if made.finished:
-            made.open()
-        return made
+        lesson = cls(run, run.teacher, folder, base.fingerprint(), data_fingerprint(run, stream, tokenizer), sequences)
+        lesson.finished = lesson.is_finished()
+        if lesson.finished:
+            lesson.open()
+        return lesson
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -172,14 +173,14 @@ def make_cache(
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, total, size):
-                found = [s for _, s in zip(range(min(size, total - start)), stream, strict=False)]
-                if not found:
+                sequences = list(islice(stream, min(size, total - start)))
+                if not sequences:
                     return
                 ids, positions = (
-                    torch.from_numpy(np.stack([getattr(s, n) for s in found])) for n in ("ids", "positions")
+                    torch.from_numpy(np.stack([getattr(s, n) for s in sequences])) for n in ("ids", "positions")
                 )
                 yield ids, positions
-                watched.update(start + len(found))
+                watched.update(start + len(sequences))
 
         k, data = lesson.teacher.k, lesson.data
         TeacherCache.build(model, batches(), lesson.folder, k, data=data, rows_per_shard=per_shard)
