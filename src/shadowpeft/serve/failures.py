@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from typing import Any
 
@@ -26,6 +27,8 @@ _STATUS = {
     429: "too many requests; see Retry-After",
     503: "not ready, shutting down, no turn in time, or the cloud is needed but unavailable",
 }
+_SUBJECT = re.compile(r"^\w+ (?=should )")
+"""Pydantic's name for the field."""
 _log = logging.getLogger("shadowpeft.serve")
 
 
@@ -73,15 +76,31 @@ def _of_the_package(failure: ShadowPeftError) -> Response:
     return _answer(500, "the answer could not be made", kind="server_error")
 
 
+def _sentence(kind: str, where: str, problem: str) -> str:
+    """What pydantic found, in our words: the field, what is wrong, and what to do."""
+    if kind == "json_invalid":
+        return "the body is not JSON; send one JSON object"
+    if not where or (kind == "missing" and where == "body"):
+        return "the body is not a JSON object; send one, with content-type: application/json"
+    if kind == "refused":
+        return f"{where} {problem}"
+    if kind == "missing":
+        return f"{where} is missing; send it"
+    if kind == "extra_forbidden":
+        return f"{where} is no field of this request; leave it out"
+    wanted = _SUBJECT.sub("", problem).replace(" after validation", "")
+    return f"{where} {wanted}; change it or leave it out"
+
+
 def add_handlers(app: FastAPI) -> None:
     """Give every failure its answer."""
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, failure: RequestValidationError) -> Response:
         first = failure.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        problem = str(first["msg"]).removeprefix("Value error, ")
-        return _answer(400, f"{where}: {problem}" if where else problem, param=where or None)
+        context = first.get("ctx", {})
+        where = ".".join(str(part) for part in (*first["loc"][1:], *context.get("where", ())))
+        return _answer(400, _sentence(first["type"], where, str(first["msg"])), param=where or None)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, failure: HTTPException) -> Response:

@@ -20,6 +20,8 @@ Send = Callable[[Any], Awaitable[None]]
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """What needs no key."""
+_FORM = b"application/x-www-form-urlencoded"
+"""What ``curl -d`` says of a body that is JSON; so is one without a header, since nothing else is read here."""
 _log = logging.getLogger("shadowpeft.serve")
 
 
@@ -100,6 +102,9 @@ class Guard:
             if body is not None and len(body) > self.max_body:
                 await _refuse(counted, 413, f"the body has more than {self.max_body} bytes", "body_too_large")
                 return
+            if headers.get(b"content-type", _FORM).partition(b";")[0].strip().lower() == _FORM:
+                others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+                scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
             await self.app(scope, receive if body is None else _replay(body, receive), counted)
         finally:
             _log.info("%s %s %d %.3fs", scope["method"], label, status, time.monotonic() - began)

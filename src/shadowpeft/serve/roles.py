@@ -60,7 +60,9 @@ class Role(ABC):
         Raises:
             DataError: if it has so many characters that it must have too many tokens; it is not tokenized then.
         """
-        texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [m.content for m in asked.messages]
+        texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [
+            m.content + str(m.tool_calls or "") for m in asked.messages
+        ]
         characters = sum(map(len, texts))
         if characters > self.prompt_characters:
             raise DataError(
@@ -73,8 +75,13 @@ class Role(ABC):
         if isinstance(asked, CompletionRequest):
             text = asked.prompt
         else:
-            turns = [{"role": m.role, "content": m.content} for m in asked.messages]
-            text = render_prompt(self._tokenizer, with_system(turns, self.system))
+            turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
+            turns = with_system(turns, self.system)
+            text = render_prompt(self._tokenizer, turns)
+            if any("tool_calls" in turn for turn in turns):
+                bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
+                if text == render_prompt(self._tokenizer, bare):
+                    raise DataError("tool_calls of a message are not written by the model's chat template; leave them out")
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids

@@ -77,6 +77,8 @@ def build(role: Role, settings: Settings) -> FastAPI:
         """What a path is called in metrics and log."""
         if path.startswith("/admin/adapters/"):
             return "/admin/adapters/*"
+        if path.startswith("/v1/models/"):
+            return "/v1/models/*"
         return path if path in paths else "other"
 
     app.add_middleware(Guard, keys=settings.keys, max_body=settings.max_body, metrics=metrics, known=label)
@@ -130,9 +132,12 @@ class Server:
         @app.get("/v1/models", responses=described(401))
         async def models() -> dict[str, Any]:
             """Every name a request may ask for."""
-            names = self.role.engine.backend.names
-            data = [{"id": n, "object": "model", "created": self.started, "owned_by": "shadowpeft"} for n in names]
-            return {"object": "list", "data": data}
+            return {"object": "list", "data": [self._model(name) for name in self.role.engine.backend.names]}
+
+        @app.get("/v1/models/{name}", responses=described(401, 404))
+        async def model(name: str) -> dict[str, Any]:
+            """One of them."""
+            return self._model(self._known(name))
 
         @app.post("/v1/chat/completions", responses=generation)
         async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -159,10 +164,17 @@ class Server:
             return "the engine is stalled"
         return None if engine.ready() else "not ready"
 
+    def _known(self, name: str) -> str:
+        if name not in self.role.engine.backend.names:
+            raise HTTPException(404, f"model '{name}' is not loaded; see /v1/models")
+        return name
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "shadowpeft"}
+
     async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """The answer to a chat or a text."""
-        if asked.model not in self.role.engine.backend.names:
-            raise HTTPException(404, f"model '{asked.model}' is not loaded; see /v1/models")
+        self._known(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise DataError("stream_options is given without stream; leave one out or set both")
         if self.in_flight >= self.settings.requests:

@@ -28,7 +28,8 @@ class Rows(Task):
             for key in ("tools", "answer"):
                 if key in row:
                     named = "tools" if key == "tools" else ", ".join(row[key])
-                    raise DataError(f"{row.where} has {named}, which no answer is compared with; leave the row out")
+                    where = getattr(row, "where", file)
+                    raise DataError(f"{where} has {named}, which no answer is compared with; leave the row out")
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""
