@@ -119,3 +119,17 @@ def test_readmes_rival_is_counted_on_the_demos_rows() -> None:
         score, low, high = sum(rows[i] for i in kept) / len(kept), *wilson(sum(rows[i] for i in kept), len(kept))
         assert f"| {100 * score:.1f}% ({100 * low:.0f}% - {100 * high:.0f}%) |" in line, label
         assert f"| {100 * sum(rows[i] for i in asked) / len(asked):.0f}% |" in line, label
+
+
+def test_the_classifiers_other_numbers_are_those_of_the_records() -> None:
+    folder = ROOT / "experiments" / "records" / "rivals"
+    results = {p.stem: json.loads(p.read_text(encoding="utf-8"))["results"] for p in folder.glob("*.json")}
+    robot = [results[name]["robot-svc-test_large"]["scores"] for name in ("robot-svc", "robot-svc-open")]
+    classes = results["clinc150-svc"]["clinc150-svc"]["scores"]
+    stated = [scores[key] for key in ("skill", "remote") for scores in robot]
+    search = (ROOT / "docs" / "device-search.md").read_text(encoding="utf-8")
+    for share in stated:
+        assert f" {100 * share:.1f} %" in README
+        assert f" {100 * share:.1f} %" in search
+    for share in classes.values():
+        assert f" {100 * share:.1f} %" in README
