@@ -27,7 +27,7 @@ def status(keys, method="POST", path="/v1/chat/completions", **headers):
 
     scope = {"type": "http", "method": method, "path": path}
     scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    guard = Guard(behind, keys=keys, max_body=1000, metrics=Metrics(), known=lambda path: path)
+    guard = Guard(behind, keys=keys, max_body=1000, body_seconds=5.0, metrics=Metrics(), known=lambda path: path)
     asyncio.run(guard(scope, receive, send))
     if sent[0]["status"] != 200:
         assert json.loads(sent[1]["body"])["error"]["message"]

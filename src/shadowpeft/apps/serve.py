@@ -21,7 +21,7 @@ _SHORTEST_KEY = 16
 def main(options: Options) -> None:
     """Load, then serve until a signal."""
     app = application(options, read_keys(options))
-    from shadowpeft.serve.server import serve
+    from shadowpeft.serve.connections import serve
 
     names = app.state.server.role.engine.backend.names
     terminal(stderr=True).print(

@@ -33,6 +33,8 @@ from shadowpeft.serve.requests import (
 from shadowpeft.serve.router import Scores
 from shadowpeft.serve.scheduling import group_by_length, join_batches, next_in_turn, next_to_read
 
+_LAST_SECONDS = 5.0
+"""How long a forward pass that runs on is waited for when the server shuts down."""
 _SHORTEST_PIECE = 32
 """Columns of a batch of prompts that are read in one pass at least."""
 
@@ -234,7 +236,7 @@ class Engine:
             change.settle(StoppedError("the server shut down before the change was made"))
         for request in left:
             request.fail(StoppedError("the server shut down before the answer was finished"))
-        self._thread.join(timeout)
+        self._thread.join(min(timeout, _LAST_SECONDS))
         return False
 
     # -------------------------------------------------------------------------------------------- in the engine's thread

@@ -23,6 +23,7 @@ _STATUS = {
     400: "malformed, or not possible",
     401: "no valid key",
     404: "no such model, adapter or path",
+    408: "the body did not arrive in time",
     409: "the new weights do not fit, or there is nothing to go back to",
     413: "the body is too large",
     429: "too many requests; see Retry-After",

@@ -1,7 +1,8 @@
-"""What stands before every route: keys, pages of others, the size of bodies, counting. Plain ASGI, so that streams pass through untouched."""
+"""What stands before every route: keys, pages of others, the size of bodies. Plain ASGI, so streams pass through untouched."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -74,11 +75,9 @@ def _foreign(headers: dict[bytes, bytes], without_key: bool) -> str | None:
     host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
     if without_key and not is_loopback(_hostname(host)):
         return "the Host header names another machine; ask for localhost or 127.0.0.1, or start the server with keys"
-    if origin and not headers.get(b"authorization", b"").lower().startswith(b"bearer "):
-        if origin.partition("://")[2] != host:
-            return (
-                "the Origin header names another page; open this server's own page, or send the key as a Bearer token"
-            )
+    remembered = not headers.get(b"authorization", b"").lower().startswith(b"bearer ")
+    if origin and remembered and origin.partition("://")[2] != host:
+        return "the Origin header names another page; open this server's own page, or send the key as a Bearer token"
     return None
 
 
@@ -95,12 +94,23 @@ class Guard:
 
     Args:
         keys: who may pass. max_body: bytes. known: path -> the label it has in metrics and log.
+        body_seconds: until a body must have arrived. The application gets a whole body, or none.
 
     The log has method, label, status and time of a request, and nothing of its content.
     """
 
-    def __init__(self, app: Any, *, keys: Keys, max_body: int, metrics: Metrics, known: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        keys: Keys,
+        max_body: int,
+        metrics: Metrics,
+        known: Callable[[str], str],
+        body_seconds: float,
+    ) -> None:
         self.app, self.keys, self.max_body, self.metrics, self.known = app, keys, max_body, metrics, known
+        self.body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -133,14 +143,19 @@ class Guard:
                     counted, 413, f"the body has {int(length)} bytes but may have {self.max_body}", "body_too_large"
                 )
                 return
-            body = await self._read(receive) if b"transfer-encoding" in headers else None
-            if body is not None and len(body) > self.max_body:
+            try:
+                body = await asyncio.wait_for(self._read(receive), self.body_seconds)
+            except asyncio.TimeoutError:
+                late = f"the body did not arrive within {self.body_seconds:g} seconds; send it faster"
+                await _refuse(counted, 408, late, "body_too_slow")
+                return
+            if len(body) > self.max_body:
                 await _refuse(counted, 413, f"the body has more than {self.max_body} bytes", "body_too_large")
                 return
             if headers.get(b"content-type", _FORM).partition(b";")[0].strip().lower() == _FORM:
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
                 scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
-            await self.app(scope, receive if body is None else _replay(body, receive), counted)
+            await self.app(scope, _replay(body, receive), counted)
         finally:
             _log.info("%s %s %d %.3fs", scope["method"], label, status, time.monotonic() - began)
 
@@ -173,7 +188,7 @@ async def _refuse(send: Send, status: int, message: str, code: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="shadowpeft", charset="UTF-8"'))
-    if status == 413:
+    if status in (408, 413):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

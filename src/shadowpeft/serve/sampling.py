@@ -59,7 +59,9 @@ def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Gene
     sorted_p, order = p.sort(descending=True, stable=True)
     total = sorted_p.cumsum(-1)
     if sampling.top_p < 1.0:
-        sorted_p = sorted_p.masked_fill(total - sorted_p >= sampling.top_p, 0.0)
+        cut = total - sorted_p >= sampling.top_p
+        cut[0] = False  # a processor that flushes the smallest numbers reads such a top_p as 0
+        sorted_p = sorted_p.masked_fill(cut, 0.0)
         total = sorted_p.cumsum(-1)
     u = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
     place = int(torch.searchsorted(total, u, right=True))

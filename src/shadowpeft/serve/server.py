@@ -1,9 +1,8 @@
-"""The HTTP server of either role: its routes, its start and its end."""
+"""The application of either role: its routes, its start and its end."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
-from shadowpeft.serve.failures import AsciiResponse, add_handlers, described, without_text
+from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
 from shadowpeft.serve.options import Options
@@ -37,6 +36,7 @@ class Settings:
 
     Attributes:
         versions: folder whose sub-folders may be swapped in; None: no swaps.
+        max_body, body_seconds: bytes of a request's body, and when all of it must have arrived.
         requests: answers that this server may be making at the same time; those that wait for the cloud are counted apart.
         drain_seconds: how long running requests may take after a shutdown was asked for.
         managed: who changes adapters instead of the ``/admin`` routes, as a sentence for those who try; None: the routes do.
@@ -46,6 +46,7 @@ class Settings:
     keys: Keys
     versions: Path | None = None
     max_body: int = 1 << 20
+    body_seconds: float = 30.0
     requests: int = 128
     drain_seconds: float = Options.drain_seconds
     managed: str | None = None
@@ -60,7 +61,7 @@ def build(role: Role, settings: Settings) -> FastAPI:
         role.engine.start()
         yield
         server.administration.close()
-        await asyncio.to_thread(role.engine.stop, settings.drain_seconds)
+        await server.drain()
         role.close()
         if isinstance(role, EdgeRole) and role.cloud is not None:
             await role.cloud.close()
@@ -81,7 +82,14 @@ def build(role: Role, settings: Settings) -> FastAPI:
             return "/v1/models/*"
         return path if path in paths else "other"
 
-    app.add_middleware(Guard, keys=settings.keys, max_body=settings.max_body, metrics=metrics, known=label)
+    app.add_middleware(
+        Guard,
+        keys=settings.keys,
+        max_body=settings.max_body,
+        body_seconds=settings.body_seconds,
+        metrics=metrics,
+        known=label,
+    )
     for operations in app.openapi()["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI describes it, but it is never sent here
@@ -99,6 +107,8 @@ class Server:
         self.role, self.settings, self.metrics = role, settings, metrics
         self.administration = Administration(role.engine, settings.versions, settings.managed, metrics)
         self.in_flight = 0
+        self.overdue = asyncio.Event()
+        """Set when the time to finish answers at shutdown is over."""
         self.started = int(time.time())
         metrics.gauge("queue", "Requests that wait.", lambda: role.engine.waiting)
         metrics.gauge("running", "Requests that run.", lambda: role.engine.running)
@@ -109,7 +119,7 @@ class Server:
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
-        generation = described(400, 401, 404, 413, 429, 503)
+        generation = described(400, 401, 404, 408, 413, 429, 503)
 
         @app.get("/healthz")
         async def healthz() -> dict[str, str]:
@@ -179,6 +189,14 @@ class Server:
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "shadowpeft"}
 
+    async def drain(self) -> None:
+        """Take no more requests, let those that are here finish in time, and tell the others."""
+        end = time.monotonic() + self.settings.drain_seconds
+        await asyncio.to_thread(self.role.engine.stop, self.settings.drain_seconds)
+        while self.in_flight and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        self.overdue.set()
+
     async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """The answer to a chat or a text."""
         self._known(asked.model)
@@ -198,7 +216,7 @@ class Server:
                 reply.close()
 
         try:
-            reply = await until_gone(request.receive, self.role.answer(asked))
+            reply = await until_gone(request.receive, self.role.answer(asked), self.overdue)
             headers = {"x-shadow-where": reply.note["where"], "x-shadow-reason": reply.note["reason"]}
             if self.settings.replica is not None:
                 headers["x-shadow-replica"] = self.settings.replica
@@ -208,11 +226,12 @@ class Server:
                     reply,
                     bool(asked.stream_options and asked.stream_options.include_usage),
                     headers,
+                    self.overdue,
                     sent=lambda: self._count(reply, began),
                     gone=self.metrics.disconnected.inc,
                     closed=close,
                 )
-            content = await until_gone(request.receive, reply.whole())
+            content = await until_gone(request.receive, reply.whole(), self.overdue)
             self._count(reply, began, content["usage"])
             return AsciiResponse(content, headers=headers)
         except GoneError:
@@ -230,24 +249,3 @@ class Server:
         if counts is not None:
             self.metrics.tokens.labels("prompt").inc(counts["prompt_tokens"])
             self.metrics.tokens.labels("new").inc(counts["completion_tokens"])
-
-
-def serve(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
-    """Run until a signal; running requests are finished within ``drain_seconds``."""
-    import signal
-
-    import uvicorn
-
-    # uvicorn ends gracefully on SIGTERM and then raises the signal again; a server that was asked to end has not failed
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    logging.getLogger("uvicorn.error").addFilter(without_text)
-    settings = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        h11_max_incomplete_event_size=1 << 16,
-    )
-    uvicorn.Server(settings).run()
