@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from shadowpeft import __version__
-from shadowpeft.apps import convert, demo, detach, doctor, export, generate, info, plan, pretrain, train
-from shadowpeft.apps.options import Adapter, Base, Device, Json, System
+from shadowpeft.apps import (
+    convert,
+    demo,
+    detach,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    info,
+    plan,
+    pretrain,
+    route,
+    train,
+)
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.messages import shorten
 from shadowpeft.serve.options import Options, command_of
@@ -47,69 +59,7 @@ def _options(
 
 app.command("train")(train.main)
 app.command("pretrain")(pretrain.main)
-
-
-@app.command("eval")
-def evaluate(
-    adapter: Adapter,
-    data: Annotated[
-        Optional[str], typer.Option(help="JSONL file, or 'robot' for the packaged test set. Default: robot.")
-    ] = None,
-    task: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Instead of --data: mmlu, gsm8k, squad_v2, squad_v2_devsplit, amazon_reviews, newsgroups, clinc150 or robot."
-        ),
-    ] = None,
-    mode: Annotated[
-        Optional[list[str]],
-        typer.Option(help="attached, detached, base, lora or dora; repeatable. Default: all that fit."),
-    ] = None,
-    base: Base = None,
-    limit: Annotated[
-        Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with --seed.")
-    ] = None,
-    max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for robot 16.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
-    shots: Annotated[int, typer.Option(min=0, help="With --task: worked examples before each question.")] = 0,
-    method: Annotated[
-        Optional[str], typer.Option(help="generate, likelihood or classify. Default: the task's.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Which rows --limit and --shots draw.")] = 0,
-    out: Annotated[
-        Optional[str], typer.Option(help="Folder for predictions and records; continued if it is there.")
-    ] = None,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Evaluate attached, detached and bare base on the same rows."""
-    from shadowpeft.apps import evaluate as command
-
-    if task is not None and (data is not None or max_new_tokens is not None):
-        given = "--data" if data is not None else "--max-new-tokens"
-        raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
-    command.main(
-        adapter,
-        (data or "robot") if task is None else None,
-        task,
-        mode,
-        base,
-        split=split,
-        shots=shots,
-        limit=limit,
-        seed=seed,
-        method=method,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        out=out,
-        device=device,
-        as_json=json,
-    )
-
-
+app.command("eval")(evaluate.main)
 app.command("generate")(generate.generate)
 app.command("chat")(generate.chat)
 app.command("detach")(detach.main)
@@ -119,57 +69,11 @@ app.command("plan")(plan.main)
 app.command("info")(info.main)
 app.command("doctor")(doctor.main)
 
-route = typer.Typer(name="route", help="Routing between device and cloud.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(route)
-
-
-@route.command()
-def calibrate(
-    source: Annotated[str, typer.Argument(help="Folder of an adapter, or of an edge model.")],
-    target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.01,
-    data: Annotated[
-        str, typer.Option(help="JSONL file with prompt and skill, or 'robot' for the packaged validation set.")
-    ] = "robot",
-    check: Annotated[
-        Optional[str], typer.Option(help="Further rows to measure the choice on: a JSONL file, or 'robot' (test set).")
-    ] = None,
-    base: Base = None,
-    signal: Annotated[str, typer.Option(help="auto, logprob, mean_logprob, min_logprob, margin or entropy.")] = "auto",
-    bound: Annotated[
-        bool, typer.Option("--bound", help="Hold the share's 95 % upper bound under the target, not the share.")
-    ] = False,
-    cloud: Annotated[bool, typer.Option(help="Ask the attached model too, for the accuracy of the whole.")] = True,
-    system: System = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
-    out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
-    device: Device = "auto",
-    skills: Annotated[
-        Optional[str],
-        typer.Option(help="File of the known actions, one name a line or a JSON list. Default: the packaged 34."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Fit a confidence on held-out requests and choose which answers stay on the device."""
-    from shadowpeft.apps import route as command
-
-    command.calibrate(
-        source,
-        data,
-        check,
-        base,
-        target,
-        signal,
-        bound,
-        cloud,
-        system,
-        max_new_tokens,
-        limit,
-        out,
-        device,
-        json,
-        skills,
-    )
+routing = typer.Typer(
+    name="route", help="Routing between device and cloud.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(routing)
+routing.command("calibrate")(route.calibrate)
 
 
 @app.command()

@@ -26,7 +26,7 @@ class Decoder:
     """
 
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer, self._skip, self._bytes = tokenizer, skip_special_tokens, TokenBytes(tokenizer)
+        self._tokenizer, self._skip, self.bytes = tokenizer, skip_special_tokens, TokenBytes(tokenizer)
         self._skipped = frozenset(tokenizer.all_special_ids if skip_special_tokens else ())
         self._context: list[int] = []
         """Tokens whose text was given out last: what a token means may depend on the one before it."""
@@ -56,7 +56,7 @@ class Decoder:
 
     def _cut(self, ids: Sequence[int]) -> tuple[int, str]:
         """How many of the last tokens a character lies in that has not ended, and what they hold before it."""
-        parts = [b"" if token in self._skipped else self._bytes(token) for token in ids]
+        parts = [b"" if token in self._skipped else self.bytes(token) for token in ids]
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         utf8.decode(b"".join(parts))
         missing, held, end = len(utf8.getstate()[0]), 0, b""

@@ -35,6 +35,10 @@ asks :func:`is_write_error`, for most RuntimeErrors are something else."""
 _TORCH_SAVE = ("PytorchStreamWriter", "inline_container")
 
 
+class TakenError(FileExistsError):
+    """Another process has written under a name that was free, or was another's, when the work on it began."""
+
+
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -58,14 +62,14 @@ def whole(path: Path, *, folder: bool = False, replace: bool = True) -> Iterator
         replace: False: never takes the place of something else.
 
     Raises:
-        FileExistsError: if another process has made or replaced ``path`` meanwhile; its work is kept.
+        TakenError: if another process has made or replaced ``path`` meanwhile; its work is kept.
         OSError: if it cannot be written; what was there before is untouched.
     """
     path = Path(os.path.realpath(path))  # a link stays a link
     with workspace(path.parent) as space:
         before = _identity(path)
         if before is not None and not replace:
-            raise FileExistsError(f"'{path}' exists")
+            raise TakenError(f"'{path}' exists")
         beside = space / path.name
         if folder:
             beside.mkdir()
@@ -73,7 +77,7 @@ def whole(path: Path, *, folder: bool = False, replace: bool = True) -> Iterator
         sync_tree(beside)
         with _locked(path.parent):
             if (folder or not replace) and _identity(path) != before:
-                raise FileExistsError(f"another process has written '{path}' meanwhile")
+                raise TakenError(f"another process has written '{path}' meanwhile")
             take_name(beside, path, space, replace)
         sync(path.parent)
 
@@ -94,8 +98,8 @@ def take_name(beside: Path, path: Path, space: Path, replace: bool = True) -> No
     elif not replace:
         try:
             os.link(beside, path)  # refused where anything stands
-        except FileExistsError:
-            raise
+        except FileExistsError as error:
+            raise TakenError(f"another process has written '{path}' meanwhile") from error
         except OSError:  # no hard links on this file system
             os.replace(beside, path)
     else:
@@ -119,7 +123,7 @@ def written_whole(
     try:
         with whole(path, folder=folder, replace=replace) as beside:
             yield beside
-    except FileExistsError as error:
+    except TakenError as error:
         raise ShadowPeftError(
             f"{what} was not written to '{path}': another process has written there meanwhile, and that was kept; choose "
             "another name"

@@ -8,6 +8,7 @@ One JSON request a line on standard input, one JSON answer a line on standard ou
   ``{"sight": seconds}``: so long after a half-written checkpoint is first seen in the folder.
 """
 
+import glob
 import json
 import os
 import signal
@@ -84,13 +85,14 @@ def serve(request):
         child(request)
     started = time.monotonic()
     kill, folder = request["kill"] or {}, Path(request["folder"])
+    half_written = f"{glob.escape(str(folder))}/.shadowpeft-{32 * '?'}/checkpoint-*"
     due = started + kill["after"] if "after" in kill else None
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
         now = time.monotonic()
-        if due is None and "sight" in kill and any(folder.glob(f".shadowpeft-{32 * '?'}/checkpoint-*")):
+        if due is None and "sight" in kill and glob.glob(half_written):
             due = now + kill["sight"]
         if due is not None and now >= due:
             os.kill(pid, signal.SIGKILL)  # it has no children of its own

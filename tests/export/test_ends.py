@@ -185,7 +185,9 @@ def test_a_template_that_refuses_a_users_turn_is_no_obstacle(template, tmp_path)
 SPECIALS = {text: edges.tokenizer().convert_tokens_to_ids(text) for text in (*edges.SPECIALS, "<tool>")}
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     own=st.sampled_from(sorted(SPECIALS)),
     closing=st.sampled_from(sorted(SPECIALS)),

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one sentence, JSON, the whole road on a tiny run; and the import hook."""
 
+import io
 import json
 import os
 import resource
@@ -13,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
+from shadowpeft import cli
 from shadowpeft.apps.common import flat, pick_device, placed
 from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS
@@ -334,13 +336,16 @@ def test_names_are_printed_as_they_are(monkeypatch, capsys, tmp_path, adapter, n
     assert err.count("\n") == 1
 
 
-def test_a_terminal_without_utf_8_shows_escapes(tmp_path, adapter):
+def test_a_terminal_without_utf_8_shows_escapes(monkeypatch, tmp_path, adapter):
     (tmp_path / "机器人").symlink_to(adapter)
-    command = [sys.executable, "-m", "shadowpeft", "info", str(tmp_path / "机器人")]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr  # what libraries say at their import is not ours
-    assert "\\u673a\\u5668\\u4eba" in done.stdout
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["shadowpeft", "info", str(tmp_path / "机器人")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out.flush()
+    assert not stop.value.code
+    assert "\\u673a\\u5668\\u4eba" in out.buffer.getvalue().decode("ascii")
 
 
 @pytest.mark.parametrize("command", [("info",), ("detach", "edge"), ("train",), ("export", "edge", "--to", "hf")])
@@ -356,15 +361,19 @@ VALUES = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=3), st.dictionaries(st.text("xyz", min_size=1), inner, max_size=3)
     ),
+    max_leaves=8,
 )
+AT_LEISURE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 
 
+@AT_LEISURE
 @given(st.dictionaries(st.text("xyz", min_size=1), VALUES, max_size=4))
 def test_a_table_shows_nothing_as_python_writes_it(result):
     for key, text in flat(result).items():
         assert not any(mark in f"{key}{text}" for mark in ("{", "}", "[", "]", "'", "None", "True", "False"))
 
 
+@AT_LEISURE
 @given(st.one_of(st.text(), st.binary().map(os.fsdecode)))
 def test_whatever_is_printed_stays_on_its_line(text):
     line = one_line(text)

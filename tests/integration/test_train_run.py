@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
@@ -32,7 +33,7 @@ from shadowpeft.train.config import parse_run, read_run
 from shadowpeft.train.progress import RunCallback, read_metrics
 from shadowpeft.train.rows import encode_run
 from shadowpeft.train.run import train
-from tiny import adapt, base
+from tiny import adapt, adapter_config, base
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +142,24 @@ def test_the_last_steps_are_logged_however_long_log_every_is(made, tmp_path):
     assert one["task_loss"] == pytest.approx(np.mean(each), rel=1e-5)  # the mean of the steps since the last log
 
 
+def test_rows_that_are_too_long_are_told_and_not_counted(made, tmp_path, capsys):
+    rows = [{"prompt": "hi", "response": "ok"}] * 5 + [{"prompt": "x" * 300, "response": "ok"}] * 7
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    data = {"train": file, "max_length": 128, "too_long": "skip"}
+    run = config(made, tmp_path / "run", data=data, training={"max_steps": 1, "batch_size": 2})
+    train(run, quiet=True)
+    told = "7 of 12 rows are longer than data.max_length = 128 and are left out; the longest has "
+    assert told in capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    assert (record["rows"], record["skipped"]["rows"], record["skipped"]["first"]) == (5, 7, f"{file}, line 6")
+    assert "(5 rows, sha256" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
 def test_epochs_and_the_packaged_set(made, tmp_path):
     run = config(made, tmp_path / "run", training={"max_steps": None, "epochs": 1.0, "batch_size": 3})
     assert train(run, quiet=True)["steps"] == 6  # 17 sequences: one row has an answer for each path
     robot = config(made, tmp_path / "robot", data={"train": "robot", "max_length": 512})
-    sequences, validation, record = encode_run(robot, load_tokenizer(made["base"]))
+    sequences, validation, record = encode_run(robot, load_tokenizer(made["base"]), print)
     assert record["train"]["rows"] == len(sequences) > 4000
     assert validation
     text = chat_tokenizer().decode(sequences[0].ids)
@@ -253,6 +267,14 @@ def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_le
     assert len(deleted) > 5
     assert [name for name in deleted if not storage.is_temporary(name)] == []
     assert [p.name for p in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-6"]
+
+
+def test_a_run_folder_has_one_writer(made, tmp_path):
+    """Also where the second run looks before the first has written anything."""
+    with storage.exclusive(tmp_path / "run"), pytest.raises(ConfigError, match="another process is writing to"):
+        start(made, tmp_path / "run", training={"max_steps": 1})
+    start(made, tmp_path / "run", training={"max_steps": 1})
+    assert not list((tmp_path / "run").glob(".shadowpeft-*"))
 
 
 def test_settings_that_change_nothing_may_change(made, undisturbed, tmp_path):
@@ -746,10 +768,16 @@ def test_predictions_stay_a_plain_array(tmp_path):
     assert isinstance(trainer.predict(rows).predictions, np.ndarray)
 
 
-def test_the_best_checkpoint_keeps_its_name(tmp_path):
+@pytest.mark.parametrize("names", [["default"], ["robot"], ["default", "robot"], ["robot", "dog"]], ids="+".join)
+def test_the_best_checkpoint_keeps_its_name_and_is_loaded(tmp_path, names):
+    """Also of adapters that are not called ``default``; the last of ``names`` trains."""
     rows = encoded(plain_rows(8))
+    model = get_peft_model(base("llama", vocab_size=260), adapter_config(auxiliary_loss_weight=0.7), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, adapter_config(auxiliary_loss_weight=0.7))
+        model.set_adapter(name)
     trainer, _ = trainer_of(
-        adapted(),
+        model,
         tmp_path,
         rows,
         max_steps=4,
@@ -758,19 +786,31 @@ def test_the_best_checkpoint_keeps_its_name(tmp_path):
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=True,
     )
+    losses = iter([3.0, 1.0, 2.0, 4.0])  # the second checkpoint is the best, the last one stays too
+    stock = trainer.evaluation_loop
+
+    def evaluation_loop(*args, **kwargs):
+        output = stock(*args, **kwargs)
+        output.metrics["eval_loss"] = next(losses)
+        return output
+
+    trainer.evaluation_loop = evaluation_loop
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == tmp_path
-    assert best.is_dir()
-    assert not list(tmp_path.glob(".shadowpeft-*"))
+    assert best == tmp_path / "checkpoint-2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     stored = json.loads((best / "trainer_state.json").read_text())
     assert stored["best_model_checkpoint"] == str(best)
-    state = {k: v for k, v in tensors(best).items() if "shadowpeft_injection" in k}
     own = trainer.model.state_dict()
-    assert state
-    for key, value in state.items():
-        container, _, rest = key.partition("shadowpeft_injection.")
-        assert torch.equal(own[f"{container}shadowpeft_injection.default.{rest}"], value)
+    for name in names:
+        part = Path(name if name != "default" else "")
+        kept, last = (tensors(tmp_path / f"checkpoint-{n}" / part) for n in (2, 4))
+        kept = {key: value for key, value in kept.items() if "shadowpeft_injection" in key}
+        assert kept
+        for key, value in kept.items():
+            container, _, rest = key.partition("shadowpeft_injection.")
+            assert torch.equal(own[f"{container}shadowpeft_injection.{name}.{rest}"], value)
+        assert any(not torch.equal(value, last[key]) for key, value in kept.items()) is (name == names[-1])

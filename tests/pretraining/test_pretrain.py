@@ -25,6 +25,7 @@ from shadowpeft.hf.files.projected import read_projected
 from shadowpeft.hf.pretraining.base_ends import open_base
 from shadowpeft.hf.pretraining.model import ProjectedShadow, build_projected_shadow, check_separation, save_shadow
 from shadowpeft.hf.shadow.mirror import copied_layers
+from shadowpeft.storage import exclusive
 from shadowpeft.train import pretrain_trainer
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.pretrain import PretrainCallback, pretrain
@@ -389,6 +390,12 @@ def test_ctrl_c_saves_and_resume_ends_the_same(finished, config, monkeypatch):
     assert (result["interrupted"], result["steps"]) == (True, 3)
     assert run(made_config, resume=True)["resumed_from_step"] == 3
     assert_same_files(folder, made_config.output)
+
+
+def test_a_run_folder_has_one_writer(config):
+    with exclusive(Path(config("two").output)), pytest.raises(ConfigError, match="another process is writing to"):
+        run(config("two"))
+    assert run(config("two", training={"max_steps": 1}))["steps"] == 1
 
 
 def test_a_finished_run_gives_its_result_again(finished):

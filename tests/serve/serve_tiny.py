@@ -13,11 +13,12 @@ def main(role: str, port: int, versions: str, cloud_url: str | None) -> None:
     from serving import attached, detached
     from shadowpeft.data.robot import parse_action
     from shadowpeft.serve.client import Breaker, CloudClient
+    from shadowpeft.serve.connections import serve
     from shadowpeft.serve.engine import Engine, EngineLimits
     from shadowpeft.serve.guard import Keys
     from shadowpeft.serve.roles import CloudRole, EdgeRole
     from shadowpeft.serve.router import Router
-    from shadowpeft.serve.server import Settings, build, serve
+    from shadowpeft.serve.server import Settings, build
     from shadowpeft.serve.versions import Version
 
     torch.set_num_threads(1)

@@ -209,7 +209,7 @@ def test_wrong_use_ends_with_2(adapter, monkeypatch, capsys, arguments, message)
 def test_rows_are_checked(tmp_path, monkeypatch, capsys, adapter):
     file = tmp_path / "rows.jsonl"
     for line, message in (
-        ("{", "line 1 is not a JSON object"),
+        ("{", "line 1 is not valid JSON"),
         ('{"prompt": "x"}', "must have"),
         ('{"prompt": "x", "skill": "Fly"}', "'Fly'"),
     ):

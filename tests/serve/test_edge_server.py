@@ -13,15 +13,26 @@ from shadowpeft.data.robot import parse_action
 from shadowpeft.serve.client import Breaker, CloudClient, CloudError
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.options import without_password
 from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running, metric, wait_for
 
 KEY = "user-key-0123456789"
+ANSWER = {
+    "id": "x",
+    "object": "chat.completion",
+    "created": 1,
+    "model": "late",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Rome"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+}
 
 
-def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="local", pause=60.0, **cloud_options):
+def edge_app(
+    cloud_url, calibration=None, transport=None, keys=None, when_down="local", pause=60.0, requests=128, **cloud_options
+):
     link = None
     if cloud_url is not None:
         breaker = Breaker(failures=2, pause=pause)
@@ -29,7 +40,7 @@ def edge_app(cloud_url, calibration=None, transport=None, keys=None, when_down="
     engine = Engine(Scripted(detached()), EngineLimits())
     router = Router(parse_action, calibration)
     role = EdgeRole(engine, router, link, "late", system=None, default_tokens=64, when_down=when_down)
-    return build(role, Settings(keys or Keys((KEY,), ())))
+    return build(role, Settings(keys or Keys((KEY,), ()), requests=requests))
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +248,7 @@ def test_a_slow_cloud_is_given_up(cloud):
                 raise httpx.ReadTimeout("slow") from error
 
     with Running(edge_app("http://cloud", transport=Waiting(), timeout=0.2)) as server:
-        content, note, _ = say(server, "remote")
+        content, note, _ = say(server, "remote", stream=True)
     assert (content, note["reason"]) == (Scripted.LINES["remote"], "cloud unavailable")
 
 
@@ -314,12 +325,9 @@ def test_the_breaker_by_its_clock():
 
 def test_the_circuit_closes_when_the_cloud_is_back():
     up = threading.Event()
-    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Rome"}, "finish_reason": "stop"}]}
-    answer.update(id="x", object="chat.completion", created=1, model="late")
-    answer["usage"] = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 
     def reply(request):
-        return httpx.Response(200, json=answer) if up.is_set() else httpx.Response(503)
+        return httpx.Response(200, json=ANSWER) if up.is_set() else httpx.Response(503)
 
     with Running(edge_app("http://cloud", transport=httpx.MockTransport(reply), pause=0.05)) as server:
         assert [say(server, "remote")[1]["where"] for _ in range(2)] == ["device", "device"]
@@ -361,6 +369,116 @@ def test_the_page_is_served_behind_the_key_and_loads_nothing_from_elsewhere(edge
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
     assert "http://" not in page.text
     assert "https://" not in page.text
     assert "src=" not in page.text
+
+
+def test_a_prompt_too_long_for_the_device_goes_to_the_cloud():
+    asked = []
+
+    def reply(request):
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=ANSWER)
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(reply))) as server:
+        for words in (600, 300_000 // 2):  # too many tokens, and too many characters to count tokens at all
+            content, note, _ = say(server, "sit " + "x" * words)
+            assert (content, note["where"], note["reason"]) == ("Rome", "cloud", "too long for the device")
+            assert "degraded" not in note
+        content, note, _ = say(server, "sit", max_tokens=5000)  # it does not need as many as it may have
+        assert (content, note["where"]) == (Scripted.LINES["sit"], "device")
+        assert say(server, "remote", max_tokens=5000)[1]["where"] == "cloud"
+        with pytest.raises(openai.BadRequestError, match="tokens"):
+            say(server, "sit " + "x" * 600, extra_body={"route": "device"})
+        with pytest.raises(openai.BadRequestError, match="max_tokens is 5000"):
+            say(server, "sit", max_tokens=5000, extra_body={"route": "device"})
+    assert [body["max_tokens"] for body in asked] == [64, 64, 5000]
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(lambda _: httpx.Response(404)))) as server:
+        with pytest.raises(openai.APIStatusError) as caught:
+            say(server, "sit " + "x" * 600)
+        assert caught.value.status_code == 503  # nobody could answer, and it is not the client's fault
+    with Running(edge_app(None)) as server, pytest.raises(openai.BadRequestError, match="shorten the prompt"):
+        say(server, "sit " + "x" * 600)
+
+
+def test_readiness_log_and_metrics_tell_what_is_wrong_with_the_cloud(caplog):
+    caplog.set_level("WARNING", "shadowpeft.serve")
+    answers = [httpx.Response(404), httpx.Response(200, json=ANSWER)]
+    app = edge_app("http://cloud", transport=httpx.MockTransport(lambda _: answers.pop(0)))
+    with Running(app) as server, server.http(KEY) as http:
+        assert "cloud_problem" not in http.get("/readyz").json()
+        content, note, _ = say(server, "remote")
+        assert (content, note["degraded"]) == (Scripted.LINES["remote"], True)
+        problem = http.get("/readyz").json()["cloud_problem"]
+        assert problem == "the cloud answered with status 404; check --cloud-url and --cloud-model"
+        assert any(problem in record.getMessage() for record in caplog.records)
+        assert metric(http.get("/metrics").text, "shadowpeft_cloud_failures_total", kind="status") == 1
+        assert say(server, "remote")[0] == "Rome"
+        assert "cloud_problem" not in http.get("/readyz").json()
+
+
+def test_a_slow_cloud_does_not_fill_the_edge():
+    asked = []
+
+    async def slow(request):
+        asked.append(request)
+        while len(asked) < 100:
+            await asyncio.sleep(0.01)
+        return httpx.Response(200, json=ANSWER)
+
+    app = edge_app("http://cloud", transport=httpx.MockTransport(slow), requests=3)
+    with Running(app) as server, server.http(KEY) as http:
+        texts = []
+        threads = [threading.Thread(target=lambda: texts.append(say(server, "remote")[0])) for _ in range(8)]
+        for n, thread in enumerate(threads, 1):
+            thread.start()
+            wait_for(lambda n=n: len(asked) == n)
+        assert metric(http.get("/metrics").text, "shadowpeft_cloud_exchanges") == 8
+        for _ in range(3):
+            assert say(server, "sit")[1]["where"] == "device"
+        asked += [None] * 100
+        [thread.join(20) for thread in threads]
+        assert texts == ["Rome"] * 8
+        wait_for(lambda: app.state.server.in_flight == 0)
+        assert app.state.server.role.elsewhere == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ["\u2028\u2029\u0085", "\U0001f600 站"])
+def test_separators_in_a_clouds_answer_are_text(cloud, text, stream):
+    whole = json.loads(json.dumps(ANSWER).replace("Rome", "X"))
+    whole["choices"][0]["message"]["content"] = text
+    chunk = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
+
+    def reply(request):
+        lines = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\ndata: [DONE]\n\n"
+        return httpx.Response(200, content=lines) if stream else httpx.Response(200, json=whole)
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(reply))) as server, server.http(KEY) as http:
+        assert say(server, "remote", stream=stream)[0] == text
+        body = {"model": "edge", "messages": [{"role": "user", "content": "remote"}], "stream": stream}
+        assert http.post("/v1/chat/completions", json=body).content.isascii()
+
+
+def test_a_password_in_the_clouds_url_is_sent_and_never_logged(caplog):
+    seen = []
+
+    def reply(request):
+        seen.append(request)
+        raise httpx.ConnectError(f"no way to {request.url}")
+
+    caplog.set_level("DEBUG")
+    with Running(edge_app("http://me:s3cret@cloud/v1", transport=httpx.MockTransport(reply))) as server:
+        say(server, "remote")
+        with server.http() as http:
+            assert "s3cret" not in http.get("/readyz").text
+    assert seen[0].headers["authorization"].startswith("Basic ")
+    assert str(seen[0].url) == "http://cloud/v1/chat/completions"
+    assert "s3cret" not in caplog.text
+    for url in ("http://me:s3cret@cloud:8000/x", "me:s3cret@cloud", "http://me:s3@s3cret@cloud"):
+        shown = without_password(url)
+        assert "s3" not in shown
+        assert "***@cloud" in shown
+    assert without_password("http://cloud:8000") == "http://cloud:8000"

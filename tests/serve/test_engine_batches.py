@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from serving import Reader, ask, attached, detached, engine_of
+from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.requests import OverdueError, QueueFullError, SamplingParams, StoppedError
@@ -69,7 +70,7 @@ def test_concurrent_mixed_requests_equal_the_naive_loop_one_by_one(backend, engi
         end = reader.wait()
         assert [t.id for t in reader.tokens] == made
         assert [t.logprob for t in reader.tokens] == pytest.approx(logprobs, abs=1e-4)
-        assert reader.text == backend.tokenizer.decode(made, skip_special_tokens=True)
+        assert reader.text == decode(backend.tokenizer, made)
         assert end.reason == ("length" if len(made) == n else "stop")
         assert end.new_tokens == len(made) + (end.reason == "stop")
     assert {r.wait().reason for r in readers} == {"length", "stop"}  # rows left batches at different times
@@ -115,7 +116,7 @@ def test_scores_are_those_of_float64(backend, engine):
     assert token.margin == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-4)
     assert token.entropy == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-4)
     assert [p for _, p in token.top] == pytest.approx(best.values[:3].tolist(), abs=1e-4)
-    assert token.top[0][0] == token.piece
+    assert token.top[0][0] == token.bytes
 
 
 def test_a_seed_gives_the_same_sample_alone_and_in_a_crowd(backend, engine):

@@ -129,5 +129,5 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         Calibration.load(tmp_path / "none.json")
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
+    with pytest.raises(ConfigError, match="is not valid JSON"):
         Calibration.load(tmp_path / "x.json")

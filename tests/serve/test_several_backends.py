@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from chatbase import chat_tokenizer, save_base
 from serving import ask, detached, engine_of
 from shadowpeft.apps.serve import _cloud_backend
+from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import MultiBackend
 from tiny import adapter_config, randomise
@@ -48,7 +49,7 @@ def naive(model, prompt, n=8):
             if token == 3:
                 break
             made.append(token)
-    return tokenizer.decode(made, skip_special_tokens=True)
+    return decode(tokenizer, made)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])

@@ -281,7 +281,7 @@ def test_a_key_of_a_message_is_used_refused_by_name_or_null(key, value):
         value in (None, [])
         or key in unsaid
         or answer == {key: chat_rows.without_null(value)}
-        or (message.startswith("here") and repr(key)[1:-1] in message)
+        or (message.startswith("here") and repr(key)[1:41].rstrip("'\"") in message)  # long ones are cut
     )
 
 

@@ -256,6 +256,14 @@ def test_a_file_without_a_row_for_a_path(model, tokenizer, tmp_path):
         asked(model, tokenizer, task, shots=2)
 
 
+@pytest.mark.parametrize("beside", [{"tool_calls": [{"id": "1"}]}, {"reasoning_content": "so"}])
+def test_an_answer_that_is_more_than_text_is_not_judged_by_its_text(tmp_path, beside):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **beside}]
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}, {"messages": messages}])
+    with pytest.raises(DataError, match=rf"line 2 has '{next(iter(beside))}', which an evaluation by text cannot judge"):
+        Rows(file)
+
+
 def test_intents_are_parsed_from_answers(model, tokenizer, monkeypatch, tmp_path):
     task = get_task("robot")
     rows = task.load("test_normal", limit=4)

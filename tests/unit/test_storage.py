@@ -94,6 +94,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, folder, there):
     assert {p: content(p) for p in tmp_path.iterdir()} == before
 
 
+def test_a_parent_that_is_a_file_is_no_other_writer(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused = pytest.raises(ShadowPeftError, match=r"could not be written to .* \(File exists|Not a directory")
+    with refused, storage.written_whole(tmp_path / "file" / "edge"):
+        pass
+    assert content(tmp_path / "file") == b"in the way"
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "real" / "a.json")

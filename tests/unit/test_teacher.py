@@ -77,13 +77,16 @@ def test_a_build_that_was_cut_short_continues_to_the_same_files(tmp_path):
         TeacherCache.build(model, cut(), tmp_path / "cut", K, rows_per_shard=4)
     with pytest.raises(DataError, match="not finished"):
         TeacherCache(tmp_path / "cut")
-    (tmp_path / "cut" / "shard-00001.safetensors.partial").write_bytes(b"half")
+    foreign = tmp_path / "cut" / "shard-00001.safetensors.partial"
+    foreign.write_bytes(b"half")  # of the user, who may give any name: neither read nor deleted
     run = []
     handle = model.register_forward_pre_hook(
         lambda m, args, kwargs: run.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     TeacherCache.build(model, stream(), tmp_path / "cut", K, rows_per_shard=4)
     assert sum(run) == 7  # four were on disk
+    assert foreign.read_bytes() == b"half"
+    foreign.unlink()
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     run.clear()
     TeacherCache.build(model, stream(batch=5), tmp_path / "cut", K)  # finished: nothing runs, whatever the batches

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.terminal import one_line, terminal
+from shadowpeft.watching import Watched
 
 if TYPE_CHECKING:
     import torch
@@ -136,11 +136,6 @@ def in_words(value: Any) -> str:
 
 @contextmanager
 def bar(console: Console, label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar with ETA; yields a function that takes the number done."""
-    if quiet:
-        yield lambda done: None
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    """A progress bar with ETA, without a terminal a line a minute; yields a function that takes the number done."""
+    with Watched(console, label, total, quiet=quiet) as watched:
+        yield watched.update

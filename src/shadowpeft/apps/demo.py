@@ -8,7 +8,6 @@ unknown goes to the attached model.
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.table import Table
 from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
-from shadowpeft.storage import whole, write_json
+from shadowpeft.storage import discard, whole, write_json
 from shadowpeft.terminal import terminal
 
 REQUESTS = (
@@ -71,14 +70,15 @@ def main(
 ) -> None:
     """Train the packaged model on the robot set, evaluate it attached, detached and routed, show the result."""
     folder = Path(out)
-    if folder.is_dir() and not {path.name for path in folder.iterdir()} <= _OWN:
-        raise ConfigError(f"'{folder}' holds something else than an earlier demo; choose another --out")
+    if folder.exists() and not is_earlier_demo(folder):
+        raise ConfigError(f"'{folder}' holds something other than an earlier demo; choose another --out")
     quiet_libraries()
     from shadowpeft.runtime import prepare_cpu
 
     began = time.monotonic()
     prepare_cpu()
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.iterdir() if folder.exists() else ():
+        discard(path) if path.is_dir() else path.unlink()
     console = terminal(stderr=True)
     summary, model, tokenizer = _train(folder, full, console)
     result = _evaluate(model, tokenizer, folder, full, console)
@@ -92,6 +92,26 @@ def main(
         console.print(
             f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}"
         )
+
+
+def is_earlier_demo(folder: Path) -> bool:
+    """Whether all of a folder is from this command, so that it may be replaced; true of an empty one."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= _OWN:
+        return False
+    from shadowpeft.train.config import read_run
+    from shadowpeft.train.folder import is_first_file
+
+    file = folder / "run" / "config.yaml"
+    if not file.is_file():  # ended before its first step
+        return not any(path.is_file() for path in folder.rglob("*") if not is_first_file(path.name))
+    try:
+        stored = read_run(file).model_dump()
+    except ConfigError:
+        return False
+    return all(
+        stored[key].items() >= value.items() if isinstance(value, dict) else stored[key] == value
+        for key, value in SETTINGS.items()
+    )
 
 
 def _train(folder: Path, full: bool, console: Console) -> tuple[dict[str, Any], Any, Any]:
@@ -159,11 +179,11 @@ def _evaluate(model: Any, tokenizer: Any, folder: Path, full: bool, console: Con
     routed = [d if k else c for d, c, k in zip(on_device, in_cloud, kept, strict=True)]
     kept_remote = [routing_reason(a) == "known skill" for a in on_device_remote]
 
-    def spoken(made: list[str | None]) -> float:
-        return sum(a is None or a == "REMOTE" for a in made) / len(made)
+    def spoken(answers: list[str | None]) -> float:
+        return sum(a is None or a == "REMOTE" for a in answers) / len(answers)
 
-    def hits(made: list[str | None]) -> dict[str, Any]:
-        return evaluate.accuracy([a == b for a, b in zip(made, wanted, strict=True)])
+    def hits(answers: list[str | None]) -> dict[str, Any]:
+        return evaluate.accuracy([a == b for a, b in zip(answers, wanted, strict=True)])
 
     latency = {}
     single = [row["prompt"] for row in skills[:: max(1, len(skills) // 12)][:12]]

@@ -4,39 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.table import Table
 
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.options import Adapter, Base, Device, Json
 from shadowpeft.errors import ConfigError
 from shadowpeft.terminal import terminal
 
 
 def main(
-    adapter: str,
-    data: str | None,
-    name: str | None,
-    modes: list[str] | None,
-    base: str | None,
-    *,
-    split: str,
-    shots: int,
-    limit: int | None,
-    seed: int,
-    method: str | None,
-    max_new_tokens: int | None,
-    batch_size: int,
-    out: str | None,
-    device: str,
-    as_json: bool,
+    adapter: Adapter,
+    data: Annotated[
+        Optional[str], typer.Option(help="JSONL file, or 'robot' for the packaged test set. Default: robot.")
+    ] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option(
+            "--task",
+            help="Instead of --data: mmlu, gsm8k, squad_v2, squad_v2_devsplit, amazon_reviews, newsgroups, clinc150 or robot.",
+        ),
+    ] = None,
+    modes: Annotated[
+        Optional[list[str]],
+        typer.Option("--mode", help="attached, detached, base, lora or dora; repeatable. Default: all that fit."),
+    ] = None,
+    base: Base = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with --seed.")] = None,
+    max_new_tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for robot 16.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
+    shots: Annotated[int, typer.Option(min=0, help="With --task: worked examples before each question.")] = 0,
+    method: Annotated[
+        Optional[str], typer.Option(help="generate, likelihood or classify. Default: the task's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which rows --limit and --shots draw.")] = 0,
+    out: Annotated[
+        Optional[str], typer.Option(help="Folder for predictions and records; continued if it is there.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
-    """Evaluate an adapter (a shadow, LoRA or DoRA) and print one row a mode.
-
-    Args:
-        data: a JSONL file, or ``robot``; None: the task ``name``. The record then also has the loss per answer token.
-        modes: None: all that fit. out: receives a folder a mode.
-    """
+    """Evaluate attached, detached and bare base on the same rows."""
+    if name is not None and (data is not None or max_new_tokens is not None):
+        given = "--data" if data is not None else "--max-new-tokens"
+        raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
+    data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.evaluate import MODES, evaluate_task
     from shadowpeft.runtime import prepare_cpu

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, RunFile
+from shadowpeft.terminal import terminal
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -41,7 +43,7 @@ def plan(run: Any) -> dict[str, Any]:
     t = run.training
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
-    sequences, _, _ = encode_run(run, tokenizer)
+    sequences, _, _ = encode_run(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
     source = source_of(run.base)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with torch.device("meta"):

@@ -6,41 +6,49 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.options import Base, Device, Json, System
 from shadowpeft.data.actions import REMOTE, parser, read_skills
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.json_text import parse_json
 from shadowpeft.terminal import terminal
 
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
 
 
 def calibrate(
-    source: str,
-    data: str,
-    check: str | None,
-    base: str | None,
-    target: float,
-    signal: str,
-    bound: bool,
-    cloud: bool,
-    system: str | None,
-    max_new_tokens: int,
-    limit: int | None,
-    out: str | None,
-    device: str,
-    as_json: bool,
-    skills: str | None = None,
+    source: Annotated[str, typer.Argument(help="Folder of an adapter, or of an edge model.")],
+    target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.01,
+    data: Annotated[
+        str, typer.Option(help="JSONL file with prompt and skill, or 'robot' for the packaged validation set.")
+    ] = "robot",
+    check: Annotated[
+        Optional[str], typer.Option(help="Further rows to measure the choice on: a JSONL file, or 'robot' (test set).")
+    ] = None,
+    base: Base = None,
+    signal: Annotated[str, typer.Option(help="auto, logprob, mean_logprob, min_logprob, margin or entropy.")] = "auto",
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Hold the share's 95 % upper bound under the target, not the share.")
+    ] = False,
+    cloud: Annotated[bool, typer.Option(help="Ask the attached model too, for the accuracy of the whole.")] = True,
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many rows, drawn with a fixed seed.")] = None,
+    out: Annotated[Optional[str], typer.Option(help="Folder for the result. Default: beside the adapter.")] = None,
+    device: Device = "auto",
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="File of the known actions, one name a line or a JSON list. Default: the packaged 34."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Calibrate ``source``, an adapter or an edge model, and save ``routing.json`` and ``routing.png`` beside it.
-
-    Args:
-        skills: file of the actions there are (see :func:`~shadowpeft.data.actions.read_skills`); None: the packaged set's.
-    """
+    """Fit a confidence on held-out requests and choose which answers stay on the device."""
     from shadowpeft.serve.calibration import require_sklearn
     from shadowpeft.serve.router import FILE, SIGNALS
 
@@ -143,9 +151,9 @@ def read_intents(
 
 def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = parse_json(line)
     except ValueError as error:
-        raise DataError(f"{where} is not a JSON object in UTF-8; one row a line") from error
+        raise DataError(f"{where} {error}; write one JSON object a line") from error
     good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
     if not good:
         raise DataError(f"{where} must have the strings 'prompt' and 'skill'")

@@ -11,7 +11,7 @@ from typing import Any
 
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.errors import ConfigError
-from shadowpeft.serve.options import Options
+from shadowpeft.serve.options import Options, without_password
 from shadowpeft.terminal import terminal
 
 KEYS, ADMIN_KEYS, CLOUD_KEY = "SHADOWPEFT_API_KEYS", "SHADOWPEFT_ADMIN_KEYS", "SHADOWPEFT_CLOUD_KEY"
@@ -21,7 +21,7 @@ _SHORTEST_KEY = 16
 def main(options: Options) -> None:
     """Load, then serve until a signal."""
     app = application(options, read_keys(options))
-    from shadowpeft.serve.server import serve
+    from shadowpeft.serve.connections import serve
 
     names = app.state.server.role.engine.backend.names
     terminal(stderr=True).print(
@@ -152,7 +152,8 @@ def _router(options: Options) -> Any:
                 f"({differing[0]} is in one of them only); leave --skills out, or calibrate again with it"
             )
         skills = fitted
-    facts = {"calibration": str(file) if file else None, "skills": len(skills or SKILLS), "cloud": options.cloud_url}
+    cloud = without_password(options.cloud_url) if options.cloud_url else None
+    facts = {"calibration": str(file) if file else None, "skills": len(skills or SKILLS), "cloud": cloud}
     logging.getLogger("shadowpeft.serve").info("edge %s", json.dumps(facts))
     return Router(parser(skills or SKILLS), calibration)
 

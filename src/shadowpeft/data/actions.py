@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.json_text import parse_json
 
 REMOTE = "REMOTE"
 LONGEST_TAG = 40
@@ -77,10 +77,10 @@ def read_skills(file: str | Path) -> tuple[str, ...]:
     names: list[object] = [line.strip() for line in text.splitlines() if line.strip()]
     if text.startswith("["):  # no name does
         try:
-            names = json.loads(text)
+            names = parse_json(text)
         except ValueError as error:
             raise ConfigError(
-                f"the skills file '{file}' starts with '[' but is no JSON list; write LampOn, one a line, or"
+                f"the skills file '{file}' starts with '[' but is no JSON list (it {error}); write LampOn, one a line, or"
                 ' ["LampOn", "LampOff"]'
             ) from error
     return checked(names, f"the skills file '{file}'")

@@ -185,7 +185,7 @@ def _check_written(
 ) -> None:
     """Raise if the template leaves out tools, calls, or what the answer has beside its text."""
     turns = [*messages, {"role": "assistant", "content": row["response"], **row.get("answer", {})}]
-    unread = [("tools", turns, {})] if "tools" in row else []
+    unread: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [("tools", turns, {})] if "tools" in row else []
     for n, turn in enumerate(turns):
         # what was thought in earlier turns is left out by design of many templates
         for key in ("tool_calls",) if n < len(messages) else row.get("answer", {}):
@@ -285,6 +285,7 @@ class ChatDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
+        self.skipped: Skipped | None = getattr(sequences, "skipped", None)
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -47,7 +47,7 @@ class ChatRow(dict[str, Any]):
     """File and line."""
 
 
-def read_jsonl(path: str | Path) -> list[ChatRow]:
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file, each a checked chat row.
 
     Raises:
@@ -70,8 +70,8 @@ def read_jsonl(path: str | Path) -> list[ChatRow]:
     return rows
 
 
-def check_row(row: Any, where: str) -> ChatRow:
-    """A row in normal form.
+def check_row(row: Any, where: str) -> dict[str, Any]:
+    """A row in normal form, a :class:`ChatRow`.
 
     Raises:
         DataError: starting with ``where``, if something is missing, of the wrong type, or asks for what training does not do.

@@ -6,7 +6,6 @@ holds a few numbers and the documents that were read but not yet used: no text i
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.corpora import Origin, TextSource, stable_hash
 from shadowpeft.data.teacher import TeacherCache
 from shadowpeft.errors import AdapterFileError, DataError
+from shadowpeft.json_text import parse_json
 from shadowpeft.messages import shorten
 from shadowpeft.storage import write_json
 
@@ -170,7 +170,7 @@ class StreamState:
         parts = torch.split(tensors["tokens"], tensors["lengths"].tolist()) if len(tensors["lengths"]) else ()
         origins = tensors["origins"].tolist()
         held = [Document(part.numpy().copy(), Origin(*o)) for part, o in zip(parts, origins, strict=True)]
-        return cls(json.loads((folder / STREAM).read_text(encoding="utf-8")), tuple(held))
+        return cls(parse_json((folder / STREAM).read_bytes()), tuple(held))
 
 
 class PackedStream:
@@ -345,7 +345,7 @@ class Batches:
         """
         try:
             self.stream.load(StreamState.read(folder))
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
             raise AdapterFileError(
                 f"the state of the text in '{folder}' cannot be read ({shorten(error)}); remove this checkpoint and resume "
                 "from the one before"

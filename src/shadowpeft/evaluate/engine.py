@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from shadowpeft.data.chat import answer_ids, encode, fingerprint, prompt_ids
@@ -21,13 +20,14 @@ from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
-from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder
+from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder, read_object
 from shadowpeft.evaluate.modes import runner_in_mode
 from shadowpeft.evaluate.scores import answer_loss, wilson
 from shadowpeft.generate import answer
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
+from shadowpeft.watching import Watched
 
 METHODS = ("generate", "likelihood", "classify")
 FORMAT = 1
@@ -115,7 +115,7 @@ def evaluate_task(
             settings["loss"] = True
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
-            return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))  # the same number keeps its id
+            return read_object(folder / RECORD)  # the same number keeps its id
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
         facts.reset_peak(runner)
         batches = _batches(tokenizer, task, examples, method, batch_size, max_length)
@@ -263,10 +263,8 @@ def _shown(progress: Callable[[int], None] | None, label: str, total: int) -> It
     if progress is not None:
         yield progress
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=terminal(stderr=True)) as shown:
-        bar = shown.add_task(label, total=total)
-        yield lambda done: shown.update(bar, completed=done)
+    with Watched(terminal(stderr=True), label, total) as watched:
+        yield watched.update
 
 
 # -------------------------------------------------------------------------------------------------------------- record

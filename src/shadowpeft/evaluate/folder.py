@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.json_text import parse_json
 from shadowpeft.storage import write_json
 
 PREDICTIONS, SETTINGS, RECORD = "predictions.jsonl", "evaluation.json", "record.json"
@@ -51,16 +52,25 @@ def open_folder(folder: Path, settings: dict[str, Any], resume: bool) -> dict[st
         return {}
     if not resume:
         raise ConfigError(f"'{folder}' already holds an evaluation; choose another folder, or resume it")
-    try:
-        before = json.loads(stored.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"'{stored}' is damaged ({error}); start the evaluation in another folder") from error
+    before = read_object(stored)
     differing = [key for key in settings if before.get(key, "absent") != settings[key]]
     if differing:
         raise ConfigError(
             f"'{folder}' holds an evaluation with another {', '.join(differing)}; choose another folder, or evaluate as it was"
         )
     return _read(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object of the folder.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    try:
+        return dict(parse_json(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"'{file}' is damaged: it {error}; start the evaluation in another folder") from error
 
 
 def _read(file: Path) -> dict[str, Prediction]:
@@ -74,8 +84,8 @@ def _read(file: Path) -> dict[str, Prediction]:
     predictions = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            prediction = Prediction(**json.loads(line))
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            prediction = Prediction(**parse_json(line))
+        except (ValueError, TypeError) as error:
             raise ConfigError(
                 f"line {number} of '{file}' is no prediction ({error}); start in another folder"
             ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from shadowpeft.data.chat import answer_ids, prompt_ids, with_system
+from shadowpeft.data.chat import encode
 from shadowpeft.errors import UnsupportedModelError
 
 _NAMED = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
@@ -44,14 +45,8 @@ def needed_tokens(tokenizer: Any, rows: Iterable[dict[str, Any]], system: str | 
     Args:
         rows: as :func:`shadowpeft.data.chat.check_row` gives them. system: for rows that bring none.
     """
-    needed: set[int] = set()
-    for row in rows:
-        chat = with_system(row["messages"], system)
-        needed.update(prompt_ids(tokenizer, chat))
-        for text in (row["response"], row["shadow_response"]):
-            if text is not None:
-                needed.update(answer_ids(tokenizer, chat, text))
-    return needed
+    sequences = encode(rows, tokenizer, max_length=sys.maxsize, system=system)
+    return {token for sequence in sequences for token in sequence.ids}
 
 
 @torch.no_grad()

@@ -140,10 +140,10 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         weights = any(folder.glob("adapter_model*")) if folder.is_dir() else False
         if not weights or not (folder / CONFIG).is_file():
-            found = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
-            if folder.is_dir() and getattr(found, "_loaded", False):  # it names its base, so a run has made weights
+            template = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
+            if folder.is_dir() and getattr(template, "_loaded", False):  # it names its base, so a run has made weights
                 raise AdapterFileError(f"'{folder}' has no {WEIGHTS}; give the folder that save_pretrained wrote")
-            return found
+            return template
         if not (folder / WEIGHTS).is_file():
             raise AdapterFileError(
                 f"'{folder}' has no {WEIGHTS}; weights are read from safetensors files only, never pickle"

@@ -96,12 +96,12 @@ def implied(tuner: Any, model: nn.Module, config: ShadowPeftConfig) -> tuple[dic
         ) from error
     buffers = sum(b.numel() * b.element_size() for b in bare.buffers() if id(b) not in before)
     own = f".{_TRIAL}"
-    found = {
+    own_tensors = {
         _WRAPPED + tuner._remove_adapter_name_from_key(key, _TRIAL): value
         for key, value in bare.state_dict().items()
         if tuner.prefix in key and (f"{own}." in key or key.endswith(own))
     }
-    return {**found, **whole}, buffers
+    return {**own_tensors, **whole}, buffers
 
 
 def _saved_whole(bare: nn.Module, config: ShadowPeftConfig) -> list[str]:

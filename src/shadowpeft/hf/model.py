@@ -61,11 +61,11 @@ class ShadowModel(BaseTuner):
         if peft_config.task_type is None:
             raise ConfigError("task_type is missing; set it to 'CAUSAL_LM' or 'SEQ_CLS'")
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
-        found = fingerprint(self.model, parts)
+        identity = fingerprint(self.model, parts)
         if peft_config._loaded and peft_config.base_fingerprint is not None:
-            check_fingerprint(peft_config.base_fingerprint, found)
+            check_fingerprint(peft_config.base_fingerprint, identity)
         else:
-            peft_config.base_fingerprint = found
+            peft_config.base_fingerprint = identity
         names = [f"{parts.layers_name}.{i}" for i in peft_config.refined(parts.num_layers)]
         targets = [*([parts.backbone_name] if parts.backbone_name else []), *names]
         if not parts.backbone_name:
@@ -101,8 +101,8 @@ class ShadowModel(BaseTuner):
         names = [
             name for name, _ in self.model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name
         ]
-        found = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
-        return sorted({name for group in found for name in group})
+        matching = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
+        return sorted({name for group in matching for name in group})
 
     def _create_and_replace(
         self,
@@ -183,7 +183,7 @@ class ShadowModel(BaseTuner):
             weighted=weighted(self.model),
         )
         inner = hook(hooks.before_backbone, signature=body, base_layers=parts.num_layers, kwargs_reach_layers=reach)
-        leave = hook(hooks.leave, kwargs_reach_layers=reach)
+        leave = hook(hooks.after_forward, kwargs_reach_layers=reach)
         after = hook(hooks.after_model, backbone=name)
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),

@@ -146,16 +146,16 @@ def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: st
 
 
 def _slots(base: nn.Module, adapter: str) -> list[_Slot]:
-    found = []
+    slots = []
     for name, module in base.named_modules():
         if isinstance(module, ShadowTunerLayer):
             for container in (*module.adapter_layer_names, *module.other_param_names):
                 held = getattr(module, container)
                 if isinstance(held, nn.ModuleDict) and adapter in held:
-                    found.append(_Slot(held, adapter, f"base_model.model.{name}.{container}"))
+                    slots.append(_Slot(held, adapter, f"base_model.model.{name}.{container}"))
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            found.append(_Slot(module.modules_to_save, adapter, f"base_model.model.{name}"))
-    return found
+            slots.append(_Slot(module.modules_to_save, adapter, f"base_model.model.{name}"))
+    return slots
 
 
 def _fill(slots: list[_Slot], tensors: dict[str, Tensor], path: Path, memo: nn.Module, base: nn.Module) -> None:

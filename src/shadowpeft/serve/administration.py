@@ -34,7 +34,7 @@ class Administration:
         self._thread = ThreadPoolExecutor(1, "shadowpeft-administration")
 
     def add_routes(self, app: FastAPI) -> None:
-        changed = described(400, 401, 404, 409, 413)
+        changed = described(400, 401, 404, 408, 409, 413)
 
         @app.get("/admin/adapters", responses=described(401))
         async def versions() -> dict[str, list[str]]:

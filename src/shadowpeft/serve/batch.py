@@ -72,7 +72,7 @@ class Batch:
             try:
                 if math.isnan(choice.logprob):
                     raise NumbersError("the model's output is not a number; its weights may be damaged")
-                if append_token(request, choice, self._tokenizer.decode, self._stop_token_ids):
+                if append_token(request, choice, self._tokenizer, self._stop_token_ids):
                     going_on.append(row)
             except BaseException as error:  # noqa: BLE001  (handed to the request; its neighbours go on)
                 request.fail(error)

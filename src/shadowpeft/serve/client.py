@@ -1,20 +1,41 @@
-"""The edge server's way to the cloud: one HTTP client behind a circuit breaker."""
+"""The edge server's way to the cloud: one HTTP client behind a circuit breaker.
+
+Whatever a cloud does, an exchange ends: it has one deadline and one size. Only what the cloud itself did counts against it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
+import re
 import time
-from collections.abc import AsyncIterator, Callable
+from codecs import BOM_UTF8
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from shadowpeft.errors import ShadowPeftError
+from shadowpeft.json_text import parse_json
 from shadowpeft.serve.options import Options
 from shadowpeft.serve.router import CIRCUIT_OPEN, CLOUD_BUSY, CLOUD_DOWN
+
+MAX_BYTES = 32 << 20
+"""Of one answer, a stream's too."""
+MAX_LINE = 1 << 20
+"""Bytes of one line of a stream, and of a refusal."""
+MAX_EXCHANGES = 128
+"""Requests that wait for the cloud, or read from it, at the same time."""
+_GRACE = 1.0
+"""Seconds beyond the answer's own limit: a cloud with the same limit cuts its answer at that time, which then has to arrive."""
+_NEWLINE = re.compile(rb"\r\n|\r|\n")
+_HINTS = {401: "the key for it", 403: "the key for it", 404: "--cloud-url and --cloud-model"}
+_log = logging.getLogger("shadowpeft.serve")
+T = TypeVar("T")
 
 
 class CloudError(ShadowPeftError):
@@ -26,7 +47,7 @@ class CloudError(ShadowPeftError):
 
 
 class CloudRefusedError(ShadowPeftError):
-    """The cloud refused the request for a fault of the request itself (4xx)."""
+    """The cloud refused the request for a fault of the request itself (400, 413, 422)."""
 
     def __init__(self, status: int, content: Any) -> None:
         super().__init__(f"the cloud refused the request with status {status}")
@@ -76,12 +97,79 @@ class Breaker:
         self.trying = False
 
 
+class Exchange:
+    """One request to the cloud and what comes back.
+
+    Args:
+        seconds: for all of it. patience: for the headers, and for each line or the whole body after them.
+        trial: whether it is the one that an open circuit lets through.
+    """
+
+    def __init__(self, seconds: float, patience: float, trial: bool) -> None:
+        self.end, self.patience, self.trial = time.monotonic() + seconds, patience, trial
+        self.settled = False
+        """Whether the breaker was told of it."""
+        self.waits_until = 0.0
+        self.progress()
+
+    def progress(self) -> None:
+        """Something has come."""
+        self.waits_until = min(self.end, time.monotonic() + self.patience)
+
+    @property
+    def over(self) -> bool:
+        """Whether the time for all of it has passed."""
+        return time.monotonic() >= self.end
+
+    async def within(self, work: Awaitable[T]) -> T:
+        """The result of ``work``, if it comes in time."""
+        try:
+            return await asyncio.wait_for(work, max(self.waits_until - time.monotonic(), 0.001))
+        except asyncio.TimeoutError as error:
+            raise httpx.ReadTimeout("the cloud takes too long") from error
+
+    async def read(self, response: httpx.Response, limit: int) -> bytes:
+        """A whole body."""
+        return b"".join([piece async for piece in self._pieces(response, limit)])
+
+    async def lines(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """The lines of a body, which CR and LF end and nothing else; the last one may have no end."""
+        rest = b""
+        async for piece in self._pieces(response, MAX_BYTES):
+            *lines, rest = _NEWLINE.split(rest + piece)
+            for line in lines:
+                self.progress()
+                yield line
+            if len(rest) > MAX_LINE:
+                raise httpx.DecodingError(f"a line of the cloud's answer has more than {MAX_LINE} bytes")
+        if rest:
+            yield rest
+
+    async def _pieces(self, response: httpx.Response, limit: int) -> AsyncIterator[bytes]:
+        source, size = response.aiter_bytes(), 0
+
+        async def following() -> bytes | None:
+            return await anext(source, None)
+
+        while (piece := await self.within(following())) is not None:
+            size += len(piece)
+            if size > limit:
+                raise httpx.DecodingError(f"the cloud's answer has more than {limit} bytes")
+            yield piece
+
+
 class CloudClient:
     """The edge's client of a cloud server.
 
     Args:
-        url: such as ``http://host:8000``. key: its API key. timeout: seconds until the first byte, and between bytes.
-        delay: seconds to wait before each request, to stand for a network. answer_seconds: for a whole stream.
+        url: such as ``http://host:8000``, with or without ``/v1``. key: its API key.
+        timeout: seconds until a stream's first line, and between lines.
+        delay: seconds to wait before each request, to stand for a network. answer_seconds: for a whole answer.
+
+    Attributes:
+        exchanges: how many are on their way.
+        problem: what went wrong last; None once it is well again.
+        on_failure: called with the kind of each failure.
     """
 
     def __init__(
@@ -97,15 +185,22 @@ class CloudClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.breaker = breaker or Breaker()
-        self.delay, self.answer_seconds = delay, answer_seconds
+        self.delay, self.timeout, self.seconds = delay, timeout, answer_seconds + _GRACE
+        self.exchanges = 0
+        self.problem: str | None = None
+        self.on_failure: Callable[[str], None] = lambda kind: None
         headers = {"authorization": f"Bearer {key}"} if key else {}
+        address = httpx.URL(re.sub(r"/v1/?$", "", url))
+        # out of the address, which libraries log
+        login = httpx.BasicAuth(address.username, address.password) if address.userinfo else None
         self._http = httpx.AsyncClient(
-            base_url=url,
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=connect_timeout),
+            base_url=address.copy_with(username="", password=""),
+            auth=login,
+            headers={**headers, "accept-encoding": "identity", "content-type": "application/json"},
+            timeout=httpx.Timeout(self.seconds, connect=connect_timeout),
             transport=transport,
             trust_env=False,
-            limits=httpx.Limits(max_connections=256),
+            limits=httpx.Limits(max_connections=2 * MAX_EXCHANGES),
         )
 
     async def close(self) -> None:
@@ -116,85 +211,165 @@ class CloudClient:
         """The whole answer to ``body``.
 
         Raises:
-            CloudError: if none came. CloudRefusedError: for a 4xx.
+            CloudError: if none came. CloudRefusedError: if the request itself is at fault.
         """
-        async with self._open(path, body) as response:
-            content = json.loads(await response.aread())
-            if not _is_answer(content):
-                raise httpx.DecodingError("the cloud's answer lacks choices or usage")
-            return content  # type: ignore[no-any-return]
+        async with self._open(path, body, self.seconds) as (exchange, response):
+            content = _checked(await exchange.read(response, MAX_BYTES), "message" if "chat" in path else "text")
+            counts = content.get("usage")
+            if not content["choices"] or not _are_counts(counts):
+                raise ValueError("lacks choices or usage")
+            self._succeed(exchange)
+            return content
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
-        end, begun = time.monotonic() + self.answer_seconds, False
-        async with self._open(path, {**body, "stream": True}) as response:
-            async for line in response.aiter_lines():
-                if time.monotonic() >= end:
+        ended = False
+        async with self._open(path, {**body, "stream": True}, self.timeout) as (exchange, response):
+            async for line in exchange.lines(response):
+                if exchange.over:
                     raise httpx.ReadTimeout("the cloud's answer takes longer than a whole answer may")
-                field, _, data = line.partition(":")
-                if field != "data":
+                field, _, data = line.removeprefix(BOM_UTF8).partition(b":")
+                if field != b"data" or not data.strip():
                     continue
-                if data.strip() == "[DONE]" and begun:
+                if data.strip() == b"[DONE]" and exchange.settled:
                     return
-                chunk = json.loads(data)
-                if not isinstance(chunk, dict) or "choices" not in chunk:  # an error, or nothing of this protocol
-                    raise httpx.RemoteProtocolError("the cloud failed in the middle of its answer")
-                begun = True
+                chunk = _checked(data, "delta" if "chat" in path else "text", streamed=True)
+                self._succeed(exchange)
+                if chunk.get("usage") is not None and not _are_counts(chunk["usage"]):
+                    self._failed("usage", "the cloud's answer has token counts that are none; they were left out")
+                    del chunk["usage"]
+                ended = ended or any(choice.get("finish_reason") for choice in chunk["choices"])
                 yield chunk
-            raise httpx.RemoteProtocolError("the cloud's answer ended in the middle")
+            if not ended:
+                raise httpx.RemoteProtocolError("the cloud's answer ended in the middle")
+
+    def _succeed(self, exchange: Exchange) -> None:
+        """The cloud works: an answer came, or a stream's first chunk."""
+        if not exchange.settled:
+            exchange.settled = True
+            self.breaker.succeed()
+            self.problem = None
+
+    def _failed(self, kind: str, problem: str) -> None:
+        """Tell who runs the edge."""
+        self.problem = problem
+        self.on_failure(kind)
 
     @asynccontextmanager
-    async def _open(self, path: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+    async def _open(
+        self, path: str, body: dict[str, Any], patience: float
+    ) -> AsyncIterator[tuple[Exchange, httpx.Response]]:
+        # before anything counts against the cloud; in ASCII, so that there is nothing in it that cannot be sent
+        content = json.dumps(body).encode()
+        if self.exchanges >= MAX_EXCHANGES:
+            raise CloudError(CLOUD_BUSY, f"{self.exchanges} requests wait for the cloud already")
         if not self.breaker.enter():
             raise CloudError(
                 CIRCUIT_OPEN, "the cloud failed several times in a row, so it is not asked for a few seconds"
             )
-        settled = False
+        self.exchanges += 1
+        trial = self.breaker.trying
+        exchange = Exchange(self.seconds + self.delay, patience + self.delay, trial)
         try:
             await asyncio.sleep(self.delay)
-            async with self._http.stream("POST", path, json=body) as response:
+            request = self._http.build_request("POST", path, content=content)
+            response = await exchange.within(self._http.send(request, stream=True))
+            try:
+                exchange.progress()
                 if response.status_code != 200:
-                    self._judge(response.status_code, await response.aread())
-                yield response
-            self.breaker.succeed()
-            settled = True
+                    self._judge(response.status_code, await exchange.read(response, MAX_LINE))
+                yield exchange, response
+            finally:
+                await response.aclose()
         except CloudRefusedError:
-            self.breaker.succeed()  # it is alive
-            settled = True
+            self._succeed(exchange)  # it is alive
             raise
         except CloudError as error:
-            (self.breaker.succeed if error.reason == CLOUD_BUSY else self.breaker.fail)()
-            settled = True
+            if error.reason == CLOUD_BUSY:
+                self._succeed(exchange)
+            self._fail(exchange, "status", error)
             raise
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            self.breaker.fail()
-            settled = True
-            raise CloudError(CLOUD_DOWN, f"the cloud gave no answer ({type(error).__name__})") from error
+            what = (
+                f"{type(error).__name__}: what it said {error}" if type(error) is ValueError else type(error).__name__
+            )
+            failure = CloudError(CLOUD_DOWN, f"the cloud gave no answer ({what})")
+            kind = "timeout" if isinstance(error, httpx.TimeoutException) else "answer"
+            self._fail(exchange, "connection" if isinstance(error, httpx.ConnectError) else kind, failure)
+            raise failure from error
         finally:
-            if not settled:
+            self.exchanges -= 1
+            if trial and not exchange.settled:
                 self.breaker.forget()
+
+    def _fail(self, exchange: Exchange, kind: str, error: CloudError) -> None:
+        # an answer that began and did not end in time says nothing: its client may read slowly
+        begun, exchange.settled = exchange.settled, True
+        counts = error.reason != CLOUD_BUSY and not (begun and exchange.over)
+        if counts and (exchange.trial or self.breaker.opened is None):
+            self.breaker.fail()
+        _log.warning("%s: %s", error.reason, error)
+        self._failed(kind, str(error))
 
     @staticmethod
     def _judge(status: int, content: bytes) -> None:
         if status == 429:
             raise CloudError(CLOUD_BUSY, "the cloud has too many requests")
-        if status in (401, 403):
-            raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}; check the key for it")
-        if not 400 <= status < 500:
-            raise CloudError(CLOUD_DOWN, f"the cloud answered with status {status}")
+        if status not in (400, 413, 422):  # anything else is no fault of the request, but of who runs edge and cloud
+            hint = _HINTS.get(status, "--cloud-url" if status < 500 else None)
+            raise CloudError(
+                CLOUD_DOWN, f"the cloud answered with status {status}" + (f"; check {hint}" if hint else "")
+            )
         try:
-            said = json.loads(content)
+            said = parse_json(content)
         except ValueError:
             said = None
         raise CloudRefusedError(status, said)
 
 
-def _is_answer(content: Any) -> bool:
-    """Whether it has what is passed on and counted."""
-    if not isinstance(content, dict):
+def _checked(content: bytes, key: str, *, streamed: bool = False) -> dict[str, Any]:
+    """An answer, or a chunk of one, that is safe to pass on.
+
+    Args:
+        key: what each choice says it by: ``message``, ``delta`` or ``text``.
+
+    Raises:
+        ValueError: a clause, if it is none.
+    """
+    answer = parse_json(content, parse_constant=_no_number, parse_float=_finite)
+    if not isinstance(answer, dict) or "choices" not in answer:
+        raise ValueError("is an error, or nothing of this protocol")
+    choices = answer["choices"]
+    if choices is None and streamed:
+        choices = answer["choices"] = []
+    if not isinstance(choices, list) or not all(_is_choice(choice, key) for choice in choices):
+        raise ValueError("has choices that are none")
+    return answer
+
+
+def _is_choice(choice: Any, key: str) -> bool:
+    if not isinstance(choice, dict) or not isinstance(choice.get("finish_reason"), (str, type(None))):
         return False
-    choices, counts = content.get("choices"), content.get("usage")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+    said = choice.get(key)
+    if key != "text":
+        if not isinstance(said, dict):
+            return key == "delta" and said is None
+        said = said.get("content")
+    return said is None or isinstance(said, str)
+
+
+def _are_counts(counts: Any) -> bool:
+    """Whether both are there and are numbers of tokens."""
+    if not isinstance(counts, dict):
         return False
-    wanted = ("prompt_tokens", "completion_tokens")
-    return isinstance(counts, dict) and all(isinstance(counts.get(name), int) for name in wanted)
+    numbers = [counts.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    return all(type(number) is int and 0 <= number < 1 << 53 for number in numbers)
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"holds {name}, which is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)

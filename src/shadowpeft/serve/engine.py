@@ -21,10 +21,20 @@ from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.batch import Batch
 from shadowpeft.serve.options import Options
-from shadowpeft.serve.requests import Event, OverdueError, QueueFullError, Request, SamplingParams, StoppedError
+from shadowpeft.serve.requests import (
+    Event,
+    OverdueError,
+    QueueFullError,
+    Request,
+    SamplingParams,
+    StoppedError,
+    TooLongError,
+)
 from shadowpeft.serve.router import Scores
 from shadowpeft.serve.scheduling import group_by_length, join_batches, next_in_turn, next_to_read
 
+_LAST_SECONDS = 5.0
+"""How long a forward pass that runs on is waited for when the server shuts down."""
 _SHORTEST_PIECE = 32
 """Columns of a batch of prompts that are read in one pass at least."""
 
@@ -146,11 +156,11 @@ class Engine:
         if prompt == 0:
             raise DataError("the prompt has no tokens; say something")
         if prompt > limits.prompt_tokens:
-            raise DataError(f"the prompt has {prompt} tokens but may have {limits.prompt_tokens}; shorten it")
+            raise TooLongError(f"the prompt has {prompt} tokens but may have {limits.prompt_tokens}; shorten it")
         if max_tokens > limits.new_tokens:
-            raise DataError(f"max_tokens is {max_tokens} but may be {limits.new_tokens}; lower it")
+            raise TooLongError(f"max_tokens is {max_tokens} but may be {limits.new_tokens}; lower it")
         if prompt + max_tokens > self.backend.max_model_len:
-            raise DataError(
+            raise TooLongError(
                 f"the prompt has {prompt} tokens and {max_tokens} more are asked for, but the model reads "
                 f"{self.backend.max_model_len}; shorten the prompt or lower max_tokens"
             )
@@ -226,7 +236,7 @@ class Engine:
             change.settle(StoppedError("the server shut down before the change was made"))
         for request in left:
             request.fail(StoppedError("the server shut down before the answer was finished"))
-        self._thread.join(timeout)
+        self._thread.join(min(timeout, _LAST_SECONDS))
         return False
 
     # -------------------------------------------------------------------------------------------- in the engine's thread

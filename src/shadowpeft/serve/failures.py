@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import traceback
 from typing import Any
 
@@ -21,12 +23,24 @@ _STATUS = {
     400: "malformed, or not possible",
     401: "no valid key",
     404: "no such model, adapter or path",
+    408: "the body did not arrive in time",
     409: "the new weights do not fit, or there is nothing to go back to",
     413: "the body is too large",
     429: "too many requests; see Retry-After",
     503: "not ready, shutting down, no turn in time, or the cloud is needed but unavailable",
 }
+_SUBJECT = re.compile(r"^\w+ (?=should )")
+"""Pydantic's name for the field."""
+_PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
+"""What of a cloud's refusal is told beside its message."""
 _log = logging.getLogger("shadowpeft.serve")
+
+
+class AsciiResponse(JSONResponse):
+    """JSON that no reader of lines can cut in two."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -52,7 +66,7 @@ def without_text(record: logging.LogRecord) -> bool:
 
 def _answer(status: int, message: str, **more: Any) -> JSONResponse:
     headers = {"retry-after": str(_RETRY_SECONDS)} if status in (429, 503) else None
-    return JSONResponse(error(message, **more), status, headers)
+    return AsciiResponse(error(message, **more), status, headers)
 
 
 def _of_the_package(failure: ShadowPeftError) -> Response:
@@ -65,12 +79,30 @@ def _of_the_package(failure: ShadowPeftError) -> Response:
     if isinstance(failure, CloudError):
         return _answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
     if isinstance(failure, CloudRefusedError):
-        passed_on = failure.content if isinstance(failure.content, dict) and "error" in failure.content else None
-        return JSONResponse(passed_on or error(str(failure)), failure.status)
+        said = failure.content.get("error") if isinstance(failure.content, dict) else None
+        said = said if isinstance(said, dict) and isinstance(said.get("message"), str) else {"message": str(failure)}
+        more = {name: said[key] for name, key in _PASSED_ON.items() if isinstance(said.get(key), str)}
+        return AsciiResponse(error(said["message"], **more), failure.status)
     if isinstance(failure, (DataError, ConfigError)):
         return _answer(400, str(failure))
     report(failure)
     return _answer(500, "the answer could not be made", kind="server_error")
+
+
+def _sentence(kind: str, where: str, problem: str) -> str:
+    """What pydantic found, in our words: the field, what is wrong, and what to do."""
+    if kind == "json_invalid":
+        return "the body is not JSON; send one JSON object"
+    if not where or (kind == "missing" and where == "body"):
+        return "the body is not a JSON object; send one, with content-type: application/json"
+    if kind == "refused":
+        return f"{where} {problem}"
+    if kind == "missing":
+        return f"{where} is missing; send it"
+    if kind == "extra_forbidden":
+        return f"{where} is no field of this request; leave it out"
+    wanted = _SUBJECT.sub("", problem).replace(" after validation", "")
+    return f"{where} {wanted}; change it or leave it out"
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -79,9 +111,9 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, failure: RequestValidationError) -> Response:
         first = failure.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        problem = str(first["msg"]).removeprefix("Value error, ")
-        return _answer(400, f"{where}: {problem}" if where else problem, param=where or None)
+        context = first.get("ctx", {})
+        where = ".".join(str(part) for part in (*first["loc"][1:], *context.get("where", ())))
+        return _answer(400, _sentence(first["type"], where, str(first["msg"])), param=where or None)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, failure: HTTPException) -> Response:

@@ -1,7 +1,8 @@
-"""What stands before every route: keys, the size of bodies, counting. Plain ASGI, so that streams pass through untouched."""
+"""What stands before every route: keys, pages of others, the size of bodies. Plain ASGI, so streams pass through untouched."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -10,8 +11,10 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from shadowpeft.serve.metrics import Metrics
+from shadowpeft.serve.options import is_loopback
 from shadowpeft.serve.protocol import error
 
 Scope = MutableMapping[str, Any]
@@ -20,6 +23,8 @@ Send = Callable[[Any], Awaitable[None]]
 
 OPEN_PATHS = ("/healthz", "/readyz")
 """What needs no key."""
+_FORM = b"application/x-www-form-urlencoded"
+"""What ``curl -d`` says of a body that is JSON; so is one without a header, since nothing else is read here."""
 _log = logging.getLogger("shadowpeft.serve")
 
 
@@ -29,6 +34,11 @@ class Keys:
     def __init__(self, keys: tuple[str, ...] | None, admin: tuple[str, ...] | None) -> None:
         self._keys = None if keys is None else [k.encode() for k in keys]
         self._admin = None if admin is None else [k.encode() for k in admin]
+
+    @property
+    def open(self) -> bool:
+        """Whether whoever reaches the server may ask it."""
+        return self._keys is None
 
     def allows(self, path: str, header: bytes | None) -> bool:
         """Whether a request for ``path`` with this ``Authorization`` header may pass; every key is compared, in full."""
@@ -57,17 +67,50 @@ def _key(header: bytes | None) -> bytes:
     return b""
 
 
+def _foreign(headers: dict[bytes, bytes], without_key: bool) -> str | None:
+    """Why a request may come from a web page of somebody else, as a sentence; None if it does not.
+
+    Without keys any page could ask whose name was bound to this machine; with HTTP Basic a browser sends what it remembers.
+    """
+    host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
+    if without_key and not is_loopback(_hostname(host)):
+        return "the Host header names another machine; ask for localhost or 127.0.0.1, or start the server with keys"
+    remembered = not headers.get(b"authorization", b"").lower().startswith(b"bearer ")
+    if origin and remembered and origin.partition("://")[2] != host:
+        return "the Origin header names another page; open this server's own page, or send the key as a Bearer token"
+    return None
+
+
+def _hostname(host: str) -> str:
+    """A Host header without the port; empty if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
 class Guard:
     """ASGI middleware.
 
     Args:
         keys: who may pass. max_body: bytes. known: path -> the label it has in metrics and log.
+        body_seconds: until a body must have arrived. The application gets a whole body, or none.
 
     The log has method, label, status and time of a request, and nothing of its content.
     """
 
-    def __init__(self, app: Any, *, keys: Keys, max_body: int, metrics: Metrics, known: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        keys: Keys,
+        max_body: int,
+        metrics: Metrics,
+        known: Callable[[str], str],
+        body_seconds: float,
+    ) -> None:
         self.app, self.keys, self.max_body, self.metrics, self.known = app, keys, max_body, metrics, known
+        self.body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -85,6 +128,10 @@ class Guard:
 
         headers = dict(scope["headers"])
         try:
+            foreign = _foreign(headers, self.keys.open)
+            if foreign is not None:
+                await _refuse(counted, 403, foreign, "foreign_page")
+                return
             if not self.keys.allows(scope["path"], headers.get(b"authorization")):
                 await _refuse(
                     counted, 401, "a valid API key is needed; send it as 'Authorization: Bearer KEY'", "invalid_api_key"
@@ -96,11 +143,19 @@ class Guard:
                     counted, 413, f"the body has {int(length)} bytes but may have {self.max_body}", "body_too_large"
                 )
                 return
-            body = await self._read(receive) if b"transfer-encoding" in headers else None
-            if body is not None and len(body) > self.max_body:
+            try:
+                body = await asyncio.wait_for(self._read(receive), self.body_seconds)
+            except asyncio.TimeoutError:
+                late = f"the body did not arrive within {self.body_seconds:g} seconds; send it faster"
+                await _refuse(counted, 408, late, "body_too_slow")
+                return
+            if len(body) > self.max_body:
                 await _refuse(counted, 413, f"the body has more than {self.max_body} bytes", "body_too_large")
                 return
-            await self.app(scope, receive if body is None else _replay(body, receive), counted)
+            if headers.get(b"content-type", _FORM).partition(b";")[0].strip().lower() == _FORM:
+                others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+                scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+            await self.app(scope, _replay(body, receive), counted)
         finally:
             _log.info("%s %s %d %.3fs", scope["method"], label, status, time.monotonic() - began)
 
@@ -133,7 +188,7 @@ async def _refuse(send: Send, status: int, message: str, code: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="shadowpeft", charset="UTF-8"'))
-    if status == 413:
+    if status in (408, 413):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

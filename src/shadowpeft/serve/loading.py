@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.layer import check_adapter_name
 
 
@@ -61,7 +61,7 @@ def load_adapters(named: dict[str, str], base: str | None) -> Any:
 def is_lora(path: str) -> bool:
     """Whether ``path`` is a folder with a LoRA or DoRA adapter."""
     file = Path(path) / "adapter_config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("peft_type") == "LORA"
+    return file.is_file() and read_json(file).get("peft_type") == "LORA"
 
 
 def load_lora(path: str, base: str | None) -> tuple[Any, Any]:

@@ -37,6 +37,12 @@ class Metrics:
         self.tokens = new(Counter, "tokens", "Tokens read and made.", ("kind",))
         self.disconnected = new(Counter, "disconnected", "Clients that left before their answer was finished.")
         self.swaps = new(Counter, "swaps", "Adapters replaced, rolled back, added, removed, or refused.", ("result",))
+        self.cloud_failures = new(
+            Counter,
+            "cloud_failures",
+            "Exchanges with the cloud that failed: connection, timeout, status, answer.",
+            ("kind",),
+        )
         self._share = new(Gauge, "on_device_share", "Share of all answers that were given on the device.")
         self._new = new
         self._answers = [0, 0]

@@ -83,7 +83,7 @@ class Options:
                 "--cloud-url, --routing and --skills belong to the edge; leave them out or set --role edge"
             )
         if self.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.cloud_url):
-            raise ConfigError(f"--cloud-url is '{self.cloud_url}' but must be like http://host:8000")
+            raise ConfigError(f"--cloud-url is '{without_password(self.cloud_url)}' but must be like http://host:8000")
         if self.role == "edge" and len(self.named) > 1:
             raise ConfigError(f"{len(self.named)} adapters were given but an edge server has one; start one for each")
         if self.when_cloud_down not in ("local", "error"):
@@ -99,10 +99,22 @@ class Options:
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine reaches the server."""
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def without_password(url: str) -> str:
+    """The URL for logs and messages."""
+    before, at, after = url.rpartition("@")
+    scheme, slashes, _ = before.rpartition("://")
+    return f"{scheme}{slashes}***@{after}" if at else url
 
 
 def parse_adapters(given: list[str]) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -15,68 +17,171 @@ from pydantic import (
     StrictInt,
     StrictStr,
     StringConstraints,
-    field_validator,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from shadowpeft.serve.requests import Token
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
-Number = Union[StrictInt, StrictFloat]
 _SEED = 2**63
 
 
 class _Strict(BaseModel):
+    """Null means absent; what is not supported may be there as long as it asks for nothing."""
+
     model_config = ConfigDict(extra="forbid")
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Fields of the OpenAI API that are not supported, and their values that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        for name, values in cls.neutral.items():
+            given = content.get(name)
+            # True is 1 for Python, not for JSON
+            if given is not None and not any(
+                given == v and isinstance(given, bool) == isinstance(v, bool) for v in values
+            ):
+                also = "".join(f" or send {json.dumps(value)}" for value in values[:1])
+                raise _invalid(f"asks for what this server does not do; leave it out{also}", name)
+        return {name: value for name, value in content.items() if value is not None and name not in cls.neutral}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> Any:
+        schema = handler.resolve_ref_schema(handler(core))
+        schema["properties"] |= {name: {"enum": [None, *values]} for name, values in cls.neutral.items()}
+        return schema
+
+
+def _invalid(problem: str, *where: str) -> PydanticCustomError:
+    """A refusal of the field ``where``, seen from the one that is validated."""
+    return PydanticCustomError("refused", "{problem}", {"problem": problem, "where": where})
+
+
+class TextPart(_Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _joined(content: Any) -> Any:
+    """Text that may come in parts."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise _invalid('is no text, and only text is read; send {"type": "text", "text": ...}', str(number))
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 class Message(_Strict):
     """One turn."""
 
-    role: Literal["system", "user", "assistant"]
-    content: Text
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "refusal": (),
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+    }
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="A developer's message is a system message."
+    )
+    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=Union[Text, list[TextPart]])] = Field(
+        default="", description="Only the assistant's may be left out."
+    )
     name: Optional[Annotated[StrictStr, Field(max_length=64)]] = Field(default=None, description="Accepted, not used.")
+    tool_calls: Optional[list[dict[str, Any]]] = Field(
+        default=None, description="Of an earlier turn, if the model's chat template writes them."
+    )
+    tool_call_id: Optional[StrictStr] = None
+
+    @model_validator(mode="after")
+    def _normal(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise _invalid("is missing; send the text", "content")
+        if self.tool_calls is not None and self.role != "assistant":
+            raise _invalid(f"belongs to the assistant, not to the role {self.role}; leave it out", "tool_calls")
+        if self.role == "developer":
+            self.role = "system"
+        self.tool_calls = self.tool_calls or None
+        return self
 
 
 class StreamOptions(_Strict):
     """What a stream carries."""
 
     include_usage: StrictBool = False
+    include_obfuscation: Optional[StrictBool] = Field(default=None, description="Accepted; nothing is padded.")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _only(value: Any) -> Any:
+    """The one text of a list."""
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1 or not isinstance(value[0], str):
+        raise _invalid("has to be one text; send a request for each, and no tokens")
+    return value[0]
 
 
 class _Generate(_Strict):
     """What both endpoints take."""
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "n": (1,),
+        "presence_penalty": (0,),
+    }
     model: Annotated[StrictStr, Field(min_length=1, max_length=200)]
     max_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
-    temperature: Optional[Annotated[Number, Field(ge=0, le=2)]] = Field(
+    temperature: Optional[Annotated[StrictFloat, Field(ge=0, le=2)]] = Field(
         default=None, description="0, the default, is greedy."
     )
-    top_p: Optional[Annotated[Number, Field(gt=0, le=1)]] = None
+    top_p: Optional[Annotated[StrictFloat, Field(gt=0, le=1)]] = None
     seed: Optional[Annotated[StrictInt, Field(ge=-_SEED, lt=_SEED)]] = None
-    stop: Optional[Union[StrictStr, list[StrictStr]]] = Field(
-        default=None, description="At most 4 texts of 1 to 100 characters."
-    )
+    stop: Optional[
+        Annotated[
+            list[Annotated[StrictStr, Field(min_length=1, max_length=100)]],
+            BeforeValidator(_listed, json_schema_input_type=Union[str, list[str]]),
+            Field(max_length=4),
+        ]
+    ] = Field(default=None, description="At most 4 texts of 1 to 100 characters.")
     stream: Optional[StrictBool] = None
     stream_options: Optional[StreamOptions] = None
-    n: Optional[Literal[1]] = None
     user: Optional[Annotated[StrictStr, Field(max_length=200)]] = Field(default=None, description="Accepted, not used.")
-    frequency_penalty: Optional[Literal[0]] = None
-    presence_penalty: Optional[Literal[0]] = None
     route: Literal["auto", "device", "cloud"] = Field(
         default="auto", description="Edge only: let the router decide, or say who answers."
     )
 
-    @field_validator("stop")
+    @model_validator(mode="before")
     @classmethod
-    def _short(cls, value: Any) -> Any:
-        texts = [value] if isinstance(value, str) else value or []
-        if len(texts) > 4 or any(not 1 <= len(text) <= 100 for text in texts):
-            raise ValueError("stop must be at most 4 texts of 1 to 100 characters")
-        return value
+    def _whole_characters(cls, content: Any) -> Any:
+        """Text is judged here, once: nothing behind this door can be anything but Unicode."""
+        parts: list[tuple[tuple[str, ...], Any]] = [((), content)]
+        while parts:
+            where, value = parts.pop()
+            if isinstance(value, dict):
+                parts += [((*where, key), each) for key, each in value.items()]
+                parts += [((*where, "(a key)"), key) for key in value]
+            elif isinstance(value, list):
+                parts += [((*where, str(number)), each) for number, each in enumerate(value)]
+            elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise _invalid("holds half a surrogate pair; send whole characters", *where)
+        return content
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(self.stop or ())
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -91,10 +196,33 @@ class _Generate(_Strict):
 class ChatRequest(_Generate):
     """``POST /v1/chat/completions``."""
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_Generate.neutral,
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "prompt_cache_options": ({}, {"mode": "implicit"}, {"mode": "implicit", "ttl": "30m"}),
+        "prompt_cache_retention": ("in_memory", "24h"),
+        "reasoning_effort": ("none", "medium"),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    }
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     max_completion_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
     logprobs: Optional[StrictBool] = None
     top_logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=20)]] = None
+    safety_identifier: Optional[Text] = Field(default=None, description="Accepted, not used.")
+    prompt_cache_key: Optional[Text] = Field(default=None, description="Accepted, not used.")
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -108,8 +236,17 @@ class ChatRequest(_Generate):
 class CompletionRequest(_Generate):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[StrictStr, Field(min_length=1, max_length=200_000)]
-    echo: Optional[Literal[False]] = None
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **_Generate.neutral,
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
+    prompt: Annotated[
+        StrictStr,
+        BeforeValidator(_only, json_schema_input_type=Union[str, list[str]]),
+        Field(min_length=1, max_length=200_000),
+    ]
     logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=5)]] = None
 
     @property
@@ -205,19 +342,26 @@ class ResponseBuilder:
         if self.top is None:
             return None
         if self.chat:
-            content = [{**_entry(t.piece, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
+            content = [{**_entry(t.bytes, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
             return {"content": content, "refusal": None}
         offsets = []
         for t in tokens:
             offsets.append(self._offset)
             self._offset += len(t.piece)
         return {
-            "tokens": [t.piece for t in tokens],
+            "tokens": [_shown(t.bytes) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens] if self.top else None,
+            "top_logprobs": [{_shown(token): logprob for token, logprob in t.top} for t in tokens]
+            if self.top
+            else None,
             "text_offset": offsets,
         }
 
 
-def _entry(piece: str, logprob: float) -> dict[str, Any]:
-    return {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
+def _entry(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _shown(token), "logprob": logprob, "bytes": list(token)}
+
+
+def _shown(token: bytes) -> str:
+    """A token as text; bytes that are no character are escaped, so that different tokens look different."""
+    return token.decode("utf-8", "backslashreplace")

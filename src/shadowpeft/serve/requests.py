@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shadowpeft.errors import ShadowPeftError
+from shadowpeft.decode import Decoder
+from shadowpeft.errors import DataError, ShadowPeftError
 from shadowpeft.serve.router import Scores
 
 GREEDY = 1e-307
@@ -21,6 +22,10 @@ class QueueFullError(ShadowPeftError):
 
 class StoppedError(ShadowPeftError):
     """The engine takes no more requests: it is shutting down."""
+
+
+class TooLongError(DataError):
+    """The prompt, or the answer that is asked for, is longer than this server's model or its limits allow."""
 
 
 class OverdueError(ShadowPeftError):
@@ -61,11 +66,13 @@ class Token:
     text: str
     """What it adds to the text, once that is certain: empty for parts of a character, and while a stop text may follow."""
     piece: str
-    """The token alone, decoded."""
+    """What it adds to the text, stop texts or not; empty in the middle of a character."""
+    bytes: bytes
+    """What it stands for: those of an answer's tokens joined are the answer in UTF-8."""
     logprob: float
     margin: float
     entropy: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[bytes, float], ...] = ()
     """The likeliest tokens and their log-probabilities."""
 
 
@@ -110,6 +117,10 @@ class Request:
     sent: int = 0
     """Characters of the text that were given away."""
     generator: torch.Generator | None = None
+    decoder: Decoder | None = None
+    """Of the answer so far."""
+    text: str = ""
+    """The answer so far: whole characters, stop texts not cut off."""
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that there will be no more, unless it has left."""

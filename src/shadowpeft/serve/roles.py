@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from shadowpeft.data.chat import render_prompt, with_system
@@ -16,10 +16,9 @@ from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
-from shadowpeft.serve.requests import SamplingParams
-from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, Router, Scores
+from shadowpeft.serve.requests import SamplingParams, TooLongError
+from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, TOO_LONG, Router, Scores
 
-_log = logging.getLogger("shadowpeft.serve")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 Asked = ChatRequest | CompletionRequest
 
@@ -41,6 +40,11 @@ class Role(ABC):
         self.prompt_characters = longest * engine.limits.prompt_tokens
         """Longer prompts have more tokens than allowed, whatever they are."""
 
+    @property
+    def elsewhere(self) -> int:
+        """Answers that another server makes for this one."""
+        return 0
+
     def close(self) -> None:
         """Tokenize no more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -58,12 +62,16 @@ class Role(ABC):
         """The prompt's tokens.
 
         Raises:
-            DataError: if it has so many characters that it must have too many tokens; it is not tokenized then.
+            TooLongError: if it has so many characters that it must have too many tokens; it is not tokenized then.
         """
-        texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [m.content for m in asked.messages]
+        texts = (
+            [asked.prompt]
+            if isinstance(asked, CompletionRequest)
+            else [m.content + str(m.tool_calls or "") for m in asked.messages]
+        )
         characters = sum(map(len, texts))
         if characters > self.prompt_characters:
-            raise DataError(
+            raise TooLongError(
                 f"the prompt has {characters} characters but {self.engine.limits.prompt_tokens} tokens hold at most "
                 f"{self.prompt_characters}; shorten it"
             )
@@ -73,8 +81,15 @@ class Role(ABC):
         if isinstance(asked, CompletionRequest):
             text = asked.prompt
         else:
-            turns = [{"role": m.role, "content": m.content} for m in asked.messages]
-            text = render_prompt(self._tokenizer, with_system(turns, self.system))
+            turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
+            turns = with_system(turns, self.system)
+            text = render_prompt(self._tokenizer, turns)
+            if any("tool_calls" in turn for turn in turns):
+                bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
+                if text == render_prompt(self._tokenizer, bare):
+                    raise DataError(
+                        "tool_calls of a message are not written by the model's chat template; leave them out"
+                    )
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids
@@ -135,11 +150,27 @@ class EdgeRole(Role):
             raise ConfigError(f"when_down is '{when_down}' but must be local or error")
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
 
+    @property
+    def elsewhere(self) -> int:
+        return 0 if self.cloud is None else self.cloud.exchanges
+
     async def answer(self, asked: Asked) -> Reply:
         began = time.monotonic()
-        ids = await self.prompt(asked)
-        sampling = self.sampling(asked)
-        self.engine.check(len(ids), asked.model, sampling.max_tokens)
+        sampling = wanted = self.sampling(asked)
+        try:
+            ids = await self.prompt(asked)
+            if (
+                self.cloud is not None and asked.route != "device"
+            ):  # what does not fit here is not refused but handed on
+                room = min(self.engine.limits.new_tokens, self.engine.backend.max_model_len - len(ids))
+                sampling = replace(wanted, max_tokens=max(1, min(wanted.max_tokens, room)))
+            self.engine.check(len(ids), asked.model, sampling.max_tokens)
+        except TooLongError:
+            if self.cloud is None or asked.route == "device":
+                raise
+            return await self._forward(
+                asked, {"where": CLOUD, "reason": ASKED if asked.route == "cloud" else TOO_LONG}, began
+            )
         if asked.route == "cloud":
             try:
                 return await self._forward(asked, {"where": CLOUD, "reason": ASKED}, began)
@@ -156,6 +187,8 @@ class EdgeRole(Role):
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
         if asked.route == "device":
             note.update(where=DEVICE, reason=ASKED)
+        elif note["where"] == DEVICE and finish.reason == "length" and sampling != wanted:
+            note.update(where=CLOUD, reason=TOO_LONG)
         if note["where"] == DEVICE:
             return await _begun(LocalReply(generation, self.builder(asked, note), began))
         try:
@@ -190,7 +223,6 @@ class EdgeRole(Role):
         generation: Generation | None = None,
     ) -> Reply:
         """The device's own answer, said to be one."""
-        _log.warning("%s: %s", error.reason, error)
         if self.when_down == "error":
             raise error
         wanted = {"wanted": note["reason"]} if note else {}

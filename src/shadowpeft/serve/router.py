@@ -6,7 +6,6 @@ is no known action and, with a calibration, a known action that is too likely to
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -16,13 +15,15 @@ from typing import Any
 
 from shadowpeft.data.actions import LONGEST_TAG, REMOTE, checked
 from shadowpeft.errors import ConfigError
+from shadowpeft.json_text import parse_json
 from shadowpeft.storage import write_json
 
 DEVICE, CLOUD = "device", "cloud"
 KNOWN, TAGGED, UNKNOWN, UNSURE = "known skill", "[REMOTE]", "unknown answer", "low confidence"
 ASKED, BASE_PATH = "asked for", "attached"
+TOO_LONG = "too long for the device"
 CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN = "cloud unavailable", "cloud busy", "circuit open"
-REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, ASKED, BASE_PATH, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN)
+REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, ASKED, BASE_PATH, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN)
 """Every reason an answer can carry."""
 
 SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")
@@ -142,11 +143,11 @@ class Calibration:
             ConfigError: if the file is missing, damaged, or of another format.
         """
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_bytes())
         except OSError as error:
             raise ConfigError(f"the calibration '{file}' cannot be read ({error.strerror}); calibrate again") from error
         except ValueError as error:
-            raise ConfigError(f"the calibration '{file}' is not JSON; calibrate again") from error
+            raise ConfigError(f"the calibration '{file}' {error}; calibrate again") from error
         kept = ("signal", "values", "chances", "threshold", "report")
         if (
             not isinstance(content, dict)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shadowpeft.decode import Decoder
 from shadowpeft.serve.requests import GREEDY, Finish, Request, SamplingParams, Token
-
-_REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -59,36 +59,43 @@ def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Gene
     sorted_p, order = p.sort(descending=True, stable=True)
     total = sorted_p.cumsum(-1)
     if sampling.top_p < 1.0:
-        sorted_p = sorted_p.masked_fill(total - sorted_p >= sampling.top_p, 0.0)
+        cut = total - sorted_p >= sampling.top_p
+        cut[0] = False  # a processor that flushes the smallest numbers reads such a top_p as 0
+        sorted_p = sorted_p.masked_fill(cut, 0.0)
         total = sorted_p.cumsum(-1)
     u = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
     place = int(torch.searchsorted(total, u, right=True))
     return int(order[min(place, int((sorted_p > 0).sum()) - 1)])
 
 
-def append_token(request: Request, choice: Choice, decode: Callable[..., str], stop_token_ids: Collection[int]) -> bool:
+def append_token(request: Request, choice: Choice, tokenizer: Any, stop_token_ids: Collection[int]) -> bool:
     """Add a token to an answer and tell its reader; whether the answer goes on."""
     ended = choice.id in stop_token_ids
     request.new.append(choice.id)
     if request.cancelled:
         return False
-    text = decode(request.new[:-1] if ended else request.new, skip_special_tokens=True)
-    cut = min((at for at in (text.find(s) for s in request.sampling.stop) if at >= 0), default=-1)
+    if request.decoder is None:
+        request.decoder = Decoder(tokenizer)
+    piece = "" if ended else request.decoder.push(choice.id)
+    full = len(request.new) >= request.sampling.max_tokens
+    request.text += piece + (request.decoder.finish() if ended or full else "")
+    text = request.text
+    cut = min((at for at in (text.find(s, request.sent) for s in request.sampling.stop) if at >= 0), default=-1)
     if cut >= 0:
         text = text[:cut]
     over = ended or cut >= 0
     certain = max(request.sent, len(text) if over else certain_length(text, request.sampling.stop))
     delta, request.sent = text[request.sent : certain], certain
     if not ended:
-        piece = decode([choice.id])
         request.pieces.append(piece)
         request.scores.append(choice)
-        top = tuple((decode([token]), logprob) for token, logprob in choice.top)
-        request.emit(Token(choice.id, delta, piece, choice.logprob, choice.margin, choice.entropy, top))
+        top = tuple((request.decoder.bytes(token), logprob) for token, logprob in choice.top)
+        own = request.decoder.bytes(choice.id)
+        request.emit(Token(choice.id, delta, piece, own, choice.logprob, choice.margin, choice.entropy, top))
         delta = ""
     if over:
         reason = "stop"
-    elif len(request.new) >= request.sampling.max_tokens:
+    elif full:
         reason = "length"
     elif request.until is not None and request.until(request.pieces, request.scores):
         reason = "until"
@@ -96,16 +103,15 @@ def append_token(request: Request, choice: Choice, decode: Callable[..., str], s
         reason = "time"
     else:
         return True
+    if not (over or full):
+        text += request.decoder.finish()
     request.emit(Finish(reason, delta + text[request.sent :], len(request.ids), len(request.new)))
     return False
 
 
 def certain_length(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters of an unfinished text can be given away: no half ones, nothing that may become a stop text."""
-    end = len(text)
-    while end and text[end - 1] == _REPLACEMENT:
-        end -= 1
-    held = 0
+    """How many characters of an unfinished text can be given away: nothing that may become a stop text."""
+    end, held = len(text), 0
     for stop in stops:
-        held = max(held, next((n for n in range(min(len(stop) - 1, end), 0, -1) if text.endswith(stop[:n], 0, end)), 0))
+        held = max(held, next((n for n in range(min(len(stop) - 1, end), 0, -1) if text.endswith(stop[:n])), 0))
     return end - held

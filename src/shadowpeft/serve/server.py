@@ -1,9 +1,8 @@
-"""The HTTP server of either role: its routes, its start and its end."""
+"""The application of either role: its routes, its start and its end."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
-from shadowpeft.serve.failures import add_handlers, described, without_text
+from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
 from shadowpeft.serve.options import Options
@@ -37,7 +36,8 @@ class Settings:
 
     Attributes:
         versions: folder whose sub-folders may be swapped in; None: no swaps.
-        requests: answers that may be on their way at the same time, on the device and in the cloud.
+        max_body, body_seconds: bytes of a request's body, and when all of it must have arrived.
+        requests: answers that this server may be making at the same time; those that wait for the cloud are counted apart.
         drain_seconds: how long running requests may take after a shutdown was asked for.
         managed: who changes adapters instead of the ``/admin`` routes, as a sentence for those who try; None: the routes do.
         replica: this server's name among several behind one address, for a header and a label; None: it is alone.
@@ -46,6 +46,7 @@ class Settings:
     keys: Keys
     versions: Path | None = None
     max_body: int = 1 << 20
+    body_seconds: float = 30.0
     requests: int = 128
     drain_seconds: float = Options.drain_seconds
     managed: str | None = None
@@ -60,7 +61,7 @@ def build(role: Role, settings: Settings) -> FastAPI:
         role.engine.start()
         yield
         server.administration.close()
-        await asyncio.to_thread(role.engine.stop, settings.drain_seconds)
+        await server.drain()
         role.close()
         if isinstance(role, EdgeRole) and role.cloud is not None:
             await role.cloud.close()
@@ -77,9 +78,18 @@ def build(role: Role, settings: Settings) -> FastAPI:
         """What a path is called in metrics and log."""
         if path.startswith("/admin/adapters/"):
             return "/admin/adapters/*"
+        if path.startswith("/v1/models/"):
+            return "/v1/models/*"
         return path if path in paths else "other"
 
-    app.add_middleware(Guard, keys=settings.keys, max_body=settings.max_body, metrics=metrics, known=label)
+    app.add_middleware(
+        Guard,
+        keys=settings.keys,
+        max_body=settings.max_body,
+        body_seconds=settings.body_seconds,
+        metrics=metrics,
+        known=label,
+    )
     for operations in app.openapi()["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI describes it, but it is never sent here
@@ -97,14 +107,19 @@ class Server:
         self.role, self.settings, self.metrics = role, settings, metrics
         self.administration = Administration(role.engine, settings.versions, settings.managed, metrics)
         self.in_flight = 0
+        self.overdue = asyncio.Event()
+        """Set when the time to finish answers at shutdown is over."""
         self.started = int(time.time())
         metrics.gauge("queue", "Requests that wait.", lambda: role.engine.waiting)
         metrics.gauge("running", "Requests that run.", lambda: role.engine.running)
         metrics.gauge("in_flight", "Answers on their way.", lambda: self.in_flight)
+        if isinstance(role, EdgeRole) and role.cloud is not None:
+            metrics.gauge("cloud_exchanges", "Answers that wait for the cloud or read from it.", lambda: role.elsewhere)
+            role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
-        generation = described(400, 401, 404, 413, 429, 503)
+        generation = described(400, 401, 404, 408, 413, 429, 503)
 
         @app.get("/healthz")
         async def healthz() -> dict[str, str]:
@@ -116,11 +131,14 @@ class Server:
             """Requests are taken."""
             reason = self.unready()
             if reason is not None:
-                return JSONResponse(error(reason, "not_ready"), 503)
+                return AsciiResponse(error(reason, "not_ready"), 503)
             content: dict[str, Any] = {"status": "ready", "role": self.role.name}
             if isinstance(self.role, EdgeRole):
-                content["cloud"] = "none" if self.role.cloud is None else self.role.cloud.breaker.state
-            return JSONResponse(content)
+                cloud = self.role.cloud
+                content["cloud"] = "none" if cloud is None else cloud.breaker.state
+                if cloud is not None and cloud.problem is not None:
+                    content["cloud_problem"] = cloud.problem
+            return AsciiResponse(content)
 
         @app.get("/metrics", responses=described(401))
         async def prometheus() -> Response:
@@ -130,9 +148,12 @@ class Server:
         @app.get("/v1/models", responses=described(401))
         async def models() -> dict[str, Any]:
             """Every name a request may ask for."""
-            names = self.role.engine.backend.names
-            data = [{"id": n, "object": "model", "created": self.started, "owned_by": "shadowpeft"} for n in names]
-            return {"object": "list", "data": data}
+            return {"object": "list", "data": [self._model(name) for name in self.role.engine.backend.names]}
+
+        @app.get("/v1/models/{name}", responses=described(401, 404))
+        async def model(name: str) -> dict[str, Any]:
+            """One of them."""
+            return self._model(self._known(name))
 
         @app.post("/v1/chat/completions", responses=generation)
         async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -150,6 +171,7 @@ class Server:
             async def page() -> HTMLResponse:
                 """A page to talk to the device."""
                 policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+                policy += "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
                 return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy})
 
     def unready(self) -> str | None:
@@ -159,14 +181,30 @@ class Server:
             return "the engine is stalled"
         return None if engine.ready() else "not ready"
 
+    def _known(self, name: str) -> str:
+        if name not in self.role.engine.backend.names:
+            raise HTTPException(404, f"model '{name}' is not loaded; see /v1/models")
+        return name
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "shadowpeft"}
+
+    async def drain(self) -> None:
+        """Take no more requests, let those that are here finish in time, and tell the others."""
+        end = time.monotonic() + self.settings.drain_seconds
+        await asyncio.to_thread(self.role.engine.stop, self.settings.drain_seconds)
+        while self.in_flight and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        self.overdue.set()
+
     async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """The answer to a chat or a text."""
-        if asked.model not in self.role.engine.backend.names:
-            raise HTTPException(404, f"model '{asked.model}' is not loaded; see /v1/models")
+        self._known(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise DataError("stream_options is given without stream; leave one out or set both")
-        if self.in_flight >= self.settings.requests:
-            raise QueueFullError(f"{self.in_flight} requests are on their way already; try again later")
+        here = self.in_flight - self.role.elsewhere  # a slow cloud must not fill this server
+        if here >= self.settings.requests:
+            raise QueueFullError(f"{here} requests are on their way already; try again later")
         began = time.monotonic()
         self.in_flight += 1
         reply: Reply | None = None
@@ -178,7 +216,7 @@ class Server:
                 reply.close()
 
         try:
-            reply = await until_gone(request.receive, self.role.answer(asked))
+            reply = await until_gone(request.receive, self.role.answer(asked), self.overdue)
             headers = {"x-shadow-where": reply.note["where"], "x-shadow-reason": reply.note["reason"]}
             if self.settings.replica is not None:
                 headers["x-shadow-replica"] = self.settings.replica
@@ -188,13 +226,14 @@ class Server:
                     reply,
                     bool(asked.stream_options and asked.stream_options.include_usage),
                     headers,
+                    self.overdue,
                     sent=lambda: self._count(reply, began),
                     gone=self.metrics.disconnected.inc,
                     closed=close,
                 )
-            content = await until_gone(request.receive, reply.whole())
+            content = await until_gone(request.receive, reply.whole(), self.overdue)
             self._count(reply, began, content["usage"])
-            return JSONResponse(content, headers=headers)
+            return AsciiResponse(content, headers=headers)
         except GoneError:
             self.metrics.disconnected.inc()
             return Response(status_code=499)  # nobody reads it
@@ -210,24 +249,3 @@ class Server:
         if counts is not None:
             self.metrics.tokens.labels("prompt").inc(counts["prompt_tokens"])
             self.metrics.tokens.labels("new").inc(counts["completion_tokens"])
-
-
-def serve(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
-    """Run until a signal; running requests are finished within ``drain_seconds``."""
-    import signal
-
-    import uvicorn
-
-    # uvicorn ends gracefully on SIGTERM and then raises the signal again; a server that was asked to end has not failed
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    logging.getLogger("uvicorn.error").addFilter(without_text)
-    settings = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        access_log=False,
-        log_level="warning",
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
-        h11_max_incomplete_event_size=1 << 16,
-    )
-    uvicorn.Server(settings).run()

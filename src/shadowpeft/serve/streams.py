@@ -13,6 +13,7 @@ from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.failures import report
 from shadowpeft.serve.protocol import error
 from shadowpeft.serve.replies import Reply
+from shadowpeft.serve.requests import StoppedError
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ class EventStream(Response):
         reply: Reply,
         with_usage: bool,
         headers: dict[str, str],
+        overdue: asyncio.Event,
         *,
         sent: Callable[[], None],
         gone: Callable[[], None],
@@ -42,39 +44,40 @@ class EventStream(Response):
     ) -> None:
         super().__init__(headers={**headers, "cache-control": "no-store"})
         del self.headers["content-length"]
-        self.reply, self.with_usage = reply, with_usage
+        self.reply, self.with_usage, self.overdue = reply, with_usage, overdue
         self._sent, self._gone, self._closed = sent, gone, closed
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await until_gone(receive, self._send_all(send))
-        except GoneError:
-            self._gone()
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await until_gone(receive, self._send_chunks(send), self.overdue)
+            except GoneError:
+                self._gone()
+                return
+            except ShadowPeftError as failure:
+                report(failure)
+                await _event(send, json.dumps(error("the answer could not be finished", "server_error", "incomplete")))
+            await send({"type": "http.response.body", "body": b""})
         finally:
             self._closed()
 
-    async def _send_all(self, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            async for chunk in self.reply.chunks(self.with_usage):
-                await _event(send, json.dumps(chunk, ensure_ascii=False))
-            self._sent()
-            await _event(send, "[DONE]")
-        except ShadowPeftError as failure:
-            report(failure)
-            await _event(send, json.dumps(error("the answer could not be finished", "server_error", "incomplete")))
-        await send({"type": "http.response.body", "body": b""})
+    async def _send_chunks(self, send: Any) -> None:
+        async for chunk in self.reply.chunks(self.with_usage):
+            await _event(send, json.dumps(chunk))
+        self._sent()
+        await _event(send, "[DONE]")
 
 
 async def _event(send: Any, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled if the client disconnects before.
+async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T], overdue: asyncio.Event) -> T:
+    """The result of ``work``, which is cancelled if the client disconnects before, or ``overdue`` is set.
 
     Raises:
-        GoneError: if it does.
+        GoneError: if the client disconnects. StoppedError: if ``overdue`` is set.
     """
 
     async def listen() -> None:
@@ -83,13 +86,16 @@ async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) 
 
     task: asyncio.Future[T] = asyncio.ensure_future(work)
     listener: asyncio.Future[Any] = asyncio.ensure_future(listen())
-    both: set[asyncio.Future[Any]] = {task, listener}
+    clock: asyncio.Future[Any] = asyncio.ensure_future(overdue.wait())
+    everything: set[asyncio.Future[Any]] = {task, listener, clock}
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise GoneError("the client left")
+        if listener.done():
+            raise GoneError("the client left")
+        raise StoppedError("the server shut down before the answer was finished")
     finally:
-        for each in both:
+        for each in everything:
             each.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
+        await asyncio.gather(*everything, return_exceptions=True)

@@ -321,9 +321,12 @@ def train_task(
         return {key: value for key, value in collate(features).items() if key != "shadow_labels"}
 
     folder.mkdir(parents=True, exist_ok=True)
+    console = console or terminal(stderr=True)
+    if isinstance(data, chat.ChatDataset) and data.skipped is not None:
+        console.print(str(data.skipped), soft_wrap=True)
     lengths = tokens_of(data)
     per_step = sum(lengths) / len(lengths) * training.batch_size * training.gradient_accumulation
-    shown = RunCallback(folder, per_step, console or terminal(stderr=True), quiet)
+    shown = RunCallback(folder, per_step, console, quiet)
     end = Deadline(math.inf if deadline is None else deadline)
     trainer = TaskTrainer(
         model=model,

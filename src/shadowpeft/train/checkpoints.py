@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -62,6 +63,18 @@ class WholeCheckpoints:
                 if not path.samefile(best):
                     discard(path)
         return output
+
+    def _load_best_model(self) -> None:
+        """As stock, which looks for the adapter ``default`` only; PEFT saves the others in folders of their own."""
+        trainer: Any = self
+        best = Path(trainer.state.best_model_checkpoint)
+        active = getattr(trainer.model, "active_adapters", [])
+        named = [name for name in active if (best / name / SAFETENSORS_WEIGHTS_NAME).is_file()]
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not named:
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        for name in active:
+            trainer.model.load_adapter(str(best / name if name in named else best), name)
 
     def _get_output_dir(self, trial: Any) -> str:
         stock = super()._get_output_dir(trial)  # type: ignore[misc]
@@ -130,10 +143,10 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
     Each is renamed before it is deleted, so that a kill never leaves half a checkpoint under a checkpoint's name. The stock
     rotation deletes in place and orders by time of change, and a deletion that was cut short is a change.
     """
-    found = sort_checkpoints(str(run_dir), use_mtime=True)
-    if not limit or not found:
+    checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+    if not limit or not checkpoints:
         return
-    protected = {found[-1], *([] if best is None else [str(Path(best))])}
-    surplus = len(found) - max(limit, len(protected))
-    for path in [Path(p) for p in found if p not in protected][: max(surplus, 0)]:
+    protected = {checkpoints[-1], *([] if best is None else [str(Path(best))])}
+    surplus = len(checkpoints) - max(limit, len(protected))
+    for path in [Path(p) for p in checkpoints if p not in protected][: max(surplus, 0)]:
         discard(path)

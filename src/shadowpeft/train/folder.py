@@ -37,7 +37,7 @@ def stored_record(file: Path) -> dict[str, Any]:
     """A record of the run that is resumed (JSON is YAML, too)."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # so are numbers of 5,000 digits, and nesting
         raise ConfigError(f"'{file}', the record of the run to resume, cannot be read ({reason(error)})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"'{file}', the record of the run to resume, is damaged; start a new run")

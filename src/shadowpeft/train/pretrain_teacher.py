@@ -8,13 +8,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -27,6 +27,7 @@ from shadowpeft.hf.pretraining.base_ends import BaseEnds
 from shadowpeft.hf.pretraining.model import SEPARATE, check_teacher_separation
 from shadowpeft.runtime import DTYPES
 from shadowpeft.train.pretrain_config import PretrainConfig, Teacher
+from shadowpeft.watching import Watched
 
 SHARD_TOKENS = 2**16
 """About so many tokens are lost when a build is killed."""
@@ -67,11 +68,11 @@ class Lesson:
         if run.teacher.k > rows:
             raise ConfigError(f"teacher.k is {run.teacher.k} but the base has a vocabulary of {rows}; lower it")
         folder = Path(run.teacher.folder or Path(run.output) / "teacher")
-        made = cls(run, run.teacher, folder, base.fingerprint(), data_fingerprint(run, stream, tokenizer), sequences)
-        made.finished = made.is_finished()
-        if made.finished:
-            made.open()
-        return made
+        lesson = cls(run, run.teacher, folder, base.fingerprint(), data_fingerprint(run, stream, tokenizer), sequences)
+        lesson.finished = lesson.is_finished()
+        if lesson.finished:
+            lesson.open()
+        return lesson
 
     @property
     def weights(self) -> tuple[float, float]:
@@ -168,20 +169,18 @@ def make_cache(
     size, total = lesson.teacher.batch_size, lesson.sequences
     # whole batches in a shard: a build that goes on after a kill meets the same batches, so it computes the same bits
     per_shard = -(-max(SHARD_TOKENS // lesson.run.text.sequence_length, 1) // size) * size
-    columns = (TextColumn("teacher"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=total)
+    with Watched(console, "teacher", total, quiet=quiet) as watched:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for start in range(0, total, size):
-                found = [s for _, s in zip(range(min(size, total - start)), stream, strict=False)]
-                if not found:
+                sequences = list(islice(stream, min(size, total - start)))
+                if not sequences:
                     return
                 ids, positions = (
-                    torch.from_numpy(np.stack([getattr(s, n) for s in found])) for n in ("ids", "positions")
+                    torch.from_numpy(np.stack([getattr(s, n) for s in sequences])) for n in ("ids", "positions")
                 )
                 yield ids, positions
-                progress.update(task, completed=start + len(found))
+                watched.update(start + len(sequences))
 
         k, data = lesson.teacher.k, lesson.data
         TeacherCache.build(model, batches(), lesson.folder, k, data=data, rows_per_shard=per_shard)

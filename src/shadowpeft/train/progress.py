@@ -11,14 +11,17 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from shadowpeft.errors import ConfigError
+from shadowpeft.json_text import parse_json
 from shadowpeft.storage import whole, write_text
+from shadowpeft.watching import Watched
 
 
 class RunCallback(TrainerCallback):
-    """Progress with ETA, tokens per second and both losses; metrics as JSONL; a clean stop on Ctrl-C.
+    """Progress with ETA, tokens per second and both losses (without a terminal a line a minute); metrics as JSONL; a clean
+    stop on Ctrl-C.
 
     The first Ctrl-C ends training after the current step with a checkpoint; a second one ends the process.
 
@@ -36,8 +39,8 @@ class RunCallback(TrainerCallback):
         self.quiet = quiet or not writes
         self.writes = writes
         self.interrupted = False
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._watched: Watched | None = None
+        self._note = ""
         self._previous: Any = None
         self._started = 0.0
         self.first = 0
@@ -52,20 +55,7 @@ class RunCallback(TrainerCallback):
         if self.writes and metrics.is_file():
             kept = read_metrics(self.folder)[: len(state.log_history)]
             write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
-        if not self.quiet:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
-                console=self.console,
-                refresh_per_second=2,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
+        self._watched = Watched(self.console, "training", state.max_steps, done=self.first, quiet=self.quiet)
         try:
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread: Ctrl-C is somebody else's
@@ -81,8 +71,8 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Advance the bar; after Ctrl-C, save and stop."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        if self._watched is not None:
+            self._watched.update(state.global_step, self._note)
         if self.interrupted:
             control.should_training_stop = True
             control.should_save = True
@@ -111,8 +101,10 @@ class RunCallback(TrainerCallback):
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
         newest = self.newest(record)
-        if self._progress is not None and newest is not None:
-            self._progress.update(self._task, shown=f"{newest}  {rate:.0f} tok/s")
+        if newest is not None:
+            self._note = f"{newest}  {rate:.0f} tok/s"
+        if self._watched is not None:
+            self._watched.update(state.global_step, self._note)
 
     def newest(self, record: dict[str, float]) -> str | None:
         """What the line shows of a record; None leaves it as it is."""
@@ -129,21 +121,30 @@ class RunCallback(TrainerCallback):
 
     def close(self) -> None:
         """The same, also for a run that ended with an error; a second call does nothing."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._watched is not None:
+            self._watched.close()
+            self._watched = None
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The records of ``metrics.jsonl``; a last line that a kill cut short is no record."""
+    """The records of ``metrics.jsonl``; a last line that a kill cut short is no record.
+
+    Raises:
+        ConfigError: naming the line that is damaged.
+    """
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole if line]
+    records = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records += [parse_json(line)] if line else []
+        except ValueError as error:
+            raise ConfigError(f"'{file}', line {number} {error}; remove the line, or start a new run") from error
+    return records
 
 
 STYLES = (

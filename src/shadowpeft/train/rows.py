@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from shadowpeft.data import chat
@@ -39,21 +40,23 @@ def read_rows(source: str, split: str) -> list[dict[str, Any]]:
 
 
 def encode_run(
-    run: RunConfig, tokenizer: Any
+    run: RunConfig, tokenizer: Any, warn: Callable[[str], None]
 ) -> tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]]:
-    """Training and validation sequences, and the record of the data (files, rows, fingerprints)."""
+    """Training and validation sequences, and the record of the data: source, rows that are used, rows that are left out, and
+    fingerprint. ``warn`` is told of rows that are left out.
+    """
     system = run.data.system if run.data.system is not None else (ROBOT_SYSTEM if run.data.train == "robot" else None)
     options: dict[str, Any] = {"max_length": run.data.max_length, "too_long": run.data.too_long, "system": system}
-    train_rows = read_rows(run.data.train, "train")
-    record: dict[str, Any] = {
-        "train": {"source": run.data.train, "rows": len(train_rows), "sha256": chat.fingerprint(train_rows)}
-    }
     validation = run.data.validation or ("robot" if run.data.train == "robot" else None)
-    encoded = None
-    if validation is not None:
-        rows = read_rows(validation, "validation")
-        record["validation"] = {"source": validation, "rows": len(rows), "sha256": chat.fingerprint(rows)}
-        encoded = chat.encode(rows, tokenizer, **options)
-    training = chat.encode(train_rows, tokenizer, **options)
+    encoded: dict[str, chat.Encoded] = {}
+    record: dict[str, Any] = {}
+    for part, source in (("train", run.data.train), ("validation", validation)):
+        if source is not None:
+            rows = read_rows(source, part)
+            encoded[part] = chat.encode(rows, tokenizer, **options)
+            record[part] = {"source": source, **encoded[part].record(), "sha256": chat.fingerprint(rows)}
+            if encoded[part].skipped is not None:
+                warn(f"data.{part}: {encoded[part].skipped}")
+    training = encoded["train"]
     again = [chat.Sequence(s.ids, s.start, base=False, shadow=True) for s in training if s.shadow]
-    return training + again * run.data.shadow_repeats, encoded, record
+    return training + again * run.data.shadow_repeats, encoded.get("validation"), record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def train(
     check_loggers(t.report_to)
 
     tokenizer = load_tokenizer(run.base)
-    training, validation, record = encode_run(run, tokenizer)
+    training, validation, record = encode_run(run, tokenizer, partial(console.print, soft_wrap=True))
     if resume:
         _check_same_data(record, folder)
     model = build_model(run, tokenizer)

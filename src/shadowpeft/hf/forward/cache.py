@@ -111,14 +111,14 @@ def _shadow_layers(cache: Cache) -> list[Any]:
 def _owners(layers: list[Any]) -> dict[str, list[int] | None]:
     """Which rows each adapter's layers hold (None: all rows there are); adapters whose rows were all taken out are not
     listed."""
-    found: dict[str, list[int] | None] = {}
+    owners: dict[str, list[int] | None] = {}
     for layer in layers:
         names = getattr(layer, _NAMES, None)
         if names is None or all(name == getattr(layer, _OWNER) for name in names):
-            found[getattr(layer, _OWNER)] = None
+            owners[getattr(layer, _OWNER)] = None
         elif getattr(layer, _OWNER) in names:
-            found[getattr(layer, _OWNER)] = [i for i, name in enumerate(names) if name == getattr(layer, _OWNER)]
-    return found
+            owners[getattr(layer, _OWNER)] = [i for i, name in enumerate(names) if name == getattr(layer, _OWNER)]
+    return owners
 
 
 def _wanted(call: ShadowCall) -> dict[str, list[int] | None]:

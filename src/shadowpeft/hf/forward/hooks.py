@@ -128,7 +128,7 @@ def _start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCa
     return rows.mixed_call(hub, model, names, {} if scope is None else scope.held)
 
 
-def leave(
+def after_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, kwargs_reach_layers: bool
 ) -> None:
     """The forward of ``module`` has ended, also by an error: take its call out of the context."""

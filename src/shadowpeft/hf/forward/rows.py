@@ -57,14 +57,14 @@ def weights_of(hub: ShadowHub, model: nn.Module, adapter: str) -> AdapterWeights
     """
     if torch.compiler.is_compiling():
         return read_weights(hub, adapter)
-    found = hub.records.get(adapter)
-    if found is not None and found.backbone is hub.shadowpeft_backbone._modules.get(adapter):
-        return found
+    weights = hub.records.get(adapter)
+    if weights is not None and weights.backbone is hub.shadowpeft_backbone._modules.get(adapter):
+        return weights
     with STRUCTURE:
-        found = hub.records.get(adapter)
-        if found is None or found.backbone is not hub.shadowpeft_backbone._modules.get(adapter):
-            found = hub.records[adapter] = collect(hub, model, adapter)
-        return found
+        weights = hub.records.get(adapter)
+        if weights is None or weights.backbone is not hub.shadowpeft_backbone._modules.get(adapter):
+            weights = hub.records[adapter] = collect(hub, model, adapter)
+        return weights
 
 
 def collect(hub: ShadowHub, model: nn.Module, adapter: str) -> AdapterWeights:

@@ -1,0 +1,82 @@
+"""Web pages of others that reach a server on this machine: by a name bound anew, by what a browser remembers, or in a frame."""
+
+import asyncio
+import base64
+import json
+
+import pytest
+
+from shadowpeft.serve.guard import Guard, Keys
+from shadowpeft.serve.metrics import Metrics
+
+KEY = "user-key-0123456789"
+
+
+def status(keys, method="POST", path="/v1/chat/completions", **headers):
+    """What the guard answers, 200 if it lets the request through."""
+    sent = []
+
+    async def behind(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path}
+    scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    guard = Guard(behind, keys=keys, max_body=1000, body_seconds=5.0, metrics=Metrics(), known=lambda path: path)
+    asyncio.run(guard(scope, receive, send))
+    if sent[0]["status"] != 200:
+        assert json.loads(sent[1]["body"])["error"]["message"]
+    return sent[0]["status"]
+
+
+LOOPBACK = [
+    "localhost",
+    "localhost:8000",
+    "LOCALHOST:1",
+    "127.0.0.1",
+    "127.0.0.1:8000",
+    "127.9.9.9:1",
+    "[::1]",
+    "[::1]:8000",
+]
+OTHERS = [
+    "evil.example",
+    "evil.example:8000",
+    "localhost.evil.example",
+    "10.0.0.1:8000",
+    "127.0.0.1.evil.example",
+    "[::2]",
+    "[",
+    "",
+]
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_without_keys_this_machine_is_asked_by_its_names(host):
+    assert status(Keys(None, ()), host=host) == 200
+    assert status(Keys(None, ()), host=host, origin=f"http://{host}") == 200
+    assert status(Keys(None, ()), host=host, origin="http://evil.example") == 403
+    assert status(Keys(None, ()), host=host, origin="null") == 403
+    assert status(Keys(None, ()), host=host, origin="http://127.0.0.1:9999") == 403
+
+
+@pytest.mark.parametrize("host", OTHERS)
+def test_without_keys_no_other_name_is_answered(host):
+    for method, path in (("POST", "/v1/chat/completions"), ("GET", "/"), ("GET", "/readyz"), ("GET", "/metrics")):
+        assert status(Keys(None, ()), method, path, host=host) == 403
+    assert status(Keys(None, ()), host=host, origin=f"http://{host}") == 403
+    assert status(Keys((KEY,), ()), host=host, authorization=f"Bearer {KEY}") == 200  # the key is enough
+
+
+def test_what_a_browser_remembers_is_taken_from_this_servers_page_only():
+    basic = "Basic " + base64.b64encode(f"me:{KEY}".encode()).decode()
+    keys = Keys((KEY,), ())
+    assert status(keys, host="edge.example", authorization=basic) == 200
+    assert status(keys, host="edge.example", authorization=basic, origin="https://edge.example") == 200
+    assert status(keys, host="edge.example", authorization=basic, origin="https://evil.example") == 403
+    assert status(keys, host="edge.example", authorization=f"Bearer {KEY}", origin="https://app.example") == 200

@@ -1,0 +1,135 @@
+"""What pages name in backticks is there: paths, modules, tests, make targets.
+
+README's Python runs, and the numbers of its rival are those of the record.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from chatbase import save_base
+from pages import ROOT, links
+from shadowpeft.apps.demo import stratified
+from shadowpeft.data.robot import load
+from shadowpeft.evaluate import wilson
+from shadowpeft.hf.base import aliases
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PACKAGE = ROOT / "src" / "shadowpeft"
+PLACES = [ROOT, ROOT / "docs", ROOT / "tests", PACKAGE, PACKAGE.parent]
+PLACES += [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
+"""A page may leave out the folder that its subject makes plain."""
+FOLDERS = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()}
+_SPAN = re.compile(r"`([^`\n]+)`")
+_WITH_SUFFIX = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|yaml|txt|svg|cff)(?!\w)")
+_IN_A_FOLDER = re.compile(rf"(?<![\w./-])(?:{'|'.join(sorted(FOLDERS))})(?:/[\w.-]+)+")
+_MODULE = re.compile(r"(?<![\w./-])(?:shadowpeft|experiments|benchmarks|scripts)(?:\.\w+)+")
+_TEST = re.compile(r"^test_\w+(?=\*?$)")
+NOT_OURS = {
+    "run.yaml": "a file of the reader's",
+    "robot.yaml": "docs/edge.md tells the reader to write it",
+    "script.py": "a file of the reader's",
+    "skills.txt": "docs/routing.md tells the reader to write it",
+    "table.md": "the system test writes it",
+    "requests.md": "the system test writes it",
+}
+WITHOUT_ITS_LIBRARY = {
+    "shadowpeft.apps.ray_serve": "imports Ray, an extra that the default run goes without",
+    "shadowpeft.apps.lm_eval": "imports lm-eval, an extra that the default run goes without",
+}
+SPLITS = {"test_large", "test_normal"}
+"""Of the robot set, not tests."""
+
+
+def spans(page: Path) -> list[str]:
+    return _SPAN.findall(re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_path_on_the_page_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = {path for span in spans(page) for path in (*_WITH_SUFFIX.findall(span), *_IN_A_FOLDER.findall(span))}
+    blocks = "\n".join(re.findall(r"^ *```.*?^ *```$", text, flags=re.M | re.S))
+    named |= {path for path in _IN_A_FOLDER.findall(blocks) if path.split("/")[0] in ("examples", "scripts", "src")}
+    missing = {path for path in named - NOT_OURS.keys() if not any((place / path).exists() for place in PLACES)}
+    assert missing == set()
+    targets = {target.split("#")[0] for target in links(text) if not target.startswith(("http", "#"))}
+    assert {target for target in targets if not (page.parent / target).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_module_on_the_page_imports(page: Path) -> None:
+    for name in {name for span in spans(page) for name in _MODULE.findall(span)}:
+        module, parts = importlib.import_module(name.split(".")[0]), name.split(".")
+        for i, part in enumerate(parts[1:], 2):
+            if not hasattr(module, part):
+                path = ".".join(parts[:i])
+                if path in WITHOUT_ITS_LIBRARY:
+                    assert importlib.util.find_spec(path), name
+                    break
+                importlib.import_module(path)
+            module = getattr(module, part)
+
+
+@pytest.fixture(scope="module")
+def tests() -> set[str]:
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    return {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_test_and_target_on_the_page_exists(page: Path, tests: set[str]) -> None:
+    named = {span for span in spans(page) if _TEST.match(span)} - SPLITS
+    starts = {name[:-1] for name in named if name.endswith("*")}
+    assert {name for name in named if not name.endswith("*")} - tests == set()
+    assert {start for start in starts if not any(name.startswith(start) for name in tests)} == set()
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    asked = re.findall(r"(?:`|^)make ([\w-]+)", page.read_text(encoding="utf-8"), re.M)
+    assert set(asked) - targets == set()
+
+
+def test_readmes_python_runs(tmp_path, monkeypatch, capsys) -> None:
+    folder = save_base(tmp_path / "base")
+    monkeypatch.setattr(aliases, "materialise", lambda alias: {"smollm2-135m": folder}[alias])
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    losses, answer = capsys.readouterr().out.split("\n", 1)
+    assert losses.endswith(" LlamaForCausalLM")
+    assert answer.strip()
+
+
+def test_readmes_rival_is_counted_on_the_demos_rows() -> None:
+    """The records say for each test row whether the classifier was right; the demo takes a share of those rows."""
+    commands, requests = load("test_normal"), load("test_remote_large")
+    kept = {row["id"] for row in stratified(commands, {"en": 2, "zh": 1})}
+    asked = {row["id"] for row in requests[:: max(1, len(requests) // 60)][:60]}
+    table = {line.split("|")[1].strip(): line for line in README.splitlines() if "LinearSVC" in line and line[0] == "|"}
+    assert len(table) == 2
+    for label, line in table.items():
+        (link,) = links(line)
+        record = json.loads((ROOT / link).read_text(encoding="utf-8"))
+        right = [value == "1" for value in record["values"]["robot-svc-test_large"].split()]
+        rows = dict(zip([row["id"] for row in (*commands, *requests)], right, strict=True))
+        score, low, high = sum(rows[i] for i in kept) / len(kept), *wilson(sum(rows[i] for i in kept), len(kept))
+        assert f"| {100 * score:.1f}% ({100 * low:.0f}% - {100 * high:.0f}%) |" in line, label
+        assert f"| {100 * sum(rows[i] for i in asked) / len(asked):.0f}% |" in line, label
+
+
+def test_the_classifiers_other_numbers_are_those_of_the_records() -> None:
+    folder = ROOT / "experiments" / "records" / "rivals"
+    results = {p.stem: json.loads(p.read_text(encoding="utf-8"))["results"] for p in folder.glob("*.json")}
+    robot = [results[name]["robot-svc-test_large"]["scores"] for name in ("robot-svc", "robot-svc-open")]
+    classes = results["clinc150-svc"]["clinc150-svc"]["scores"]
+    stated = [scores[key] for key in ("skill", "remote") for scores in robot]
+    search = (ROOT / "docs" / "device-search.md").read_text(encoding="utf-8")
+    for share in stated:
+        assert f" {100 * share:.1f} %" in README
+        assert f" {100 * share:.1f} %" in search
+    for share in classes.values():
+        assert f" {100 * share:.1f} %" in README
