@@ -44,6 +44,7 @@ def measure() -> dict[str, dict[str, object]]:
             progress.update(task, description=name)
             alone = matrix.isolated(matrix.bare, name)
             results[name] = alone if "error" in alone else {**alone, **matrix.isolated(matrix.shadowed, name)}
+            results[name]["published"] = matrix.isolated(matrix.published, name)
             progress.advance(task)
     return results
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,8 +54,8 @@ def greedy(model: Any, ids: Tensor, use_cache: bool) -> Tensor:
     )
 
 
-def check(name: str) -> dict[str, Any]:
-    """Run every step on the tiny instance of ``name``.
+def check(name: str, build: Callable[[str], Any] = zoo.build) -> dict[str, Any]:
+    """Run every step on the tiny instance of ``name`` that ``build`` makes.
 
     Returns:
         ``shadow``: class of the detached model.
@@ -63,7 +63,7 @@ def check(name: str) -> dict[str, Any]:
     Raises:
         StepFailed: at the first step that fails.
     """
-    base = zoo.build(name)
+    base = build(name)
     ids = torch.randint(2, zoo.VOCAB - 2, (2, 12), generator=torch.Generator().manual_seed(3))
     plain, keys = logits(base, ids), set(base.state_dict())
     before, has_cache = copy.deepcopy(base.state_dict()), _has_cache(base, ids)
@@ -126,6 +126,14 @@ def _in_parts(model: nn.Module, ids: Tensor) -> Tensor:
         cache = _caches(out)
         parts.append(out.logits)
     return torch.cat(parts, 1)
+
+
+def caches_like_the_whole(model: nn.Module, ids: Tensor) -> bool:
+    """Whether the logits of a prompt in parts are those of the whole; so too of a model without a cache."""
+    if not _has_cache(model, ids):
+        return True
+    whole = logits(model, ids)
+    return float((_in_parts(model, ids) - whole).abs().max()) < 1e-3 * float(whole.abs().max().clamp(min=1))
 
 
 def _train(model: Any, ids: Tensor) -> None:

@@ -49,20 +49,28 @@ def isolated(work: Callable[[str], dict[str, Any]], name: str, limit: int = LIMI
     return {**json.loads(content), "seconds": round(time.perf_counter() - start, 2)}
 
 
-def bare(name: str) -> dict[str, Any]:
-    """Whether the tiny base alone works here: finite logits, cached = uncached greedy tokens."""
-    model = zoo.build(name)
+def bare(name: str, build: Callable[[str], Any] = zoo.build) -> dict[str, Any]:
+    """Whether the tiny base alone works here: finite logits, the same tokens and logits with its cache as without."""
+    model = build(name)
     ids = torch.randint(2, zoo.VOCAB - 2, (2, 12), generator=torch.Generator().manual_seed(3))
     if not bool(torch.isfinite(checks.logits(model, ids)).all()):
         return {"error": "its logits are not finite"}
     if not torch.equal(checks.greedy(model, ids, True), checks.greedy(model, ids, False)):
         return {"error": "the bare model itself gives other tokens with its cache than without"}
+    if not checks.caches_like_the_whole(model, ids):
+        return {"error": "the bare model itself gives other logits with its cache than without"}
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
 
-def shadowed(name: str) -> dict[str, Any]:
+def shadowed(name: str, build: Callable[[str], Any] = zoo.build) -> dict[str, Any]:
     """All steps of :func:`checks.check`; ``failed`` names the first that does not hold."""
     try:
-        return {"passed": True, **checks.check(name)}
+        return {"passed": True, **checks.check(name, build)}
     except checks.StepFailed as error:
         return {"passed": False, "failed": error.step, "refused": error.refused, "reason": error.reason}
+
+
+def published(name: str) -> dict[str, Any]:
+    """:func:`bare` and :func:`shadowed` of the configuration that a checkpoint has."""
+    alone = bare(name, zoo.build_published)
+    return {**alone, **shadowed(name, zoo.build_published)} if "error" not in alone else alone

@@ -8,6 +8,8 @@ import zoo
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pages import ROOT, facts, script
+from shadowpeft import ShadowPeftConfig
+from shadowpeft.hf.shadow.mirror import mirror_config
 
 SPREAD = {
     "llama": "the usual decoder",
@@ -44,6 +46,16 @@ REFUSED = {
     "xlnet": "cannot run from a shadow's input",
     "prophetnet": "predicts several tokens at once",
 }
+# Of these the default run tries the class's own token ids and layer types too; `make architectures` does so for all.
+AS_PUBLISHED = (
+    "llama",
+    "gemma3n_text",
+    "deepseek_v4",
+    "qwen3_next",
+    "falcon_h1",
+    "opt",
+    "trocr",
+)
 RECORD = ROOT / "docs" / "records" / "architectures.json"
 
 
@@ -53,6 +65,28 @@ def test_every_step_holds(name):
         pytest.skip(f"this transformers has no {name}")
     result = matrix.isolated(matrix.shadowed, name)
     assert result.get("passed"), result
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([*zoo.PUBLISHED, *AS_PUBLISHED]))
+def test_every_step_holds_with_the_fields_that_a_checkpoint_has(name):
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {name}")
+    result = matrix.isolated(matrix.published, name)
+    assert result.get("passed"), result
+
+
+def test_a_configuration_without_a_pad_token_or_with_types_of_its_own_is_as_published():
+    assert not hasattr(zoo.published("codegen"), "pad_token_id")
+    assert set(zoo.published("zaya").layer_types) == {"hybrid"}
+    assert zoo.published("gpt2").eos_token_id == 50256 % zoo.VOCAB
+
+
+def test_numbers_of_attention_layers_become_those_of_the_shadow():
+    """Bamba names its attention layers by number; a shadow modelled on layer 3 has its only layer among them."""
+    base = zoo.published("bamba")
+    shadow = mirror_config(base, ShadowPeftConfig(task_type="CAUSAL_LM"))
+    assert (base.attn_layer_indices, shadow.attn_layer_indices) == ([1, 3], [0])
+    assert shadow.layers_block_type == ["full_attention"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

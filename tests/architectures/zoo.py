@@ -133,6 +133,111 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_dt_rank": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_d_head": 16, "mamba_n_heads": 4},
 }
+# Keys of public config.json files; sizes are replaced by small ones.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "codegen": {  # Salesforce/codegen-350M-mono: no pad token
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.0,
+        "bos_token_id": 1,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 50256,
+        "gradient_checkpointing": False,
+        "layer_norm_epsilon": 1e-05,
+        "resid_pdrop": 0.0,
+        "scale_attn_weights": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}},
+        "tie_word_embeddings": False,
+        "tokenizer_class": "GPT2Tokenizer",
+        "use_cache": True,
+    },
+    "gemma3n_text": {"num_hidden_layers": 12},  # the class's own cycle of layer types needs more than four
+    "gpt2": {  # openai-community/gpt2
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "layer_norm_epsilon": 1e-05,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    },
+    "falcon": {  # tiiuae/falcon-7b
+        "alibi": False,
+        "apply_residual_connection_post_layernorm": False,
+        "architectures": ["FalconForCausalLM"],
+        "attention_dropout": 0.0,
+        "bias": False,
+        "bos_token_id": 11,
+        "eos_token_id": 11,
+        "hidden_dropout": 0.0,
+        "layer_norm_epsilon": 1e-05,
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "parallel_attn": True,
+    },
+    "phi": {  # microsoft/phi-2
+        "architectures": ["PhiForCausalLM"],
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 50256,
+        "hidden_act": "gelu_new",
+        "hidden_size": 40,  # so that 0.4 of a head's width is even
+        "layer_norm_eps": 1e-05,
+        "partial_rotary_factor": 0.4,
+        "qk_layernorm": False,
+        "resid_pdrop": 0.1,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "gemma": {  # google/gemma-2b
+        "architectures": ["GemmaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "hidden_act": "gelu",
+        "hidden_activation": None,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    },
+    "olmo": {  # allenai/OLMo-1B-hf
+        "architectures": ["OlmoForCausalLM"],
+        "attention_bias": False,
+        "clip_qkv": None,
+        "eos_token_id": 50279,
+        "hidden_act": "silu",
+        "pad_token_id": 1,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    },
+    "zaya": {  # Zyphra/ZAYA1-8B: layers of one special type, a rotary base for each type
+        "attention_bias": False,
+        "bos_token_id": 2,
+        "eos_token_id": 106,
+        "lm_head_bias": False,
+        "pad_token_id": 0,
+        "rope_parameters": {
+            "hybrid": {"rope_type": "default", "rope_theta": 5_000_000.0, "partial_rotary_factor": 0.5},
+            "hybrid_sliding": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": True,
+    },
+}
 # Whose configuration only describes other models' parts, or whose forward needs pictures or sound.
 MULTIMODAL = [
     "blt",
@@ -222,6 +327,31 @@ def config(name: str, **overrides: Any) -> PreTrainedConfig:
     return kind(**fields)
 
 
+def published(name: str) -> PreTrainedConfig:
+    """The configuration of ``name`` as a checkpoint has it, made small: sizes are set, nothing else.
+
+    Token ids and layer types are the class's own or those of :data:`PUBLISHED`; a field that neither has stays absent.
+    """
+    kind = CONFIG_MAPPING[name]
+    given = PUBLISHED.get(name, {})
+    default = kind(**given)
+    fields = {key: value for key, value in SIZES.items() if _has(default, key) and key not in given}
+    if "kv_lora_rank" in fields:
+        fields["num_key_value_heads"] = 4
+    if "is_decoder" in vars(default):
+        fields["is_decoder"] = True
+    fields.update({key: value for key, value in SPECIAL.get(name, {}).items() if key not in given})
+    if getattr(default, "layer_types", None):
+        fields.pop("layer_types", None)
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(default, token, None)
+        if isinstance(value, int) and value >= VOCAB:
+            fields[token] = value % VOCAB  # the small vocabulary has no such row
+        elif isinstance(value, list):
+            fields[token] = [one % VOCAB for one in value]
+    return kind(**{**given, **fields})
+
+
 def _has(default: PreTrainedConfig, key: str) -> bool:
     if key in getattr(default, "attribute_map", {}):
         return False
@@ -232,3 +362,9 @@ def build(name: str, **overrides: Any) -> Any:
     """A tiny random model of the architecture ``name`` in eval mode."""
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config(name, **overrides)).eval()
+
+
+def build_published(name: str) -> Any:
+    """The same from :func:`published`."""
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(published(name)).eval()

@@ -12,13 +12,13 @@ from experiments.device_problems import judged, shares
 from experiments.device_rows import Item, padded, trie
 from experiments.device_search import Cell, Training
 from faketask import Fake
+from scripts.robot_set import phrasing, seeds
 
 from chatbase import save_base
 from experiments import device_page, device_problems, device_rows, device_search
 from shadowpeft.data import robot
 from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.chat import prompt_ids
-from shadowpeft.data.robot import phrasing, seeds
 from shadowpeft.errors import ConfigError
 
 # -------------------------------------------------------------------------------------------------------------------- rows

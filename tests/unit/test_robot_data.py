@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -13,10 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scripts.robot_set import __main__ as command
+from scripts.robot_set import phrasing, seeds
+from scripts.robot_set.compose import build
 
 from shadowpeft.data import robot
-from shadowpeft.data.robot import phrasing, seeds
-from shadowpeft.data.robot.skills import MEANINGS
+from shadowpeft.data.robot import MEANINGS
 
 SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the last three remote splits are ours
     "train_normal": (2074, 1326),
@@ -37,7 +40,7 @@ HAN = re.compile(r"[\u4e00-\u9fff]")
 
 @pytest.fixture(scope="module")
 def data() -> dict[str, list[dict[str, str]]]:
-    return robot.build()
+    return {split: robot.load(split) for split in SIZES}
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +81,49 @@ def test_rows_have_the_documented_keys_and_unique_ids(data: dict[str, list[dict[
             assert row["kind"] == robot.SPLITS[split]["kind"]
 
 
-def test_same_seed_same_rows_other_seed_other_rows(data: dict[str, list[dict[str, str]]]) -> None:
-    assert digest(robot.build(0)) == digest(data)
-    assert digest(robot.build(1)) != digest(data)
-    assert {s: len(p) for s, p in robot.build(1).items()} == {s: sum(n) for s, n in SIZES.items()}
+@pytest.fixture(scope="module")
+def composed() -> dict[str, list[dict[str, str]]]:
+    return build()
 
 
-def test_rows_do_not_depend_on_hash_order(data: dict[str, list[dict[str, str]]]) -> None:
-    code = "import json, sys; from shadowpeft.data import robot; sys.stdout.write(json.dumps(robot.build()))"
+def test_the_shipped_rows_are_what_the_seed_files_give(composed: dict[str, list[dict[str, str]]]) -> None:
+    assert sorted(path.name for path in robot.ROWS.iterdir()) == sorted(f"{split}.jsonl.gz" for split in SIZES)
+    for split, part in composed.items():
+        packed = (robot.ROWS / f"{split}.jsonl.gz").read_bytes()
+        assert gzip.decompress(packed) == robot.json_lines(part).encode(), "run python -m scripts.robot_set"
+        assert packed[4:8] == bytes(4)  # no time of writing
+
+
+def test_the_command_writes_the_shipped_rows_and_other_seeds_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composed: dict[str, list[dict[str, str]]]
+) -> None:
+    monkeypatch.setattr(command, "build", lambda seed: {"train_normal": composed["train_normal"][: 3 - seed]})
+    monkeypatch.setattr(sys, "argv", ["robot_set", "--folder", str(tmp_path / "new"), "--seed", "1"])
+    command.main()
+    content = gzip.decompress((tmp_path / "new" / "train_normal.jsonl.gz").read_bytes()).decode()
+    assert content == robot.json_lines(composed["train_normal"][:2])
+    monkeypatch.setattr(sys, "argv", ["robot_set", "--seed", "1"])
+    with pytest.raises(SystemExit):
+        command.main()
+
+
+def test_a_changed_row_changes_no_later_load() -> None:
+    robot.load("test_remote")[0]["prompt"] = "changed"
+    assert robot.load("test_remote")[0]["prompt"] != "changed"
+
+
+def test_same_seed_same_rows_other_seed_other_rows(composed: dict[str, list[dict[str, str]]]) -> None:
+    assert digest(build(0)) == digest(composed)
+    other = build(1)
+    assert digest(other) != digest(composed)
+    assert {s: len(p) for s, p in other.items()} == {s: sum(n) for s, n in SIZES.items()}
+
+
+def test_rows_do_not_depend_on_hash_order(composed: dict[str, list[dict[str, str]]]) -> None:
+    code = "import json, sys; from scripts.robot_set.compose import build; sys.stdout.write(json.dumps(build()))"
     env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert digest(json.loads(done.stdout)) == digest(data)
+    assert digest(json.loads(done.stdout)) == digest(composed)
 
 
 def test_skills_and_meanings() -> None:

@@ -240,7 +240,7 @@ def _tokenizer(source: str) -> Any:
 
 
 def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> None:
-    ours, models = tokenizer.pad_token_id, config.pad_token_id
+    ours, models = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
     models = models[0] if isinstance(models, list) else models
     if ours is None:
         report.warn("pad token", "the tokenizer has none", "tokenizer.pad_token = tokenizer.eos_token")

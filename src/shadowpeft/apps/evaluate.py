@@ -169,7 +169,7 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
     model: Any = base
     if named and (lora or task.labels):
         model = load_base(named, wanted, **({"num_labels": len(task.labels)} if task.labels else {}))
-        if model.config.pad_token_id is None:
+        if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
     if not lora:
         return shadowpeft.load(adapter, model), tokenizer, ["attached", "detached"]

@@ -85,7 +85,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
         table.weight.copy_(_rows(weight, rows))
     if _scale(embedding) != _scale(table):  # Gemma multiplies inside its embedding module
         table.weight.mul_(_scale(embedding) / _scale(table))
-    if not config.tie_word_embeddings or classifier:
+    if classifier or not config.tie_word_embeddings:
         _set_head(edge, head, projection, classifier)
     if not hub.facts.is_linear:
         _carry_head(edge, base, name, parts.backbone_name, projection)

@@ -154,7 +154,7 @@ def load_task_base(
         )
     else:
         base = load_base(name, dtype=DTYPES[precision])
-    if base.config.pad_token_id is None or task.kind == "classify":
+    if getattr(base.config, "pad_token_id", None) is None or task.kind == "classify":
         base.config.pad_token_id = tokenizer.pad_token_id
     return base
 

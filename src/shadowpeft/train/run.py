@@ -37,7 +37,7 @@ from shadowpeft.train.trainer import ShadowTrainer
 def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
     """Base and adapter of a run."""
     base = load_base(run.base, dtype=DTYPES[run.training.precision])
-    if base.config.pad_token_id is None:
+    if getattr(base.config, "pad_token_id", None) is None:
         base.config.pad_token_id = tokenizer.pad_token_id
     if run.shadow.shadow_model != "mirror":
         shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))

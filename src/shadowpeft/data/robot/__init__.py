@@ -1,20 +1,27 @@
 """Robot-intent data: 34 robot-dog skills and open-domain requests, in English and Chinese (see CARD.md).
 
 A skill row answers ``[Skill()] short spoken reply``. An open-domain row carries a real answer for the base
-path or, in ``train_remote_shadow``, a ``[REMOTE] note`` for the shadow path. Everything is composed from
-hand-written seeds.
+path or, in ``train_remote_shadow``, a ``[REMOTE] note`` for the shadow path. The rows are files of this package;
+``python -m scripts.robot_set`` in the repository writes them from hand-written seed files.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from shadowpeft.data.actions import parser
-from shadowpeft.data.robot.compose import Row, build
 from shadowpeft.data.robot.skills import MEANINGS, SKILLS, SPLITS
 
-__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "build", "load", "parse_action", "write_jsonl"]
+__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "write_jsonl"]
+
+Row = dict[str, str]
+
+ROWS = Path(__file__).parent / "rows"
+"""The folder of the set: ``<split>.jsonl.gz``."""
 
 SYSTEM = "You are a robot dog."
 """System message of the set: short, so that prompts stay short, and the same for training and use."""
@@ -22,11 +29,16 @@ SYSTEM = "You are a robot dog."
 _parse = parser(SKILLS)
 
 
-def load(split: str, seed: int = 0) -> list[Row]:
+def load(split: str) -> list[Row]:
     """The rows of one split: dicts with id, split, lang, kind, skill, family, style, prompt and response."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    return build(seed)[split]
+    return [json.loads(line) for line in _lines(split)]
+
+
+@cache
+def _lines(split: str) -> tuple[str, ...]:
+    return tuple(gzip.decompress((ROWS / f"{split}.jsonl.gz").read_bytes()).decode().split("\n")[:-1])
 
 
 def parse_action(text: str) -> str | None:
@@ -34,13 +46,18 @@ def parse_action(text: str) -> str | None:
     return _parse(text)
 
 
-def write_jsonl(folder: str | Path, seed: int = 0) -> list[Path]:
+def json_lines(rows: Iterable[Row]) -> str:
+    """The rows as JSONL."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(folder: str | Path) -> list[Path]:
     """Writes ``folder/<split>.jsonl`` for every split, one row a line, and returns the paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for split, rows in build(seed).items():
+    for split in SPLITS:
         path = folder / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(json_lines(load(split)), encoding="utf-8")
         paths.append(path)
     return paths

@@ -41,13 +41,6 @@ MEANINGS: dict[str, str] = {
 
 SKILLS: tuple[str, ...] = tuple(MEANINGS)
 
-_SHOWS = (
-    "Wallow Scrape FrontFlip FrontJump FrontPounce WiggleHips Dance DrawHeart BalanceAttitude PlayKungFu "
-    "CheerLeading LionDance WaltzDance ChaChaDance Tango HipHopDance"
-)
-SHOWS = frozenset(_SHOWS.split())
-"""Skills one watches, which "let's see you ..." fits."""
-
 SPLITS: dict[str, dict[str, int | str]] = {
     "train_normal": {"size": 3400, "en": 2074, "zh": 1326, "kind": "skill"},
     "train_remote_base": {"size": 1000, "en": 541, "zh": 459, "kind": "remote"},

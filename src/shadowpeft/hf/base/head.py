@@ -183,7 +183,7 @@ def pool_last(state: Tensor, config: PreTrainedConfig, input_ids: Tensor | None,
     Raises:
         ConfigError: if the attention mask ends elsewhere than the rule says, so that one of the two is wrong.
     """
-    pad = config.pad_token_id
+    pad = getattr(config, "pad_token_id", None)
     if pad is None or input_ids is None:
         return state[:, -1]
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -114,7 +114,7 @@ def _make(
     with torch.device(device_of(parts.backbone)):
         backbone: PreTrainedModel = kind._from_config(built, attn_implementation=attention, dtype=torch.float32)
     backbone.config.vocab_size = shadow.vocab_size
-    backbone.config.pad_token_id = shadow.pad_token_id
+    backbone.config.pad_token_id = getattr(shadow, "pad_token_id", None)  # CodeGen's class has no such field
     return backbone
 
 

@@ -89,6 +89,9 @@ def mirror_config(
     depth = len(choice.indices)
     for key, value in _per_layer(base).items():
         setattr(new, key, [value[i % len(value)] for i in choice.indices])
+    for key, value in vars(base).items():
+        if key.endswith(("layer_indices", "_attn_idxs")) and value:  # Bamba: the numbers of its attention layers
+            setattr(new, key, [place for place, index in enumerate(choice.indices) if index in value])
     if choice.kind is not None:
         new.layer_types = [choice.kind] * depth
     new.num_hidden_layers = depth

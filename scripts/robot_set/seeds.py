@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 
 PARTS = {"T": "train", "V": "validation", "E": "test"}
 LANGS = ("en", "zh")
@@ -47,7 +47,7 @@ class OpenRequest:
 
 
 def _lines(name: str) -> list[str]:
-    text = (resources.files(__package__) / "seeds" / name).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "seed_files" / name).read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 

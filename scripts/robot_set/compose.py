@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from itertools import zip_longest
 
-from shadowpeft.data.robot import phrasing, seeds
-from shadowpeft.data.robot.skills import SKILLS, SPLITS
+from scripts.robot_set import phrasing, seeds
 
-Row = dict[str, str]
+from shadowpeft.data.robot import SKILLS, SPLITS, Row
 
 TYPO_RATE = 0.07
 """Share of English skill commands with one typo."""

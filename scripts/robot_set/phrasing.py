@@ -6,8 +6,14 @@ import random
 import re
 from functools import cache
 
-from shadowpeft.data.robot.seeds import Family, families, wrappers
-from shadowpeft.data.robot.skills import SHOWS
+from scripts.robot_set.seeds import Family, families, wrappers
+
+_SHOWS = (
+    "Wallow Scrape FrontFlip FrontJump FrontPounce WiggleHips Dance DrawHeart BalanceAttitude PlayKungFu "
+    "CheerLeading LionDance WaltzDance ChaChaDance Tango HipHopDance"
+)
+SHOWS = frozenset(_SHOWS.split())
+"""Skills one watches, which "let's see you ..." fits."""
 
 _GUARDED_EN = "now please me us for could can go come you'd love want hey ok see show give let"
 _QUESTION = "at are can do does did how if in is it's on should what what's when where which who whose why"
