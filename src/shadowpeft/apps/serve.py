@@ -68,7 +68,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     settings = Settings(
         keys=keys,
         versions=Path(options.versions) if options.versions else None,
-        requests=options.rows + options.queue,
+        requests=options.rows + options.queue + len(backend.names),  # beyond the queue each name may have one that waits
         drain_seconds=options.drain_seconds,
         **more,
     )

@@ -191,6 +191,7 @@ class Attached(Backend):
             if name in (*self.versions, self.base_name):
                 raise ConfigError(f"'{name}' is loaded already; swap its weights, or choose another name")
             config = check_fits(self._inner, copy)
+            assert config.weights_file is not None
             check_file(ShadowModel, self._inner, config, config.weights_file)
             self._check_tokenizer(str(copy))
             between(lambda: self._attach(name, copy, version))

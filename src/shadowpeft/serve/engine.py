@@ -154,7 +154,7 @@ class Engine:
                 f"model '{name}' is not loaded{did_you_mean(name, list(names))}; there are {sorted(names)}"
             )
         if prompt == 0:
-            raise DataError("the prompt has no tokens; say something")
+            raise DataError("the prompt has no tokens; send some text")
         if prompt > limits.prompt_tokens:
             raise TooLongError(f"the prompt has {prompt} tokens but may have {limits.prompt_tokens}; shorten it")
         if max_tokens > limits.new_tokens:

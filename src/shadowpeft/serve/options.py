@@ -58,7 +58,7 @@ class Options:
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None
     rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16
     batches: Annotated[
-        int, typer.Option(min=1, help="Batches that run at the same time: requests that start together are one.")
+        int, typer.Option(min=1, help="Forward passes a step, where rows differ so much in length that one is slower.")
     ] = 4
     queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused with 429.")] = 64
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048

@@ -39,12 +39,16 @@ def can_continue(cache: Cache) -> bool:
 
 def select_rows(cache: Cache, rows: list[int]) -> None:
     """Go on with these rows of the batch only."""
+    indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}  # copied to the device once, not for each layer
     for layer in cache.layers:
         names: tuple[str, ...] | None = getattr(layer, _NAMES, None)
         local = rows if names is None else layer._local(rows, names)
 
-        def pick(x: Tensor, local: list[int] = local) -> Tensor:
-            return x[torch.tensor(local, dtype=torch.long, device=x.device)]
+        def pick(x: Tensor, local: tuple[int, ...] = tuple(local)) -> Tensor:
+            key = x.device, local
+            if key not in indices:
+                indices[key] = torch.tensor(local, dtype=torch.long, device=x.device)
+            return x[indices[key]]
 
         _replace(layer, pick)
         if names is not None:
