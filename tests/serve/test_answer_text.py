@@ -38,10 +38,15 @@ def test_text_bytes_and_offsets_of_any_answer(text, stops, cut):
     ids = ids_of(text)
     assert not text or len(ids) == len(text.encode())  # a token a byte
     tokens, end = said([*ids, END], stop=tuple(stops))
-    first = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=len(text))
+    first = len(text)
+    for n in range(len(text) + 1):  # the stop text that is whole first ends the answer
+        found = [at for at in (text[:n].find(stop) for stop in stops) if at >= 0]
+        if found:
+            first = min(found)
+            break
     assert "".join(token.text for token in tokens) + end.text == text[:first]
     if first == len(text):
-        assert b"".join(token.bytes for token in tokens) == text.encode()
+        assert b"".join(token.raw for token in tokens) == text.encode()
         assert "".join(token.piece for token in tokens) == text
         told = ResponseBuilder(False, "m", 1, {})._logprobs(tokens)
         starts = [len(text.encode()[:n].decode(errors="ignore")) for n in range(len(ids))]

@@ -116,7 +116,7 @@ def test_scores_are_those_of_float64(backend, engine):
     assert token.margin == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-4)
     assert token.entropy == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-4)
     assert [p for _, p in token.top] == pytest.approx(best.values[:3].tolist(), abs=1e-4)
-    assert token.top[0][0] == token.bytes
+    assert token.top[0][0] == token.raw
 
 
 def test_a_seed_gives_the_same_sample_alone_and_in_a_crowd(backend, engine):

@@ -42,7 +42,9 @@ class Options:
     ] = True
     cloud_url: Annotated[Optional[str], typer.Option(help="Edge: the cloud server.")] = None
     cloud_model: Annotated[str, typer.Option(help="Edge: the model's name there.")] = "default"
-    cloud_timeout: Annotated[float, typer.Option(min=0.1, help="Edge: seconds until the cloud counts as away.")] = 30.0
+    cloud_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Edge: seconds until a stream of the cloud begins, and between its lines.")
+    ] = 30.0
     cloud_delay_ms: Annotated[float, typer.Option(min=0, help="Edge: wait before each request, as a network.")] = 0.0
     when_cloud_down: Annotated[str, typer.Option(help="Edge: local (say so) or error.")] = "local"
     routing: Annotated[

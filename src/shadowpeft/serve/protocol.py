@@ -342,14 +342,14 @@ class ResponseBuilder:
         if self.top is None:
             return None
         if self.chat:
-            content = [{**_entry(t.bytes, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
+            content = [{**_entry(t.raw, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
             return {"content": content, "refusal": None}
         offsets = []
         for t in tokens:
             offsets.append(self._offset)
             self._offset += len(t.piece)
         return {
-            "tokens": [_shown(t.bytes) for t in tokens],
+            "tokens": [_shown(t.raw) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [{_shown(token): logprob for token, logprob in t.top} for t in tokens]
             if self.top

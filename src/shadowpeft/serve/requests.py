@@ -67,7 +67,7 @@ class Token:
     """What it adds to the text, once that is certain: empty for parts of a character, and while a stop text may follow."""
     piece: str
     """What it adds to the text, stop texts or not; empty in the middle of a character."""
-    bytes: bytes
+    raw: bytes
     """What it stands for: those of an answer's tokens joined are the answer in UTF-8."""
     logprob: float
     margin: float
