@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, DynamicCache
 import shadowpeft
 from experiments import device_rows as rows_of
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.chat import fingerprint, prompt_ids
+from shadowpeft.data.chat import prompt_ids, rows_digest
 from shadowpeft.data.robot import SYSTEM, parse_action
 from shadowpeft.data.tasks import class_ids, get_task
 from shadowpeft.evaluate import wilson
@@ -90,7 +90,7 @@ class Robot:
     def data(self) -> dict[str, Any]:
         """What identifies the rows of a record."""
         parts = {"train": self.split.train, "development": self.split.development}
-        found = {name: {"rows": len(rows), "sha256": fingerprint(rows)} for name, rows in parts.items()}
+        found = {name: {"rows": len(rows), "sha256": rows_digest(rows)} for name, rows in parts.items()}
         return {**found, "tokens_of_a_pass": sum(len(item.ids) for item in self.items)}
 
     def loss(self, places: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import shadowpeft
 from experiments.measuring import alternate, paired_ratios, quartiles, seconds
 from experiments.spec import MODES, Cell, digest, evaluation_name
 from experiments.training import CellTraining, autocast, placed, predictions
-from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.chat import rows_digest
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate import norms_kept
 from shadowpeft.evaluate.record import bootstrap
@@ -144,7 +144,7 @@ def system(runner: CellTraining, cell: Cell) -> dict[str, Any]:
             }
     asked = {
         "data": task.source(options["split"]),
-        "examples": fingerprint(asdict(row) for row in rows),
+        "examples": rows_digest(asdict(row) for row in rows),
         "wall_seconds": round(time.monotonic() - began, 1),
     }
     values = {"all": " ".join(f"{hit:.6g}" for hit in hits)}

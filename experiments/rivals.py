@@ -27,7 +27,7 @@ from experiments import device_rows
 from experiments.device_problems import shares
 from experiments.measuring import processor
 from experiments.spec import RECORDS, digest
-from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.evaluate.record import bootstrap, commit
@@ -167,7 +167,7 @@ def result(task: Task, examples: Sequence[Example], model: Pipeline, split: str)
         "auroc_of_margin": roc_auc_score(right, margins) if 0 < sum(right) < len(right) else None,
         "milliseconds_each": round(1000 * seconds / len(hits), 3),
         "data": task.source(split),
-        "settings": {"limit": None, "examples": fingerprint(asdict(e) for e in examples)},
+        "settings": {"limit": None, "examples": rows_digest(asdict(e) for e in examples)},
     }
     ordered = sorted(zip((e.id for e in examples), hits, strict=True), key=lambda pair: str(pair[0]))
     return found, " ".join(f"{hit:.6g}" for _, hit in ordered)
@@ -227,7 +227,7 @@ def development(problem: Problem, c: float) -> dict[str, Any]:
 
 
 def _sha(pairs: Sequence[tuple[str, Any]]) -> str:
-    return fingerprint({"text": text, "label": label} for text, label in pairs)
+    return rows_digest({"text": text, "label": label} for text, label in pairs)
 
 
 def main(arguments: list[str] | None = None) -> int:

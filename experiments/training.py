@@ -26,7 +26,7 @@ from experiments.measuring import stamp
 from experiments.records import check_settings, read_file, write_record
 from experiments.spec import MODES, RECORDS, ROOT, SPECS, Cell, digest
 from shadowpeft.apps import common
-from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import answer_loss, evaluate_task
@@ -290,7 +290,7 @@ def _training_key(cell: Cell, section: TrainingSection, data: Any) -> str:
         cell.shots,
         cell.shadow_row_repeats,
         optimised,
-        fingerprint(data[i] for i in range(len(data))),  # prompts and answers, as encoded
+        rows_digest(data[i] for i in range(len(data))),  # prompts and answers, as encoded
         shadowpeft.__version__,
     ]
     return digest(parts)[:16]

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from shadowpeft import export
 from shadowpeft.apps.common import quiet_libraries
-from shadowpeft.apps.export import load_edge, run, trim
+from shadowpeft.apps.export import load_source, run, trim_to_rows
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.export import verify
@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     prepare_cpu()
-    model, tokenizer = load_edge(options.source)
+    model, tokenizer = load_source(options.source)
     task, quiet = get_task("robot"), Console(quiet=True)
 
     def score(subject: Any, words: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def main() -> None:
         import llama_cpp
 
         record["versions"]["llama-cpp-python"] = llama_cpp.__version__
-    small = trim(model, tokenizer, "robot")
+    small = trim_to_rows(model, tokenizer, "robot")
     with tempfile.TemporaryDirectory() as folder:
         for i, (to, dtype, vocabulary) in enumerate(track(cases, console=Console(stderr=True))):
             path = Path(folder) / f"{i}{export.FORMATS[to].suffix}"

@@ -14,7 +14,7 @@ from shadowpeft.errors import VersionError
 
 
 @dataclass(frozen=True)
-class Limits:
+class SupportedRange:
     """``oldest``: first release that works. ``newest``: newest that the tests were run on."""
 
     oldest: str
@@ -23,10 +23,10 @@ class Limits:
 
 
 TESTED = {
-    "torch": Limits("2.6", "2.13"),
-    "transformers": Limits("5.20", "5.23"),
-    "peft": Limits("0.21", "0.21"),
-    "trl": Limits("1.16", "1.16", required=False),
+    "torch": SupportedRange("2.6", "2.13"),
+    "transformers": SupportedRange("5.20", "5.23"),
+    "peft": SupportedRange("0.21", "0.21"),
+    "trl": SupportedRange("1.16", "1.16", required=False),
 }
 """Limits by package, as far as a release is a number of two parts (patch releases count with theirs)."""
 

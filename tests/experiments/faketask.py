@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.tasks import Example, Task
 
 SIZES = {"train": 24, "validation": 10, "test": 12}
@@ -33,7 +33,7 @@ class Fake(Task):
                     "path": path,
                 }
             )
-        return made, {"from": "folder", "path": "inline", "fingerprint": fingerprint(made), "partial": False}
+        return made, {"from": "folder", "path": "inline", "fingerprint": rows_digest(made), "partial": False}
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
         letter = row["letter"]

@@ -33,7 +33,7 @@ class Echo(Task):
 
     def rows(self, split):
         rows = [{"text": w, "i": i} for i, w in enumerate(WORDS)]
-        return rows, {"from": "test", "fingerprint": chat.fingerprint(rows), "partial": False, "rows": len(rows)}
+        return rows, {"from": "test", "fingerprint": chat.rows_digest(rows), "partial": False, "rows": len(rows)}
 
     def example(self, row, identity):
         return Example(identity, row["text"], "an answer " + "y" * row["i"], self.gold, self.choices)

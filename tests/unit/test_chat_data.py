@@ -385,7 +385,7 @@ def test_the_fingerprint_follows_the_data(tmp_path):
     ]
 
     def of(content):
-        return chat.fingerprint(chat.read_jsonl(write_rows(tmp_path / "rows.jsonl", content)))
+        return chat.rows_digest(chat.read_jsonl(write_rows(tmp_path / "rows.jsonl", content)))
 
     assert of(rows) == of([dict(reversed(row.items())) for row in rows])  # the order of keys says nothing
     found = [of(rows), *(of(change) for change in changes)]

@@ -49,7 +49,7 @@ def main(
 
 def diagnose(report: Report, adapter: str | None, base: str | None) -> None:
     """Run the checks in order; what needs a part that failed is left out."""
-    if not environment(report) or adapter is None:
+    if not check_environment(report) or adapter is None:
         return
     from shadowpeft.apps.common import quiet_libraries
     from shadowpeft.apps.selftest import self_test
@@ -72,7 +72,7 @@ def _print(console: Console, check: Check) -> None:
 # --------------------------------------------------------------------------------------------------------- environment
 
 
-def environment(report: Report) -> bool:
+def check_environment(report: Report) -> bool:
     """Python, packages, device; whether the packages can be imported."""
     report.require(
         sys.version_info >= (3, 10), "python", platform.python_version(), "shadowpeft needs Python 3.10 or newer"

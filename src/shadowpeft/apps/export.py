@@ -54,12 +54,12 @@ def main(
     prepare_cpu()
     console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
-        model, tokenizer = load_edge(source, base)
+        model, tokenizer = load_source(source, base)
     result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
     show(result, f"{source} as {to}", as_json)
 
 
-def load_edge(source: str, base: str | None = None) -> tuple[Any, Any]:
+def load_source(source: str, base: str | None = None) -> tuple[Any, Any]:
     """The edge model, float32, and its tokenizer: of a folder that ``detach`` or ``export`` wrote, or of an adapter.
 
     Raises:
@@ -130,7 +130,7 @@ def run(
     small, words, kept = model, tokenizer, None
     if vocab_from is not None:
         with console.status("trimming the vocabulary"):
-            small, words, kept = trim(model, tokenizer, vocab_from)
+            small, words, kept = trim_to_rows(model, tokenizer, vocab_from)
     ends = words.convert_ids_to_tokens(end_tokens(small, words))
     report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     is_folder, remedy = not export.FORMATS[to].suffix, "free some space or choose another folder"
@@ -143,13 +143,13 @@ def run(
                 again = export.read(to, beside)
         if verify:
             with console.status("comparing greedy tokens"):
-                report["verify"] = check(model, small, again, words, kept, to, dtype, path)
+                report["verify"] = check_against_source(model, small, again, words, kept, to, dtype, path)
         if evaluate is not None:
             report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
     return {**report, "path": str(path)}
 
 
-def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
+def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
     """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set."""
     from shadowpeft.data import chat
     from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
@@ -164,7 +164,7 @@ def trim(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
     return small.model, small.tokenizer, small.kept
 
 
-def check(
+def check_against_source(
     source: Any, small: Any, target: Any, tokenizer: Any, kept: Any, to: str, dtype: str, path: Path
 ) -> dict[str, Any]:
     """Greedy tokens against the ``source`` and weights against the ``small`` copy, held against the limits of the format.

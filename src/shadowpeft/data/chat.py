@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from shadowpeft.core.losses import IGNORE
-from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, fingerprint, read_jsonl
+from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, read_jsonl, rows_digest
 from shadowpeft.data.padding import pad, pad_inputs
 from shadowpeft.errors import DataError
 
@@ -30,10 +30,10 @@ __all__ = [
     "answer_ids",
     "check_row",
     "encode",
-    "fingerprint",
     "prompt_ids",
     "read_jsonl",
     "render_prompt",
+    "rows_digest",
     "stop_tokens",
     "with_system",
 ]

@@ -159,7 +159,7 @@ def without_null(value: Any) -> Any:
     return [without_null(each) for each in value] if isinstance(value, list) else value
 
 
-def fingerprint(rows: Iterable[dict[str, Any]]) -> str:
+def rows_digest(rows: Iterable[dict[str, Any]]) -> str:
     """sha256 over the rows, in order: identifies the data of a run."""
     digest = hashlib.sha256()
     for row in rows:

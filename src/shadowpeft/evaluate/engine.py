@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shadowpeft.data.chat import answer_ids, encode, fingerprint, prompt_ids
+from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
@@ -108,7 +108,7 @@ def evaluate_task(
             "batch_size": batch_size,
             "max_new_tokens": task.max_new_tokens if method == "generate" else None,
             "max_length": max_length if method == "classify" else None,
-            "examples": fingerprint(asdict(e) for e in examples),
+            "examples": rows_digest(asdict(e) for e in examples),
             "weights": facts.weights_digest(runner),
         }
         if loss:
@@ -289,7 +289,7 @@ def _record(
         gold = [row.scores[e.choices.index(e.gold)] for row, e in zip(rows, examples, strict=True)]
         scores["gold_probability"] = sum(math.exp(g) for g in gold) / len(gold)
     seconds, tokens = sum(row.seconds for row in rows), sum(row.tokens for row in rows)
-    device = facts.device_of(model)
+    device = facts.describe_device(model)
     record: dict[str, Any] = {
         "format": FORMAT,
         "task": task.name,

@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **package_versions(_VERSIONED)}
 
 
-def device_of(model: nn.Module) -> dict[str, Any]:
+def describe_device(model: nn.Module) -> dict[str, Any]:
     """Where a model computes: kind, name, threads."""
     where = next(model.parameters()).device
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or platform.machine()

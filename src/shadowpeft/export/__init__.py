@@ -20,7 +20,7 @@ __all__ = ["FORMATS", "Format", "find", "read", "write"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Tolerance:
     """What a number type may cost; a file that costs more is wrong.
 
     Rounded weights flip near ties, and small models with formulaic answers flip few: with the rows of W_q and W_k in the wrong
@@ -40,7 +40,7 @@ class Format:
 
     module: str
     """Module of this package that writes and reads it."""
-    limits: dict[str, Limits]
+    limits: dict[str, Tolerance]
     """Number type -> what a good file keeps to; the first is the default."""
     packages: tuple[str, ...] = ()
     """Modules beyond transformers that it needs; ``pip install 'shadowpeft[export]'`` brings them."""
@@ -51,19 +51,19 @@ class Format:
 
 
 FORMATS = {
-    "hf": Format("hf", {"f32": Limits(1.0, 0.0), "f16": Limits(0.95, 1e-3), "bf16": Limits(0.85, 8e-3)}),
+    "hf": Format("hf", {"f32": Tolerance(1.0, 0.0), "f16": Tolerance(0.95, 1e-3), "bf16": Tolerance(0.85, 8e-3)}),
     "gguf": Format(
         "gguf",
-        {"f16": Limits(0.95, 1e-3), "q8_0": Limits(0.85, 0.02), "q4_0": Limits(0.4, 0.2), "f32": Limits(1.0, 0.0)},
+        {"f16": Tolerance(0.95, 1e-3), "q8_0": Tolerance(0.85, 0.02), "q4_0": Tolerance(0.4, 0.2), "f32": Tolerance(1.0, 0.0)},
         packages=("gguf",),
         suffix=".gguf",
     ),
-    "onnx": Format("onnx", {"f32": Limits(1.0, 0.0)}, packages=("onnx", "onnxruntime", "onnxscript"), generates=False),
+    "onnx": Format("onnx", {"f32": Tolerance(1.0, 0.0)}, packages=("onnx", "onnxruntime", "onnxscript"), generates=False),
     "onnx-genai": Format(
-        "genai", {"f32": Limits(1.0, 0.0)}, packages=("onnxruntime_genai", "onnxruntime"), generates=False
+        "genai", {"f32": Tolerance(1.0, 0.0)}, packages=("onnxruntime_genai", "onnxruntime"), generates=False
     ),
-    "int8": Format("quantize", {"int8": Limits(0.85, 0.05)}, packages=("torchao",)),
-    "int4": Format("quantize", {"int4": Limits(0.4, 0.25)}, packages=("torchao",)),
+    "int8": Format("quantize", {"int8": Tolerance(0.85, 0.05)}, packages=("torchao",)),
+    "int4": Format("quantize", {"int4": Tolerance(0.4, 0.25)}, packages=("torchao",)),
 }
 
 

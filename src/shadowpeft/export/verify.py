@@ -22,7 +22,7 @@ PROMPTS = (
 NEW_TOKENS = 16
 
 
-def encode(tokenizer: Any, prompt: str) -> list[int]:
+def encode_prompts(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt: a user's turn where the tokenizer has a chat template, else the bare text."""
     if tokenizer.chat_template is None:
         return list(tokenizer(prompt).input_ids)
@@ -70,7 +70,7 @@ def compare(
     largest = 0.0
     device = next(source.parameters()).device
     for prompt in prompts:
-        ids = encode(tokenizer, prompt)
+        ids = encode_prompts(tokenizer, prompt)
         old = torch.tensor(ids) if kept is None else kept[torch.tensor(ids)]
         logits, unrestricted = _continue(source, old.to(device), kept, new_tokens)
         choices = logits.argmax(-1)

@@ -128,7 +128,7 @@ class AttachedSession(CachedSession):
         assert isinstance(other, AttachedSession)
         self.scope.names += other.scope.names
         self.scope.held.update(other.scope.held)
-        joining.join(self.cache, other.cache, self.scope.names)
+        joining.join_caches(self.cache, other.cache, self.scope.names)
 
 
 class DetachedSession(CachedSession):
@@ -140,7 +140,7 @@ class DetachedSession(CachedSession):
 
     def join(self, other: Session) -> None:
         assert isinstance(other, DetachedSession)
-        joining.join(self.cache, other.cache, None)
+        joining.join_caches(self.cache, other.cache, None)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def encode_run(
         if source is not None:
             rows = read_rows(source, part)
             encoded[part] = chat.encode(rows, tokenizer, **options)
-            record[part] = {"source": source, **encoded[part].record(), "sha256": chat.fingerprint(rows)}
+            record[part] = {"source": source, **encoded[part].record(), "sha256": chat.rows_digest(rows)}
             if encoded[part].skipped is not None:
                 warn(f"data.{part}: {encoded[part].skipped}")
     training = encoded["train"]

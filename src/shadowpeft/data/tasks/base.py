@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from shadowpeft.data.chat import check_row, fingerprint, with_system
+from shadowpeft.data.chat import check_row, rows_digest, with_system
 from shadowpeft.data.tasks.source import Parts, read
 from shadowpeft.errors import ConfigError, DataError
 
@@ -65,7 +65,7 @@ class Task:
             rows = [row for row in rows if self._is_held_out(row) == (split == "validation")]
             origin = {
                 **origin,
-                "fingerprint": fingerprint(rows),
+                "fingerprint": rows_digest(rows),
                 "split": f"{split}: cut off the training rows by a hash of '{self.held_out_by}' ({HELD_OUT:.0%} held out)",
             }
         return rows, {**origin, "rows": len(rows)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from shadowpeft.data import robot as package
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.robot import SYSTEM, parse_action
 from shadowpeft.data.tasks.base import Example, Task, mean, shares
 from shadowpeft.errors import DataError
@@ -41,7 +41,7 @@ class Robot(Task):
         origin = {
             "from": "package",
             "name": ["shadowpeft.data.robot:" + name for name in _SPLITS[split]],
-            "fingerprint": fingerprint(rows),
+            "fingerprint": rows_digest(rows),
             "partial": False,
             "lacks": "",
             "rows": len(rows),

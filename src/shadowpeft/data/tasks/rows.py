@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.chat import fingerprint, read_jsonl
+from shadowpeft.data.chat import read_jsonl, rows_digest
 from shadowpeft.data.tasks.base import Example, Task
 from shadowpeft.errors import DataError
 
@@ -35,7 +35,7 @@ class Rows(Task):
         about = {
             "from": "file",
             "path": [self.name],
-            "fingerprint": fingerprint(self._rows),
+            "fingerprint": rows_digest(self._rows),
             "partial": False,
             "lacks": "",
         }

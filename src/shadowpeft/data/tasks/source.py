@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.chat import fingerprint
+from shadowpeft.data.chat import rows_digest
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
 from shadowpeft.messages import shorten
@@ -86,7 +86,7 @@ def read(parts: Iterable[SplitPart]) -> tuple[list[dict[str, Any]], dict[str, An
         rows = [row for file in files for row in read_gzip(file)]
         origin = {"from": "folder", "path": [f for part in parts for f in part.files]}
         lacks = [part.partial for part in parts if part.partial]
-    return rows, {**origin, "fingerprint": fingerprint(rows), "partial": bool(lacks), "lacks": "; ".join(lacks)}
+    return rows, {**origin, "fingerprint": rows_digest(rows), "partial": bool(lacks), "lacks": "; ".join(lacks)}
 
 
 def read_gzip(file: Path) -> Iterator[dict[str, Any]]:

@@ -36,7 +36,7 @@ class Signature:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def trial_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a trial run, whose dropout would use up random numbers; then each module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -70,7 +70,7 @@ def hands_down(model: nn.Module, layer: nn.Module, name: str, device: torch.devi
 
     handle = layer.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with evaluating(model), suppress(_ArrivedError):
+        with trial_mode(model), suppress(_ArrivedError):
             model(input_ids=torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False, **{name: marker})
     finally:
         handle.remove()

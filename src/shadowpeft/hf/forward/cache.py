@@ -189,7 +189,7 @@ def _mixed_with(mixin: Any, kind: Any) -> Any:
 
 def _divide(layer: Any, names: tuple[str, ...]) -> Any:
     """``layer``, not yet used, as one that holds the rows of its owner in a batch whose rows belong to ``names``."""
-    kind = _mixed_with(_Divided, type(layer))
+    kind = _mixed_with(_Divided, type(layer))  # type: ignore[arg-type]
     divided = kind.__new__(kind)
     divided.__dict__.update(vars(layer), **{_NAMES: names})
     return divided
@@ -244,7 +244,7 @@ def _pair(cache: Cache, layers: list[Any]) -> None:
     pair = copy.deepcopy(cache)
     pair.layers = layers
     cache._shadowpeft_pair = pair  # type: ignore[attr-defined]
-    cache.__class__ = _mixed_with(_Paired, type(cache))
+    cache.__class__ = _mixed_with(_Paired, type(cache))  # type: ignore[arg-type]
 
 
 def _length(cache_or_layer: Any) -> int | None:

@@ -157,7 +157,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     first = int(has_loss)  # where a tuple has its logits
     logits = output[first] if as_tuple else output.logits
     stock = (output[0] if has_loss else None) if as_tuple else output.loss
-    result = losses.join(model, hub, call, logits, stock)
+    result = losses.join_losses(model, hub, call, logits, stock)
     if as_tuple:
         head = (result.logits,) if result.loss is None else (result.loss, result.logits)
         return head + tuple(output[first + 1 :])

@@ -69,7 +69,7 @@ def shift(cache: Cache, columns: int) -> None:
         layer.keys, layer.values = (F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in (layer.keys, layer.values))
 
 
-def join(cache: Cache, other: Cache, names: tuple[str, ...] | None) -> None:
+def join_caches(cache: Cache, other: Cache, names: tuple[str, ...] | None) -> None:
     """Put the rows of ``other``, which has as many columns, after those of ``cache``.
 
     Args:

@@ -32,7 +32,7 @@ class Joined:
     shadow_logits: Tensor | None
 
 
-def join(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tensor, stock: Tensor | None) -> Joined:
+def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tensor, stock: Tensor | None) -> Joined:
     """Both paths' losses and the joint one (Eqs. 8-9).
 
     Args:

@@ -18,7 +18,7 @@ from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from shadowpeft.core import head_loss, solve_projection
 from shadowpeft.core.losses import IGNORE, HeadLoss, topk_kl
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.signature import evaluating
+from shadowpeft.hf.base.signature import trial_mode
 from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.files.projected import Projected, is_projected, read_projected, to_stock, write_projected
 from shadowpeft.hf.pretraining.base_ends import BaseEnds, pruned_backbone
@@ -198,7 +198,7 @@ def _check_separation(
     ids = torch.arange(1, 10, device=device)[None] * 7 % rows
     parts = (ids[:, :5], ids[:, 5:])
     positions = [torch.arange(part.shape[1], device=device)[None] for part in parts]
-    with evaluating(model):
+    with trial_mode(model):
         packed = state(ids, torch.cat(positions, 1))
         alone = torch.cat([state(part, place) for part, place in zip(parts, positions, strict=True)], 1)
     distance = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-12))

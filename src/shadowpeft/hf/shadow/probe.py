@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shadowpeft.hf.base.signature import CACHE_NAMES, evaluating
+from shadowpeft.hf.base.signature import CACHE_NAMES, trial_mode
 from shadowpeft.hf.base.weights import device_of
 from shadowpeft.hf.files.reading import BUILD_ERRORS
 
@@ -25,7 +25,7 @@ def runs_from_embeddings(backbone: PreTrainedModel) -> bool:
     """Whether tokens and their embeddings give the same result (a backbone may read its tokens a second time)."""
     ids = _probe(backbone, 4)
     closed = [p for p in backbone.parameters() if not bool(p.any())]  # a closed gate hides what it lets in later
-    with torch.no_grad(), evaluating(backbone):
+    with torch.no_grad(), trial_mode(backbone):
         for parameter in closed:
             parameter.fill_(0.1)
         try:
@@ -61,7 +61,7 @@ def unreached(backbone: PreTrainedModel, reads_tokens: bool) -> list[str]:
             width = int(backbone.config.hidden_size)
             noise = torch.randn(1, ids.shape[1], width, generator=torch.Generator().manual_seed(0))
             given = {"inputs_embeds": noise.to(device_of(backbone)).requires_grad_(True) * 1.0}  # CTRL scales in place
-        with torch.enable_grad(), evaluating(backbone):
+        with torch.enable_grad(), trial_mode(backbone):
             out = backbone(**given, use_cache=False).last_hidden_state
             values = dict(backbone.named_parameters())
             gradients = torch.autograd.grad(out.sum(), [values[n] for n in names], allow_unused=True)
@@ -76,7 +76,7 @@ def caches_exactly(backbone: PreTrainedModel) -> bool:
     ids = _probe(backbone, 4)
     if ids.device.type == "meta":
         return True
-    with torch.no_grad(), evaluating(backbone):
+    with torch.no_grad(), trial_mode(backbone):
         out = backbone(input_ids=ids[:, :3], use_cache=True)
         cache = {name: out[name] for name in CACHE_NAMES if out.get(name) is not None}
         if not cache:
