@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -77,11 +78,20 @@ def outcomes(names: list[str], results: dict[str, dict[str, object]]) -> list[st
 
 
 def page(record: dict[str, object]) -> str:
-    results: dict[str, dict[str, object]] = record["architectures"]  # type: ignore[assignment]
+    results: dict[str, dict[str, Any]] = record["architectures"]  # type: ignore[assignment]
     decoders, families, silent = split(results)
     passed = sum(bool(results[n].get("passed")) for n in decoders)
     also = sum(bool(results[n].get("passed")) for n in families)
     refused = sum(bool(results[n].get("refused")) for n in [*decoders, *families])
+    published = {n: results[n]["published"] for n in decoders if "published" in results[n]}
+    runs = [n for n, result in published.items() if "parameters" in result]
+    differ = [f"`{n}`" for n in runs if results[n].get("passed") and not published[n].get("passed")]
+    as_published = [
+        f"The same with the token ids and layer types of the classes' defaults, or of published configurations, in place of "
+        f"set ones: {sum(bool(published[n].get('passed')) for n in runs)} of {len(runs)} that run by themselves work"
+        + (f"; not {', '.join(differ)}." if differ else "."),
+        "",
+    ]
     lines = [
         "# Architectures",
         "",
@@ -111,6 +121,7 @@ def page(record: dict[str, object]) -> str:
         "| disable | logits bit-identical to the base's |",
         "| unload | keys, weights and logits are the base's, bit for bit |",
         "",
+        *(as_published if published else []),
         "How differences between architectures are met without naming any:",
         "",
         "- The call that carries the shadow's state travels through keyword arguments, and through a context variable where an "

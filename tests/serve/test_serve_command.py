@@ -22,7 +22,7 @@ from serving import ask, engine_of
 from shadowpeft import cli
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Attached, Detached
-from shadowpeft.serve.loading import load_adapters, load_edge
+from shadowpeft.serve.loading import load_adapters, load_edge, module_name
 from shadowpeft.serve.options import Options, parse_adapters
 from tiny import adapter_config, randomise
 from webserver import wait_for
@@ -106,6 +106,40 @@ def test_an_edge_model_is_swapped_and_rolled_back(folder):
     assert texts[0] == texts[2] != texts[1]
     with pytest.raises(ConfigError, match="is no edge model"):
         backend.swap("edge", str(folder / "one"))
+    engine.stop()
+
+
+NAMES = ["robot-v1.2", "robot-v1_2", "keys", "type", "training", "1.2", "a.", "v1..2"]
+
+
+def test_every_name_that_the_protocol_permits_is_served_swapped_and_deleted(folder):
+    """Names with dots or of a module's attributes are none for torch; they are mapped in one place."""
+    named = dict.fromkeys(NAMES[:4], str(folder / "one"))
+    backend = Attached(load_adapters(named, str(folder / "base")), chat_tokenizer(), named, "base")
+    engine = engine_of(backend)
+    for name in NAMES[4:]:
+        engine.add(name, str(folder / "one"))
+    assert set(backend.names) == {*NAMES, "base"}
+
+    def answers():
+        return {name: ask(engine, "sit down", name, max_tokens=8).text for name in NAMES}
+
+    before = answers()
+    assert len(set(before.values())) == 1
+    backend.swap("robot-v1.2", str(folder / "two"))
+    assert backend.versions["robot-v1.2"][-1].folder == str(folder / "two")
+    after = answers()
+    assert after["robot-v1.2"] != before["robot-v1.2"]
+    assert {name: text for name, text in after.items() if name != "robot-v1.2"} == {
+        name: text for name, text in before.items() if name != "robot-v1.2"
+    }
+    backend.rollback("robot-v1.2")
+    assert answers() == before
+    for name in NAMES[:-1]:
+        engine.remove(name).result(60)
+    assert backend.names == (NAMES[-1], "base")
+    assert ask(engine, "sit down", NAMES[-1], max_tokens=8).text == before[NAMES[-1]]
+    assert len({module_name(name) for name in NAMES}) == len(NAMES)
     engine.stop()
 
 

@@ -124,6 +124,21 @@ def test_no_chat_template():
         sequences([{"prompt": "hi", "response": "ho"}], chat_tokenizer(template=None))
 
 
+def test_named_chat_templates_need_a_default():
+    tokenizer = chat_tokenizer()
+    rows = [{"prompt": "hi", "response": "ho"}]
+    plain = sequences(rows)
+    tokenizer.chat_template = {"rag": CHATML, "chat": CHATML}
+    with pytest.raises(
+        DataError, match=r"templates chat, rag but none is called 'default'; set .*chat_template\['chat'\]"
+    ):
+        sequences(rows, tokenizer)
+    with pytest.raises(DataError, match="none is called 'default'"):
+        chat.stop_tokens(chat_model(), tokenizer)
+    tokenizer.chat_template = {"rag": "x", "default": CHATML}
+    assert [one.ids for one in sequences(rows, tokenizer)] == [one.ids for one in plain]
+
+
 def test_a_template_that_refuses_the_roles():
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     with pytest.raises(DataError, match=r"roles system, user .*no system"):

@@ -288,6 +288,43 @@ def test_a_damaged_base_is_refused(tmp_path):
         load_base(tmp_path / "experts")
 
 
+def add_layer(folder, index, **more):
+    """Write the tensors of the first layer once more as those of layer ``index``, and ``more`` beside them."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    first = {key: value for key, value in tensors.items() if "layers.0." in key}
+    more = {f"model.layers.0.{key.replace('__', '.')}": value for key, value in more.items()}
+    tensors |= {key.replace("layers.0.", f"layers.{index}."): value.clone() for key, value in {**first, **more}.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_configuration_with_fewer_layers_than_the_file_is_refused(tmp_path, task):
+    base("llama").save_pretrained(tmp_path / "cut")
+    record = json.loads((tmp_path / "cut" / "config.json").read_text())
+    depth = record["num_hidden_layers"]
+    (tmp_path / "cut" / "config.json").write_text(json.dumps({**record, "num_hidden_layers": 2}))
+    with pytest.raises(
+        ConfigError,
+        match=rf"'.*cut' has weights of the decoder layers 2 to {depth - 1} but its configuration says 2 layers",
+    ):
+        load_base(tmp_path / "cut", task)
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(record))
+    assert load_base(tmp_path / "cut", task).config.num_hidden_layers == depth
+
+
+def test_a_layer_that_predicts_a_second_token_and_old_buffers_are_left_out(tmp_path):
+    """DeepSeek-V3 and GLM-4.5 ship such a layer behind the last one; old Llama files have a buffer in each layer."""
+    model = base("llama")
+    model.save_pretrained(tmp_path / "more")
+    depth, width = model.config.num_hidden_layers, model.config.hidden_size
+    add_layer(tmp_path / "more", depth, eh_proj__weight=torch.zeros(width, 2 * width), enorm__weight=torch.ones(width))
+    assert len(load_base(tmp_path / "more").model.layers) == depth
+    add_layer(tmp_path / "more", depth + 1)
+    with pytest.raises(ConfigError, match=f"decoder layers {depth + 1} to {depth + 1} "):
+        load_base(tmp_path / "more")
+
+
 def test_what_a_whole_base_may_lack(tmp_path):
     base("llama_tied").save_pretrained(tmp_path / "tied")  # the file holds one of two names
     assert load_base(tmp_path / "tied").lm_head.weight.shape == (61, 32)

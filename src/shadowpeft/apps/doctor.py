@@ -200,11 +200,12 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
     if not classifier:
         _end_of_text(report, used, model)
     if not classifier:
-        there = used.chat_template is not None
+        templates = used.chat_template
+        there = templates is not None and (not isinstance(templates, dict) or "default" in templates)
         report.require(
             there,
             "chat template",
-            "present" if there else "missing: the commands cannot render prompts",
+            "present" if there else "missing or none called 'default': the commands cannot render prompts",
             "set tokenizer.chat_template, or use an instruction-tuned base",
             otherwise=WARNING,
         )

@@ -46,7 +46,7 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], **options: Any
         options: for the template, such as ``tools``.
 
     Raises:
-        DataError: if the tokenizer has no chat template, or its template refuses the messages.
+        DataError: if the tokenizer has no chat template or only named ones, or its template refuses the messages.
     """
     if tokenizer.chat_template is None:
         raise DataError(
@@ -57,6 +57,12 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], **options: Any
 
 
 def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named and not (options.get("tools") and "tool_use" in named):
+        raise DataError(
+            f"the tokenizer has the chat templates {', '.join(sorted(named))} but none is called 'default'; set "
+            f"tokenizer.chat_template = tokenizer.chat_template['{min(named)}'], or another of them, and save the tokenizer"
+        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options}))
     except TemplateError as error:

@@ -40,9 +40,10 @@ def check_adapter_name(name: Any) -> str:
         ConfigError: if it may not, with a name that may.
     """
     allowed = isinstance(name, str) and name.isprintable() and name.strip() == name != "" and len(name) <= 200
-    if not allowed or "." in name or "/" in name or hasattr(nn.ModuleDict, name) or name == "__base__":
+    taken = nn.ModuleDict()
+    if not allowed or "." in name or "/" in name or hasattr(taken, name) or name == "__base__":
         plain = "".join(c if c.isalnum() or c in "_-" else "_" for c in str(name)[:60]).strip("_") or "adapter"
-        plain = f"{plain}_adapter" if hasattr(nn.ModuleDict, plain) or plain == "base" else plain
+        plain = f"{plain}_adapter" if hasattr(taken, plain) or plain == "base" else plain
         raise ConfigError(
             f"the adapter name {quote(name)} cannot be used: it must be printable, without dots and slashes, and no "
             f"attribute of torch's ModuleDict; use another, such as '{plain}'"

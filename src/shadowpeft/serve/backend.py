@@ -19,6 +19,7 @@ from shadowpeft.hf.forward.call import Scope
 from shadowpeft.hf.model import ShadowModel
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
+from shadowpeft.serve.loading import module_name
 from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
 from shadowpeft.serve.versions import Version, own_memory, snapshot
 
@@ -171,7 +172,7 @@ class Attached(Backend):
 
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)
-        scope.names = rows.check_names([rows.BASE if n == self.base_name else n for n in names], self._hub)  # type: ignore[arg-type]
+        scope.names = rows.check_names([rows.BASE if n == self.base_name else module_name(n) for n in names], self._hub)  # type: ignore[arg-type]
         return AttachedSession(self._inner, scope)
 
     def _check_tokenizer(self, folder: str) -> None:
@@ -184,7 +185,7 @@ class Attached(Backend):
 
     def _replace(self, name: str, folder: str) -> None:
         self._check_tokenizer(folder)
-        swap(self.model, folder, name)
+        swap(self.model, folder, module_name(name))
 
     def add(self, name: str, folder: str, between: Callable[[Callable[[], None]], None]) -> None:
         with self.changing, snapshot(folder) as (copy, version):
@@ -198,7 +199,7 @@ class Attached(Backend):
 
     def _attach(self, name: str, copy: Path, version: Version) -> None:
         try:
-            self.model.load_adapter(str(copy), name)
+            self.model.load_adapter(str(copy), module_name(name))
             self.model.eval()
         except BaseException:
             self._detach(name)
@@ -207,12 +208,13 @@ class Attached(Backend):
 
     def _detach(self, name: str) -> None:
         """Delete an adapter of which everything or only a part is there."""
-        if name in self._hub.configs:
-            if name in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
+        inner = module_name(name)
+        if inner in self._hub.configs:
+            if inner in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
                 other = next(n for n in self.versions if n != name)
-                self.model.base_model.set_adapter(other, inference_mode=True)
-            self.model.delete_adapter(name)
-        self.model.peft_config.pop(name, None)
+                self.model.base_model.set_adapter(module_name(other), inference_mode=True)
+            self.model.delete_adapter(inner)
+        self.model.peft_config.pop(inner, None)
 
     def check_removable(self, name: str) -> None:
         self._check(name)

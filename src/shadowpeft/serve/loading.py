@@ -7,6 +7,7 @@ from typing import Any
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.files.reading import read_json
+from shadowpeft.hf.layer import check_adapter_name
 
 
 def is_edge_folder(path: str) -> bool:
@@ -32,6 +33,18 @@ def load_edge(path: str) -> tuple[Any, Any]:
     return model, load_tokenizer(path)
 
 
+def module_name(name: str) -> str:
+    """What the adapter that clients call ``name`` is called inside the model: the same where torch permits it.
+
+    Names such as ``robot-v1.2`` or ``keys`` are no names of modules; a ``~``, which no client's name has, takes the place of
+    each dot and the end, so two names never become one.
+    """
+    try:
+        return check_adapter_name(name)
+    except ConfigError:
+        return check_adapter_name(name.replace(".", "~") + "~")
+
+
 def load_adapters(named: dict[str, str], base: str | None) -> Any:
     """A ``PeftModel`` with every adapter of ``named`` (name -> folder) on one base."""
     import shadowpeft
@@ -39,9 +52,9 @@ def load_adapters(named: dict[str, str], base: str | None) -> Any:
     model: Any = None
     for name, folder in named.items():
         if model is None:
-            model = shadowpeft.load(folder, base, adapter_name=name)
+            model = shadowpeft.load(folder, base, adapter_name=module_name(name))
         else:
-            model.load_adapter(folder, name)
+            model.load_adapter(folder, module_name(name))
     return model.eval()
 
 

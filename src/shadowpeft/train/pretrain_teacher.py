@@ -26,6 +26,7 @@ from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.pretraining.base_ends import BaseEnds
 from shadowpeft.hf.pretraining.model import SEPARATE, check_teacher_separation
 from shadowpeft.runtime import DTYPES
+from shadowpeft.storage import clear_leftovers
 from shadowpeft.train.pretrain_config import PretrainConfig, Teacher
 from shadowpeft.watching import Watched
 
@@ -89,6 +90,7 @@ class Lesson:
         Raises:
             DataError: if it is damaged, or too short for the run.
         """
+        clear_leftovers(self.folder)  # of a build that was killed after its last file
         cache = TeacherCache(self.folder, model=self.identity, data=self.data, k=self.teacher.k)
         if self.run.text.on_end == "repeat" and len(cache) < self.sequences:
             raise DataError(

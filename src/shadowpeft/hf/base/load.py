@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.aliases import source_of
-from shadowpeft.hf.base.structure import CLASSIFIERS
+from shadowpeft.hf.base.structure import CLASSIFIERS, is_layer_list
 from shadowpeft.messages import shorten
 
 
@@ -25,7 +27,8 @@ def load_whole(
             drawn at random, such as the head of a classifier that is to be trained.
 
     Raises:
-        ConfigError: if it cannot be loaded, or weights are missing or of other shapes than the configuration says.
+        ConfigError: if it cannot be loaded, weights are missing or of other shapes than the configuration says, or the files
+            have more decoder layers than it says.
     """
     what = what or f"'{source}'"
     try:
@@ -54,7 +57,31 @@ def load_whole(
             f"{what} lacks {len(missing)} of its weights ({', '.join(sorted(missing)[:3])}), which would be drawn at random; "
             "fetch or save it again"
         )
+    _check_depth(model, info["unexpected_keys"], what)
     return model  # type: ignore[no-any-return]
+
+
+def _check_depth(model: nn.Module, unexpected: Collection[str], what: str) -> None:
+    """Refuse weights that transformers left out because their decoder layer lies beyond the configured ones.
+
+    Layers that predict several tokens at once are left out on purpose; they have tensors that no other layer has.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and is_layer_list(n)}
+    left_out = [match.groups() for name in unexpected if (match := re.fullmatch(r"(.+?)\.(\d+)\.(.+)", name))]
+    for path, modules in layers.items():
+        own = [(int(n), tensor) for at, n, tensor in left_out if path == at or path.endswith(f".{at}")]
+        ordinary = {name for layer in modules for name in layer.state_dict()}
+        ordinary |= {tensor for n, tensor in own if n < len(modules)}
+        beyond: dict[int, set[str]] = {}
+        for n, tensor in own:
+            if n >= len(modules):
+                beyond.setdefault(n, set()).add(tensor)
+        lost = [n for n, tensors in beyond.items() if tensors <= ordinary]
+        if lost:
+            raise ConfigError(
+                f"{what} has weights of the decoder layers {min(lost)} to {max(lost)} but its configuration says "
+                f"{len(modules)} layers; restore num_hidden_layers in config.json, or save the shorter model anew"
+            )
 
 
 def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> PreTrainedModel:
