@@ -59,7 +59,9 @@ def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Gene
     sorted_p, order = p.sort(descending=True, stable=True)
     total = sorted_p.cumsum(-1)
     if sampling.top_p < 1.0:
-        sorted_p = sorted_p.masked_fill(total - sorted_p >= sampling.top_p, 0.0)
+        dropped = total - sorted_p >= sampling.top_p
+        dropped[0] = False  # the likeliest stays, also where a processor takes the smallest ``top_p`` for 0
+        sorted_p = sorted_p.masked_fill(dropped, 0.0)
         total = sorted_p.cumsum(-1)
     u = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
     place = int(torch.searchsorted(total, u, right=True))
