@@ -127,7 +127,8 @@ def test_half_characters_are_refused_wherever_they_are(text):
             ChatRequest(**{**ASK, **place})
         else:
             assert "half a surrogate pair" in refused(ChatRequest, {**ASK, **place})["msg"]
-    calls = [{"role": "assistant", "content": None, "tool_calls": [{text or "a": [text]}]}]
+    call = {"id": "1", "function": {"name": "f", "arguments": text}}
+    calls = [{"role": "assistant", "content": None, "tool_calls": [call]}]
     if not whole:
         assert "half a surrogate pair" in refused(ChatRequest, {**ASK, "messages": calls})["msg"]
 
@@ -178,11 +179,14 @@ def test_calls_of_earlier_turns_are_written_by_the_template_or_refused(server, c
     role = server.app.state.server.role
     asked = ChatRequest(**{**ASK, "messages": messages})
     before = role._tokenizer.chat_template
-    role._tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}"
-    )
+    line = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls or '' }}{% endfor %}"
+    role._tokenizer.chat_template = line
     try:
         assert "arguments" in chat_tokenizer().decode(role._encode(asked))
+        of_objects = line.replace("m.tool_calls or ''", "m.tool_calls[0].function.arguments | items | list if m.tool_calls")
+        role._tokenizer.chat_template = of_objects
+        with pytest.raises(DataError, match="cannot be written"):
+            role._encode(asked)
     finally:
         role._tokenizer.chat_template = before
     with pytest.raises(DataError):

@@ -80,6 +80,21 @@ def _joined(content: Any) -> Any:
     return "\n".join(texts)
 
 
+class CalledFunction(_Strict):
+    """What was called."""
+
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(_Strict):
+    """A call of an earlier turn."""
+
+    id: StrictStr
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(_Strict):
     """One turn."""
 
@@ -96,7 +111,7 @@ class Message(_Strict):
         default="", description="Only the assistant's may be left out."
     )
     name: Optional[Annotated[StrictStr, Field(max_length=64)]] = Field(default=None, description="Accepted, not used.")
-    tool_calls: Optional[list[dict[str, Any]]] = Field(
+    tool_calls: Optional[list[ToolCall]] = Field(
         default=None, description="Of an earlier turn, if the model's chat template writes them."
     )
     tool_call_id: Optional[StrictStr] = None

@@ -83,7 +83,12 @@ class Role(ABC):
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
             turns = with_system(turns, self.system)
-            text = render_prompt(self._tokenizer, turns)
+            try:
+                text = render_prompt(self._tokenizer, turns)
+            except TypeError as error:  # of a template that wants the arguments of a call in another form
+                raise DataError(
+                    "tool_calls of a message cannot be written by the model's chat template; leave them out"
+                ) from error
             if any("tool_calls" in turn for turn in turns):
                 bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
                 if text == render_prompt(self._tokenizer, bare):
