@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -27,7 +26,7 @@ from shadowpeft.data.chat import prompt_ids, rows_digest
 from shadowpeft.data.robot import SYSTEM, parse_action
 from shadowpeft.data.tasks import class_ids, get_task
 from shadowpeft.evaluate import wilson
-from shadowpeft.generate import answer
+from shadowpeft.generate import answer, evaluating
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.tokenizer import load_tokenizer
 
@@ -148,17 +147,6 @@ class Robot:
                 for a, steps in enumerate(self.trie.steps):
                     found[group, a] = sum((logs[n][:, c] for n, c in steps), torch.zeros(1, dtype=torch.float64))
         return found.exp()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode inside."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
