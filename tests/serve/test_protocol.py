@@ -80,7 +80,7 @@ def test_every_field_of_the_official_client_is_accepted_at_null_and_at_its_defau
 def test_every_option_of_a_stream_is_accepted():
     for name in get_type_hints(ChatCompletionStreamOptionsParam):
         for value in (None, False, True):
-            ChatRequest(**ASK, stream=True, stream_options={name: value})
+            assert ChatRequest(**ASK, stream=True, stream_options={name: value}).stream
 
 
 def refused(kind, content):
@@ -164,6 +164,8 @@ def test_a_conversation_goes_on_with_the_answers_own_message(client):
     messages = list(ASK["messages"])
     for _ in range(3):
         message = client.chat.completions.create(model="default", messages=messages, max_tokens=4).choices[0].message
+        assert message.role == "assistant"
+        assert isinstance(message.content, str)
         messages += [message, {"role": "user", "content": [{"type": "text", "text": "and now?"}]}]
 
 

@@ -192,8 +192,15 @@ def graphs(model, inputs):
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize("kind", ["mirror", "explicit"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "mirror"),
+        ("gemma3", "explicit"),
+        pytest.param("llama", "explicit", marks=pytest.mark.slow),
+        pytest.param("gemma3", "mirror", marks=pytest.mark.slow),
+    ],
+)
 def test_as_many_graphs_as_the_base(name, kind):
     model = base(name)
     inputs = {"input_ids": tokens(2, 8), "use_cache": False}
