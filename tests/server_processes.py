@@ -38,9 +38,9 @@ class Process:
 
     def start(self):
         script = Path(__file__).with_name("serve") / "serve_tiny.py"
-        self.child = subprocess.Popen(
-            [sys.executable, str(script), *self.arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        self.child = subprocess.Popen([sys.executable, str(script), *self.arguments], env=environment)
         wait_for(self.ready, 180)
 
     def ready(self):

@@ -5,6 +5,7 @@ The edge waits ``SECONDS`` for a line of the cloud's stream, and three times as 
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def main(role: str, port: int, versions: str, cloud_url: str | None, seconds: fl
     from chatbase import chat_tokenizer
     from serving import attached, detached
     from shadowpeft.data.robot import parse_action
+    from shadowpeft.serve import connections
     from shadowpeft.serve.client import Breaker, CloudClient
-    from shadowpeft.serve.connections import serve
     from shadowpeft.serve.engine import Engine, EngineLimits
     from shadowpeft.serve.guard import Keys
     from shadowpeft.serve.roles import CloudRole, EdgeRole
@@ -46,7 +47,16 @@ def main(role: str, port: int, versions: str, cloud_url: str | None, seconds: fl
         made = EdgeRole(engine, Router(parse), link, "late", system=None, default_tokens=8)
     assert chat_tokenizer().pad_token_id is not None
     app = build(made, Settings(keys, Path(versions)))
-    serve(app, "127.0.0.1", port, 20)
+
+    class SmallBuffers(connections.TimelyProtocol):
+        """The system keeps little of what a client does not read, so that tiny answers are held back as long ones are."""
+
+        def connection_made(self, transport):
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            super().connection_made(transport)
+
+    connections.TimelyProtocol = SmallBuffers
+    connections.serve(app, "127.0.0.1", port, 20)
 
 
 if __name__ == "__main__":
