@@ -43,6 +43,9 @@ NEVER_READ = {
 """A stream of 660 kB, more than the buffers on its way hold (``serve_tiny.py`` keeps them small)."""
 CLOUD_SECONDS = 2.0
 """The edge's patience; three times as long, and one second, for a whole answer."""
+ORDINARY = {"edge", "edge to cloud", "cloud", "late", "extra"}
+OF_CHANGES = {"200", "404", "409"}
+"""What a change may be answered with; 409: it is there already, or there is nothing to go back to."""
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n"
 FIRST = b'data: {"choices": [{"index": 0, "text": "half", "finish_reason": null}]}\n\n'
 TRICKLES = {
@@ -218,6 +221,8 @@ class Storm:
         self.lock = threading.Lock()
         self.sent, self.came, self.wrong, self.administered = Counter(), Counter(), [], Counter()
         self.to_check = []
+        self.held = []
+        """Answers of the cloud that are on their way though no row runs or waits for them: nobody reads them."""
 
     # ------------------------------------------------------------------------------------------------------- alone
 
@@ -373,11 +378,17 @@ class Storm:
             os.replace(following, link)
         self.flips = turn
 
+    def watch(self):
+        while not self.over.wait(0.5):
+            text = self.cloud.metrics()
+            in_flight, running, waiting = (metric(text, f"shadowpeft_{n}") for n in ("in_flight", "running", "queue"))
+            self.held.append(in_flight - running - waiting)
+
     def run(self):
         todo = iter(range(REQUESTS))
         (self.versions / "current").symlink_to(self.versions / "v1")
         with ThreadPoolExecutor(64) as pool:
-            background = [pool.submit(f) for f in (self.flip, self.change_late, self.change_extra)]
+            background = [pool.submit(f) for f in (self.flip, self.watch, self.change_late, self.change_extra)]
             background += [pool.submit(self.long, *which) for which in LONG]
             background += [pool.submit(self.stop_reading) for _ in range(STOPPED_READS)]
             bounded = [pool.submit(self.slow_cloud, i) for i in range(3)]
@@ -437,7 +448,6 @@ def test_innocent_requests_beside_everything_at_once(tmp_path):
         storm = Storm(edge, cloud, between, versions)
         storm.learn()
         before = {"edge": counted(edge), "cloud": counted(cloud) - between.passed}
-        left = metric(cloud.metrics(), "shadowpeft_disconnected_total")
         memory = {"edge": edge.memory(), "cloud": cloud.memory()}
         began = time.monotonic()
         storm.run()
@@ -456,7 +466,8 @@ def test_innocent_requests_beside_everything_at_once(tmp_path):
             "handled": handled,
             "trickled": between.trickled,
             "administered": storm.administered,
-            "left": metric(cloud.metrics(), "shadowpeft_disconnected_total") - left,
+            "samples with held streams": sum(held >= STOPPED_READS for held in storm.held),
+            "samples": len(storm.held),
             "flips": storm.flips,
             "one version only was right": windows.count(1),
             "memory growth": {name: round(share, 3) for name, share in growth.items()},
@@ -467,14 +478,14 @@ def test_innocent_requests_beside_everything_at_once(tmp_path):
         assert sum(1 for kind, *_ in storm.to_check if kind in ORDINARY) == REQUESTS
         assert storm.came == storm.sent == handled
         assert len(between.trickled) == len(TRICKLES)
-        assert report["left"] >= STOPPED_READS  # their streams were held back and not buffered whole
+        assert report["samples with held streams"] >= 10  # not buffered whole and forgotten
         assert counts["long"] >= len(LONG)
         statuses = Counter({what: n for what, n in storm.administered.items() if what.split()[-1] not in OF_CHANGES})
         assert not statuses
         for what in ("post swap", "post rollback", "post extra", "delete extra"):
             assert storm.administered[f"{what} 200"] > 5
-        assert growth["edge"] < 0.15
-        assert growth["cloud"] < 0.15
+        assert growth["edge"] < 0.1  # measured: 0.005, and 0.016 to 0.027 for the cloud
+        assert growth["cloud"] < 0.1
         with client_of(cloud) as http:  # what is left is the version that the last change said
             answer = send(http, late_body(1))
             assert answer.text == storm.known[key_of(late_body(1), storm.history.entries[-1][2])]
@@ -482,12 +493,6 @@ def test_innocent_requests_beside_everything_at_once(tmp_path):
         assert cloud.ready()
         wait_for(lambda: httpx.get(edge.url + "/readyz", trust_env=False).json()["cloud"] != "open")
     finally:
-        if edge is not None:
-            edge.stop()
-        if between is not None:
-            between.stop()
-        cloud.stop()
-
-
-ORDINARY = {"edge", "edge to cloud", "cloud", "late", "extra"}
-OF_CHANGES = {"200", "404", "409"}
+        for server in (edge, between, cloud):
+            if server is not None:
+                server.stop()
