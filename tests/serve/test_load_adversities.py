@@ -484,7 +484,7 @@ def test_innocent_requests_beside_everything_at_once(tmp_path):
         assert not statuses
         for what in ("post swap", "post rollback", "post extra", "delete extra"):
             assert storm.administered[f"{what} 200"] > 5
-        assert growth["edge"] < 0.1  # measured: 0.005, and 0.016 to 0.027 for the cloud
+        assert growth["edge"] < 0.1  # measured: 0.005, and 0.016 to 0.036 for the cloud
         assert growth["cloud"] < 0.1
         with client_of(cloud) as http:  # what is left is the version that the last change said
             answer = send(http, late_body(1))
