@@ -7,37 +7,21 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
-import torch
 
-from serving import attached
+from server_processes import ADMIN, KEY, PROMPTS, Process, save_versions
 from shadowpeft.runtime import environment as versions_of
-from webserver import metric, wait_for
+from webserver import free_port, metric, wait_for
 
 pytestmark = pytest.mark.server
 
-KEY = {"authorization": "Bearer user-key-0123456789"}
-ADMIN = {"authorization": "Bearer admin-key-0123456789"}
 REQUESTS = int(os.environ.get("SHADOWPEFT_LOAD", "2000"))
 CLIENTS = 32
-PROMPTS = [
-    "sit",
-    "a much longer request, please",
-    "x y z",
-    "站起来",
-    "another one of middle length",
-    "why?",
-    "1 2 3",
-    "go",
-]
 MALFORMED = [
     b"",
     b"{",
@@ -48,57 +32,9 @@ MALFORMED = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Process:
-    def __init__(self, *arguments):
-        self.arguments = [str(a) for a in arguments]
-        self.url = f"http://127.0.0.1:{arguments[1]}"
-        self.start()
-
-    def start(self):
-        script = Path(__file__).with_name("serve_tiny.py")
-        self.child = subprocess.Popen(
-            [sys.executable, str(script), *self.arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        wait_for(self.ready, 180)
-
-    def ready(self):
-        assert self.child.poll() is None, "the server ended"
-        try:
-            return httpx.get(self.url + "/readyz", trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def stop(self):
-        self.child.terminate()
-        assert self.child.wait(60) in (0, -15)
-
-    def memory(self):
-        return psutil.Process(self.child.pid).memory_info().rss
-
-    def metrics(self):
-        return httpx.get(self.url + "/metrics", headers=KEY, trust_env=False).text
-
-
 @pytest.fixture
 def versions(tmp_path):
-    torch.manual_seed(0)
-    backend = attached(max_position_embeddings=512)
-    folder = tmp_path / "versions"
-    folder.mkdir()
-    for v, factor in (("v1", 1), ("v2", -3)):
-        with torch.no_grad():
-            for name, parameter in backend.model.named_parameters():
-                if "shadowpeft_injection.late" in name:
-                    parameter.mul_(factor)
-        backend.model.save_pretrained(tmp_path / v)
-        (tmp_path / v / "late").rename(folder / v)
-    return folder
+    return save_versions(tmp_path)
 
 
 def body(i, model):
