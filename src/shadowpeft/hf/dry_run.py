@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
-from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.base.structure import CLASSIFIERS, find_decoder
 from shadowpeft.hf.base.tables import new_rows, tables_among
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
@@ -106,7 +106,7 @@ def implied(tuner: Any, model: nn.Module, config: ShadowPeftConfig) -> tuple[dic
 
 def _saved_whole(bare: nn.Module, config: ShadowPeftConfig) -> list[str]:
     """Names of the base's modules that are in the file because they train; PEFT adds the classifier by itself."""
-    heads = ("score", "classifier") if config.task_type == "SEQ_CLS" else ()
+    heads = CLASSIFIERS if config.task_type == "SEQ_CLS" else ()
     names = {name for name, _ in bare.named_modules()}
     return sorted(names & {*(config.modules_to_save or []), *heads})
 

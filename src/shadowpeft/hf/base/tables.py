@@ -7,6 +7,7 @@ brought and each ``resize_token_embeddings`` draws anew, are taken from the file
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,11 +16,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowpeft.errors import AdapterFileError, BaseMismatchError, ConfigError
+from shadowpeft.hf.base.fingerprint import SAME
 
 _WRAPPER = re.compile(r"\.(original_module|modules_to_save\.[^.]+)(?=\.(weight|bias)$)")
 """What PEFT's wrapper around a trained module puts into names; the adapter's own name stays in them."""
-SAME = 0.02
-"""Relative error up to which two rows are the same: bfloat16 rounding is at most 0.004."""
 
 
 def tables_among(model: Any, names: Iterable[str], prefix: str = "") -> dict[str, nn.Module]:
@@ -50,7 +50,7 @@ def new_rows(
     Raises:
         BaseMismatchError: if a table has another number of rows.
         AdapterFileError: if rows of the first half differ: it is another base's table.
-        ConfigError: if new rows are needed but other adapters or a quantised table are in the way.
+        ConfigError: if new rows are needed but other adapters share the table.
     """
     new = []
     for name, module in tables.items():
@@ -64,7 +64,12 @@ def new_rows(
                 f"the adapter's new tokens with resize_token_embeddings({len(value)}) first"
             )
         if own.is_meta or not own.is_floating_point() or type(own.data) is not Tensor:
-            continue  # quantised or not there yet: the fingerprint has compared it
+            warnings.warn(
+                f"'{name}' of this base is quantised or offloaded, so the rows in the adapter's file are neither compared nor "
+                "taken; load the base unquantised on one device if the adapter brought new tokens",
+                stacklevel=2,
+            )
+            continue
         mine, theirs = own.detach().float().flatten(1), value.to(own.device).float().flatten(1)
         differing = ~((mine - theirs).norm(dim=1) <= SAME * theirs.norm(dim=1))
         if not bool(differing.any()):
