@@ -47,10 +47,10 @@ def read_rows(source: str, split: str, *, actions: bool = False) -> list[dict[st
         DataError: naming file and line, if a row is malformed, or has a tool call where actions are learnt.
     """
     rows = robot_rows(split, actions=actions) if source == "robot" else chat.read_jsonl(source)
-    return [_with_action(row) for row in rows] if actions else rows
+    return [with_action(row) for row in rows] if actions else rows
 
 
-def _with_action(row: dict[str, Any]) -> dict[str, Any]:
+def with_action(row: dict[str, Any]) -> dict[str, Any]:
     """The row with nothing but the action in the shadow path's answer."""
     if row["path"] == "base":
         return row
