@@ -362,8 +362,10 @@ def _device_scale(trainer: Any, items: Any) -> float:
 
 def _shadow_only_rows(labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
     """Mask ``(B,)`` of rows without a task target, or None if there are none (or the batch cannot be split by row)."""
-    only = (labels == IGNORE).all(-1) if labels.dim() == 1 else (labels[:, 1:] == IGNORE).all(-1)
-    if labels.dim() == 1 or not bool(only.any()):
+    if labels.is_floating_point():  # targets of a regression
+        return None
+    only = labels == IGNORE if labels.dim() == 1 else (labels[:, 1:] == IGNORE).all(-1)
+    if not bool(only.any()):
         return None
     rows = labels.shape[0]
     splittable = all(not isinstance(v, Tensor) or (v.dim() and v.shape[0] == rows) for v in inputs.values())

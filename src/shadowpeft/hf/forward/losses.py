@@ -278,11 +278,11 @@ def _keep(state: Tensor, logits_to_keep: Any) -> Tensor:
 
 
 def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *, items: Any = None) -> Tensor:
-    """The second term of Eq. 8 from the shadow alone: what the shadow path costs a batch, without running the base.
+    """The second term of Eqs. 8-9 from the shadow alone: what the shadow path costs a batch, without running the base.
 
     Args:
-        model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask`` and
-            ``shadow_labels`` ``(B, T)``. items: number of targets to normalise by; None: this batch's.
+        model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask``, and
+            ``shadow_labels`` ``(B, T)``, of a classifier ``(B,)``. items: number of targets to normalise by; None: this batch's.
 
     Returns:
         0-d loss, not yet multiplied with lambda.
@@ -291,6 +291,12 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     if adapter is None:
         raise ConfigError("no adapter is enabled; enable or set one")
     weights = weights_of(hub, model, adapter)
+    if weights.is_classifier:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        s0 = _alone(weights, model, batch)
+        head: Any = weights.head
+        logits = head(pool_last(s0, _text_config(model), ids, mask).to(head.weight.dtype))
+        return _classification_loss(model, logits, batch["shadow_labels"], items)
     targets = shift_left(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
     s0 = _alone(weights, model, batch, targets)
@@ -302,8 +308,10 @@ _WORTH_SHARING = 8
 """Tokens that all rows must begin with, for them to run once."""
 
 
-def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor) -> Tensor:
-    """``s^(0)`` from the first target on or earlier, ``(B, T', d)``, without the base.
+def _alone(
+    weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor | None = None
+) -> Tensor:
+    """``s^(0)`` without the base, ``(B, T, d)``; with ``targets`` ``(B, T)`` from the first one on or earlier, ``(B, T', d)``.
 
     The tokens that all rows begin with (a system message) run once for the batch, in the same graph, through a cache of keys
     and values; so gradients are those of whole rows.
@@ -311,7 +319,7 @@ def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], tar
     ids, takes = batch["input_ids"], weights.signature
     passed = {k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)}
     shared = 0
-    if "position_ids" not in passed and _caches_in_graph(weights):
+    if targets is not None and "position_ids" not in passed and _caches_in_graph(weights):
         same = (ids == ids[:1]).all(0) & (targets == IGNORE).all(0)
         if "attention_mask" in passed:
             same &= passed["attention_mask"].all(0) if passed["attention_mask"].dim() == 2 else same.new_zeros(())
