@@ -149,7 +149,7 @@ def test_classes_that_the_shadow_alone_learns(tmp_path, micro):
     for row in data[:2]:
         row["labels"] = torch.tensor(-100)
     lengths = []
-    model.model.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    adapted.base_model.model.model.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
     gradients, _ = train(
         ShadowTrainer,
         adapted,

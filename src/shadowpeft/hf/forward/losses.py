@@ -282,7 +282,7 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
 
     Args:
         model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask``, and
-            ``shadow_labels`` ``(B, T)``, of a classifier ``(B,)``. items: number of targets to normalise by; None: this batch's.
+            ``shadow_labels`` ``(B, T)``, of a classifier ``(B,)``. items: number of targets to normalise by; None: its own.
 
     Returns:
         0-d loss, not yet multiplied with lambda.
