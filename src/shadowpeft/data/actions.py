@@ -35,6 +35,11 @@ def parser(skills: Iterable[str]) -> Callable[[str], str | None]:
     return parse
 
 
+def written(name: str) -> str:
+    """An action as an answer starts with it."""
+    return f"[{REMOTE}]" if name == REMOTE else f"[{name}()]"
+
+
 def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
     """``names``, if they can be skills.
 
