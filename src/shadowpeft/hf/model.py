@@ -192,8 +192,8 @@ class ShadowModel(BaseTuner):
             parts.backbone.register_forward_pre_hook(inner, with_kwargs=True),
             parts.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
-        for layer, signature in zip(parts.layers, layers, strict=True):
-            refine = hook(hooks.before_layer, hidden=signature.names[0])
+        for index, (layer, signature) in enumerate(zip(parts.layers, layers, strict=True)):
+            refine = hook(hooks.before_layer, hidden=signature.names[0], index=index)
             handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
         setattr(self.model, _HANDLES, handles)
 

@@ -20,6 +20,7 @@ from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
+from shadowpeft.train.activations import Activations
 from shadowpeft.train.checkpoints import WholeCheckpoints
 
 _LOSSES = ("task_loss", "shadow_loss")
@@ -34,12 +35,15 @@ class ShadowLossMixin(WholeCheckpoints):
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
+    - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
     - Checkpoints are whole: see :class:`~shadowpeft.train.checkpoints.WholeCheckpoints`.
     """
 
-    def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backbone_lr_ratio: float = 1.0, activations: Activations | None = None, **kwargs: Any
+    ) -> None:
         if not isinstance(self, Trainer):
             name = type(self).__name__
             raise ConfigError(f"{name} is not a Trainer; declare it as class {name}(ShadowLossMixin, Trainer)")
@@ -48,6 +52,7 @@ class ShadowLossMixin(WholeCheckpoints):
         if "trl" in sys.modules:
             versions.check("trl")
         self.backbone_lr_ratio = backbone_lr_ratio
+        self.activations = activations
         self._shadow_num_items: Any = None
         self._normalised = False
         self._sums: dict[str, float] = {}
@@ -116,6 +121,8 @@ class ShadowLossMixin(WholeCheckpoints):
                     return (alone, None) if return_outputs else alone
                 inputs, shadow_labels, labels = rest, rest["shadow_labels"], rest["labels"]
 
+        if self.activations is not None and model.training:
+            inputs.update(self.activations.batch(inputs["input_ids"], inputs["attention_mask"]))
         own_loss = (trainer.label_smoother is not None or trainer.compute_loss_func is not None) and labels is not None
         if own_loss and shadow_labels is None:
             inputs["shadow_labels"] = labels

@@ -61,7 +61,7 @@ def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tens
     elif task_loss is None and training and weight > 0 and not call.return_shadow and logits.requires_grad:
         if shadow_loss is None:
             logits = supervision.refuse_gradients(logits)
-        else:
+        elif shadow_loss.requires_grad:  # else the shadow is frozen
             logits, shadow_loss = supervision.demand_both(logits, shadow_loss)
     return Joined(logits, loss, task_loss, shadow_loss, shadow_logits)
 
