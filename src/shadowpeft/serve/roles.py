@@ -13,6 +13,7 @@ from typing import Any
 from shadowpeft.data.chat import render_prompt, with_system
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.client import CloudClient, CloudError
+from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
@@ -154,6 +155,8 @@ class EdgeRole(Role):
         if when_down not in ("local", "error"):
             raise ConfigError(f"when_down is '{when_down}' but must be local or error")
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
+        self.drift = Drift.of(router.calibration)
+        """None without a calibration to compare with."""
 
     @property
     def elsewhere(self) -> int:
@@ -186,6 +189,8 @@ class EdgeRole(Role):
             generation.start(self.engine, ids, asked.model, sampling, self.router.lost if reachable else None)
             finish = await generation.run()
         decision = self.router.decide([t.piece for t in generation.tokens], Scores.of(generation.tokens))
+        if self.drift is not None and asked.route == "auto":
+            self.drift.add(decision)
         note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
         if decision.confidence is not None:
             note["confidence"] = round(decision.confidence, 4)
