@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
+from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
@@ -116,6 +117,8 @@ class Server:
         if isinstance(role, EdgeRole) and role.cloud is not None:
             metrics.gauge("cloud_exchanges", "Answers that wait for the cloud or read from it.", lambda: role.elsewhere)
             role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()
+        if isinstance(role, EdgeRole) and role.drift is not None:
+            self._watch(role.drift)
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
@@ -138,6 +141,8 @@ class Server:
                 content["cloud"] = "none" if cloud is None else cloud.breaker.state
                 if cloud is not None and cloud.problem is not None:
                     content["cloud_problem"] = cloud.problem
+                if self.role.drift is not None and (problem := self.role.drift.problem()) is not None:
+                    content["calibration_problem"] = problem
             return AsciiResponse(content)
 
         @app.get("/metrics", responses=described(401))
@@ -173,6 +178,12 @@ class Server:
                 policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
                 policy += "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
                 return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy})
+
+    def _watch(self, drift: Drift) -> None:
+        gauge = self.metrics.gauge
+        gauge("calibration_drift", "Gap between the last decisions and the calibration's, 0 to 1.", lambda: drift.gap)
+        gauge("calibration_drift_limit", "Gap from which on the decisions have moved.", lambda: drift.limit)
+        gauge("calibration_moved", "1: the decisions have moved, so calibrate again.", lambda: drift.moved)
 
     def unready(self) -> str | None:
         """Why no request is taken; None: they are."""
