@@ -18,7 +18,7 @@ from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.hf.forward.losses import needs_no_logits, shadow_path_loss
+from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
 from shadowpeft.train.activations import Activations
 from shadowpeft.train.checkpoints import WholeCheckpoints
@@ -129,8 +129,6 @@ class ShadowLossMixin(WholeCheckpoints):
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
         asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
-        if self._wants_losses_alone(model, hub, name, labels, own_loss or return_outputs):
-            inputs["loss_only"] = True
         with _both_losses(adapted_base(trainer.model)) as losses:
             result: Any = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
@@ -162,24 +160,6 @@ class ShadowLossMixin(WholeCheckpoints):
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
-
-    def _wants_losses_alone(self, model: nn.Module, hub: ShadowHub, name: str, labels: Any, reads_outputs: bool) -> bool:
-        """Whether a training step needs no logits: nobody reads its outputs, and the loss does not either.
-
-        TRL's trainers read them for their metrics, as may a trainer with a ``compute_loss`` of its own below this one.
-        """
-        trainer: Any = self
-        below = type(self).__mro__[type(self).__mro__.index(ShadowLossMixin) + 1 :]
-        own = next(kind for kind in below if "compute_loss" in vars(kind))
-        return (
-            model.training
-            and labels is not None
-            and not reads_outputs
-            and own is Trainer
-            and not trainer.args.torch_compile
-            and not trainer.is_deepspeed_enabled
-            and needs_no_logits(adapted_base(trainer.model), hub, name)
-        )
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self

@@ -104,10 +104,6 @@ class ShadowCall:
         self.input_ids: Tensor | None = None
         self.attention_mask: Any = None
         self.streams_first = False
-        self.loss_only = False
-        """Whether the caller wants losses and no logits: those are then of the last token alone."""
-        self.last_state: Tensor | None = None
-        """The base's last hidden state ``(B, T, d)``, where ``loss_only``."""
         self.base_state: Tensor | None = None
         """The input of the first refined layer, ``(B, T, d)``, if the layers below are not to run."""
         self.shadow_state: Tensor | None = None

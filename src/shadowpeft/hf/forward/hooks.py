@@ -47,7 +47,7 @@ def before_model(
     weighted: list[tuple[str, nn.Module]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out of the call what is the shadow's own (``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch``,
-    ``return_shadow``, ``base_state``, ``shadow_state``, ``loss_only``); start the call."""
+    ``return_shadow``, ``base_state``, ``shadow_state``); start the call."""
     kwargs = signature.by_name(args, kwargs)
     if "cache" in kwargs and "cache" not in signature.names:
         raise UnsupportedModelError(NO_PAGES)
@@ -55,7 +55,6 @@ def before_model(
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
     base_state, shadow_state = kwargs.pop("base_state", None), kwargs.pop("shadow_state", None)
-    loss_only = bool(kwargs.pop("loss_only", False))
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
     call = _start(hub, model, kwargs)
     if call is None:
@@ -72,7 +71,7 @@ def before_model(
         if "use_cache" in signature.names and kwargs.get(signature.cache) is None:
             kwargs["use_cache"] = bool(
                 kwargs.get("use_cache")
-            )  # a cache that nobody asked for costs memory in training
+            )  # a cache that nobody scope for costs memory in training
         if not torch.compiler.is_compiling():
             allow_gradients(weighted)
     call.return_shadow = return_shadow
@@ -91,7 +90,7 @@ def before_model(
         )
     if call.labels is not None and call.parts:
         if call.is_classifier:
-            # stock classifiers return NaN for a fully masked batch and do not rescale for gradient accumulation
+            # stock classifiers return NaN for a fully mscope batch and do not rescale for gradient accumulation
             kwargs.pop("labels")
         elif not call.fused:
             count = call.num_items
@@ -103,10 +102,6 @@ def before_model(
                 )
             if signature.passes_on:
                 kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-    if loss_only:
-        call.loss_only = True
-        del kwargs["labels"]
-        kwargs["logits_to_keep"] = 1
     if signature.passes_on:
         kwargs[CALL] = call
     if not (kwargs_reach_layers and torch.compiler.is_compiling()):
@@ -150,7 +145,7 @@ def after_forward(
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
-    """Add ``task_loss``, ``shadow_loss`` and, where asked for, ``shadow_logits`` and ``shadow_state``; join the losses."""
+    """Add ``task_loss``, ``shadow_loss`` and, where scope, ``shadow_logits`` and ``shadow_state``; join the losses."""
     call: ShadowCall | None = kwargs.get(CALL) or calls.current()
     if call is None or not call.parts:
         if not isinstance(output, tuple):
@@ -181,13 +176,6 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         output.shadow_logits = result.shadow_logits
         output.shadow_state = rows.assemble(call.parts, [part.s0 for part in call.parts], len(logits))
     return output
-
-
-def after_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Keep the last hidden state where the loss is computed from it, not from logits."""
-    call = None if torch.compiler.is_compiling() else calls.current()
-    if call is not None and call.loss_only:
-        call.last_state = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone

@@ -15,7 +15,6 @@ from shadowpeft.core import count_targets, distillation_kl, head_loss, joint_los
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, pool_last
-from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.forward import supervision
 from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, checkpoints, initial_state
 from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
@@ -51,11 +50,6 @@ def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tens
     if call.labels is not None:
         if call.is_classifier:
             task_loss = _classification_loss(model, logits, call.labels, call.num_items)
-        elif call.last_state is not None:
-            targets = shift_left(call.labels, hub)
-            count = count_targets(targets, shifted=False) if call.num_items is None else call.num_items
-            total = _path_sum(model, hub, model.get_output_embeddings(), call.last_state, targets)  # type: ignore[operator]
-            task_loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         elif hub.facts.uses_num_items:
             task_loss = stock
         else:
@@ -235,23 +229,12 @@ def _shadow_sum(
     distillation: Distillation | None = None,
 ) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
-    return _path_sum(model, hub, _lm_head(model, weights), s0, targets, distillation)
-
-
-def _path_sum(
-    model: nn.Module,
-    hub: ShadowHub,
-    head: Any,
-    state: Tensor,
-    targets: Tensor,
-    distillation: Distillation | None = None,
-) -> Tensor:
-    """Sum of the losses of ``head`` on the states ``(B, T, d)`` of a path, over its targets ``(B, T)`` and no others, 0-d."""
-    targets = targets.to(state.device)
-    plain, rows = targets.reshape(-1), state.reshape(-1, state.shape[-1])
+    head = _lm_head(model, weights)
+    targets = targets.to(s0.device)
+    plain, rows = targets.reshape(-1), s0.reshape(-1, s0.shape[-1])
     teacher = taught = plain[:0]
     if distillation is not None:
-        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(state.device)
+        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(s0.device)
         plain = plain if distillation.with_labels else plain.masked_fill(taught, IGNORE)
 
     def loss(rows: Tensor, where: Tensor) -> Tensor:
@@ -268,7 +251,7 @@ def _path_sum(
         divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
         return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
 
-    where = torch.arange(len(rows), device=state.device)
+    where = torch.arange(len(rows), device=s0.device)
     if not torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
         where = where[targets.reshape(-1) != IGNORE]
         rows = rows[where]
@@ -292,20 +275,6 @@ def _keep(state: Tensor, logits_to_keep: Any) -> Tensor:
     if isinstance(logits_to_keep, int):
         return state[:, -logits_to_keep:] if logits_to_keep else state
     return state[:, logits_to_keep]
-
-
-def needs_no_logits(model: Any, hub: ShadowHub, adapter: str) -> bool:
-    """Whether the losses of a training step can be had without logits of all positions (``loss_only=True``): the base's loss is
-    the plain cross-entropy of the next token, its forward can leave logits out, and no path is another one's teacher.
-    """
-    return (
-        hub.facts.uses_num_items
-        and hub.facts.label_shift == 1
-        and not hub.is_classifier(adapter)
-        and hub.configs[adapter].shadow_loss == "ce"
-        and "logits_to_keep" in Signature(model).names
-        and not getattr(_text_config(model), "output_router_logits", False)  # which adds a loss of the routers
-    )
 
 
 def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *, items: Any = None) -> Tensor:
