@@ -272,7 +272,9 @@ def test_a_pass_whose_loss_alone_is_wanted(name, own_targets):
     rows = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.numel() // tiny.V))
     out = model(**inputs, loss_alone=True)
-    assert sum(rows) < 3 + 2 * int((inputs["labels"] != -100).sum()) + 1  # one a row that is not looked at, and both paths'
+    assert (
+        sum(rows) < 3 + 2 * int((inputs["labels"] != -100).sum()) + 1
+    )  # one a row that is not looked at, and both paths'
     assert out.logits.shape == (3, 1, tiny.V)
     assert out.task_loss.item() == pytest.approx(whole.task_loss.item(), rel=1e-6)
     assert out.shadow_loss.item() == pytest.approx(whole.shadow_loss.item(), rel=1e-6)
