@@ -1,6 +1,6 @@
 """Training cost and quality of a base that is corrected in its last n layers only, beside all layers and LoRA.
 
-    python benchmarks/last_layers.py [--only time,memory,quality] [--rounds 5] [--steps 30] [--rows 240] [--resume]
+    python benchmarks/last_layers.py [--only time,memory,quality] [--rounds 3] [--steps 30] [--rows 240] [--resume]
 
 SmolLM2-135M, float32, robot rows, batches of 16, one thread. Time: one training step (forward, backward, AdamW; reading the
 stored activations is part of it), the methods take turns; the median over rounds of its processor time divided by LoRA's in
@@ -60,6 +60,8 @@ METHODS = {
     **{f"last-{n}-stored": f"last {n}, stored" for n in LAST},
     "last-6-frozen": "last 6, stored, shadow frozen",
 }
+JUDGED = ["last-6-stored", "lora", "last-10-stored", "all", "last-15-stored"]
+"""Whose quality differs: storing activations changes none, and neither does leaving logits out."""
 RATE = 3e-3
 """What docs/records of the robot set chose for LoRA and for all layers; not searched for the last n."""
 
@@ -142,7 +144,7 @@ def batches(rows: list[chat.Sequence], steps: int) -> list[dict[str, Any]]:
 def measure_time(rank: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Processor and wall time of a step of each method, in turns."""
     rows = sequences("train", 3 * BATCH)
-    steps = batches(rows, rounds + 1)
+    steps = batches(rows, rounds)
     methods = {name: Method(name, rank, rows, folder) for name in METHODS}
     for method in methods.values():
         randomise(method.model)
@@ -156,16 +158,15 @@ def measure_time(rank: int, rounds: int, folder: Path) -> dict[str, Any]:
         wall[name].append(time.perf_counter() - began)
         return spent
 
-    times = alternate(
-        {name: partial(run, name) for name in METHODS}, rounds, progress=lambda n: print(n, file=sys.stderr)
-    )
+    runs = {name: partial(run, name) for name in METHODS}
+    times = alternate(runs, rounds, warmup=0, progress=lambda done: print(done, file=sys.stderr))
     tokens = sum(len(s.ids) for s in rows)
     size = sum(f.stat().st_size for f in (folder / "last-6-stored").glob("*.safetensors"))
     return {
         "rounds": rounds,
         "tokens_a_batch": round(statistics.mean(float(b["attention_mask"].sum()) for b in steps)),
         "processor_seconds": {n: round(statistics.median(t), 3) for n, t in times.items()},
-        "wall_seconds": {n: round(statistics.median(t[1:]), 3) for n, t in wall.items()},
+        "wall_seconds": {n: round(statistics.median(t), 3) for n, t in wall.items()},
         "ratio_to_lora": {n: round(r, 3) for n, r in paired_ratios(times, "lora").items()},
         "quartiles": {
             n: [round(q, 3) for q in quartiles([a / b for a, b in zip(t, times["lora"], strict=True)])]
@@ -292,7 +293,8 @@ def figure(record: dict[str, Any]) -> None:
         (right, values[1], "memory above the model, MiB"),
     ):
         for title, names in shown.items():
-            axes.plot([layers[n] for n in names], [value[n] for n in names], marker="o", label=title)
+            known = [n for n in names if n in value]
+            axes.plot([layers[n] for n in known], [value[n] for n in known], marker="o", label=title)
         axes.axhline(value["lora"], color="black", linestyle="--", label="LoRA")
         axes.set(xlabel="corrected layers, from the last", ylabel=label, ylim=(0, None))
     left.legend(fontsize=8)
@@ -303,11 +305,11 @@ def main() -> None:
     """Measure, record, render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="time,memory,quality")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--judged", type=int, default=100)
-    parser.add_argument("--methods", default="last-6-stored,lora,last-10-stored,all,last-15-stored")
+    parser.add_argument("--methods", help="of memory and quality, with commas; by default all, and those of JUDGED")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--render", action="store_true", help="only render what is recorded")
     parser.add_argument("--peak")
@@ -342,14 +344,15 @@ def measured(record: dict[str, Any], options: argparse.Namespace, folder: Path) 
     if "time" in parts and "time" not in record:
         record["time"] = {**measure_time(rank, options.rounds, folder / "time"), **stamp()}
         write_json(RECORD, record)
-    for name in METHODS if "memory" in parts else ():
+    chosen = options.methods.split(",") if options.methods else None
+    for name in chosen or METHODS if "memory" in parts else ():
         if name not in record.setdefault("memory", {}):
             record["memory"][name] = measure_memory(name, rank)
             write_json(RECORD, record)
     setting = {"steps": options.steps, "rows": options.rows, "judged": options.judged, "rate": RATE, "seed": 0}
     if "quality" in parts and record.get("quality", {}).get("setting") != setting:
         record["quality"] = {"setting": setting, "methods": {}, **stamp()}
-    for name in options.methods.split(",") if "quality" in parts else ():
+    for name in chosen or JUDGED if "quality" in parts else ():
         if name not in record["quality"]["methods"]:
             record["quality"]["methods"][name] = measure_quality(name, rank, options, folder / "quality")
             write_json(RECORD, record)
