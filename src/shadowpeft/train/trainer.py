@@ -35,6 +35,7 @@ class ShadowLossMixin(WholeCheckpoints):
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
+    - In training the attached path's logits are computed at its targets only.
     - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
@@ -128,6 +129,8 @@ class ShadowLossMixin(WholeCheckpoints):
             inputs["shadow_labels"] = labels
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
+        if model.training and not (own_loss or return_outputs or trainer.args.torch_compile) and _loss_is_stock(trainer):
+            inputs["loss_alone"] = True
         asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
         with _both_losses(adapted_base(trainer.model)) as losses:
             result: Any = super().compute_loss(  # type: ignore[misc]
@@ -332,8 +335,20 @@ def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
 
 def _runs_again_for_outputs(trainer: Any) -> bool:
     """Whether the outputs cost a second forward pass, as with TRL's fused head; a compiled model may pass the hook by."""
-    from_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
-    return from_trl and not trainer.args.torch_compile
+    return _is_from_trl(trainer) and not trainer.args.torch_compile
+
+
+def _loss_is_stock(trainer: Any) -> bool:
+    """Whether the class below the mixin that computes the loss is transformers' Trainer, which reads no logits in training;
+    TRL's trainers have metrics of them, and nobody knows of others.
+    """
+    mro = type(trainer).__mro__
+    below = mro[mro.index(ShadowLossMixin) + 1 :]
+    return next(kind for kind in below if "compute_loss" in vars(kind)) is Trainer
+
+
+def _is_from_trl(trainer: Any) -> bool:
+    return any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float | None:

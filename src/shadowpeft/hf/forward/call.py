@@ -103,6 +103,10 @@ class ShadowCall:
         self.logits_to_keep: Any = 0
         self.input_ids: Tensor | None = None
         self.attention_mask: Any = None
+        self.loss_alone = False
+        """Whether nobody wants the logits."""
+        self.last_state: Tensor | None = None
+        """With ``loss_alone``: what the base's head reads, ``(B, T, d)``."""
         self.streams_first = False
         self.base_state: Tensor | None = None
         """The input of the first refined layer, ``(B, T, d)``, if the layers below are not to run."""

@@ -47,7 +47,7 @@ def before_model(
     weighted: list[tuple[str, nn.Module]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out of the call what is the shadow's own (``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch``,
-    ``return_shadow``, ``base_state``, ``shadow_state``); start the call."""
+    ``return_shadow``, ``base_state``, ``shadow_state``, ``loss_alone``); start the call."""
     kwargs = signature.by_name(args, kwargs)
     if "cache" in kwargs and "cache" not in signature.names:
         raise UnsupportedModelError(NO_PAGES)
@@ -55,6 +55,7 @@ def before_model(
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
     base_state, shadow_state = kwargs.pop("base_state", None), kwargs.pop("shadow_state", None)
+    loss_alone = bool(kwargs.pop("loss_alone", False))
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
     call = _start(hub, model, kwargs)
     if call is None:
@@ -71,7 +72,7 @@ def before_model(
         if "use_cache" in signature.names and kwargs.get(signature.cache) is None:
             kwargs["use_cache"] = bool(
                 kwargs.get("use_cache")
-            )  # a cache that nobody scope for costs memory in training
+            )  # a cache that nobody asked for costs memory in training
         if not torch.compiler.is_compiling():
             allow_gradients(weighted)
     call.return_shadow = return_shadow
@@ -88,9 +89,12 @@ def before_model(
             "num_items_in_batch was passed with shadow_labels but shadow_num_items_in_batch was not; each path is "
             "normalised by its own targets, pass both (shadowpeft.ShadowTrainer does)"
         )
-    if call.labels is not None and call.parts:
+    if loss_alone and "logits_to_keep" in signature.names and losses.needs_no_logits(call, model, hub, kwargs):
+        call.loss_alone, kwargs["logits_to_keep"] = True, 1
+        kwargs.pop("labels")
+    elif call.labels is not None and call.parts:
         if call.is_classifier:
-            # stock classifiers return NaN for a fully mscope batch and do not rescale for gradient accumulation
+            # stock classifiers return NaN for a fully masked batch and do not rescale for gradient accumulation
             kwargs.pop("labels")
         elif not call.fused:
             count = call.num_items
@@ -141,11 +145,13 @@ def after_forward(
         call = calls.current()
         if call is not None:
             below.restore(call)
+            if call.loss_alone and call.last_state is None and output is not None:  # the backbone's; the model's comes later
+                call.last_state = output[0]
         calls.leave()
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
-    """Add ``task_loss``, ``shadow_loss`` and, where scope, ``shadow_logits`` and ``shadow_state``; join the losses."""
+    """Add ``task_loss``, ``shadow_loss`` and, where asked for, ``shadow_logits`` and ``shadow_state``; join the losses."""
     call: ShadowCall | None = kwargs.get(CALL) or calls.current()
     if call is None or not call.parts:
         if not isinstance(output, tuple):
@@ -161,7 +167,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
         raise ConfigError("return_shadow=True needs return_dict=True")
-    has_loss = as_tuple and call.labels is not None and not call.is_classifier
+    has_loss = as_tuple and call.labels is not None and not (call.is_classifier or call.loss_alone)
     first = int(has_loss)  # where a tuple has its logits
     logits = output[first] if as_tuple else output.logits
     stock = (output[0] if has_loss else None) if as_tuple else output.loss
