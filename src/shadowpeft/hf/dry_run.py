@@ -149,10 +149,10 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
             "bytes; it is damaged"
         )
     check_values(path, header, wanted)
-    check_weights_digest(path, config.weights_sha256)
     if tables:
         others = getattr(find_decoder(model).backbone, "shadow_hub", None)
         with safe_open(path, framework="pt") as handle:
             new_rows(
                 tables, {name: handle.get_tensor(name) for name in tables}, others=others.configs if others else ()
             )
+    check_weights_digest(path, config.weights_sha256)  # last: what is wrong with a tensor says more
