@@ -19,7 +19,7 @@ from shadowpeft.messages import quote
 
 KEY = "weights_sha256"
 """Where an adapter's configuration records :func:`tensors_sha256` of the weights it was saved with."""
-SUMS = "shadowpeft.sha256"
+SUMS = "shadowpeft-files.sha256"
 """The list of a folder's digests; ``sha256sum --check`` reads it too."""
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
