@@ -25,7 +25,7 @@ from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import QueueFullError
 from shadowpeft.serve.roles import EdgeRole, Role
-from shadowpeft.serve.streams import EventStream, GoneError, until_gone
+from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, until_gone
 
 PAGE = Path(__file__).with_name("page.html")
 _STALLED_SECONDS = 60.0
@@ -217,6 +217,7 @@ class Server:
         if here >= self.settings.requests:
             raise QueueFullError(f"{here} requests are on their way already; try again later")
         began = time.monotonic()
+        request.scope[UNREAD] = self.metrics.disconnected.inc
         self.in_flight += 1
         reply: Reply | None = None
         handed_on = False

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data import chat
+from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base
@@ -46,6 +47,7 @@ def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
         shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
     config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.fields_for(find_decoder(base).num_layers))
     config.base_alias = run.base if is_alias(run.base) else None
+    config.trained_ends = end_tokens(base, tokenizer)
     set_seed(run.training.seed)
     model = get_peft_model(base, config)
     if run.training.freeze_shadow:

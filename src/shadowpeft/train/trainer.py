@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
+from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
@@ -61,6 +62,11 @@ class ShadowLossMixin(WholeCheckpoints):
         self._eval_sums: dict[str, list[float]] = {}
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        words = trainer.processing_class
+        words = getattr(words, "tokenizer", words)  # of a processor
+        for config in getattr(trainer.model, "peft_config", {}).values():
+            if config.task_type == "CAUSAL_LM" and getattr(words, "chat_template", None) is not None:
+                config.trained_ends = end_tokens(trainer.model, words)
         if getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
 
