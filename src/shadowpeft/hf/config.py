@@ -202,7 +202,7 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
 
     @property
     def mathematics(self) -> Variant:
-        """The variant's named differences: refined layers, activation, biases, norm, places of dropout, start."""
+        """The variant's named differences: refined layers, activation, biases, norms, gate, places of dropout, start."""
         variant = VARIANTS[self.variant]
         return variant if self.refined_layers is None else replace(variant, first_refined_layer=self.refined_layers[0])
 

@@ -133,7 +133,7 @@ def _train(
     t, (training, validation, record) = run.training, data
     activations = _stored(run, folder, model, training, console)
     args = training_arguments(t, folder, evaluates=validation is not None)
-    rows, steps = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
+    rows, steps, alone = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
     args.max_steps = steps or -1
     mean_tokens = sum(len(s.ids) for s in training) / len(training)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
@@ -146,6 +146,7 @@ def _train(
         callbacks=[shown],
         backbone_lr_ratio=t.backbone_lr_ratio,
         activations=activations,
+        shadow_steps=alone,
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()

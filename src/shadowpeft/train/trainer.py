@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,6 +39,7 @@ class ShadowLossMixin(WholeCheckpoints):
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
     - In training the attached path's logits are computed at its targets only.
+    - ``shadow_steps``: so many steps have rows of the shadow alone; the learning rate of all else begins after them.
     - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
@@ -45,7 +47,12 @@ class ShadowLossMixin(WholeCheckpoints):
     """
 
     def __init__(
-        self, *args: Any, backbone_lr_ratio: float = 1.0, activations: Activations | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        backbone_lr_ratio: float = 1.0,
+        activations: Activations | None = None,
+        shadow_steps: int = 0,
+        **kwargs: Any,
     ) -> None:
         if not isinstance(self, Trainer):
             name = type(self).__name__
@@ -56,6 +63,7 @@ class ShadowLossMixin(WholeCheckpoints):
             versions.check("trl")
         self.backbone_lr_ratio = backbone_lr_ratio
         self.activations = activations
+        self.shadow_steps = shadow_steps
         self._shadow_num_items: Any = None
         self._normalised = False
         self._sums: dict[str, float] = {}
@@ -261,7 +269,7 @@ class ShadowLossMixin(WholeCheckpoints):
         trainer: Any = self
         is_new = trainer.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if is_new and self.backbone_lr_ratio != 1.0:
+        if is_new and (self.backbone_lr_ratio != 1.0 or self.shadow_steps):
             backbone = {id(p) for n, p in trainer.model.named_parameters() if "shadowpeft_backbone." in n}
             groups = []
             for group in optimizer.param_groups:
@@ -269,9 +277,46 @@ class ShadowLossMixin(WholeCheckpoints):
                     chosen = [p for p in group["params"] if (id(p) in backbone) == inside]
                     if chosen:
                         factor = self.backbone_lr_ratio if inside else 1.0
-                        groups.append({**group, "params": chosen, "lr": group["lr"] * factor})
+                        own = {"params": chosen, "lr": group["lr"] * factor, "is_backbone": inside}
+                        groups.append({**group, **own})
             optimizer.param_groups = groups
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As stock; with ``shadow_steps`` all but the backbone begins its own course after them.
+
+        Raises:
+            ConfigError: if the schedule is none that gives a factor for each step.
+        """
+        trainer: Any = self
+        if not self.shadow_steps or trainer.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        optimizer = trainer.optimizer if optimizer is None else optimizer
+
+        def course(steps: int) -> Callable[[int], float]:
+            args = trainer.args
+            stock = get_scheduler(
+                args.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)], lr=1.0),
+                args.get_warmup_steps(steps),
+                steps,
+                args.lr_scheduler_kwargs,
+            )
+            if not isinstance(stock, LambdaLR):
+                raise ConfigError(
+                    f"the schedule is {args.lr_scheduler_type} but the shadow trains alone first, for which it must be linear, "
+                    "cosine, constant or constant_with_warmup"
+                )
+            factor: Callable[[int], float] = stock.lr_lambdas[0]
+            return factor
+
+        whole, rest = course(num_training_steps), course(num_training_steps - self.shadow_steps)
+        factors = [
+            whole if group.get("is_backbone") else lambda step: rest(max(0, step - self.shadow_steps))
+            for group in optimizer.param_groups
+        ]
+        trainer.lr_scheduler, trainer._created_lr_scheduler = LambdaLR(optimizer, factors), True
+        return trainer.lr_scheduler
 
 
 class ShadowTrainer(ShadowLossMixin, Trainer):
