@@ -17,7 +17,6 @@ from scripts.system_test.options import METHODS
 import shadowpeft
 from shadowpeft.apps import route
 from shadowpeft.apps.common import load_tokenizer_of
-from shadowpeft.apps.demo import SETTINGS
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.data.tasks import get_task
 from shadowpeft.errors import ConfigError, ShadowPeftError
@@ -29,6 +28,16 @@ from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import baselines
 from shadowpeft.train.config import TrainingSection
 
+BASE = "smollm2-135m"
+SHADOW: dict[str, Any] = {
+    "shadow_num_hidden_layers": 2,
+    "shadow_init": "base_layers",
+    "shadow_alpha": 0.5,
+    "shadow_dropout": 0.1,
+    "auxiliary_loss_weight": 4.0,
+}
+TRAINING: dict[str, Any] = {"warmup": 0.05, "scheduler": "linear", "log_every": 10, "backbone_lr_ratio": 1.5}
+"""What is trained here where no adapter is given: the settings of the recorded tests, alike for all methods."""
 SHADOW_ROW_REPEATS = 10
 """As in the experiments: the 47 ``[REMOTE]`` rows are shown ten times an epoch, in every method's order."""
 
@@ -47,7 +56,7 @@ def prepare(options: argparse.Namespace, console: Console) -> dict[str, dict[str
     for name in METHODS:
         if name not in ready:
             budget = None if name == "shadow" else parameters(ready["shadow"], options.base)
-            base = options.base or (base_of(given["shadow"]) if given["shadow"] else SETTINGS["base"])
+            base = options.base or (base_of(given["shadow"]) if given["shadow"] else BASE)
             ready[name] = train(name, base, budget, options, console)
     return {name: ready[name] for name in METHODS}
 
@@ -77,8 +86,7 @@ def train(
         ConfigError: if the earlier run had others. ShadowPeftError: if training was stopped, or its loss is not finite.
     """
     section = {
-        **{k: v for k, v in SETTINGS["training"].items() if k in ("warmup", "scheduler", "log_every")},
-        "backbone_lr_ratio": SETTINGS["training"]["backbone_lr_ratio"],
+        **TRAINING,
         "learning_rate": getattr(options, f"{method}_rate"),
         "batch_size": options.batch_size,
         "max_steps": options.train_steps,
@@ -88,7 +96,7 @@ def train(
     settings = {
         "base": base_name,
         "budget": budget,
-        "shadow": SETTINGS["shadow"] if method == "shadow" else None,
+        "shadow": SHADOW if method == "shadow" else None,
         "shadow_row_repeats": SHADOW_ROW_REPEATS,
         "max_length": options.max_length,
         "training": section,
@@ -105,7 +113,7 @@ def train(
     examples = repeated_rows(task, SHADOW_ROW_REPEATS)
     data = baselines.encode_examples(task, examples, tokenizer, max_length=options.max_length)
     base = baselines.load_task_base(base_name, task, tokenizer, seed=options.seed)
-    fields = SETTINGS["shadow"] if method == "shadow" else {}
+    fields = SHADOW if method == "shadow" else {}
     model = baselines.attach(base, method, fields, budget=budget, seed=options.seed)
     console.print(f"{method}: {baselines.count_trainable(model):,} parameters, {options.train_steps} steps")
     done = baselines.train_task(

@@ -51,7 +51,13 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     base = save_sitting_base(tmp_path / "base")
     (run,) = blocks("yaml")
     # the tiny base has known actions from the start, and keeps them
-    instead = {"smollm2-135m": base, "max_steps: 350": "max_steps: 2", "learning_rate: 3.0e-3": "learning_rate: 1.0e-6"}
+    instead = {
+        "smollm2-135m": base,
+        "max_length: 128": "max_length: 512",
+        "last_layers: 10": "last_layers: 2, shadow_num_hidden_layers: 1",
+        "shadow_epochs: 2, max_steps: 660": "shadow_epochs: 0, max_steps: 2",
+        "learning_rate: 1.0e-2": "learning_rate: 1.0e-6",
+    }
     changed = run
     for there, here in instead.items():
         assert run.count(there) == 1
