@@ -1,0 +1,168 @@
+"""Tables of docs/device.md, docs/scaled.md and README from the records of the demo and of the device search."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.device_page import FOLDER, ROOT, percent, read
+from experiments.report.tables import table
+from shadowpeft.apps.demo_picture import NAMES
+from shadowpeft.errors import ConfigError
+from shadowpeft.storage import between, write_text
+
+RECORDS = {"demo": ROOT / "docs" / "records" / "demo.json", "full": ROOT / "docs" / "records" / "demo-full.json"}
+PAGES = {
+    ROOT / "README.md": ("demo",),
+    ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "frontier"),
+    ROOT / "docs" / "scaled.md": ("joint",),
+}
+EMPTY = "-"
+
+
+def share(found: Mapping[str, Any]) -> str:
+    """A share in percent with its 95 % interval."""
+    low, high = found["interval"]
+    return f"{100 * found['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def methods(result: Mapping[str, Any]) -> list[str]:
+    """The methods of a demo side by side on the test rows."""
+    first = result["methods"]["device"]
+    head = [
+        "%, [95 % interval]",
+        f"{first['commands']['n']} commands: right action",
+        "English / Chinese",
+        f"{first['open_handed_on']['n']} open requests: no action",
+        "commands handed on",
+        "a decision, one thread",
+        "parameters",
+    ]
+    size, ms = result["size"], result["milliseconds"]
+    sizes = {
+        "rival": f"{size['rival_parameters'] / 1e6:.1f}M",
+        "device": f"{size['edge_parameters'] / 1e6:.0f}M",
+        "cloud": f"{(size['base_parameters'] + size['adapter_parameters']) / 1e6:.0f}M",
+    }
+    lines = []
+    for name, title in NAMES.items():
+        found = result["methods"][name]
+        handed = [EMPTY, EMPTY] if name == "routed" else [share(found["open_handed_on"]), share(found["commands_handed_on"])]
+        lines.append(
+            [
+                title,
+                share(found["commands"]),
+                f"{100 * found['en']['accuracy']:.1f} / {100 * found['zh']['accuracy']:.1f}",
+                *handed,
+                f"{ms[name]:.1f} ms" if name in ms else EMPTY,
+                sizes.get(name, EMPTY),
+            ]
+        )
+    return table(head, lines)
+
+
+def calibrated(result: Mapping[str, Any]) -> list[str]:
+    """What the calibrated device keeps of the test rows."""
+    kept = result["calibrated"]
+    lines = [
+        ["commands kept on the device", share(kept["commands_kept"])],
+        ["open requests kept on the device", share(kept["open_kept"])],
+        ["wrong, of all that is kept", share(kept["wrong_of_kept"])],
+        ["wrong, of the commands that are kept", share(kept["wrong_of_kept_commands"])],
+        ["right, device and cloud together", share(result["methods"]["routed"]["commands"])],
+        ["right, always cloud", share(result["methods"]["cloud"]["commands"])],
+    ]
+    asked = f"at most {100 * kept['target']:g} % wrong, level {100 * kept['level']:g} %, {kept['rows']} rows"
+    return table([asked, "% [95 % interval]"], lines)
+
+
+def frontier(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Layers of the shadow against what the detached model is worth on development rows: the best cell of each depth."""
+    best: dict[int, Mapping[str, Any]] = {}
+    for record in cells:
+        layers, found = record["settings"]["layers"], record["curve"][-1]["constrained"]
+        if layers not in best or found["commands"]["score"] > best[layers]["curve"][-1]["constrained"]["commands"]["score"]:
+            best[layers] = record
+    lines = []
+    for layers, record in sorted(best.items()):
+        last = record["curve"][-1]
+        lines.append(
+            [
+                str(layers),
+                f"[{record['name']}](../experiments/records/{record['id']}.json)",
+                str(last["pass"]),
+                percent(last["constrained"]["commands"], interval=True),
+                percent(last["constrained"]["open_handed_on"]),
+                f"{record['parameters'] / 1e6:.0f}M",
+                f"{last['processor_seconds'] / 60:.1f}",
+            ]
+        )
+    head = ["layers", "cell", "passes", "commands, % [95 %]", "open handed on", "parameters", "processor minutes"]
+    return table(head, lines)
+
+
+def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Both paths from the same trained shadow, by the mathematics of the correction, on development rows."""
+    lines = []
+    for record in sorted(records, key=lambda r: r["development"]["attached"]["commands"]["score"]):
+        own, found = record["settings"], record["development"]
+        lines.append(
+            [
+                f"[{record['name']}](../experiments/records/device/joint/{record['name']}.json)",
+                own["variant"],
+                f"{own['rate']:g}",
+                "yes" if own["use_update"] else "no",
+                str(own["steps"]),
+                percent(found["attached"]["commands"], interval=True),
+                percent(found["attached"]["open_handed_on"]),
+                percent(found["detached"]["commands"]),
+                f"{record['processor_seconds'] / 60:.1f}",
+            ]
+        )
+    head = [
+        "cell", "variant", "rate", "updates", "steps", "attached: commands, % [95 %]", "attached: open requests, no action",
+        "detached: commands", "processor minutes",
+    ]  # fmt: skip
+    return table(head, lines)
+
+
+def tables() -> dict[str, list[str]]:
+    """Every table whose records are there."""
+    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in RECORDS.items() if file.is_file()}
+    cells = [r for r in read(FOLDER) if r["curve"] and r["settings"]["problem"] == "robot"]
+    made = {"frontier": frontier(cells), "joint": joint(read(FOLDER / "joint"))}
+    if "demo" in results:
+        made |= {"demo": methods(results["demo"]), "calibrated": calibrated(results["demo"])}
+    if "full" in results:
+        made["full"] = [*methods(results["full"]), "", *calibrated(results["full"])]
+    return made
+
+
+def text(content: str, names: Sequence[str], page: Path) -> str:
+    """``content`` with its tables made anew.
+
+    Raises:
+        ConfigError: if one of the marks is missing.
+    """
+    made = tables()
+    for name in names:
+        marks = (f"<!-- {name} -->", f"<!-- /{name} -->")
+        changed = between(content, marks, "\n".join(made.get(name, ["Not run yet."])))
+        if changed is None:
+            raise ConfigError(f"'{page.name}' lacks the marks {' and '.join(marks)}; put them back")
+        content = changed
+    return content
+
+
+def main() -> int:
+    """Write the tables."""
+    for page, names in PAGES.items():
+        write_text(page, text(page.read_text(encoding="utf-8"), names, page))
+        print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
