@@ -37,7 +37,7 @@ from shadowpeft.serve.scoring import scored_answers
 from shadowpeft.storage import write_json
 
 FOLDER = RECORDS / "device-signals"
-TIMED = 12
+TIMED = 8
 """Development rows whose decisions are timed, one by one."""
 
 

@@ -1,7 +1,9 @@
 """Actions that are chosen while serving: one row of a batch is held to them, and its neighbours and its later text are not."""
 
+import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, parser
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.errors import ConfigError
+from shadowpeft.serve import engine as engine_module
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.calibration import best_signal
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.requests import SamplingParams
 from shadowpeft.serve.router import ACTION, SIGNALS, Calibration, Scores, action_probability, decisive
+from shadowpeft.serve.scoring import scored_answers
 from tiny import base
 from webserver import Running
 
@@ -319,3 +323,19 @@ def test_auto_compares_both_ways_and_says_so(folders, monkeypatch, capsys, tmp_p
     assert code == 0, result
     assert set(result["signals_auroc"]) == {*SIGNALS, ACTION}
     assert result["signal"] == best_signal(result["signals_auroc"])
+
+
+def test_a_calibration_may_take_longer_than_an_answer(edge, monkeypatch):
+    """All rows wait from the beginning, so the time that a server gives an answer must not end a calibration."""
+
+    class Hasty:
+        """A clock that goes on by a minute with each look at it."""
+
+        sleep = staticmethod(time.sleep)
+        looks = itertools.count()
+
+        def monotonic(self):
+            return time.monotonic() + 60.0 * next(self.looks)
+
+    monkeypatch.setattr(engine_module, "time", Hasty())
+    assert len(scored_answers(edge, "edge", PROMPTS, system=None, max_tokens=12, rows=1, actions=TRIE)) == len(PROMPTS)

@@ -5,22 +5,25 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
 from shadowpeft.serve.client import Breaker, CloudClient
+from shadowpeft.serve.drift import FEWEST
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
-from shadowpeft.serve.router import Router
+from shadowpeft.serve.router import CLOUD, KNOWN, TAGGED, Decision, Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running
 
 pytestmark = pytest.mark.server
 playwright = pytest.importorskip("playwright.sync_api")
 KEY = "user-key-0123456789"
+TRAFFIC = {"reasons": {KNOWN: 80, TAGGED: 20}, "edges": [-1.0], "known": [0, 80]}
 
 
 @pytest.mark.timeout(300)
@@ -34,7 +37,7 @@ def test_the_dialogue_its_route_and_its_time():
         link = CloudClient(cloud.url, KEY, breaker=Breaker(failures=1, pause=60), connect_timeout=2)
         role = EdgeRole(
             Engine(Scripted(detached()), EngineLimits()),
-            Router(parse_action, CALIBRATION),
+            Router(parse_action, replace(CALIBRATION, report={"traffic": TRAFFIC})),
             link,
             "late",
             system=None,
@@ -73,6 +76,10 @@ def test_the_dialogue_its_route_and_its_time():
             say("remote again", "device", "cloud unavailable", "wanted the cloud: [REMOTE]")
             assert page.locator("#counts").inner_text() == "50 % of 4 on the device"
             playwright.expect(page.locator("#state")).to_have_text("model edge, cloud: unavailable", timeout=20_000)
+            assert page.locator("#warning").is_hidden()
+            for _ in range(FEWEST):
+                role.drift.add(Decision(CLOUD, TAGGED, "REMOTE"))
+            playwright.expect(page.locator("#warning")).to_contain_text("calibrate again", timeout=20_000)
             if os.environ.get("SHADOWPEFT_SCREENSHOT"):
                 page.screenshot(path=os.environ["SHADOWPEFT_SCREENSHOT"])
             assert not errors

@@ -63,6 +63,7 @@ def test_calibrated_on_skills_of_its_own_the_edge_keeps_them(lamp, monkeypatch, 
         capsys,
         *("route", "calibrate", lamp / "adapter", "--skills", lamp / "skills.txt", "--json"),
         *("--data", lamp / "rows.jsonl", "--check", lamp / "mixed.jsonl", "--out", tmp_path, "--max-new-tokens", "12"),
+        *("--target", "0.2"),  # 36 rows cannot hold 5 %
     )
     assert code == 0, err
     result = json.loads(out)

@@ -68,10 +68,15 @@ def generate(
 
     actions = None if known is None else ActionTrie.of(tokenizer, known)
     with in_mode(model, mode) as runner:
-        options = {"max_new_tokens": max_new_tokens, "system": system, "actions": actions, **sampling}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "actions": actions, **sampling}
         reply = answer(runner, tokenizer, [prompt], **options)[0]
         chosen = None if actions is None else choose(runner, tokenizer, [prompt], actions, system=system)[0]
-    result = {"mode": mode, "text": reply.text, "tokens": reply.tokens, "seconds": round(reply.seconds, 4)}
+    result: dict[str, Any] = {
+        "mode": mode,
+        "text": reply.text,
+        "tokens": reply.tokens,
+        "seconds": round(reply.seconds, 4),
+    }
     if chosen is not None and known is not None:
         probabilities = chosen.probabilities or {}
         action = parser(known)(reply.text)

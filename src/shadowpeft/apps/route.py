@@ -95,7 +95,7 @@ def calibrate(
     by_way: dict[str, dict[str, list[Any]]] = {way: {} for way in asked}
     asked |= {} if in_cloud is None else {_CLOUD: (in_cloud, None)}
     for name, part in rows.items():
-        texts = {}
+        texts: dict[str, list[Any]] = {}
         for side, (backend, actions) in asked.items():
             tokens = max_new_tokens if actions is None else max(max_new_tokens, actions.longest)
             label = f"{name}, {side}"

@@ -71,7 +71,8 @@ class Batch:
             return 0
         due = [row for row, pending in enumerate(self._pending) if not pending]
         choices = choose([self.requests[row] for row in due], logits if len(due) == len(logits) else logits[due])
-        made, ended = 0, set()
+        made = 0
+        ended: set[int] = set()
         for row, choice in zip(due, choices, strict=True):
             request, before = self.requests[row], len(self.requests[row].new)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,13 @@ def scored_answers(
         DataError: if a prompt does not fit the model.
     """
     longest = backend.max_model_len
-    limits = EngineLimits(max_num_seqs=rows, queue=len(prompts) + 1, prompt_tokens=longest, new_tokens=longest)
+    limits = EngineLimits(
+        max_num_seqs=rows,
+        queue=len(prompts) + 1,
+        prompt_tokens=longest,
+        new_tokens=longest,
+        answer_seconds=math.inf,  # the last prompt waits for all others
+    )
     engine = Engine(backend, limits)
     answers: list[list[Token]] = [[] for _ in prompts]
     ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
