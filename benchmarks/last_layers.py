@@ -14,6 +14,7 @@ docs/last-layers.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import matplotlib as mpl
 import torch
 from experiments.markdown import table
-from experiments.measuring import alternate, paired_ratios, processor, quartiles, releases, resident_mib, short, stamp
+from experiments.measuring import processor, releases, resident_mib, short, stamp
 from peft import get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import logging
@@ -80,9 +81,9 @@ def kind_of(name: str) -> str:
 class Method:
     """A model to train, and what is stored of its rows."""
 
-    def __init__(self, name: str, rank: int, rows: list[chat.Sequence], folder: Path) -> None:
+    def __init__(self, name: str, rank: int, rows: list[chat.Sequence], folder: Path, base: Any = None) -> None:
         kind, last = kind_of(name), next((n for n in LAST if name.startswith(f"last-{n}")), None)
-        base = load()
+        base = load() if base is None else base
         self.is_lora, self.targets_only = name.startswith("lora"), kind_of(name) == "targets"
         if self.is_lora:
             self.model = get_peft_model(base, lora_config(base, "lora", rank, target_modules=LINEARS))
@@ -141,45 +142,46 @@ def batches(rows: list[chat.Sequence], steps: int) -> list[dict[str, Any]]:
     return [collate([s.features() for s in group]) for group in made[:steps]]
 
 
-def measure_time(rank: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Processor and wall time of a step of each method, in turns."""
-    rows = sequences("train", 3 * BATCH)
-    steps = batches(rows, rounds)
-    methods = {name: Method(name, rank, rows, folder) for name in METHODS}
+def measure_time(
+    rank: int, rounds: int, folder: Path, keep: Callable[[dict[str, Any]], None], before: dict[str, Any]
+) -> None:
+    """A step of each method in turns, every second round in the opposite order; ``keep`` is called after each round.
+
+    Args:
+        before: what was kept; rounds are added to it.
+    """
+    values: list[dict[str, list[float]]] = before.get("values", [])
+    if len(values) >= rounds:
+        return
+    rows = sequences("train", BATCH)
+    (batch,) = batches(rows, 1)
+    base = load()
+    methods = {name: Method(name, rank, rows, folder, copy.deepcopy(base)) for name in METHODS}
     for method in methods.values():
         randomise(method.model)
-    wall: dict[str, list[float]] = {name: [] for name in METHODS}
-
-    def run(name: str) -> float:
-        batch = steps[len(wall[name])]
-        began, processor_began = time.perf_counter(), time.process_time()
-        methods[name].step(batch)
-        spent = time.process_time() - processor_began
-        wall[name].append(time.perf_counter() - began)
-        return spent
-
-    runs = {name: partial(run, name) for name in METHODS}
-    times = alternate(runs, rounds, warmup=0, progress=lambda done: print(done, file=sys.stderr))
     tokens = sum(len(s.ids) for s in rows)
     size = sum(f.stat().st_size for f in (folder / "last-6-stored").glob("*.safetensors"))
-    return {
-        "rounds": rounds,
-        "tokens_a_batch": round(statistics.mean(float(b["attention_mask"].sum()) for b in steps)),
-        "processor_seconds": {n: round(statistics.median(t), 3) for n, t in times.items()},
-        "wall_seconds": {n: round(statistics.median(t), 3) for n, t in wall.items()},
-        "ratio_to_lora": {n: round(r, 3) for n, r in paired_ratios(times, "lora").items()},
-        "quartiles": {
-            n: [round(q, 3) for q in quartiles([a / b for a, b in zip(t, times["lora"], strict=True)])]
-            for n, t in times.items()
-        },
-        "storing": {
-            "rows": len(rows),
-            "tokens": tokens,
-            "bytes_a_token": round(size / tokens),
-            "processor_seconds": {n: round(m.seconds_to_store, 2) for n, m in methods.items() if m.stored is not None},
-        },
-        "trainable_parameters": {n: count_trainable(m.model) for n, m in methods.items()},
+    storing = {
+        "bytes_a_token": round(size / tokens),
+        "processor_seconds": {n: round(m.seconds_to_store, 2) for n, m in methods.items() if m.stored is not None},
     }
+    while len(values) < rounds:
+        spent = {}
+        for name in list(METHODS) if len(values) % 2 == 0 else list(METHODS)[::-1]:
+            began, processor_began = time.perf_counter(), time.process_time()
+            methods[name].step(batch)
+            spent[name] = [round(time.process_time() - processor_began, 3), round(time.perf_counter() - began, 3)]
+        values.append(spent)
+        print(f"round {len(values)} of {rounds}", file=sys.stderr, flush=True)
+        trains = {n: count_trainable(m.model) for n, m in methods.items()}
+        keep(
+            {"values": values, "tokens_a_batch": tokens, "storing": storing, "trainable_parameters": trains, **stamp()}
+        )
+
+
+def ratios(values: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Processor time of each method divided by LoRA's in the same round."""
+    return {name: [spent[name][0] / spent["lora"][0] for spent in values] for name in METHODS}
 
 
 def peak(name: str, rank: int) -> None:
@@ -256,11 +258,11 @@ def page_table(record: dict[str, Any]) -> str:
     for name, title in METHODS.items():
         row = [title]
         if timed:
-            low, high = timed["quartiles"][name]
+            shares = ratios(timed["values"])[name]
             row += [
                 f"{timed['trainable_parameters'][name] / 1e6:.2f} M",
-                f"{timed['processor_seconds'][name]:.2f} s",
-                f"{timed['ratio_to_lora'][name]:.2f} [{low:.2f}, {high:.2f}]",
+                f"{statistics.median(spent[name][0] for spent in timed['values']):.2f} s",
+                f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]",
             ]
         row.append(f"{memory[name]['above_model_mib']:,} MiB" if name in memory else "")
         judged_now = quality.get("methods", {}).get(name)
@@ -287,7 +289,8 @@ def figure(record: dict[str, Any]) -> None:
     }
     layers = {"all": 29, "last-6-frozen": 6, **{f"last-{n}{end}": n for n in LAST for end in ("", "-stored")}}
     picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    values = record["time"]["ratio_to_lora"], {n: m["above_model_mib"] for n, m in record["memory"].items()}
+    shares = {n: statistics.median(each) for n, each in ratios(record["time"]["values"]).items()}
+    values = shares, {n: m["above_model_mib"] for n, m in record["memory"].items()}
     for axes, value, label in (
         (left, values[0], "time of a step / LoRA's"),
         (right, values[1], "memory above the model, MiB"),
@@ -333,7 +336,7 @@ def main() -> None:
     write_text(
         PAGE, between(PAGE.read_text(encoding="utf-8"), MARKS, block(record)) or PAGE.read_text(encoding="utf-8")
     )
-    if "time" in record and "memory" in record:
+    if "time" in record and record.get("memory"):
         figure(record)
     print(page_table(record))
 
@@ -341,9 +344,13 @@ def main() -> None:
 def measured(record: dict[str, Any], options: argparse.Namespace, folder: Path) -> None:
     """Fill ``record``, and write it after each part; what it holds already is kept."""
     parts, rank = options.only.split(","), record["lora_rank"]
-    if "time" in parts and "time" not in record:
-        record["time"] = {**measure_time(rank, options.rounds, folder / "time"), **stamp()}
+
+    def keep(timed: dict[str, Any]) -> None:
+        record["time"] = timed
         write_json(RECORD, record)
+
+    if "time" in parts:
+        measure_time(rank, options.rounds, folder / "time", keep, record.get("time", {}))
     chosen = options.methods.split(",") if options.methods else None
     for name in chosen or METHODS if "memory" in parts else ():
         if name not in record.setdefault("memory", {}):
@@ -362,15 +369,17 @@ def block(record: dict[str, Any]) -> str:
     """What the page says of a record."""
     timed, quality = record.get("time", {}), record.get("quality", {})
     lines = [page_table(record), ""]
+    if timed and record.get("memory"):
+        lines += ["![Time and memory by the number of corrected layers](last-layers.png)", ""]
     if timed:
         storing = timed["storing"]
         lines += [
             f"{record['date']}, commit {short(record['commit'])}, {record['machine']}, one thread, record "
             "[last-layers.json](records/last-layers.json).",
-            f"Steps of {BATCH} rows, {timed['tokens_a_batch']} tokens: processor time, medians over {timed['rounds']} rounds "
-            "in turns, quartiles in brackets.",
+            f"Steps of {BATCH} rows, {timed['tokens_a_batch']} tokens: processor time, medians over {len(timed['values'])} "
+            "rounds in turns, lowest and highest in brackets.",
             f"LoRA r = {record['lora_rank']} on all linear layers trains as many parameters as the shadow on all layers.",
-            f"Storing {storing['rows']} rows took {storing['processor_seconds']['last-6-stored']:.1f} s for the last 6, and "
+            f"Storing {BATCH} rows took {storing['processor_seconds']['last-6-stored']:.1f} s for the last 6, and "
             f"{storing['bytes_a_token']:,} bytes a token.",
         ]
     if quality:

@@ -343,5 +343,7 @@ def test_bases_and_settings_that_cannot_be_stored(made, tmp_path):
     with pytest.raises(ConfigError, match="frozen shadow learns nothing"):
         config(made, tmp_path / "run", freeze_shadow=True, data={"shadow_repeats": 1})
     only = write_rows(tmp_path / "only.jsonl", [{"prompt": "a", "response": "b", "path": "shadow"}])
+    with pytest.raises(DataError, match="no row is for the base path"):
+        start(made, tmp_path / "none", rows=only, cache_activations=True)
     with pytest.raises(DataError, match=r"every row of data.train is for the shadow alone"):
         start(made, tmp_path / "run", rows=only, freeze_shadow=True)

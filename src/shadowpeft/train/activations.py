@@ -113,12 +113,15 @@ def prepare(
 
     Raises:
         UnsupportedModelError: if the base cannot start from a stored activation.
+        DataError: if there are no rows.
         ConfigError: if the folder holds activations of other rows, another base or other settings, or something else.
         ShadowPeftError: if the disk has no room.
     """
     base, hub = adapted_base(model), find_hub(model)
     check_base(base, hub)
     distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
+    if not distinct:
+        raise DataError("no row is for the base path, so there is nothing to store; set training.cache_activations: false")
     key = _identity(base, hub, distinct, precision, shadow)
     d = find_decoder(base).hidden_size
     token_bytes = d * DTYPES[precision].itemsize + (4 * d if shadow else 0)  # a shadow is float32, and so are its states
