@@ -62,7 +62,7 @@ class Joint:
     weight: float = 1.0
     """lambda."""
     use_update: bool = True
-    variant: str = "paper"
+    variant: Any = "paper"
     r: int = 16
     replies: bool = True
     """The attached path learns the spoken reply too; False: the action alone."""

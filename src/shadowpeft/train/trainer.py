@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,6 +24,7 @@ from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
 from shadowpeft.train.activations import Activations
 from shadowpeft.train.checkpoints import WholeCheckpoints
 from shadowpeft.train.sampler import EpochSampler
+from shadowpeft.train.schedule import two_courses
 
 _LOSSES = ("task_loss", "shadow_loss")
 
@@ -283,39 +283,13 @@ class ShadowLossMixin(WholeCheckpoints):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As stock; with ``shadow_steps`` all but the backbone begins its own course after them.
-
-        Raises:
-            ConfigError: if the schedule is none that gives a factor for each step.
-        """
+        """As stock; with ``shadow_steps`` by :func:`~shadowpeft.train.schedule.two_courses`."""
         trainer: Any = self
         if not self.shadow_steps or trainer.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         optimizer = trainer.optimizer if optimizer is None else optimizer
-
-        def course(steps: int) -> Callable[[int], float]:
-            args = trainer.args
-            stock = get_scheduler(
-                args.lr_scheduler_type,
-                torch.optim.SGD([torch.zeros(1)], lr=1.0),
-                args.get_warmup_steps(steps),
-                steps,
-                args.lr_scheduler_kwargs,
-            )
-            if not isinstance(stock, LambdaLR):
-                raise ConfigError(
-                    f"the schedule is {args.lr_scheduler_type} but the shadow trains alone first, for which it must be linear, "
-                    "cosine, constant or constant_with_warmup"
-                )
-            factor: Callable[[int], float] = stock.lr_lambdas[0]
-            return factor
-
-        whole, rest = course(num_training_steps), course(num_training_steps - self.shadow_steps)
-        factors = [
-            whole if group.get("is_backbone") else lambda step: rest(max(0, step - self.shadow_steps))
-            for group in optimizer.param_groups
-        ]
-        trainer.lr_scheduler, trainer._created_lr_scheduler = LambdaLR(optimizer, factors), True
+        trainer.lr_scheduler = two_courses(trainer.args, optimizer, num_training_steps, self.shadow_steps)
+        trainer._created_lr_scheduler = True
         return trainer.lr_scheduler
 
 
