@@ -19,10 +19,10 @@ $(VENV)/dev: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/base  ## train, evaluate and show a robot-dog model: about 12 minutes on two idle cores
+demo: $(VENV)/base  ## train, calibrate and measure a robot-dog model beside a classifier: a quarter of an hour on two idle cores
 	$(BIN)/shadowpeft demo
 
-demo-full: $(VENV)/base  ## 2,800 steps and the whole test sets; hours
+demo-full: $(VENV)/base  ## ten shadow layers and a whole epoch of both paths; an hour
 	$(BIN)/shadowpeft demo --full
 
 test: $(VENV)/dev lint types  ## lint, types, tests

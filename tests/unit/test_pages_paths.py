@@ -14,9 +14,6 @@ import pytest
 
 from chatbase import save_base
 from pages import ROOT, links
-from shadowpeft.apps.demo import stratified
-from shadowpeft.data.robot import load
-from shadowpeft.evaluate import wilson
 from shadowpeft.hf.base import aliases
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -102,23 +99,6 @@ def test_readmes_python_runs(tmp_path, monkeypatch, capsys) -> None:
     losses, answer = capsys.readouterr().out.split("\n", 1)
     assert losses.endswith(" LlamaForCausalLM")
     assert answer.strip()
-
-
-def test_readmes_rival_is_counted_on_the_demos_rows() -> None:
-    """The records say for each test row whether the classifier was right; the demo takes a share of those rows."""
-    commands, requests = load("test_normal"), load("test_remote_large")
-    kept = {row["id"] for row in stratified(commands, {"en": 2, "zh": 1})}
-    asked = {row["id"] for row in requests[:: max(1, len(requests) // 60)][:60]}
-    table = {line.split("|")[1].strip(): line for line in README.splitlines() if "LinearSVC" in line and line[0] == "|"}
-    assert len(table) == 2
-    for label, line in table.items():
-        (link,) = links(line)
-        record = json.loads((ROOT / link).read_text(encoding="utf-8"))
-        right = [value == "1" for value in record["values"]["robot-svc-test_large"].split()]
-        rows = dict(zip([row["id"] for row in (*commands, *requests)], right, strict=True))
-        score, low, high = sum(rows[i] for i in kept) / len(kept), *wilson(sum(rows[i] for i in kept), len(kept))
-        assert f"| {100 * score:.1f}% ({100 * low:.0f}% - {100 * high:.0f}%) |" in line, label
-        assert f"| {100 * sum(rows[i] for i in asked) / len(asked):.0f}% |" in line, label
 
 
 def test_the_classifiers_other_numbers_are_those_of_the_records() -> None:

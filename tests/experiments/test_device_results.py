@@ -1,0 +1,44 @@
+"""The pages of the device half say what their records hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from experiments.device_results import PAGES, RECORDS
+
+from experiments import device_results
+from shadowpeft.errors import ConfigError
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_page_is_made_from_the_records(page):
+    content = page.read_text(encoding="utf-8")
+    assert device_results.text(content, PAGES[page], page) == content
+
+
+def test_a_page_without_marks_is_refused():
+    page = next(iter(PAGES))
+    with pytest.raises(ConfigError, match="lacks the marks <!-- demo -->"):
+        device_results.text("nothing", ("demo",), page)
+
+
+def test_the_rival_of_the_demo_is_the_recorded_one():
+    """The demo fits it anew; its share of right commands is that of the record of the rivals."""
+    demo = json.loads(RECORDS["demo"].read_text(encoding="utf-8"))["methods"]["rival"]
+    file = RECORDS["demo"].parents[2] / "experiments" / "records" / "rivals" / "robot-svc-open.json"
+    scores = json.loads(file.read_text(encoding="utf-8"))["results"]["robot-svc-test_large"]["scores"]
+    assert demo["commands"]["accuracy"] == pytest.approx(scores["skill"])
+    assert demo["open_handed_on"]["accuracy"] == pytest.approx(scores["remote"])
+
+
+def test_the_best_cell_of_each_depth_is_shown():
+    def cell(name, layers, score):
+        share = {"score": score, "interval": [0.0, 1.0], "n": 10}
+        point = {"pass": 1, "processor_seconds": 60.0, "constrained": {"commands": share, "open_handed_on": share}}
+        return {"id": f"device/{name}", "name": name, "settings": {"layers": layers}, "parameters": 1e6, "curve": [point]}
+
+    lines = device_results.frontier([cell("b", 6, 0.5), cell("a", 2, 0.4), cell("c", 6, 0.9)])
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["2", "6"]
+    assert "[c](" in lines[3]
+    assert "90.0" in lines[3]
