@@ -19,7 +19,7 @@ from shadowpeft.hf.base import aliases
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "src" / "shadowpeft"
-PLACES = [ROOT, ROOT / "docs", ROOT / "tests", PACKAGE, PACKAGE.parent]
+PLACES = [ROOT, ROOT / "docs", ROOT / "tests", ROOT / "examples" / "home", PACKAGE, PACKAGE.parent]
 PLACES += [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
 """A page may leave out the folder that its subject makes plain."""
 FOLDERS = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()}
@@ -109,7 +109,6 @@ def test_the_classifiers_other_numbers_are_those_of_the_records() -> None:
     stated = [scores[key] for key in ("skill", "remote") for scores in robot]
     search = (ROOT / "docs" / "device-search.md").read_text(encoding="utf-8")
     for share in stated:
-        assert f" {100 * share:.1f} %" in README
         assert f" {100 * share:.1f} %" in search
     for share in classes.values():
         assert f" {100 * share:.1f} %" in README
