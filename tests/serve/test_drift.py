@@ -66,7 +66,7 @@ def test_requests_like_the_calibrations_are_never_warned_of(rows):
 
 @pytest.mark.parametrize(
     "moved",
-    [{"away": 0.65}, {"away": 0.05}, {"shift": -0.8}, {"shift": 0.8}],
+    [{"away": 0.65}, {"away": 0.05}, {"shift": -1.2}, {"shift": 1.2}],
     ids=["more is open", "nothing is open", "less sure", "surer"],
 )
 def test_a_mixture_or_confidences_that_have_moved_are_warned_of(moved):
