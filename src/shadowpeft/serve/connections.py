@@ -82,7 +82,8 @@ class TimelyProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         left = self.transport.get_write_buffer_size() > 0
-        self._unread = self.scope.get(UNREAD) if left and self.scope else None
+        request: Any = self.scope or {}
+        self._unread = request.get(UNREAD) if left else None
         super().on_response_complete()
         if left:
             self._expect_a_reader()

@@ -33,7 +33,7 @@ def tensors_sha256(path: Path) -> str:
     whole = hashlib.sha256()
     for name, value in read_values(path, sorted(read_header(path))):
         whole.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        whole.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        whole.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
