@@ -14,6 +14,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.storage import between, write_text
 
 RECORDS = {"demo": ROOT / "docs" / "records" / "demo.json", "full": ROOT / "docs" / "records" / "demo-full.json"}
+FRONTIER = ROOT / "docs" / "records" / "device-frontier.json"
 PAGES = {
     ROOT / "README.md": ("demo",),
     ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "frontier"),
@@ -78,8 +79,9 @@ def calibrated(result: Mapping[str, Any]) -> list[str]:
     return table([asked, "% [95 % interval]"], lines)
 
 
-def frontier(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Layers of the shadow against what the detached model is worth on development rows: the best cell of each depth."""
+def frontier(cells: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> list[str]:
+    """Layers of the shadow against what the detached model is worth on development rows (the best cell of each depth), and
+    what they cost (``costs`` by number of layers)."""
     best: dict[int, Mapping[str, Any]] = {}
     for record in cells:
         layers, found = record["settings"]["layers"], record["curve"][-1]["constrained"]
@@ -97,10 +99,24 @@ def frontier(cells: Sequence[Mapping[str, Any]]) -> list[str]:
                 percent(last["constrained"]["open_handed_on"]),
                 f"{record['parameters'] / 1e6:.0f}M",
                 f"{last['processor_seconds'] / 60:.1f}",
+                *(_cost(costs[str(layers)]) if str(layers) in costs else [EMPTY, EMPTY]),
             ]
         )
-    head = ["layers", "cell", "passes", "commands, % [95 %]", "open handed on", "parameters", "processor minutes"]
+    lines += [
+        [k, "not trained", EMPTY, EMPTY, EMPTY, f"{cost['parameters'] / 1e6:.0f}M", EMPTY, *_cost(cost)]
+        for k, cost in costs.items()
+        if int(k) not in best
+    ]
+    lines.sort(key=lambda line: int(line[0]))
+    head = [
+        "layers", "cell", "passes", "commands, % [95 %]", "open handed on", "parameters", "processor minutes",
+        "a decision, one thread", "attached, of the base's time",
+    ]  # fmt: skip
     return table(head, lines)
+
+
+def _cost(cost: Mapping[str, Any]) -> list[str]:
+    return [f"{cost['decision_ms']:.0f} ms", f"{cost['attached_to_base']:.2f}"]
 
 
 def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -132,7 +148,8 @@ def tables() -> dict[str, list[str]]:
     """Every table whose records are there."""
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in RECORDS.items() if file.is_file()}
     cells = [r for r in read(FOLDER) if r["curve"] and r["settings"]["problem"] == "robot"]
-    made = {"frontier": frontier(cells), "joint": joint(read(FOLDER / "joint"))}
+    costs = json.loads(FRONTIER.read_text(encoding="utf-8"))["layers"] if FRONTIER.is_file() else {}
+    made = {"frontier": frontier(cells, costs), "joint": joint(read(FOLDER / "joint"))}
     if "demo" in results:
         made |= {"demo": methods(results["demo"]), "calibrated": calibrated(results["demo"])}
     if "full" in results:

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def beside(backend: Backend, piece: int, prompt: int) -> dict[str, float]:
     """One long prompt beside one short answer, in milliseconds of processor time."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 1000, (prompt + SHORT,), generator=generator).tolist()
-    engine = Engine(backend, EngineLimits(prefill_tokens=piece, prompt_tokens=prompt, new_tokens=1024))
+    limits = EngineLimits(prefill_tokens=piece, prompt_tokens=prompt, new_tokens=1024, answer_seconds=1e6)
+    engine = Engine(backend, limits)
     engine.start()
     short, long = Watch(), Watch()
     running = engine.submit(ids[:SHORT], "default", SamplingParams(max_tokens=1024), short)
@@ -68,20 +70,23 @@ def beside(backend: Backend, piece: int, prompt: int) -> dict[str, float]:
     began = time.process_time()
     engine.submit(ids[SHORT:], "default", SamplingParams(max_tokens=1), long)
     long.ended.wait()
+    made = len(short.times)
+    while len(short.times) == made:  # the token that waited for the last piece
+        short.came.acquire()
     running.cancelled = True
     engine.stop()
     for watch in (short, long):
         if watch.error is not None:
             raise watch.error
-    first = long.times[0]
-    gaps = [b - a for a, b in zip(short.times, short.times[1:], strict=False) if a < first and b > began]
-    alone = [b - a for a, b in zip(short.times[1:], short.times[2:], strict=False) if b <= began]
+    first, gaps = long.times[0], list(pairwise(short.times))
+    alone = [b - a for a, b in gaps[1:] if b <= began]
+    waits = [b - a for a, b in gaps if began < a < first]
     return {
         "alone_ms": 1000 * statistics.median(alone),
-        "beside_ms": 1000 * statistics.median(gaps),
-        "longest_ms": 1000 * max(gaps),
+        "beside_ms": 1000 * statistics.median(waits),
+        "longest_ms": 1000 * max(waits),
         "prompt_ms": 1000 * (first - began),
-        "tokens_meanwhile": len(gaps),
+        "tokens_meanwhile": len(waits),
     }
 
 

@@ -38,7 +38,9 @@ def test_the_best_cell_of_each_depth_is_shown():
         point = {"pass": 1, "processor_seconds": 60.0, "constrained": {"commands": share, "open_handed_on": share}}
         return {"id": f"device/{name}", "name": name, "settings": {"layers": layers}, "parameters": 1e6, "curve": [point]}
 
-    lines = device_results.frontier([cell("b", 6, 0.5), cell("a", 2, 0.4), cell("c", 6, 0.9)])
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["2", "6"]
-    assert "[c](" in lines[3]
-    assert "90.0" in lines[3]
+    costs = {"1": {"parameters": 3e6, "decision_ms": 11.0, "attached_to_base": 1.07}}
+    lines = device_results.frontier([cell("b", 6, 0.5), cell("a", 2, 0.4), cell("c", 6, 0.9)], costs)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1", "2", "6"]
+    assert "11 ms" in lines[2]
+    assert "[c](" in lines[4]
+    assert "90.0" in lines[4]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import h11
 import uvicorn
@@ -82,7 +82,8 @@ class TimelyProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         left = self.transport.get_write_buffer_size() > 0
-        self._unread = cast("Callable[[], None] | None", self.scope.get(UNREAD)) if left and self.scope else None
+        request: Any = self.scope or {}
+        self._unread = request.get(UNREAD) if left else None
         super().on_response_complete()
         if left:
             self._expect_a_reader()
