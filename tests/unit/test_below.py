@@ -176,6 +176,7 @@ def test_the_base_is_as_before_also_after_an_error():
         ({"shadow_state": torch.zeros(3, 9, 32)}, "the shadow trains; freeze it"),
         ({"output_hidden_states": True}, "leave the others out"),
         ({"position_ids": None}, "padding on the left"),
+        ({"position_ids": None, "base_state": None, "shadow_state": torch.zeros(3, 9, 32)}, "padding on the left"),
     ],
 )
 def test_states_that_do_not_fit_are_refused(changes, message):

@@ -102,6 +102,13 @@ def start_above(
             raise ConfigError(
                 f"{name} has shape {tuple(state.shape)} but must be {(*ids.shape, parts.hidden_size)}, one state a token"
             )
+    left = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
+    if left and kwargs.get("position_ids") is None:
+        raise ConfigError(
+            f"{given} was passed for rows with padding on the left, which were recorded at positions from 0; pass "
+            "position_ids, or pad on the right"
+        )
+    kwargs["use_cache"] = False
     trains = model.training and torch.is_grad_enabled()
     if shadow is not None:
         if trains and any(w.requires_grad for w in hub.shadow_weights(call.parts[0].adapter).values()):
@@ -109,16 +116,6 @@ def start_above(
         call.shadow_state = shadow
     if base is None:
         return
-    if (
-        kwargs.get("position_ids") is None
-        and isinstance(mask, Tensor)
-        and mask.dim() == 2
-        and not bool(mask[:, 0].all())
-    ):
-        raise ConfigError(
-            "base_state was passed for rows with padding on the left, which were recorded at positions from 0; pass "
-            "position_ids, or pad on the right"
-        )
     first = call.first
     if first == 0:
         raise ConfigError(
@@ -126,7 +123,6 @@ def start_above(
         )
     if trains and not is_frozen(parts.backbone):
         raise ConfigError("base_state was passed but modules of the base train (modules_to_save); leave it out")
-    kwargs["use_cache"] = False
     call.base_state = base
     for layer in parts.layers[:first]:
         call.skipped.append((layer, vars(layer).get("forward")))  # accelerate puts a forward of its own there
