@@ -59,11 +59,11 @@ def fit(texts: Sequence[str], labels: Sequence[Any], c: float = 1.0) -> Pipeline
 
 def predict(model: Pipeline, texts: Sequence[str]) -> tuple[list[Any], list[float]]:
     """Labels, and how far the best class is ahead of the second (the confidence of a decision)."""
-    values = model.decision_function(texts)
+    values, classes = model.decision_function(texts), model.classes_.tolist()
     if values.ndim == 1:  # two classes have one number
-        return [model.classes_[int(v > 0)] for v in values], [float(abs(v)) for v in values]
+        return [classes[int(v > 0)] for v in values], [float(abs(v)) for v in values]
     two = np.sort(values, axis=1)[:, -2:]
-    return [model.classes_[i] for i in values.argmax(1)], (two[:, 1] - two[:, 0]).tolist()
+    return [classes[i] for i in values.argmax(1)], (two[:, 1] - two[:, 0]).tolist()
 
 
 def fit_robot() -> Pipeline:
