@@ -107,6 +107,14 @@ def test_the_pages_tables_are_the_records(record):
     assert len(counts) == 3
 
 
+def test_the_table_of_pieces_is_the_records():
+    text = marked(ROOT / "docs" / "serving.md", "pieces")
+    pieces = json.loads((ROOT / "docs" / "records" / "prefill-pieces.json").read_text())["pieces"]
+    shown = [numbers(" ".join(row)) for row in rows(text)[1:]]
+    assert shown == [[p["piece"], round(p["prompt_ms"] / 1e3, 1), round(p["beside_ms"] / 1e3, 2)] for p in pieces]
+    assert numbers(text)[-1] == round(pieces[0]["alone_ms"] / 1e3, 2)
+
+
 def test_the_pages_break_even_shares_are_those_of_figure_3b():
     results = json.loads(FIGURE.read_text())["results"]
     device, cloud = (results[how]["milliseconds"] for how in ("detached", "attached"))

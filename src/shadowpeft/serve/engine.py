@@ -57,7 +57,12 @@ class EngineLimits:
     gather_seconds: float = 0.002
     """How long an idle engine waits for neighbours of the first request."""
     prefill_tokens: int | None = None
-    """Tokens of prompts that are read in one step, which delays those that run. None: 128 on a CPU, 1024 elsewhere."""
+    """Tokens of prompts that are read in one step, which delays those that run. None: 128 on a CPU, 1024 elsewhere.
+
+    SmolLM2-135M on one thread, a prompt of 2,000 tokens beside one short answer (docs/records/prefill-pieces.json): with 128 a
+    token of the short one takes 0.69 s instead of 0.07 s, and the prompt 11.3 s; in one piece the prompt takes 8.7 s, and so
+    does that token; with 1,024 they take 9.2 and 4.6 s, with 64 14.5 and 0.46 s. No GPU was measured.
+    """
 
 
 @dataclass(eq=False)
