@@ -325,7 +325,11 @@ def main() -> None:
     if options.peak:
         peak(options.peak, options.rank)
         return
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if options.resume or options.render else {}
+    record = (
+        json.loads(RECORD.read_text(encoding="utf-8"))
+        if RECORD.is_file() and (options.resume or options.render)
+        else {}
+    )
     if not options.render:
         rank = match_rank(load(), "lora", count_trainable(shadow(load(), None)), target_modules=LINEARS).r
         versions = releases("torch", "transformers", "peft")
