@@ -228,8 +228,9 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         f"How many of {runs['bound']:,} simulated calibrations missed the target / how many of the answers with a known action",
         f"they kept on average, in % ([record](records/calibration-bound.json), {record['date']}, {machine['device']},",
-        f"{record['minutes']:.0f} minutes of a machine busy with other work). {record['cells'][0]['bound']['whole']} a cell went",
-        "through all of `calibrate`, the others through the part of it that decides. At a level of",
+        f"{record['minutes']:.0f} minutes of a machine busy with other work).",
+        f"{record['cells'][0]['bound']['whole']} of each went through all of `calibrate`,",
+        "the others through the part of it that decides. At a level of",
         f"{100 * LEVEL:.0f} %, at most {100 - 100 * LEVEL:.0f} % may miss; of so few simulations up to",
         f"{record['noise']:.1f} % may be seen to. Refused: so few rows can never hold the target. The last column",
         "is what could be kept if the true errors were known.",
