@@ -188,7 +188,7 @@ def cell(world: World, n: int, runs: int, whole: int, *, bound: bool) -> dict[st
         drawn = Draw.of(world, n, run)
         try:
             found = drawn.decide(world.target, run) if bound else None
-            if run < whole:
+            if run < whole or found is None:
                 made = calibrate(drawn.samples(), target=world.target, bound=bound, level=LEVEL, seed=run)
                 served = made.signal, smallest(made, world)
                 if bound and found != served:
@@ -228,9 +228,12 @@ def page(record: dict[str, Any]) -> str:
     lines = [
         f"How many of {runs['bound']:,} simulated calibrations missed the target / how many of the answers with a known action",
         f"they kept on average, in % ([record](records/calibration-bound.json), {record['date']}, {machine['device']},",
-        f"{record['minutes']:.0f} minutes of a machine busy with other work). At a level of {100 * LEVEL:.0f} %, at most",
-        f"{100 - 100 * LEVEL:.0f} % may miss; of so few simulations up to {record['noise']:.1f} % may be seen to. The last",
-        "column is what could be kept if the true errors were known.",
+        f"{record['minutes']:.0f} minutes of a machine busy with other work).",
+        f"{record['cells'][0]['bound']['whole']} of each went through all of `calibrate`,",
+        "the others through the part of it that decides. At a level of",
+        f"{100 * LEVEL:.0f} %, at most {100 - 100 * LEVEL:.0f} % may miss; of so few simulations up to",
+        f"{record['noise']:.1f} % may be seen to. Refused: so few rows can never hold the target. The last column",
+        "is what could be kept if the true errors were known.",
         "",
         "| curve | target | " + " | ".join(f"{n:,} rows" for n in ROWS) + " | at most |",
         "|---|---|" + "---|" * len(ROWS) + "---|",

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
-from scripts.calibration_bound import CURVES, LEVEL, ROWS, TARGETS, Draw, World, cell
+from scripts.calibration_bound import CURVES, LEVEL, RECORD, ROWS, TARGETS, Draw, World, cell
 
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.bound import choosing_rows, fewest_kept, require_rows, strictest_to_laxest
@@ -65,6 +65,17 @@ def test_the_report_counts_the_rows_that_were_tested():
     kept = [s for s in rows if made.keeps(s.signals[made.signal])]
     assert tested == {"rows": len(rows), "kept": len(kept), "wrong": sum(not s.right for s in kept), "needed": 29}
     assert tested["kept"] > 0
+
+
+def test_the_record_holds_its_promise():
+    record = json.loads(RECORD.read_text())
+    assert {(c["curve"], c["target"], c["rows"]) for c in record["cells"]} == {
+        (c, t, n) for c in CURVES for t in TARGETS for n in ROWS
+    }
+    for made in record["cells"]:
+        assert made["bound"]["runs"] >= 1000
+        assert made["bound"]["missed"] <= unlikely(made["bound"]["runs"])
+    assert max(c["plain"]["missed"] / c["plain"]["runs"] for c in record["cells"]) > 0.9
 
 
 def test_the_sequence_by_hand(monkeypatch):
