@@ -2,13 +2,11 @@
 
     python benchmarks/last_layers.py [--only time,memory,quality] [--rounds 3] [--steps 30] [--rows 240] [--resume]
 
-SmolLM2-135M, float32, robot rows, batches of 16, one thread. Time: one training step (forward, backward, AdamW; reading the
-stored activations is part of it), the methods take turns; the median over rounds of its processor time divided by LoRA's in
-the same round. Memory: the most that a process of its own holds in such a step above the loaded model. Quality: every method
-sees the same ``--rows`` rows in the same order for ``--steps`` steps; loss, and whether a greedy answer would begin with the
-right action, on commands of the validation split. With ``--resume`` what is in the record is kept and the rest is measured, so
-``--steps 300 --rows 4400`` can be run in pieces. Writes docs/records/last-layers.json, and from it the table and the figure of
-docs/last-layers.md.
+SmolLM2-135M, float32, robot rows, batches of 16, one thread. Time: processor time of a training step, reading stored
+activations included, the methods in turns; divided by that of LoRA which computes logits at targets only, as the shadow does.
+A first round warms up. Memory: the most that a process holds in two steps above the loaded model. Quality: every method sees
+the same rows in the same order; loss, and whether a greedy answer would begin with the right action, on validation commands.
+With ``--resume`` what is recorded is kept. Writes docs/records/last-layers.json, and from it docs/last-layers.md.
 """
 
 from __future__ import annotations
@@ -151,7 +149,7 @@ def measure_time(
         before: what was kept; rounds are added to it.
     """
     values: list[dict[str, list[float]]] = before.get("values", [])
-    if len(values) >= rounds:
+    if len(values) > rounds:  # the first is a warm-up
         return
     rows = sequences("train", BATCH)
     (batch,) = batches(rows, 1)
@@ -165,7 +163,7 @@ def measure_time(
         "bytes_a_token": round(size / tokens),
         "processor_seconds": {n: round(m.seconds_to_store, 2) for n, m in methods.items() if m.stored is not None},
     }
-    while len(values) < rounds:
+    while len(values) <= rounds:
         spent = {}
         for name in list(METHODS) if len(values) % 2 == 0 else list(METHODS)[::-1]:
             began, processor_began = time.perf_counter(), time.process_time()
@@ -179,9 +177,14 @@ def measure_time(
         )
 
 
-def ratios(values: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Processor time of each method divided by LoRA's in the same round."""
-    return {name: [spent[name][0] / spent["lora"][0] for spent in values] for name in METHODS}
+def counted(timed: dict[str, Any]) -> list[dict[str, list[float]]]:
+    """The rounds but the first, whose first step has the process's warm-up in it; the first, while it is the only one."""
+    return list(timed["values"][1:] or timed["values"])
+
+
+def ratios(timed: dict[str, Any]) -> dict[str, list[float]]:
+    """Processor time of each method divided by that of LoRA with logits at targets only, in the same round."""
+    return {name: [spent[name][0] / spent["lora-targets"][0] for spent in counted(timed)] for name in METHODS}
 
 
 def peak(name: str, rank: int) -> None:
@@ -258,17 +261,17 @@ def page_table(record: dict[str, Any]) -> str:
     for name, title in METHODS.items():
         row = [title]
         if timed:
-            shares = ratios(timed["values"])[name]
+            shares = ratios(timed)[name]
             row += [
                 f"{timed['trainable_parameters'][name] / 1e6:.2f} M",
-                f"{statistics.median(spent[name][0] for spent in timed['values']):.2f} s",
+                f"{statistics.median(spent[name][0] for spent in counted(timed)):.2f} s",
                 f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]",
             ]
         row.append(f"{memory[name]['above_model_mib']:,} MiB" if name in memory else "")
         judged_now = quality.get("methods", {}).get(name)
         row += ["", ""] if judged_now is None else [f"{judged_now['loss']:.3f}", percent(judged_now["action"])]
         rows.append(row)
-    header = ["corrected", "trains", "step", "of LoRA's", "memory above the model", "loss", "right action"]
+    header = ["corrected", "trains", "step", "of row 2's", "memory above the model", "loss", "right action"]
     return "\n".join(table(header, rows))
 
 
@@ -289,16 +292,16 @@ def figure(record: dict[str, Any]) -> None:
     }
     layers = {"all": 29, "last-6-frozen": 6, **{f"last-{n}{end}": n for n in LAST for end in ("", "-stored")}}
     picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    shares = {n: statistics.median(each) for n, each in ratios(record["time"]["values"]).items()}
+    shares = {n: statistics.median(each) for n, each in ratios(record["time"]).items()}
     values = shares, {n: m["above_model_mib"] for n, m in record["memory"].items()}
     for axes, value, label in (
-        (left, values[0], "time of a step / LoRA's"),
+        (left, values[0], "time of a step / LoRA's, logits at targets"),
         (right, values[1], "memory above the model, MiB"),
     ):
         for title, names in shown.items():
             known = [n for n in names if n in value]
             axes.plot([layers[n] for n in known], [value[n] for n in known], marker="o", label=title)
-        axes.axhline(value["lora"], color="black", linestyle="--", label="LoRA")
+        axes.axhline(value["lora-targets" if axes is left else "lora"], color="black", linestyle="--", label="LoRA")
         axes.set(xlabel="corrected layers, from the last", ylabel=label, ylim=(0, None))
     left.legend(fontsize=8)
     picture.savefig(FIGURE, dpi=120)
@@ -325,11 +328,8 @@ def main() -> None:
     if options.peak:
         peak(options.peak, options.rank)
         return
-    record = (
-        json.loads(RECORD.read_text(encoding="utf-8"))
-        if RECORD.is_file() and (options.resume or options.render)
-        else {}
-    )
+    known = RECORD.is_file() and (options.resume or options.render)
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if known else {}
     if not options.render:
         rank = match_rank(load(), "lora", count_trainable(shadow(load(), None)), target_modules=LINEARS).r
         versions = releases("torch", "transformers", "peft")
@@ -337,9 +337,8 @@ def main() -> None:
         record = {**made, "model": "SmolLM2-135M-Instruct, float32", "batch": BATCH, "lora_rank": rank, **record}
         with tempfile.TemporaryDirectory() as folder:
             measured(record, options, Path(folder))
-    write_text(
-        PAGE, between(PAGE.read_text(encoding="utf-8"), MARKS, block(record)) or PAGE.read_text(encoding="utf-8")
-    )
+    page = PAGE.read_text(encoding="utf-8")
+    write_text(PAGE, between(page, MARKS, block(record)) or page)
     if "time" in record and record.get("memory"):
         figure(record)
     print(page_table(record))
@@ -380,12 +379,14 @@ def block(record: dict[str, Any]) -> str:
         lines += [
             f"{record['date']}, commit {short(record['commit'])}, {record['machine']}, one thread, record "
             "[last-layers.json](records/last-layers.json).",
-            f"Steps of {BATCH} rows, {timed['tokens_a_batch']} tokens: processor time, medians over {len(timed['values'])} "
+            f"Steps of {BATCH} rows, {timed['tokens_a_batch']} tokens: processor time, medians over {len(counted(timed))} "
             "rounds in turns, lowest and highest in brackets.",
             f"LoRA r = {record['lora_rank']} on all linear layers trains as many parameters as the shadow on all layers.",
             f"Storing {BATCH} rows took {storing['processor_seconds']['last-6-stored']:.1f} s for the last 6, and "
             f"{storing['bytes_a_token']:,} bytes a token.",
         ]
+        if len(timed["values"]) == 1:
+            lines.append("One round so far: the first row's time has the process's warm-up in it.")
     if quality:
         s = quality["setting"]
         lines.append(
