@@ -34,7 +34,8 @@ def test_the_true_error_exceeds_the_target_in_one_calibration_of_twenty_at_most(
     missed = {n: result["missed"] for n, result in made.items()}
     assert max(missed.values()) <= unlikely(RUNS[curve]), missed
     if curve == "informative":
-        assert made[3000]["kept"] > 0.6 * world.most  # a bound that keeps nothing would hold, too
+        # a bound that keeps nothing would hold, too; 1 % takes 299 answers without a wrong one, 5 % takes 59
+        assert made[3000]["kept"] > (0.35 if target == 0.01 else 0.85) * world.most
 
 
 def test_the_simulation_sees_a_rule_whose_guarantee_does_not_survive_the_choice():
