@@ -23,6 +23,7 @@ from chatbase import chat_tokenizer, mixed_rows, plain_rows, run_file, save_base
 from shadowpeft import ShadowTrainer, storage
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.data import chat
+from shadowpeft.data.robot import SKILLS
 from shadowpeft.errors import BaseMismatchError, ConfigError, DataError, ShadowPeftError
 from shadowpeft.presets import PRESETS
 from shadowpeft.storage import temporary_name
@@ -31,7 +32,7 @@ from shadowpeft.train import checkpoints
 from shadowpeft.train import run as run_module
 from shadowpeft.train.config import parse_run, read_run
 from shadowpeft.train.progress import RunCallback, read_metrics
-from shadowpeft.train.rows import encode_run
+from shadowpeft.train.rows import encode_run, read_rows
 from shadowpeft.train.run import train
 from tiny import adapt, adapter_config, base
 
@@ -160,12 +161,51 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
     assert train(run, quiet=True)["steps"] == 6  # 17 sequences: one row has an answer for each path
     robot = config(made, tmp_path / "robot", data={"train": "robot", "max_length": 512})
     sequences, validation, record = encode_run(robot, load_tokenizer(made["base"]), print)
-    assert record["train"]["rows"] == len(sequences) > 4000
+    assert record["train"]["rows"] == 4447
+    assert len(sequences) == 5447  # 1,000 open requests: in words for the base, [REMOTE] for the shadow
     assert validation
     text = chat_tokenizer().decode(sequences[0].ids)
     assert text.startswith("<|im_start|>system\nYou are a robot dog.<|im_end|>")
     kinds = {(s.base, s.shadow) for s in sequences}
     assert kinds == {(True, True), (True, False), (False, True)}
+    learnt = {chat_tokenizer().decode([t for t in s.features()["shadow_labels"] if t != -100]) for s in sequences}
+    assert learnt == {"", "[REMOTE]<|im_end|>", *(f"[{skill}()]<|im_end|>" for skill in SKILLS)}
+    whole = config(made, tmp_path / "w", data={"train": "robot", "max_length": 512, "shadow_answers": "whole"})
+    sequences, _, record = encode_run(whole, load_tokenizer(made["base"]), print)
+    assert record["train"]["rows"] == len(sequences) == 4447 + 9 * 47
+
+
+def test_the_shadow_alone_trains_first(made, tmp_path):
+    """3 epochs of 15 rows for the shadow without the base, then one of 17 for both, 3 a step."""
+    options = {"max_steps": None, "epochs": 1.0, "batch_size": 3, "shadow_epochs": 3, "log_every": 1}
+    run = config(made, tmp_path / "run", training=options)
+    assert train(run, quiet=True)["steps"] == 15 + 6
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in logged if "shadow_loss" in line and "step" in line]
+    assert [line["step"] for line in steps] == list(range(1, 22))
+    assert not any("task_loss" in line for line in steps[:15])
+    assert sum("task_loss" in line for line in steps[15:]) >= 4  # 13 of the 17 sequences are the base's
+    assert steps[14]["shadow_loss"] < steps[0]["shadow_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 15, "shadow_epochs": 3}, "max_steps is 15 but 3 epochs of the shadow alone take 15 steps"),
+        ({"shadow_epochs": 1, "group_by_length": False}, "shadow_epochs is set and group_by_length is off"),
+    ],
+)
+def test_impossible_shadow_epochs(made, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        train(config(made, tmp_path / "run", training={"batch_size": 3, **options}), quiet=True)
+
+
+def test_a_tool_call_is_no_action(tmp_path):
+    call = {"function": {"name": "Sit", "arguments": {}}}
+    turns = [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    file = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1 has 'tool_calls' but data.shadow_answers is 'action'"):
+        read_rows(file, "train", actions=True)
 
 
 def test_evaluation_costs_no_training_if_it_fails(made, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from shadowpeft.data import robot
-from shadowpeft.data.actions import LONGEST_TAG, REMOTE, parser, read_skills
+from shadowpeft.data.actions import LONGEST_TAG, REMOTE, only_action, parser, read_skills
 from shadowpeft.errors import ConfigError
 
 LAMP = ("LampOn", "LampOff", "开灯")
@@ -118,3 +118,18 @@ def test_skills_are_refused_wherever_they_come_from():
     with pytest.raises(ConfigError, match="no skill"):
         parser([])
     assert parser(iter(LAMP))("[LampOff()]") == "LampOff"
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("[Sit()] Down I go.", "[Sit()]"),
+        (" [Own()]", "[Own()]"),
+        ("[REMOTE] I will ask.", "[REMOTE]"),
+        ("Air scatters blue light.", "[REMOTE]"),
+        ("", "[REMOTE]"),
+        ("[Sit(2)] Down", "[REMOTE]"),
+    ],
+)
+def test_only_the_action_of_an_answer(text: str, action: str) -> None:
+    assert only_action(text) == action

@@ -63,6 +63,23 @@ def test_a_shadow_response_makes_two_sequences_each_masking_the_other_path():
     assert set(first["shadow_labels"]) == set(second["labels"]) == {-100}
 
 
+@pytest.mark.parametrize("answer", ["[Sit()]", "[Sit()] Down", ""])
+def test_a_shadow_response_that_begins_the_answer_needs_one_sequence(answer):
+    tokenizer = chat_tokenizer()
+    row = {"prompt": "hi", "response": "[Sit()] Down I go.", "shadow_response": answer}
+    (one,) = sequences([row], tokenizer)
+    features = one.features()
+    assert tokenizer.decode(features["input_ids"]) == PROMPT + "[Sit()] Down I go.<|im_end|>"
+    assert learned(features, "labels", tokenizer) == "[Sit()] Down I go.<|im_end|>"
+    assert learned(features, "shadow_labels", tokenizer) == answer + "<|im_end|>"
+    assert features["shadow_labels"].index(features["shadow_labels"][one.start]) == one.start
+    assert len(features["shadow_labels"]) == len(features["input_ids"])
+    alone = one.alone().features()
+    assert tokenizer.decode(alone["input_ids"]) == PROMPT + answer + "<|im_end|>"
+    assert learned(alone, "shadow_labels", tokenizer) == answer + "<|im_end|>"
+    assert set(alone["labels"]) == {-100}
+
+
 def test_the_prompt_is_masked_exactly_up_to_the_generation_prompt():
     tokenizer = chat_tokenizer()
     (one,) = sequences([{"prompt": "hi", "response": "ho\n"}], tokenizer)

@@ -28,3 +28,12 @@ def test_batches_hold_similar_lengths_but_do_not_run_from_long_to_short() -> Non
     means = lengths.mean(1)
     rank = torch.corrcoef(torch.stack([means, torch.arange(50, dtype=torch.float64)]))[0, 1]
     assert abs(float(rank)) < 0.5  # the stock order within 50 batches has -1
+
+
+def test_parts_follow_one_another_each_shuffled_alone() -> None:
+    sampler = EpochSampler(8, LENGTHS, 0, [100, 100, 203])
+    places = list(sampler)
+    first, second = places[:100], [place - 100 for place in places[100:200]]
+    assert sorted(first) == sorted(second) == list(range(100))
+    assert first != second
+    assert sorted(places[200:]) == list(range(200, 403))

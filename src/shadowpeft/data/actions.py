@@ -35,6 +35,12 @@ def parser(skills: Iterable[str]) -> Callable[[str], str | None]:
     return parse
 
 
+def only_action(text: str) -> str:
+    """The action at the start of ``text``, known or not, as it is written: ``[Sit()]``; ``[REMOTE]`` if there is none."""
+    match = _TAG.match(text)
+    return f"[{REMOTE}]" if match is None else match[0].strip()
+
+
 def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
     """``names``, if they can be skills.
 

@@ -1,7 +1,8 @@
 """Chat rows (:mod:`shadowpeft.data.chat_rows`) to token sequences with the prompt masked, and the collator that pads them.
 
 Two optional keys of a row address the two paths: ``"shadow_response"`` gives the shadow path another answer to the same prompt;
-``"path"`` says who learns the row. A row with both answers becomes two sequences, each masking the other path.
+``"path"`` says who learns the row. A row with both answers becomes two sequences, each masking the other path; but one is
+enough where the shadow's answer is the beginning of the base's, since both then read the same tokens.
 """
 
 from __future__ import annotations
@@ -78,17 +79,27 @@ class Sequence:
     start: int
     base: bool
     shadow: bool
+    shadow_answer: list[int] | None = None
+    """What the shadow path learns, if that is less than the whole answer: its first tokens, and then the end of the turn."""
 
     def features(self) -> dict[str, Any]:
         """``input_ids``, ``labels`` and ``shadow_labels``, prompt tokens masked with -100, and ``length``."""
-        target = [IGNORE] * self.start + self.ids[self.start :]
         nothing = [IGNORE] * len(self.ids)
+        target = nothing[: self.start] + self.ids[self.start :]
+        own = target
+        if self.shadow_answer is not None:
+            own = (nothing[: self.start] + self.shadow_answer + nothing)[: len(self.ids)]
         return {
             "input_ids": self.ids,
             "labels": target if self.base else nothing,
-            "shadow_labels": target if self.shadow else nothing,
+            "shadow_labels": own if self.shadow else nothing,
             "length": len(self.ids),
         }
+
+    def alone(self) -> Sequence:
+        """What the shadow path learns, as a sequence of its own that never runs the base."""
+        answer = self.ids[self.start :] if self.shadow_answer is None else self.shadow_answer
+        return Sequence(self.ids[: self.start] + answer, self.start, base=False, shadow=True)
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,8 @@ def _sequences(row: dict[str, Any], tokenizer: Any, system: str | None, where: s
         path = row["path"]
         return [Sequence(head + own, len(head), path in ("both", "base"), path in ("both", "shadow"))]
     other = _answer_ids(tokenizer, messages, prompt, row["shadow_response"], **options)
+    if len(other) <= len(own) and other[:-1] == own[: len(other) - 1]:
+        return [Sequence(head + own, len(head), True, True, other)]
     return [Sequence(head + own, len(head), True, False), Sequence(head + other, len(head), False, True)]
 
 
@@ -281,10 +294,14 @@ class ChatCollator:
 
 
 class ChatDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Encoded sequences for a Trainer."""
+    """Encoded sequences for a Trainer.
 
-    def __init__(self, sequences: list[Sequence]) -> None:
-        self.sequences = sequences
+    Args:
+        parts: sizes of consecutive parts, each of which is shuffled alone, so that one follows the other; None: one part.
+    """
+
+    def __init__(self, sequences: list[Sequence], parts: list[int] | None = None) -> None:
+        self.sequences, self.parts = sequences, parts or [len(sequences)]
         self.skipped: Skipped | None = getattr(sequences, "skipped", None)
 
     def __len__(self) -> int:

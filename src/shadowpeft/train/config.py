@@ -36,8 +36,16 @@ class DataConfig(StrictSection):
     """What happens to longer rows."""
     system: str | None = None
     """System message for rows that bring none."""
+    shadow_answers: Literal["whole", "action"] | None = None
+    """What the shadow path learns of an answer: "whole", or "action": the action it starts with, ``[REMOTE]`` where it starts
+    with none. null: "action" for ``robot``, else "whole"."""
     shadow_repeats: int = Field(default=0, ge=0)
     """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
+
+    @property
+    def learns_actions(self) -> bool:
+        """Whether the shadow path learns actions alone."""
+        return self.train == "robot" if self.shadow_answers is None else self.shadow_answers == "action"
 
 
 class ShadowSection(StrictSection, ShadowSettings):
@@ -91,6 +99,8 @@ class TrainingSection(OptimisationSection):
     """Optimisation, evaluation and saving of a fine-tuning run."""
 
     epochs: float | None = Field(default=None, gt=0)
+    shadow_epochs: int = Field(default=0, ge=0)
+    """Epochs of the shadow path alone, without the base, before both paths train. ``max_steps`` counts their steps too."""
     batch_size: Count = 16
     eval_batch_size: Count = 16
     backbone_lr_ratio: float = Field(default=1.0, gt=0)
@@ -108,6 +118,10 @@ class TrainingSection(OptimisationSection):
             raise ValueError("epochs and max_steps are both set; keep one")
         if self.epochs is None and self.max_steps is None:
             self.epochs = 1.0
+        if self.shadow_epochs and not self.group_by_length:
+            raise ValueError(
+                "shadow_epochs is set and group_by_length is off, but its sampler keeps the order; leave it on"
+            )
         return self
 
 
@@ -217,7 +231,9 @@ def problems_in(error: ValidationError, whole: type[BaseModel], sections: dict[s
         if problem["type"] == "extra_forbidden":
             section = next((sections[str(p)] for p in reversed(problem["loc"][:-1]) if str(p) in sections), whole)
             known = list(section.model_fields)
-            elsewhere = [f" (did you mean '{name}.{key}'?)" for name, kind in sections.items() if key in kind.model_fields]
+            elsewhere = [
+                f" (did you mean '{name}.{key}'?)" for name, kind in sections.items() if key in kind.model_fields
+            ]
             hint = elsewhere[0] if elsewhere else did_you_mean(str(key), known)
             parts.append(f"unknown key '{place}'" + (hint or f"; known keys: {', '.join(known)}"))
         elif problem["type"] == "missing":

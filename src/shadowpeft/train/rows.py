@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from shadowpeft.data import chat
+from shadowpeft.data.actions import REMOTE, only_action
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
-from shadowpeft.train.config import RunConfig
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.train.config import RunConfig, TrainingSection
 
 ROBOT_REMOTE_REPEATS = 10
 
 
-def robot_rows(split: str) -> list[dict[str, Any]]:
+def robot_rows(split: str, *, actions: bool = False) -> list[dict[str, Any]]:
     """Rows of the packaged robot set in the form of :mod:`shadowpeft.data.chat`.
 
     ``train`` joins the three training parts: skill commands for both paths, open-domain answers for the base path, open-domain
     requests answered ``[REMOTE]`` for the shadow path (the paper, Appendix F). The last are only 47, so they are repeated
-    ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions.
+    ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions. With
+    ``actions`` they are not: there the shadow path learns the 1,000 open requests of the base path too, as ``[REMOTE]``.
     """
-    paths = {"train_remote_base": "base", "train_remote_shadow": "shadow"}
+    own: dict[str, dict[str, Any]] = {
+        "train_remote_base": {"shadow_response": f"[{REMOTE}]"} if actions else {"path": "base"},
+        "train_remote_shadow": {"path": "shadow"},
+    }
+    repeats = {} if actions else {"train_remote_shadow": ROBOT_REMOTE_REPEATS}
     names = {
         "train": ["train_normal", "train_remote_base", "train_remote_shadow"],
         "validation": ["validation_normal"],
     }.get(split, [split])
     return [
-        chat.check_row(
-            {"prompt": row["prompt"], "response": row["response"], "path": paths.get(name, "both")}, row["id"]
-        )
+        chat.check_row({"prompt": row["prompt"], "response": row["response"], **own.get(name, {})}, row["id"])
         for name in names
-        for row in load_robot(name) * (ROBOT_REMOTE_REPEATS if name == "train_remote_shadow" else 1)
+        for row in load_robot(name) * repeats.get(name, 1)
     ]
 
 
-def read_rows(source: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, or of the packaged set for ``robot``."""
-    return robot_rows(split) if source == "robot" else chat.read_jsonl(source)
+def read_rows(source: str, split: str, *, actions: bool = False) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, or of the packaged set for ``robot``; with ``actions`` the shadow path learns actions alone.
+
+    Raises:
+        DataError: naming file and line, if a row is malformed, or has a tool call where actions are learnt.
+    """
+    rows = robot_rows(split, actions=actions) if source == "robot" else chat.read_jsonl(source)
+    return [with_action(row) for row in rows] if actions else rows
+
+
+def with_action(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with nothing but the action in the shadow path's answer."""
+    if row["path"] == "base":
+        return row
+    if "tool_calls" in row.get("answer", {}):
+        where = getattr(row, "where", "") or "a row"
+        raise DataError(
+            f"{where} has 'tool_calls' but data.shadow_answers is 'action', which reads actions such as [Sit()] from the text; "
+            "write them so, or set it to 'whole'"
+        )
+    key = "response" if row["path"] == "shadow" else "shadow_response"
+    row[key] = only_action(row["shadow_response"] or row["response"])
+    return row
 
 
 def encode_run(
@@ -52,11 +78,37 @@ def encode_run(
     record: dict[str, Any] = {}
     for part, source in (("train", run.data.train), ("validation", validation)):
         if source is not None:
-            rows = read_rows(source, part)
+            rows = read_rows(source, part, actions=run.data.learns_actions)
             encoded[part] = chat.encode(rows, tokenizer, **options)
             record[part] = {"source": source, **encoded[part].record(), "sha256": chat.rows_digest(rows)}
             if encoded[part].skipped is not None:
                 warn(f"data.{part}: {encoded[part].skipped}")
     training = encoded["train"]
-    again = [chat.Sequence(s.ids, s.start, base=False, shadow=True) for s in training if s.shadow]
+    again = [s.alone() for s in training if s.shadow]
     return training + again * run.data.shadow_repeats, encoded.get("validation"), record
+
+
+def shadow_first(training: list[chat.Sequence], t: TrainingSection, batch: int) -> tuple[chat.ChatDataset, int | None]:
+    """The rows of a whole run whose ``shadow_epochs`` come before both paths train, and its number of steps.
+
+    Args:
+        batch: sequences of a step, over all processes.
+
+    Raises:
+        ConfigError: if ``max_steps`` ends the run before both paths train.
+    """
+    if not t.shadow_epochs:
+        return chat.ChatDataset(training), t.max_steps
+    alone = [s.alone() for s in training if s.shadow]
+    if not alone:
+        raise ConfigError("training.shadow_epochs is set but the shadow path learns no row of data.train; remove it")
+    before = len(alone) * t.shadow_epochs
+    steps = t.max_steps or math.ceil((before + (t.epochs or 1.0) * len(training)) / batch)
+    if steps * batch <= before:
+        raise ConfigError(
+            f"training.max_steps is {steps} but {t.shadow_epochs} epochs of the shadow alone take {math.ceil(before / batch)} "
+            "steps; raise it or lower training.shadow_epochs"
+        )
+    times = math.ceil((steps * batch - before) / len(training))
+    parts = [len(alone)] * t.shadow_epochs + [len(training)] * times
+    return chat.ChatDataset(alone * t.shadow_epochs + training * times, parts), steps

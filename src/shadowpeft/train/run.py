@@ -30,7 +30,7 @@ from shadowpeft.train.card import model_card
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
 from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
-from shadowpeft.train.rows import encode_run
+from shadowpeft.train.rows import encode_run, shadow_first
 from shadowpeft.train.trainer import ShadowTrainer
 
 
@@ -99,12 +99,14 @@ def _train(
 ) -> dict[str, Any]:
     t, (training, validation, record) = run.training, data
     args = training_arguments(t, folder, evaluates=validation is not None)
+    rows, steps = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
+    args.max_steps = steps or -1
     mean_tokens = sum(len(s.ids) for s in training) / len(training)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
     trainer = ShadowTrainer(
         model=model,
         args=args,
-        train_dataset=chat.ChatDataset(training),
+        train_dataset=rows,
         eval_dataset=chat.ChatDataset(validation) if validation is not None else None,
         data_collator=chat.ChatCollator(tokenizer.pad_token_id),
         callbacks=[shown],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft import versions
@@ -237,7 +237,7 @@ class ShadowLossMixin(WholeCheckpoints):
         if type(stock) is not LengthGroupedSampler:
             return stock
         seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-        return EpochSampler(stock.batch_size, stock.lengths, seed)
+        return EpochSampler(stock.batch_size, stock.lengths, seed, getattr(trainer.train_dataset, "parts", None))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As stock, with a learning rate of its own for the shadow backbone."""
@@ -263,24 +263,32 @@ class EpochSampler(LengthGroupedSampler):
     The stock sampler runs through each 50 batches from long to short: on the robot set that is Chinese, then English, over
     and over, and both losses went up by 1 at every return (LOG.md); here the batches are shuffled. The stock sampler also
     draws from the global generator, whose state at the start of an epoch is gone when a run is resumed in the middle of a
-    second epoch; such a run would see other rows.
+    second epoch; such a run would see other rows. ``parts``: sizes of consecutive parts that follow one another, each shuffled
+    alone.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+    def __init__(self, batch_size: int, lengths: list[int], seed: int, parts: list[int] | None = None) -> None:
         super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.parts = seed, 0, parts or [len(lengths)]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = list(super().__iter__())
-        whole = len(order) - len(order) % self.batch_size
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order: list[int] = []
+        for size in self.parts:
+            order += [len(order) + row for row in self._part(len(order), size, generator)]
+        return iter(order)
+
+    def _part(self, start: int, size: int, generator: torch.Generator) -> list[int]:
+        """The order of ``size`` rows from ``start`` on, counted from there."""
+        order = get_length_grouped_indices(self.lengths[start : start + size], self.batch_size, generator=generator)
+        whole = size - size % self.batch_size
         batches = [order[i : i + self.batch_size] for i in range(0, whole, self.batch_size)]
-        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
-        return iter([row for batch in shuffled for row in batch] + order[whole:])
+        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return [row for batch in shuffled for row in batch] + order[whole:]
 
 
 class ShadowTrainer(ShadowLossMixin, Trainer):

@@ -200,7 +200,7 @@ def initial_state(
     if inputs_embeds is None or own is not None:
         inputs_embeds = (base.get_input_embeddings() if own is None else own)(input_ids)
     inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
-    if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and _checkpoints(backbone):
+    if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and checkpoints(backbone):
         # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
         inputs_embeds = inputs_embeds.detach().requires_grad_(True)
     return _project(weights, backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs))
@@ -211,7 +211,8 @@ def _project(weights: AdapterWeights, output: Any) -> Tensor:
     return state if weights.projection is None else weights.projection(state)
 
 
-def _checkpoints(backbone: nn.Module) -> bool:
+def checkpoints(backbone: nn.Module) -> bool:
+    """Whether its layers run again in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
 
 
