@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
-from sklearn.svm import LinearSVC
+from sklearn.pipeline import Pipeline
 
 from experiments import device_rows
 from experiments.device_problems import shares
@@ -31,11 +29,10 @@ from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.evaluate.record import bootstrap, commit
+from shadowpeft.evaluate.rival import classifier, features, fit, predict
 from shadowpeft.storage import write_json
 
 GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-ITERATIONS = 5_000
-"""The usual 1,000 are too few for the largest C."""
 SPEC = "rivals"
 NAME = "svc"
 
@@ -49,32 +46,6 @@ class Problem:
     task: str
     train: list[tuple[str, Any]]
     validation: list[tuple[str, Any]]
-
-
-def features() -> FeatureUnion:
-    """Words and pairs of words; character n-grams of 2 to 5, since Chinese has no spaces and a typo changes few of them."""
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5))
-    return FeatureUnion([("words", words), ("characters", characters)])
-
-
-def classifier(c: float) -> LinearSVC:
-    """One against all the others, for each class."""
-    return LinearSVC(C=c, max_iter=ITERATIONS, random_state=0)
-
-
-def fit(texts: Sequence[str], labels: Sequence[Any], c: float = 1.0) -> Pipeline:
-    """The fitted classifier; deterministic."""
-    return make_pipeline(features(), classifier(c)).fit(texts, labels)
-
-
-def predict(model: Pipeline, texts: Sequence[str]) -> tuple[list[Any], list[float]]:
-    """Labels, and how far the best class is ahead of the second (the confidence of a decision)."""
-    values = model.decision_function(texts)
-    if values.ndim == 1:  # two classes have one number
-        return [model.classes_[int(v > 0)] for v in values], [float(abs(v)) for v in values]
-    two = np.sort(values, axis=1)[:, -2:]
-    return [model.classes_[i] for i in values.argmax(1)], (two[:, 1] - two[:, 0]).tolist()
 
 
 def choose_c(problem: Problem, grid: Sequence[float] = GRID) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from experiments.markdown import table
+from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.tasks import Example, Task
 from shadowpeft.errors import ShadowPeftError
-from shadowpeft.evaluate import accuracy
+from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.serve.client import CloudClient
+from shadowpeft.serve.router import DEVICE, KNOWN, TAGGED
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ SYSTEMS = {
 }
 COMPARED = ("routed", "lora", "dora")
 """The three of the paper."""
+RIVAL = "svc"
+TITLES = {**{name: system.title for name, system in SYSTEMS.items()}, RIVAL: f"{rival.TITLE}, always device"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,18 @@ def turn(names: Sequence[str], i: int) -> list[str]:
     """The order in which the systems get request ``i``: each is first, second, ... equally often."""
     start = i % len(names)
     return [*names[start:], *names[:start]]
+
+
+def ask_rival(prompts: Sequence[str]) -> list[Reply]:
+    """The rival's answers (:mod:`shadowpeft.evaluate.rival`), one by one in this process, without a server or a network."""
+    model = rival.fit_robot()
+    replies = []
+    for prompt in prompts:
+        began = time.perf_counter()
+        (action,), _ = rival.predict(model, [prompt])
+        text = f"[{action}]" if action == REMOTE else f"[{action}()]"
+        replies.append(Reply(text, 1000 * (time.perf_counter() - began), 0, DEVICE, TAGGED if action == REMOTE else KNOWN))
+    return replies
 
 
 async def measure(
@@ -174,7 +190,7 @@ def by_delay(result: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{delay['milliseconds']:g}",
-            SYSTEMS[name].title,
+            TITLES[name],
             f"{row['accuracy']:.1%}",
             "{:.1%} - {:.1%}".format(*row["interval"]),
             f"{row['p50_ms']:.0f}",
@@ -194,7 +210,7 @@ def side_by_side(asked: Sequence[str], replies: Mapping[str, Sequence[Reply]]) -
         return f"{_plain(reply.text) or '(nothing)'} ({reply.where}, {reply.milliseconds:.0f} ms)"
 
     rows = [[_plain(prompt), *(cell(own[i]) for own in replies.values())] for i, prompt in enumerate(asked)]
-    return "\n".join(table(["request", *(SYSTEMS[name].title for name in replies)], rows)) + "\n"
+    return "\n".join(table(["request", *(TITLES[name] for name in replies)], rows)) + "\n"
 
 
 def _plain(text: str) -> str:
@@ -216,6 +232,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         "dora": ("#7a4fa3", "D"),
         "attached": ("#9a9a9a", "^"),
         "device": ("#c2571a", "v"),
+        RIVAL: ("#000000", "x"),
     }
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for turn_, delay in enumerate(result["delays"]):
@@ -225,7 +242,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             spread = [[max(value - 100 * row["interval"][0], 0)], [max(100 * row["interval"][1] - value, 0)]]
             axes.errorbar(row["p50_ms"], value, yerr=spread, fmt="none", ecolor=colour, alpha=0.35, capsize=3)
             axes.plot([row["p50_ms"], row["p95_ms"]], [value, value], color=colour, alpha=0.35, lw=1)
-            label = SYSTEMS[name].title if turn_ == 0 else None
+            label = TITLES[name] if turn_ == 0 else None
             axes.plot(row["p50_ms"], value, marker, color=colour, ms=8, label=label)
             text = f"{delay['milliseconds']:g}"
             axes.annotate(text, (row["p50_ms"], value), (0, 7), textcoords="offset points", ha="center", fontsize=8)

@@ -93,6 +93,7 @@ def measure(
     logs.mkdir()
     delays, singles, ten = [], {}, {}
     shown = options.delays[len(options.delays) // 2]
+    rival = system.ask_rival(prompts)
 
     async def ask(urls: dict[str, str], delay: float) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         client = system.Client(urls, key, system_message=task.system, max_tokens=options.max_tokens, delay=delay / 1000)
@@ -122,6 +123,7 @@ def measure(
                 replies, side = asyncio.run(ask({"edge": edge.url, "cloud": cloud.url}, delay))
                 if options.page and side:
                     photograph(edge.url, key, [r for r in REQUESTS if r.isascii()], options.out / "page.png")
+            replies[system.RIVAL] = rival  # no server, no network: the same at every delay
             rows = {name: system.summarise(own, examples, task) for name, own in replies.items()}
             delays.append({"milliseconds": delay, "systems": rows})
             singles[f"{delay:g}"] = system.record(replies)

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import render_prompt, stop_tokens, with_system
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.decode import Decoder, decode
-from shadowpeft.errors import DataError
+from shadowpeft.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def answer(
     batch_size: int = 16,
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
+    actions: ActionTrie | None = None,
     **sampling: Any,
 ) -> list[Answer]:
     """Answers to prompts, in their order; greedy unless ``sampling`` says otherwise (``do_sample``, ``temperature``, ...).
@@ -58,15 +60,19 @@ def answer(
     Args:
         prompts: user messages, or whole message lists. system: system message for prompts that bring none.
         progress: called with the number of prompts done after each batch.
+        actions: each answer starts with one of these, and is free after it; a temperature applies among them.
 
     Raises:
+        ConfigError: if ``max_new_tokens`` is too low for the longest action.
         DataError: if a prompt with its answer does not fit the model's context.
     """
-    chats = [with_system(_messages(p), system) for p in prompts]
+    chats = [with_system(messages_of(p), system) for p in prompts]
     if not chats:
         return []
     lengths = [len(tokenizer(render_prompt(tokenizer, c), add_special_tokens=False).input_ids) for c in chats]
-    _check_room(model, max(lengths), max_new_tokens)
+    if actions is not None and max_new_tokens < actions.longest:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens} but an action has {actions.longest} tokens; raise it")
+    check_room(model, max(lengths), max_new_tokens)
     ends = stop_tokens(model, tokenizer)
     order = sorted(range(len(chats)), key=lambda i: lengths[i])
     device = next(model.parameters()).device
@@ -76,6 +82,9 @@ def answer(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device)
+            if actions is not None:
+                among = _Among(actions, inputs["input_ids"].shape[1])
+                options["logits_processor"] = LogitsProcessorList([among])
             began = time.perf_counter()
             out = model.generate(  # type: ignore[operator]
                 **inputs,
@@ -93,6 +102,22 @@ def answer(
     return [a for a in answers if a is not None]
 
 
+class _Among(LogitsProcessor):
+    """For ``generate``: while an answer has no action, the tokens that may follow; temperatures come after it."""
+
+    def __init__(self, actions: ActionTrie, prompt: int) -> None:
+        self.actions, self.prompt = actions, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        allowed = [self.actions.allowed(row) for row in input_ids[:, self.prompt :].tolist()]
+        barred = torch.zeros_like(scores, dtype=torch.bool)
+        for row, tokens in enumerate(allowed):
+            if tokens:
+                barred[row] = True
+                barred[row, tokens] = False
+        return scores.masked_fill(barred, -torch.inf)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` in evaluation mode inside, and afterwards as it was: a training loop may ask in between."""
@@ -104,7 +129,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _check_room(model: nn.Module, length: int, max_new_tokens: int) -> None:
+def check_room(model: nn.Module, length: int, max_new_tokens: int) -> None:
+    """Raises:
+    DataError: if a prompt of ``length`` tokens with such an answer does not fit the model.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)  # type: ignore[union-attr]
     if limit is not None and length + max_new_tokens > limit:
         raise DataError(
@@ -118,7 +146,8 @@ def _length(row: list[int], ends: list[int]) -> int:
     return next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
 
 
-def _messages(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+def messages_of(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    """A prompt as a message list."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
@@ -145,7 +174,7 @@ def stream(
     """
     tokens, decoder, left = _Tokens(), Decoder(tokenizer), Event()
     inputs = encode_prompts(tokenizer, [messages], next(model.parameters()).device)
-    _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
+    check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
 
     def is_left(ids: Tensor, scores: Any, **_: Any) -> Tensor:

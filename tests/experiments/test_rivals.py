@@ -9,7 +9,9 @@ import pytest
 from faketask import Fake
 
 from experiments import device_rows, rivals
+from shadowpeft.data import robot
 from shadowpeft.data.actions import REMOTE
+from shadowpeft.evaluate import rival
 
 WORDS = {
     "Sit": ("sit down", "坐下"),
@@ -117,3 +119,13 @@ def test_records_that_are_there_are_not_made_again(tiny, tmp_path, monkeypatch):
     before = file.stat().st_mtime_ns
     assert rivals.main(["--records", str(tmp_path)]) == 0
     assert file.stat().st_mtime_ns == before
+
+
+def test_the_packaged_rival_is_the_recorded_one():
+    """The demo and the system test fit it anew, with the C that its record chose."""
+    stored = json.loads((rivals.RECORDS / rivals.SPEC / "robot-svc-open.json").read_text())
+    assert stored["rate"]["chosen"] == rival.ROBOT_C
+    assert stored["training"]["rows"] == 4447
+    commands = [r for r in robot.load("validation_normal") if r["lang"] == "en"][:40]
+    labels, _ = rivals.predict(rival.fit_robot(), [r["prompt"] for r in commands])
+    assert sum(a == r["skill"] for a, r in zip(labels, commands, strict=True)) >= 30

@@ -141,6 +141,27 @@ def test_classification_micro_batches(tmp_path):
     check(model, start, gradients, **whole(data))
 
 
+@pytest.mark.parametrize("micro", [1, 4])
+def test_classes_that_the_shadow_alone_learns(tmp_path, micro):
+    model = base("llama", task="SEQ_CLS")
+    start, adapted = (adapt(model, task_type="SEQ_CLS", auxiliary_loss_weight=LAMBDA) for _ in range(2))
+    data = [{**row, "labels": torch.tensor(i % 3), "shadow_labels": torch.tensor(i % 3)} for i, row in enumerate(rows())]
+    for row in data[:2]:
+        row["labels"] = torch.tensor(-100)
+    lengths = []
+    adapted.base_model.model.model.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    gradients, _ = train(
+        ShadowTrainer,
+        adapted,
+        data,
+        tmp_path,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=4 // micro,
+    )
+    assert sum(lengths) == 2  # rows that ran the base
+    check(model, start, gradients, **whole(data))
+
+
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_two_targets_through_the_trainer(tmp_path, micro):
     model, start, adapted = pair()

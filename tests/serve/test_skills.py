@@ -115,7 +115,12 @@ def test_the_edge_keeps_its_skills_and_hands_on_the_rest(lamp, scripted, tmp_pat
     role = CloudRole(Engine(attached(max_position_embeddings=512), EngineLimits()), system=None, default_tokens=8)
     with Running(build(role, Settings(NOBODY))) as cloud:
         options = edge_options(
-            tmp_path, skills=str(lamp / "skills.txt"), cloud_url=cloud.url, cloud_model="late", default_tokens=24
+            tmp_path,
+            skills=str(lamp / "skills.txt"),
+            free_actions=True,
+            cloud_url=cloud.url,
+            cloud_model="late",
+            default_tokens=24,
         )
         with Running(command.application(options, NOBODY)) as server:
             kept, note = say(server, "lamp")

@@ -89,6 +89,15 @@ def test_systems_take_turns_and_the_warm_up_is_left_out():
     assert [model for model, _ in kept] == ["robot", "lora", "dora", "lora", "dora", "robot", "dora", "robot", "lora"]
 
 
+def test_the_rival_answers_with_actions(examples):
+    replies = system.ask_rival([e.prompt for e in examples])
+    found = system.summarise(replies, examples, get_task("robot"))
+    assert found["accuracy"] >= 0.7  # 88.9 % of all test rows (experiments/records/rivals)
+    assert {r.where for r in replies} == {"device"}
+    assert all((r.text == "[REMOTE]") == (r.reason == "[REMOTE]") for r in replies)
+    assert system.by_delay({"delays": [{"milliseconds": 0, "systems": {system.RIVAL: found}}]}).count("LinearSVC") == 1
+
+
 def result_of(examples):
     task = get_task("robot")
     rows = {
@@ -226,7 +235,7 @@ def test_the_whole_script(tmp_path, base):
     near, far = (delay["systems"] for delay in result["delays"])
     assert [delay["milliseconds"] for delay in result["delays"]] == [0, DELAY]
     for rows in (near, far):
-        assert set(rows) == set(SYSTEMS)
+        assert set(rows) == {*SYSTEMS, system.RIVAL}
         assert all(row["n"] == 12 and row["degraded"] == 0 for row in rows.values())
         assert rows["routed"]["on_device"] == rows["device"]["on_device"] == 1.0  # it says [Sit()] to everything
         assert rows["lora"]["on_device"] == rows["dora"]["on_device"] == rows["attached"]["on_device"] == 0.0

@@ -130,12 +130,16 @@ def _with_loss(record: dict[str, Any]) -> dict[str, Any]:
 
 def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     with_loss = any("loss" in record for record in records.values())
-    columns = ("mode", "score", "95 % interval", "n", "tokens/s", "record", *(["loss"] if with_loss else []))
+    chosen = any("constrained" in record for record in records.values())
+    more = [*(["loss"] if with_loss else []), *(["constrained"] if chosen else [])]
+    columns = ("mode", "score", "95 % interval", "n", "tokens/s", "record", *more)
     table = Table(*columns, title=title)
     for mode, r in records.items():
         low, high = r["interval"]
         shown = [f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"]]
-        table.add_row(mode, *shown, *([f"{r['loss']:.3f}"] if with_loss else []))
+        shown += [f"{r['loss']:.3f}"] if with_loss else []
+        shown += [f"{r['constrained']['score']:.2%}" if "constrained" in r else ""] if chosen else []
+        table.add_row(mode, *shown)
     terminal().print(table)
     origin = next(iter(records.values()))["data"]
     files = ", ".join(origin.get("name") or origin.get("path") or [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.text import Text
@@ -48,20 +48,40 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
+    skills: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Start the answer with one of these actions: a file, one name a line or a JSON list, or robot."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt."""
+    from shadowpeft.data.robot import skills_of
+
+    known = None if skills is None else skills_of(skills)
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
+    from shadowpeft.constrained import choose
+    from shadowpeft.data.action_trie import ActionTrie
+    from shadowpeft.data.actions import parser
     from shadowpeft.generate import answer
 
+    actions = None if known is None else ActionTrie.of(tokenizer, known)
     with in_mode(model, mode) as runner:
-        reply = answer(runner, tokenizer, [prompt], max_new_tokens=max_new_tokens, system=system, **sampling)[0]
+        options = {"max_new_tokens": max_new_tokens, "system": system, "actions": actions, **sampling}
+        reply = answer(runner, tokenizer, [prompt], **options)[0]
+        chosen = None if actions is None else choose(runner, tokenizer, [prompt], actions, system=system)[0]
+    result = {"mode": mode, "text": reply.text, "tokens": reply.tokens, "seconds": round(reply.seconds, 4)}
+    if chosen is not None and known is not None:
+        probabilities = chosen.probabilities or {}
+        action = parser(known)(reply.text)
+        result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
     if as_json:
-        print(
-            json.dumps({"mode": mode, "text": reply.text, "tokens": reply.tokens, "seconds": round(reply.seconds, 4)})
-        )
-    else:
-        print(reply.text)
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    print(reply.text)
+    if chosen is not None:
+        terminal(stderr=True).print(f"{result['action']}: probability {result['probability']:.4f}", highlight=False)
 
 
 def chat(

@@ -27,15 +27,18 @@ def plan(run: Any) -> dict[str, Any]:
     """Count on the meta device, tokenise the data, time a matrix product, and estimate.
 
     Memory is weights + gradients + AdamW states + logits + saved activations (about ``34 d`` values a token and layer, half
-    that for what a frozen layer keeps); time is 2 FLOP per weight and token forward, as much again for gradients that pass
-    through the frozen base, and 4 for trainable weights, over the measured speed of a float32 product on this device.
+    that for what a frozen layer keeps; none below the first refined one); time is 2 FLOP per weight and token forward, as much
+    again for gradients that pass through the frozen base, and 4 for trainable weights, over the measured speed of a float32
+    product on this device.
     """
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from shadowpeft.hf.base.aliases import source_of
+    from shadowpeft.hf.base.structure import find_decoder
     from shadowpeft.hf.config import ShadowPeftConfig
+    from shadowpeft.hf.layer import find_hub
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.rows import encode_run
@@ -50,9 +53,13 @@ def plan(run: Any) -> dict[str, Any]:
         base = AutoModelForCausalLM.from_config(config)
     base_parameters = sum(p.numel() for p in base.parameters())
     embedding = base.get_input_embeddings().weight.numel()
-    shadow = {**run.shadow.fields, "projection_init": "random"}  # a start needs weights, which meta tensors lack
+    layers = find_decoder(base).num_layers
+    shadow = {**run.shadow.fields_for(layers), "projection_init": "random"}  # a start needs weights, which meta tensors lack
     model = get_peft_model(base, ShadowPeftConfig(task_type="CAUSAL_LM", **shadow))
+    if t.freeze_shadow:
+        find_hub(model).freeze_shadow("default")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = (run.shadow.last_layers or layers) / layers  # of the layers that gradients pass through
 
     steps = t.max_steps
     if steps is None:
@@ -64,12 +71,14 @@ def plan(run: Any) -> dict[str, Any]:
     text = config.get_text_config(decoder=True)
     tied = getattr(text, "tie_word_embeddings", False)
     active = base_parameters - (0 if tied else embedding)  # a tied table is the head, an untied one is only looked up
-    per_token = through_base * 4 * active + 6 * trainable + 4 * embedding * _answer_share(sequences)
+    forward = share if t.cache_activations else 1.0
+    through_layers = 2 * (forward + share) * (active - embedding) + 4 * embedding  # the head is as large as the embedding
+    per_token = through_base * through_layers + 6 * trainable + 4 * embedding * _answer_share(sequences)
     tokens_per_step = mean * t.batch_size * t.gradient_accumulation
     flops = _measured_flops()
     size = _BYTES[t.precision]
     batch_tokens = longest * t.batch_size
-    saved = 17 * text.hidden_size * text.num_hidden_layers * batch_tokens * size
+    saved = 17 * text.hidden_size * text.num_hidden_layers * share * batch_tokens * size
     logits = 3 * text.vocab_size * batch_tokens * 4
     memory = base_parameters * size + trainable * 16 + logits + (saved / 8 if t.gradient_checkpointing else saved)
     return {

@@ -19,6 +19,8 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
 from shadowpeft.terminal import terminal
 
+_FREELY, _CHOOSING, _CLOUD = "device", "device, choosing", "cloud"
+"""Who is asked: the device answers freely, or chooses among the known actions."""
 ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
 
 
@@ -32,7 +34,9 @@ def calibrate(
         Optional[str], typer.Option(help="Further rows to measure the choice on: a JSONL file, or 'robot' (test set).")
     ] = None,
     base: Base = None,
-    signal: Annotated[str, typer.Option(help="auto, logprob, mean_logprob, min_logprob, margin or entropy.")] = "auto",
+    signal: Annotated[
+        str, typer.Option(help="auto, action, logprob, mean_logprob, min_logprob, margin or entropy.")
+    ] = "auto",
     bound: Annotated[
         bool, typer.Option("--bound", help="Hold the share's 95 % upper bound under the target, not the share.")
     ] = False,
@@ -44,19 +48,21 @@ def calibrate(
     device: Device = "auto",
     skills: Annotated[
         Optional[str],
-        typer.Option(help="File of the known actions, one name a line or a JSON list. Default: the packaged 34."),
+        typer.Option(
+            help="File of the known actions, one name a line or a JSON list; robot (default): the packaged 34."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     from shadowpeft.serve.calibration import require_sklearn
-    from shadowpeft.serve.router import FILE, SIGNALS
+    from shadowpeft.serve.router import ACTION, FILE, SIGNALS
 
     if not 0 <= target <= 1:
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
-    if signal not in ("auto", *SIGNALS):
-        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join(SIGNALS)}")
-    own = None if skills is None else read_skills(skills)
+    if signal not in ("auto", ACTION, *SIGNALS):
+        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join((ACTION, *SIGNALS))}")
+    own = None if skills in (None, "robot") else read_skills(str(skills))
     require_sklearn()
     folder = Path(out or source)
     if out is not None:
@@ -67,6 +73,7 @@ def calibrate(
     if check is not None:
         rows["check"] = read_intents(check, "check", limit, own)
     quiet_libraries()
+    from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.robot import SKILLS, SYSTEM
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
@@ -77,17 +84,32 @@ def calibrate(
     system = SYSTEM if system is None and data == "robot" else system
     edge, in_cloud = _backends(source, base, cloud, where)
     parse = parser(own or SKILLS)
-    samples = {}
+    trie = None if signal in SIGNALS else ActionTrie.of(edge.tokenizer, own or SKILLS)
+    asked: dict[str, tuple[Any, Any]] = {} if signal == ACTION else {_FREELY: (edge, None)}
+    asked |= {} if trie is None else {_CHOOSING: (edge, trie)}
+    by_way: dict[str, dict[str, list[Any]]] = {way: {} for way in asked}
+    asked |= {} if in_cloud is None else {_CLOUD: (in_cloud, None)}
     for name, part in rows.items():
-        texts = {
-            side: _answers(backend, part, parse, system, max_new_tokens, f"{name}, {side}", console, as_json)
-            for side, backend in (("device", edge), ("cloud", in_cloud))
-            if backend is not None
-        }
-        samples[name] = [_sample(i, row, texts, parse) for i, row in enumerate(part)]
+        texts = {}
+        for side, (backend, actions) in asked.items():
+            tokens = max_new_tokens if actions is None else max(max_new_tokens, actions.longest)
+            label = f"{name}, {side}"
+            texts[side] = _answers(backend, part, parse, system, tokens, label, console, as_json, actions)
+        for way, parts in by_way.items():
+            in_the_cloud = texts.get(_CLOUD, [None] * len(part))
+            triples = zip(part, texts[way], in_the_cloud, strict=True)
+            parts[name] = [_sample(row, answer, other, way, parse) for row, answer, other in triples]
+    areas = {name: area for parts in by_way.values() for name, area in fitting.signal_areas(parts["fit"]).items()}
+    if signal == "auto":
+        signal = fitting.best_signal(areas)
+    samples = by_way[_CHOOSING if signal == ACTION else _FREELY]
     calibration = replace(fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound), skills=own)
     calibration.report.update(
-        data=Path(data).name, source=Path(source).name, max_new_tokens=max_new_tokens, system=system
+        signals_auroc={name: None if area is None else round(area, 4) for name, area in areas.items()},
+        data=Path(data).name,
+        source=Path(source).name,
+        max_new_tokens=max_new_tokens,
+        system=system,
     )
     shown = "fit"
     if check is not None:
@@ -192,6 +214,7 @@ def _answers(
     label: str,
     console: Console,
     quiet: bool,
+    actions: Any,
 ) -> list[Any]:
     from shadowpeft.serve.router import settled
     from shadowpeft.serve.scoring import scored_answers
@@ -204,22 +227,26 @@ def _answers(
             system=system,
             max_tokens=tokens,
             until=lambda pieces, _: settled(pieces, parse),  # what follows the action does not count
+            actions=actions,
             progress=progress,
         )
 
 
-def _sample(i: int, row: dict[str, Any], answers: dict[str, list[Any]], parse: Any) -> Any:
+def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) -> Any:
+    """What the device's answer to a row is worth, and whether the cloud's (None: it was not asked) is right."""
     from shadowpeft.serve.calibration import Sample
-    from shadowpeft.serve.router import decisive, signals
+    from shadowpeft.serve.router import ACTION, action_probability, decisive, signals
 
-    pieces, scores = answers["device"][i]
+    pieces, scores = answer
     n, action = decisive(pieces, parse)
     kept = action not in (None, REMOTE)
+    own = scores.first(n)
+    values = {ACTION: action_probability(own)} if way == _CHOOSING else signals(own)
     cloud_right = None
-    if "cloud" in answers:
-        cloud_action = decisive(answers["cloud"][i][0], parse)[1]
+    if cloud is not None:
+        cloud_action = decisive(cloud[0], parse)[1]
         cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
-    return Sample(kept, kept and action == row["skill"], signals(scores.first(n)), cloud_right)
+    return Sample(kept, kept and action == row["skill"], values, cloud_right)
 
 
 def _print(calibration: Any, console: Console) -> None:

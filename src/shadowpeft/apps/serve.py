@@ -59,16 +59,18 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         new_tokens=options.new_tokens,
         answer_seconds=options.answer_seconds,
     )
-    router = _router(options) if options.role == "edge" else None
+    router, skills = _router(options) if options.role == "edge" else (None, None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))
-    role = _role(options, router, Engine(backend, limits))
+    role = _role(options, router, Engine(backend, limits), skills)
     settings = Settings(
         keys=keys,
         versions=Path(options.versions) if options.versions else None,
-        requests=options.rows + options.queue + len(backend.names),  # beyond the queue each name may have one that waits
+        requests=options.rows
+        + options.queue
+        + len(backend.names),  # beyond the queue each name may have one that waits
         drain_seconds=options.drain_seconds,
         **more,
     )
@@ -132,13 +134,19 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     return Detached(placed(model, where), tokenizer, name)
 
 
-def _router(options: Options) -> Any:
-    """The edge's router: the calibration and its skills; without a calibration the skills of ``--skills``, or the packaged."""
-    from shadowpeft.data.actions import parser, read_skills
-    from shadowpeft.data.robot import SKILLS
-    from shadowpeft.serve.router import FILE, Calibration, Router
+def _router(options: Options) -> tuple[Any, tuple[str, ...] | None]:
+    """The edge's router, and the skills among which the device chooses; None: it answers freely.
 
-    skills = None if options.skills is None else read_skills(options.skills)
+    The calibration names the skills; without one ``--skills`` does, or they are the packaged. The device chooses where the
+    calibration says so (its signal is ``action``), and without one where ``--skills`` names them: otherwise the model may be
+    one that was made for no skills at all.
+    """
+    from shadowpeft.data.actions import parser
+    from shadowpeft.data.robot import SKILLS, skills_of
+    from shadowpeft.serve.router import ACTION, FILE, Calibration, Router
+
+    skills = None if options.skills is None else skills_of(options.skills)
+    chooses = skills is not None
     beside = Path(next(iter(options.named.values()))) / FILE
     file = Path(options.routing) if options.routing else beside if beside.is_file() else None
     calibration = Calibration.load(file) if file else None
@@ -151,14 +159,22 @@ def _router(options: Options) -> Any:
                 f"--skills '{options.skills}' contradicts the calibration '{file}', which has {whose} {len(fitted)} skills "
                 f"({differing[0]} is in one of them only); leave --skills out, or calibrate again with it"
             )
-        skills = fitted
+        skills, chooses = fitted, calibration.signal == ACTION
+        if chooses and options.free_actions:
+            raise ConfigError(
+                f"--free-actions contradicts the calibration '{file}', which is for chosen actions (its signal is '{ACTION}'); "
+                "leave it out, or calibrate with --signal logprob"
+            )
+    chooses = chooses and not options.free_actions
+    known = skills or SKILLS
     cloud = without_password(options.cloud_url) if options.cloud_url else None
-    facts = {"calibration": str(file) if file else None, "skills": len(skills or SKILLS), "cloud": cloud}
+    facts = {"calibration": str(file) if file else None, "skills": len(known), "chooses": chooses, "cloud": cloud}
     logging.getLogger("shadowpeft.serve").info("edge %s", json.dumps(facts))
-    return Router(parser(skills or SKILLS), calibration)
+    return Router(parser(known), calibration), known if chooses else None
 
 
-def _role(options: Options, router: Any, engine: Any) -> Any:
+def _role(options: Options, router: Any, engine: Any, skills: tuple[str, ...] | None) -> Any:
+    from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.serve.client import CloudClient
     from shadowpeft.serve.roles import CloudRole, EdgeRole
 
@@ -180,5 +196,6 @@ def _role(options: Options, router: Any, engine: Any) -> Any:
         cloud,
         options.cloud_model,
         when_down=options.when_cloud_down,
+        actions=None if skills is None else ActionTrie.of(engine.backend.tokenizer, skills),
         **shared,
     )

@@ -41,6 +41,11 @@ def only_action(text: str) -> str:
     return f"[{REMOTE}]" if match is None else match[0].strip()
 
 
+def written(name: str) -> str:
+    """An action as an answer starts with it."""
+    return f"[{REMOTE}]" if name == REMOTE else f"[{name}()]"
+
+
 def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
     """``names``, if they can be skills.
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shadowpeft.constrained import choose
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
@@ -75,6 +77,9 @@ def evaluate_task(
         loss: whether the record also has ``loss`` and ``perplexity`` per token of the examples' answers, ``answer_tokens``.
         progress: called with the number of examples done after each batch; None: a bar on standard error.
 
+    The device of a task with actions is also asked to choose among them: ``constrained`` in the record has the score that this
+    gives, beside that of free answers.
+
     Returns:
         the record: id, score, interval (95 %, bootstrap), scores, n, seed, tokens_per_second, peak_memory_bytes, wall_seconds,
         commit, versions, device, data, settings, extra. ``id`` is derived from the rest.
@@ -130,6 +135,8 @@ def evaluate_task(
                 report(sum(e.id in done for e in examples))
         rows = [done[e.id] for e in examples]
         result = _record(task, examples, rows, settings, origin, runner, extra)
+        if task.actions and mode == "detached" and method == "generate":
+            result["constrained"] = _constrained(runner, tokenizer, task, examples, batch_size)
         if loss:
             result |= _loss(runner, tokenizer, task, examples)
     result["wall_seconds"] = before + time.perf_counter() - began
@@ -249,6 +256,18 @@ def sequence_likelihoods(model: nn.Module, pad: int, texts: list[tuple[list[int]
         at = scores[index, -1:] if single else scores[index, -len(tail) - 1 : -1]
         sums.append(float(at.gather(-1, torch.tensor(tail, device=where)[:, None]).double().sum()))
     return sums
+
+
+def _constrained(
+    model: nn.Module, tokenizer: Any, task: Task, examples: list[Example], batch_size: int
+) -> dict[str, Any]:
+    """Scores of the action that is likeliest among all of the task's and ``[REMOTE]``."""
+    actions = ActionTrie.of(tokenizer, task.actions)
+    chosen = choose(model, tokenizer, [task.chat(e) for e in examples], actions, batch_size=batch_size)
+    names = [c.action for c in chosen]
+    scores = task.score(names, examples)
+    values = [task.per_example(name, e) for name, e in zip(names, examples, strict=True)]
+    return {"score": scores["score"], "interval": list(wilson(int(sum(values)), len(values))), "scores": scores}
 
 
 def _loss(model: nn.Module, tokenizer: Any, task: Task, examples: list[Example]) -> dict[str, float]:

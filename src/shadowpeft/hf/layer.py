@@ -93,6 +93,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.facts = HeadFacts()
         self.backbone_name = ""
         self.versions: dict[str, int] = {}
+        self.frozen: set[str] = set()
+        """Adapters whose shadow does not train; see :meth:`freeze_shadow`."""
         self.records: dict[str, Any] = {}
         """What :func:`shadowpeft.hf.forward.rows.weights_of` has collected."""
 
@@ -155,8 +157,22 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
             return self.shadowpeft_head[adapter]
         return module_for_adapter(model.get_output_embeddings(), adapter)
 
+    def shadow_weights(self, adapter: str) -> dict[str, Tensor]:
+        """All that ``s^(0)`` is computed with, but for an embedding that the base lends; tensors of the model itself."""
+        containers = (self.shadowpeft_backbone, self.shadowpeft_projection, self.shadowpeft_embedding)
+        modules = [(i, container[adapter]) for i, container in enumerate(containers) if adapter in container]
+        return {f"{i}.{name}": value for i, module in modules for name, value in module.state_dict(keep_vars=True).items()}
+
+    def freeze_shadow(self, adapter: str) -> None:
+        """Train the injections and updates of ``adapter`` only, also after it was activated anew."""
+        self.frozen.add(adapter)
+        self.freeze_unreached()
+
     def freeze_unreached(self) -> None:
         """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""
+        for adapter in self.frozen:
+            for weight in self.shadow_weights(adapter).values():
+                weight.requires_grad_(False)
         for adapter, config in self.configs.items():
             for name in config.shadow_frozen or ():
                 self.shadowpeft_backbone[adapter].get_parameter(name).requires_grad_(False)
@@ -167,6 +183,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.frozen.discard(adapter_name)
         self.configs.pop(adapter_name, None)
         self.signatures.pop(adapter_name, None)
         self.versions.pop(adapter_name, None)

@@ -190,10 +190,11 @@ class ShadowModel(BaseTuner):
             self.model.register_forward_hook(after, with_kwargs=True),
             self.model.register_forward_hook(leave, with_kwargs=True, always_call=True),
             parts.backbone.register_forward_pre_hook(inner, with_kwargs=True),
+            parts.backbone.register_forward_hook(hooks.after_backbone, with_kwargs=True),
             parts.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
-        for layer, signature in zip(parts.layers, layers, strict=True):
-            refine = hook(hooks.before_layer, hidden=signature.names[0])
+        for index, (layer, signature) in enumerate(zip(parts.layers, layers, strict=True)):
+            refine = hook(hooks.before_layer, hidden=signature.names[0], index=index)
             handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
         setattr(self.model, _HANDLES, handles)
 

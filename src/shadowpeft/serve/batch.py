@@ -1,4 +1,9 @@
-"""Requests that share forward passes: one cache, one row each."""
+"""Requests that share forward passes: one cache, one row each.
+
+A row whose answer must be one of some actions jumps: tokens that must follow are part of the answer at once, and are read with
+what comes next. A row that has more of them to read than its neighbours chooses nothing until it has read them; so no padding
+ever stands between the tokens of a row.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,13 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.requests import Request
-from shadowpeft.serve.sampling import append_token, choose
+from shadowpeft.serve.sampling import Choice, append_token, certain, choose
 from shadowpeft.serve.sessions import Session
 
 
@@ -32,52 +38,81 @@ class Batch:
         self.requests, self.reading, self.apart = requests, True, session is not None
         self._tokenizer, self._stop_token_ids = backend.tokenizer, backend.stop_token_ids
         self._session = session or backend.open([request.name for request in requests])
-        read = [request.ids + request.new for request in requests]
+        read = [request.ids + request.new + request.ahead() for request in requests]
         width = max(len(ids) for ids in read)
         pad = self._tokenizer.pad_token_id or 0
         device = backend.model.device
         self._unread = torch.tensor([[pad] * (width - len(ids)) + ids for ids in read], device=device)
+        self._pending: list[list[int]] = [[] for _ in requests]
+        """Of each row, tokens of its answer that are not read; empty while prompts are."""
         lengths = torch.tensor([[len(ids)] for ids in read])
         self._mask = (torch.arange(width)[None] >= width - lengths).long().to(device)
 
     @property
     def columns(self) -> int:
-        """Tokens of the longest row, prompt and answer."""
+        """Tokens of the longest row, prompt and what is read of the answer."""
         return self._mask.shape[1]
 
     @property
     def left(self) -> int:
-        """Columns that are not read."""
+        """Columns of prompts that are not read."""
         return self._unread.shape[1]
 
     def forward_step(self, columns: int) -> int:
-        """Read what was not read, at most so many columns if it can be read in pieces; returns the tokens this made.
+        """Read what was not read, at most so many columns of prompts that can be read in pieces; returns the tokens this made.
 
-        Once everything is read, each pass adds a token to every answer.
+        Once the prompts are read, each pass adds to every answer, but for those that have more to read than their neighbours.
         """
         self.keep(row for row, request in enumerate(self.requests) if not request.cancelled)
         if not self.requests:
             return 0
-        now = min(columns, self.left) if self._session.can_continue else self.left
-        logits = self._session.forward(self._unread[:, :now], self._mask[:, : self.columns - self.left + now])
-        self._unread = self._unread[:, now:]
-        if self.left:
+        logits = self._read_prompts(columns) if self.reading else self._read_answers()
+        if self.reading:
             return 0
-        self.reading = False
-        choices = choose(self.requests, logits)
-        self._unread = torch.tensor([[choice.id] for choice in choices], device=self._mask.device)
-        self._mask = F.pad(self._mask, (0, 1), value=1)
-        going_on = []
-        for row, (request, choice) in enumerate(zip(self.requests, choices, strict=True)):
+        due = [row for row, pending in enumerate(self._pending) if not pending]
+        choices = choose([self.requests[row] for row in due], logits if len(due) == len(logits) else logits[due])
+        made, ended = 0, set()
+        for row, choice in zip(due, choices, strict=True):
+            request, before = self.requests[row], len(self.requests[row].new)
             try:
                 if math.isnan(choice.logprob):
                     raise NumbersError("the model's output is not a number; its weights may be damaged")
-                if append_token(request, choice, self._tokenizer, self._stop_token_ids):
-                    going_on.append(row)
+                self._pending[row] = self._append(request, choice)
             except BaseException as error:  # noqa: BLE001  (handed to the request; its neighbours go on)
                 request.fail(error)
-        self.keep(going_on)
-        return len(choices)
+            made += len(request.new) - before
+            if not self._pending[row]:
+                ended.add(row)
+        self.keep(row for row in range(len(self.requests)) if row not in ended)
+        return made
+
+    def _read_prompts(self, columns: int) -> Tensor:
+        now = min(columns, self.left) if self._session.can_continue else self.left
+        logits = self._session.forward(self._unread[:, :now], self._mask[:, : self.columns - self.left + now])
+        self._unread = self._unread[:, now:]
+        self.reading = self.left > 0
+        return logits
+
+    def _read_answers(self) -> Tensor:
+        now = min(map(len, self._pending)) if self._session.can_continue else 1
+        ids = torch.tensor([pending[:now] for pending in self._pending], device=self._mask.device)
+        self._mask = F.pad(self._mask, (0, now), value=1)
+        self._pending = [pending[now:] for pending in self._pending]
+        return self._session.forward(ids, self._mask)
+
+    def _append(self, request: Request, choice: Choice) -> list[int]:
+        """Add to an answer what was read ahead of it, the choice, and what must follow; what is to be read, [] if it ends."""
+
+        def goes_on(*new: Choice) -> bool:
+            return all(append_token(request, each, self._tokenizer, self._stop_token_ids) for each in new)
+
+        def forced() -> list[Choice]:
+            return [certain(token, request.sampling.top_logprobs) for token in request.ahead()]
+
+        if not goes_on(*forced(), choice):
+            return []
+        after = forced()
+        return [choice.id, *(each.id for each in after)] if goes_on(*after) else []
 
     def keep(self, rows: Iterable[int]) -> None:
         """Go on with these rows only, without the columns that none of them needs."""
@@ -89,6 +124,7 @@ class Batch:
             return
         self._session.keep(rows)
         self._mask, self._unread = self._mask[rows], self._unread[rows]
+        self._pending = [self._pending[row] for row in rows]
         unneeded = int(self._mask.any(0).long().argmax())
         if unneeded and not self.reading and self._session.can_shift:
             self._session.shift(-unneeded)
@@ -113,6 +149,7 @@ class Batch:
         self._session.join(other._session)
         self._mask = torch.cat([self._mask, other._mask])
         self._unread = torch.cat([self._unread, other._unread])
+        self._pending = self._pending + other._pending
         self.requests, other.requests = self.requests + other.requests, []
 
     def alone(self, backend: Backend, row: int) -> Batch:

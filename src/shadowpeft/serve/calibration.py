@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.router import SIGNALS, Calibration
+from shadowpeft.serve.router import ACTION, SIGNALS, Calibration
 from shadowpeft.storage import whole
 
 FEWEST = 30
 """Answers with a known action that a calibration needs."""
+NEAR = 0.01
+"""Of two signals with AUROCs so close, the probability of the action is taken: it needs no answer but an action."""
 _NEVER = 2.0  # a threshold that no chance reaches
 
 
@@ -63,7 +65,7 @@ def calibrate(
 
     Args:
         target: largest share of wrong answers among those given on the device, 0 to 1.
-        signal: one of :data:`~shadowpeft.serve.router.SIGNALS`, or ``auto`` for the one with the largest AUROC.
+        signal: one that the samples have, or ``auto``: see :func:`best_signal`.
         bound: hold the upper end of a one-sided 95 % interval (Clopper-Pearson) under the target, not the share itself.
         folds: of the cross-fitting.
 
@@ -73,8 +75,8 @@ def calibrate(
     require_sklearn()
     if not 0.0 <= target <= 1.0 or math.isnan(target):
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
-    if signal != "auto" and signal not in SIGNALS:
-        raise ConfigError(f"signal is {signal!r} but must be auto or one of {', '.join(SIGNALS)}")
+    if signal not in ("auto", *SIGNALS, ACTION):
+        raise ConfigError(f"signal is {signal!r} but must be auto or one of {', '.join((*SIGNALS, ACTION))}")
     if folds < 2:
         raise ConfigError(f"folds is {folds} but must be at least 2")
     known = [s for s in samples if s.kept]
@@ -84,9 +86,8 @@ def calibrate(
             "data or a better trained shadow"
         )
     right = np.array([s.right for s in known], dtype=float)
-    areas = {name: auroc(right, _column(known, name)) for name in SIGNALS}
-    best = max(SIGNALS, key=lambda name: areas[name] or 0.0)
-    chosen = best if signal == "auto" else signal
+    areas = signal_areas(known)
+    chosen = best_signal(areas) if signal == "auto" else signal
     x = _column(known, chosen)
     out_of_fold = _cross_fit(x, right, folds, seed)
     threshold = choose_threshold(out_of_fold, right, target, bound=bound)
@@ -105,6 +106,21 @@ def calibrate(
         "without_confidence": summarise(samples, _spread(samples, np.ones(len(known))), 0.0),
     }
     return Calibration(chosen, values, chances, threshold, report)
+
+
+def signal_areas(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """The AUROC of each signal that the samples with a known action have."""
+    known = [s for s in samples if s.kept]
+    right = np.array([s.right for s in known], dtype=float)
+    names = [name for name in (*SIGNALS, ACTION) if known and name in known[0].signals]
+    return {name: auroc(right, _column(known, name)) for name in names}
+
+
+def best_signal(areas: Mapping[str, float | None]) -> str:
+    """The signal with the largest AUROC; the action's probability where none is better by more than :data:`NEAR`."""
+    best = max(areas, key=lambda name: areas[name] or 0.0, default=ACTION)
+    near = (areas.get(best) or 0.0) - (areas.get(ACTION) or 0.0) <= NEAR
+    return ACTION if near and ACTION in areas else best
 
 
 def check(calibration: Calibration, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.backend import Backend
@@ -118,6 +119,7 @@ class Engine:
         sampling: SamplingParams,
         emit: Callable[[Event], None],
         until: Callable[[list[str], Scores], bool] | None = None,
+        actions: ActionTrie | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -125,13 +127,14 @@ class Engine:
             ids: tokens of the prompt. name: one of the backend's names.
             emit: called from the engine's thread with every :class:`Token`, then one :class:`Finish` or :class:`Failed`.
             until: asked after each token with the pieces and scores so far; True ends the answer.
+            actions: the answer starts with one of these; what follows is free.
 
         Raises:
             DataError: if the prompt is empty or too long, or more tokens are asked for than allowed.
             ConfigError: for an unknown name. QueueFullError: as it says. StoppedError: while shutting down.
         """
         deadline = time.monotonic() + self.limits.answer_seconds
-        request = Request(ids, name, sampling, emit, until, deadline, generator=sampling.generator())
+        request = Request(ids, name, sampling, emit, until, actions, deadline, generator=sampling.generator())
         with self._changed:
             self.check(len(ids), name, sampling.max_tokens)  # here, so that the name is not taken out in between
             if self._stopping:

@@ -52,8 +52,11 @@ class Options:
     ] = None
     skills: Annotated[
         Optional[str],
-        typer.Option(help="Edge: file of the known actions. Default: the calibration's, or the packaged 34."),
+        typer.Option(help="Edge: file of the known actions, or robot. Default: the calibration's, or the packaged 34."),
     ] = None
+    free_actions: Annotated[
+        bool, typer.Option("--free-actions", help="Edge: answer freely, where the device would choose a known action.")
+    ] = False
     versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None
     rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16
@@ -80,9 +83,10 @@ class Options:
         """
         if self.role not in ("cloud", "edge"):
             raise ConfigError(f"role is '{self.role}' but must be cloud or edge")
-        if self.role == "cloud" and (self.cloud_url or self.routing or self.skills is not None):
+        edges = self.cloud_url or self.routing or self.skills is not None or self.free_actions
+        if self.role == "cloud" and edges:
             raise ConfigError(
-                "--cloud-url, --routing and --skills belong to the edge; leave them out or set --role edge"
+                "--cloud-url, --routing, --skills and --free-actions belong to the edge; leave them out or set --role edge"
             )
         if self.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.cloud_url):
             raise ConfigError(f"--cloud-url is '{without_password(self.cloud_url)}' but must be like http://host:8000")

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.client import CloudClient
 from shadowpeft.serve.engine import Engine
@@ -38,9 +39,10 @@ class Generation:
         name: str,
         sampling: SamplingParams,
         until: Callable[[list[str], Scores], bool] | None = None,
+        actions: ActionTrie | None = None,
     ) -> Generation:
         """Submit; raises what :meth:`Engine.submit` does."""
-        self._request = engine.submit(ids, name, sampling, self._emit, until)
+        self._request = engine.submit(ids, name, sampling, self._emit, until, actions)
         return self
 
     def _emit(self, event: Event) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.decode import Decoder
 from shadowpeft.errors import DataError, ShadowPeftError
 from shadowpeft.serve.router import Scores
@@ -107,6 +108,8 @@ class Request:
     sampling: SamplingParams
     emit: Callable[[Event], None]
     until: Callable[[list[str], Scores], bool] | None = None
+    actions: ActionTrie | None = None
+    """What the answer starts with is one of these."""
     deadline: float = math.inf
     """Monotonic time at which the answer ends."""
     cancelled: bool = False
@@ -121,6 +124,14 @@ class Request:
     """Of the answer so far."""
     text: str = ""
     """The answer so far: whole characters, stop texts not cut off."""
+
+    def ahead(self) -> list[int]:
+        """Tokens that must follow the answer so far."""
+        return [] if self.actions is None else self.actions.forced(self.new)
+
+    def allowed(self) -> list[int]:
+        """Tokens that may come after those; empty: any."""
+        return [] if self.actions is None else self.actions.allowed(self.new + self.ahead())
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that there will be no more, unless it has left."""

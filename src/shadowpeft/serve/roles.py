@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import render_prompt, with_system
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.client import CloudClient, CloudError
@@ -17,7 +18,18 @@ from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
 from shadowpeft.serve.requests import SamplingParams, TooLongError
-from shadowpeft.serve.router import ASKED, BASE_PATH, CLOUD, CLOUD_DOWN, DEVICE, TOO_LONG, Router, Scores
+from shadowpeft.serve.router import (
+    ASKED,
+    BASE_PATH,
+    CLOUD,
+    CLOUD_DOWN,
+    DEVICE,
+    TOO_LONG,
+    Router,
+    Scores,
+    action_probability,
+    decisive,
+)
 
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 Asked = ChatRequest | CompletionRequest
@@ -135,6 +147,7 @@ class EdgeRole(Role):
     Args:
         cloud: None: everything is answered here. cloud_model: the cloud's name for the model.
         when_down: ``local``: give the device's answer if the cloud has none, and say so; ``error``: refuse.
+        actions: the device's answer starts with one of these; None: it answers freely.
     """
 
     name = "edge"
@@ -149,11 +162,13 @@ class EdgeRole(Role):
         system: str | None,
         default_tokens: int,
         when_down: str = "local",
+        actions: ActionTrie | None = None,
     ) -> None:
         super().__init__(engine, system=system, default_tokens=default_tokens)
         if when_down not in ("local", "error"):
             raise ConfigError(f"when_down is '{when_down}' but must be local or error")
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
+        self.actions = actions
 
     @property
     def elsewhere(self) -> int:
@@ -183,10 +198,15 @@ class EdgeRole(Role):
                 return await self._instead(asked, ids, sampling, error, {}, began)
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
         with Generation() as generation:
-            generation.start(self.engine, ids, asked.model, sampling, self.router.lost if reachable else None)
+            until = self.router.lost if reachable else None
+            generation.start(self.engine, ids, asked.model, sampling, until, self.actions)
             finish = await generation.run()
-        decision = self.router.decide([t.piece for t in generation.tokens], Scores.of(generation.tokens))
+        pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
+        decision = self.router.decide(pieces, scores)
         note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
+        if self.actions is not None and decision.action is not None:
+            n, _ = decisive(pieces, self.router.parse)
+            note["probability"] = round(action_probability(scores.first(n)), 4)
         if decision.confidence is not None:
             note["confidence"] = round(decision.confidence, 4)
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
@@ -233,7 +253,7 @@ class EdgeRole(Role):
         wanted = {"wanted": note["reason"]} if note else {}
         note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
         if generation is None:
-            generation = Generation().start(self.engine, ids, asked.model, sampling)
+            generation = Generation().start(self.engine, ids, asked.model, sampling, actions=self.actions)
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
 

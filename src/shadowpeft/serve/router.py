@@ -27,6 +27,9 @@ REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, ASKED, BASE_PATH, CLOUD_DOW
 """Every reason an answer can carry."""
 
 SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")
+"""Of an answer that was given freely; see :func:`signals`."""
+ACTION = "action"
+"""Of an answer whose action was chosen among the known ones; see :func:`action_probability`."""
 FILE = "routing.json"
 """Name of a saved calibration, beside the adapter's or the edge model's files."""
 _FORMAT = 1
@@ -34,7 +37,10 @@ _FORMAT = 1
 
 @dataclass
 class Scores:
-    """What the model thought of each token it chose; three lists of one length, natural logarithms."""
+    """What the model thought of each token it chose; three lists of one length, natural logarithms.
+
+    Where the action was chosen among the known ones, of the distribution over the tokens that could follow.
+    """
 
     logprob: list[float] = field(default_factory=list)
     """Log-probability of the chosen token."""
@@ -76,6 +82,11 @@ def signals(scores: Scores) -> dict[str, float]:
     }
 
 
+def action_probability(scores: Scores) -> float:
+    """The probability of an action among all known ones and ``[REMOTE]``, from the scores of its tokens; 0 without tokens."""
+    return math.exp(sum(scores.logprob)) if scores.logprob else 0.0
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A map from a signal to the chance that the device's action is right, and the least chance that is kept."""
@@ -93,8 +104,8 @@ class Calibration:
     """The actions it was made for; None: those of the packaged robot set."""
 
     def __post_init__(self) -> None:
-        if self.signal not in SIGNALS:
-            raise ConfigError(f"signal is {self.signal!r} but must be one of {', '.join(SIGNALS)}")
+        if self.signal not in (*SIGNALS, ACTION):
+            raise ConfigError(f"signal is {self.signal!r} but must be one of {', '.join((*SIGNALS, ACTION))}")
         if not self.values or len(self.values) != len(self.chances):
             raise ConfigError(
                 f"a calibration has {len(self.values)} values and {len(self.chances)} chances but needs equally many, at least "
@@ -113,7 +124,7 @@ class Calibration:
 
     def confidence(self, scores: Scores) -> float:
         """The chance that an action with these scores (of its own tokens) is right."""
-        return self.at(signals(scores)[self.signal])
+        return self.at(action_probability(scores) if self.signal == ACTION else signals(scores)[self.signal])
 
     def at(self, value: float) -> float:
         """The chance at a value of the signal; 0 for one that is not a number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from shadowpeft.serve.requests import GREEDY, Finish, Request, SamplingParams, T
 
 @dataclass(frozen=True)
 class Choice:
-    """One row's next token, and what the model thought of it; natural logarithms."""
+    """One row's next token, and what the model thought of it; natural logarithms.
+
+    Of a row that chooses an action all numbers are of the distribution over the tokens that may follow, at temperature 1.
+    """
 
     id: int
     logprob: float
@@ -26,7 +30,35 @@ class Choice:
 
 
 def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
-    """The next token of every row of ``logits`` ``(B, V)``."""
+    """The next token of every row of ``logits`` ``(B, V)``; a row that has no action yet takes a token of one."""
+    allowed = [request.allowed() for request in requests]
+    free = [row for row, tokens in enumerate(allowed) if not tokens]
+    rest = iter(_choose_freely([requests[row] for row in free], logits if len(free) == len(requests) else logits[free]))
+    return [
+        _choose_among(tokens, request, row) if tokens else next(rest)
+        for tokens, request, row in zip(allowed, requests, logits, strict=True)
+    ]
+
+
+def _choose_among(tokens: list[int], request: Request, logits: Tensor) -> Choice:
+    """One of ``tokens``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
+    log_p = logits[tokens].double().log_softmax(-1)
+    place = (
+        int(log_p.argmax())
+        if request.generator is None
+        else sample_token(logits[tokens], request.sampling, request.generator)
+    )
+    sure = log_p.sort(descending=True)
+    values = sure.values.tolist()
+    margin = values[0] - values[1] if len(values) > 1 else math.inf
+    entropy = float(torch.special.entr(log_p.exp()).sum())
+    top = [(tokens[n], value) for n, value in zip(sure.indices.tolist(), values, strict=True)]
+    return Choice(tokens[place], float(log_p[place]), margin, entropy, top[: request.sampling.top_logprobs])
+
+
+def _choose_freely(requests: list[Request], logits: Tensor) -> list[Choice]:
+    if not requests:
+        return []
     log_p = logits.log_softmax(-1)
     best = log_p.topk(2, dim=-1).values
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
@@ -44,6 +76,11 @@ def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
         likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         choices.append(Choice(ids[i], logprob, margin, surprise, likeliest))
     return choices
+
+
+def certain(token: int, top_logprobs: int) -> Choice:
+    """The only token that may follow."""
+    return Choice(token, 0.0, math.inf, 0.0, [(token, 0.0)][:top_logprobs])
 
 
 def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Generator) -> int:

@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import render_prompt, with_system
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.engine import Engine, EngineLimits
@@ -22,13 +23,14 @@ def scored_answers(
     max_tokens: int,
     rows: int = EngineLimits.max_num_seqs,
     until: Callable[[list[str], Scores], bool] | None = None,
+    actions: ActionTrie | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[list[str], Scores]]:
     """Greedy answers to user messages: the text each token added, and what the model thought of the tokens.
 
     Args:
         name: which of the backend's names answers. rows: requests at the same time.
-        until: see :meth:`Engine.submit`. progress: takes the number done.
+        until, actions: see :meth:`Engine.submit`. progress: takes the number done.
 
     Raises:
         DataError: if a prompt does not fit the model.
@@ -44,7 +46,7 @@ def scored_answers(
 
     for prompt, tokens in zip(prompts, answers, strict=True):
         ids = _prompt_ids(backend.tokenizer, prompt, system)
-        engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until)
+        engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until, actions)
     engine.start()
     try:
         for done in range(1, len(prompts) + 1):

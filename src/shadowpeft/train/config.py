@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import PRESETS, preset
-from shadowpeft.settings import STRICT, Count, ShadowSettings, explain
+from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings, explain
 
 Run = TypeVar("Run", bound=BaseModel)
 
@@ -53,6 +53,8 @@ class ShadowSection(StrictSection, ShadowSettings):
 
     preset: Literal["tuned", "paper"] = "tuned"
     shadow_model: str = "mirror"
+    last_layers: Count | None = None
+    """How many of the base's last layers are corrected; None: all that the variant corrects."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,8 +67,24 @@ class ShadowSection(StrictSection, ShadowSettings):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of ``ShadowPeftConfig``."""
-        return self.model_dump(exclude={"preset"})
+        """The fields of ``ShadowPeftConfig`` that do not depend on the base."""
+        return self.model_dump(exclude={"preset", "last_layers"})
+
+    def fields_for(self, num_layers: int) -> dict[str, Any]:
+        """The fields of ``ShadowPeftConfig`` for a base with ``num_layers`` layers.
+
+        Raises:
+            ConfigError: if it has fewer layers to correct than ``last_layers``.
+        """
+        if self.last_layers is None:
+            return self.fields
+        first = VARIANTS[self.variant].first_refined_layer
+        if self.last_layers > num_layers - first:
+            raise ConfigError(
+                f"shadow.last_layers is {self.last_layers} but the base has {num_layers} layers, of which the variant "
+                f"'{self.variant}' corrects {num_layers - first}; give at most {num_layers - first}"
+            )
+        return {**self.fields, "refined_layers": [num_layers - self.last_layers, num_layers - 1]}
 
     @model_validator(mode="after")
     def _possible(self) -> ShadowSection:
@@ -111,6 +129,10 @@ class TrainingSection(OptimisationSection):
     """dtype of the frozen base; trainable weights are float32 always, and 16-bit runs use autocast."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     group_by_length: bool = True
+    cache_activations: bool | str = False
+    """Store what the base computes below ``shadow.last_layers`` once: in the run's folder, or in the folder named here."""
+    freeze_shadow: bool = False
+    """Train the injections and updates only; with ``cache_activations`` the shadow's states are stored too."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:
@@ -142,6 +164,15 @@ class RunConfig(StrictSection):
     def _possible(self) -> RunConfig:
         if self.training.eval_every is not None and self.data.validation is None and self.data.train != "robot":
             raise ValueError("training.eval_every is set but data.validation is not; set both or neither")
+        if self.training.cache_activations and self.shadow.last_layers is None:
+            raise ValueError(
+                "training.cache_activations is set but shadow.last_layers is not, so the base's layers are corrected from the "
+                "first on; set both or neither"
+            )
+        if self.training.freeze_shadow and self.data.shadow_repeats:
+            raise ValueError(
+                "training.freeze_shadow and data.shadow_repeats are both set, but a frozen shadow learns nothing; keep one"
+            )
         if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
             raise ValueError(
                 f"shadow.shadow_loss is {self.shadow.shadow_loss} and training.label_smoothing is set; set one of them, since "

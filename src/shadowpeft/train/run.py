@@ -18,13 +18,16 @@ from shadowpeft.data import chat
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.messages import shorten
 from shadowpeft.runtime import DTYPES, prepare_cpu
 from shadowpeft.storage import exclusive, write_json, write_text, written_whole
 from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
+from shadowpeft.train.activations import Activations, prepare
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.card import model_card
 from shadowpeft.train.config import RunConfig
@@ -41,10 +44,31 @@ def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
         base.config.pad_token_id = tokenizer.pad_token_id
     if run.shadow.shadow_model != "mirror":
         shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
-    config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.fields)
+    config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.fields_for(find_decoder(base).num_layers))
     config.base_alias = run.base if is_alias(run.base) else None
     set_seed(run.training.seed)
-    return get_peft_model(base, config)
+    model = get_peft_model(base, config)
+    if run.training.freeze_shadow:
+        find_hub(model).freeze_shadow("default")
+    return model
+
+
+def _stored(
+    run: RunConfig, folder: Path, model: PeftModel, training: list[chat.Sequence], console: Console
+) -> Activations | None:
+    """What the base computes below its refined layers, if the run asks for it."""
+    t = run.training
+    if not t.cache_activations:
+        return None
+    return prepare(
+        model,
+        (s.ids for s in training if s.base),
+        folder / "activations" if t.cache_activations is True else Path(t.cache_activations),
+        precision=t.precision,
+        batch_size=t.eval_batch_size,
+        shadow=t.freeze_shadow,
+        tell=partial(console.print, soft_wrap=True),
+    )
 
 
 def train(
@@ -76,6 +100,13 @@ def train(
     training, validation, record = encode_run(run, tokenizer, partial(console.print, soft_wrap=True))
     if resume:
         _check_same_data(record, folder)
+    if t.freeze_shadow:
+        learns = [s for s in training if s.base]
+        if not learns:
+            raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
+        if len(learns) < len(training):
+            console.print(f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out")
+        training = learns
     model = build_model(run, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(s.ids) for s in training + (validation or []))
@@ -98,6 +129,7 @@ def _train(
     quiet: bool,
 ) -> dict[str, Any]:
     t, (training, validation, record) = run.training, data
+    activations = _stored(run, folder, model, training, console)
     args = training_arguments(t, folder, evaluates=validation is not None)
     rows, steps = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
     args.max_steps = steps or -1
@@ -111,6 +143,7 @@ def _train(
         data_collator=chat.ChatCollator(tokenizer.pad_token_id),
         callbacks=[shown],
         backbone_lr_ratio=t.backbone_lr_ratio,
+        activations=activations,
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()

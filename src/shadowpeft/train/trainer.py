@@ -18,8 +18,9 @@ from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.hf.forward.losses import shadow_path_loss
+from shadowpeft.hf.forward.losses import needs_no_logits, shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
+from shadowpeft.train.activations import Activations
 from shadowpeft.train.checkpoints import WholeCheckpoints
 
 _LOSSES = ("task_loss", "shadow_loss")
@@ -34,12 +35,15 @@ class ShadowLossMixin(WholeCheckpoints):
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
+    - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
     - Checkpoints are whole: see :class:`~shadowpeft.train.checkpoints.WholeCheckpoints`.
     """
 
-    def __init__(self, *args: Any, backbone_lr_ratio: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backbone_lr_ratio: float = 1.0, activations: Activations | None = None, **kwargs: Any
+    ) -> None:
         if not isinstance(self, Trainer):
             name = type(self).__name__
             raise ConfigError(f"{name} is not a Trainer; declare it as class {name}(ShadowLossMixin, Trainer)")
@@ -48,6 +52,7 @@ class ShadowLossMixin(WholeCheckpoints):
         if "trl" in sys.modules:
             versions.check("trl")
         self.backbone_lr_ratio = backbone_lr_ratio
+        self.activations = activations
         self._shadow_num_items: Any = None
         self._normalised = False
         self._sums: dict[str, float] = {}
@@ -116,12 +121,16 @@ class ShadowLossMixin(WholeCheckpoints):
                     return (alone, None) if return_outputs else alone
                 inputs, shadow_labels, labels = rest, rest["shadow_labels"], rest["labels"]
 
+        if self.activations is not None and model.training:
+            inputs.update(self.activations.batch(inputs["input_ids"], inputs["attention_mask"]))
         own_loss = (trainer.label_smoother is not None or trainer.compute_loss_func is not None) and labels is not None
         if own_loss and shadow_labels is None:
             inputs["shadow_labels"] = labels
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
         asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
+        if self._wants_losses_alone(model, hub, name, labels, own_loss or return_outputs):
+            inputs["loss_only"] = True
         with _both_losses(adapted_base(trainer.model)) as losses:
             result: Any = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
@@ -153,6 +162,24 @@ class ShadowLossMixin(WholeCheckpoints):
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
+
+    def _wants_losses_alone(self, model: nn.Module, hub: ShadowHub, name: str, labels: Any, reads_outputs: bool) -> bool:
+        """Whether a training step needs no logits: nobody reads its outputs, and the loss does not either.
+
+        TRL's trainers read them for their metrics, as may a trainer with a ``compute_loss`` of its own below this one.
+        """
+        trainer: Any = self
+        below = type(self).__mro__[type(self).__mro__.index(ShadowLossMixin) + 1 :]
+        own = next(kind for kind in below if "compute_loss" in vars(kind))
+        return (
+            model.training
+            and labels is not None
+            and not reads_outputs
+            and own is Trainer
+            and not trainer.args.torch_compile
+            and not trainer.is_deepspeed_enabled
+            and needs_no_logits(adapted_base(trainer.model), hub, name)
+        )
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self
@@ -362,8 +389,10 @@ def _device_scale(trainer: Any, items: Any) -> float:
 
 def _shadow_only_rows(labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
     """Mask ``(B,)`` of rows without a task target, or None if there are none (or the batch cannot be split by row)."""
-    only = (labels == IGNORE).all(-1) if labels.dim() == 1 else (labels[:, 1:] == IGNORE).all(-1)
-    if labels.dim() == 1 or not bool(only.any()):
+    if labels.is_floating_point():  # targets of a regression
+        return None
+    only = labels == IGNORE if labels.dim() == 1 else (labels[:, 1:] == IGNORE).all(-1)
+    if not bool(only.any()):
         return None
     rows = labels.shape[0]
     splittable = all(not isinstance(v, Tensor) or (v.dim() and v.shape[0] == rows) for v in inputs.values())

@@ -41,6 +41,8 @@ class Task:
     name: ClassVar[str]
     kind: ClassVar[str] = "generate"
     labels: ClassVar[tuple[str, ...]] = ()
+    actions: ClassVar[tuple[str, ...]] = ()
+    """What a device knows to do; its answers start with one of these or ``[REMOTE]``."""
     max_new_tokens: ClassVar[int] = 0
     system: ClassVar[str | None] = None
     """System message that prompts are rendered with."""

@@ -31,6 +31,7 @@ class Robot(Task):
     """
 
     name = "robot"
+    actions = package.SKILLS
     max_new_tokens = 16
     system = SYSTEM
 

@@ -104,12 +104,29 @@ class ShadowCall:
         self.input_ids: Tensor | None = None
         self.attention_mask: Any = None
         self.streams_first = False
+        self.loss_only = False
+        """Whether the caller wants losses and no logits: those are then of the last token alone."""
+        self.last_state: Tensor | None = None
+        """The base's last hidden state ``(B, T, d)``, where ``loss_only``."""
+        self.base_state: Tensor | None = None
+        """The input of the first refined layer, ``(B, T, d)``, if the layers below are not to run."""
+        self.shadow_state: Tensor | None = None
+        """``s^(0)``, if the shadow is not to run."""
+        self.skipped: list[tuple[nn.Module, Any]] = []
+        """Layers that do not run in this pass, each with a forward that was set on it (None: its class's)."""
+        self.embedded_in: nn.Module | None = None
+        """The backbone, if this pass trains and embeds the tokens itself."""
         self.tokens: list[Token[ShadowCall | None]] = []
 
     @property
     def is_classifier(self) -> bool:
         """Whether the adapters are those of a sequence classifier."""
         return any(part.weights.is_classifier for part in self.parts)
+
+    @property
+    def first(self) -> int:
+        """The first refined layer; with several adapters the lowest."""
+        return min((part.weights.config.mathematics.first_refined_layer for part in self.parts), default=0)
 
     @property
     def started(self) -> bool:

@@ -22,8 +22,8 @@ from shadowpeft.core import Trajectory, count_targets
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.weights import allow_gradients
+from shadowpeft.hf.forward import below, losses, rows
 from shadowpeft.hf.forward import call as calls
-from shadowpeft.hf.forward import losses, rows
 from shadowpeft.hf.forward.cache import check_untouched, own_cache, shadow_views
 from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, read_weights
 from shadowpeft.hf.forward.inputs import PACKED, pick_argument, shadow_mask, streams_axis
@@ -46,18 +46,22 @@ def before_model(
     kwargs_reach_layers: bool,
     weighted: list[tuple[str, nn.Module]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Take out ``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch`` and ``return_shadow``; start the call."""
+    """Take out of the call what is the shadow's own (``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch``,
+    ``return_shadow``, ``base_state``, ``shadow_state``, ``loss_only``); start the call."""
     kwargs = signature.by_name(args, kwargs)
     if "cache" in kwargs and "cache" not in signature.names:
         raise UnsupportedModelError(NO_PAGES)
     shadow_labels = kwargs.pop("shadow_labels", None)
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
+    base_state, shadow_state = kwargs.pop("base_state", None), kwargs.pop("shadow_state", None)
+    loss_only = bool(kwargs.pop("loss_only", False))
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
     call = _start(hub, model, kwargs)
     if call is None:
-        if return_shadow:
-            raise ConfigError("return_shadow=True was passed but no adapter is enabled; enable or set one")
+        given = "return_shadow=True" if return_shadow else "base_state or shadow_state"
+        if return_shadow or base_state is not None or shadow_state is not None:
+            raise ConfigError(f"{given} was passed but no adapter is enabled; enable or set one")
         return (), kwargs
     if return_shadow and call.names is not None and rows.BASE in call.names:
         raise ConfigError(
@@ -68,7 +72,7 @@ def before_model(
         if "use_cache" in signature.names and kwargs.get(signature.cache) is None:
             kwargs["use_cache"] = bool(
                 kwargs.get("use_cache")
-            )  # a cache that nobody scope for costs memory in training
+            )  # a cache that nobody asked for costs memory in training
         if not torch.compiler.is_compiling():
             allow_gradients(weighted)
     call.return_shadow = return_shadow
@@ -87,7 +91,7 @@ def before_model(
         )
     if call.labels is not None and call.parts:
         if call.is_classifier:
-            # stock classifiers return NaN for a fully mscope batch and do not rescale for gradient accumulation
+            # stock classifiers return NaN for a fully masked batch and do not rescale for gradient accumulation
             kwargs.pop("labels")
         elif not call.fused:
             count = call.num_items
@@ -99,10 +103,16 @@ def before_model(
                 )
             if signature.passes_on:
                 kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
+    if loss_only:
+        call.loss_only = True
+        del kwargs["labels"]
+        kwargs["logits_to_keep"] = 1
     if signature.passes_on:
         kwargs[CALL] = call
     if not (kwargs_reach_layers and torch.compiler.is_compiling()):
         calls.enter(call)
+    if base_state is not None or shadow_state is not None:
+        below.start_above(call, model, hub, kwargs, base_state, shadow_state)
     return (), kwargs
 
 
@@ -133,11 +143,14 @@ def after_forward(
 ) -> None:
     """The forward of ``module`` has ended, also by an error: take its call out of the context."""
     if not (kwargs_reach_layers and torch.compiler.is_compiling()):
+        call = calls.current()
+        if call is not None:
+            below.restore(call)
         calls.leave()
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
-    """Add ``task_loss``, ``shadow_loss`` and, where scope, ``shadow_logits`` and ``shadow_state``; join the losses."""
+    """Add ``task_loss``, ``shadow_loss`` and, where asked for, ``shadow_logits`` and ``shadow_state``; join the losses."""
     call: ShadowCall | None = kwargs.get(CALL) or calls.current()
     if call is None or not call.parts:
         if not isinstance(output, tuple):
@@ -168,6 +181,13 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         output.shadow_logits = result.shadow_logits
         output.shadow_state = rows.assemble(call.parts, [part.s0 for part in call.parts], len(logits))
     return output
+
+
+def after_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Keep the last hidden state where the loss is computed from it, not from logits."""
+    call = None if torch.compiler.is_compiling() else calls.current()
+    if call is not None and call.loss_only:
+        call.last_state = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone
@@ -206,6 +226,9 @@ def before_backbone(
     views = [None] * len(call.parts) if cache is None else shadow_views(cache, base_layers, config, call)
     for part, view in zip(call.parts, views, strict=True):
         _run_shadow(part, view, call, backbone, kwargs)
+    embeds = kwargs.get("input_ids") is not None
+    if embeds and backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        call.embedded_in = backbone
     call.streams_first = hasattr(config, "altup_num_inputs")  # shapes alone cannot tell where batch = tokens = streams
     if signature.passes_on:
         kwargs[CALL] = call
@@ -217,6 +240,10 @@ def before_backbone(
 def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: dict[str, Any]) -> None:
     """``s^(0)`` of one part (Eq. 1), from its rows of the backbone's arguments ``kwargs``."""
     weights = part.weights
+    first = weights.config.mathematics.first_refined_layer
+    if call.shadow_state is not None:
+        part.trajectory = Trajectory(first, call.shadow_state, keep_all=torch.is_grad_enabled())
+        return
     takes = weights.signature
     batch = None if part.rows is None else len(call.names or ())
     passed = {
@@ -236,7 +263,6 @@ def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: 
         backbone,
         **passed,
     )
-    first = weights.config.mathematics.first_refined_layer
     part.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
 
 
@@ -244,21 +270,25 @@ def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: 
 
 
 def before_layer(
-    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, hidden: str
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, hidden: str, index: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Refine the layer's input, its argument ``hidden``, with the shadow state (Eqs. 2-7)."""
+    """Refine the input of layer ``index``, its argument ``hidden``, with the shadow state (Eqs. 2-7)."""
     call: ShadowCall | None = kwargs.pop(CALL, None)
     link: ShadowLink | None = getattr(layer, "shadow_link", None)
-    if link is None:
-        return args, kwargs
     if call is None and not torch.compiler.is_compiling():
         call = calls.current()
+    h = whole = args[0] if args else kwargs[hidden]
+    if call is not None and below.ends_graph(call, index, h):
+        return ((h.detach(), *args[1:]), kwargs) if args else (args, {**kwargs, hidden: h.detach()})
+    if link is None:
+        return args, kwargs
     if call is None:
         adapter = link.active_name()
         if adapter is None or adapter not in link.shadowpeft_injection:
             return args, kwargs
         raise _without_state(link)
-    h = whole = args[0] if args else kwargs[hidden]
+    if call.base_state is not None and index == call.first:
+        h = whole = call.base_state.to(h.device)
     for part in call.parts:
         weights = part.weights
         step = weights.steps.get(link.layer) if weights.collected else link.step(weights.adapter)

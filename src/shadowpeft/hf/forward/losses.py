@@ -15,6 +15,7 @@ from shadowpeft.core import count_targets, distillation_kl, head_loss, joint_los
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, pool_last
+from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.forward import supervision
 from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, checkpoints, initial_state
 from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
@@ -50,6 +51,11 @@ def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tens
     if call.labels is not None:
         if call.is_classifier:
             task_loss = _classification_loss(model, logits, call.labels, call.num_items)
+        elif call.last_state is not None:
+            targets = shift_left(call.labels, hub)
+            count = count_targets(targets, shifted=False) if call.num_items is None else call.num_items
+            total = _path_sum(model, hub, model.get_output_embeddings(), call.last_state, targets)  # type: ignore[operator]
+            task_loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         elif hub.facts.uses_num_items:
             task_loss = stock
         else:
@@ -61,7 +67,7 @@ def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tens
     elif task_loss is None and training and weight > 0 and not call.return_shadow and logits.requires_grad:
         if shadow_loss is None:
             logits = supervision.refuse_gradients(logits)
-        else:
+        elif shadow_loss.requires_grad:  # else the shadow is frozen
             logits, shadow_loss = supervision.demand_both(logits, shadow_loss)
     return Joined(logits, loss, task_loss, shadow_loss, shadow_logits)
 
@@ -229,12 +235,23 @@ def _shadow_sum(
     distillation: Distillation | None = None,
 ) -> Tensor:
     """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
-    head = _lm_head(model, weights)
-    targets = targets.to(s0.device)
-    plain, rows = targets.reshape(-1), s0.reshape(-1, s0.shape[-1])
+    return _path_sum(model, hub, _lm_head(model, weights), s0, targets, distillation)
+
+
+def _path_sum(
+    model: nn.Module,
+    hub: ShadowHub,
+    head: Any,
+    state: Tensor,
+    targets: Tensor,
+    distillation: Distillation | None = None,
+) -> Tensor:
+    """Sum of the losses of ``head`` on the states ``(B, T, d)`` of a path, over its targets ``(B, T)`` and no others, 0-d."""
+    targets = targets.to(state.device)
+    plain, rows = targets.reshape(-1), state.reshape(-1, state.shape[-1])
     teacher = taught = plain[:0]
     if distillation is not None:
-        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(s0.device)
+        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(state.device)
         plain = plain if distillation.with_labels else plain.masked_fill(taught, IGNORE)
 
     def loss(rows: Tensor, where: Tensor) -> Tensor:
@@ -251,7 +268,7 @@ def _shadow_sum(
         divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
         return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
 
-    where = torch.arange(len(rows), device=s0.device)
+    where = torch.arange(len(rows), device=state.device)
     if not torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
         where = where[targets.reshape(-1) != IGNORE]
         rows = rows[where]
@@ -277,12 +294,26 @@ def _keep(state: Tensor, logits_to_keep: Any) -> Tensor:
     return state[:, logits_to_keep]
 
 
+def needs_no_logits(model: Any, hub: ShadowHub, adapter: str) -> bool:
+    """Whether the losses of a training step can be had without logits of all positions (``loss_only=True``): the base's loss is
+    the plain cross-entropy of the next token, its forward can leave logits out, and no path is another one's teacher.
+    """
+    return (
+        hub.facts.uses_num_items
+        and hub.facts.label_shift == 1
+        and not hub.is_classifier(adapter)
+        and hub.configs[adapter].shadow_loss == "ce"
+        and "logits_to_keep" in Signature(model).names
+        and not getattr(_text_config(model), "output_router_logits", False)  # which adds a loss of the routers
+    )
+
+
 def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *, items: Any = None) -> Tensor:
-    """The second term of Eq. 8 from the shadow alone: what the shadow path costs a batch, without running the base.
+    """The second term of Eqs. 8-9 from the shadow alone: what the shadow path costs a batch, without running the base.
 
     Args:
-        model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask`` and
-            ``shadow_labels`` ``(B, T)``. items: number of targets to normalise by; None: this batch's.
+        model: the transformers model that carries the adapter. batch: ``input_ids`` ``(B, T)``, ``attention_mask``, and
+            ``shadow_labels`` ``(B, T)``, of a classifier ``(B,)``. items: number of targets to normalise by; None: its own.
 
     Returns:
         0-d loss, not yet multiplied with lambda.
@@ -291,6 +322,12 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     if adapter is None:
         raise ConfigError("no adapter is enabled; enable or set one")
     weights = weights_of(hub, model, adapter)
+    if weights.is_classifier:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        s0 = _alone(weights, model, batch)
+        head: Any = weights.head
+        logits = head(pool_last(s0, _text_config(model), ids, mask).to(head.weight.dtype))
+        return _classification_loss(model, logits, batch["shadow_labels"], items)
     targets = shift_left(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
     s0 = _alone(weights, model, batch, targets)
@@ -302,8 +339,10 @@ _WORTH_SHARING = 8
 """Tokens that all rows must begin with, for them to run once."""
 
 
-def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor) -> Tensor:
-    """``s^(0)`` from the first target on or earlier, ``(B, T', d)``, without the base.
+def _alone(
+    weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor | None = None
+) -> Tensor:
+    """``s^(0)`` without the base, ``(B, T, d)``; with ``targets`` ``(B, T)`` from the first one on or earlier, ``(B, T', d)``.
 
     The tokens that all rows begin with (a system message) run once for the batch, in the same graph, through a cache of keys
     and values; so gradients are those of whole rows.
@@ -311,7 +350,7 @@ def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], tar
     ids, takes = batch["input_ids"], weights.signature
     passed = {k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)}
     shared = 0
-    if "position_ids" not in passed and _caches_in_graph(weights):
+    if targets is not None and "position_ids" not in passed and _caches_in_graph(weights):
         same = (ids == ids[:1]).all(0) & (targets == IGNORE).all(0)
         if "attention_mask" in passed:
             same &= passed["attention_mask"].all(0) if passed["attention_mask"].dim() == 2 else same.new_zeros(())

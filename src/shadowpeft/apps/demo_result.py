@@ -1,0 +1,186 @@
+"""What the demo measures: rival, device, cloud and both together on the same unseen requests, the device calibrated before."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import shadowpeft
+from shadowpeft.apps.common import bar
+from shadowpeft.apps.detach import save_edge
+from shadowpeft.constrained import choose
+from shadowpeft.data import robot
+from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.actions import REMOTE
+from shadowpeft.evaluate import accuracy, rival
+from shadowpeft.evaluate.record import commit
+from shadowpeft.generate import answer
+from shadowpeft.runtime import environment
+from shadowpeft.serve.calibration import Sample, calibrate
+from shadowpeft.serve.router import ACTION, FILE, KNOWN, TAGGED, UNSURE, Calibration
+
+TARGET, LEVEL = 0.03, 0.95
+"""At most this share of what the device keeps is wrong, with this confidence."""
+WORDS = 8
+"""Tokens of an answer that are read for its action."""
+TIMED = 40
+"""Requests whose decision is timed, one by one."""
+Row = dict[str, str]
+
+
+def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], console: Console) -> dict[str, Any]:
+    """Detach, calibrate on the validation rows, score the test rows, answer ``requests``; writes ``folder/edge``."""
+    trie = ActionTrie.of(tokenizer, robot.SKILLS)
+    edge = shadowpeft.detach(model)
+    files = save_edge(edge, tokenizer, folder / "edge")
+
+    def decide(rows: Sequence[Row], label: str) -> list[tuple[str, float]]:
+        with bar(console, label, len(rows)) as progress:
+            prompts = [row["prompt"] for row in rows]
+            found = choose(edge, tokenizer, prompts, trie, exact=False, system=robot.SYSTEM, progress=progress)
+        return [(c.action, c.probability) for c in found]
+
+    def say(rows: Sequence[Row], label: str) -> list[str | None]:
+        with bar(console, label, len(rows)) as progress:
+            options: dict[str, Any] = {"system": robot.SYSTEM, "max_new_tokens": WORDS, "batch_size": 32}
+            answers = answer(model, tokenizer, [row["prompt"] for row in rows], progress=progress, **options)
+        return [robot.parse_action(a.text) for a in answers]
+
+    fit = robot.load("validation_normal") + robot.load("validation_remote")
+    calibration = calibrate(samples(fit, decide(fit, "calibrating")), target=TARGET, level=LEVEL, signal=ACTION)
+    calibration.save(folder / "edge" / FILE)
+    test = robot.load("test_normal") + robot.load("test_remote_large")
+    decided = decide(test, "device")
+    with console.status("rival"):
+        began = time.monotonic()
+        svc = rival.fit_robot()
+        seconds = time.monotonic() - began
+        labels = rival.predict(svc, [row["prompt"] for row in test])[0]
+    spoken = say(test, "cloud")
+    kept = [action != REMOTE and calibration.keeps(p) for action, p in decided]
+    routed = [action if k else other for (action, _), other, k in zip(decided, spoken, kept, strict=True)]
+    methods = {
+        "rival": labels,
+        "device": [action for action, _ in decided],
+        "cloud": spoken,
+        "routed": routed,
+    }
+    size = {
+        "base_parameters": sum(p.numel() for n, p in model.named_parameters() if "shadowpeft_" not in n),
+        "adapter_parameters": sum(p.numel() for n, p in model.named_parameters() if "shadowpeft_" in n),
+        "adapter_bytes": (folder / "run" / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "edge_parameters": files["parameters"],
+        "edge_bytes": files["bytes"],
+        "rival_parameters": int(svc.steps[-1][1].coef_.size),
+    }
+    return {
+        "methods": {name: worth(test, actions) for name, actions in methods.items()},
+        "calibrated": {
+            "target": TARGET,
+            "level": LEVEL,
+            "signal": calibration.signal,
+            "rows": len(fit),
+            **shares(test, [action for action, _ in decided], kept),
+        },
+        "rival_seconds": round(seconds, 1),
+        "milliseconds": times(svc, edge, model, tokenizer, trie, test),
+        "size": size,
+        "requests": [one(request, edge, model, tokenizer, trie, calibration) for request in requests],
+        "machine": environment(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def samples(rows: Sequence[Row], decided: Sequence[tuple[str, float]]) -> list[Sample]:
+    """The device's decisions on rows whose right action is known."""
+    return [
+        Sample(
+            kept=action != REMOTE,
+            right=action == row["skill"] != REMOTE,
+            signals={ACTION: p},
+            is_open=row["skill"] == REMOTE,
+            tagged=action == REMOTE,
+        )
+        for row, (action, p) in zip(rows, decided, strict=True)
+    ]
+
+
+def worth(rows: Sequence[Row], actions: Sequence[str | None]) -> dict[str, Any]:
+    """Commands with the right action, open requests without any, and commands without any, each with its interval."""
+    pairs = list(zip(rows, actions, strict=True))
+    commands = [(row, action) for row, action in pairs if row["skill"] != REMOTE]
+    idle = (REMOTE, None)
+    return {
+        "commands": accuracy([action == row["skill"] for row, action in commands]),
+        "en": accuracy([action == row["skill"] for row, action in commands if row["lang"] == "en"]),
+        "zh": accuracy([action == row["skill"] for row, action in commands if row["lang"] == "zh"]),
+        "open_handed_on": accuracy([action in idle for row, action in pairs if row["skill"] == REMOTE]),
+        "commands_handed_on": accuracy([action in idle for _, action in commands]),
+    }
+
+
+def shares(rows: Sequence[Row], actions: Sequence[str], kept: Sequence[bool]) -> dict[str, Any]:
+    """What the calibrated device keeps: of the commands, of the open requests, and how much of it is wrong."""
+    triples = list(zip(rows, actions, kept, strict=True))
+    return {
+        "commands_kept": accuracy([k for row, _, k in triples if row["skill"] != REMOTE]),
+        "open_kept": accuracy([k for row, _, k in triples if row["skill"] == REMOTE]),
+        "wrong_of_kept": accuracy([action != row["skill"] for row, action, k in triples if k]),
+        "wrong_of_kept_commands": accuracy([a != row["skill"] for row, a, k in triples if k and row["skill"] != REMOTE]),
+    }
+
+
+def times(svc: Any, edge: Any, model: Any, tokenizer: Any, trie: ActionTrie, rows: Sequence[Row]) -> dict[str, float]:
+    """Median milliseconds of one decision, one request at a time, on one thread."""
+    prompts = [row["prompt"] for row in rows[:: max(1, len(rows) // TIMED)]][:TIMED]
+    threads = torch.get_num_threads()
+
+    def median(ask: Callable[[str], Any], asked: Sequence[str]) -> float:
+        ask(asked[0])
+        found = []
+        for prompt in asked:
+            began = time.perf_counter()
+            ask(prompt)
+            found.append(1000 * (time.perf_counter() - began))
+        return round(statistics.median(found), 2)
+
+    torch.set_num_threads(1)
+    try:
+        return {
+            "rival": median(lambda p: rival.predict(svc, [p]), prompts),
+            "device": median(lambda p: choose(edge, tokenizer, [p], trie, exact=False, system=robot.SYSTEM), prompts),
+            "cloud": median(
+                lambda p: answer(model, tokenizer, [p], system=robot.SYSTEM, max_new_tokens=WORDS), prompts[::4]
+            ),
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def one(
+    request: str, edge: Any, model: Any, tokenizer: Any, trie: ActionTrie, calibration: Calibration
+) -> dict[str, Any]:
+    """One request by the paper's procedure: the device first, the cloud if it hands on."""
+    began = time.perf_counter()
+    (chosen,) = choose(edge, tokenizer, [request], trie, exact=False, system=robot.SYSTEM)
+    sure = calibration.keeps(chosen.probability)
+    reason = TAGGED if chosen.action == REMOTE else KNOWN if sure else UNSURE
+    text = f"[{chosen.action}()]"
+    if reason != KNOWN:
+        text = answer(model, tokenizer, [request], system=robot.SYSTEM, max_new_tokens=40)[0].text
+    return {
+        "request": request,
+        "where": "device" if reason == KNOWN else "cloud",
+        "reason": reason,
+        "action": chosen.action,
+        "probability": round(chosen.probability, 4),
+        "answer": text,
+        "milliseconds": round(1000 * (time.perf_counter() - began)),
+    }

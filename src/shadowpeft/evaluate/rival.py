@@ -1,0 +1,72 @@
+"""The rival that any user would try first: TF-IDF and a linear support vector machine, fitted in seconds (scikit-learn).
+
+It is a method like any other: whatever an edge model is worth is shown beside it, on the same rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowpeft.data import robot
+from shadowpeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import FeatureUnion, Pipeline
+    from sklearn.svm import LinearSVC
+
+TITLE = "TF-IDF and LinearSVC"
+ITERATIONS = 5_000
+"""The usual 1,000 are too few for a C of 30."""
+ROBOT_C = 1.0
+"""Of commands and all open rows, chosen on development rows (experiments/records/rivals/robot-svc-open.json)."""
+
+
+def require_sklearn(who: str) -> None:
+    """Raises:
+    ConfigError: if scikit-learn is not installed; ``who`` needs it.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(f"{who} needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'")
+
+
+def features() -> FeatureUnion:
+    """Words and pairs of words; character n-grams of 2 to 5, since Chinese has no spaces and a typo changes few of them."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import FeatureUnion
+
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5))
+    return FeatureUnion([("words", words), ("characters", characters)])
+
+
+def classifier(c: float) -> LinearSVC:
+    """One against all the others, for each class."""
+    from sklearn.svm import LinearSVC
+
+    return LinearSVC(C=c, max_iter=ITERATIONS, random_state=0)
+
+
+def fit(texts: Sequence[str], labels: Sequence[Any], c: float = 1.0) -> Pipeline:
+    """The fitted classifier; deterministic."""
+    from sklearn.pipeline import make_pipeline
+
+    return make_pipeline(features(), classifier(c)).fit(texts, labels)
+
+
+def predict(model: Pipeline, texts: Sequence[str]) -> tuple[list[Any], list[float]]:
+    """Labels, and how far the best class is ahead of the second (the confidence of a decision)."""
+    values = model.decision_function(texts)
+    if values.ndim == 1:  # two classes have one number
+        return [model.classes_[int(v > 0)] for v in values], [float(abs(v)) for v in values]
+    two = np.sort(values, axis=1)[:, -2:]
+    return [model.classes_[i] for i in values.argmax(1)], (two[:, 1] - two[:, 0]).tolist()
+
+
+def fit_robot() -> Pipeline:
+    """Fitted on what the edge model of the robot set learns: its commands, and all open requests as ``REMOTE``."""
+    rows = [row for name in ("train_normal", "train_remote_base", "train_remote_shadow") for row in robot.load(name)]
+    return fit([row["prompt"] for row in rows], [row["skill"] for row in rows], ROBOT_C)
