@@ -1,6 +1,6 @@
 """Training cost and quality of a base that is corrected in its last n layers only, beside all layers and LoRA.
 
-    python benchmarks/last_layers.py [--only time,memory,quality] [--rounds 5] [--steps 30] [--rows 240] [--resume]
+    python benchmarks/last_layers.py [--only time,memory,quality] [--rounds 3] [--steps 30] [--rows 240] [--resume]
 
 SmolLM2-135M, float32, robot rows, batches of 16, one thread. Time: one training step (forward, backward, AdamW; reading the
 stored activations is part of it), the methods take turns; the median over rounds of its processor time divided by LoRA's in
@@ -54,11 +54,14 @@ LAST = (15, 10, 6)
 BATCH, LAYERS = 16, 30
 METHODS = {
     "lora": "LoRA",
+    "lora-targets": "LoRA, logits at targets only",
     "all": "all 29 layers",
     **{f"last-{n}": f"last {n}" for n in LAST},
-    **{f"last-{n}-stored": f"last {n}, activations stored" for n in LAST},
-    "last-6-frozen": "last 6, activations stored, shadow frozen",
+    **{f"last-{n}-stored": f"last {n}, stored" for n in LAST},
+    "last-6-frozen": "last 6, stored, shadow frozen",
 }
+JUDGED = ["last-6-stored", "lora", "last-10-stored", "all", "last-15-stored"]
+"""Whose quality differs: storing activations changes none, and neither does leaving logits out."""
 RATE = 3e-3
 """What docs/records of the robot set chose for LoRA and for all layers; not searched for the last n."""
 
@@ -69,24 +72,28 @@ def shadow(base: Any, last: int | None) -> Any:
     return get_peft_model(base, ShadowPeftConfig.preset("tuned", task_type="CAUSAL_LM", refined_layers=refined))
 
 
+def kind_of(name: str) -> str:
+    """What is special about a method: stored, frozen, targets, or nothing."""
+    return name.rpartition("-")[2] if name.endswith(("-stored", "-frozen", "-targets")) else ""
+
+
 class Method:
     """A model to train, and what is stored of its rows."""
 
     def __init__(self, name: str, rank: int, rows: list[chat.Sequence], folder: Path) -> None:
-        _, _, rest = name.partition("-")
-        last, _, kind = rest.partition("-")
+        kind, last = kind_of(name), next((n for n in LAST if name.startswith(f"last-{n}")), None)
         base = load()
-        if name == "lora":
+        self.is_lora, self.targets_only = name.startswith("lora"), kind_of(name) == "targets"
+        if self.is_lora:
             self.model = get_peft_model(base, lora_config(base, "lora", rank, target_modules=LINEARS))
         else:
-            self.model = shadow(base, int(last) if last else None)
+            self.model = shadow(base, last)
         self.model.train()
-        self.is_lora = name == "lora"
         self.stored: Activations | None = None
         self.seconds_to_store = 0.0
         if kind == "frozen":
             find_hub(self.model).freeze_shadow("default")
-        if kind:
+        if kind in ("stored", "frozen"):
             began = time.process_time()
             self.stored = prepare(self.model, (s.ids for s in rows), folder / name, shadow=kind == "frozen")
             self.seconds_to_store = time.process_time() - began
@@ -96,13 +103,25 @@ class Method:
         """Forward, backward, AdamW; the task's loss."""
         states = {} if self.stored is None else self.stored.batch(batch["input_ids"], batch["attention_mask"])
         if self.is_lora:
-            batch = {key: value for key, value in batch.items() if key != "shadow_labels"}
-        out = self.model(**batch, **states, use_cache=False)
-        out.loss.backward()
+            task = loss = self.lora_loss(batch)
+        else:
+            out = self.model(**batch, **states, use_cache=False, loss_alone=True)
+            loss, task = out.loss, out.task_loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return float((out.loss if self.is_lora else out.task_loss).detach())
+        return float(task.detach())
+
+    def lora_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """As transformers computes it; with ``targets_only`` as this package computes the attached path's."""
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if not self.targets_only:
+            return self.model(**inputs, labels=batch["labels"], use_cache=False).loss  # type: ignore[no-any-return]
+        whole = self.model.get_base_model()
+        states, goals = whole.model(**inputs, use_cache=False).last_hidden_state[:, :-1], batch["labels"][:, 1:]
+        wanted = goals != -100
+        return torch.nn.functional.cross_entropy(whole.lm_head(states[wanted]), goals[wanted])
 
 
 def sequences(split: str, count: int) -> list[chat.Sequence]:
@@ -125,7 +144,7 @@ def batches(rows: list[chat.Sequence], steps: int) -> list[dict[str, Any]]:
 def measure_time(rank: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Processor and wall time of a step of each method, in turns."""
     rows = sequences("train", 3 * BATCH)
-    steps = batches(rows, rounds + 1)
+    steps = batches(rows, rounds)
     methods = {name: Method(name, rank, rows, folder) for name in METHODS}
     for method in methods.values():
         randomise(method.model)
@@ -139,14 +158,15 @@ def measure_time(rank: int, rounds: int, folder: Path) -> dict[str, Any]:
         wall[name].append(time.perf_counter() - began)
         return spent
 
-    times = alternate({name: partial(run, name) for name in METHODS}, rounds, progress=lambda n: print(n, file=sys.stderr))
+    runs = {name: partial(run, name) for name in METHODS}
+    times = alternate(runs, rounds, warmup=0, progress=lambda done: print(done, file=sys.stderr))
     tokens = sum(len(s.ids) for s in rows)
     size = sum(f.stat().st_size for f in (folder / "last-6-stored").glob("*.safetensors"))
     return {
         "rounds": rounds,
         "tokens_a_batch": round(statistics.mean(float(b["attention_mask"].sum()) for b in steps)),
         "processor_seconds": {n: round(statistics.median(t), 3) for n, t in times.items()},
-        "wall_seconds": {n: round(statistics.median(t[1:]), 3) for n, t in wall.items()},
+        "wall_seconds": {n: round(statistics.median(t), 3) for n, t in wall.items()},
         "ratio_to_lora": {n: round(r, 3) for n, r in paired_ratios(times, "lora").items()},
         "quartiles": {
             n: [round(q, 3) for q in quartiles([a / b for a, b in zip(t, times["lora"], strict=True)])]
@@ -172,7 +192,11 @@ def peak(name: str, rank: int) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         method.step(longest)
         method.step(longest)
-        print(json.dumps({"shape": list(longest["input_ids"].shape), "above_model_mib": round(resident_mib("VmHWM") - before)}))
+        print(
+            json.dumps(
+                {"shape": list(longest["input_ids"].shape), "above_model_mib": round(resident_mib("VmHWM") - before)}
+            )
+        )
 
 
 def measure_memory(name: str, rank: int) -> dict[str, Any]:
@@ -264,9 +288,13 @@ def figure(record: dict[str, Any]) -> None:
     layers = {"all": 29, "last-6-frozen": 6, **{f"last-{n}{end}": n for n in LAST for end in ("", "-stored")}}
     picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     values = record["time"]["ratio_to_lora"], {n: m["above_model_mib"] for n, m in record["memory"].items()}
-    for axes, value, label in ((left, values[0], "time of a step / LoRA's"), (right, values[1], "memory above the model, MiB")):
+    for axes, value, label in (
+        (left, values[0], "time of a step / LoRA's"),
+        (right, values[1], "memory above the model, MiB"),
+    ):
         for title, names in shown.items():
-            axes.plot([layers[n] for n in names], [value[n] for n in names], marker="o", label=title)
+            known = [n for n in names if n in value]
+            axes.plot([layers[n] for n in known], [value[n] for n in known], marker="o", label=title)
         axes.axhline(value["lora"], color="black", linestyle="--", label="LoRA")
         axes.set(xlabel="corrected layers, from the last", ylabel=label, ylim=(0, None))
     left.legend(fontsize=8)
@@ -277,11 +305,11 @@ def main() -> None:
     """Measure, record, render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="time,memory,quality")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=240)
     parser.add_argument("--judged", type=int, default=100)
-    parser.add_argument("--methods", default="last-6-stored,lora,last-10-stored,all,last-15-stored")
+    parser.add_argument("--methods", help="of memory and quality, with commas; by default all, and those of JUDGED")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--render", action="store_true", help="only render what is recorded")
     parser.add_argument("--peak")
@@ -302,7 +330,9 @@ def main() -> None:
         record = {**made, "model": "SmolLM2-135M-Instruct, float32", "batch": BATCH, "lora_rank": rank, **record}
         with tempfile.TemporaryDirectory() as folder:
             measured(record, options, Path(folder))
-    write_text(PAGE, between(PAGE.read_text(encoding="utf-8"), MARKS, block(record)) or PAGE.read_text(encoding="utf-8"))
+    write_text(
+        PAGE, between(PAGE.read_text(encoding="utf-8"), MARKS, block(record)) or PAGE.read_text(encoding="utf-8")
+    )
     if "time" in record and "memory" in record:
         figure(record)
     print(page_table(record))
@@ -314,14 +344,15 @@ def measured(record: dict[str, Any], options: argparse.Namespace, folder: Path) 
     if "time" in parts and "time" not in record:
         record["time"] = {**measure_time(rank, options.rounds, folder / "time"), **stamp()}
         write_json(RECORD, record)
-    for name in METHODS if "memory" in parts else ():
+    chosen = options.methods.split(",") if options.methods else None
+    for name in chosen or METHODS if "memory" in parts else ():
         if name not in record.setdefault("memory", {}):
             record["memory"][name] = measure_memory(name, rank)
             write_json(RECORD, record)
     setting = {"steps": options.steps, "rows": options.rows, "judged": options.judged, "rate": RATE, "seed": 0}
     if "quality" in parts and record.get("quality", {}).get("setting") != setting:
         record["quality"] = {"setting": setting, "methods": {}, **stamp()}
-    for name in options.methods.split(",") if "quality" in parts else ():
+    for name in chosen or JUDGED if "quality" in parts else ():
         if name not in record["quality"]["methods"]:
             record["quality"]["methods"][name] = measure_quality(name, rank, options, folder / "quality")
             write_json(RECORD, record)
@@ -336,8 +367,8 @@ def block(record: dict[str, Any]) -> str:
         lines += [
             f"{record['date']}, commit {short(record['commit'])}, {record['machine']}, one thread, record "
             "[last-layers.json](records/last-layers.json).",
-            f"Steps of {BATCH} rows, {timed['tokens_a_batch']} tokens: processor time, medians over {timed['rounds']} rounds in "
-            "turns, quartiles in brackets.",
+            f"Steps of {BATCH} rows, {timed['tokens_a_batch']} tokens: processor time, medians over {timed['rounds']} rounds "
+            "in turns, quartiles in brackets.",
             f"LoRA r = {record['lora_rank']} on all linear layers trains as many parameters as the shadow on all layers.",
             f"Storing {storing['rows']} rows took {storing['processor_seconds']['last-6-stored']:.1f} s for the last 6, and "
             f"{storing['bytes_a_token']:,} bytes a token.",

@@ -62,6 +62,7 @@ class Joint:
     weight: float = 1.0
     """lambda."""
     use_update: bool = True
+    variant: str = "paper"
     r: int = 16
     replies: bool = True
     """The attached path learns the spoken reply too; False: the action alone."""
@@ -103,6 +104,7 @@ def build(joint: Joint, cell: Cell, work: Path) -> Any:
         shadow_dropout=joint.dropout,
         auxiliary_loss_weight=joint.weight,
         use_update=joint.use_update,
+        variant=joint.variant,
         refined_layers=[layers - joint.last, layers - 1] if joint.last else None,
     )
     model = get_peft_model(base, config)

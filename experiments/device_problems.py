@@ -5,10 +5,8 @@ The detached model is the base's frozen embedding, its first k layers, its norm 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -21,9 +19,11 @@ from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import shadowpeft
 from experiments import device_rows as rows_of
+from shadowpeft.constrained import choose, equal_lengths
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.chat import prompt_ids, rows_digest
-from shadowpeft.data.robot import SYSTEM, parse_action
+from shadowpeft.data.chat import rows_digest
+from shadowpeft.data.robot import SKILLS, SYSTEM, parse_action
 from shadowpeft.data.tasks import class_ids, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.generate import answer, evaluating
@@ -83,7 +83,7 @@ class Robot:
         self.model = detached(cell.base, cell.layers)
         self.split = rows_of.split(open_rows=cell.open_rows, hold_out=cell.hold_out)
         self.items = rows_of.encode(self.split.train, self.tokenizer, cell.target)
-        self.trie = rows_of.robot_trie(self.tokenizer)
+        self.trie = ActionTrie.of(self.tokenizer, SKILLS)
         self.prefix = Prefix(self.model, rows_of.shared_prefix(self.items))
 
     def data(self) -> dict[str, Any]:
@@ -122,31 +122,11 @@ class Robot:
             found["greedy"] = shares(rows, [parse_action(a.text) for a in answers])
         return found
 
-    @torch.inference_mode()
     def chances(self, rows: Sequence[dict[str, str]], size: int = 32) -> Tensor:
-        """Probabilities ``(N, A)`` of all actions: at each branch of the trie a softmax over its tokens alone."""
-        encoded = [
-            (prompt_ids(self.tokenizer, rows_of.messages(row)) + self.trie.stem)[len(self.prefix.ids) :] for row in rows
-        ]
-        embed, head = self.model.get_input_embeddings(), self.model.get_output_embeddings().weight
-        found = torch.zeros(len(rows), len(self.trie.actions), dtype=torch.float64)
-        with evaluating(self.model):
-            for group in rows_of.equal_lengths([len(ids) for ids in encoded], size):
-                cache = self.prefix.cache(len(group))
-                states = [self.prefix.hidden(embed(torch.tensor([encoded[i] for i in group])), cache)[:, -1]]
-                for _, nodes in groupby(self.trie.nodes[1:], key=lambda node: len(node[0])):
-                    paths = torch.tensor([path for path, _ in nodes])
-                    more = copy.deepcopy(cache)  # of each row one copy for each path
-                    more.batch_repeat_interleave(len(paths))
-                    below = self.prefix.hidden(embed(paths.repeat(len(group), 1)), more)[:, -1]
-                    states += below.unflatten(0, (len(group), len(paths))).unbind(1)
-                logs = [
-                    (state @ head[children].T).double().log_softmax(-1)
-                    for state, (_, children) in zip(states, self.trie.nodes, strict=True)
-                ]
-                for a, steps in enumerate(self.trie.steps):
-                    found[group, a] = sum((logs[n][:, c] for n, c in steps), torch.zeros(1, dtype=torch.float64))
-        return found.exp()
+        """Probabilities ``(N, A)`` of all actions."""
+        chats = [rows_of.messages(row) for row in rows]
+        chosen = choose(self.model, self.tokenizer, chats, self.trie, batch_size=size)
+        return torch.tensor([list((c.probabilities or {}).values()) for c in chosen], dtype=torch.float64)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
@@ -258,7 +238,7 @@ class Clinc:
         ids = [class_ids(self.tokenizer, e.prompt, 64) for e in examples]
         logits = torch.zeros(len(ids), len(self.task.labels))
         with evaluating(self.model):
-            for group in rows_of.equal_lengths([len(row) for row in ids], 128):
+            for group in equal_lengths([len(row) for row in ids], 128):
                 logits[group] = self._logits([ids[i] for i in group])
         gold = torch.tensor([e.gold for e in examples])
         hits = (logits.argmax(-1) == gold).tolist()

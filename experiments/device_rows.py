@@ -1,4 +1,4 @@
-"""Rows of the search for the detached shadow's recipe: what trains, what chooses, and the actions as a trie of tokens.
+"""Rows of the search for the detached shadow's recipe: what trains, and what chooses.
 
 Nothing here reads a test split but :func:`test_rows`, which only the last command of the search calls.
 """
@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shadowpeft.data import robot
-from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.actions import REMOTE, written
 from shadowpeft.data.chat import answer_ids, prompt_ids
-from shadowpeft.errors import ConfigError
 
 HELD_OUT_OPEN = 0.1
 """Share of the topics of ``train_remote_base`` that is held out of training."""
@@ -81,18 +79,13 @@ def _hash(text: str) -> int:
 # --------------------------------------------------------------------------------------------------------------- sequences
 
 
-def action_text(skill: str) -> str:
-    """The action that starts the answer of a row with this skill."""
-    return f"[{REMOTE}]" if skill == REMOTE else f"[{skill}()]"
-
-
 def response(row: dict[str, str], target: str) -> str:
     """What the shadow learns to answer: the ``action`` alone, or the action and the spoken ``reply``.
 
     An open prompt of the base path has a real answer that the device must not give: there both are ``[REMOTE]``.
     """
     if target == "action" or (row["skill"] == REMOTE and not row["response"].startswith("[")):
-        return action_text(row["skill"])
+        return written(row["skill"])
     return row["response"]
 
 
@@ -153,69 +146,3 @@ def padded(items: Sequence[Item], skip: int, pad: int) -> tuple[Tensor, Tensor, 
     tokens = torch.tensor([(item.ids[skip:-1] + [pad] * width)[:width] for item in items])
     places = [b * width + t - skip for b, item in enumerate(items) for t in range(item.start - 1, len(item.ids) - 1)]
     return tokens, torch.tensor(places), torch.tensor([token for item in items for token in item.ids[item.start :]])
-
-
-def equal_lengths(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Places of rows in groups of at most ``size`` of one length, so that nothing is padded."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    group: list[int] = []
-    for i in order:
-        if group and (lengths[i] != lengths[group[0]] or len(group) == size):
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
-# -------------------------------------------------------------------------------------------------------------------- trie
-
-
-@dataclass(frozen=True)
-class Trie:
-    """The actions' tokens as a tree. Only where it branches is anything to choose.
-
-    Attributes:
-        stem: tokens that all actions begin with.
-        nodes: the paths below the stem at which several tokens may follow, the root ``()`` first, and those tokens.
-        steps: for each action the ``(node, child)`` it takes at each of them.
-    """
-
-    actions: tuple[str, ...]
-    stem: list[int]
-    nodes: list[tuple[tuple[int, ...], list[int]]]
-    steps: list[list[tuple[int, int]]]
-
-
-def trie(tokens: dict[str, list[int]]) -> Trie:
-    """The tree of ``tokens`` (action -> its tokens).
-
-    Raises:
-        ConfigError: if there are fewer than two actions, or the tokens of one begin with all those of another.
-    """
-    if len(tokens) < 2:
-        raise ConfigError(f"there is {len(tokens)} action; give at least two to choose among")
-    ordered = sorted(tokens.items(), key=lambda pair: pair[1])
-    for (one, short), (other, long) in pairwise(ordered):
-        if long[: len(short)] == short:
-            raise ConfigError(f"the tokens of '{other}' begin with all those of '{one}'; rename one of them")
-    stem = common_start(list(tokens.values()))
-    children: dict[tuple[int, ...], set[int]] = {}
-    for ids in tokens.values():
-        for depth in range(len(stem), len(ids)):
-            children.setdefault(tuple(ids[len(stem) : depth]), set()).add(ids[depth])
-    branching = sorted((path for path, found in children.items() if len(found) > 1), key=lambda path: (len(path), path))
-    nodes = [(path, sorted(children[path])) for path in branching]
-    steps = []
-    for ids in tokens.values():
-        below = tuple(ids[len(stem) :])
-        steps.append([(n, kids.index(below[len(p)])) for n, (p, kids) in enumerate(nodes) if below[: len(p)] == p])
-    return Trie(tuple(tokens), stem, nodes, steps)
-
-
-def robot_trie(tokenizer: Any) -> Trie:
-    """The trie of the robot's 34 skills and ``[REMOTE]``."""
-    chat = messages({"prompt": "a"})
-    return trie(
-        {name: answer_ids(tokenizer, chat, action_text(name), closed=False) for name in (*robot.SKILLS, REMOTE)}
-    )

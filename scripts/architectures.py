@@ -1,7 +1,8 @@
 """Measure which architectures a shadow works on and write docs/architectures.md and docs/records/architectures.json.
 
 A tiny random instance of every decoder in transformers' causal-LM mapping is built and goes through the steps of
-tests/architectures/checks.py, each in a process of its own with a limit of 60 s. Two minutes: make architectures
+tests/architectures/checks.py, each in a process of its own with a limit of 60 s of processor time. Ten minutes on an idle core:
+make architectures
 """
 
 from __future__ import annotations

@@ -87,11 +87,12 @@ def attached(
     norm: Callable[[Tensor], Tensor],
     alpha: float,
     activation: Callable[[Tensor], Tensor] = silu,
+    correct: Callable[[Tensor, Tensor, Injection, float], Tensor] = inject,
 ) -> Tensor:
     """The frozen layers of the base with the shadow beside them; layer 0 has no injection, the last needs no update."""
     for i, layer in enumerate(layers):
         if i in injections:
-            h = inject(h, s, injections[i], alpha)
+            h = correct(h, s, injections[i], alpha)
         h = layer(h)
         if i in updates:
             s = update(s, norm(h), updates[i], activation)
@@ -119,6 +120,15 @@ def joint_loss(task: Tensor, shadow: Tensor, weight: float) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def rms(x: Tensor) -> Tensor:
+    return (x**2).mean(-1, keepdim=True).sqrt()
+
+
+def inject_scaled(h: Tensor, s: Tensor, w: Injection, alpha: float) -> Tensor:
+    """Our variant "scaled": both states at equal size, the correction back at the base's."""
+    return h + rms(h) * (inject(h / rms(h), s / rms(s), w, alpha) - h / rms(h))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -187,6 +197,8 @@ class NaiveShadow:
         b_in, b_out = self.get(f"{link}.b_in"), self.get(f"{link}.b_out")
         m = w_in.shape[0] // 2
         weights = (w_in[:m], w_out[0], w_in[m:], w_out[1])
+        if self.config.variant == "scaled":
+            return Update(*weights, b4=-4.0)  # the gate starts nearly closed
         return Update(*weights) if b_in is None else Update(*weights, b_in[:m], b_out[0], b_in[m:], b_out[1])
 
     def norm(self, x: Tensor) -> Tensor:
@@ -215,6 +227,7 @@ class NaiveShadow:
             self.norm,
             self.config.shadow_alpha,
             gelu if peft else silu,
+            inject_scaled if self.config.variant == "scaled" else inject,
         )
         return self._finished(inputs, h), s0
 

@@ -44,7 +44,10 @@ class Variant:
     """Dropout of the injection: before ``W_down``, or after."""
     dropout_in_update: bool = True
     paper_init: bool = True
-
+    normalised: bool = False
+    """Whether base and shadow state are compared at a root mean square of 1, and the correction is scaled back."""
+    gate_start: float = 0.0
+    """Added to the argument of the update's gate: 0 starts the gate at one half, and the shadow state is soon forgotten."""
 
 
 VARIANTS = {
@@ -59,6 +62,7 @@ VARIANTS = {
         dropout_in_update=False,
         paper_init=False,
     ),
+    "scaled": Variant(normalised=True, gate_start=-4.0),  # ours (docs/scaled.md): the shadow's state keeps its weight
 }
 
 
@@ -103,7 +107,7 @@ class ShadowSettings:
     """The shadow path's training loss (second term of Eq. 8). "ce": cross-entropy of its targets. "kl": divergence from the
     attached path's own logits of the same forward pass, held fixed. "both": their sum. A position whose ``shadow_labels``
     differ from its ``labels`` has no teacher and always takes the cross-entropy, which evaluation mode reports throughout."""
-    variant: Literal["paper", "authors", "peft"] = "paper"
+    variant: Literal["paper", "authors", "peft", "scaled"] = "paper"
     """Whose mathematics; see :class:`Variant`."""
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from experiments.device_problems import judged, shares
-from experiments.device_rows import Item, padded, trie
+from experiments.device_rows import Item, padded
 from experiments.device_search import Cell, Training
 from faketask import Fake
 from scripts.robot_set import phrasing, seeds
@@ -17,7 +17,7 @@ from scripts.robot_set import phrasing, seeds
 from chatbase import save_base
 from experiments import device_page, device_problems, device_rows, device_search
 from shadowpeft.data import robot
-from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.actions import REMOTE, written
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.errors import ConfigError
 
@@ -102,32 +102,6 @@ def test_batches_hold_each_row_once_in_an_order_of_their_seed():
     assert sum(spread) / len(spread) < 8  # of 17
 
 
-def test_groups_of_equal_length_hold_each_row_once():
-    lengths = [3, 5, 3, 3, 5, 4]
-    found = list(device_rows.equal_lengths(lengths, 2))
-    assert sorted(i for group in found for i in group) == list(range(6))
-    assert all(len({lengths[i] for i in group}) == 1 and len(group) <= 2 for group in found)
-
-
-# -------------------------------------------------------------------------------------------------------------------- trie
-
-
-def test_a_trie_branches_where_actions_differ():
-    found = trie({"A": [1, 2, 3], "B": [1, 2, 4], "C": [1, 5, 6, 7]})
-    assert found.stem == [1]
-    assert found.nodes == [((), [2, 5]), ((2,), [3, 4])]
-    assert found.steps == [[(0, 0), (1, 0)], [(0, 0), (1, 1)], [(0, 1)]]
-
-
-def test_actions_that_cannot_be_told_apart_are_refused():
-    with pytest.raises(ConfigError, match="'B' begin with all those of 'A'"):
-        trie({"A": [1, 2], "B": [1, 2, 3]})
-    with pytest.raises(ConfigError, match="begin with all those"):
-        trie({"A": [1, 2], "B": [1, 2]})
-    with pytest.raises(ConfigError, match="at least two"):
-        trie({"A": [1]})
-
-
 # ------------------------------------------------------------------------------------------------------------------ judging
 
 
@@ -207,7 +181,7 @@ def test_probabilities_of_actions_are_those_of_their_tokens(small, tmp_path):
     rows = problem.split.development[:3]
     ours = problem.chances(rows)
     assert ours.sum(1).tolist() == pytest.approx([1.0] * 3)
-    texts = {name: device_rows.action_text(name) for name in problem.trie.actions}
+    texts = {name: written(name) for name in problem.trie.actions}
     tokens = {name: problem.tokenizer(text, add_special_tokens=False).input_ids for name, text in texts.items()}
     row, name = rows[1], "Sit"
     for name in ("Sit", "WaltzDance", REMOTE):

@@ -9,17 +9,19 @@ import torch
 from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 import edges
 import shadowpeft
-from chatbase import CHATML
+from chatbase import CHATML, run_file, write_rows
 from commands import call
-from shadowpeft import export
+from shadowpeft import ShadowTrainer, export
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.export import gguf
 from shadowpeft.hf.layer import find_hub
+from shadowpeft.train.config import parse_run
+from shadowpeft.train.run import train
 from tiny import adapt
 
 CHAT = [{"role": "user", "content": "Sit down, please"}]
@@ -171,6 +173,51 @@ def test_commands_from_an_adapter(command, adapter, tmp_path, monkeypatch, capsy
     report = json.loads(out)
     assert report.get("export", report)["ends"] == ["<|endoftext|>", TRAINED_END]
     assert answer_of(tmp_path / "o") == chain(tokenizer())[1:-1]
+
+
+def new_tokens(edge):
+    """What plain ``generate`` of a model says to the prompt."""
+    ids = torch.tensor([prompt_ids(tokenizer(), CHAT)])
+    out = edge.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_detach_stops_where_the_tokenizer_or_the_adapters_record_says(adapter, tmp_path):
+    words, right = tokenizer(), chain(tokenizer())[1:-1]
+    model = shadowpeft.load(adapter / "adapter", adapter / "base")
+    assert len(new_tokens(shadowpeft.detach(model))) == 12  # nobody has said where answers ended
+    assert new_tokens(shadowpeft.detach(model, tokenizer=words)) == right
+    assert model.get_base_model().generation_config.eos_token_id == 0  # the base stays as it was
+
+    model.peft_config["default"].trained_ends = [right[-1]]
+    model.save_pretrained(tmp_path)
+    again = shadowpeft.load(tmp_path, adapter / "base")
+    assert new_tokens(shadowpeft.detach(again)) == right
+    model.peft_config["default"].trained_ends = None
+    shadowpeft.swap(model, tmp_path)
+    assert new_tokens(shadowpeft.detach(model)) == right
+
+
+def test_training_records_where_answers_end(adapter, tmp_path):
+    """By a run file, and by a trainer in Python that knows the tokenizer."""
+    words = tokenizer()
+    words.save_pretrained(adapter / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Sit down, please", "response": "ok"}] * 4)
+    run = parse_run(run_file(tmp_path / "run", str(adapter / "base"), rows, training={"max_steps": 1}), "the run")
+    train(run, quiet=True)
+
+    ids = prompt_ids(words, CHAT)
+    model = adapt(AutoModelForCausalLM.from_pretrained(adapter / "base"))
+    ShadowTrainer(
+        model=model,
+        args=TrainingArguments(tmp_path / "python", max_steps=1, report_to=[], use_cpu=True),
+        train_dataset=[{"input_ids": ids, "labels": ids}] * 8,
+        processing_class=words,
+    ).train()
+
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "python" / "checkpoint-1"):
+        edge = shadowpeft.detach(shadowpeft.load(folder, adapter / "base"))
+        assert edge.generation_config.eos_token_id == [0, words.convert_tokens_to_ids(TRAINED_END)]
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system message') }}", {"tools": CHATML}])

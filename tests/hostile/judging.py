@@ -76,7 +76,23 @@ class Judge:
         with model.disable_adapter(), torch.no_grad():
             if not torch.equal(model(self.tokens).logits, self.logits[task]):
                 return "with the adapter disabled the base computes something else"
-        return None
+        return self.finite(model)
+
+    def finite(self, model: Any) -> str | None:
+        """What is wrong with the logits of a loaded adapter whose numbers are all finite.
+
+        A file may hold any finite number, in our format and in others': there is no size that training cannot reach and
+        damage can, so a limit would be a guess. Numbers whose square overflows may make logits that are not finite; they are
+        what the file says.
+        """
+        import torch
+
+        with torch.no_grad():
+            logits = model(self.tokens).logits
+        limit = torch.finfo(torch.float32).max ** 0.5
+        if torch.isfinite(logits).all() or any(bool((p.abs() > limit).any()) for p in model.parameters()):
+            return None
+        return "the loaded adapter's logits are not finite, and no number in it is large enough for that"
 
     def message(self, error: BaseException, folder: Path) -> str | None:
         """What is wrong with an error's message."""
@@ -132,8 +148,7 @@ class Judge:
         else:
             outcome, complaint = "loaded", None
             with torch.no_grad():
-                if not torch.isfinite(made(self.tokens).logits).all():
-                    complaint = "the loaded adapter's logits are not finite"
+                complaint = self.finite(made)
                 with made.disable_adapter():
                     if not torch.equal(made(self.tokens).logits, self.logits[task]):
                         complaint = "with the adapter disabled the base computes something else"

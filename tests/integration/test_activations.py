@@ -16,10 +16,12 @@ from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.hf.layer import adapted_base, find_hub
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import activations
 from shadowpeft.train.activations import RECORD, prepare
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.run import train
+from shadowpeft.train.progress import RunCallback
+from shadowpeft.train.run import build_model, train
 from tiny import adapt, base
 
 LAYERS = 5
@@ -70,7 +72,9 @@ def small_shards(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("extra", [{}, {"gradient_accumulation": 2, "group_by_length": False}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"gradient_accumulation": 2, "group_by_length": False}, {"label_smoothing": 0.1}]
+)
 def test_a_run_with_stored_activations_ends_as_one_without(made, tmp_path, extra, monkeypatch):
     plain = start(made, tmp_path / "plain", **extra)
     ran = []
@@ -126,27 +130,17 @@ def test_a_frozen_shadow_is_stored_too(made, tmp_path, capfd):
     assert sorted(load_file(shard)) == ["base_state", "shadow_state"]
 
     first = config(made, tmp_path / "x", freeze_shadow=True)
-    untouched = activations_of(made, first)
+    untouched = build_model(first, load_tokenizer(made.base)).state_dict()
     shadow = {k: v for k, v in tensors(tmp_path / "plain").items() if "shadowpeft_backbone" in k}
     assert shadow
     for name, value in shadow.items():
         assert torch.equal(value, untouched[name.replace("shadowpeft_backbone.", "shadowpeft_backbone.default.")]), name
 
 
-def activations_of(made, run):
-    """The adapter's tensors before the first step."""
-    from shadowpeft.tokenizer import load_tokenizer
-    from shadowpeft.train.run import build_model
-
-    return build_model(run, load_tokenizer(made.base)).state_dict()
-
-
-def test_a_frozen_shadow_stays_frozen_when_the_run_is_resumed(made, tmp_path):
+def test_a_frozen_shadow_stays_frozen_when_the_run_is_resumed(made, tmp_path, monkeypatch):
     options = {"freeze_shadow": True, "cache_activations": True, "save_every": 3}
     start(made, tmp_path / "whole", **options)
     half = config(made, tmp_path / "half", **options)
-    from shadowpeft.train.progress import RunCallback
-
     original = RunCallback.on_step_end
 
     def stop(self, args, state, control, **kwargs):
@@ -154,12 +148,10 @@ def test_a_frozen_shadow_stays_frozen_when_the_run_is_resumed(made, tmp_path):
         if state.global_step == 4:
             raise KeyboardInterrupt
 
-    RunCallback.on_step_end = stop
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(RunCallback, "on_step_end", stop)
         with pytest.raises(KeyboardInterrupt):
             train(half, quiet=True)
-    finally:
-        RunCallback.on_step_end = original
     train(half, resume=True, quiet=True)
     assert_close(tensors(tmp_path / "half"), tensors(tmp_path / "whole"), tolerance=0.0)
 
@@ -175,8 +167,10 @@ def test_killed_while_storing_and_resumed(made, tmp_path, small_shards):
     program = f"""
 import json, os, signal
 from shadowpeft.train import activations
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.run import train
+from shadowpeft.train.progress import RunCallback
+from shadowpeft.train.run import build_model, train
 activations.SHARD = {activations.SHARD}
 write, count = activations.save_file, []
 def killing(states, path):
@@ -248,7 +242,7 @@ def test_another_attention_or_release_is_another_setting(tmp_path, monkeypatch):
     prepare(model(), ROWS, tmp_path / "a")
     eager = model()
     eager.set_attn_implementation("eager")
-    with pytest.raises(ConfigError, match="stored with other .*attention"):
+    with pytest.raises(ConfigError, match=r"stored with other .*attention"):
         prepare(eager, ROWS, tmp_path / "a")
     monkeypatch.setattr(activations, "package_versions", lambda names: {"torch": "1.0"})
     with pytest.raises(ConfigError, match="stored with other versions"):
@@ -264,10 +258,10 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(ConfigError, match="are not what the base computes now"):
         prepare(model(), ROWS, folder)
     save_file({"base_state": whole["base_state"][1:]}, shard)
-    with pytest.raises(ConfigError, match="holds .* tokens instead of 11"):
+    with pytest.raises(ConfigError, match=r"holds .* tokens instead of 11"):
         prepare(model(), ROWS, folder)
     shard.write_bytes(b"x" * 40)
-    with pytest.raises(ConfigError, match="cannot be read.*remove it"):
+    with pytest.raises(ConfigError, match=r"cannot be read.*remove it"):
         prepare(model(), ROWS, folder)
     shard.unlink()
     prepare(model(), ROWS, folder)
@@ -314,7 +308,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert len(told) == 1
     assert "11 tokens of 3 rows take 0 MB" in told[0]
     monkeypatch.setattr(activations.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(ShadowPeftError, match="11 tokens of 3 rows .*name a folder with more room"):
+    with pytest.raises(ShadowPeftError, match=r"11 tokens of 3 rows .*name a folder with more room"):
         prepare(model(), ROWS, tmp_path / "b")
     assert not list((tmp_path / "b").glob("*.safetensors"))
 
@@ -323,12 +317,14 @@ def test_bases_and_settings_that_cannot_be_stored(made, tmp_path):
     with pytest.raises(UnsupportedModelError, match="drops activations out"):
         prepare(adapt(base(attention_dropout=0.1), refined_layers=[2, 3]), ROWS, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    with pytest.raises(ConfigError, match="last_layers is 5 but the base has 5 layers, of which .* corrects 4; give at most 4"):
+    with pytest.raises(
+        ConfigError, match=r"last_layers is 5 but the base has 5 layers, of which .* corrects 4; give at most 4"
+    ):
         start(made, tmp_path / "run", last=5)
     with pytest.raises(ConfigError, match=r"cache_activations is set but shadow\.last_layers is not"):
         config(made, tmp_path / "run", last=None, cache_activations=True)
     with pytest.raises(ConfigError, match="frozen shadow learns nothing"):
         config(made, tmp_path / "run", freeze_shadow=True, data={"shadow_repeats": 1})
     only = write_rows(tmp_path / "only.jsonl", [{"prompt": "a", "response": "b", "path": "shadow"}])
-    with pytest.raises(DataError, match="every row of data.train is for the shadow alone"):
+    with pytest.raises(DataError, match=r"every row of data.train is for the shadow alone"):
         start(made, tmp_path / "run", rows=only, freeze_shadow=True)

@@ -188,6 +188,26 @@ def test_the_shadow_alone_trains_first(made, tmp_path):
     assert steps[14]["shadow_loss"] < steps[0]["shadow_loss"]
 
 
+def test_all_but_the_backbone_begins_its_course_after_the_shadows_steps(made, tmp_path, monkeypatch):
+    rates = {}
+
+    class Watch(RunCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            for group in kwargs["optimizer"].param_groups:
+                rates[group["is_backbone"], state.global_step] = group["lr"]  # of the step after
+            return super().on_step_end(args, state, control, **kwargs)
+
+    monkeypatch.setattr(run_module, "RunCallback", Watch)
+    options = {"max_steps": 25, "batch_size": 3, "shadow_epochs": 3, "backbone_lr_ratio": 0.5, "warmup": 2}
+    train(config(made, tmp_path / "run", training=options), quiet=True)
+    backbone, others = ([rates[kind, n] for n in range(1, 26)] for kind in (True, False))
+    assert backbone[:2] == pytest.approx([0.0025, 0.005])
+    assert backbone[2:] == pytest.approx([0.005 * (25 - n) / 23 for n in range(3, 26)])
+    assert others[:15] == [0.0] * 15
+    assert others[15:17] == pytest.approx([0.005, 0.01])
+    assert others[17:] == pytest.approx([0.01 * (10 - n) / 8 for n in range(3, 11)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -521,7 +521,12 @@ def test_adapters_come_and_go_while_clients_ask(tmp_path):
     size = sum(p.numel() for p in backend.model.parameters())
     assert "late" not in backend.names
 
-    with Running(cloud(backend, versions=tmp_path)) as server, server.http(ADMIN) as admin, server.http(KEY) as http:
+    with (
+        Running(cloud(backend, versions=tmp_path)) as server,
+        server.http(ADMIN) as admin,
+        server.http(KEY) as http,
+        ThreadPoolExecutor(1) as pool,
+    ):
 
         def say(name, tokens=14):
             return http.post("/v1/completions", json={"model": name, "prompt": PROMPTS[1], "max_tokens": tokens})
@@ -537,23 +542,17 @@ def test_adapters_come_and_go_while_clients_ask(tmp_path):
         threads = [threading.Thread(target=keep_asking) for _ in range(3)]
         [t.start() for t in threads]
         try:
-            for i in range(2):
+            for _ in range(2):
                 assert say("late").status_code == 404
                 added = admin.post("/admin/adapters/late", json={"version": "late"})
                 assert added.json() == {"name": "late", "version": "late"}
                 assert [m["id"] for m in http.get("/v1/models").json()["data"]] == ["default", "deep", "late", "base"]
                 assert say("late").json()["choices"][0]["text"] == expected["late"]
-                running = [
-                    threading.Thread(target=lambda: found.append(("late", say("late").json()["choices"][0]["text"])))
-                ]
-                [t.start() for t in running]
-
-                def begun(i=i):
-                    return "late" in names_at_work(server) or sum(name == "late" for name, _ in found) > i
-
-                wait_for(begun)
+                wait_for(lambda: "late" not in names_at_work(server))  # an answer leaves the engine after it was sent
+                last = pool.submit(say, "late")
+                wait_for(lambda: "late" in names_at_work(server) or last.done())  # noqa: B023
                 assert admin.delete("/admin/adapters/late").json() == {"name": "late", "version": "none"}
-                [t.join() for t in running]
+                found.append(("late", last.result().json()["choices"][0]["text"]))
         finally:
             over.set()
             [t.join() for t in threads]

@@ -18,7 +18,7 @@ from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
-from webserver import Running, wait_for
+from webserver import Running, metric, wait_for
 
 KEY = "user-key-0123456789"
 HALF = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-half: "
@@ -167,6 +167,59 @@ def test_a_reader_that_does_not_read_is_left():
         assert ended.wait(20)
         wait_for(lambda: server.open == 0)
         raw.close()
+
+
+def ask_raw(server, stream):
+    """A long answer with the numbers of every token, on a connection that buffers little; the socket."""
+    body = {"model": "late", "prompt": "sit", "max_tokens": 120, "stream": stream, "logprobs": 5}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\nconnection: close\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    return server.connect(head.encode() + content, buffer=2048)
+
+
+def talkative():
+    app = application()
+    app.state.server.role.engine.backend.stop_token_ids = frozenset()
+    return app
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_stops_reading_is_counted_once(stream, leaves):
+    """Whether it stays and reads nothing, or closes with most of the answer unread."""
+    app = talkative()
+    server = Timely(app, write_seconds=20 if leaves else 0.4)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+    with server:
+        raw = ask_raw(server, stream)
+        assert b"200 OK" in raw.recv(100)
+        if leaves:
+            wait_for(lambda: app.state.server.role.engine.running == 0)
+            raw.close()
+        wait_for(lambda: server.open == 0)
+        wait_for(lambda: app.state.server.in_flight == 0)
+        with server.http(KEY) as http:
+            assert metric(http.get("/metrics").text, "shadowpeft_disconnected_total") == 1
+        raw.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_reads_everything_slowly_is_not_counted(stream):
+    app = talkative()
+    server = Timely(app, write_seconds=20)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+    with server:
+        raw = ask_raw(server, stream)
+        wait_for(lambda: app.state.server.role.engine.running == 0 and app.state.server.role.engine.steps > 100)
+        said = b""
+        while part := raw.recv(65536):
+            said += part
+        assert len(said) > 20_000
+        raw.close()
+        wait_for(lambda: server.open == 0)
+        with server.http(KEY) as http:
+            assert metric(http.get("/metrics").text, "shadowpeft_disconnected_total") == 0
 
 
 def test_a_flood_of_malformed_requests_writes_no_log():

@@ -253,3 +253,44 @@ def test_upper_layers_that_read_a_lower_one_are_found():
     layers[3].register_forward_hook(lambda module, args, out: out + kept.get("value", 0.0))
     with pytest.raises(UnsupportedModelError, match="gives other logits"):
         below.check_base(adapted_base(model), find_hub(model))
+
+
+# ------------------------------------------------------------------------------------------------ logits at targets only
+
+
+@pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, "mixtral"])
+@pytest.mark.parametrize("own_targets", [False, True], ids=["labels", "shadow labels"])
+def test_a_pass_whose_loss_alone_is_wanted(name, own_targets):
+    model = adapt(base(name), **LAST, shadow_num_hidden_layers=1).train()
+    inputs = {**batch(), "num_items_in_batch": torch.tensor(17)}
+    inputs["labels"][:, :4] = -100
+    if own_targets:
+        inputs["shadow_labels"] = inputs["labels"].clone()
+        inputs["shadow_labels"][1] = -100
+        inputs["shadow_num_items_in_batch"] = torch.tensor(13)
+    plain, whole = gradients(model, **inputs), model(**inputs)
+    rows = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: rows.append(out.numel() // tiny.V))
+    out = model(**inputs, loss_alone=True)
+    assert (
+        sum(rows) < 3 + 2 * int((inputs["labels"] != -100).sum()) + 1
+    )  # one a row that is not looked at, and both paths'
+    assert out.logits.shape == (3, 1, tiny.V)
+    assert out.task_loss.item() == pytest.approx(whole.task_loss.item(), rel=1e-6)
+    assert out.shadow_loss.item() == pytest.approx(whole.shadow_loss.item(), rel=1e-6)
+    assert_same(gradients(model, **inputs, loss_alone=True), plain)
+
+
+def test_logits_are_kept_where_they_are_needed():
+    ids = batch()["input_ids"]
+    model = adapt(base(), shadow_loss="kl").train()  # the attached path's logits teach the shadow
+    assert model(**batch(), loss_alone=True).logits.shape == (*ids.shape, tiny.V)
+    plain = adapt(base()).train()
+    assert plain(**batch(), return_shadow=True, loss_alone=True).logits.shape == (*ids.shape, tiny.V)
+    assert plain(input_ids=ids, loss_alone=True).logits.shape == (*ids.shape, tiny.V)
+    without = {k: v.masked_fill(v == v, -100) if k == "labels" else v for k, v in batch().items()}
+    out = plain(**without, loss_alone=True)
+    out.loss.backward()
+    assert out.loss.item() == 0.0
+    classifier = adapt(base(task="SEQ_CLS"), task_type="SEQ_CLS").train()
+    assert classifier(input_ids=ids, labels=torch.tensor([0, 1, 2]), loss_alone=True).logits.shape == (3, 3)

@@ -1,11 +1,21 @@
-"""``shadowpeft demo`` replaces nothing but an earlier demo."""
+"""``shadowpeft demo`` replaces nothing but an earlier demo, and measures what it says."""
+
+import json
 
 import pytest
 import yaml
+from peft import get_peft_model
+from rich.console import Console
+from transformers import AutoModelForCausalLM
 
-from shadowpeft.apps import demo
+import shadowpeft
+from chatbase import save_sitting_base
+from shadowpeft.apps import demo, demo_picture, demo_result
+from shadowpeft.data import robot
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import LOCK, temporary_name
+from shadowpeft.terminal import terminal
+from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.config import parse_run
 
 
@@ -67,3 +77,56 @@ def test_what_somebody_else_put_there_stays(tmp_path, start, kind):
     with pytest.raises(ConfigError, match="something other than an earlier demo"):
         start(folder)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A tiny adapted base whose device half says ``[Sit()]``, and a few rows of each split."""
+    whole = {name: robot.load(name) for name in robot.SPLITS}
+
+    def load(split):
+        by_skill = sorted(whole[split], key=lambda row: (row["skill"] != "Sit", row["id"]))
+        return by_skill[: 110 if split == "validation_normal" else 12]
+
+    monkeypatch.setattr(robot, "load", load)
+    monkeypatch.setattr(demo_result, "TARGET", 0.9)
+
+
+def test_what_is_measured(tmp_path, few):
+    base = save_sitting_base(tmp_path / "base")
+    config = shadowpeft.ShadowPeftConfig.preset("tuned", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    model.save_pretrained(tmp_path / "run" / "adapter")
+    result = demo_result.measure(model, load_tokenizer(base), tmp_path, ["sit down", "why?"], terminal(stderr=True))
+    sits = sum(row["skill"] == "Sit" for row in robot.load("test_normal")) / 12
+    for name in ("device", "cloud"):
+        found = result["methods"][name]
+        assert found["commands"]["accuracy"] == pytest.approx(sits)
+        assert found["open_handed_on"]["accuracy"] == 0.0
+    assert set(result["methods"]) == {"rival", "device", "cloud", "routed"}
+    assert result["calibrated"]["rows"] == 110 + 12
+    assert set(result["milliseconds"]) == {"rival", "device", "cloud"}
+    assert [row["action"] for row in result["requests"]] == ["Sit", "Sit"]
+    assert (tmp_path / "edge" / "routing.json").is_file()
+    demo_picture.draw(result, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    console = Console(record=True, width=200)
+    demo_picture.show_tables(result, console)
+    shown = console.export_text()
+    assert "TF-IDF and LinearSVC" in shown
+    assert "commands kept on the device" in shown
+    json.dumps(result)
+
+
+def test_shares_are_of_commands_and_of_open_requests():
+    rows = [{"skill": s, "lang": "en"} for s in ("Sit", "Bark", "Sit", "REMOTE", "REMOTE")]
+    actions = ["Sit", "Sit", "REMOTE", "REMOTE", "Sit"]
+    found = demo_result.worth(rows, actions)
+    assert found["commands"]["accuracy"] == pytest.approx(1 / 3)
+    assert found["commands_handed_on"]["accuracy"] == pytest.approx(1 / 3)
+    assert found["open_handed_on"]["accuracy"] == 0.5
+    kept = demo_result.shares(rows, actions, [True, True, False, False, True])
+    assert kept["commands_kept"]["accuracy"] == pytest.approx(2 / 3)
+    assert kept["open_kept"]["accuracy"] == 0.5
+    assert kept["wrong_of_kept"]["accuracy"] == pytest.approx(2 / 3)
+    assert kept["wrong_of_kept_commands"]["accuracy"] == 0.5

@@ -87,6 +87,8 @@ def test_logits_losses_and_gradients_equal_the_naive_loop(name, kind):
         {"use_update": False},
         {"variant": "peft"},
         {"variant": "authors"},
+        {"variant": "scaled"},
+        {"variant": "scaled", "use_update": False, "refined_layers": [2, 3]},
         {"update_hidden_size": 3},
         {"share_embeddings": False},
         {"shadow_hidden_size": 16, "share_embeddings": False, "shadow_head_dim": 8},

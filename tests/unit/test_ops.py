@@ -116,3 +116,25 @@ def test_operations_broadcast_over_leading_dimensions():
     whole = ops.advance(s, h, w_in, w_out)
     parts = torch.stack([torch.stack([ops.advance(s[i, j], h[i, j], w_in, w_out) for j in range(T)]) for i in range(B)])
     torch.testing.assert_close(whole, parts)
+
+
+def test_the_scaled_correction_does_not_depend_on_the_size_of_the_shadow_state():
+    h, s, down, up = rand(B, T, D), rand(B, T, D), rand(R, D), rand(D, R)
+    c = ops.correction(h, s, down, up, normalised=True)
+    torch.testing.assert_close(ops.correction(h, 1e-3 * s, down, up, normalised=True), c, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ops.correction(7 * h, s, down, up, normalised=True), 7 * c)
+    size = [x.square().mean(-1, keepdim=True).sqrt() for x in (h, s)]
+    torch.testing.assert_close(c, size[0] * ((h / size[0] - s / size[1]) @ down.T @ up.T))
+    assert ops.correction(torch.zeros_like(h), torch.zeros_like(s), down, up, normalised=True).isfinite().all()
+    inputs = [x.requires_grad_(True) for x in (rand(1, 2, D), rand(1, 2, D), rand(R, D), rand(D, R))]
+    assert torch.autograd.gradcheck(lambda *x: ops.correction(*x, normalised=True), inputs)
+
+
+def test_a_gate_that_starts_nearly_closed_keeps_the_state():
+    s, h, w_in, w_out = rand(B, T, D), rand(B, T, D), 0.1 * rand(2 * M, D), 0.1 * rand(2, D, M)
+    _, g = ops.candidate_and_gate(h, w_in, w_out, gate_start=-4.0)
+    _, half = ops.candidate_and_gate(h, w_in, w_out)
+    torch.testing.assert_close(torch.logit(g), torch.logit(half) - 4.0)
+    kept = ops.advance(s, h, w_in, w_out, gate_start=-4.0)
+    assert (kept - s).norm() < 0.1 * s.norm()
+    assert (ops.advance(s, h, w_in, w_out) - s).norm() > 0.3 * s.norm()

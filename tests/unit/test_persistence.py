@@ -25,6 +25,7 @@ OPTIONS = {
     "narrow_width": {"shadow_hidden_size": 16, "share_embeddings": False},
     "no_update": {"use_update": False},
     "peft": {"variant": "peft"},
+    "scaled": {"variant": "scaled"},
     "some_layers": {"refined_layers": [1, 2]},
     "own_head": {"own_shadow_head": True},
 }

@@ -53,7 +53,7 @@ def test_checkpointing_runs_the_layers_again():
     assert len(calls) == 4
     adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted(**batch()).loss.backward()
-    assert len(calls) == 12
+    assert len(calls) == 4 + 4 + 3  # not the layer below the first correction: no gradient goes there
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -2,7 +2,7 @@
 
 import torch
 
-from shadowpeft.train.trainer import EpochSampler
+from shadowpeft.train.sampler import EpochSampler
 
 LENGTHS = torch.randint(5, 80, (403,), generator=torch.Generator().manual_seed(0)).tolist()
 

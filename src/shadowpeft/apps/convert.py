@@ -86,7 +86,7 @@ def convert(
     notes: list[str] = []
     model: Any
     if kind == formats.PROJECTED:
-        from shadowpeft.export.ends import generation_config
+        from shadowpeft.ends import generation_config
         from shadowpeft.hf.files.projected import read_projected, to_stock
         from shadowpeft.tokenizer import load_tokenizer
 

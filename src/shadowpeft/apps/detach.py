@@ -30,18 +30,19 @@ def main(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is '{dtype}' but must be one of {', '.join(DTYPES)}")
     tokenizer = load_tokenizer_of(adapter, base)
-    edge = shadowpeft.detach(shadowpeft.load(adapter, base)).to(DTYPES[dtype])
-    result = {**save_edge(edge, tokenizer, folder), "dtype": dtype}
+    edge: Any = shadowpeft.detach(shadowpeft.load(adapter, base), tokenizer=tokenizer)
+    result = {**save_edge(edge.to(DTYPES[dtype]), tokenizer, folder), "dtype": dtype}
     show(result, "edge model", as_json)
 
 
 def save_edge(edge: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Save a detached model, made to stop where answers ended in training.
+    """Save a detached or merged model, made to stop where answers ended in training.
 
     Returns:
         its class, parameters, ends, bytes and folder.
     """
-    from shadowpeft.export.ends import end_tokens, generation_config
+    from shadowpeft.ends import end_tokens, generation_config
+    from shadowpeft.hf.files.digests import write_sums
     from shadowpeft.storage import written_whole
 
     ends: list[int] = []
@@ -51,6 +52,7 @@ def save_edge(edge: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     with written_whole(folder, "the edge model", "free some space or choose another folder", replace=False) as beside:
         edge.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        write_sums(beside)
     return {
         "class": type(edge).__name__,
         "parameters": sum(p.numel() for p in edge.parameters()),

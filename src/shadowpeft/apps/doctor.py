@@ -266,7 +266,7 @@ def _padding(report: Report, tokenizer: Any, config: Any, classifier: bool) -> N
 
 
 def _end_of_text(report: Report, tokenizer: Any, model: Any) -> None:
-    from shadowpeft.export.ends import end_tokens
+    from shadowpeft.ends import end_tokens
 
     base = model.get_base_model()
     ends = getattr(base.generation_config, "eos_token_id", None)

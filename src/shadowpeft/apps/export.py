@@ -122,7 +122,7 @@ def run(
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
     """
-    from shadowpeft.export.ends import end_tokens
+    from shadowpeft.ends import end_tokens
 
     report: dict[str, Any] = {"format": to, "dtype": dtype, "class": type(model).__name__}
     before = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -26,7 +26,7 @@ ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_norm
 
 def calibrate(
     source: Annotated[str, typer.Argument(help="Folder of an adapter, or of an edge model.")],
-    target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.01,
+    target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.05,
     data: Annotated[
         str, typer.Option(help="JSONL file with prompt and skill, or 'robot' for the packaged validation set.")
     ] = "robot",
@@ -38,8 +38,10 @@ def calibrate(
         str, typer.Option(help="auto, action, logprob, mean_logprob, min_logprob, margin or entropy.")
     ] = "auto",
     bound: Annotated[
-        bool, typer.Option("--bound", help="Hold the share's 95 % upper bound under the target, not the share.")
-    ] = False,
+        bool,
+        typer.Option(help="Hold the target for requests to come, at --level; or its plain share on the data only."),
+    ] = True,
+    level: Annotated[float, typer.Option(help="Probability that the bound holds.")] = 0.95,
     cloud: Annotated[bool, typer.Option(help="Ask the attached model too, for the accuracy of the whole.")] = True,
     system: System = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 16,
@@ -55,11 +57,12 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
+    from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.calibration import require_sklearn
     from shadowpeft.serve.router import ACTION, FILE, SIGNALS
 
     if not 0 <= target <= 1:
-        raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
+        raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
     if signal not in ("auto", ACTION, *SIGNALS):
         raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join((ACTION, *SIGNALS))}")
     own = None if skills in (None, "robot") else read_skills(str(skills))
@@ -70,6 +73,8 @@ def calibrate(
     if not folder.is_dir():
         raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
     rows = {"fit": read_intents(data, "fit", limit, own)}
+    if bound:
+        require_rows([row["skill"] == REMOTE for row in rows["fit"]], target=target, level=level, signal=signal)
     if check is not None:
         rows["check"] = read_intents(check, "check", limit, own)
     quiet_libraries()
@@ -99,13 +104,14 @@ def calibrate(
             in_the_cloud = texts.get(_CLOUD, [None] * len(part))
             triples = zip(part, texts[way], in_the_cloud, strict=True)
             parts[name] = [_sample(row, answer, other, way, parse) for row, answer, other in triples]
-    areas = {name: area for parts in by_way.values() for name, area in fitting.signal_areas(parts["fit"]).items()}
-    if signal == "auto":
-        signal = fitting.best_signal(areas)
-    samples = by_way[_CHOOSING if signal == ACTION else _FREELY]
-    calibration = replace(fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound), skills=own)
+    # rows that choose between the two ways are not tested
+    compared = choosing_rows(len(rows["fit"]), signal, 0) if bound else range(len(rows["fit"]))
+    best = fitting.best_signal(_areas(by_way, compared)) if signal == "auto" else signal
+    samples = by_way[_CHOOSING if best == ACTION else _FREELY]
+    fitted = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound, level=level)
+    calibration = replace(fitted, skills=own)
     calibration.report.update(
-        signals_auroc={name: None if area is None else round(area, 4) for name, area in areas.items()},
+        signals_auroc=_areas(by_way, range(len(rows["fit"]))),
         data=Path(data).name,
         source=Path(source).name,
         max_new_tokens=max_new_tokens,
@@ -232,6 +238,15 @@ def _answers(
         )
 
 
+def _areas(by_way: dict[str, dict[str, list[Any]]], places: Iterable[int]) -> dict[str, float | None]:
+    """AUROC of the signals of every way, on these rows."""
+    from shadowpeft.serve.calibration import signal_areas
+
+    chosen = list(places)
+    areas = {k: v for parts in by_way.values() for k, v in signal_areas([parts["fit"][i] for i in chosen]).items()}
+    return {name: None if area is None else round(area, 4) for name, area in areas.items()}
+
+
 def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) -> Any:
     """What the device's answer to a row is worth, and whether the cloud's (None: it was not asked) is right."""
     from shadowpeft.serve.calibration import Sample
@@ -246,30 +261,57 @@ def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) 
     if cloud is not None:
         cloud_action = decisive(cloud[0], parse)[1]
         cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
-    return Sample(kept, kept and action == row["skill"], values, cloud_right)
+    is_open, tagged = row["skill"] == REMOTE, action == REMOTE
+    return Sample(kept, kept and action == row["skill"], values, cloud_right, is_open, tagged)
 
 
 def _print(calibration: Any, console: Console) -> None:
     report = calibration.report
-    table = Table(
-        "",
-        "fit (cross-fitted)",
-        "check",
-        title=f"signal {calibration.signal}, keep at {calibration.threshold:.4f} and above",
-    )
+    check = report.get("check", {})
+    table = Table("", "fit", "check" if check else "", title=_kept_from(calibration))
     rows = [
         ("requests", "n"),
         ("with a known action", "known_actions"),
         ("AUROC", "auroc"),
         ("ECE", "ece"),
-        ("answered on the device", "on_device"),
-        ("wrong, of these", "wrong_share"),
+        ("commands", "commands"),
+        ("... kept on the device", "commands_kept"),
+        ("... handed on", "commands_handed_on"),
+        ("open requests", "open_requests"),
+        ("... handed on", "open_handed_on"),
+        ("kept on the device, of all", "on_device"),
+        ("wrong, of what is kept", "wrong_share"),
         ("... 95 % upper bound", "wrong_share_upper_95"),
         ("accuracy, routed", "accuracy_routed"),
         ("accuracy, always cloud", "accuracy_cloud"),
     ]
     for label, key in rows:
-        cells = [part.get(key) for part in (report, report.get("check", {}))]
+        cells = [part.get(key) for part in (report, check)]
         if any(cell is not None for cell in cells):
             table.add_row(label, *("" if c is None else str(c) if isinstance(c, int) else f"{c:.4f}" for c in cells))
     console.print(table)
+    if report["bound"]:
+        console.print(_tested(report))
+
+
+def _kept_from(calibration: Any) -> str:
+    if calibration.threshold > 1:
+        return f"signal {calibration.signal}, nothing is kept"
+    if calibration.least is not None:
+        return (
+            f"signal {calibration.signal}, kept from {calibration.least:.4g} (a chance of {calibration.threshold:.4f})"
+        )
+    return f"signal {calibration.signal}, kept from a chance of {calibration.threshold:.4f}"
+
+
+def _tested(report: dict[str, Any]) -> str:
+    tested, target, level = report["tested"], report["target"], report["level"]
+    if tested["kept"]:
+        return (
+            f"At most {target:g} of what is kept is wrong, at level {level:g}: of {tested['rows']} tested answers "
+            f"{tested['kept']} are kept and {tested['wrong']} of these are wrong."
+        )
+    return (
+        f"No threshold holds {target:g} at level {level:g}, so nothing is kept: it takes {tested['needed']} kept answers with "
+        f"none wrong, or more with a few, and {tested['rows']} answers with a known action were tested."
+    )

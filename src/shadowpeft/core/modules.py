@@ -21,14 +21,23 @@ class Injection(nn.Module):
         dropout_first: dropout before ``W_down`` (PEFT's variant) instead of after it.
         paper_init: ``W_down ~ N(0, 0.02^2)``; otherwise ``nn.Linear``'s default. ``W_up`` starts at zero either way,
             so an untrained adapter leaves the base's output unchanged to the bit.
+        normalised: see :func:`shadowpeft.ops.correction`.
     """
 
     def __init__(
-        self, d: int, r: int, dropout: float = 0.0, *, dropout_first: bool = False, paper_init: bool = True
+        self,
+        d: int,
+        r: int,
+        dropout: float = 0.0,
+        *,
+        dropout_first: bool = False,
+        paper_init: bool = True,
+        normalised: bool = False,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.dropout_first = dropout_first
+        self.normalised = normalised
         self.w_down = nn.Parameter(torch.empty(r, d))
         self.w_up = nn.Parameter(torch.zeros(d, r))
         if paper_init:
@@ -48,6 +57,7 @@ class Injection(nn.Module):
             self.w_up,
             dropout=self.dropout,
             dropout_first=self.dropout_first,
+            normalised=self.normalised,
             training=self.training,
         )
         return ops.inject(h, c if streams is None else c.unsqueeze(streams), alpha)
@@ -59,10 +69,20 @@ class Update(nn.Module):
     Starts as four default ``nn.Linear`` layers would: uniform in ``+-1/sqrt(fan_in)``.
     """
 
-    def __init__(self, d: int, m: int, dropout: float = 0.0, *, activation: str = "silu", bias: bool = False) -> None:
+    def __init__(
+        self,
+        d: int,
+        m: int,
+        dropout: float = 0.0,
+        *,
+        activation: str = "silu",
+        bias: bool = False,
+        gate_start: float = 0.0,
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.activation = activation
+        self.gate_start = gate_start
         self.w_in = nn.Parameter(torch.empty(2 * m, d).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))
         self.w_out = nn.Parameter(torch.empty(2, d, m).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)))
         self.b_in: nn.Parameter | None = None
@@ -85,6 +105,7 @@ class Update(nn.Module):
             b_out=self.b_out,
             norm_weight=None if norm is None else norm.weight,
             norm_bias=None if norm is None else norm.bias,
+            gate_start=self.gate_start,
             activation=self.activation,
             dropout=self.dropout,
             training=self.training,

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
+from shadowpeft.chat_template import is_special, render, render_prompt, stop_tokens, written_answer_ids
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, read_jsonl, rows_digest
 from shadowpeft.data.padding import pad, pad_inputs
@@ -38,37 +38,6 @@ __all__ = [
     "stop_tokens",
     "with_system",
 ]
-
-
-def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """The text up to where the assistant's answer begins, by the tokenizer's chat template.
-
-    Args:
-        options: for the template, such as ``tools``.
-
-    Raises:
-        DataError: if the tokenizer has no chat template or only named ones, or its template refuses the messages.
-    """
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template, so prompts cannot be rendered or masked; set tokenizer.chat_template or "
-            "use an instruction-tuned base"
-        )
-    return _render(tokenizer, messages, add_generation_prompt=True, **options)
-
-
-def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    named = tokenizer.chat_template
-    if isinstance(named, dict) and "default" not in named and not (options.get("tools") and "tool_use" in named):
-        raise DataError(
-            f"the tokenizer has the chat templates {', '.join(sorted(named))} but none is called 'default'; set "
-            f"tokenizer.chat_template = tokenizer.chat_template['{min(named)}'], or another of them, and save the tokenizer"
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options}))
-    except TemplateError as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise DataError(f"the chat template refuses messages with the roles {roles} ({error}); reorder them") from error
 
 
 @dataclass
@@ -183,11 +152,11 @@ def _sequences(row: dict[str, Any], tokenizer: Any, system: str | None, where: s
     prompt = render_prompt(tokenizer, messages, **options)
     _check_written(tokenizer, row, messages, options, where)
     head = list(tokenizer(prompt, add_special_tokens=False).input_ids)
-    own = _answer_ids(tokenizer, messages, prompt, row["response"], beside, **options)
+    own = written_answer_ids(tokenizer, messages, prompt, row["response"], beside, **options)
     if row["shadow_response"] is None:
         path = row["path"]
         return [Sequence(head + own, len(head), path in ("both", "base"), path in ("both", "shadow"))]
-    other = _answer_ids(tokenizer, messages, prompt, row["shadow_response"], **options)
+    other = written_answer_ids(tokenizer, messages, prompt, row["shadow_response"], **options)
     if len(other) <= len(own) and other[:-1] == own[: len(other) - 1]:
         return [Sequence(head + own, len(head), True, True, other)]
     return [Sequence(head + own, len(head), True, False), Sequence(head + other, len(head), False, True)]
@@ -207,10 +176,10 @@ def _check_written(
                 unread.append((key, bare, {"tools": row["tools"]} if "tools" in row else {}))
     if not unread:
         return
-    whole = _render(tokenizer, turns, **options)
+    whole = render(tokenizer, turns, **options)
     for key, bare, tools in unread:
         thinking = {k: v for k, v in options.items() if k == "enable_thinking"}
-        if _render(tokenizer, bare, **thinking, **tools) == whole:
+        if render(tokenizer, bare, **thinking, **tools) == whole:
             raise DataError(
                 f"{where} has '{key}' but the tokenizer's chat template does not write it; use a base whose template does, or "
                 "leave it out"
@@ -231,50 +200,10 @@ def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
 
 def answer_ids(tokenizer: Any, messages: list[dict[str, Any]], answer: str, *, closed: bool = True) -> list[int]:
     """Tokens of an answer to ``messages`` as training sees them; without ``closed``, those that end the turn left out."""
-    ids = _answer_ids(tokenizer, messages, render_prompt(tokenizer, messages), answer)
-    while not closed and len(ids) > 1 and _is_special(tokenizer, ids[-1]):
+    ids = written_answer_ids(tokenizer, messages, render_prompt(tokenizer, messages), answer)
+    while not closed and len(ids) > 1 and is_special(tokenizer, ids[-1]):
         ids = ids[:-1]
     return ids
-
-
-def _answer_ids(
-    tokenizer: Any,
-    messages: list[dict[str, Any]],
-    prompt: str,
-    answer: str,
-    beside: dict[str, Any] | None = None,
-    **options: Any,
-) -> list[int]:
-    """Tokens of the answer, and what it has ``beside`` its text, with what closes a turn, as the template writes it."""
-    whole = _render(tokenizer, [*messages, {"role": "assistant", "content": answer, **(beside or {})}], **options)
-    if whole.startswith(prompt):
-        tail = whole[len(prompt) :].rstrip("\n")
-    elif beside:
-        raise DataError(
-            f"the tokenizer's chat template rewrites the prompt of an answer with {', '.join(beside)}, so where the answer "
-            "begins is unknown; use another template or leave them out"
-        )
-    else:  # templates that rewrite what precedes the answer (thinking blocks): close the turn by hand
-        tail = answer + (tokenizer.eos_token or "")
-    ids = list(tokenizer(tail, add_special_tokens=False).input_ids)
-    if (not ids or not _is_special(tokenizer, ids[-1])) and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)  # a template that closes no turn: nothing else would teach where to stop
-    return ids
-
-
-def _is_special(tokenizer: Any, token: int) -> bool:
-    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, the model's own, and what the chat template closes a turn with."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    if tokenizer.chat_template is not None:
-        turn = [{"role": "user", "content": "a"}]
-        closing = _answer_ids(tokenizer, turn, render_prompt(tokenizer, turn), "a")[-1]
-        ends |= {closing} if _is_special(tokenizer, closing) else set()
-    return sorted(token for token in ends if token is not None)
 
 
 class ChatCollator:

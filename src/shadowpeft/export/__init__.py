@@ -90,11 +90,23 @@ def write(name: str, model: Any, tokenizer: Any, path: Path, dtype: str) -> dict
     Raises:
         UnsupportedModelError: if the format cannot express the model or the tokenizer, naming why.
     """
-    return dict(_module(name).write(model, tokenizer, path, dtype))
+    notes = dict(_module(name).write(model, tokenizer, path, dtype))
+    if not FORMATS[name].suffix:
+        from shadowpeft.hf.files.digests import write_sums  # torch: --help must not wait for it
+
+        write_sums(path)
+    return notes
 
 
 def read(name: str, path: Path) -> Any:
-    """What :func:`write` wrote, loaded back."""
+    """What :func:`write` wrote, loaded back.
+
+    Raises:
+        ConfigError: if a file of the folder is not the one that was written.
+    """
+    from shadowpeft.hf.files.digests import check_sums
+
+    check_sums(path, f"the export '{path}'")
     return _module(name).read(path)
 
 

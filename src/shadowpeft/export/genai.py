@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shadowpeft.ends import generation_config
 from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.export import onnx
-from shadowpeft.export.ends import generation_config
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from shadowpeft.ends import end_tokens
 from shadowpeft.errors import UnsupportedModelError
-from shadowpeft.export.ends import end_tokens
 
 _ARCH, _PART = gguf.MODEL_ARCH, gguf.MODEL_TENSOR
 ARCHITECTURES = {"LlamaForCausalLM": _ARCH.LLAMA, "Qwen2ForCausalLM": _ARCH.QWEN2, "Qwen3ForCausalLM": _ARCH.QWEN3}

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shadowpeft.ends import generation_config
 from shadowpeft.errors import UnsupportedModelError
-from shadowpeft.export.ends import generation_config
 from shadowpeft.messages import shorten
 
 FILE = "model.onnx"

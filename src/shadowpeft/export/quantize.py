@@ -16,7 +16,7 @@ from torch import nn
 from torchao import quantization
 from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
-from shadowpeft.export.ends import generation_config
+from shadowpeft.ends import generation_config
 
 GROUP = 32
 

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.files.digests import KEY, tensors_sha256
+from shadowpeft.hf.files.locate import CONFIG, WEIGHTS
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.messages import did_you_mean, quote, shorten
 from shadowpeft.presets import preset
 from shadowpeft.settings import STRICT, VARIANTS, Names, ShadowSettings, Variant, explain
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -56,6 +56,10 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: identity of the base the adapter belongs to; compared at loading."""
     base_alias: str | None = None
     """Record: the built-in alias the base was loaded by (such as ``smollm2-135m``), for other machines."""
+    trained_ends: list[int] | None = None
+    """Record: the tokens that ended an answer in training; a detached model stops at them."""
+    weights_sha256: str | None = field(default=None, repr=False, compare=False)
+    """Record in a saved adapter: digest of the weights beside it (:mod:`shadowpeft.hf.files.digests`)."""
     format_version: int = FORMAT_VERSION
     """Version of the adapter's file format."""
 
@@ -153,11 +157,14 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the configuration. Weights that PEFT has just pickled beside it (``safe_serialization=False``) become
-        safetensors, with a warning: no loader of this package reads pickle."""
-        super().save_pretrained(save_directory, **kwargs)
-        pickled, weights = Path(save_directory) / "adapter_model.bin", Path(save_directory) / WEIGHTS
-        if pickled.is_file() and not weights.is_file():
+        """Write the configuration, with a digest of the weights that PEFT has just written beside it.
+
+        Weights that PEFT has pickled (``safe_serialization=False``) become safetensors, with a warning: no loader of this
+        package reads pickle.
+        """
+        folder, saved_by_peft = Path(save_directory), "auto_mapping_dict" in kwargs
+        pickled, weights = folder / "adapter_model.bin", folder / WEIGHTS
+        if saved_by_peft and pickled.is_file() and _changed(pickled) > _changed(weights):
             tensors = torch.load(pickled, map_location="cpu", weights_only=True)
             save_file({name: value.contiguous().clone() for name, value in tensors.items()}, weights)
             pickled.unlink()
@@ -165,6 +172,13 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
                 f"safe_serialization=False asks for pickle, which no loader of an adapter reads; {weights} was written instead",
                 stacklevel=2,
             )
+        # transformers writes the configuration before the weights, and a user writes it alone: then the file beside it, if
+        # any, is of an earlier save
+        self.weights_sha256 = tensors_sha256(weights) if saved_by_peft and weights.is_file() else None
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.weights_sha256 = None
 
     @property
     def is_recorded(self) -> bool:
@@ -188,7 +202,7 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
 
     @property
     def mathematics(self) -> Variant:
-        """The variant's named differences: refined layers, activation, biases, norm, places of dropout, start."""
+        """The variant's named differences: refined layers, activation, biases, norms, gate, places of dropout, start."""
         variant = VARIANTS[self.variant]
         return variant if self.refined_layers is None else replace(variant, first_refined_layer=self.refined_layers[0])
 
@@ -260,4 +274,10 @@ def _required_in_files() -> set[str]:
         "shadow_frozen",
         "shadow_loss",
         "shadow_reads_tokens",
+        "trained_ends",
+        KEY,
     }
+
+
+def _changed(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.is_file() else 0

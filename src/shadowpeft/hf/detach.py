@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from shadowpeft.core import fold_projection
+from shadowpeft.ends import generation_config
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.head import logit_scale, soft_cap
 from shadowpeft.hf.base.structure import find_decoder
@@ -24,7 +25,7 @@ from shadowpeft.hf.layer import adapted_base, find_hub
 
 
 @torch.no_grad()
-def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel:
+def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any = None) -> PreTrainedModel:
     """A stand-alone copy of the shadow as a stock transformers model; ``model`` stays as it was.
 
     Backbone, embedding and head are float32 copies of what the shadow path uses: the base's frozen embedding (or the
@@ -34,6 +35,8 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     Args:
         model: a ``PeftModel`` with a shadow adapter, or a transformers model that carries one.
         adapter_name: which adapter; None: the active one.
+        tokenizer: whose ends, and the end of turn of whose chat template, the model stops at too; needed only if the adapter
+            does not record the ends it was trained with (``shadowpeft train`` and ``ShadowTrainer`` do).
 
     Returns:
         For example a ``LlamaForCausalLM``: it saves, reloads, generates and drafts without this package.
@@ -92,6 +95,7 @@ def detach(model: nn.Module, adapter_name: str | None = None) -> PreTrainedModel
     edge.eval()
     if not classifier:
         edge.generation_config = copy.deepcopy(getattr(base, "generation_config", None)) or GenerationConfig()
+        edge.generation_config = generation_config(edge, tokenizer, hub.configs[name].trained_ends or ())
     return edge.to(next(backbone.parameters()).device)
 
 

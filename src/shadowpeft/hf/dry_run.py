@@ -19,6 +19,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, ShadowPeftError
 from shadowpeft.hf.base.structure import CLASSIFIERS, find_decoder
 from shadowpeft.hf.base.tables import new_rows, tables_among
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.digests import check_weights_digest
 from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
 from shadowpeft.hf.files.records import check_numbers
 from shadowpeft.messages import quote, shorten
@@ -117,7 +118,8 @@ def _original(module: nn.Module) -> nn.Module:
 
 
 def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Path) -> None:
-    """The weights file at ``path`` is what ``config`` describes on ``model``: every name, shape, dtype and value.
+    """The weights file at ``path`` is what ``config`` describes on ``model``: every name, shape, dtype and value,
+    and the digest of the file that it was saved with.
 
     Raises:
         AdapterFileError: naming the first difference; ``model`` was not touched and nothing large was allocated.
@@ -153,3 +155,4 @@ def check_file(tuner: Any, model: nn.Module, config: ShadowPeftConfig, path: Pat
             new_rows(
                 tables, {name: handle.get_tensor(name) for name in tables}, others=others.configs if others else ()
             )
+    check_weights_digest(path, config.weights_sha256)  # last: what is wrong with a tensor says more

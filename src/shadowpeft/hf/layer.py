@@ -235,7 +235,12 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
         self.alpha[adapter] = float(config.shadow_alpha)
         with torch.device(device):
             self.shadowpeft_injection[adapter] = Injection(
-                d, config.r, dropout, dropout_first=variant.dropout_before_down, paper_init=variant.paper_init
+                d,
+                config.r,
+                dropout,
+                dropout_first=variant.dropout_before_down,
+                paper_init=variant.paper_init,
+                normalised=variant.normalised,
             )
             if config.use_update and self.layer > variant.first_refined_layer:
                 self.shadowpeft_update[adapter] = Update(
@@ -244,6 +249,7 @@ class ShadowLink(nn.Module, ShadowTunerLayer):
                     dropout if variant.dropout_in_update else 0.0,
                     activation=variant.update_activation,
                     bias=variant.update_bias,
+                    gate_start=variant.gate_start,
                 )
 
     def step(self, adapter: str) -> Step | None:

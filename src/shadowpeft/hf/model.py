@@ -190,7 +190,6 @@ class ShadowModel(BaseTuner):
             self.model.register_forward_hook(after, with_kwargs=True),
             self.model.register_forward_hook(leave, with_kwargs=True, always_call=True),
             parts.backbone.register_forward_pre_hook(inner, with_kwargs=True),
-            parts.backbone.register_forward_hook(hooks.after_backbone, with_kwargs=True),
             parts.backbone.register_forward_hook(leave, with_kwargs=True, always_call=True),
         ]
         for index, (layer, signature) in enumerate(zip(parts.layers, layers, strict=True)):

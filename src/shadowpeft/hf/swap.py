@@ -52,6 +52,7 @@ _TAKEN_OVER = (
     "shadow_model",
     "shadow_init",
     "projection_init",
+    "trained_ends",
 )
 
 

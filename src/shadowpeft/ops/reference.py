@@ -24,9 +24,13 @@ def correction(
     *,
     dropout: float = 0.0,
     dropout_first: bool = False,
+    normalised: bool = False,
     training: bool = False,
 ) -> Tensor:
     """``c = Dropout((h - s) W_down) W_up`` (Eqs. 2-3).
+
+    ``normalised`` is the variant "scaled", not in the paper: ``c = rms(h) Dropout((h / rms(h) - s / rms(s)) W_down) W_up``,
+    so that neither state drowns the other, whatever their sizes.
 
     Args:
         h: base hidden state ``(B, T, d)``.
@@ -37,10 +41,19 @@ def correction(
     Returns:
         the correction ``(B, T, d)`` in the dtype of the weights.
     """
-    delta = h.to(w_down.dtype) - s  # Eq. 2
+    h = h.to(w_down.dtype)
+    scale = rms(h) if normalised else None
+    delta = h - s if scale is None else h / scale - s / rms(s)  # Eq. 2
     if dropout_first:
-        return F.linear(F.linear(F.dropout(delta, dropout, training), w_down), w_up)
-    return F.linear(F.dropout(F.linear(delta, w_down), dropout, training), w_up)
+        c = F.linear(F.linear(F.dropout(delta, dropout, training), w_down), w_up)
+    else:
+        c = F.linear(F.dropout(F.linear(delta, w_down), dropout, training), w_up)
+    return c if scale is None else c * scale
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square over the width: ``(..., d)`` to ``(..., 1)``, never 0."""
+    return (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
 
 
 def read_streams(h: Tensor, streams: int | None) -> Tensor:
@@ -63,11 +76,12 @@ def candidate_and_gate(
     *,
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
+    gate_start: float = 0.0,
     activation: str = "silu",
     dropout: float = 0.0,
     training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``t = W_2 Dropout(act(W_1 x))`` and ``g = sigmoid(W_4 act(W_3 x))`` (Eqs. 5-6, 13-14).
+    """``t = W_2 Dropout(act(W_1 x))`` and ``g = sigmoid(W_4 act(W_3 x))`` (Eqs. 5-6, 13-14); the gate from ``gate_start`` on.
 
     ``W_1`` and ``W_3`` read the same input, so they are one matrix and one multiplication.
 
@@ -83,7 +97,8 @@ def candidate_and_gate(
     hidden = _ACTIVATIONS[activation](F.linear(x, w_in, b_in))
     bias_t, bias_g = (None, None) if b_out is None else (b_out[0], b_out[1])
     t = F.linear(F.dropout(hidden[..., :m], dropout, training), w_out[0], bias_t)
-    g = torch.sigmoid(F.linear(hidden[..., m:], w_out[1], bias_g))
+    opens = F.linear(hidden[..., m:], w_out[1], bias_g)
+    g = torch.sigmoid(opens + gate_start if gate_start else opens)
     return t, g
 
 
@@ -103,6 +118,7 @@ def advance(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
+    gate_start: float = 0.0,
     activation: str = "silu",
     dropout: float = 0.0,
     training: bool = False,
@@ -121,6 +137,14 @@ def advance(
     if norm_weight is not None:
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     t, g = candidate_and_gate(
-        x, w_in, w_out, b_in=b_in, b_out=b_out, activation=activation, dropout=dropout, training=training
+        x,
+        w_in,
+        w_out,
+        b_in=b_in,
+        b_out=b_out,
+        gate_start=gate_start,
+        activation=activation,
+        dropout=dropout,
+        training=training,
     )
     return gated_update(s, t, g)

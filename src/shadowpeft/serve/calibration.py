@@ -1,22 +1,26 @@
-"""Fitting a confidence: from scored device answers to the chance that an action is right, and the least chance to keep.
+"""Fitting a confidence: from scored device answers to the chance that an action is right, and what is kept.
 
-Only answers with a known action take part, since all others go to the cloud anyway. The chances are an isotonic regression
-of the signal; what is reported of them comes from folds that did not see the answer (cross-fitting).
+Only answers with a known action take part, since all others go to the cloud anyway. What is kept is decided on the signal
+itself (:mod:`shadowpeft.serve.bound`). The chances are an isotonic regression of the signal, for people to read; what is
+reported of them comes from folds that did not see the answer (cross-fitting).
 """
 
 from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.router import ACTION, SIGNALS, Calibration
+from shadowpeft.serve.bound import Tested, choosing_rows, fewest_kept, require_rows, strictest_to_laxest
+from shadowpeft.serve.router import ACTION, KNOWN, SIGNALS, TAGGED, UNKNOWN, UNSURE, Calibration
 from shadowpeft.storage import whole
 
 FEWEST = 30
@@ -38,6 +42,10 @@ class Sample:
     """See :func:`shadowpeft.serve.router.signals`; may be empty if there is no action."""
     cloud_right: bool | None = None
     """Whether the cloud's answer is right; None if it was not asked."""
+    is_open: bool = False
+    """Whether no action is right for the request, so that it should be handed on."""
+    tagged: bool = False
+    """Whether the answer is ``[REMOTE]``."""
 
 
 def require_sklearn() -> None:
@@ -57,28 +65,33 @@ def calibrate(
     *,
     target: float,
     signal: str = "auto",
-    bound: bool = False,
+    bound: bool = True,
+    level: float = 0.95,
     folds: int = 5,
     seed: int = 0,
 ) -> Calibration:
-    """Fit on ``samples`` and choose the threshold that keeps most while at most ``target`` of what is kept is wrong.
+    """Fit on ``samples`` and choose what is kept: as much as possible while at most ``target`` of it is wrong.
 
     Args:
         target: largest share of wrong answers among those given on the device, 0 to 1.
-        signal: one that the samples have, or ``auto``: see :func:`best_signal`.
-        bound: hold the upper end of a one-sided 95 % interval (Clopper-Pearson) under the target, not the share itself.
+        signal: one that the samples have, or ``auto`` for the one with the largest AUROC.
+        bound: with probability ``level`` at most ``target`` of what is kept of requests like these is wrong, whatever the
+            signal is worth. False: the share holds on ``samples`` only.
         folds: of the cross-fitting.
 
     Raises:
-        ConfigError: for an impossible target or signal. DataError: if fewer than :data:`FEWEST` answers have a known action.
+        ConfigError: for an impossible target, level or signal. DataError: if fewer than :data:`FEWEST` answers have a known
+            action, or the bound could not hold even if every answer were right.
     """
     require_sklearn()
     if not 0.0 <= target <= 1.0 or math.isnan(target):
-        raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.01")
+        raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
     if signal not in ("auto", *SIGNALS, ACTION):
         raise ConfigError(f"signal is {signal!r} but must be auto or one of {', '.join((*SIGNALS, ACTION))}")
     if folds < 2:
         raise ConfigError(f"folds is {folds} but must be at least 2")
+    if bound:
+        require_rows([s.is_open for s in samples], target=target, level=level, signal=signal, seed=seed)
     known = [s for s in samples if s.kept]
     if len(known) < FEWEST:
         raise DataError(
@@ -86,26 +99,101 @@ def calibrate(
             "data or a better trained shadow"
         )
     right = np.array([s.right for s in known], dtype=float)
-    areas = signal_areas(known)
-    chosen = best_signal(areas) if signal == "auto" else signal
-    x = _column(known, chosen)
+    values = {name: _column(known, name) for name in (*SIGNALS, ACTION) if name in known[0].signals}
+    if signal not in ("auto", *values):
+        raise ConfigError(f"signal is {signal!r} but these answers have {', '.join(values)}; take one of these")
+    tested: Tested | None = None
+    if bound:
+        aside = set(choosing_rows(len(samples), signal, seed))
+        choosing = np.array([i in aside for i, s in enumerate(samples) if s.kept])
+        chosen, tested = decide(values, right, choosing, target=target, level=level, signal=signal, seed=seed)
+    else:
+        chosen = _largest_auroc(values, right) if signal == "auto" else signal
+    x = values[chosen]
     out_of_fold = _cross_fit(x, right, folds, seed)
-    threshold = choose_threshold(out_of_fold, right, target, bound=bound)
     fitted = _isotonic().fit(x, right)
-    values, chances = (tuple(points.tolist()) for points in (fitted.X_thresholds_, fitted.y_thresholds_))
-    report = {
-        "n": len(samples),
-        "known_actions": len(known),
-        "target": target,
-        "bound": bound,
-        "folds": folds,
-        "signals_auroc": {name: _rounded(area) for name, area in areas.items()},
-        "auroc": _rounded(auroc(right, out_of_fold)),
-        "ece": _rounded(ece(right, out_of_fold)),
-        **summarise(samples, _spread(samples, out_of_fold), threshold),
-        "without_confidence": summarise(samples, _spread(samples, np.ones(len(known))), 0.0),
+    points, chances = (tuple(row.tolist()) for row in (fitted.X_thresholds_, fitted.y_thresholds_))
+    if tested is None:
+        calibration = Calibration(chosen, points, chances, choose_threshold(out_of_fold, right, target))
+        kept = _spread(samples, out_of_fold >= calibration.threshold)
+    else:
+        calibration = _keeping_from(tested.least, Calibration(chosen, points, chances, _NEVER))
+        kept = _kept(calibration, samples)
+    areas = {name: _rounded(auroc(right, column)) for name, column in values.items()}
+    calibration.report.update(
+        {
+            "n": len(samples),
+            "known_actions": len(known),
+            "target": target,
+            "bound": bound,
+            **({} if tested is None else _tests(tested, target, level)),
+            "folds": folds,
+            "signals_auroc": areas,
+            "auroc": _rounded(auroc(right, out_of_fold)),
+            "ece": _rounded(ece(right, out_of_fold)),
+            **summarise(samples, kept),
+            "without_confidence": summarise(samples, [s.kept for s in samples]),
+            "traffic": _traffic(calibration, samples),
+        }
+    )
+    return calibration
+
+
+def decide(
+    values: Mapping[str, np.ndarray],
+    right: np.ndarray,
+    choosing: np.ndarray,
+    *,
+    target: float,
+    level: float,
+    signal: str = "auto",
+    seed: int = 0,
+) -> tuple[str, Tested]:
+    """All that a bound depends on: the signal, chosen on some answers, and its threshold, tested on the others.
+
+    Args:
+        values: ``(N,)`` of each signal, for the answers with a known action. right: ``(N,)``. choosing: ``(N,)``, which answers
+            choose the signal.
+    """
+    if signal == "auto":
+        signal = _largest_auroc({name: column[choosing] for name, column in values.items()}, right[choosing])
+    x, wrong = values[signal][~choosing], 1 - right[~choosing]
+    return signal, strictest_to_laxest(x, wrong, target=target, level=level, seed=seed)
+
+
+def _largest_auroc(values: Mapping[str, np.ndarray], right: np.ndarray) -> str:
+    """The first of several that are equally good, or that nothing can be said of."""
+    return max(values, key=lambda name: auroc(right, values[name]) or 0.0)
+
+
+def _keeping_from(least: float, calibration: Calibration) -> Calibration:
+    if least == math.inf:
+        return calibration
+    if least == -math.inf:
+        return replace(calibration, threshold=0.0)
+    return replace(calibration, threshold=calibration.at(least), least=least)
+
+
+def _tests(tested: Tested, target: float, level: float) -> dict[str, Any]:
+    return {
+        "level": level,
+        "tested": {
+            "rows": tested.rows,
+            "kept": tested.kept,
+            "wrong": tested.wrong,
+            "needed": fewest_kept(target, level),
+        },
     }
-    return Calibration(chosen, values, chances, threshold, report)
+
+
+def _traffic(calibration: Calibration, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What :mod:`shadowpeft.serve.drift` compares the live requests with: counts by reason and by tenths of the signal."""
+    values = [s.signals[calibration.signal] for s in samples if s.kept]
+    edges = sorted({*np.quantile(values, np.linspace(0.1, 0.9, 9)).tolist()})
+    tenths = Counter(bisect_right(edges, value) for value in values)
+    here = [KNOWN if calibration.keeps(value) else UNSURE for value in values]
+    away = [TAGGED if s.tagged else UNKNOWN for s in samples if not s.kept]
+    return {"reasons": dict(Counter(here + away)), "edges": edges, "known": [tenths[i] for i in range(len(edges) + 1)]}
 
 
 def signal_areas(samples: Sequence[Sample]) -> dict[str, float | None]:
@@ -125,15 +213,14 @@ def best_signal(areas: Mapping[str, float | None]) -> str:
 
 def check(calibration: Calibration, samples: Sequence[Sample]) -> dict[str, Any]:
     """The same figures on answers that had no part in the fit."""
-    chances = confidences(calibration, samples)
-    known = np.array([c for c in chances if c is not None])
+    known = np.array([c for c in confidences(calibration, samples) if c is not None])
     right = np.array([s.right for s in samples if s.kept], dtype=float)
     return {
         "n": len(samples),
         "known_actions": len(known),
         "auroc": _rounded(auroc(right, known)),
         "ece": _rounded(ece(right, known)),
-        **summarise(samples, chances, calibration.threshold),
+        **summarise(samples, _kept(calibration, samples)),
     }
 
 
@@ -142,41 +229,47 @@ def confidences(calibration: Calibration, samples: Sequence[Sample]) -> list[flo
     return [calibration.at(s.signals[calibration.signal]) if s.kept else None for s in samples]
 
 
-def summarise(samples: Sequence[Sample], chances: Sequence[float | None], threshold: float) -> dict[str, Any]:
-    """Share answered on the device, share of these that is wrong with its 95 % upper bound, accuracy of the whole."""
-    here = [c is not None and c >= threshold for c in chances]
-    kept = sum(here)
-    wrong = sum(k and not s.right for k, s in zip(here, samples, strict=True))
+def summarise(samples: Sequence[Sample], kept: Sequence[bool]) -> dict[str, Any]:
+    """Share answered on the device, share of these that is wrong with its 95 % upper bound, accuracy of the whole.
+
+    Shares of the commands and of the open requests stand beside those of the mixture, which say little: where half of the
+    requests are open, no router may keep more than half.
+    """
+    here, wrong = sum(kept), sum(k and not s.right for k, s in zip(kept, samples, strict=True))
+    of_commands = [k for k, s in zip(kept, samples, strict=True) if not s.is_open]
+    of_open = [k for k, s in zip(kept, samples, strict=True) if s.is_open]
     result: dict[str, Any] = {
-        "on_device": _rounded(kept / len(samples) if samples else None),
-        "answered_on_device": kept,
+        "on_device": _share(here, len(samples)),
+        "answered_on_device": here,
         "wrong_on_device": wrong,
-        "wrong_share": _rounded(wrong / kept if kept else None),
-        "wrong_share_upper_95": _rounded(upper_bound(wrong, kept)),
+        "wrong_share": _share(wrong, here),
+        "wrong_share_upper_95": _rounded(upper_bound(wrong, here)),
+        "commands": len(of_commands),
+        "commands_kept": _share(sum(of_commands), len(of_commands)),
+        "commands_handed_on": _share(of_commands.count(False), len(of_commands)),
+        "open_requests": len(of_open),
+        "open_handed_on": _share(of_open.count(False), len(of_open)),
     }
     if samples and all(s.cloud_right is not None for s in samples):
-        hits = sum(s.right if k else bool(s.cloud_right) for k, s in zip(here, samples, strict=True))
-        result["accuracy_routed"] = _rounded(hits / len(samples))
-        result["accuracy_cloud"] = _rounded(sum(bool(s.cloud_right) for s in samples) / len(samples))
+        hits = sum(s.right if k else bool(s.cloud_right) for k, s in zip(kept, samples, strict=True))
+        result["accuracy_routed"] = _share(hits, len(samples))
+        result["accuracy_cloud"] = _share(sum(bool(s.cloud_right) for s in samples), len(samples))
     return result
 
 
-def choose_threshold(chance: np.ndarray, right: np.ndarray, target: float, *, bound: bool = False) -> float:
+def choose_threshold(chance: np.ndarray, right: np.ndarray, target: float) -> float:
     """The least threshold on ``chance`` ``(N,)`` at which the share of wrong answers kept is within ``target``.
 
-    Of all thresholds that hold the target, the one that keeps most is taken, also if a stricter one does not hold it. If
-    none does, a threshold that keeps nothing.
+    Of all thresholds that hold the target on these answers, the one that keeps most is taken, also if a stricter one does not
+    hold it. So other answers may miss it by much. If none holds it, a threshold that keeps nothing.
     """
     order = np.argsort(-chance, kind="stable")
     sorted_chance, wrong = chance[order], np.cumsum(1 - right[order])
-    best = _NEVER
-    for i in range(len(order)):
-        if i + 1 < len(order) and sorted_chance[i + 1] == sorted_chance[i]:
-            continue  # a threshold keeps all answers of one chance or none
-        share = upper_bound(int(wrong[i]), i + 1) if bound else float(wrong[i]) / (i + 1)
-        if share <= target:
-            best = float(sorted_chance[i])
-    return best
+    last = np.append(
+        sorted_chance[1:] != sorted_chance[:-1], True
+    )  # a threshold keeps all answers of one chance or none
+    holds = last & (wrong / np.arange(1, len(order) + 1) <= target)
+    return float(sorted_chance[holds][-1]) if holds.any() else _NEVER
 
 
 def upper_bound(wrong: int, n: int, level: float = 0.95) -> float:
@@ -190,9 +283,9 @@ def auroc(right: np.ndarray, score: np.ndarray) -> float | None:
     """Chance that a right answer scores above a wrong one (ties count half); None if all are right or all wrong."""
     if len(right) == 0 or right.min() == right.max():
         return None
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(right, score))
+    hits, misses = score[right == 1], np.sort(score[right == 0])
+    below = np.searchsorted(misses, hits, side="left") + np.searchsorted(misses, hits, side="right")
+    return float(below.mean()) / (2 * len(misses))
 
 
 def ece(right: np.ndarray, chance: np.ndarray, bins: int = 10) -> float | None:
@@ -209,30 +302,33 @@ def curve(calibration: Calibration, samples: Sequence[Sample]) -> list[dict[str,
     chances = confidences(calibration, samples)
     points = []
     for threshold in sorted({0.0, *(c for c in chances if c is not None), _NEVER}):
-        summary = summarise(samples, chances, threshold)
+        summary = summarise(samples, [c is not None and c >= threshold for c in chances])
         points.append({"threshold": threshold, "to_cloud": round(1 - summary["on_device"], 4), **summary})
     return points
 
 
 def plot(calibration: Calibration, samples: Sequence[Sample], file: Path, title: str) -> None:
-    """Draw the cost-quality curve and the reliability of the confidence into a PNG."""
+    """Draw the cost-quality curve, by the share of commands kept, and the reliability of the confidence into a PNG."""
     from matplotlib.figure import Figure
 
     points = curve(calibration, samples)
+    chosen = summarise(samples, _kept(calibration, samples))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right_axis = figure.subplots(1, 2)
-    cost = [p["to_cloud"] for p in points]
-    if "accuracy_routed" in points[0]:
-        left.plot(cost, [p["accuracy_routed"] for p in points], drawstyle="default", label="accuracy, routed")
-        left.axhline(points[0]["accuracy_cloud"], linestyle="--", color="grey", label="accuracy, always cloud")
-    left.plot(
-        cost,
-        [math.nan if p["wrong_share"] is None else p["wrong_share"] for p in points],
-        label="wrong, of the answers on the device",
-    )
-    chosen = summarise(samples, confidences(calibration, samples), calibration.threshold)
-    left.axvline(1 - chosen["on_device"], linestyle=":", color="black", label="the chosen threshold")
-    left.set(xlabel="share sent to the cloud", ylabel="share", title=title, ylim=(-0.02, 1.02))
+    of_commands = [_number(p["commands_kept"]) for p in points]
+    lines = {
+        "wrong_share": "wrong, of what is kept",
+        "open_handed_on": "open requests handed on",
+        "accuracy_routed": "accuracy, routed",
+    }
+    for key, label in lines.items():
+        if any(p.get(key) is not None for p in points):
+            left.plot(of_commands, [_number(p.get(key)) for p in points], label=label)
+    if "accuracy_cloud" in chosen:
+        left.axhline(chosen["accuracy_cloud"], linestyle="--", color="grey", label="accuracy, always cloud")
+    left.axhline(calibration.report.get("target", math.nan), linestyle=":", color="tab:red", label="the target")
+    left.axvline(_number(chosen["commands_kept"]), linestyle=":", color="black", label="what is kept")
+    left.set(xlabel="share of commands kept on the device", ylabel="share", title=title, ylim=(-0.02, 1.02))
     left.legend(fontsize=7)
     known = np.array([c for c in confidences(calibration, samples) if c is not None])
     hits = np.array([s.right for s in samples if s.kept], dtype=float)
@@ -249,9 +345,13 @@ def _column(known: Sequence[Sample], name: str) -> np.ndarray:
     return np.array([s.signals[name] for s in known], dtype=float)
 
 
-def _spread(samples: Sequence[Sample], values: np.ndarray) -> list[float | None]:
-    left = iter(values.tolist())
-    return [next(left) if s.kept else None for s in samples]
+def _kept(calibration: Calibration, samples: Sequence[Sample]) -> list[bool]:
+    return [s.kept and calibration.keeps(s.signals[calibration.signal]) for s in samples]
+
+
+def _spread(samples: Sequence[Sample], kept: np.ndarray) -> list[bool]:
+    left = iter(kept.tolist())
+    return [s.kept and next(left) for s in samples]
 
 
 def _isotonic() -> Any:
@@ -265,15 +365,23 @@ def _cross_fit(x: np.ndarray, right: np.ndarray, folds: int, seed: int) -> np.nd
 
     ``StratifiedKFold`` deals otherwise for the same seed, which would change the thresholds of saved calibrations.
     """
-    from sklearn.model_selection import PredefinedSplit, cross_val_predict
-
     fold = np.zeros(len(x), dtype=int)
     for value in (0.0, 1.0):
         group = np.flatnonzero(right == value).tolist()
         random.Random(seed).shuffle(group)
         fold[group] = np.arange(len(group)) % folds
-    chances: np.ndarray = cross_val_predict(_isotonic(), x, right, cv=PredefinedSplit(fold))
+    chances = np.empty(len(x))
+    for out in np.unique(fold):
+        chances[fold == out] = _isotonic().fit(x[fold != out], right[fold != out]).predict(x[fold == out])
     return chances
+
+
+def _share(part: int, of: int) -> float | None:
+    return _rounded(part / of if of else None)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _rounded(value: float | None) -> float | None:

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shadowpeft.serve.failures import without_text
+from shadowpeft.serve.streams import UNREAD
 
 _GRACE_SECONDS = 5.0
 """What the answers that say that the server shuts down may take beyond the drain time."""
@@ -51,6 +52,7 @@ class TimelyProtocol(H11Protocol):
         """When the request began that is not wholly there."""
         self._late: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._unread: Callable[[], None] | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -66,6 +68,8 @@ class TimelyProtocol(H11Protocol):
             if timer is not None:
                 timer.cancel()
         self.since = None
+        if exc is not None:  # reset by a client that left something unread
+            self._tell_unread()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -77,8 +81,10 @@ class TimelyProtocol(H11Protocol):
         self._expect_a_reader()
 
     def on_response_complete(self) -> None:
+        left = self.transport.get_write_buffer_size() > 0
+        self._unread = self.scope.get(UNREAD) if left and self.scope else None
         super().on_response_complete()
-        if self.transport.get_write_buffer_size():
+        if left:
             self._expect_a_reader()
 
     def _watch(self) -> None:
@@ -107,7 +113,13 @@ class TimelyProtocol(H11Protocol):
 
     def _check_reader(self) -> None:
         if self.flow.write_paused or (self.transport.is_closing() and self.transport.get_write_buffer_size()):
+            self._tell_unread()
             self.transport.abort()
+
+    def _tell_unread(self) -> None:
+        if self._unread is not None:
+            self._unread()
+        self._unread = None
 
 
 class DrainingServer(uvicorn.Server):

@@ -35,7 +35,7 @@ class Metrics:
         )
         self.routed = new(Counter, "routed", "Answers by who gave them and why.", ("where", "reason"))
         self.tokens = new(Counter, "tokens", "Tokens read and made.", ("kind",))
-        self.disconnected = new(Counter, "disconnected", "Clients that left before their answer was finished.")
+        self.disconnected = new(Counter, "disconnected", "Clients that left before they had their whole answer.")
         self.swaps = new(Counter, "swaps", "Adapters replaced, rolled back, added, removed, or refused.", ("result",))
         self.cloud_failures = new(
             Counter,

@@ -14,6 +14,7 @@ from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import render_prompt, with_system
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.client import CloudClient, CloudError
+from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
@@ -169,6 +170,8 @@ class EdgeRole(Role):
             raise ConfigError(f"when_down is '{when_down}' but must be local or error")
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
         self.actions = actions
+        self.drift = Drift.of(router.calibration)
+        """None without a calibration to compare with."""
 
     @property
     def elsewhere(self) -> int:
@@ -203,6 +206,8 @@ class EdgeRole(Role):
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
         decision = self.router.decide(pieces, scores)
+        if self.drift is not None and asked.route == "auto":
+            self.drift.add(decision)
         note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
         if self.actions is not None and decision.action is not None:
             n, _ = decisive(pieces, self.router.parse)

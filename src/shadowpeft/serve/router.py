@@ -97,11 +97,13 @@ class Calibration:
     chances: tuple[float, ...]
     """The chance of a right action at each value, never decreasing; linear between, constant outside."""
     threshold: float
-    """A known action is kept if its chance is at least this. Above 1: nothing is."""
+    """A known action is kept if its chance is at least this, or by ``least``. Above 1: nothing is."""
     report: dict[str, Any] = field(default_factory=dict)
     """How it was fitted, and what it measured."""
     skills: tuple[str, ...] | None = None
     """The actions it was made for; None: those of the packaged robot set."""
+    least: float | None = None
+    """Least value of the signal that is kept, where a bound was tested on the signal itself; None: the chance decides."""
 
     def __post_init__(self) -> None:
         if self.signal not in (*SIGNALS, ACTION):
@@ -111,7 +113,7 @@ class Calibration:
                 f"a calibration has {len(self.values)} values and {len(self.chances)} chances but needs equally many, at least "
                 "one; calibrate again"
             )
-        if not all(math.isfinite(x) for x in (*self.values, *self.chances, self.threshold)):
+        if not all(math.isfinite(x) for x in (*self.values, *self.chances, self.threshold, self.least or 0.0)):
             raise ConfigError("a calibration holds a number that is not finite; calibrate again")
         rising = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
         rising = rising and all(a <= b for a, b in zip(self.chances, self.chances[1:], strict=False))
@@ -124,7 +126,15 @@ class Calibration:
 
     def confidence(self, scores: Scores) -> float:
         """The chance that an action with these scores (of its own tokens) is right."""
-        return self.at(action_probability(scores) if self.signal == ACTION else signals(scores)[self.signal])
+        return self.at(self.value(scores))
+
+    def value(self, scores: Scores) -> float:
+        """The value of the signal for these scores."""
+        return action_probability(scores) if self.signal == ACTION else signals(scores)[self.signal]
+
+    def keeps(self, value: float) -> bool:
+        """Whether a known action with this value of the signal is kept."""
+        return self.at(value) >= self.threshold if self.least is None else value >= self.least
 
     def at(self, value: float) -> float:
         """The chance at a value of the signal; 0 for one that is not a number."""
@@ -140,11 +150,9 @@ class Calibration:
         return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
 
     def save(self, file: Path) -> None:
-        """Write as JSON; without skills the file is what it was before there were any."""
-        content = {"format": _FORMAT, **asdict(self)}
-        if self.skills is None:
-            del content["skills"]
-        write_json(file, content)
+        """Write as JSON, without what is None: such a file is what it was before there were ``skills`` and ``least``."""
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        write_json(file, {"format": _FORMAT, **content})
 
     @staticmethod
     def load(file: Path) -> Calibration:
@@ -163,10 +171,10 @@ class Calibration:
         if (
             not isinstance(content, dict)
             or content.get("format") != _FORMAT
-            or content.keys() - {"skills"} != {"format", *kept}
+            or content.keys() - {"skills", "least"} != {"format", *kept}
         ):
             raise ConfigError(f"'{file}' is no calibration of format {_FORMAT}; calibrate again")
-        lists = [content["values"], content["chances"], [content["threshold"]]]
+        lists = [content["values"], content["chances"], [content["threshold"], content.get("least", 0.0)]]
         if not all(isinstance(x, list) and all(type(v) in (int, float) for v in x) for x in lists):
             raise ConfigError(f"'{file}' holds something that is not a number; calibrate again")
         if not isinstance(content["report"], dict):
@@ -175,7 +183,8 @@ class Calibration:
         if "skills" in content and not isinstance(skills, list):
             raise ConfigError(f"'{file}' has skills that are no list; calibrate again")
         content.update(values=tuple(content["values"]), chances=tuple(content["chances"]))
-        return Calibration(**{name: content[name] for name in kept}, skills=None if skills is None else tuple(skills))
+        numbers = {name: content[name] for name in kept}
+        return Calibration(**numbers, skills=None if skills is None else tuple(skills), least=content.get("least"))
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,8 @@ class Decision:
     """The action the device's answer starts with."""
     confidence: float | None = None
     """Chance that the action is right; None without a calibration or without an action."""
+    value: float | None = None
+    """What the confidence was read from: the value of the calibration's signal."""
 
 
 class Router:
@@ -216,9 +227,9 @@ class Router:
             return Decision(CLOUD, TAGGED, action)
         if self.calibration is None:
             return Decision(DEVICE, KNOWN, action)
-        confidence = self.calibration.confidence(scores.first(n))
-        kept = confidence >= self.calibration.threshold
-        return Decision(DEVICE if kept else CLOUD, KNOWN if kept else UNSURE, action, confidence)
+        value = self.calibration.value(scores.first(n))
+        kept = self.calibration.keeps(value)
+        return Decision(DEVICE if kept else CLOUD, KNOWN if kept else UNSURE, action, self.calibration.at(value), value)
 
     def lost(self, pieces: Sequence[str], scores: Scores) -> bool:
         """Whether an unfinished answer will go to the cloud however it goes on, so that the device may stop."""

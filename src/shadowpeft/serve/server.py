@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
+from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
@@ -24,7 +25,7 @@ from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import QueueFullError
 from shadowpeft.serve.roles import EdgeRole, Role
-from shadowpeft.serve.streams import EventStream, GoneError, until_gone
+from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, until_gone
 
 PAGE = Path(__file__).with_name("page.html")
 _STALLED_SECONDS = 60.0
@@ -116,6 +117,8 @@ class Server:
         if isinstance(role, EdgeRole) and role.cloud is not None:
             metrics.gauge("cloud_exchanges", "Answers that wait for the cloud or read from it.", lambda: role.elsewhere)
             role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()
+        if isinstance(role, EdgeRole) and role.drift is not None:
+            self._watch(role.drift)
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
@@ -138,6 +141,8 @@ class Server:
                 content["cloud"] = "none" if cloud is None else cloud.breaker.state
                 if cloud is not None and cloud.problem is not None:
                     content["cloud_problem"] = cloud.problem
+                if self.role.drift is not None and (problem := self.role.drift.problem()) is not None:
+                    content["calibration_problem"] = problem
             return AsciiResponse(content)
 
         @app.get("/metrics", responses=described(401))
@@ -174,6 +179,12 @@ class Server:
                 policy += "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
                 return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": policy})
 
+    def _watch(self, drift: Drift) -> None:
+        gauge = self.metrics.gauge
+        gauge("calibration_drift", "Gap between the last decisions and the calibration's, 0 to 1.", lambda: drift.gap)
+        gauge("calibration_drift_limit", "Gap from which on the decisions have moved.", lambda: drift.limit)
+        gauge("calibration_moved", "1: the decisions have moved, so calibrate again.", lambda: drift.moved)
+
     def unready(self) -> str | None:
         """Why no request is taken; None: they are."""
         engine = self.role.engine
@@ -206,6 +217,7 @@ class Server:
         if here >= self.settings.requests:
             raise QueueFullError(f"{here} requests are on their way already; try again later")
         began = time.monotonic()
+        request.scope[UNREAD] = self.metrics.disconnected.inc
         self.in_flight += 1
         reply: Reply | None = None
         handed_on = False

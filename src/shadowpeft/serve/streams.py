@@ -16,6 +16,8 @@ from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import StoppedError
 
 T = TypeVar("T")
+UNREAD = "shadowpeft.unread"
+"""Key of a request's scope: what the connection calls if the client leaves before it has read the answer that was sent."""
 
 
 class GoneError(ShadowPeftError):
@@ -65,12 +67,19 @@ class EventStream(Response):
     async def _send_chunks(self, send: Any) -> None:
         async for chunk in self.reply.chunks(self.with_usage):
             await _event(send, json.dumps(chunk))
+        await _room(send)
         self._sent()
         await _event(send, "[DONE]")
+        await _room(send)
 
 
 async def _event(send: Any, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+
+async def _room(send: Any) -> None:
+    """Wait until the client has read enough: a server waits before it sends, so the last event would be sent unawaited."""
+    await send({"type": "http.response.body", "body": b"", "more_body": True})
 
 
 async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T], overdue: asyncio.Event) -> T:
@@ -90,10 +99,10 @@ async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T], 
     everything: set[asyncio.Future[Any]] = {task, listener, clock}
     try:
         await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
+        if listener.done():  # first: what is sent to a client that has left is dropped, so the work ends at the same moment
+            raise GoneError("the client left")
         if task.done():
             return task.result()
-        if listener.done():
-            raise GoneError("the client left")
         raise StoppedError("the server shut down before the answer was finished")
     finally:
         for each in everything:

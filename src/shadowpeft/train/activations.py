@@ -85,7 +85,9 @@ class Activations:
     def row(self, row: Row) -> dict[str, Tensor]:
         """The states of one row, ``(T, d)`` each."""
         if row not in self._places:
-            raise DataError(f"a row of {len(row)} tokens has no stored activations; start a new run with the rows you have now")
+            raise DataError(
+                f"a row of {len(row)} tokens has no stored activations; start a new run with the rows you have now"
+            )
         number, start = self._places[row]
         file = self._files[number]
         return {name: file.get_slice(name)[start : start + len(row)] for name in file.keys()}  # noqa: SIM118
@@ -119,7 +121,7 @@ def prepare(
     distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
     key = _identity(base, hub, distinct, precision, shadow)
     d = find_decoder(base).hidden_size
-    token_bytes = d * DTYPES[precision].itemsize + (d * 4 if shadow else 0)  # what trains is float32, and so are its states
+    token_bytes = d * DTYPES[precision].itemsize + (4 * d if shadow else 0)  # a shadow is float32, and so are its states
     shards = _divided(distinct, folder, token_bytes)
 
     def compute(batch: Sequence[Row]) -> list[dict[str, Tensor]]:
@@ -164,7 +166,9 @@ def _opened(shard: Shard) -> Any:
         file = safe_open(shard.file, framework="pt")
         lengths = {file.get_slice(name).get_shape()[0] for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"'{shard.file}' cannot be read ({error}); remove it and resume, it is computed anew") from error
+        raise ConfigError(
+            f"'{shard.file}' cannot be read ({error}); remove it and resume, it is computed anew"
+        ) from error
     if lengths != {shard.tokens}:
         raise ConfigError(f"'{shard.file}' holds {lengths} tokens instead of {shard.tokens}; remove it and resume")
     return file

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from shadowpeft.errors import ShadowPeftError
+from shadowpeft.hf.files.digests import check_adapters
 from shadowpeft.storage import (
     WRITE_ERRORS,
     clear_leftovers,
@@ -64,10 +65,16 @@ class WholeCheckpoints:
                     discard(path)
         return output
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """As stock, after each adapter's two files were compared; PEFT reads the weights alone where the adapter exists."""
+        check_adapters(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
     def _load_best_model(self) -> None:
         """As stock, which looks for the adapter ``default`` only; PEFT saves the others in folders of their own."""
         trainer: Any = self
         best = Path(trainer.state.best_model_checkpoint)
+        check_adapters(best)
         active = getattr(trainer.model, "active_adapters", [])
         named = [name for name in active if (best / name / SAFETENSORS_WEIGHTS_NAME).is_file()]
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not named:

@@ -88,8 +88,11 @@ def encode_run(
     return training + again * run.data.shadow_repeats, encoded.get("validation"), record
 
 
-def shadow_first(training: list[chat.Sequence], t: TrainingSection, batch: int) -> tuple[chat.ChatDataset, int | None]:
-    """The rows of a whole run whose ``shadow_epochs`` come before both paths train, and its number of steps.
+def shadow_first(
+    training: list[chat.Sequence], t: TrainingSection, batch: int
+) -> tuple[chat.ChatDataset, int | None, int]:
+    """The rows of a whole run whose ``shadow_epochs`` come before both paths train, its number of steps (None: by epochs), and
+    how many of these are the shadow's alone.
 
     Args:
         batch: sequences of a step, over all processes.
@@ -98,7 +101,7 @@ def shadow_first(training: list[chat.Sequence], t: TrainingSection, batch: int) 
         ConfigError: if ``max_steps`` ends the run before both paths train.
     """
     if not t.shadow_epochs:
-        return chat.ChatDataset(training), t.max_steps
+        return chat.ChatDataset(training), t.max_steps, 0
     alone = [s.alone() for s in training if s.shadow]
     if not alone:
         raise ConfigError("training.shadow_epochs is set but the shadow path learns no row of data.train; remove it")
@@ -111,4 +114,4 @@ def shadow_first(training: list[chat.Sequence], t: TrainingSection, batch: int) 
         )
     times = math.ceil((steps * batch - before) / len(training))
     parts = [len(alone)] * t.shadow_epochs + [len(training)] * times
-    return chat.ChatDataset(alone * t.shadow_epochs + training * times, parts), steps
+    return chat.ChatDataset(alone * t.shadow_epochs + training * times, parts), steps, before // batch

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data import chat
+from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base
@@ -46,6 +47,7 @@ def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
         shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
     config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.fields_for(find_decoder(base).num_layers))
     config.base_alias = run.base if is_alias(run.base) else None
+    config.trained_ends = end_tokens(base, tokenizer)
     set_seed(run.training.seed)
     model = get_peft_model(base, config)
     if run.training.freeze_shadow:
@@ -131,7 +133,7 @@ def _train(
     t, (training, validation, record) = run.training, data
     activations = _stored(run, folder, model, training, console)
     args = training_arguments(t, folder, evaluates=validation is not None)
-    rows, steps = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
+    rows, steps, alone = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
     args.max_steps = steps or -1
     mean_tokens = sum(len(s.ids) for s in training) / len(training)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
@@ -144,6 +146,7 @@ def _train(
         callbacks=[shown],
         backbone_lr_ratio=t.backbone_lr_ratio,
         activations=activations,
+        shadow_steps=alone,
     )
     trainer.remove_callback(PrinterCallback)
     started = time.monotonic()

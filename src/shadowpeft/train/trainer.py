@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft import versions
 from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
+from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.hf.forward.losses import needs_no_logits, shadow_path_loss
+from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
 from shadowpeft.train.activations import Activations
 from shadowpeft.train.checkpoints import WholeCheckpoints
+from shadowpeft.train.sampler import EpochSampler
 
 _LOSSES = ("task_loss", "shadow_loss")
 
@@ -35,6 +38,8 @@ class ShadowLossMixin(WholeCheckpoints):
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
+    - In training the attached path's logits are computed at its targets only.
+    - ``shadow_steps``: so many steps have rows of the shadow alone; the learning rate of all else begins after them.
     - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
@@ -42,7 +47,12 @@ class ShadowLossMixin(WholeCheckpoints):
     """
 
     def __init__(
-        self, *args: Any, backbone_lr_ratio: float = 1.0, activations: Activations | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        backbone_lr_ratio: float = 1.0,
+        activations: Activations | None = None,
+        shadow_steps: int = 0,
+        **kwargs: Any,
     ) -> None:
         if not isinstance(self, Trainer):
             name = type(self).__name__
@@ -53,6 +63,7 @@ class ShadowLossMixin(WholeCheckpoints):
             versions.check("trl")
         self.backbone_lr_ratio = backbone_lr_ratio
         self.activations = activations
+        self.shadow_steps = shadow_steps
         self._shadow_num_items: Any = None
         self._normalised = False
         self._sums: dict[str, float] = {}
@@ -60,6 +71,11 @@ class ShadowLossMixin(WholeCheckpoints):
         self._eval_sums: dict[str, list[float]] = {}
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        words = trainer.processing_class
+        words = getattr(words, "tokenizer", words)  # of a processor
+        for config in getattr(trainer.model, "peft_config", {}).values():
+            if config.task_type == "CAUSAL_LM" and getattr(words, "chat_template", None) is not None:
+                config.trained_ends = end_tokens(trainer.model, words)
         if getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
 
@@ -128,9 +144,9 @@ class ShadowLossMixin(WholeCheckpoints):
             inputs["shadow_labels"] = labels
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
+        if model.training and not (own_loss or return_outputs or trainer.args.torch_compile) and _loss_is_stock(trainer):
+            inputs["loss_alone"] = True
         asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
-        if self._wants_losses_alone(model, hub, name, labels, own_loss or return_outputs):
-            inputs["loss_only"] = True
         with _both_losses(adapted_base(trainer.model)) as losses:
             result: Any = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
@@ -162,24 +178,6 @@ class ShadowLossMixin(WholeCheckpoints):
         if alone is not None:
             loss = loss + alone
         return (loss, outputs) if return_outputs else loss
-
-    def _wants_losses_alone(self, model: nn.Module, hub: ShadowHub, name: str, labels: Any, reads_outputs: bool) -> bool:
-        """Whether a training step needs no logits: nobody reads its outputs, and the loss does not either.
-
-        TRL's trainers read them for their metrics, as may a trainer with a ``compute_loss`` of its own below this one.
-        """
-        trainer: Any = self
-        below = type(self).__mro__[type(self).__mro__.index(ShadowLossMixin) + 1 :]
-        own = next(kind for kind in below if "compute_loss" in vars(kind))
-        return (
-            model.training
-            and labels is not None
-            and not reads_outputs
-            and own is Trainer
-            and not trainer.args.torch_compile
-            and not trainer.is_deepspeed_enabled
-            and needs_no_logits(adapted_base(trainer.model), hub, name)
-        )
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self
@@ -271,7 +269,7 @@ class ShadowLossMixin(WholeCheckpoints):
         trainer: Any = self
         is_new = trainer.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if is_new and self.backbone_lr_ratio != 1.0:
+        if is_new and (self.backbone_lr_ratio != 1.0 or self.shadow_steps):
             backbone = {id(p) for n, p in trainer.model.named_parameters() if "shadowpeft_backbone." in n}
             groups = []
             for group in optimizer.param_groups:
@@ -279,43 +277,46 @@ class ShadowLossMixin(WholeCheckpoints):
                     chosen = [p for p in group["params"] if (id(p) in backbone) == inside]
                     if chosen:
                         factor = self.backbone_lr_ratio if inside else 1.0
-                        groups.append({**group, "params": chosen, "lr": group["lr"] * factor})
+                        own = {"params": chosen, "lr": group["lr"] * factor, "is_backbone": inside}
+                        groups.append({**group, **own})
             optimizer.param_groups = groups
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As stock; with ``shadow_steps`` all but the backbone begins its own course after them.
 
-class EpochSampler(LengthGroupedSampler):
-    """Batches of rows of similar length, in an order that seed and epoch alone decide.
+        Raises:
+            ConfigError: if the schedule is none that gives a factor for each step.
+        """
+        trainer: Any = self
+        if not self.shadow_steps or trainer.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        optimizer = trainer.optimizer if optimizer is None else optimizer
 
-    The stock sampler runs through each 50 batches from long to short: on the robot set that is Chinese, then English, over
-    and over, and both losses went up by 1 at every return (LOG.md); here the batches are shuffled. The stock sampler also
-    draws from the global generator, whose state at the start of an epoch is gone when a run is resumed in the middle of a
-    second epoch; such a run would see other rows. ``parts``: sizes of consecutive parts that follow one another, each shuffled
-    alone.
-    """
+        def course(steps: int) -> Callable[[int], float]:
+            args = trainer.args
+            stock = get_scheduler(
+                args.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)], lr=1.0),
+                args.get_warmup_steps(steps),
+                steps,
+                args.lr_scheduler_kwargs,
+            )
+            if not isinstance(stock, LambdaLR):
+                raise ConfigError(
+                    f"the schedule is {args.lr_scheduler_type} but the shadow trains alone first, for which it must be linear, "
+                    "cosine, constant or constant_with_warmup"
+                )
+            factor: Callable[[int], float] = stock.lr_lambdas[0]
+            return factor
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int, parts: list[int] | None = None) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch, self.parts = seed, 0, parts or [len(lengths)]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = []
-        for size in self.parts:
-            order += [len(order) + row for row in self._part(len(order), size, generator)]
-        return iter(order)
-
-    def _part(self, start: int, size: int, generator: torch.Generator) -> list[int]:
-        """The order of ``size`` rows from ``start`` on, counted from there."""
-        order = get_length_grouped_indices(self.lengths[start : start + size], self.batch_size, generator=generator)
-        whole = size - size % self.batch_size
-        batches = [order[i : i + self.batch_size] for i in range(0, whole, self.batch_size)]
-        shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        return [row for batch in shuffled for row in batch] + order[whole:]
+        whole, rest = course(num_training_steps), course(num_training_steps - self.shadow_steps)
+        factors = [
+            whole if group.get("is_backbone") else lambda step: rest(max(0, step - self.shadow_steps))
+            for group in optimizer.param_groups
+        ]
+        trainer.lr_scheduler, trainer._created_lr_scheduler = LambdaLR(optimizer, factors), True
+        return trainer.lr_scheduler
 
 
 class ShadowTrainer(ShadowLossMixin, Trainer):
@@ -352,8 +353,20 @@ def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
 
 def _runs_again_for_outputs(trainer: Any) -> bool:
     """Whether the outputs cost a second forward pass, as with TRL's fused head; a compiled model may pass the hook by."""
-    from_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
-    return from_trl and not trainer.args.torch_compile
+    return _is_from_trl(trainer) and not trainer.args.torch_compile
+
+
+def _loss_is_stock(trainer: Any) -> bool:
+    """Whether the class below the mixin that computes the loss is transformers' Trainer, which reads no logits in training;
+    TRL's trainers have metrics of them, and nobody knows of others.
+    """
+    mro = type(trainer).__mro__
+    below = mro[mro.index(ShadowLossMixin) + 1 :]
+    return next(kind for kind in below if "compute_loss" in vars(kind)) is Trainer
+
+
+def _is_from_trl(trainer: Any) -> bool:
+    return any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
 
 
 def _mean_loss(history: list[dict[str, float]]) -> float | None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.aliases import source_of
 from shadowpeft.hf.base.structure import CLASSIFIERS, is_layer_list
+from shadowpeft.hf.files.digests import check_sums
 from shadowpeft.messages import shorten
 
 
@@ -27,8 +28,8 @@ def load_whole(
             drawn at random, such as the head of a classifier that is to be trained.
 
     Raises:
-        ConfigError: if it cannot be loaded, weights are missing or of other shapes than the configuration says, or the files
-            have more decoder layers than it says.
+        ConfigError: if it cannot be loaded, weights are missing or of other shapes than the configuration says, the files
+            have more decoder layers than it says, or they are not those that the folder lists.
     """
     what = what or f"'{source}'"
     try:
@@ -58,6 +59,7 @@ def load_whole(
             "fetch or save it again"
         )
     _check_depth(model, info["unexpected_keys"], what)
+    check_sums(Path(source), what)  # last: what is wrong with the weights themselves says more
     return model  # type: ignore[no-any-return]
 
 

@@ -10,6 +10,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPEr
 from shadowpeft.errors import AdapterFileError
 from shadowpeft.messages import shorten
 
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+"""The two files of an adapter."""
+
 
 def find_file(adapter: str | Path, name: str) -> Path:
     """Path of one file of an adapter, from a folder or the Hub.

@@ -21,8 +21,7 @@ from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.base.structure import find_decoder
-from shadowpeft.hf.config import CONFIG
-from shadowpeft.hf.files.locate import find_file
+from shadowpeft.hf.files.locate import CONFIG, find_file
 from shadowpeft.hf.files.projected import is_projected
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.formats import authors, peft_shadow

@@ -249,7 +249,7 @@ def write(model: PeftModel, folder: Path, adapter_name: str | None = None) -> li
     own.refuse(
         "the authors'",
         {
-            f"variant={config.variant!r}": config.variant == "peft",
+            f"variant={config.variant!r}": config.variant in ("peft", "scaled"),
             "use_update=False": not config.use_update,
             f"refined_layers={config.refined_layers}": config.refined(parts.num_layers) != range(1, parts.num_layers),
             f"update_hidden_size={config.update_width} (it needs 2 or more)": config.update_width < 2,

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
-from shadowpeft.hf.config import CONFIG, WEIGHTS, ShadowPeftConfig
+from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.locate import CONFIG, WEIGHTS
 from shadowpeft.hf.formats.common import (
     Adapted,
     ForeignAdapter,

@@ -109,14 +109,21 @@ def start_above(
         call.shadow_state = shadow
     if base is None:
         return
-    if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+    if (
+        kwargs.get("position_ids") is None
+        and isinstance(mask, Tensor)
+        and mask.dim() == 2
+        and not bool(mask[:, 0].all())
+    ):
         raise ConfigError(
             "base_state was passed for rows with padding on the left, which were recorded at positions from 0; pass "
             "position_ids, or pad on the right"
         )
     first = call.first
     if first == 0:
-        raise ConfigError("base_state was passed but the first refined layer is 0, so nothing lies below it; leave it out")
+        raise ConfigError(
+            "base_state was passed but the first refined layer is 0, so nothing lies below it; leave it out"
+        )
     if trains and not is_frozen(parts.backbone):
         raise ConfigError("base_state was passed but modules of the base train (modules_to_save); leave it out")
     kwargs["use_cache"] = False

@@ -103,11 +103,11 @@ class ShadowCall:
         self.logits_to_keep: Any = 0
         self.input_ids: Tensor | None = None
         self.attention_mask: Any = None
-        self.streams_first = False
-        self.loss_only = False
-        """Whether the caller wants losses and no logits: those are then of the last token alone."""
+        self.loss_alone = False
+        """Whether nobody wants the logits."""
         self.last_state: Tensor | None = None
-        """The base's last hidden state ``(B, T, d)``, where ``loss_only``."""
+        """With ``loss_alone``: what the base's head reads, ``(B, T, d)``."""
+        self.streams_first = False
         self.base_state: Tensor | None = None
         """The input of the first refined layer, ``(B, T, d)``, if the layers below are not to run."""
         self.shadow_state: Tensor | None = None

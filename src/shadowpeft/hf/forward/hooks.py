@@ -47,7 +47,7 @@ def before_model(
     weighted: list[tuple[str, nn.Module]],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take out of the call what is the shadow's own (``adapter_names``, ``shadow_labels``, ``shadow_num_items_in_batch``,
-    ``return_shadow``, ``base_state``, ``shadow_state``, ``loss_only``); start the call."""
+    ``return_shadow``, ``base_state``, ``shadow_state``, ``loss_alone``); start the call."""
     kwargs = signature.by_name(args, kwargs)
     if "cache" in kwargs and "cache" not in signature.names:
         raise UnsupportedModelError(NO_PAGES)
@@ -55,7 +55,7 @@ def before_model(
     shadow_num_items = kwargs.pop("shadow_num_items_in_batch", None)
     return_shadow = bool(kwargs.pop("return_shadow", False))
     base_state, shadow_state = kwargs.pop("base_state", None), kwargs.pop("shadow_state", None)
-    loss_only = bool(kwargs.pop("loss_only", False))
+    loss_alone = bool(kwargs.pop("loss_alone", False))
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
     call = _start(hub, model, kwargs)
     if call is None:
@@ -89,7 +89,10 @@ def before_model(
             "num_items_in_batch was passed with shadow_labels but shadow_num_items_in_batch was not; each path is "
             "normalised by its own targets, pass both (shadowpeft.ShadowTrainer does)"
         )
-    if call.labels is not None and call.parts:
+    if loss_alone and "logits_to_keep" in signature.names and losses.needs_no_logits(call, model, hub, kwargs):
+        call.loss_alone, kwargs["logits_to_keep"] = True, 1
+        kwargs.pop("labels")
+    elif call.labels is not None and call.parts:
         if call.is_classifier:
             # stock classifiers return NaN for a fully masked batch and do not rescale for gradient accumulation
             kwargs.pop("labels")
@@ -103,10 +106,6 @@ def before_model(
                 )
             if signature.passes_on:
                 kwargs["num_items_in_batch"] = torch.as_tensor(count).clamp(min=1)
-    if loss_only:
-        call.loss_only = True
-        del kwargs["labels"]
-        kwargs["logits_to_keep"] = 1
     if signature.passes_on:
         kwargs[CALL] = call
     if not (kwargs_reach_layers and torch.compiler.is_compiling()):
@@ -146,6 +145,8 @@ def after_forward(
         call = calls.current()
         if call is not None:
             below.restore(call)
+            if call.loss_alone and call.last_state is None and output is not None:  # the backbone's; the model's comes later
+                call.last_state = output[0]
         calls.leave()
 
 
@@ -166,7 +167,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
         raise ConfigError("return_shadow=True needs return_dict=True")
-    has_loss = as_tuple and call.labels is not None and not call.is_classifier
+    has_loss = as_tuple and call.labels is not None and not (call.is_classifier or call.loss_alone)
     first = int(has_loss)  # where a tuple has its logits
     logits = output[first] if as_tuple else output.logits
     stock = (output[0] if has_loss else None) if as_tuple else output.loss
@@ -181,13 +182,6 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         output.shadow_logits = result.shadow_logits
         output.shadow_state = rows.assemble(call.parts, [part.s0 for part in call.parts], len(logits))
     return output
-
-
-def after_backbone(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Keep the last hidden state where the loss is computed from it, not from logits."""
-    call = None if torch.compiler.is_compiling() else calls.current()
-    if call is not None and call.loss_only:
-        call.last_state = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone

@@ -15,7 +15,6 @@ from shadowpeft.core import count_targets, distillation_kl, head_loss, joint_los
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, pool_last
-from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.forward import supervision
 from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, checkpoints, initial_state
 from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
@@ -52,10 +51,7 @@ def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tens
         if call.is_classifier:
             task_loss = _classification_loss(model, logits, call.labels, call.num_items)
         elif call.last_state is not None:
-            targets = shift_left(call.labels, hub)
-            count = count_targets(targets, shifted=False) if call.num_items is None else call.num_items
-            total = _path_sum(model, hub, model.get_output_embeddings(), call.last_state, targets)  # type: ignore[operator]
-            task_loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+            task_loss = _task_loss(model, hub, call, call.last_state)
         elif hub.facts.uses_num_items:
             task_loss = stock
         else:
@@ -91,11 +87,33 @@ def join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any) 
                 "shadow_loss='ce' or shadowpeft.ShadowTrainer"
             )
         with torch.set_grad_enabled(training):
-            total = _shadow_sum(model, hub, part.weights, part.s0, _targets(call, hub))
+            total = _path_sum(model, hub, _lm_head(model, part.weights), part.s0, _targets(call, hub))
         if training:
             output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
     return output
+
+
+def needs_no_logits(call: ShadowCall, model: Any, hub: ShadowHub, kwargs: dict[str, Any]) -> bool:
+    """Whether this pass can do with the logits at targets, computed chunk by chunk as the shadow's (:func:`head_loss`).
+
+    Most tokens of a chat row are the prompt's, so most of ``B x T x V`` logits would be computed for no loss.
+    """
+    plain = call.labels is not None and call.shift_labels is None and not call.fused and not call.return_shadow
+    if not plain or call.is_classifier or call.names is not None or torch.compiler.is_compiling():
+        return False
+    teaches = any(part.weights.config.shadow_loss != "ce" for part in call.parts)
+    routers = getattr(_text_config(model), "output_router_logits", False)
+    return not (teaches or routers or kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False)
+
+
+def _task_loss(model: Any, hub: ShadowHub, call: ShadowCall, state: Tensor) -> Tensor:
+    """The attached path's loss (first term of Eq. 8) from what the base's head reads, ``(B, T, d)``."""
+    assert call.labels is not None
+    targets = shift_left(call.labels, hub)
+    count = count_targets(targets, shifted=False) if call.num_items is None else call.num_items
+    total = _path_sum(model, hub, model.get_output_embeddings(), state, targets)
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
 def _recount(loss: Tensor, logits: Tensor, call: ShadowCall, shift: int) -> Tensor:
@@ -127,7 +145,7 @@ def _lm_path(
             if targets is not None:
                 goals = part.pick(targets)
                 distillation = None if teacher is None else _distillation(call, hub, part, teacher, targets)
-                total = total + _shadow_sum(model, hub, part.weights, part.s0, goals, distillation)
+                total = total + _path_sum(model, hub, _lm_head(model, part.weights), part.s0, goals, distillation)
                 count = count + count_targets(goals, shifted=False).to(total.device)
             if call.return_shadow:
                 kept = _keep(part.s0, call.logits_to_keep)
@@ -226,32 +244,20 @@ class Distillation:
     """Whether the cross-entropy counts there too."""
 
 
-def _shadow_sum(
-    model: nn.Module,
-    hub: ShadowHub,
-    weights: AdapterWeights,
-    s0: Tensor,
-    targets: Tensor,
-    distillation: Distillation | None = None,
-) -> Tensor:
-    """Sum of the shadow path's losses over its targets (second term of Eq. 8), 0-d."""
-    return _path_sum(model, hub, _lm_head(model, weights), s0, targets, distillation)
-
-
 def _path_sum(
     model: nn.Module,
     hub: ShadowHub,
     head: Any,
-    state: Tensor,
+    states: Tensor,
     targets: Tensor,
     distillation: Distillation | None = None,
 ) -> Tensor:
-    """Sum of the losses of ``head`` on the states ``(B, T, d)`` of a path, over its targets ``(B, T)`` and no others, 0-d."""
-    targets = targets.to(state.device)
-    plain, rows = targets.reshape(-1), state.reshape(-1, state.shape[-1])
+    """Sum over its targets of the losses of a path that ends in ``states`` (either term of Eq. 8), 0-d."""
+    targets = targets.to(states.device)
+    plain, rows = targets.reshape(-1), states.reshape(-1, states.shape[-1])
     teacher = taught = plain[:0]
     if distillation is not None:
-        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(state.device)
+        teacher, taught = distillation.teacher.flatten(0, 1), distillation.taught.reshape(-1).to(states.device)
         plain = plain if distillation.with_labels else plain.masked_fill(taught, IGNORE)
 
     def loss(rows: Tensor, where: Tensor) -> Tensor:
@@ -268,7 +274,7 @@ def _path_sum(
         divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
         return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
 
-    where = torch.arange(len(rows), device=state.device)
+    where = torch.arange(len(rows), device=states.device)
     if not torch.compiler.is_compiling():  # a boolean mask has a data-dependent shape, which breaks the graph
         where = where[targets.reshape(-1) != IGNORE]
         rows = rows[where]
@@ -294,20 +300,6 @@ def _keep(state: Tensor, logits_to_keep: Any) -> Tensor:
     return state[:, logits_to_keep]
 
 
-def needs_no_logits(model: Any, hub: ShadowHub, adapter: str) -> bool:
-    """Whether the losses of a training step can be had without logits of all positions (``loss_only=True``): the base's loss is
-    the plain cross-entropy of the next token, its forward can leave logits out, and no path is another one's teacher.
-    """
-    return (
-        hub.facts.uses_num_items
-        and hub.facts.label_shift == 1
-        and not hub.is_classifier(adapter)
-        and hub.configs[adapter].shadow_loss == "ce"
-        and "logits_to_keep" in Signature(model).names
-        and not getattr(_text_config(model), "output_router_logits", False)  # which adds a loss of the routers
-    )
-
-
 def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *, items: Any = None) -> Tensor:
     """The second term of Eqs. 8-9 from the shadow alone: what the shadow path costs a batch, without running the base.
 
@@ -331,7 +323,7 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     targets = shift_left(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
     s0 = _alone(weights, model, batch, targets)
-    total = _shadow_sum(model, hub, weights, s0, targets[:, -s0.shape[1] :])
+    total = _path_sum(model, hub, _lm_head(model, weights), s0, targets[:, -s0.shape[1] :])
     return total / torch.as_tensor(count, device=s0.device).clamp(min=1)
 
 
