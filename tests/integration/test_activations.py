@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import shadowpeft
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
+from shadowpeft.apps.detach import save_edge
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.hf.layer import adapted_base, find_hub
@@ -38,8 +40,8 @@ def made(tmp_path_factory):
     )
 
 
-def config(made, folder, rows=None, base=None, last=2, data=None, **training):
-    shadow = {"r": 4, "shadow_alpha": 0.7, "shadow_dropout": 0.0, "last_layers": last}
+def config(made, folder, rows=None, base=None, last=2, data=None, shadow=None, **training):
+    shadow = {"r": 4, "shadow_alpha": 0.7, "shadow_dropout": 0.0, "last_layers": last, **(shadow or {})}
     training = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "log_every": 1, **training}
     content = run_file(folder, base or made.base, rows or made.rows, shadow=shadow, training=training, data=data or {})
     return parse_run(content, "the test's run")
@@ -135,6 +137,21 @@ def test_a_frozen_shadow_is_stored_too(made, tmp_path, capfd):
     assert shadow
     for name, value in shadow.items():
         assert torch.equal(value, untouched[name.replace("shadowpeft_backbone.", "shadowpeft_backbone.default.")]), name
+
+
+def test_the_shadow_first_and_then_the_rest(made, tmp_path):
+    """The two stages of docs/last-layers.md; the second trains nothing that the edge model consists of."""
+    only = write_rows(tmp_path / "only.jsonl", [{**row, "path": "shadow"} for row in plain_rows(10)])
+    start(made, tmp_path / "one", rows=only)
+    edge = shadowpeft.detach(shadowpeft.load(tmp_path / "one" / "adapter"))
+    save_edge(edge, load_tokenizer(made.base), tmp_path / "edge")
+    shadow = {"shadow_model": str(tmp_path / "edge"), "share_embeddings": True}
+    before = start(made, tmp_path / "zero", shadow=shadow, freeze_shadow=True, cache_activations=True, max_steps=1)
+    after = start(made, tmp_path / "two", shadow=shadow, freeze_shadow=True, cache_activations=True, max_steps=30)
+    assert after["train_loss"] < before["train_loss"]
+    again = shadowpeft.detach(shadowpeft.load(tmp_path / "two" / "adapter"))
+    ids = torch.arange(4, 24)[None]
+    assert torch.equal(again(ids).logits, edge(ids).logits)
 
 
 def test_a_frozen_shadow_stays_frozen_when_the_run_is_resumed(made, tmp_path, monkeypatch):

@@ -297,6 +297,15 @@ def test_configuration_and_weights_of_different_adapters(adapter):
     both_loaders(adapter, base("llama"), AdapterFileError, "shape")
 
 
+@pytest.mark.parametrize("part", ["text_config", "decoder", "generator", "text_encoder"])
+@pytest.mark.parametrize("value", [3, "x", {"model_type": "llama"}])
+def test_a_shadows_record_that_names_a_part_which_is_none(adapter, part, value):
+    """Caches are made by such a part, so the first forward pass would fail, long after loading."""
+    record = json.loads((adapter / CONFIG).read_text())["shadow_backbone_config"]
+    edit(adapter, shadow_backbone_config={**record, part: value})
+    both_loaders(adapter, base("llama"), ConfigError, "not a valid llama configuration")
+
+
 @pytest.mark.parametrize("change", ["missing", "unknown", "nan", "integer", "inf"])
 def test_tensors_that_do_not_fit(adapter, change):
     tensors = load_file(adapter / WEIGHTS)

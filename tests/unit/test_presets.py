@@ -24,9 +24,25 @@ def test_every_preset_makes_a_configuration_and_a_run():
 
 
 def test_a_run_without_a_word_about_it_takes_the_tuned_settings():
-    run = parse_run({"base": "x", "data": {"train": "robot"}}, "run")
+    run = parse_run({"base": "x", "data": {"train": "rows.jsonl"}}, "run")
     assert run.shadow.preset == "tuned"
+    assert (run.training.shadow_epochs, run.training.learning_rate) == (0, 1e-3)
     assert run.shadow.shadow_alpha == PRESETS["tuned"]["shadow_alpha"] != PRESETS["paper"]["shadow_alpha"]
+
+
+@pytest.mark.parametrize("data", [{"train": "robot"}, {"train": "rows.jsonl", "shadow_answers": "action"}])
+def test_a_run_that_teaches_actions_takes_the_devices_settings(data):
+    run = parse_run({"base": "x", "data": data, "shadow": {"r": 4}, "training": {"learning_rate": 0.5}}, "run")
+    assert (run.shadow.preset, run.shadow.variant, run.shadow.shadow_num_hidden_layers, run.shadow.r) == (
+        "device",
+        "scaled",
+        6,
+        4,
+    )
+    assert (run.training.shadow_epochs, run.training.learning_rate, run.training.backbone_lr_ratio) == (3, 0.5, 0.1)
+    assert parse_run(run.model_dump(), "again") == run
+    plain = parse_run({"base": "x", "data": {**data, "shadow_answers": "whole"}}, "run")
+    assert (plain.shadow.preset, plain.training.shadow_epochs) == ("tuned", 0)
 
 
 def test_what_is_given_goes_before_a_preset():
@@ -41,7 +57,7 @@ def test_a_shadow_with_no_layers_to_copy_gets_no_such_start(given):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ConfigError, match="preset is 'best' but must be one of paper, tuned"):
+    with pytest.raises(ConfigError, match="preset is 'best' but must be one of paper, tuned, device"):
         ShadowPeftConfig.preset("best")
     with pytest.raises(ConfigError, match=r"shadow\.preset"):
         parse_run({"base": "x", "data": {"train": "robot"}, "shadow": {"preset": "best"}}, "run")

@@ -70,7 +70,7 @@ def test_every_other_key_of_a_run_file():
 
 def test_the_presets_side_by_side():
     stated = table("Presets")
-    for column, name in enumerate(("paper", "tuned")):
+    for column, name in enumerate(("paper", "tuned", "device")):
         assert {key: value(cells[column]) for key, cells in stated.items()} == PRESETS[name]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean
-from shadowpeft.presets import PRESETS, preset
+from shadowpeft.presets import PRESETS, TRAINING, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings, explain
 
 Run = TypeVar("Run", bound=BaseModel)
@@ -45,13 +45,19 @@ class DataConfig(StrictSection):
     @property
     def learns_actions(self) -> bool:
         """Whether the shadow path learns actions alone."""
-        return self.train == "robot" if self.shadow_answers is None else self.shadow_answers == "action"
+        return learns_actions(self.model_dump())
+
+
+def learns_actions(data: dict[str, Any]) -> bool:
+    """Whether the shadow path of a run with this section ``data`` learns actions alone."""
+    answers = data.get("shadow_answers")
+    return bool(data.get("train") == "robot" if answers is None else answers == "action")
 
 
 class ShadowSection(StrictSection, ShadowSettings):
     """The fields of ``ShadowPeftConfig`` that a run may set. What is not set comes from ``preset``."""
 
-    preset: Literal["tuned", "paper"] = "tuned"
+    preset: Literal["tuned", "paper", "device"] = "tuned"
     shadow_model: str = "mirror"
     last_layers: Count | None = None
     """How many of the base's last layers are corrected; None: all that the variant corrects."""
@@ -159,6 +165,20 @@ class RunConfig(StrictSection):
     """Folder of the run."""
     push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub id (owner/name) the adapter is uploaded to when the run has ended, with its model card; private if it is new."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_preset(cls, content: Any) -> Any:
+        """A run that teaches the device actions starts from the preset "device", and any run takes its preset's training."""
+        if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+            return content
+        shadow, training = content.get("shadow", {}), content.get("training", {})
+        if not isinstance(shadow, dict) or not isinstance(training, dict):
+            return content
+        if "preset" not in shadow and learns_actions(content["data"]):
+            shadow = {"preset": "device", **shadow}
+        usual = TRAINING.get(name, {}) if isinstance(name := shadow.get("preset", "tuned"), str) else {}
+        return {**content, "shadow": shadow, "training": {**usual, **training}}
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:

@@ -104,6 +104,15 @@ def config_from_record(record: dict[str, Any] | None, config_class: type[PreTrai
     if config_class is None and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not kind.endswith("_text"):
         raise ConfigError(f"shadow_backbone_config is of {quote(kind)}, but transformers knows no such decoder")
     try:
-        return AutoConfig.for_model(kind, **values) if config_class is None else config_class(**values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        config: PreTrainedConfig = (
+            AutoConfig.for_model(kind, **values) if config_class is None else config_class(**values)
+        )
+        inner = [config.get_text_config(), config.get_text_config(decoder=True)]  # which caches are made by
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"shadow_backbone_config is not a valid {kind} configuration: {shorten(error)}") from error
+    if not all(isinstance(each, PreTrainedConfig) for each in inner):
+        raise ConfigError(
+            f"shadow_backbone_config is not a valid {kind} configuration: it names a part (text_config, decoder, generator or "
+            "text_encoder) that is none; it is damaged"
+        )
+    return config
