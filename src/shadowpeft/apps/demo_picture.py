@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shadowpeft.evaluate.rival import TITLE
@@ -64,7 +65,7 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     table = Table("request", "where", "why", "answer", "ms", title="the paper's procedure: device first")
     for row in result["requests"]:
-        reason, text = (row[key].replace("[", "\\[") for key in ("reason", "answer"))
+        reason, text = (escape(row[key]) for key in ("reason", "answer"))
         table.add_row(row["request"], row["where"], reason, text, str(row["milliseconds"]))
     console.print(table)
 
@@ -85,7 +86,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.spines[side].set_visible(False)
     size = result["size"]
     figure.suptitle(
-        f"One training run, two models: SmolLM2-135M with a shadow ({size['adapter_parameters'] / 1e6:.0f}M parameters) for "
+        f"One training run, two models: SmolLM2-135M with a shadow (+{size['adapter_parameters'] / 1e6:.0f}M parameters) for "
         f"the cloud, the shadow alone ({size['edge_parameters'] / 1e6:.0f}M) for the device"
     )
     with whole(path) as beside:
