@@ -127,7 +127,7 @@ def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             [
                 f"[{record['name']}](../experiments/records/device/joint/{record['name']}.json)",
-                own["variant"],
+                own.get("variant", "paper"),  # older records have no other
                 f"{own['rate']:g}",
                 "yes" if own["use_update"] else "no",
                 str(own["steps"]),
