@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from chatbase import CHATML, chat_model, chat_tokenizer, write_rows
 from shadowpeft.data import chat, chat_rows
+from shadowpeft.data.classify import ClassDataset
 from shadowpeft.errors import DataError
 
 END = 3
@@ -435,3 +436,11 @@ def test_a_padding_token_that_is_the_end_token_stays_a_target():
     batch = chat.ChatCollator(tokenizer.pad_token_id)([s.features() for s in made])
     assert (batch["labels"] == END).sum(-1).tolist() == [1, 1]
     assert batch["attention_mask"].sum(-1).tolist() == [len(s.ids) for s in made]
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_class_dataset_ends_and_begins_with_the_shadow_alone(epochs):
+    rows = list(ClassDataset([[1, 2], [3]], [1, 0], epochs))
+    assert len(rows) == 2 * (epochs + 1)
+    assert [row["labels"] for row in rows] == [-100] * 2 * epochs + [1, 0]
+    assert [row.get("shadow_labels") for row in rows[: 2 * epochs]] == [1, 0] * epochs

@@ -30,6 +30,8 @@ class ClassDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return sum(self.parts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} was asked for but there are {len(self)}")  # what ends an iteration
         passes, i = divmod(index, len(self.ids))
         alone = passes < len(self.parts) - 1
         row = {"input_ids": self.ids[i], "labels": IGNORE if alone else self.classes[i]}
