@@ -16,6 +16,8 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import RunLoader, ShadowSection, TrainingSection
 
 ROOT = Path(__file__).parents[1]
+_LATER = ("shadow_epochs", "cache_activations", "freeze_shadow")
+"""Settings of training that came after the first records: at their defaults they change no cell."""
 SPECS = ROOT / "experiments" / "specs"
 RECORDS = ROOT / "experiments" / "records"
 KINDS = ("table1", "ablation", "ood", "scaling", "latency", "system")
@@ -314,6 +316,8 @@ def _cell(spec: Spec, task: str, part: TaskPart, name: str, method: Method, seed
                 raise ConfigError(f"{where} needs either rates or a train.learning_rate")
             rates = None if rates is None else Rates.model_validate(rates).model_dump(by_alias=True)
             train = TrainingSection.model_validate({**train, "seed": seed, "precision": spec.precision}).model_dump()
+            usual = TrainingSection().model_dump()
+            train = {k: v for k, v in train.items() if k not in _LATER or v != usual[k]}
             if tokens is not None:
                 train["epochs"] = None
             if rates is not None:
