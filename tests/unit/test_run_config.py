@@ -56,6 +56,10 @@ def test_the_papers_preset_has_the_configs_own_defaults():
         (run(training={"precision": "int8"}), "'training.precision' is 'int8'"),
         (run(training={"report_to": ["mlflow"]}), "'training.report_to.0' is 'mlflow'"),
         (run(training={"epochs": 1, "max_steps": 5}), "epochs and max_steps are both set; keep one"),
+        (
+            run(training={"freeze_shadow": True, "shadow_epochs": 2}),
+            "training.freeze_shadow and training.shadow_epochs are both set",
+        ),
         (run(training={"eval_every": 5}), "training.eval_every is set but data.validation is not"),
         (
             run(shadow={"shadow_model": "other", "shadow_intermediate_size": 64}),
@@ -186,3 +190,8 @@ def test_a_wrong_run_file_is_refused_before_torch_is_imported(tmp_path, text):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "2 []\n"
     assert done.stderr.startswith(f"error: {file}")
+
+
+def test_a_frozen_shadow_takes_no_epochs_of_its_own_from_a_preset():
+    made = parse_run({"base": "x", "data": {"train": "robot"}, "training": {"freeze_shadow": True}}, "here")
+    assert (made.shadow.preset, made.training.shadow_epochs, made.training.learning_rate) == ("device", 0, 1e-2)

@@ -41,7 +41,7 @@ def plan(run: Any) -> dict[str, Any]:
     from shadowpeft.hf.layer import find_hub
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
-    from shadowpeft.train.rows import encode_run
+    from shadowpeft.train.rows import encode_run, shadow_first
 
     t = run.training
     prepare_cpu(t.threads)
@@ -61,9 +61,11 @@ def plan(run: Any) -> dict[str, Any]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = (run.shadow.last_layers or layers) / layers  # of the layers that gradients pass through
 
-    steps = t.max_steps
+    count = len(sequences)
+    rows, steps, _ = shadow_first(sequences, t, t.batch_size * t.gradient_accumulation)
+    sequences = rows.sequences  # of the whole run, where the shadow has epochs of its own
     if steps is None:
-        batches = math.ceil(len(sequences) / t.batch_size)
+        batches = math.ceil(count / t.batch_size)
         steps = math.ceil((t.epochs or 1.0) * max(math.ceil(batches / t.gradient_accumulation), 1))
     mean = sum(len(s.ids) for s in sequences) / len(sequences)
     longest = max(len(s.ids) for s in sequences)
@@ -85,7 +87,7 @@ def plan(run: Any) -> dict[str, Any]:
         "base_parameters": base_parameters,
         "trainable_parameters": trainable,
         "trainable_percent": round(100 * trainable / base_parameters, 3),
-        "sequences": len(sequences),
+        "sequences": count,
         "mean_tokens": round(mean, 1),
         "longest_tokens": longest,
         "steps": steps,

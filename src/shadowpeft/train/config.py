@@ -45,7 +45,7 @@ class DataConfig(StrictSection):
     @property
     def learns_actions(self) -> bool:
         """Whether the shadow path learns actions alone."""
-        return learns_actions(self.model_dump())
+        return learns_actions({"train": self.train, "shadow_answers": self.shadow_answers})
 
 
 def learns_actions(data: dict[str, Any]) -> bool:
@@ -178,6 +178,8 @@ class RunConfig(StrictSection):
         if "preset" not in shadow and learns_actions(content["data"]):
             shadow = {"preset": "device", **shadow}
         usual = TRAINING.get(name, {}) if isinstance(name := shadow.get("preset", "tuned"), str) else {}
+        if training.get("freeze_shadow"):  # it has no epochs of its own
+            usual = {key: value for key, value in usual.items() if key != "shadow_epochs"}
         return {**content, "shadow": shadow, "training": {**usual, **training}}
 
     @model_validator(mode="after")
@@ -192,6 +194,10 @@ class RunConfig(StrictSection):
         if self.training.freeze_shadow and self.data.shadow_repeats:
             raise ValueError(
                 "training.freeze_shadow and data.shadow_repeats are both set, but a frozen shadow learns nothing; keep one"
+            )
+        if self.training.freeze_shadow and self.training.shadow_epochs:
+            raise ValueError(
+                "training.freeze_shadow and training.shadow_epochs are both set, but a frozen shadow learns nothing; keep one"
             )
         if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
             raise ValueError(
