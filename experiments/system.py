@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.markdown import table
-from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.actions import REMOTE, written
 from shadowpeft.data.tasks import Example, Task
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.evaluate import accuracy, rival
@@ -118,8 +118,8 @@ def ask_rival(prompts: Sequence[str]) -> list[Reply]:
     for prompt in prompts:
         began = time.perf_counter()
         (action,), _ = rival.predict(model, [prompt])
-        text = f"[{action}]" if action == REMOTE else f"[{action}()]"
-        replies.append(Reply(text, 1000 * (time.perf_counter() - began), 0, DEVICE, TAGGED if action == REMOTE else KNOWN))
+        milliseconds = 1000 * (time.perf_counter() - began)
+        replies.append(Reply(written(action), milliseconds, 0, DEVICE, TAGGED if action == REMOTE else KNOWN))
     return replies
 
 

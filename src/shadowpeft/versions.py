@@ -6,11 +6,12 @@ bounds; a test compares them.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import warnings
 from dataclasses import dataclass
 
-from shadowpeft.errors import VersionError
+from shadowpeft.errors import ConfigError, VersionError
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,11 @@ def check(*packages: str) -> None:
                 "'shadowpeft doctor ADAPTER' to see whether it works here",
                 stacklevel=3,
             )
+
+
+def require_sklearn(who: str) -> None:
+    """Raises:
+    ConfigError: if scikit-learn, which ``who`` needs, is not installed.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(f"{who} needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'")

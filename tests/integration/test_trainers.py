@@ -63,6 +63,11 @@ def arguments(folder, cls=TrainingArguments, **more):
     return cls(**{**made, **more})
 
 
+def in_pieces(micro):
+    """The four rows of a step, so many at a time."""
+    return {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
+
+
 def train(cls, model, data, folder, trainer_options=None, args_cls=TrainingArguments, **more):
     keep = KeepGradients()
     trainer = cls(
@@ -150,14 +155,7 @@ def test_classes_that_the_shadow_alone_learns(tmp_path, micro):
         row["labels"] = torch.tensor(-100)
     lengths = []
     adapted.base_model.model.model.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
-    gradients, _ = train(
-        ShadowTrainer,
-        adapted,
-        data,
-        tmp_path,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=4 // micro,
-    )
+    gradients, _ = train(ShadowTrainer, adapted, data, tmp_path, **in_pieces(micro))
     assert sum(lengths) == 2  # rows that ran the base
     check(model, start, gradients, **whole(data))
 
@@ -166,14 +164,7 @@ def test_classes_that_the_shadow_alone_learns(tmp_path, micro):
 def test_two_targets_through_the_trainer(tmp_path, micro):
     model, start, adapted = pair()
     data = rows(shadow_labels=True)
-    gradients, _ = train(
-        ShadowTrainer,
-        adapted,
-        data,
-        tmp_path,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=4 // micro,
-    )
+    gradients, _ = train(ShadowTrainer, adapted, data, tmp_path, **in_pieces(micro))
     check(model, start, gradients, **whole(data))
 
 
@@ -183,14 +174,7 @@ def test_rows_that_one_path_alone_learns(tmp_path, micro):
     data = rows(shadow_labels=True)
     data[0]["labels"] = torch.full_like(data[0]["labels"], -100)
     data[3]["shadow_labels"] = torch.full_like(data[3]["shadow_labels"], -100)
-    gradients, _ = train(
-        ShadowTrainer,
-        adapted,
-        data,
-        tmp_path,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=4 // micro,
-    )
+    gradients, _ = train(ShadowTrainer, adapted, data, tmp_path, **in_pieces(micro))
     check(model, start, gradients, **whole(data))
 
 
@@ -203,8 +187,7 @@ def test_label_smoothing_shapes_the_task_loss_alone(tmp_path, micro):
         rows(),
         tmp_path,
         label_smoothing_factor=0.2,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=4 // micro,
+        **in_pieces(micro),
     )
     naive = check(model, start, gradients, smoothing=0.2, **whole(rows()))
     assert naive.config.auxiliary_loss_weight == LAMBDA
@@ -226,8 +209,7 @@ def test_compute_loss_func(tmp_path, micro):
         rows(),
         tmp_path,
         {"compute_loss_func": mean_cross_entropy},
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=4 // micro,
+        **in_pieces(micro),
     )
     check(model, start, gradients, **whole(rows()))
 
@@ -403,8 +385,7 @@ def test_sft_trainer_with_label_smoothing_and_the_mixin(tmp_path, micro):
         adapted,
         tmp_path,
         label_smoothing_factor=0.1,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=4 // micro,
+        **in_pieces(micro),
     )
     check(model, start, gradients, smoothing=0.1, **plain_whole())
 

@@ -63,8 +63,8 @@ def main(
     if folder.exists() and not is_earlier_demo(folder):
         raise ConfigError(f"'{folder}' holds something other than an earlier demo; choose another --out")
     quiet_libraries()
-    from shadowpeft.evaluate.rival import require_sklearn
     from shadowpeft.runtime import prepare_cpu
+    from shadowpeft.versions import require_sklearn
 
     require_sklearn("the demo's rival")
     began = time.monotonic()

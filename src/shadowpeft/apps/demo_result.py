@@ -17,7 +17,7 @@ from shadowpeft.apps.detach import save_edge
 from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
-from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.actions import REMOTE, written
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
@@ -172,7 +172,7 @@ def one(
     (chosen,) = choose(edge, tokenizer, [request], trie, exact=False, system=robot.SYSTEM)
     sure = calibration.keeps(chosen.probability)
     reason = TAGGED if chosen.action == REMOTE else KNOWN if sure else UNSURE
-    text = f"[{chosen.action}()]"
+    text = written(chosen.action)
     if reason != KNOWN:
         text = answer(model, tokenizer, [request], system=robot.SYSTEM, max_new_tokens=40)[0].text
     return {

@@ -58,15 +58,15 @@ def calibrate(
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     from shadowpeft.serve.bound import choosing_rows, require_rows
-    from shadowpeft.serve.calibration import require_sklearn
     from shadowpeft.serve.router import ACTION, FILE, SIGNALS
+    from shadowpeft.versions import require_sklearn
 
     if not 0 <= target <= 1:
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
     if signal not in ("auto", ACTION, *SIGNALS):
         raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join((ACTION, *SIGNALS))}")
     own = None if skills in (None, "robot") else read_skills(str(skills))
-    require_sklearn()
+    require_sklearn("route calibrate")
     folder = Path(out or source)
     if out is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def parser(skills: Iterable[str]) -> Callable[[str], str | None]:
 def only_action(text: str) -> str:
     """The action at the start of ``text``, known or not, as it is written: ``[Sit()]``; ``[REMOTE]`` if there is none."""
     match = _TAG.match(text)
-    return f"[{REMOTE}]" if match is None else match[0].strip()
+    return written(REMOTE) if match is None else match[0].strip()
 
 
 def written(name: str) -> str:

@@ -5,14 +5,12 @@ It is a method like any other: whatever an edge model is worth is shown beside i
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shadowpeft.data import robot
-from shadowpeft.errors import ConfigError
 
 if TYPE_CHECKING:
     from sklearn.pipeline import FeatureUnion, Pipeline
@@ -23,14 +21,6 @@ ITERATIONS = 5_000
 """The usual 1,000 are too few for a C of 30."""
 ROBOT_C = 1.0
 """Of commands and all open rows, chosen on development rows (experiments/records/rivals/robot-svc-open.json)."""
-
-
-def require_sklearn(who: str) -> None:
-    """Raises:
-    ConfigError: if scikit-learn is not installed; ``who`` needs it.
-    """
-    if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError(f"{who} needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'")
 
 
 def features() -> FeatureUnion:

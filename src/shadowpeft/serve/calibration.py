@@ -22,6 +22,7 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.bound import Tested, choosing_rows, fewest_kept, require_rows, strictest_to_laxest
 from shadowpeft.serve.router import ACTION, KNOWN, SIGNALS, TAGGED, UNKNOWN, UNSURE, Calibration
 from shadowpeft.storage import whole
+from shadowpeft.versions import require_sklearn
 
 FEWEST = 30
 """Answers with a known action that a calibration needs."""
@@ -48,18 +49,6 @@ class Sample:
     """Whether the answer is ``[REMOTE]``."""
 
 
-def require_sklearn() -> None:
-    """Raises:
-    ConfigError: if scikit-learn is not installed.
-    """
-    import importlib.util
-
-    if importlib.util.find_spec("sklearn") is None:
-        raise ConfigError(
-            "route calibrate needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'"
-        )
-
-
 def calibrate(
     samples: Sequence[Sample],
     *,
@@ -83,7 +72,7 @@ def calibrate(
         ConfigError: for an impossible target, level or signal. DataError: if fewer than :data:`FEWEST` answers have a known
             action, or the bound could not hold even if every answer were right.
     """
-    require_sklearn()
+    require_sklearn("route calibrate")
     if not 0.0 <= target <= 1.0 or math.isnan(target):
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
     if signal not in ("auto", *SIGNALS, ACTION):
@@ -119,7 +108,6 @@ def calibrate(
     else:
         calibration = _keeping_from(tested.least, Calibration(chosen, points, chances, _NEVER))
         kept = _kept(calibration, samples)
-    areas = {name: _rounded(auroc(right, column)) for name, column in values.items()}
     calibration.report.update(
         {
             "n": len(samples),
@@ -128,7 +116,7 @@ def calibrate(
             "bound": bound,
             **({} if tested is None else _tests(tested, target, level)),
             "folds": folds,
-            "signals_auroc": areas,
+            "signals_auroc": {name: _rounded(area) for name, area in signal_areas(samples).items()},
             "auroc": _rounded(auroc(right, out_of_fold)),
             "ece": _rounded(ece(right, out_of_fold)),
             **summarise(samples, kept),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shadowpeft.data import chat
-from shadowpeft.data.actions import REMOTE, only_action
+from shadowpeft.data.actions import only_action
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
 from shadowpeft.errors import ConfigError, DataError
@@ -24,8 +24,8 @@ def robot_rows(split: str, *, actions: bool = False) -> list[dict[str, Any]]:
     ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions. With
     ``actions`` they are not: there the shadow path learns the 1,000 open requests of the base path too, as ``[REMOTE]``.
     """
-    own: dict[str, dict[str, Any]] = {
-        "train_remote_base": {"shadow_response": f"[{REMOTE}]"} if actions else {"path": "base"},
+    own: dict[str, dict[str, str]] = {
+        "train_remote_base": {} if actions else {"path": "base"},  # words are no action, so [REMOTE] is learnt of them
         "train_remote_shadow": {"path": "shadow"},
     }
     repeats = {} if actions else {"train_remote_shadow": ROBOT_REMOTE_REPEATS}

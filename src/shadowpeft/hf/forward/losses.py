@@ -112,7 +112,11 @@ def _task_loss(model: Any, hub: ShadowHub, call: ShadowCall, state: Tensor) -> T
     assert call.labels is not None
     targets = shift_left(call.labels, hub)
     count = count_targets(targets, shifted=False) if call.num_items is None else call.num_items
-    total = _path_sum(model, hub, model.get_output_embeddings(), state, targets)
+    return _mean(_path_sum(model, hub, model.get_output_embeddings(), state, targets), count)
+
+
+def _mean(total: Tensor, count: Any) -> Tensor:
+    """A sum over targets as a mean over ``count`` of them; 0 where there are none."""
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
@@ -153,7 +157,7 @@ def _lm_path(
                 pieces.append(lm_logits(model, hub, head, kept.flatten(0, 1)).unflatten(0, kept.shape[:2]))
     if targets is not None:
         items = call.num_items if call.shadow_labels is None else call.shadow_num_items
-        loss = total / torch.as_tensor(count if items is None else items, device=total.device).clamp(min=1)
+        loss = _mean(total, count if items is None else items)
     if call.return_shadow:
         logits = assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
     return loss, logits
@@ -169,8 +173,7 @@ def _classifier_path(model: nn.Module, call: ShadowCall) -> tuple[Tensor | None,
         ids = None if call.input_ids is None else part.pick(call.input_ids)
         mask = call.attention_mask
         mask = part.pick(mask) if isinstance(mask, Tensor) and mask.dim() == 2 else mask
-        head: Any = part.weights.head
-        pieces.append(head(pool_last(part.s0, _text_config(model), ids, mask).to(head.weight.dtype)))
+        pieces.append(_classify(model, part.weights, part.s0, ids, mask))
     targets = call.labels if call.shadow_labels is None else call.shadow_labels
     loss = None
     if targets is not None:
@@ -180,6 +183,13 @@ def _classifier_path(model: nn.Module, call: ShadowCall) -> tuple[Tensor | None,
     if call.names is not None and BASE in call.names:
         return loss, None
     return loss, assemble(call.parts, pieces, sum(len(piece) for piece in pieces))
+
+
+def _classify(model: nn.Module, weights: AdapterWeights, s0: Tensor, ids: Tensor | None, mask: Any) -> Tensor:
+    """Logits ``(B, C)`` of the shadow's own classifier (Eq. 9)."""
+    head: Any = weights.head
+    logits: Tensor = head(pool_last(s0, _text_config(model), ids, mask).to(head.weight.dtype))
+    return logits
 
 
 def _lm_head(model: Any, weights: AdapterWeights) -> Any:
@@ -315,16 +325,13 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
         raise ConfigError("no adapter is enabled; enable or set one")
     weights = weights_of(hub, model, adapter)
     if weights.is_classifier:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
         s0 = _alone(weights, model, batch)
-        head: Any = weights.head
-        logits = head(pool_last(s0, _text_config(model), ids, mask).to(head.weight.dtype))
+        logits = _classify(model, weights, s0, batch["input_ids"], batch.get("attention_mask"))
         return _classification_loss(model, logits, batch["shadow_labels"], items)
     targets = shift_left(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
     s0 = _alone(weights, model, batch, targets)
-    total = _path_sum(model, hub, _lm_head(model, weights), s0, targets[:, -s0.shape[1] :])
-    return total / torch.as_tensor(count, device=s0.device).clamp(min=1)
+    return _mean(_path_sum(model, hub, _lm_head(model, weights), s0, targets[:, -s0.shape[1] :]), count)
 
 
 _WORTH_SHARING = 8
