@@ -260,6 +260,18 @@ def test_plan_counts_the_steps_of_epochs(monkeypatch, capsys, tmp_path, road, ba
     assert json.loads(out)["steps"] == steps
 
 
+def test_plan_counts_the_epochs_of_the_shadow_alone(monkeypatch, capsys, tmp_path, road):
+    content = yaml.safe_load((road / "run.yaml").read_text())
+    content["training"] = {"batch_size": 4, "epochs": 1, "shadow_epochs": 2}
+    content["output"] = str(tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    _, out, _ = call(monkeypatch, capsys, "plan", tmp_path / "run.yaml", "--json")
+    plan = json.loads(out)
+    _, out, _ = call(monkeypatch, capsys, "train", tmp_path / "run.yaml", "--json")
+    assert plan["steps"] == json.loads(out)["steps"] > 4
+    assert plan["sequences"] == 15
+
+
 def test_plan_with_copied_layers(monkeypatch, capsys, tmp_path, road):
     content = yaml.safe_load((road / "run.yaml").read_text())
     content["shadow"] = {"shadow_init": "base_layers", "shadow_num_hidden_layers": 2}
