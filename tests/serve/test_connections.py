@@ -5,6 +5,7 @@ import json
 import logging
 import select
 import socket
+import struct
 import threading
 import time
 from functools import partial
@@ -18,6 +19,7 @@ from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.streams import UNREAD, once
 from webserver import Running, metric, wait_for
 
 KEY = "user-key-0123456789"
@@ -202,6 +204,50 @@ def test_a_client_that_stops_reading_is_counted_once(stream, leaves):
         with server.http(KEY) as http:
             assert metric(http.get("/metrics").text, "shadowpeft_disconnected_total") == 1
         raw.close()
+
+
+@pytest.mark.parametrize("seen", ["by reading", "by writing"])
+@pytest.mark.parametrize("part", ["head", "body", "end"])
+def test_a_client_that_leaves_before_a_part_of_the_answer_is_counted_once(part, seen):
+    """Whatever the server does when the connection ends: it waits and reads that it was reset, or it writes and fails."""
+    connected, left, done = threading.Event(), threading.Event(), threading.Event()
+    counted = []
+
+    async def slow(scope, receive, send):
+        scope[UNREAD] = once(lambda: counted.append(scope["path"]))
+
+        async def leave(now):
+            if now != part or scope["path"] != "/leaves":
+                return
+            assert connected.wait(20)
+            said = b"" if part == "head" else raw.recv(1)  # something of it stays unread
+            assert said == (b"" if part == "head" else b"H")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+            raw.close()
+            left.set()
+            if seen == "by reading":
+                await asyncio.sleep(0.2)
+
+        await leave("head")
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2000000")]})
+        await leave("body")
+        await send({"type": "http.response.body", "body": b"x" * 1_000_000, "more_body": True})
+        await leave("end")
+        await send({"type": "http.response.body", "body": b"x" * 1_000_000})
+        done.set()
+
+    with Timely(slow, write_seconds=20) as server:
+        raw = server.connect(b"GET /leaves HTTP/1.1\r\nhost: x\r\n\r\n")
+        connected.set()
+        assert left.wait(20)
+        assert done.wait(20)
+        wait_for(lambda: server.open == 0)
+        assert counted == ["/leaves"]
+        done.clear()
+        assert closed(server.connect(b"GET /stays HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"))
+        assert done.wait(20)
+        wait_for(lambda: server.open == 0)
+        assert counted == ["/leaves"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -169,9 +169,10 @@ def test_a_swap_that_was_cut_in_two_is_undone(tmp_path):
 
 
 WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from shadowpeft import storage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a shell ignores
 target, text, folder, replace = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "folder", sys.argv[4] == "replace"
 with storage.written_whole(target, folder=folder, replace=replace) as beside:
     for i in range(20):

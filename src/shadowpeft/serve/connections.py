@@ -68,7 +68,10 @@ class TimelyProtocol(H11Protocol):
             if timer is not None:
                 timer.cancel()
         self.since = None
-        if exc is not None:  # reset by a client that left something unread
+        if self.cycle is not None and not self.cycle.response_complete:  # what is still sent goes nowhere
+            self._unread = self.cycle.scope.get(UNREAD)  # type: ignore[typeddict-item]
+            self._tell_unread()
+        elif exc is not None:  # reset by a client that left something unread
             self._tell_unread()
         super().connection_lost(exc)
 
@@ -83,7 +86,8 @@ class TimelyProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         left = self.transport.get_write_buffer_size() > 0
         request: Any = self.scope or {}
-        self._unread = request.get(UNREAD) if left else None
+        # a connection that was reset during the answer has an empty buffer and will be lost with an exception
+        self._unread = request.get(UNREAD) if left or self.transport.is_closing() else None
         super().on_response_complete()
         if left:
             self._expect_a_reader()

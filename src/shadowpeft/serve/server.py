@@ -25,7 +25,7 @@ from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import QueueFullError
 from shadowpeft.serve.roles import EdgeRole, Role
-from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, until_gone
+from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, once, until_gone
 
 PAGE = Path(__file__).with_name("page.html")
 _STALLED_SECONDS = 60.0
@@ -217,7 +217,7 @@ class Server:
         if here >= self.settings.requests:
             raise QueueFullError(f"{here} requests are on their way already; try again later")
         began = time.monotonic()
-        request.scope[UNREAD] = self.metrics.disconnected.inc
+        gone = request.scope[UNREAD] = once(self.metrics.disconnected.inc)
         self.in_flight += 1
         reply: Reply | None = None
         handed_on = False
@@ -240,14 +240,14 @@ class Server:
                     headers,
                     self.overdue,
                     sent=lambda: self._count(reply, began),
-                    gone=self.metrics.disconnected.inc,
+                    gone=gone,
                     closed=close,
                 )
             content = await until_gone(request.receive, reply.whole(), self.overdue)
             self._count(reply, began, content["usage"])
             return AsciiResponse(content, headers=headers)
         except GoneError:
-            self.metrics.disconnected.inc()
+            gone()
             return Response(status_code=499)  # nobody reads it
         finally:
             if not handed_on:

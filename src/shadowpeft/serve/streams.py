@@ -17,7 +17,13 @@ from shadowpeft.serve.requests import StoppedError
 
 T = TypeVar("T")
 UNREAD = "shadowpeft.unread"
-"""Key of a request's scope: what the connection calls if the client leaves before it has read the answer that was sent."""
+"""Key of a request's scope: what to call if its client leaves before it has read its whole answer. Several may see it leave."""
+
+
+def once(call: Callable[[], None]) -> Callable[[], None]:
+    """``call``, done by the first of those who call the result."""
+    calls = [call]
+    return lambda: calls.pop()() if calls else None
 
 
 class GoneError(ShadowPeftError):
