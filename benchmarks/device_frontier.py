@@ -7,12 +7,16 @@ depend on training, so the shadows are the base's first k layers as they are.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from experiments.measuring import stamp
 from peft import get_peft_model
 

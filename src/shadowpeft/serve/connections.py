@@ -69,7 +69,8 @@ class TimelyProtocol(H11Protocol):
                 timer.cancel()
         self.since = None
         if self.cycle is not None and not self.cycle.response_complete:  # what is still sent goes nowhere
-            self._unread = self.cycle.scope.get(UNREAD)  # type: ignore[typeddict-item]
+            request: Any = self.cycle.scope
+            self._unread = request.get(UNREAD)
             self._tell_unread()
         elif exc is not None:  # reset by a client that left something unread
             self._tell_unread()
