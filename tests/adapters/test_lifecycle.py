@@ -170,3 +170,14 @@ def test_unload_after_a_mixed_batch_with_trained_modules():
     restored = model.unload()
     assert list(restored.state_dict()) == keys
     assert torch.equal(logits(restored), logits(plain))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_adapter_attached_where_no_gradients_are_kept_trains_afterwards(mode):
+    model = base("llama")
+    with mode():
+        adapted = adapt(model)
+    randomise(adapted)
+    adapted.train()
+    adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -55,7 +55,8 @@ class ShadowModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with torch.inference_mode(False), torch.enable_grad():  # a trial finds out which weights gradients reach
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
         if peft_config.task_type is None:
