@@ -176,7 +176,7 @@ def test_unload_after_a_mixed_batch_with_trained_modules():
 def test_an_adapter_attached_where_no_gradients_are_kept_trains_afterwards(mode):
     model = base("llama")
     with mode():
-        adapted = adapt(model)
+        adapted = adapt(model, copy_base=False, trained=False)
     randomise(adapted)
     adapted.train()
     adapted(input_ids=tokens(), labels=tokens()).loss.backward()
