@@ -29,6 +29,7 @@ from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, check_adapter_name, keep_in_float32
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
+from shadowpeft.hf.speculation import Speculation, speculate
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
@@ -252,6 +253,24 @@ class ShadowModel(BaseTuner):
                 scope.repeats = True
         with calls.within(scope):
             yield
+
+    def generate(self, *args: Any, speculative: Any = False, **kwargs: Any) -> Any:
+        """``generate`` of the base, adapted. With ``speculative`` the shadow drafts tokens that attached passes verify.
+
+        Args:
+            speculative: True, or a :class:`~shadowpeft.hf.speculation.Speculation`, whose counts are filled.
+
+        Raises:
+            ConfigError: if drafts are wanted for what cannot have any (:func:`shadowpeft.hf.speculation.speculate`).
+        """
+        if not isinstance(speculative, (bool, Speculation)):
+            raise ConfigError(f"speculative is {speculative!r} but must be True or a Speculation")
+        if speculative:
+            settings = Speculation() if speculative is True else speculative
+            if kwargs.get("assistant_model") is not None or kwargs.get("custom_generate") is not None:
+                raise ConfigError("speculative=True was passed with assistant_model or custom_generate; leave one out")
+            kwargs["custom_generate"] = partial(speculate, settings=settings, streamer=kwargs.get("streamer"))
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching is refused: its paged cache has no room for a shadow's layers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.signature import Signature
-from shadowpeft.hf.base.weights import device_of, gather
+from shadowpeft.hf.base.weights import dense_weight, device_of, gather
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -57,6 +58,35 @@ def lm_logits(model: Any, hub: Any, head: Any, state: Tensor) -> Tensor:
     if not hub.facts.is_linear:
         return stock_logits(model, hub.backbone_name, state)
     return _table_logits(head, model.config.get_text_config(decoder=True), state)
+
+
+@torch.no_grad()
+def rows_of_head(model: Any, hub: Any, head: Any, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+    """:func:`lm_logits` of some tokens alone: a function of states ``(N, d)`` that gives ``(N, len(tokens))``.
+
+    Args:
+        tokens: their ids, ``(V',)`` int64; their rows of the head are copied.
+
+    Raises:
+        UnsupportedModelError: if the head is more than a matrix. ConfigError: for an id that has no row.
+    """
+    if not hub.facts.is_linear:
+        raise UnsupportedModelError(
+            f"only some tokens are to be drafted, but the head of {type(model).__name__} is more than a matrix; draft all"
+        )
+    with dense_weight(head) as weight:
+        if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= len(weight):
+            raise ConfigError(
+                f"tokens to draft must be ids from 0 to {len(weight) - 1}, at least one; got {tokens.tolist()[:5]}"
+            )
+        places = tokens.to(weight.device)
+        small = nn.Linear(weight.shape[1], len(tokens), bias=getattr(head, "bias", None) is not None, device="meta")
+        small = small.to_empty(device=weight.device).to(weight.dtype)
+        small.weight.copy_(weight[places])
+        if small.bias is not None:
+            small.bias.copy_(gather(head.bias)[places])
+    config = model.config.get_text_config(decoder=True)
+    return lambda state: _table_logits(small, config, state.to(small.weight))
 
 
 def _table_logits(head: nn.Module, config: PreTrainedConfig, state: Tensor) -> Tensor:

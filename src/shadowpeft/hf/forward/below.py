@@ -82,19 +82,21 @@ def start_above(
     """Let the pass ``call`` start from ``base`` and ``shadow``, both ``(B, T, d)``; :func:`restore` undoes it at its end.
 
     Args:
-        kwargs: arguments of ``model``; a cache is switched off in them.
+        kwargs: arguments of ``model``; a cache is switched off in them, unless the shadow has read ahead in one (then
+            ``shadow`` are its states of the tokens that the base reads now, :mod:`shadowpeft.hf.forward.drafting`).
 
     Raises:
         ConfigError: if the states do not fit the pass, or what they replace is to be trained by it.
     """
     given = "base_state" if base is not None else "shadow_state"
-    if call.names is not None or torch.compiler.is_compiling():
+    continues = base is None and kwargs.get("past_key_values") is not None
+    if (call.names is not None and not continues) or torch.compiler.is_compiling():
         raise ConfigError(f"{given} was passed to a mixed batch or a compiled model; run one adapter, not compiled")
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if ids is None or kwargs.get("past_key_values") is not None or kwargs.get("output_hidden_states"):
+    if ids is None or (kwargs.get("past_key_values") is not None and not continues) or kwargs.get("output_hidden_states"):
         raise ConfigError(
-            f"{given} was passed without input_ids, or with past_key_values or output_hidden_states, but it holds whole rows "
-            "at one layer; pass input_ids and leave the others out"
+            f"{given} was passed without input_ids, or base_state with past_key_values or either with output_hidden_states, "
+            "but they hold whole rows at one layer; pass input_ids and leave the others out"
         )
     parts = find_decoder(model)
     for name, state in (("base_state", base), ("shadow_state", shadow)):
@@ -102,6 +104,9 @@ def start_above(
             raise ConfigError(
                 f"{name} has shape {tuple(state.shape)} but must be {(*ids.shape, parts.hidden_size)}, one state a token"
             )
+    if continues:
+        call.shadow_state = shadow
+        return
     left = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
     if left and kwargs.get("position_ids") is None:
         raise ConfigError(

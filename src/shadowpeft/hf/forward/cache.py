@@ -23,7 +23,9 @@ _VERSION = "_shadowpeft_version"
 _NAMES = "_shadowpeft_names"
 
 
-def shadow_views(cache: Cache, base_layers: int, base_config: PreTrainedConfig, call: ShadowCall) -> list[Cache]:
+def shadow_views(
+    cache: Cache, base_layers: int, base_config: PreTrainedConfig, call: ShadowCall, ahead: int | None = 0
+) -> list[Cache]:
     """The shadows' parts of ``cache``, one for each part of ``call``, appended at the first call.
 
     In a mixed batch each adapter has layers of its own that hold its rows only; rows of the base have none.
@@ -31,6 +33,7 @@ def shadow_views(cache: Cache, base_layers: int, base_config: PreTrainedConfig, 
     Args:
         cache: the base's cache, whose list of layers is extended in place.
         base_layers: number of layers of the base.
+        ahead: how many tokens the shadows have read that the base has not; None: any number.
 
     Raises:
         CacheMismatchError: if the cache already holds tokens that the shadows of ``call`` have not read.
@@ -82,13 +85,24 @@ def shadow_views(cache: Cache, base_layers: int, base_config: PreTrainedConfig, 
         view = Cache(layers=layers) if _is_stock(cache) else cache._shadowpeft_pair  # type: ignore[attr-defined]
         if not torch.compiler.is_compiling():
             base_length, shadow_length = _length(cache), _length(view)
-            if base_length is not None and shadow_length is not None and base_length != shadow_length:
-                raise CacheMismatchError(
-                    f"the cache holds {base_length} tokens of the base and {shadow_length} of the shadow; some were read "
-                    "with the adapter disabled, start from an empty cache"
-                )
+            if base_length is not None and shadow_length is not None and ahead is not None:
+                _check_lengths(base_length, shadow_length, ahead)
         views.append(view)
     return views
+
+
+def _check_lengths(base: int, shadow: int, ahead: int) -> None:
+    if base + ahead == shadow:
+        return
+    if ahead:
+        raise CacheMismatchError(
+            f"shadow_state has {ahead} tokens, but the cache holds {base} tokens of the base and {shadow} of the shadow; pass "
+            "the states of all tokens that the shadow is ahead"
+        )
+    raise CacheMismatchError(
+        f"the cache holds {base} tokens of the base and {shadow} of the shadow; some were read with the adapter disabled, "
+        "start from an empty cache"
+    )
 
 
 def check_untouched(cache: Any) -> None:

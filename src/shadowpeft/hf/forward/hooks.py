@@ -57,7 +57,7 @@ def before_model(
     base_state, shadow_state = kwargs.pop("base_state", None), kwargs.pop("shadow_state", None)
     loss_alone = bool(kwargs.pop("loss_alone", False))
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
-    call = _start(hub, model, kwargs)
+    call = start(hub, model, kwargs)
     if call is None:
         given = "return_shadow=True" if return_shadow else "base_state or shadow_state"
         if return_shadow or base_state is not None or shadow_state is not None:
@@ -115,7 +115,7 @@ def before_model(
     return (), kwargs
 
 
-def _start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCall | None:
+def start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCall | None:
     """The call of this forward pass, by row where ``adapter_names`` says so; None if the base answers alone."""
     names = kwargs.pop("adapter_names", None)
     compiling, repeats = torch.compiler.is_compiling(), False
@@ -217,9 +217,10 @@ def before_backbone(
         cache = kwargs[signature.cache] = own_cache(backbone)
     if cache is not None and not call.parts:
         check_untouched(cache)
-    views = [None] * len(call.parts) if cache is None else shadow_views(cache, base_layers, config, call)
+    ahead = 0 if call.shadow_state is None else call.shadow_state.shape[1]
+    views = [None] * len(call.parts) if cache is None else shadow_views(cache, base_layers, config, call, ahead)
     for part, view in zip(call.parts, views, strict=True):
-        _run_shadow(part, view, call, backbone, kwargs)
+        run_shadow(part, view, call, backbone, kwargs)
     embeds = kwargs.get("input_ids") is not None
     if embeds and backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         call.embedded_in = backbone
@@ -231,12 +232,12 @@ def before_backbone(
     return (), kwargs
 
 
-def _run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: dict[str, Any]) -> None:
+def run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: dict[str, Any]) -> None:
     """``s^(0)`` of one part (Eq. 1), from its rows of the backbone's arguments ``kwargs``."""
     weights = part.weights
     first = weights.config.mathematics.first_refined_layer
     if call.shadow_state is not None:
-        part.trajectory = Trajectory(first, call.shadow_state, keep_all=torch.is_grad_enabled())
+        part.trajectory = Trajectory(first, part.pick(call.shadow_state), keep_all=torch.is_grad_enabled())
         return
     takes = weights.signature
     batch = None if part.rows is None else len(call.names or ())

@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     QuantizedLayer,
 )
 
-from shadowpeft.errors import CacheMismatchError
+from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
 from shadowpeft.hf.forward.cache import _NAMES, _OWNER, _VERSION, _divide
 
 _STATES = ("conv_states", "recurrent_states")
@@ -67,6 +67,46 @@ def shift(cache: Cache, columns: int) -> None:
             layer.cumulative_length += columns
             length = min(layer.cumulative_length, layer.sliding_window - 1)
         layer.keys, layer.values = (F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in (layer.keys, layer.values))
+
+
+def move_right(cache: Cache, columns: list[int]) -> None:
+    """Move row ``i`` by ``columns[i]`` columns, over its last ones; what comes in on the left is padding.
+
+    The cache is one that :func:`check_movable` lets pass.
+    """
+    for layer in cache.layers:
+        if not getattr(layer, "is_initialized", False):
+            continue
+        names: tuple[str, ...] | None = getattr(layer, _NAMES, None)
+        own = columns if names is None else [columns[row] for row in layer._local(list(range(len(names))), names)]
+        layer.keys, layer.values = (moved_right(x, own, axis=2) for x in (layer.keys, layer.values))
+
+
+def check_movable(cache: Cache) -> None:
+    """Raises:
+    UnsupportedModelError: if the rows of a cache, which records its past, cannot be moved by different numbers of columns.
+    """
+    strange = [cache] if hasattr(cache, "_shadowpeft_pair") else []
+    for layer in cache.layers:
+        known = isinstance(layer, (DynamicLayer, DummyLayer))
+        if not known or isinstance(layer, (DynamicIndexedLayer, QuantizedLayer, LinearAttentionLayer)):
+            strange.append(layer)
+    if strange:
+        raise UnsupportedModelError(
+            f"the cache has a {type(strange[0]).__name__}, whose rows cannot lose different numbers of tokens; draft for one "
+            "row at a time"
+        )
+
+
+def moved_right(x: Tensor, columns: list[int], axis: int) -> Tensor:
+    """``x`` with row ``i`` (axis 0) moved by ``columns[i]`` along ``axis``; zeros come in on the left."""
+    length = x.shape[axis]
+    by = torch.tensor(columns, device=x.device).view(-1, *[1] * (x.dim() - 1))
+    shape = [1] * x.dim()
+    shape[axis] = length
+    source = torch.arange(length, device=x.device).view(shape) - by
+    moved = x.gather(axis, source.clamp(min=0).expand(x.shape))
+    return moved.masked_fill(source < 0, 0)
 
 
 def join_caches(cache: Cache, other: Cache, names: tuple[str, ...] | None) -> None:

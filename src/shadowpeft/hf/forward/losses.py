@@ -87,7 +87,7 @@ def join_fused(model: nn.Module, hub: ShadowHub, call: ShadowCall, output: Any) 
                 "shadow_loss='ce' or shadowpeft.ShadowTrainer"
             )
         with torch.set_grad_enabled(training):
-            total = _path_sum(model, hub, _lm_head(model, part.weights), part.s0, _targets(call, hub))
+            total = _path_sum(model, hub, lm_head(model, part.weights), part.s0, _targets(call, hub))
         if training:
             output.log_probs = supervision.join_log_probs(output.log_probs, total, output.label_mask, weight)
         output.shadow_loss = total / output.label_mask.sum().clamp(min=1)
@@ -149,11 +149,11 @@ def _lm_path(
             if targets is not None:
                 goals = part.pick(targets)
                 distillation = None if teacher is None else _distillation(call, hub, part, teacher, targets)
-                total = total + _path_sum(model, hub, _lm_head(model, part.weights), part.s0, goals, distillation)
+                total = total + _path_sum(model, hub, lm_head(model, part.weights), part.s0, goals, distillation)
                 count = count + count_targets(goals, shifted=False).to(total.device)
             if call.return_shadow:
                 kept = _keep(part.s0, call.logits_to_keep)
-                head = _lm_head(model, part.weights)
+                head = lm_head(model, part.weights)
                 pieces.append(lm_logits(model, hub, head, kept.flatten(0, 1)).unflatten(0, kept.shape[:2]))
     if targets is not None:
         items = call.num_items if call.shadow_labels is None else call.shadow_num_items
@@ -192,7 +192,7 @@ def _classify(model: nn.Module, weights: AdapterWeights, s0: Tensor, ids: Tensor
     return logits
 
 
-def _lm_head(model: Any, weights: AdapterWeights) -> Any:
+def lm_head(model: Any, weights: AdapterWeights) -> Any:
     """The LM head that reads ``s^(0)``: the shadow's own (``own_shadow_head``), else the base's."""
     return model.get_output_embeddings() if weights.head is None else weights.head
 
@@ -331,7 +331,7 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     targets = shift_left(batch["shadow_labels"], hub)
     count = count_targets(targets, shifted=False) if items is None else items
     s0 = _alone(weights, model, batch, targets)
-    return _mean(_path_sum(model, hub, _lm_head(model, weights), s0, targets[:, -s0.shape[1] :]), count)
+    return _mean(_path_sum(model, hub, lm_head(model, weights), s0, targets[:, -s0.shape[1] :]), count)
 
 
 _WORTH_SHARING = 8

@@ -1,0 +1,462 @@
+"""Speculative decoding by the shadow: ``model.generate(..., speculative=True)``.
+
+The shadow drafts some tokens, one attached pass verifies all of them with the states that the shadow made while it drafted
+(:mod:`shadowpeft.hf.forward.drafting`), and the longest right beginning stays, with one more token of the attached model's
+own. Greedy answers are those of ``generate`` without it (up to the rounding of passes of another length); drawn ones have the
+same distribution (:func:`shadowpeft.core.speculation.accept_sampled`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, draw
+from shadowpeft.errors import ConfigError
+from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.forward.drafting import Ahead, DraftHead, realigned, take_back
+from shadowpeft.hf.forward.joining import check_movable, select_rows
+from shadowpeft.ops.thin import thin_products
+
+_CPU_PASSES = (1.0, 1.4, 1.45, 1.45, 1.85)
+"""A pass over 1 to 5 rows, in units of one over a row: SmolLM2-135M in float32, one thread of an AVX2 machine."""
+_PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
+
+
+@dataclass
+class DraftCounts:
+    """What drafting did to some answers."""
+
+    tokens: int = 0
+    """New tokens, however they were made."""
+    passes: int = 0
+    """Attached passes that made them; without drafts there would have been one for each token."""
+    drafted: int = 0
+    accepted: int = 0
+    pauses: int = 0
+    """How often drafting was switched off for a while because it did not pay."""
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """1.0 where nothing was gained."""
+        return self.tokens / self.passes if self.passes else 1.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that stayed."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+@dataclass
+class Speculation:
+    """How the shadow drafts; ``speculative=True`` is ``speculative=Speculation()``.
+
+    Attributes:
+        max_draft: tokens drafted in a round at most.
+        tokens: ids that may be drafted; None: all. The most frequent tokens of the task's texts are enough
+            (:func:`shadowpeft.data.frequent.frequent_tokens`), and a head over fewer tokens is faster.
+        adaptive: whether a gate decides how much to draft, and switches drafting off where it does not pay; False drafts
+            ``max_draft`` tokens in every round.
+        counts: filled by every ``generate`` that is given this object.
+    """
+
+    max_draft: int = 8
+    tokens: Sequence[int] | None = None
+    adaptive: bool = True
+    counts: DraftCounts = field(default_factory=DraftCounts)
+
+    def __post_init__(self) -> None:
+        if self.max_draft < 1:
+            raise ConfigError(f"max_draft is {self.max_draft} but at least one token must be drafted")
+
+    def head(self) -> DraftHead:
+        """The head to draft with."""
+        return DraftHead(self.tokens)
+
+    def gate(self, model: Any, rows: int = 1) -> Gate | None:
+        """What decides for one of ``rows`` answers of ``model``; None: every round drafts ``max_draft`` tokens."""
+        if not self.adaptive:
+            return None
+        one = pass_cost(model, rows)
+        costs = [pass_cost(model, rows * (drafts + 1)) / one for drafts in range(self.max_draft + 1)]
+        return Gate(draft_cost(model, self.tokens), costs)
+
+
+def pass_cost(model: Any, rows: int) -> float:
+    """What a pass over so many rows costs, tokens times answers, in units of one over a row.
+
+    On a CPU the products of two to four rows cost little more than those of one (:mod:`shadowpeft.ops.thin`), and those of more
+    twice as much. On other devices a pass reads the weights once, however few rows there are; 2 % a row is a guess, since no
+    GPU was measured.
+    """
+    if model.device.type != "cpu":
+        return 1.0 + 0.02 * (rows - 1)
+    if rows <= len(_CPU_PASSES):
+        return _CPU_PASSES[rows - 1]
+    return _CPU_PASSES[-1] + 0.02 * (rows - len(_CPU_PASSES))
+
+
+def draft_cost(model: Any, tokens: Sequence[int] | None = None) -> float:
+    """What a drafted token costs, in units of an attached pass over one: by the weights that it has to read.
+
+    The draft reads the shadow and its head, the pass both and the base. An accepted draft is read by the shadow once, as it
+    would be without drafting, but which are accepted is not known when they are read.
+    """
+    parts = find_decoder(model)
+    hub: Any = parts.backbone.shadow_hub
+    adapter = hub.active_name() or next(iter(hub.configs))
+    head = model.get_output_embeddings()
+    rows = int(parts.config.vocab_size)
+    width = parts.hidden_size
+    base = sum(p.numel() for layer in parts.layers for n, p in layer.named_parameters() if "shadow_link" not in n)
+    tables = {
+        id(p)
+        for m in (hub.embedding(adapter), model.get_input_embeddings(), head)
+        if m is not None
+        for p in m.parameters()
+    }
+    shadow = sum(p.numel() for p in hub.shadowpeft_backbone[adapter].parameters() if id(p) not in tables)
+    drafted = (len(tokens) if tokens is not None else rows) * width
+    return (shadow + drafted) / (base + shadow + rows * width)
+
+
+class _Row:
+    """One answer that is being made."""
+
+    def __init__(self, place: int, ids: Tensor, room: int, gate: Gate | None, processors: list[Any]) -> None:
+        self.place, self.gate, self.processors = place, gate, processors
+        self._ids = torch.cat([ids, ids.new_zeros(room)])
+        self.length = len(ids)
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.drafted: list[int] = []
+        self.draft_scores: list[Tensor] = []
+        self.confidences: list[float] = []
+        self.looked = self.planned = 0
+        self.drafts = False
+        self.chance = 1.0
+
+    def ids(self, with_drafts: int = 0) -> Tensor:
+        """``(1, L)``, the prompt with its padding, the answer, and some of its drafts."""
+        for place, token in enumerate(self.drafted[:with_drafts]):
+            self._ids[self.length + place] = token
+        return self._ids[None, : self.length + with_drafts]
+
+    def append(self, token: int) -> None:
+        self._ids[self.length] = token
+        self.length += 1
+
+    @property
+    def last(self) -> int:
+        return int(self._ids[self.length - 1])
+
+    def begin(self, most: int) -> None:
+        """A new round, which may draft ``most`` tokens."""
+        self.drafted, self.draft_scores, self.confidences = [], [], []
+        self.looked, self.chance = 0, 1.0
+        self.planned = min(most, most if self.gate is None else self.gate.plan())
+        self.drafts = self.planned > 0
+
+
+class _Decoding:
+    """One call of ``generate``."""
+
+    def __init__(
+        self, model: Any, settings: Speculation, processors: Any, criteria: Any, config: Any, streamer: Any, ids: Tensor
+    ) -> None:
+        self.model, self.settings, self.criteria = model, settings, criteria
+        self.config, self.streamer = config, streamer
+        self.head, self.samples = settings.head(), bool(config.do_sample)
+        gates = [settings.gate(model, len(ids)) for _ in ids]
+        room = int(config.max_length) - ids.shape[1] + 1
+        self.rows = [
+            _Row(place, row, room, gate, [_for_row(each, place, len(ids)) for each in processors])
+            for place, (row, gate) in enumerate(zip(ids, gates, strict=True))
+        ]
+        self.live = list(self.rows)
+        self.takes_positions = Signature(find_decoder(model).backbone).accepts("position_ids")
+
+    # -------------------------------------------------------------------------------------------------------- choosing
+
+    def processed(self, row: _Row, logits: Tensor, ahead: int) -> Tensor:
+        """Scores ``(V,)`` after ``generate``'s processors, with ``ahead`` drafts of the row as part of its text."""
+        if not row.processors:
+            return logits
+        ids, scores = row.ids(ahead), logits[None].clone()
+        for processor in row.processors:
+            scores = processor(ids, scores)
+        return scores[0]
+
+    def choose(self, scores: Tensor) -> int:
+        return draw(scores.softmax(-1)) if self.samples else int(scores.argmax())
+
+    def add(self, row: _Row, token: int, scores: Tensor, logits: Tensor) -> bool:
+        """Append a token; whether the answer goes on."""
+        row.append(token)
+        if self.config.return_dict_in_generate:
+            if self.config.output_scores:
+                row.scores.append(scores)
+            if self.config.output_logits:
+                row.logits.append(logits)
+        self.settings.counts.tokens += 1
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+        return not bool(self.criteria(row.ids(), None).all())
+
+    # -------------------------------------------------------------------------------------------------------- drafting
+
+    def draft(self, cache: Cache, mask: Tensor | None, positions: Tensor) -> Ahead:
+        """Let the shadows read the last token of every row, and draft on.
+
+        Rows that draft less than others read their last token again and again; nobody looks at what comes of it.
+        """
+        ahead = Ahead(self.model, self.head)
+        for row in self.live:
+            row.begin(min(self.settings.max_draft, int(self.config.max_length) - row.length - 1))
+        column = torch.tensor([[row.last] for row in self.live], device=self.model.device)
+        while True:
+            mask = None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
+            ahead.read(column, cache, attention_mask=mask, position_ids=positions if self.takes_positions else None)
+            positions = positions + 1
+            drafting = [row for row in self.live if row.drafts]
+            if not drafting:
+                return ahead
+            logits = ahead.logits()
+            for place, row in enumerate(self.live):
+                if row.drafts:
+                    self._draft_one(row, logits[place])
+                    row.drafts = row.drafts and len(row.drafted) < row.planned
+                    column[place, 0] = row.drafted[-1] if row.drafted else row.last
+            if all(len(row.drafted) < ahead.length for row in self.live):
+                return ahead
+
+    def _draft_one(self, row: _Row, logits: Tensor) -> None:
+        row.looked += 1
+        among = self.head.tokens
+        if row.processors or (self.samples and among is not None):
+            whole = logits if among is None else self._spread(logits, among)
+            scores = self.processed(row, whole, len(row.drafted))
+        else:
+            scores = logits
+        p = scores.softmax(-1)
+        confidence = float(p.max())
+        if row.gate is not None and not row.gate.wants(len(row.drafted), row.planned, row.chance, confidence):
+            row.drafts = False
+            return
+        token = draw(p) if self.samples else int(scores.argmax())
+        if among is not None and scores is logits:
+            token = int(among[token])
+        row.drafted.append(token)
+        row.draft_scores.append(p)
+        row.confidences.append(confidence)
+        if row.gate is not None:
+            row.chance *= row.gate.chance(confidence)
+
+    def _spread(self, logits: Tensor, among: Tensor) -> Tensor:
+        whole = logits.new_full((int(self.model.config.get_text_config(decoder=True).vocab_size),), -torch.inf)
+        whole[among.to(logits.device)] = logits
+        return whole
+
+    # ------------------------------------------------------------------------------------------------------- verifying
+
+    def verify(self, row: _Row, logits: Tensor) -> tuple[bool, int]:
+        """What becomes of a row's drafts, from the attached logits ``(n + 1, V)``.
+
+        Returns:
+            Whether the answer goes on, and how many tokens of it the cache may keep of this round.
+        """
+        count = len(row.drafted)
+        scores = [self.processed(row, logits[place], place) for place in range(count + 1)]
+        if self.samples:
+            target = [each.softmax(-1) for each in scores]
+            new, kept = accept_sampled(row.drafted, row.draft_scores, target)
+        elif count == 0:
+            new, kept = [int(scores[0].argmax())], 0
+        else:
+            new, kept = accept_greedy(row.drafted, torch.stack(scores).argmax(-1).tolist())
+        counts = self.settings.counts
+        counts.drafted, counts.accepted = counts.drafted + count, counts.accepted + kept
+        if row.gate is not None and row.looked:
+            before = row.gate.pauses
+            row.gate.learn(row.confidences, kept, row.looked)
+            counts.pauses += row.gate.pauses - before
+        for place, token in enumerate(new):
+            if not self.add(row, token, scores[place], logits[place]):
+                return False, place + 1
+        return True, len(new)
+
+    # ------------------------------------------------------------------------------------------------------------ whole
+
+    def run(self, outputs: Any, mask: Tensor | None) -> Cache:
+        """Make all answers, from the outputs of a pass over the prompts; returns the cache."""
+        cache: Any = outputs.past_key_values
+        cache.activate_past_recording()
+        if len(self.live) > 1:
+            check_movable(cache)
+        first = outputs.logits[:, -1].float()
+        width = self.live[0].length
+        ended = []
+        for place, row in enumerate(self.live):
+            scores = self.processed(row, first[place], 0)
+            if not self.add(row, self.choose(scores), scores, first[place]):
+                ended.append(place)
+        self.settings.counts.passes += len(self.live)
+        padded = len(self.live) > 1 or (mask is not None and not bool(mask.all()))
+        held = mask if mask is not None else torch.ones(len(self.live), width, dtype=torch.long, device=first.device)
+        held = self._go_on(cache, held, ended)
+        while self.live:
+            shown = held if padded else None  # rows that move to the right bring padding
+            positions = held.sum(-1, keepdim=True)
+            ahead = self.draft(cache, shown, positions)
+            held, ended = self._verify_all(cache, held, shown, ahead, positions)
+            held = self._go_on(cache, held, ended)
+        return cache  # type: ignore[no-any-return]
+
+    def _verify_all(
+        self, cache: Cache, held: Tensor, shown: Tensor | None, ahead: Ahead, positions: Tensor
+    ) -> tuple[Tensor, list[int]]:
+        columns = ahead.length
+        ids = torch.tensor(
+            [[row.last, *row.drafted] + [row.last] * (columns - 1 - len(row.drafted)) for row in self.live],
+            device=self.model.device,
+        )
+        held = torch.cat([held, held.new_ones((len(held), columns))], 1)
+        inputs: dict[str, Any] = {"attention_mask": None if shown is None else held}
+        if self.takes_positions:
+            inputs["position_ids"] = positions + torch.arange(columns, device=positions.device)
+        logits = self.model(
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=columns,
+            shadow_state=ahead.states,
+            **inputs,
+        ).logits[:, -columns:]
+        self.settings.counts.passes += len(self.live)
+        lost, ended = [], []
+        for place, row in enumerate(self.live):
+            goes_on, kept = self.verify(row, logits[place, : len(row.drafted) + 1].float())
+            lost.append(columns - kept)
+            if not goes_on:
+                ended.append(place)
+        take_back(cache, lost)
+        return realigned(held, lost), ended
+
+    def _go_on(self, cache: Cache, held: Tensor, ended: list[int]) -> Tensor:
+        """Without the rows that have ended."""
+        if not ended or len(ended) == len(self.live):
+            self.live = [] if ended else self.live
+            return held
+        rows = [place for place in range(len(self.live)) if place not in ended]
+        self.live = [self.live[place] for place in rows]
+        select_rows(cache, rows)
+        return held[rows]
+
+
+def _for_row(processor: Any, place: int, rows: int) -> Any:
+    """A processor for one row of a batch: rows have texts of different length, so each is processed alone.
+
+    Raises:
+        ConfigError: if it cannot be divided.
+    """
+    if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+        raise ConfigError(
+            "speculative=True was passed with guidance_scale, which runs the model on its own; leave one out"
+        )
+    if rows == 1:
+        return processor
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor) and len(ignored) == rows:
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = ignored[place : place + 1]
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(place, ids), 1)
+    return processor
+
+
+@torch.no_grad()
+def speculate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    settings: Speculation,
+    names: Any = None,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """The decoding loop, for ``generate(custom_generate=...)``; returns what ``generate`` without it would.
+
+    Raises:
+        ConfigError: for what cannot be drafted: beams, a static cache, inputs that are no tokens.
+        UnsupportedModelError: for several rows in a cache of recurrent or other layers that cannot be moved row by row.
+    """
+    _check(input_ids, generation_config, model_kwargs, streamer)
+    outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    mask = model_kwargs.get("attention_mask")
+    decoding = _Decoding(model, settings, logits_processor, stopping_criteria, generation_config, streamer, input_ids)
+    with thin_products(model):
+        cache = decoding.run(outputs, mask)
+    if streamer is not None:
+        streamer.end()
+    return _result(decoding, input_ids, generation_config, cache)
+
+
+def _check(ids: Tensor, config: Any, kwargs: dict[str, Any], streamer: Any) -> None:
+    def refuse(what: str, remedy: str) -> None:
+        raise ConfigError(f"speculative=True was passed with {what}; {remedy}")
+
+    if config.num_beams > 1:
+        refuse(f"num_beams={config.num_beams}, but drafts follow one beam", "leave num_beams out")
+    if not kwargs.get("use_cache"):
+        refuse("use_cache=False, but the shadow drafts ahead in the cache", "leave use_cache out")
+    if getattr(kwargs.get("past_key_values"), "is_compileable", False):
+        refuse(
+            f"a {type(kwargs['past_key_values']).__name__}, from which no draft can be taken back",
+            "use a dynamic cache",
+        )
+    if config.output_attentions or config.output_hidden_states:
+        refuse("output_attentions or output_hidden_states, which a verifying pass has for drafts too", "leave them out")
+    if streamer is not None and len(ids) > 1:
+        refuse(f"a streamer and {len(ids)} rows", "stream one row at a time")
+    if not ids.shape[1]:
+        refuse("inputs_embeds, but the shadow drafts from tokens", "pass input_ids")
+    strange = sorted(key for key, value in kwargs.items() if key not in _PASSED_ON and value is not None)
+    if strange:
+        refuse(f"{strange[0]}, which later passes would need too", "leave speculative or that out")
+
+
+def _result(decoding: _Decoding, ids: Tensor, config: Any, cache: Cache) -> Any:
+    longest = max(row.length for row in decoding.rows)
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor.flatten()[0])
+    sequences = ids.new_full((len(ids), longest), pad)
+    for row in decoding.rows:
+        sequences[row.place, : row.length] = row.ids()[0]
+    if not config.return_dict_in_generate:
+        return sequences
+
+    def by_step(of: Any) -> tuple[Tensor, ...] | None:
+        lists = [of(row) for row in decoding.rows]
+        if not any(lists):
+            return None
+        blank = torch.zeros_like(next(each for each in lists if each)[0])
+        steps = range(longest - ids.shape[1])
+        return tuple(torch.stack([each[n] if n < len(each) else blank for each in lists]) for n in steps)
+
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=by_step(lambda row: row.scores),
+        logits=by_step(lambda row: row.logits),
+        past_key_values=cache if len(ids) == 1 else None,  # of several rows it holds the last one to end
+    )
