@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shadowpeft.errors import ShadowPeftError
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.hf.detach import detach
+    from shadowpeft.hf.forward.speculation import Speculation
     from shadowpeft.hf.load import load
     from shadowpeft.hf.model import ShadowModel
     from shadowpeft.hf.swap import swap
@@ -29,6 +30,7 @@ _LAZY = {
     "ShadowPeftConfig": "shadowpeft.hf.config",
     "ShadowPeftError": "shadowpeft.errors",
     "ShadowTrainer": "shadowpeft.train.trainer",
+    "Speculation": "shadowpeft.hf.forward.speculation",
     "detach": "shadowpeft.hf.detach",
     "load": "shadowpeft.hf.load",
     "swap": "shadowpeft.hf.swap",
@@ -40,6 +42,7 @@ __all__ = [
     "ShadowPeftConfig",
     "ShadowPeftError",
     "ShadowTrainer",
+    "Speculation",
     "__version__",
     "detach",
     "load",

@@ -55,6 +55,8 @@ def answer(
 ) -> list[Answer]:
     """Answers to prompts, in their order; greedy unless ``sampling`` says otherwise (``do_sample``, ``temperature``, ...).
 
+    With ``speculative`` (:class:`~shadowpeft.hf.forward.speculation.Speculation`) an attached model's shadow drafts them.
+
     Prompts are sorted by length into batches, so that little is padded.
 
     Args:

@@ -10,11 +10,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from several import several
 from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, draw
+from shadowpeft.data.frequent import frequent_tokens
 from shadowpeft.errors import CacheMismatchError, ConfigError, UnsupportedModelError
-from shadowpeft.hf import speculation
+from shadowpeft.hf.forward import speculation
+from shadowpeft.hf.forward.drafting import DraftHead
 from shadowpeft.hf.forward.joining import moved_right
+from shadowpeft.hf.forward.speculation import Speculation, draft_cost, pass_cost
 from shadowpeft.hf.layer import find_hub
-from shadowpeft.hf.speculation import Speculation, draft_cost, pass_cost
 from shadowpeft.ops import thin
 from tiny import ARCHITECTURES, KINDS, PAD, V, adapt, base, padded, tokens
 
@@ -291,6 +293,22 @@ def test_an_answer_goes_on_from_a_returned_cache():
     assert torch.equal(found, expected)
 
 
+def test_an_adapter_drafts_the_tokens_that_it_records():
+    model = alike()
+    ids = tokens(2, 6)
+    expected = model.generate(input_ids=ids, **GREEDY)
+    model.peft_config["default"].draft_tokens = [2]  # of which no answer consists
+    found, all_of_them = always(), always(tokens="all")
+    assert torch.equal(model.generate(input_ids=ids, speculative=found, **GREEDY), expected)
+    assert torch.equal(model.generate(input_ids=ids, speculative=all_of_them, **GREEDY), expected)
+    assert found.counts.acceptance < 0.2 < all_of_them.counts.acceptance
+
+
+def test_frequent_tokens_are_the_most_frequent():
+    assert frequent_tokens([[5, 5, 7], [9, 7, 5]], most=2) == [5, 7]
+    assert frequent_tokens([]) == []
+
+
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
@@ -382,8 +400,11 @@ def test_states_that_do_not_reach_from_the_base_to_the_shadow_are_refused():
 
 def test_prices_are_those_of_the_weights_that_are_read():
     model = adapt(base("llama"))
-    whole = draft_cost(model)
-    assert 0 < draft_cost(model, range(4)) < whole < 1
+    whole = draft_cost(model, DraftHead())
+    assert 0 < draft_cost(model, DraftHead(range(4))) < whole < 1
+    model.peft_config["default"].draft_tokens = [2, 3, 4, 5]
+    assert draft_cost(model, DraftHead()) == draft_cost(model, DraftHead(range(4)))
+    assert draft_cost(model, DraftHead("all")) == whole
     assert pass_cost(model, 1) == 1.0
     assert [pass_cost(model, n) for n in (2, 4, 5, 40)] == sorted(pass_cost(model, n) for n in (2, 4, 5, 40))
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
-from shadowpeft.apps.options import Adapter, Base, Device, Json
+from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
 from shadowpeft.errors import ConfigError
 from shadowpeft.terminal import terminal
 
@@ -47,6 +47,7 @@ def main(
         Optional[str], typer.Option(help="Folder for predictions and records; continued if it is there.")
     ] = None,
     device: Device = "auto",
+    speculative: Speculative = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate attached, detached and bare base on the same rows."""
@@ -56,6 +57,7 @@ def main(
     data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.evaluate import MODES, evaluate_task
+    from shadowpeft.hf.forward.speculation import Speculation
     from shadowpeft.runtime import prepare_cpu
 
     for mode in modes or ():
@@ -87,6 +89,7 @@ def main(
             folder=Path(out) / mode if out else None,
             extra={"adapter": adapter},
             loss=data is not None,
+            speculative=Speculation() if speculative and mode == "attached" else None,
             progress=(lambda done: None) if as_json else None,
         )
     if data is not None:
@@ -129,6 +132,8 @@ def _with_loss(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(records: dict[str, dict[str, Any]], title: str) -> None:
+    from shadowpeft.hf.forward.speculation import DraftCounts
+
     with_loss = any("loss" in record for record in records.values())
     chosen = any("constrained" in record for record in records.values())
     more = [*(["loss"] if with_loss else []), *(["constrained"] if chosen else [])]
@@ -141,6 +146,9 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
         shown += [f"{r['constrained']['score']:.2%}" if "constrained" in r else ""] if chosen else []
         table.add_row(mode, *shown)
     terminal().print(table)
+    for record in records.values():
+        if "speculation" in record:
+            terminal().print(str(DraftCounts.read(record["speculation"])))
     origin = next(iter(records.values()))["data"]
     files = ", ".join(origin.get("name") or origin.get("path") or [])
     lacks = f" (partial: {origin['lacks']})" if origin["partial"] else ""

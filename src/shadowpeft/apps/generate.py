@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
-from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, System, Temperature
+from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
 from shadowpeft.errors import ConfigError
 from shadowpeft.terminal import terminal
 
@@ -38,6 +38,15 @@ def _open(
     return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}
 
 
+def _drafts(wanted: bool) -> dict[str, Any]:
+    """What ``generate`` is told, with counts of its own."""
+    if not wanted:
+        return {}
+    from shadowpeft.hf.forward.speculation import Speculation
+
+    return {"speculative": Speculation()}
+
+
 def generate(
     adapter: Adapter,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
@@ -48,6 +57,7 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
+    speculative: Speculative = False,
     skills: Annotated[
         Optional[str],
         typer.Option(
@@ -60,6 +70,10 @@ def generate(
     from shadowpeft.data.robot import skills_of
 
     known = None if skills is None else skills_of(skills)
+    if speculative and mode != "attached":
+        raise ConfigError(
+            f"--speculative was given for --mode {mode}, but the shadow drafts for the attached model; leave one out"
+        )
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.constrained import choose
     from shadowpeft.data.action_trie import ActionTrie
@@ -67,8 +81,15 @@ def generate(
     from shadowpeft.generate import answer
 
     actions = None if known is None else ActionTrie.of(tokenizer, known)
+    drafts = _drafts(speculative)
     with in_mode(model, mode) as runner:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "actions": actions, **sampling}
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "system": system,
+            "actions": actions,
+            **sampling,
+            **drafts,
+        }
         reply = answer(runner, tokenizer, [prompt], **options)[0]
         chosen = None if actions is None else choose(runner, tokenizer, [prompt], actions, system=system)[0]
     result: dict[str, Any] = {
@@ -81,10 +102,14 @@ def generate(
         probabilities = chosen.probabilities or {}
         action = parser(known)(reply.text)
         result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
+    if drafts:
+        result["speculation"] = drafts["speculative"].counts.summary()
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
         return
     print(reply.text)
+    if drafts:
+        terminal(stderr=True).print(str(drafts["speculative"].counts), highlight=False)
     if chosen is not None:
         terminal(stderr=True).print(f"{result['action']}: probability {result['probability']:.4f}", highlight=False)
 
@@ -98,6 +123,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
+    speculative: Speculative = False,
 ) -> None:
     """Talk to the model in the terminal."""
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
@@ -131,8 +157,11 @@ def chat(
         console.print(Text(f"{mode} ", style="bold"), end="")
         pieces = []
         with in_mode(model, mode) as runner:
-            for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling):
+            drafts = _drafts(speculative and mode == "attached")
+            for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling, **drafts):
                 print(piece, end="", flush=True)
                 pieces.append(piece)
         print()
+        if drafts:
+            console.print(Text(str(drafts["speculative"].counts), style="dim"))
         history.append({"role": "assistant", "content": "".join(pieces)})

@@ -58,6 +58,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         answer_seconds=options.answer_seconds,
+        speculative=options.speculative,
     )
     router, skills = _router(options) if options.role == "edge" else (None, None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend

@@ -26,6 +26,7 @@ from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder, 
 from shadowpeft.evaluate.modes import runner_in_mode
 from shadowpeft.evaluate.scores import answer_loss, wilson
 from shadowpeft.generate import answer
+from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
@@ -55,6 +56,7 @@ def evaluate_task(
     extra: dict[str, Any] | None = None,
     max_length: int = CLASSIFY_MAX_LENGTH,
     loss: bool = False,
+    speculative: Speculation | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a task, in the mode given.
@@ -75,6 +77,7 @@ def evaluate_task(
         resume: continue what the folder holds; otherwise a folder with predictions is refused.
         extra: kept in the record. max_length: tokens of a text that a classifier reads.
         loss: whether the record also has ``loss`` and ``perplexity`` per token of the examples' answers, ``answer_tokens``.
+        speculative: how the shadow drafts answers of the attached model; its counts go into the record.
         progress: called with the number of examples done after each batch; None: a bar on standard error.
 
     The device of a task with actions is also asked to choose among them: ``constrained`` in the record has the score that this
@@ -98,6 +101,11 @@ def evaluate_task(
         )
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
+    if speculative is not None and (mode != "attached" or method != "generate"):
+        raise ConfigError(
+            f"speculative was given for mode '{mode}' and method '{method}', but the shadow drafts what the attached model "
+            "generates; leave it out"
+        )
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
     examples = task.for_path(examples, "shadow" if mode == "detached" else "base")
     lock = nullcontext() if folder is None else exclusive(folder)
@@ -118,6 +126,8 @@ def evaluate_task(
         }
         if loss:
             settings["loss"] = True
+        if speculative is not None:
+            settings["speculative"] = True
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
             return read_object(folder / RECORD)  # the same number keeps its id
@@ -127,7 +137,7 @@ def evaluate_task(
         with _shown(progress, f"{task.name} {mode}", len(examples)) as report:
             for batch in batches:
                 if any(e.id not in done for e in batch):
-                    predictions = _run(runner, tokenizer, task, batch, method, max_length)
+                    predictions = _run(runner, tokenizer, task, batch, method, max_length, speculative)
                     new = [p for p in predictions if p.id not in done]
                     if folder is not None:
                         append(folder, new)
@@ -137,6 +147,8 @@ def evaluate_task(
         result = _record(task, examples, rows, settings, origin, runner, extra)
         if task.actions and mode == "detached" and method == "generate":
             result["constrained"] = _constrained(runner, tokenizer, task, examples, batch_size)
+        if speculative is not None:
+            result["speculation"] = speculative.counts.summary()
         if loss:
             result |= _loss(runner, tokenizer, task, examples)
     result["wall_seconds"] = before + time.perf_counter() - began
@@ -164,12 +176,19 @@ def _batches(
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, task: Task, batch: list[Example], method: str, max_length: int
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    batch: list[Example],
+    method: str,
+    max_length: int,
+    speculative: Speculation | None = None,
 ) -> list[Prediction]:
     began = time.perf_counter()
     if method == "generate":
         chats = [task.chat(e) for e in batch]
-        answers = answer(model, tokenizer, chats, max_new_tokens=task.max_new_tokens, batch_size=len(batch))
+        options: dict[str, Any] = {} if speculative is None else {"speculative": speculative}
+        answers = answer(model, tokenizer, chats, max_new_tokens=task.max_new_tokens, batch_size=len(batch), **options)
         judged: list[Judged] = [(task.parse(a.text), a.text, a.tokens, []) for a in answers]
     elif method == "classify":
         judged = _classified(model, tokenizer, task, batch, max_length)

@@ -58,6 +58,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: the built-in alias the base was loaded by (such as ``smollm2-135m``), for other machines."""
     trained_ends: list[int] | None = None
     """Record: the tokens that ended an answer in training; a detached model stops at them."""
+    draft_tokens: list[int] | None = field(default=None, repr=False)
+    """Record: the most frequent tokens of the answers in training; those that speculative decoding drafts."""
     weights_sha256: str | None = field(default=None, repr=False, compare=False)
     """Record in a saved adapter: digest of the weights beside it (:mod:`shadowpeft.hf.files.digests`)."""
     format_version: int = FORMAT_VERSION
@@ -269,6 +271,7 @@ def _required_in_files() -> set[str]:
     own = {f.name for f in fields(ShadowPeftConfig)} - {f.name for f in fields(PeftConfig)}
     return (own | {"task_type"}) - {
         "base_alias",
+        "draft_tokens",
         "own_shadow_head",
         "refined_layers",
         "shadow_frozen",

@@ -26,10 +26,11 @@ from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import FLOATS, check_tensors, check_value
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward import hooks, rows
+from shadowpeft.hf.forward.decoding import speculate
+from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, check_adapter_name, keep_in_float32
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
-from shadowpeft.hf.speculation import Speculation, speculate
 
 PREFIX = "shadowpeft_"
 _HANDLES = "_shadowpeft_hook_handles"
@@ -258,10 +259,10 @@ class ShadowModel(BaseTuner):
         """``generate`` of the base, adapted. With ``speculative`` the shadow drafts tokens that attached passes verify.
 
         Args:
-            speculative: True, or a :class:`~shadowpeft.hf.speculation.Speculation`, whose counts are filled.
+            speculative: True, or a :class:`~shadowpeft.hf.forward.speculation.Speculation`, whose counts are filled.
 
         Raises:
-            ConfigError: if drafts are wanted for what cannot have any (:func:`shadowpeft.hf.speculation.speculate`).
+            ConfigError: if drafts are wanted for what cannot have any (:func:`shadowpeft.hf.forward.decoding.speculate`).
         """
         if not isinstance(speculative, (bool, Speculation)):
             raise ConfigError(f"speculative is {speculative!r} but must be True or a Speculation")

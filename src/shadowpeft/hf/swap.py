@@ -53,6 +53,7 @@ _TAKEN_OVER = (
     "shadow_init",
     "projection_init",
     "trained_ends",
+    "draft_tokens",
 )
 
 

@@ -10,15 +10,19 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from shadowpeft.core.speculation import Gate
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.forward import rows
 from shadowpeft.hf.forward.call import Scope
+from shadowpeft.hf.forward.drafting import DraftHead
+from shadowpeft.hf.forward.speculation import DraftCounts, Speculation
 from shadowpeft.hf.model import ShadowModel
 from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
+from shadowpeft.serve.drafting import MAX_DRAFT
 from shadowpeft.serve.loading import module_name
 from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
 from shadowpeft.serve.versions import Version, own_memory, snapshot
@@ -39,12 +43,14 @@ class Backend(ABC):
         versions: for each name that can be swapped, the versions it had, the present one last.
         leaving: names that are taken out; no request may ask for them any more.
         changing: held while weights come or go.
+        drafts: what drafting did to all answers so far.
     """
 
     def __init__(self, model: Any, tokenizer: Any, versions: dict[str, list[Version]]) -> None:
         self.model, self.tokenizer, self.versions = model, tokenizer, versions
         self.leaving: set[str] = set()
         self.changing = threading.Lock()
+        self.drafts = DraftCounts()
         self.stop_token_ids = frozenset(stop_tokens(model, tokenizer))
         self.max_model_len = _max_model_len(model)
 
@@ -59,6 +65,10 @@ class Backend(ABC):
     @abstractmethod
     def open(self, names: list[str]) -> Session:
         """Start a batch whose row ``i`` belongs to ``names[i]``."""
+
+    def gate(self, name: str) -> Gate | None:
+        """What decides how much a shadow drafts of an answer of ``name``; None: nothing drafts there."""
+        return None
 
     @abstractmethod
     def _replace(self, name: str, folder: str) -> None: ...
@@ -169,11 +179,15 @@ class Attached(Backend):
         self.base_name = base_name
         self._inner = model.get_base_model()
         self._hub: Any = find_decoder(self._inner).backbone.shadow_hub
+        self._draft_head = DraftHead()
 
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)
         scope.names = rows.check_names([rows.BASE if n == self.base_name else module_name(n) for n in names], self._hub)  # type: ignore[arg-type]
-        return AttachedSession(self._inner, scope)
+        return AttachedSession(self._inner, scope, self._draft_head)
+
+    def gate(self, name: str) -> Gate | None:
+        return None if name == self.base_name else Speculation(MAX_DRAFT).gate(self._inner, adapter=module_name(name))
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)
@@ -209,6 +223,7 @@ class Attached(Backend):
     def _detach(self, name: str) -> None:
         """Delete an adapter of which everything or only a part is there."""
         inner = module_name(name)
+        self._draft_head.forget(inner)
         if inner in self._hub.configs:
             if inner in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
                 other = next(n for n in self.versions if n != name)

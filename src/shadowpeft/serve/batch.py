@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.backend import Backend
+from shadowpeft.serve.drafting import MAX_DRAFT, Round
 from shadowpeft.serve.requests import Request
 from shadowpeft.serve.sampling import Choice, append_token, certain, choose
 from shadowpeft.serve.sessions import Session
@@ -37,6 +38,7 @@ class Batch:
     def __init__(self, backend: Backend, requests: list[Request], session: Session | None = None) -> None:
         self.requests, self.reading, self.apart = requests, True, session is not None
         self._tokenizer, self._stop_token_ids = backend.tokenizer, backend.stop_token_ids
+        self._counts = backend.drafts
         self._session = session or backend.open([request.name for request in requests])
         read = [request.ids + request.new + request.ahead() for request in requests]
         width = max(len(ids) for ids in read)
@@ -66,6 +68,8 @@ class Batch:
         self.keep(row for row, request in enumerate(self.requests) if not request.cancelled)
         if not self.requests:
             return 0
+        if not self.reading and (drafts := self._drafts()) is not None:
+            return self._draft(drafts)
         logits = self._read_prompts(columns) if self.reading else self._read_answers()
         if self.reading:
             return 0
@@ -75,12 +79,7 @@ class Batch:
         ended: set[int] = set()
         for row, choice in zip(due, choices, strict=True):
             request, before = self.requests[row], len(self.requests[row].new)
-            try:
-                if math.isnan(choice.logprob):
-                    raise NumbersError("the model's output is not a number; its weights may be damaged")
-                self._pending[row] = self._append(request, choice)
-            except BaseException as error:  # noqa: BLE001  (handed to the request; its neighbours go on)
-                request.fail(error)
+            self._pending[row] = self._take(request, [choice])
             made += len(request.new) - before
             if not self._pending[row]:
                 ended.add(row)
@@ -100,6 +99,53 @@ class Batch:
         self._mask = F.pad(self._mask, (0, now), value=1)
         self._pending = [pending[now:] for pending in self._pending]
         return self._session.forward(ids, self._mask)
+
+    def _drafts(self) -> Round | None:
+        """A round of drafts, if a row's shadow is to draft and the session can."""
+        if all(request.gate is None for request in self.requests):
+            return None
+        drafter = self._session.drafter(MAX_DRAFT)
+        if drafter is None:
+            return None
+        drafts = Round(drafter, self.requests, self._pending, self._mask)
+        return drafts if drafts.pays else None
+
+    def _draft(self, drafts: Round) -> int:
+        """As a step, for rows that draft and rows that do not."""
+        logits = drafts.verify()
+        kept, made, ended = [], 0, set()
+        for row, (request, own) in enumerate(zip(self.requests, logits, strict=True)):
+            read = drafts.read(row)
+            self._pending[row] = self._pending[row][read:]
+            if len(own):
+                before, drafting = len(request.new), drafts.rows[row]
+                choices = drafting.judge(own) if drafting.looked else choose([request], own)
+                self._pending[row] = self._take(request, choices)
+                new = len(request.new) - before
+                made += new
+                drafting.count(self._counts, new)
+                read += max(new - 1, 0) if drafting.drafted else 0  # all but the last were read as drafts
+                if not self._pending[row]:
+                    ended.add(row)
+            kept.append(read)
+        self._mask = drafts.take_back(kept)
+        self.keep(row for row in range(len(self.requests)) if row not in ended)
+        return made
+
+    def _take(self, request: Request, choices: list[Choice]) -> list[int]:
+        """Append some choices; what is to be read of the answer then, [] if it ends."""
+        pending: list[int] = []
+        try:
+            for choice in choices:
+                if math.isnan(choice.logprob):
+                    raise NumbersError("the model's output is not a number; its weights may be damaged")
+                pending = self._append(request, choice)
+                if not pending:
+                    break
+        except BaseException as error:  # noqa: BLE001  (handed to the request; its neighbours go on)
+            request.fail(error)
+            return []
+        return pending
 
     def _append(self, request: Request, choice: Choice) -> list[int]:
         """Add to an answer what was read ahead of it, the choice, and what must follow; what is to be read, [] if it ends."""

@@ -19,6 +19,7 @@ import torch
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.messages import did_you_mean
+from shadowpeft.ops.thin import thin_products
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.batch import Batch
 from shadowpeft.serve.options import Options
@@ -56,6 +57,8 @@ class EngineLimits:
     """From the request to the end of its answer: what runs then is ended, what still waits has failed."""
     gather_seconds: float = 0.002
     """How long an idle engine waits for neighbours of the first request."""
+    speculative: bool = Options.speculative
+    """Whether the shadow drafts for requests that do not say."""
     prefill_tokens: int | None = None
     """Tokens of prompts that are read in one step, which delays those that run. None: 128 on a CPU, 1024 elsewhere.
 
@@ -125,6 +128,7 @@ class Engine:
         emit: Callable[[Event], None],
         until: Callable[[list[str], Scores], bool] | None = None,
         actions: ActionTrie | None = None,
+        speculative: bool | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -133,6 +137,8 @@ class Engine:
             emit: called from the engine's thread with every :class:`Token`, then one :class:`Finish` or :class:`Failed`.
             until: asked after each token with the pieces and scores so far; True ends the answer.
             actions: the answer starts with one of these; what follows is free.
+            speculative: whether the shadow drafts where that is faster; None: as the engine does by default. What is drawn with
+                a seed depends on it, its distribution does not.
 
         Raises:
             DataError: if the prompt is empty or too long, or more tokens are asked for than allowed.
@@ -140,6 +146,8 @@ class Engine:
         """
         deadline = time.monotonic() + self.limits.answer_seconds
         request = Request(ids, name, sampling, emit, until, actions, deadline, generator=sampling.generator())
+        if self.limits.speculative if speculative is None else speculative:
+            request.gate = self.backend.gate(name)
         with self._changed:
             self.check(len(ids), name, sampling.max_tokens)  # here, so that the name is not taken out in between
             if self._stopping:
@@ -250,6 +258,10 @@ class Engine:
     # -------------------------------------------------------------------------------------------- in the engine's thread
 
     def _run(self) -> None:
+        with thin_products(self.backend.model):
+            self._loop()
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not self._waiting and not self._batches and not self._changes:

@@ -70,6 +70,10 @@ class Options:
     answer_seconds: Annotated[
         float, typer.Option(min=0.1, help="Time from a request to the end of its answer; then it is cut, and says so.")
     ] = 120.0
+    speculative: Annotated[
+        bool,
+        typer.Option("--speculative", help="Cloud: shadows draft, where that is faster; a request may say otherwise."),
+    ] = False
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time to finish what runs at shutdown.")] = 30.0
 
     @property
@@ -87,6 +91,10 @@ class Options:
         if self.role == "cloud" and edges:
             raise ConfigError(
                 "--cloud-url, --routing, --skills and --free-actions belong to the edge; leave them out or set --role edge"
+            )
+        if self.role == "edge" and self.speculative:
+            raise ConfigError(
+                "--speculative belongs to the cloud, whose shadows draft; leave it out or set --role cloud"
             )
         if self.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.cloud_url):
             raise ConfigError(f"--cloud-url is '{without_password(self.cloud_url)}' but must be like http://host:8000")

@@ -177,6 +177,9 @@ class _Generate(_Strict):
     route: Literal["auto", "device", "cloud"] = Field(
         default="auto", description="Edge only: let the router decide, or say who answers."
     )
+    speculative: Optional[StrictBool] = Field(
+        default=None, description="Cloud: whether the shadow drafts, where that is faster. Default: the server's."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -308,9 +311,13 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:1000]
 
 
-def usage(prompt: int, new: int) -> dict[str, int]:
-    """Token counts."""
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+def usage(prompt: int, new: int, drafted: int = 0, accepted: int = 0) -> dict[str, Any]:
+    """Token counts; of drafted ones under the names that the API has for predictions."""
+    counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    if drafted:
+        details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
+        counts["completion_tokens_details"] = details
+    return counts
 
 
 class ResponseBuilder:
@@ -331,7 +338,7 @@ class ResponseBuilder:
         self._first = True
         self._offset = 0
 
-    def whole(self, text: str, tokens: list[Token], reason: str, counts: dict[str, int]) -> dict[str, Any]:
+    def whole(self, text: str, tokens: list[Token], reason: str, counts: dict[str, Any]) -> dict[str, Any]:
         """The answer in one piece."""
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
@@ -349,7 +356,7 @@ class ResponseBuilder:
         self._first = False
         return chunk
 
-    def last(self, counts: dict[str, int]) -> dict[str, Any]:
+    def last(self, counts: dict[str, Any]) -> dict[str, Any]:
         """The chunk with the token counts."""
         return {**self._head, "object": self._chunk_kind, "choices": [], "usage": counts}
 

@@ -40,9 +40,10 @@ class Generation:
         sampling: SamplingParams,
         until: Callable[[list[str], Scores], bool] | None = None,
         actions: ActionTrie | None = None,
+        speculative: bool | None = None,
     ) -> Generation:
         """Submit; raises what :meth:`Engine.submit` does."""
-        self._request = engine.submit(ids, name, sampling, self._emit, until, actions)
+        self._request = engine.submit(ids, name, sampling, self._emit, until, actions, speculative)
         return self
 
     def _emit(self, event: Event) -> None:
@@ -129,7 +130,7 @@ class LocalReply(Reply):
     async def whole(self) -> dict[str, Any]:
         finish = await self.generation.run()
         self._time()
-        counts = usage(finish.prompt_tokens, finish.new_tokens)
+        counts = usage(finish.prompt_tokens, finish.new_tokens, finish.drafted, finish.accepted)
         return self.builder.whole(self.generation.text, self.generation.tokens, self._reason(finish), counts)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
@@ -149,7 +150,7 @@ class LocalReply(Reply):
             yield self.builder.chunk(finish.text, [])
         yield self.builder.chunk("", [], self._reason(finish))
         if with_usage:
-            yield self.builder.last(usage(finish.prompt_tokens, finish.new_tokens))
+            yield self.builder.last(usage(finish.prompt_tokens, finish.new_tokens, finish.drafted, finish.accepted))
 
     def close(self) -> None:
         self.generation.__exit__()

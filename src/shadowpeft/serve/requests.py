@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from shadowpeft.core.speculation import Gate
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.decode import Decoder
 from shadowpeft.errors import DataError, ShadowPeftError
@@ -87,6 +88,9 @@ class Finish:
     """What the last token held back."""
     prompt_tokens: int
     new_tokens: int
+    drafted: int = 0
+    accepted: int = 0
+    """Tokens that the shadow drafted, and those of them that stayed."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,11 @@ class Request:
     generator: torch.Generator | None = None
     decoder: Decoder | None = None
     """Of the answer so far."""
+    gate: Gate | None = None
+    """What decides how much the shadow drafts of the answer; None: nothing."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens, and those of them that stayed."""
     text: str = ""
     """The answer so far: whole characters, stop texts not cut off."""
 

@@ -138,7 +138,9 @@ class CloudRole(Role):
             raise ConfigError("route is 'device' but this is the cloud; ask the edge server, or leave route out")
         began = time.monotonic()
         ids = await self.prompt(asked)
-        generation = Generation().start(self.engine, ids, asked.model, self.sampling(asked))
+        generation = Generation().start(
+            self.engine, ids, asked.model, self.sampling(asked), speculative=asked.speculative
+        )
         return await _begun(LocalReply(generation, self.builder(asked, {"where": CLOUD, "reason": BASE_PATH}), began))
 
 

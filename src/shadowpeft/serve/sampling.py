@@ -59,14 +59,19 @@ def _choose_among(tokens: list[int], request: Request, logits: Tensor) -> Choice
 def _choose_freely(requests: list[Request], logits: Tensor) -> list[Choice]:
     if not requests:
         return []
-    log_p = logits.log_softmax(-1)
-    best = log_p.topk(2, dim=-1).values
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    greedy = log_p.argmax(-1).tolist()
+    greedy = logits.argmax(-1).tolist()
     ids = [
         greedy[i] if request.generator is None else sample_token(logits[i], request.sampling, request.generator)
         for i, request in enumerate(requests)
     ]
+    return choices_of(requests, logits, ids)
+
+
+def choices_of(requests: list[Request], logits: Tensor, ids: list[int]) -> list[Choice]:
+    """What the model thinks of the tokens ``ids``, one for each row of ``logits`` ``(B, V)`` and its request."""
+    log_p = logits.log_softmax(-1)
+    best = log_p.topk(2, dim=-1).values
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     picked = log_p[torch.arange(len(requests)), torch.tensor(ids, device=log_p.device)]
     numbers = torch.stack([picked, best[:, 0] - best[:, 1], entropy], dim=1).tolist()
     choices = []
@@ -90,19 +95,31 @@ def sample_token(logits: Tensor, sampling: SamplingParams, generator: torch.Gene
     """
     if sampling.temperature < GREEDY:
         return int(logits.argmax())
+    sorted_p, order = _likeliest_first(logits, sampling)
+    total = sorted_p.cumsum(-1)
+    u = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
+    place = int(torch.searchsorted(total, u, right=True))
+    return int(order[min(place, int((sorted_p > 0).sum()) - 1)])
+
+
+def distribution(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """What :func:`sample_token` draws from, ``(V,)`` float64 on the CPU."""
+    sorted_p, order = _likeliest_first(logits, sampling)
+    p = torch.zeros_like(sorted_p).index_copy(0, order, sorted_p)
+    return p / p.sum()
+
+
+def _likeliest_first(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Probabilities at a temperature, the largest first, those beyond ``top_p`` 0; and whose they are."""
     logits = logits.double().cpu()
     # the largest becomes 0 before the division, which for the smallest temperatures would be infinite
     p = ((logits - logits.max()) / sampling.temperature).softmax(-1)
     sorted_p, order = p.sort(descending=True, stable=True)
-    total = sorted_p.cumsum(-1)
     if sampling.top_p < 1.0:
-        cut = total - sorted_p >= sampling.top_p
+        cut = sorted_p.cumsum(-1) - sorted_p >= sampling.top_p
         cut[0] = False  # a processor that flushes the smallest numbers reads such a top_p as 0
         sorted_p = sorted_p.masked_fill(cut, 0.0)
-        total = sorted_p.cumsum(-1)
-    u = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-    place = int(torch.searchsorted(total, u, right=True))
-    return int(order[min(place, int((sorted_p > 0).sum()) - 1)])
+    return sorted_p, order
 
 
 def append_token(request: Request, choice: Choice, tokenizer: Any, stop_token_ids: Collection[int]) -> bool:
@@ -142,7 +159,8 @@ def append_token(request: Request, choice: Choice, tokenizer: Any, stop_token_id
         return True
     if not (over or full):
         text += request.decoder.finish()
-    request.emit(Finish(reason, delta + text[request.sent :], len(request.ids), len(request.new)))
+    counts = (len(request.ids), len(request.new), request.drafted, request.accepted)
+    request.emit(Finish(reason, delta + text[request.sent :], *counts))
     return False
 
 

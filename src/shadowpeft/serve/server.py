@@ -24,7 +24,7 @@ from shadowpeft.serve.options import Options
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import QueueFullError
-from shadowpeft.serve.roles import EdgeRole, Role
+from shadowpeft.serve.roles import CloudRole, EdgeRole, Role
 from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, once, until_gone
 
 PAGE = Path(__file__).with_name("page.html")
@@ -114,6 +114,11 @@ class Server:
         metrics.gauge("queue", "Requests that wait.", lambda: role.engine.waiting)
         metrics.gauge("running", "Requests that run.", lambda: role.engine.running)
         metrics.gauge("in_flight", "Answers on their way.", lambda: self.in_flight)
+        if isinstance(role, CloudRole):
+            drafts = role.engine.backend.drafts
+            metrics.gauge("drafted_tokens", "Tokens that shadows drafted.", lambda: drafts.drafted)
+            metrics.gauge("accepted_tokens", "Drafted tokens that stayed.", lambda: drafts.accepted)
+            metrics.gauge("tokens_per_pass", "Tokens a pass of the answers that draft.", lambda: drafts.tokens_per_pass)
         if isinstance(role, EdgeRole) and role.cloud is not None:
             metrics.gauge("cloud_exchanges", "Answers that wait for the cloud or read from it.", lambda: role.elsewhere)
             role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 
 from shadowpeft.hf.forward import joining
 from shadowpeft.hf.forward.call import Scope, within
+from shadowpeft.hf.forward.drafting import Ahead, Draft, DraftHead, take_back
+from shadowpeft.hf.forward.rows import BASE
 
 
 class Session(ABC):
@@ -51,6 +53,10 @@ class Session(ABC):
         """Add so many columns of padding on the left, or drop as many where the number is negative."""
         raise NotImplementedError
 
+    def drafter(self, columns: int) -> Drafter | None:
+        """What drafts at most ``columns`` tokens ahead, or None if nothing does; for one round."""
+        return None
+
     def can_join(self, other: Session) -> bool:
         """Whether :meth:`join` can."""
         return False
@@ -60,17 +66,41 @@ class Session(ABC):
         raise NotImplementedError
 
 
+class Drafter(ABC):
+    """One round: shadows read ahead, one pass verifies, and what was not accepted is taken back."""
+
+    @abstractmethod
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> list[Draft | None]:
+        """What each row's shadow says after one more column of tokens ``(B, 1)``; None for rows that have none.
+
+        Args:
+            attention_mask: of old and new tokens ``(B, T)``.
+        """
+
+    @abstractmethod
+    def verify(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(B, n, V)`` in float32 after each of the ``n`` columns that were read, ``input_ids`` ``(B, n)``."""
+
+    @abstractmethod
+    def take_back(self, columns: list[int]) -> None:
+        """Forget the last ``columns[i]`` tokens of row ``i``; rows move to the right so that all end together."""
+
+
+def _positions(mask: Tensor, columns: int) -> Tensor:
+    """Of the last ``columns`` tokens ``(B, columns)``; padding is not counted."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -columns:]
+
+
 class CachedSession(Session):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         out = self._call(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=positions,
+            position_ids=_positions(attention_mask, input_ids.shape[1]),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -101,14 +131,19 @@ class CachedSession(Session):
 
 
 class AttachedSession(CachedSession):
-    def __init__(self, model: Any, scope: Scope) -> None:
+    def __init__(self, model: Any, scope: Scope, head: DraftHead) -> None:
         super().__init__(model)
         self.scope = scope
         """Whose rows there are, and the weights of the first pass, held for all later ones."""
+        self.head = head
 
     def _call(self, **inputs: Any) -> Any:
         with within(self.scope):
             return self.model(**inputs)
+
+    def drafter(self, columns: int) -> Drafter | None:
+        shadows = any(name != BASE for name in self.scope.names)
+        return _ShadowDrafter(self) if shadows and joining.can_take_back(self.cache, columns + 1) else None
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
@@ -116,7 +151,8 @@ class AttachedSession(CachedSession):
         self.scope.held = {name: self.scope.held[name] for name in self.scope.held if name in self.scope.names}
 
     def restart(self, row: int) -> Session:
-        return AttachedSession(self.model, Scope(self.model, (self.scope.names[row],), held=dict(self.scope.held)))
+        scope = Scope(self.model, (self.scope.names[row],), held=dict(self.scope.held))
+        return AttachedSession(self.model, scope, self.head)
 
     def can_join(self, other: Session) -> bool:
         if not isinstance(other, AttachedSession) or not super().can_join(other):
@@ -129,6 +165,38 @@ class AttachedSession(CachedSession):
         self.scope.names += other.scope.names
         self.scope.held.update(other.scope.held)
         joining.join_caches(self.cache, other.cache, self.scope.names)
+
+
+class _ShadowDrafter(Drafter):
+    def __init__(self, session: AttachedSession) -> None:
+        self.session = session
+        self._ahead = Ahead(session.model, session.head)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> list[Draft | None]:
+        with within(self.session.scope):
+            self._ahead.read(
+                input_ids,
+                self.session.cache,
+                attention_mask=attention_mask,
+                position_ids=_positions(attention_mask, 1),
+            )
+            return self._ahead.drafts()
+
+    def verify(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out = self.session._call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=_positions(attention_mask, input_ids.shape[1]),
+            past_key_values=self.session.cache,
+            use_cache=True,
+            logits_to_keep=input_ids.shape[1],
+            shadow_state=self._ahead.states,
+        )
+        logits: Tensor = out.logits[:, -input_ids.shape[1] :].float()
+        return logits
+
+    def take_back(self, columns: list[int]) -> None:
+        take_back(self.session.cache, columns)
 
 
 class DetachedSession(CachedSession):

@@ -93,7 +93,11 @@ def start_above(
     if (call.names is not None and not continues) or torch.compiler.is_compiling():
         raise ConfigError(f"{given} was passed to a mixed batch or a compiled model; run one adapter, not compiled")
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if ids is None or (kwargs.get("past_key_values") is not None and not continues) or kwargs.get("output_hidden_states"):
+    if (
+        ids is None
+        or (kwargs.get("past_key_values") is not None and not continues)
+        or kwargs.get("output_hidden_states")
+    ):
         raise ConfigError(
             f"{given} was passed without input_ids, or base_state with past_key_values or either with output_hidden_states, "
             "but they hold whole rows at one layer; pass input_ids and leave the others out"

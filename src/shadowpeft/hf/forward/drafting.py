@@ -9,7 +9,9 @@ both what was not accepted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, rows_of_head
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.weights import module_for_adapter
+from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.forward import hooks, joining
 from shadowpeft.hf.forward.cache import shadow_views
 from shadowpeft.hf.forward.call import AdapterWeights, ShadowCall
@@ -27,30 +30,55 @@ from shadowpeft.hf.forward.rows import as_only_adapter
 from shadowpeft.hf.layer import ShadowHub
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What a shadow says about one row's next token."""
+
+    logits: Tensor
+    """``(V',)`` float32."""
+    tokens: Tensor | None
+    """``(V',)`` whose logits they are; None: every token's."""
+
+
 class DraftHead:
-    """The LM head that drafts are chosen with: every token, or only some.
+    """The LM head that drafts are chosen with: of some tokens only, where it is known which are frequent.
 
     A small model's head is a large part of its weights, and most of its tokens never occur in the texts of a task. Drafts may
     miss tokens without any harm to the answer: what the draft cannot say, the verifying pass says.
 
     Args:
-        tokens: ids that may be drafted; None: all.
+        tokens: ids that may be drafted; None: those that each adapter records (``draft_tokens``); "all".
     """
 
-    def __init__(self, tokens: Sequence[int] | None = None) -> None:
-        self.tokens = None if tokens is None else torch.tensor(sorted(set(tokens)), dtype=torch.long)
-        self._parts: dict[str, tuple[AdapterWeights, Any]] = {}
+    def __init__(self, tokens: Sequence[int] | Literal["all"] | None = None) -> None:
+        self._given = tokens
+        self._known: dict[str, tuple[AdapterWeights, Tensor | None, Any]] = {}
 
-    def logits(self, model: Any, hub: ShadowHub, weights: AdapterWeights, state: Tensor) -> Tensor:
-        """``(N, d)`` to ``(N, V)``, or to ``(N, len(tokens))``; float32."""
-        head = module_for_adapter(lm_head(model, weights), weights.adapter)
-        if self.tokens is None:
-            return lm_logits(model, hub, head, state).float()
-        known = self._parts.get(weights.adapter)
+    def tokens(self, config: ShadowPeftConfig) -> Sequence[int] | None:
+        """Ids that an adapter drafts; None: all."""
+        if self._given == "all":
+            return None
+        return config.draft_tokens if self._given is None else self._given  # type: ignore[return-value]
+
+    def forget(self, adapter: str) -> None:
+        """Keep nothing of an adapter that is gone."""
+        self._known.pop(adapter, None)
+
+    def drafts(self, model: Any, hub: ShadowHub, weights: AdapterWeights, state: Tensor) -> list[Draft]:
+        """One for each row of ``state`` ``(N, d)``."""
+        known = self._known.get(weights.adapter)
         if known is None or known[0] is not weights:
-            known = self._parts[weights.adapter] = (weights, rows_of_head(model, hub, head, self.tokens))
-        logits: Tensor = known[1](state)
-        return logits.float()
+            known = self._known[weights.adapter] = (weights, *self._read(model, hub, weights))
+        logits: Tensor = known[2](state).float()
+        return [Draft(row, known[1]) for row in logits]
+
+    def _read(self, model: Any, hub: ShadowHub, weights: AdapterWeights) -> tuple[Tensor | None, Any]:
+        head = module_for_adapter(lm_head(model, weights), weights.adapter)
+        named = self.tokens(weights.config)
+        if named is None or (self._given is None and not hub.facts.is_linear):
+            return None, partial(lm_logits, model, hub, head)
+        tokens = torch.tensor(sorted(set(named)), dtype=torch.long)
+        return tokens, rows_of_head(model, hub, head, tokens)
 
 
 class Ahead:
@@ -96,15 +124,17 @@ class Ahead:
         """``s^(0)`` of all tokens read, ``(B, T, d)``; zeros in rows without a shadow."""
         return torch.cat(self._states, dim=1)
 
-    def logits(self) -> Tensor:
-        """What the shadows say after their last token (Eq. 11), ``(B, V)`` float32; zeros in rows without a shadow."""
+    def drafts(self) -> list[Draft | None]:
+        """What each row's shadow says after its last token (Eq. 11); None for rows without a shadow."""
         assert self._call is not None
         hub: Any = self._backbone.shadow_hub  # type: ignore[union-attr]
-        pieces = []
+        found: list[Draft | None] = [None] * len(self._states[-1])
         for part in self._call.parts:
             with as_only_adapter(part):
-                pieces.append(self.head.logits(self.model, hub, part.weights, part.s0[:, -1]))
-        return self._in_rows(pieces, len(self._states[-1]))
+                drafts = self.head.drafts(self.model, hub, part.weights, part.s0[:, -1])
+            for row, draft in zip(range(len(found)) if part.rows is None else part.rows, drafts, strict=True):
+                found[row] = draft
+        return found
 
     def _in_rows(self, pieces: list[Tensor], rows: int) -> Tensor:
         assert self._call is not None

@@ -69,6 +69,17 @@ def shift(cache: Cache, columns: int) -> None:
         layer.keys, layer.values = (F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in (layer.keys, layer.values))
 
 
+def can_take_back(cache: Cache, columns: int) -> bool:
+    """Whether rows may each lose some of the next ``columns`` columns: full attention, or windows that do not fill up."""
+
+    def can(layer: Any) -> bool:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return bool(layer.cumulative_length + columns < layer.sliding_window)
+        return not isinstance(layer, LinearAttentionLayer)
+
+    return all(_is_known(layer) and can(layer) for layer in cache.layers)
+
+
 def move_right(cache: Cache, columns: list[int]) -> None:
     """Move row ``i`` by ``columns[i]`` columns, over its last ones; what comes in on the left is padding.
 
@@ -78,7 +89,9 @@ def move_right(cache: Cache, columns: list[int]) -> None:
         if not getattr(layer, "is_initialized", False):
             continue
         names: tuple[str, ...] | None = getattr(layer, _NAMES, None)
-        own = columns if names is None else [columns[row] for row in layer._local(list(range(len(names))), names)]
+        own = columns
+        if names is not None:
+            own = [n for n, name in zip(columns, names, strict=True) if name == getattr(layer, _OWNER)]
         layer.keys, layer.values = (moved_right(x, own, axis=2) for x in (layer.keys, layer.values))
 
 

@@ -338,9 +338,7 @@ _WORTH_SHARING = 8
 """Tokens that all rows must begin with, for them to run once."""
 
 
-def _alone(
-    weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor | None = None
-) -> Tensor:
+def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor | None = None) -> Tensor:
     """``s^(0)`` without the base, ``(B, T, d)``; with ``targets`` ``(B, T)`` from the first one on or earlier, ``(B, T', d)``.
 
     The tokens that all rows begin with (a system message) run once for the batch, in the same graph, through a cache of keys

@@ -1,4 +1,4 @@
-"""Speculative decoding by the shadow: ``model.generate(..., speculative=True)``.
+"""The decoding loop of ``model.generate(..., speculative=True)``.
 
 The shadow drafts some tokens, one attached pass verifies all of them with the states that the shadow made while it drafted
 (:mod:`shadowpeft.hf.forward.drafting`), and the longest right beginning stays, with one more token of the attached model's
@@ -9,8 +9,6 @@ same distribution (:func:`shadowpeft.core.speculation.accept_sampled`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,110 +20,12 @@ from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, dra
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.structure import find_decoder
-from shadowpeft.hf.forward.drafting import Ahead, DraftHead, realigned, take_back
+from shadowpeft.hf.forward.drafting import Ahead, Draft, realigned, take_back
 from shadowpeft.hf.forward.joining import check_movable, select_rows
+from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.ops.thin import thin_products
 
-_CPU_PASSES = (1.0, 1.4, 1.45, 1.45, 1.85)
-"""A pass over 1 to 5 rows, in units of one over a row: SmolLM2-135M in float32, one thread of an AVX2 machine."""
 _PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
-
-
-@dataclass
-class DraftCounts:
-    """What drafting did to some answers."""
-
-    tokens: int = 0
-    """New tokens, however they were made."""
-    passes: int = 0
-    """Attached passes that made them; without drafts there would have been one for each token."""
-    drafted: int = 0
-    accepted: int = 0
-    pauses: int = 0
-    """How often drafting was switched off for a while because it did not pay."""
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """1.0 where nothing was gained."""
-        return self.tokens / self.passes if self.passes else 1.0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafted tokens that stayed."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-
-@dataclass
-class Speculation:
-    """How the shadow drafts; ``speculative=True`` is ``speculative=Speculation()``.
-
-    Attributes:
-        max_draft: tokens drafted in a round at most.
-        tokens: ids that may be drafted; None: all. The most frequent tokens of the task's texts are enough
-            (:func:`shadowpeft.data.frequent.frequent_tokens`), and a head over fewer tokens is faster.
-        adaptive: whether a gate decides how much to draft, and switches drafting off where it does not pay; False drafts
-            ``max_draft`` tokens in every round.
-        counts: filled by every ``generate`` that is given this object.
-    """
-
-    max_draft: int = 8
-    tokens: Sequence[int] | None = None
-    adaptive: bool = True
-    counts: DraftCounts = field(default_factory=DraftCounts)
-
-    def __post_init__(self) -> None:
-        if self.max_draft < 1:
-            raise ConfigError(f"max_draft is {self.max_draft} but at least one token must be drafted")
-
-    def head(self) -> DraftHead:
-        """The head to draft with."""
-        return DraftHead(self.tokens)
-
-    def gate(self, model: Any, rows: int = 1) -> Gate | None:
-        """What decides for one of ``rows`` answers of ``model``; None: every round drafts ``max_draft`` tokens."""
-        if not self.adaptive:
-            return None
-        one = pass_cost(model, rows)
-        costs = [pass_cost(model, rows * (drafts + 1)) / one for drafts in range(self.max_draft + 1)]
-        return Gate(draft_cost(model, self.tokens), costs)
-
-
-def pass_cost(model: Any, rows: int) -> float:
-    """What a pass over so many rows costs, tokens times answers, in units of one over a row.
-
-    On a CPU the products of two to four rows cost little more than those of one (:mod:`shadowpeft.ops.thin`), and those of more
-    twice as much. On other devices a pass reads the weights once, however few rows there are; 2 % a row is a guess, since no
-    GPU was measured.
-    """
-    if model.device.type != "cpu":
-        return 1.0 + 0.02 * (rows - 1)
-    if rows <= len(_CPU_PASSES):
-        return _CPU_PASSES[rows - 1]
-    return _CPU_PASSES[-1] + 0.02 * (rows - len(_CPU_PASSES))
-
-
-def draft_cost(model: Any, tokens: Sequence[int] | None = None) -> float:
-    """What a drafted token costs, in units of an attached pass over one: by the weights that it has to read.
-
-    The draft reads the shadow and its head, the pass both and the base. An accepted draft is read by the shadow once, as it
-    would be without drafting, but which are accepted is not known when they are read.
-    """
-    parts = find_decoder(model)
-    hub: Any = parts.backbone.shadow_hub
-    adapter = hub.active_name() or next(iter(hub.configs))
-    head = model.get_output_embeddings()
-    rows = int(parts.config.vocab_size)
-    width = parts.hidden_size
-    base = sum(p.numel() for layer in parts.layers for n, p in layer.named_parameters() if "shadow_link" not in n)
-    tables = {
-        id(p)
-        for m in (hub.embedding(adapter), model.get_input_embeddings(), head)
-        if m is not None
-        for p in m.parameters()
-    }
-    shadow = sum(p.numel() for p in hub.shadowpeft_backbone[adapter].parameters() if id(p) not in tables)
-    drafted = (len(tokens) if tokens is not None else rows) * width
-    return (shadow + drafted) / (base + shadow + rows * width)
 
 
 class _Row:
@@ -182,6 +82,7 @@ class _Decoding:
             for place, (row, gate) in enumerate(zip(ids, gates, strict=True))
         ]
         self.live = list(self.rows)
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self.takes_positions = Signature(find_decoder(model).backbone).accepts("position_ids")
 
     # -------------------------------------------------------------------------------------------------------- choosing
@@ -229,41 +130,36 @@ class _Decoding:
             drafting = [row for row in self.live if row.drafts]
             if not drafting:
                 return ahead
-            logits = ahead.logits()
-            for place, row in enumerate(self.live):
-                if row.drafts:
-                    self._draft_one(row, logits[place])
+            for place, (row, draft) in enumerate(zip(self.live, ahead.drafts(), strict=True)):
+                row.drafts = row.drafts and draft is not None
+                if draft is not None and row.drafts:
+                    self._draft_one(row, draft)
                     row.drafts = row.drafts and len(row.drafted) < row.planned
                     column[place, 0] = row.drafted[-1] if row.drafted else row.last
             if all(len(row.drafted) < ahead.length for row in self.live):
                 return ahead
 
-    def _draft_one(self, row: _Row, logits: Tensor) -> None:
+    def _draft_one(self, row: _Row, draft: Draft) -> None:
         row.looked += 1
-        among = self.head.tokens
-        if row.processors or (self.samples and among is not None):
-            whole = logits if among is None else self._spread(logits, among)
-            scores = self.processed(row, whole, len(row.drafted))
-        else:
-            scores = logits
+        whole = bool(row.processors) or self.samples  # scores of every token, those that are not drafted at -inf
+        scores, among = draft.logits, draft.tokens
+        if whole and among is not None:
+            scores = scores.new_full((self.vocabulary,), -torch.inf)
+            scores[among.to(scores.device)] = draft.logits
+        scores = self.processed(row, scores, len(row.drafted))
         p = scores.softmax(-1)
         confidence = float(p.max())
         if row.gate is not None and not row.gate.wants(len(row.drafted), row.planned, row.chance, confidence):
             row.drafts = False
             return
         token = draw(p) if self.samples else int(scores.argmax())
-        if among is not None and scores is logits:
+        if among is not None and not whole:
             token = int(among[token])
         row.drafted.append(token)
         row.draft_scores.append(p)
         row.confidences.append(confidence)
         if row.gate is not None:
             row.chance *= row.gate.chance(confidence)
-
-    def _spread(self, logits: Tensor, among: Tensor) -> Tensor:
-        whole = logits.new_full((int(self.model.config.get_text_config(decoder=True).vocab_size),), -torch.inf)
-        whole[among.to(logits.device)] = logits
-        return whole
 
     # ------------------------------------------------------------------------------------------------------- verifying
 

@@ -1,0 +1,195 @@
+"""Rows whose shadows draft beside rows whose shadows do not: every answer is what it would be without drafts."""
+
+import pytest
+import torch
+from scipy.stats import chi2_contingency
+
+from chatbase import chat_tokenizer
+from serving import Reader, ask, attached, detached, engine_of
+from shadowpeft.core.speculation import Gate
+from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.hf.forward.speculation import Speculation
+from shadowpeft.ops import thin
+from shadowpeft.serve.backend import Attached, MultiBackend
+from shadowpeft.serve.requests import SamplingParams
+
+PROMPTS = ["sit", "stand up now", "turn left and then right", "why is the sky blue"]
+NAMES = ["default", "late", "deep", "base"]
+
+
+class Eager(Gate):
+    """Always drafts four tokens."""
+
+    def __init__(self):
+        super().__init__(0.0, [1.0] * 5)
+
+    def plan(self):
+        return 4
+
+    def wants(self, *_):
+        return True
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Every request that may draft does."""
+    monkeypatch.setattr(Attached, "gate", lambda self, name: None if name == self.base_name else Eager())
+
+
+def answers(backend, speculative, **sampling):
+    """Texts of every prompt by every name, together in one engine; and the ends."""
+    engine = engine_of(backend, speculative=speculative, max_num_seqs=16)
+    readers = [ask(engine, prompt, name, max_tokens=24, **sampling) for prompt in PROMPTS for name in NAMES]
+    found = [(reader.text, [t.id for t in reader.tokens], reader.wait()) for reader in readers]
+    scores = [[t.logprob for t in reader.tokens] for reader in readers]
+    assert engine.stop()
+    return found, scores
+
+
+def test_answers_stay_what_they_are(eager):
+    backend = attached()
+    plain, plain_scores = answers(attached(), False)
+    drafted, scores = answers(backend, True)
+    assert [(text, ids, end.reason, end.new_tokens) for text, ids, end in drafted] == [
+        (text, ids, end.reason, end.new_tokens) for text, ids, end in plain
+    ]
+    for mine, theirs in zip(scores, plain_scores, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    counts = backend.drafts
+    assert counts.accepted > 0
+    assert sum(end.accepted for _, _, end in drafted) >= counts.accepted
+    assert {end.drafted for _, _, end in drafted[3::4]} == {0}, "the base has no shadow"
+    others = [end for name, (_, _, end) in zip(NAMES * 4, drafted, strict=True) if name != "base"]
+    assert all(end.drafted > 0 for end in others if end.new_tokens > 2)
+
+
+def test_a_request_says_for_itself(eager):
+    engine = engine_of(attached(), speculative=False)
+    readers = []
+    for wanted in (None, True, False):
+        reader = Reader()
+        ids = engine.backend.tokenizer("stand up now", add_special_tokens=False).input_ids
+        engine.submit(ids, "deep", SamplingParams(max_tokens=12), reader, speculative=wanted)
+        readers.append(reader)
+    assert [reader.wait().drafted > 0 for reader in readers] == [False, True, False]
+    assert len({reader.text for reader in readers}) == 1
+    assert engine.stop()
+
+
+def test_stop_texts_and_conditions_end_an_answer_within_its_drafts(eager):
+    plain, drafting = engine_of(attached()), engine_of(attached(), speculative=True)
+    free = ask(plain, "stand up now", "deep", max_tokens=24)
+    text = free.text
+    stop = text[4:6]
+    for options in ({"stop": (stop,)}, {"top_logprobs": 3}, {"max_tokens": 3}):
+        found = [ask(engine, "stand up now", "deep", **{"max_tokens": 24, **options}) for engine in (plain, drafting)]
+        assert found[0].text == found[1].text
+        assert found[0].wait().reason == found[1].wait().reason
+        assert [t.raw for t in found[0].tokens] == [t.raw for t in found[1].tokens]
+
+    def until(pieces, scores):
+        return len(pieces) >= 5
+
+    found = [ask(engine, "stand up now", "deep", until, max_tokens=24) for engine in (plain, drafting)]
+    assert found[0].text == found[1].text
+    assert len(found[1].tokens) == 5
+    assert plain.stop()
+    assert drafting.stop()
+
+
+def test_rows_that_choose_an_action_draft_after_it(eager):
+    trie = ActionTrie.of(chat_tokenizer(), ["Sit", "StandUp", "Dance"])
+    texts = []
+    for speculative in (False, True):
+        engine = engine_of(attached(), speculative=speculative)
+        readers = []
+        for prompt in PROMPTS:
+            reader = Reader()
+            ids = engine.backend.tokenizer(prompt, add_special_tokens=False).input_ids
+            engine.submit(ids, "deep", SamplingParams(max_tokens=24), reader, actions=trie)
+            readers.append(reader)
+        others = [ask(engine, prompt, "default", max_tokens=9) for prompt in PROMPTS]
+        texts.append([reader.text for reader in readers + others])
+        assert all(text.startswith("[") for text in texts[-1][:4])
+        assert engine.stop()
+    assert texts[0] == texts[1]
+
+
+def test_requests_that_come_and_go_while_others_draft(eager):
+    engine = engine_of(attached(), speculative=True)
+    expected = {}
+    for prompt in PROMPTS:
+        expected[prompt] = ask(engine, prompt, "default", max_tokens=40).text
+    first = [ask(engine, prompt, "default", max_tokens=40) for prompt in PROMPTS[:2]]
+    left = ask(engine, PROMPTS[3], "deep", max_tokens=200)
+    later = [ask(engine, prompt, "default", max_tokens=40) for prompt in PROMPTS]
+    left.request.cancelled = True
+    assert [reader.text for reader in first] == [expected[p] for p in PROMPTS[:2]]
+    assert [reader.text for reader in later] == [expected[p] for p in PROMPTS]
+    assert engine.stop()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_drawn_answers_keep_their_distribution(eager, top_p):
+    counted = []
+    for speculative in (False, True):
+        engine = engine_of(attached(), speculative=speculative, queue=2000, max_num_seqs=32)
+        sampling = {"max_tokens": 3, "temperature": 0.6, "top_p": top_p}
+        readers = [ask(engine, "sit", "deep", seed=seed, **sampling) for seed in range(700)]
+        pairs = [tuple(t.id for t in reader.tokens)[:2] for reader in readers if reader.wait()]
+        counted.append(pairs)
+        assert engine.stop()
+    kinds = sorted(set(counted[0]) | set(counted[1]), key=lambda k: -(counted[0].count(k) + counted[1].count(k)))
+    table = [[pairs.count(kind) for kind in kinds] for pairs in counted]
+    frequent = [n for n in range(len(kinds)) if table[0][n] + table[1][n] >= 10]
+    rest = [[row[n] for n in frequent] + [sum(row[n] for n in range(len(kinds)) if n not in frequent)] for row in table]
+    if sum(row[-1] for row in rest) == 0:
+        rest = [row[:-1] for row in rest]
+    assert len(frequent) > 3
+    assert chi2_contingency(rest).pvalue > 1e-4
+
+
+def test_a_seeded_answer_is_the_same_whoever_runs_beside_it(eager):
+    engine = engine_of(attached(), speculative=True)
+    options = {"max_tokens": 16, "temperature": 1.0, "seed": 5}
+    alone = ask(engine, "stand up now", "deep", **options).text
+    beside = [ask(engine, prompt, name, max_tokens=16) for prompt in PROMPTS for name in NAMES]
+    assert ask(engine, "stand up now", "deep", **options).text == alone
+    assert all(reader.wait() for reader in beside)
+    assert engine.stop()
+
+
+@pytest.mark.parametrize("backend", ["detached", "several"])
+def test_what_has_no_shadow_drafts_nothing(backend):
+    made = detached() if backend == "detached" else MultiBackend([detached("one"), detached("two")])
+    name = made.names[0]
+    assert made.gate(name) is None
+    engine = engine_of(made, speculative=True)
+    assert ask(engine, "sit", name, max_tokens=8).wait().drafted == 0
+    assert engine.stop()
+
+
+def test_a_gate_is_priced_by_the_adapter_and_never_by_its_neighbours():
+    backend = attached()
+    prices = {name: backend.gate(name).draft_cost for name in ("default", "deep")}
+    assert prices["deep"] > prices["default"]
+    assert prices["default"] == Speculation().gate(backend._inner).draft_cost, "of one row, however many there are"
+    assert backend.gate("base") is None
+
+
+def test_the_engine_computes_thin_products_while_it_runs(monkeypatch):
+    monkeypatch.setattr(thin, "pays_here", lambda: True)
+    monkeypatch.setattr(thin, "_SMALLEST", 1)
+    backend = attached()
+    head = backend._inner.get_output_embeddings()
+    engine = engine_of(backend)
+    texts = [ask(engine, prompt, "default", max_tokens=12) for prompt in PROMPTS[:3]]
+    found = [reader.text for reader in texts]
+    assert "forward" in vars(head)
+    assert engine.stop()
+    assert "forward" not in vars(head)
+    plain = engine_of(attached())
+    monkeypatch.setattr(thin, "pays_here", lambda: False)
+    assert [ask(plain, prompt, "default", max_tokens=12).text for prompt in PROMPTS[:3]] == found
+    assert plain.stop()
+    assert torch.is_tensor(head.weight)
