@@ -491,6 +491,23 @@ def test_generate_attached_and_base_differ(monkeypatch, capsys, adapter):
     assert "mode is 'cloud' but must be one of attached, detached, base" in err
 
 
+def test_drafts_change_no_answer_and_are_counted(monkeypatch, capsys, adapter):
+    options = ("generate", adapter, "sit", "--max-new-tokens", 24)
+    plain = json.loads(call(monkeypatch, capsys, *options, "--json")[1])
+    code, out, err = call(monkeypatch, capsys, *options, "--speculative", "--json")
+    drafted = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (drafted["text"], drafted["tokens"]) == (plain["text"], plain["tokens"])
+    assert drafted["speculation"]["tokens"] == plain["tokens"]
+    assert "speculation" not in plain
+    code, out, err = call(monkeypatch, capsys, *options, "--speculative")
+    assert (code, out) == (0, plain["text"] + "\n")
+    assert "tokens a pass" in err or "did not pay" in err
+    code, out, err = call(monkeypatch, capsys, *options, "--speculative", "--mode", "detached")
+    assert (code, out) == (2, "")
+    assert "--speculative was given for --mode detached" in err
+
+
 def test_the_smallest_temperatures_are_greedy(monkeypatch, capsys, adapter):
     greedy = call(monkeypatch, capsys, "generate", adapter, "sit")[1]
     for temperature in ("1e-320", sys.float_info.min, 1e-40, 1e-29):

@@ -1,5 +1,6 @@
 """Rows whose shadows draft beside rows whose shadows do not: every answer is what it would be without drafts."""
 
+import openai
 import pytest
 import torch
 from scipy.stats import chi2_contingency
@@ -11,7 +12,14 @@ from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.ops import thin
 from shadowpeft.serve.backend import Attached, MultiBackend
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.requests import SamplingParams
+from shadowpeft.serve.roles import CloudRole
+from shadowpeft.serve.server import Settings, build
+from webserver import Running, metric
+
+KEY = "user-key-0123456789"
 
 PROMPTS = ["sit", "stand up now", "turn left and then right", "why is the sky blue"]
 NAMES = ["default", "late", "deep", "base"]
@@ -157,6 +165,35 @@ def test_a_seeded_answer_is_the_same_whoever_runs_beside_it(eager):
     assert ask(engine, "stand up now", "deep", **options).text == alone
     assert all(reader.wait() for reader in beside)
     assert engine.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_and_metrics_say_what_was_drafted(eager, stream):
+    role = CloudRole(Engine(attached(), EngineLimits(speculative=True)), system=None, default_tokens=16)
+    with (
+        Running(build(role, Settings(Keys((KEY,), ())))) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=0, timeout=60) as client,
+    ):
+        options = {"model": "deep", "prompt": "stand up now", "max_tokens": 16}
+        if stream:
+            chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+            usage, text = chunks[-1].usage, "".join(c.choices[0].text for c in chunks if c.choices)
+        else:
+            answer = client.completions.create(**options)
+            usage, text = answer.usage, answer.choices[0].text
+        details = usage.completion_tokens_details
+        assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0
+        plain = client.completions.create(**options, extra_body={"speculative": False})
+        assert plain.choices[0].text == text
+        assert plain.usage.completion_tokens_details is None
+        with pytest.raises(openai.BadRequestError, match="speculative"):
+            client.completions.create(**options, extra_body={"speculative": "yes"})
+        with server.http(KEY) as http:
+            said = http.get("/metrics").text
+    drafted = details.accepted_prediction_tokens + details.rejected_prediction_tokens
+    assert metric(said, "shadowpeft_drafted_tokens") == drafted
+    assert metric(said, "shadowpeft_accepted_tokens") == details.accepted_prediction_tokens
+    assert metric(said, "shadowpeft_tokens_per_pass") >= 1.0
 
 
 @pytest.mark.parametrize("backend", ["detached", "several"])

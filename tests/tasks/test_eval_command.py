@@ -91,6 +91,26 @@ def test_rows_of_a_file_are_a_task_like_another(monkeypatch, capsys, tmp_path, f
     assert call(monkeypatch, capsys, *arguments)[1] == out
 
 
+def test_drafts_change_no_score_and_the_record_counts_them(monkeypatch, capsys, tmp_path, folders):
+    rows = [{"prompt": f"q{i}", "response": "a" * i} for i in range(1, 6)]
+    arguments = ("eval", folders / "shadow", "--data", write_rows(tmp_path / "rows.jsonl", rows), "--max-new-tokens", 12)
+    plain, drafted = (
+        json.loads(call(monkeypatch, capsys, *arguments, *more, "--out", tmp_path / str(len(more)), "--json")[1])["modes"]
+        for more in ((), ("--speculative",))
+    )
+    assert {mode: r["score"] for mode, r in drafted.items()} == {mode: r["score"] for mode, r in plain.items()}
+    texts = [(tmp_path / number / "attached" / "predictions.jsonl").read_text() for number in "01"]
+    assert [json.loads(line)["text"] for line in texts[0].splitlines()] == [
+        json.loads(line)["text"] for line in texts[1].splitlines()
+    ]
+    assert drafted["attached"]["speculation"]["tokens"] > 0
+    assert drafted["attached"]["settings"]["speculative"] is True
+    assert "speculation" not in drafted["detached"]
+    assert "speculation" not in plain["attached"]
+    out = call(monkeypatch, capsys, *arguments, "--speculative", "--mode", "attached")[1]
+    assert "tokens a pass" in out or "did not pay" in out
+
+
 def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folders):
     code, out, err = call(
         monkeypatch, capsys, "eval", folders / "shadow", "--task", "mmlu", "--mode", "base", "--method", "likelihood"
