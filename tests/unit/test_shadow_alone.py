@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shadowpeft.hf.forward import losses
+from shadowpeft.hf.forward import beginning
 from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import adapted_base, find_hub
 from tiny import adapt, base, padded, tokens
@@ -40,7 +40,7 @@ def test_a_shared_start_runs_once(name, counts, monkeypatch):
     rows = batch(counts)
     loss, gradients, runs = loss_and_gradients(model, rows)
     assert runs == [(1, SHARED), (4, 20 - SHARED)]
-    monkeypatch.setattr(losses, "_WORTH_SHARING", 1000)
+    monkeypatch.setattr(beginning, "WORTH_SHARING", 1000)
     plain, expected, runs = loss_and_gradients(model, rows)
     assert runs == [(4, 20)]
     torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)

@@ -19,6 +19,7 @@ from shadowpeft.core import count_targets, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, NonFiniteLossError
+from shadowpeft.hf.forward.beginning import after_beginning
 from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
 from shadowpeft.train.activations import Activations
@@ -38,7 +39,7 @@ class ShadowLossMixin(WholeCheckpoints):
     - Rows that only the shadow learns (all ``labels`` masked) run through the shadow alone and never touch the base.
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
-    - In training the attached path's logits are computed at its targets only.
+    - In training the attached path's logits are computed at its targets only, and what all rows begin with runs once.
     - ``shadow_steps``: so many steps have rows of the shadow alone; the learning rate of all else begins after them.
     - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
@@ -112,8 +113,7 @@ class ShadowLossMixin(WholeCheckpoints):
         """The joint loss in training, the task loss in evaluation; see :class:`ShadowLossMixin`."""
         trainer: Any = self
         hub = find_hub(trainer.model)
-        name = hub.active_name()
-        if name is None:
+        if (name := hub.active_name()) is None:
             return super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -146,6 +146,9 @@ class ShadowLossMixin(WholeCheckpoints):
             inputs["shadow_num_items_in_batch"] = shadow_items
         if model.training and not (own_loss or return_outputs or trainer.args.torch_compile) and _loss_is_stock(trainer):
             inputs["loss_alone"] = True
+            if self.activations is None and trainer.args.world_size == 1:
+                with trainer.accelerator.autocast():
+                    inputs = after_beginning(adapted_base(trainer.model), hub, inputs)
         asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
         with _both_losses(adapted_base(trainer.model)) as losses:
             result: Any = super().compute_loss(  # type: ignore[misc]

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 
 from shadowpeft.core import count_targets, distillation_kl, head_loss, joint_loss, token_cross_entropy
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, pool_last
 from shadowpeft.hf.forward import supervision
-from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, checkpoints, initial_state
+from shadowpeft.hf.forward.beginning import shadow_caches_in_graph, shared_tokens
+from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, initial_state
 from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
 from shadowpeft.hf.layer import ShadowHub
 
@@ -334,10 +334,6 @@ def shadow_path_loss(model: nn.Module, hub: ShadowHub, batch: dict[str, Any], *,
     return _mean(_path_sum(model, hub, lm_head(model, weights), s0, targets[:, -s0.shape[1] :]), count)
 
 
-_WORTH_SHARING = 8
-"""Tokens that all rows must begin with, for them to run once."""
-
-
 def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], targets: Tensor | None = None) -> Tensor:
     """``s^(0)`` without the base, ``(B, T, d)``; with ``targets`` ``(B, T)`` from the first one on or earlier, ``(B, T', d)``.
 
@@ -347,29 +343,12 @@ def _alone(weights: AdapterWeights, model: nn.Module, batch: dict[str, Any], tar
     ids, takes = batch["input_ids"], weights.signature
     passed = {k: batch[k] for k in ("position_ids", "attention_mask") if batch.get(k) is not None and takes.accepts(k)}
     shared = 0
-    if targets is not None and "position_ids" not in passed and _caches_in_graph(weights):
-        same = (ids == ids[:1]).all(0) & (targets == IGNORE).all(0)
-        if "attention_mask" in passed:
-            same &= passed["attention_mask"].all(0) if passed["attention_mask"].dim() == 2 else same.new_zeros(())
-        shared = int(same.long().cumprod(0).sum())
-    if len(ids) < 2 or not _WORTH_SHARING <= shared < ids.shape[1]:
+    if targets is not None and "position_ids" not in passed and shadow_caches_in_graph(weights):
+        shared = shared_tokens(ids, passed.get("attention_mask"), targets)
+    if not shared:
         return initial_state(weights, ids, None, model, use_cache=False, **passed)
     cache = DynamicCache(config=weights.backbone.config)
     through = {takes.cache: cache, "use_cache": True}
     initial_state(weights, ids[:1, :shared], None, model, **through)
     cache.batch_repeat_interleave(len(ids))
     return initial_state(weights, ids[:, shared:], None, model, **passed, **through)
-
-
-def _caches_in_graph(weights: AdapterWeights) -> bool:
-    """Whether the shadow's keys and values can be carried on within a graph: full attention, rotary positions, no checkpoints.
-
-    Other caches write in place, and other positions are counted in ways of their own.
-    """
-    backbone = weights.backbone
-    return (
-        weights.signature.accepts(weights.signature.cache)
-        and not checkpoints(backbone)
-        and any("rotary" in name for name, _ in backbone.named_children())
-        and all(type(layer) is DynamicLayer for layer in DynamicCache(config=backbone.config).layers)
-    )
