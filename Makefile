@@ -49,7 +49,7 @@ processors: $(VENV)/dev  ## the tests with the arithmetic of processors without 
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
-	$(BIN)/python benchmarks/run.py --readme
+	$(BIN)/python benchmarks/run.py --page
 
 bench-starts: $(VENV)/dev  ## starts and losses of pretraining by held-out loss, on SmolLM2-135M; an hour on one idle core
 	$(BIN)/python benchmarks/starts.py
@@ -61,7 +61,7 @@ architectures: $(VENV)/dev  ## try every decoder architecture and write docs/arc
 	$(BIN)/python scripts/architectures.py
 
 compare: $(VENV)/dev  ## what this package, PEFT's shadow and the authors' code do, measured; under ten minutes
-	$(BIN)/python benchmarks/compare.py --readme
+	$(BIN)/python benchmarks/compare.py --page
 
 system-test: $(VENV)/dev  ## edge and cloud as two processes: shadow, LoRA and DoRA (trained here), accuracy and latency; hours on two cores
 	$(BIN)/python -m scripts.system_test $(ARGS)

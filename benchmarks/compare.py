@@ -1,11 +1,11 @@
 """What three public implementations of the method do, measured: this package, PEFT's ``Shadow``, the authors' ``shadow-peft``.
 
-    python benchmarks/compare.py [--architectures 40|all] [--readme]
+    python benchmarks/compare.py [--architectures 40|all] [--page]
 
 Every row is a function that runs one implementation on a tiny random model in a forked process with a time limit; a row
 says yes, no with the first line of the error, or a number. Nothing is asserted: a later release of a peer that is better shows
 as better. Speed and memory are those of benchmarks/results.json (``make bench``). Writes docs/records/compare.json and
-docs/comparison.md; with ``--readme`` also the block of README.md between ``<!-- compare -->`` and ``<!-- /compare -->``.
+docs/comparison.md; with ``--page`` also the block of docs/compared.md between ``<!-- compare -->`` and ``<!-- /compare -->``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import logging
 
 from benchmarks.comparison.forked import architectures, measure
 from benchmarks.comparison.modes import MODES
-from benchmarks.comparison.page import PAGE, README, RECORD, ROWS, page, readme, short_table
+from benchmarks.comparison.page import COMPARED, PAGE, RECORD, ROWS, compared, page, short_table
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import write_text
 
@@ -71,7 +71,7 @@ def main() -> None:
     """Measure, record, render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", default="40", help="all, 0, or how many, evenly from the list")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--update", action="store_true", help="measure only the rows that the record lacks")
     parser.add_argument("--render", action="store_true", help="only render what is recorded")
     arguments = parser.parse_args()
@@ -85,8 +85,8 @@ def main() -> None:
         record = updated(record) if arguments.update else whole(arguments.architectures)
         write_text(RECORD, json.dumps(record, indent=1) + "\n")
     write_text(PAGE, page(record))
-    if arguments.readme:
-        write_text(README, readme(record, README.read_text(encoding="utf-8")))
+    if arguments.page:
+        write_text(COMPARED, compared(record, COMPARED.read_text(encoding="utf-8")))
     print("\n".join(short_table(record)))
 
 

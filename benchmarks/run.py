@@ -1,12 +1,12 @@
 """Speed and memory beside the bare base, LoRA, DoRA and PEFT's shadow: one process, alternating, paired medians.
 
-    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json] [--readme]
+    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json] [--page]
 
 Decode: greedy tokens after a 32-token prompt; DoRA, far slower, with eight tokens beside a base of its own, as PEFT runs
 it and with PEFT's cache of its norms (``DoraCaching``). Prefill: 256 tokens. Training: one step of 4 x 128 tokens with
 AdamW, with LoRA at the rank whose trainable parameters come closest to the shadow's. Each ratio is the median over rounds of
 the time divided by the bare base's (training: by LoRA's) in the same round. Peak memory is measured in a process of its own.
-With --update, parts that are not measured keep their values in the record. With --readme the block of README.md between
+With --update, parts that are not measured keep their values in the record. With --page the block of docs/compared.md between
 ``<!-- speed -->`` and ``<!-- /speed -->`` is written from the record.
 """
 
@@ -38,7 +38,7 @@ from shadowpeft.storage import between, write_text
 from shadowpeft.train.baselines import count_trainable, match_rank
 
 ROOT = Path(__file__).resolve().parents[1]
-README, MARKS = ROOT / "README.md", ("<!-- speed -->", "<!-- /speed -->")
+COMPARED, MARKS = ROOT / "docs" / "compared.md", ("<!-- speed -->", "<!-- /speed -->")
 DORA_TOKENS, DORA_ROUNDS = 8, 5
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results.json")
     parser.add_argument("--only", default="decode,prefill,train,memory,growth")
     parser.add_argument("--update", action="store_true")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--page", action="store_true")
     parser.add_argument("--peak", default=None)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
@@ -238,8 +238,8 @@ def main() -> None:
     content = json.dumps(result, indent=2)
     write_text(Path(args.out), content + "\n")
     print(content)
-    if args.readme:
-        write_text(README, filled(README.read_text(encoding="utf-8"), result))
+    if args.page:
+        write_text(COMPARED, filled(COMPARED.read_text(encoding="utf-8"), result))
 
 
 def training_rounds(rounds: int) -> int:
@@ -248,7 +248,7 @@ def training_rounds(rounds: int) -> int:
 
 
 def filled(page: str, result: dict[str, Any]) -> str:
-    """README's page with the block on speed of this record.
+    """docs/compared.md with the block on speed of this record.
 
     Raises:
         RuntimeError: if the page has no marks.
@@ -256,13 +256,13 @@ def filled(page: str, result: dict[str, Any]) -> str:
     text = between(page, MARKS, block(result))
     if text is None:
         raise RuntimeError(
-            f"{README.name} has no lines {MARKS[0]} and {MARKS[1]}; write them where the block is to stand"
+            f"{COMPARED.name} has no lines {MARKS[0]} and {MARKS[1]}; write them where the block is to stand"
         )
     return text
 
 
 def block(result: dict[str, Any]) -> str:
-    """What README says of a record: how it was measured, and a table."""
+    """What docs/compared.md says of a record: how it was measured, and a table."""
     matched = result["matched"]
     names = ("base", "shadow", "peft_shadow", "lora", "dora", "dora_cached")
 
@@ -282,7 +282,7 @@ def block(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"`make bench`, {result['date']}, commit {short(result['commit'])}, record "
-            "[benchmarks/results.json](benchmarks/results.json): SmolLM2-135M, float32, one CPU thread, one process,",
+            "[benchmarks/results.json](../benchmarks/results.json): SmolLM2-135M, float32, one CPU thread, one process,",
             f"alternating, medians of paired ratios over {result['rounds']} rounds "
             f"(training {training_rounds(result['rounds'])}, DoRA {DORA_ROUNDS} of {DORA_TOKENS} tokens",
             f"where the others have {result['new_tokens']}). One-layer shadow with",

@@ -1,4 +1,4 @@
-"""docs/comparison.md and README's block, from the records of behaviour and of speed."""
+"""docs/comparison.md and docs/compared.md's block, from the records of behaviour and of speed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.comparison.training import TRAINING
 from shadowpeft.storage import between
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD, PAGE, README, SPEED = (
-    ROOT / name for name in ("docs/records/compare.json", "docs/comparison.md", "README.md", "benchmarks/results.json")
+RECORD, PAGE, COMPARED, SPEED = (
+    ROOT / name for name in ("docs/records/compare.json", "docs/comparison.md", "docs/compared.md", "benchmarks/results.json")
 )
 ROWS: dict[str, Row] = {**FACTS, **TRAINING, **FILES, **DECODERS}
-IN_README = ("eval_loss", "accumulation", "bfloat16", "masked", "foreign_cache", "other_base", "mixed")
+IN_SHORT = ("eval_loss", "accumulation", "bfloat16", "masked", "foreign_cache", "other_base", "mixed")
 MARKS = ("<!-- compare -->", "<!-- /compare -->")
 
 
@@ -64,7 +64,7 @@ def _cells(rows: Mapping[str, Row], outcomes: dict[str, Any]) -> list[list[str]]
 
 
 def short_table(record: dict[str, Any], only: tuple[str, ...] | None = None) -> list[str]:
-    """Counts, facts and speed; README shows the counts and the facts of ``only``."""
+    """Counts, facts and speed; docs/compared.md shows the counts and the facts of ``only``."""
     lines = []
     counts = record.get("architectures")
     if counts:
@@ -133,13 +133,13 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme(record: dict[str, Any], content: str) -> str:
-    """README's content with the block between the markers made anew.
+def compared(record: dict[str, Any], content: str) -> str:
+    """docs/compared.md's content with the block between the markers made anew.
 
     Raises:
         RuntimeError: if it has no markers.
     """
-    text = between(content, MARKS, "\n".join([source(record), "", *short_table(record, IN_README)]))
+    text = between(content, MARKS, "\n".join([source(record), "", *short_table(record, IN_SHORT)]))
     if text is None:
-        raise RuntimeError(f"{README} has no {MARKS[0]} ... {MARKS[1]}; put the two markers where the table belongs")
+        raise RuntimeError(f"{COMPARED} has no {MARKS[0]} ... {MARKS[1]}; put the two markers where the table belongs")
     return text

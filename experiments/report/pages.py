@@ -1,4 +1,4 @@
-"""Pages of all specs: ``docs/results.md`` with its figures, and the README's table."""
+"""Pages of all specs: ``docs/results.md`` with its figures, and docs/compared.md's table."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from experiments.spec import KINDS, Spec, cells, names, read_spec
 from shadowpeft.storage import between, write_text
 
 PAPER = Path(__file__).parents[1] / "paper.yaml"
-README_SPEC = "table1-smollm2-cpu"
-README_MARKS = ("<!-- scores -->", "<!-- /scores -->")
+SCORES_SPEC = "table1-smollm2-cpu"
+SCORES_MARKS = ("<!-- scores -->", "<!-- /scores -->")
 
 HEAD = """# Results
 
@@ -61,8 +61,8 @@ def write(page: Page | None = None) -> list[Path]:
             written.append(figures / f"{spec.name}.png")
             FIGURES[spec.kind](page, spec, written[-1])
     write_text(page.docs / "results.md", text(page))
-    if page.readme.is_file():
-        write_text(page.readme, readme(page, page.readme.read_text(encoding="utf-8")))
+    if page.compared.is_file():
+        write_text(page.compared, compared(page, page.compared.read_text(encoding="utf-8")))
     return written
 
 
@@ -80,11 +80,11 @@ def text(page: Page) -> str:
     return "\n".join(lines)
 
 
-def readme(page: Page, content: str) -> str:
-    """``content`` with the table of scores between its two marks made anew: each method on each task of ``README_SPEC``."""
-    if between(content, README_MARKS, "") is None:
+def compared(page: Page, content: str) -> str:
+    """``content`` with the table of scores between its two marks made anew: each method on each task of ``SCORES_SPEC``."""
+    if between(content, SCORES_MARKS, "") is None:
         return content
-    spec = read_spec(README_SPEC, page.specs)
+    spec = read_spec(SCORES_SPEC, page.specs)
     shown = [column for column in columns_run(page, spec) if column.evaluation.how is None]
     lines = []
     for name, mode in rows(spec):
@@ -97,7 +97,7 @@ def readme(page: Page, content: str) -> str:
             line.append(f"{score[0]:.1f} [{score[1]:.0f}, {score[2]:.0f}]{seeds}" if score else empty)
         lines.append(line)
     titles = [title_with_rows(page, spec, column) for column in shown]
-    return between(content, README_MARKS, "\n".join(table(["%, [95 % interval]", *titles], lines))) or content
+    return between(content, SCORES_MARKS, "\n".join(table(["%, [95 % interval]", *titles], lines))) or content
 
 
 def section(page: Page, spec: Spec, paper: dict[str, Any]) -> str:

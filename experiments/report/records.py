@@ -40,9 +40,9 @@ class Page:
     docs: Path = ROOT / "docs"
 
     @property
-    def readme(self) -> Path:
-        """The README beside ``docs``."""
-        return self.docs.parent / "README.md"
+    def compared(self) -> Path:
+        """The page that compares methods."""
+        return self.docs / "compared.md"
 
     def read(self, cell: Cell) -> Record | None:
         """The record of a cell, or None."""

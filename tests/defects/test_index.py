@@ -51,5 +51,5 @@ def test_every_defect_is_measured_in_the_comparison_and_the_page_names_the_rows(
 def test_the_committed_comparison_holds_what_the_committed_record_says(comparison):
     _, record, page = comparison
     assert facts((DOCS / "comparison.md").read_text(encoding="utf-8")) == facts(page.page(record))
-    block = page.short_table(record, page.IN_README)
-    assert facts(marked(page.README, "compare").split("\n\n")[1]) == facts("\n".join(block))
+    block = page.short_table(record, page.IN_SHORT)
+    assert facts(marked(page.COMPARED, "compare").split("\n\n")[1]) == facts("\n".join(block))

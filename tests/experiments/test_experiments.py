@@ -483,11 +483,11 @@ def test_the_committed_pages_hold_the_numbers_of_the_committed_records():
     results = (page.docs / "results.md").read_text(encoding="utf-8")
     assert len(numbers(results)) > 500
     assert facts(results) == facts(report.text(page)), "run `python -m experiments report` and commit docs/results.md"
-    content = page.readme.read_text(encoding="utf-8")
+    content = page.compared.read_text(encoding="utf-8")
     scores, again = (
-        text.split(report.README_MARKS[0])[1].split(report.README_MARKS[1])[0]
-        for text in (content, report.readme(page, content))
+        text.split(report.SCORES_MARKS[0])[1].split(report.SCORES_MARKS[1])[0]
+        for text in (content, report.compared(page, content))
     )
-    assert facts(scores) == facts(again), "run `python -m experiments report` and commit README.md"
+    assert facts(scores) == facts(again), "run `python -m experiments report` and commit docs/compared.md"
     (lora,) = [row for row in rows(scores) if row[0] == "LoRA"]
     assert len(numbers(" ".join(lora))) >= 3 * len(lora[1:])  # a score and both ends of its interval in each column

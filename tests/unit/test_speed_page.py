@@ -1,4 +1,4 @@
-"""README's block on speed holds the numbers of the committed record."""
+"""The block on speed of docs/compared.md holds the numbers of the committed record."""
 
 import json
 
@@ -7,9 +7,9 @@ from pages import ROOT, facts, marked, numbers, rows, script
 
 def test_the_blocks_numbers_are_those_of_the_record():
     run = script("benchmarks/run.py")
-    block = marked(ROOT / "README.md", "speed")
+    block = marked(ROOT / "docs" / "compared.md", "speed")
     record = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
-    assert facts(block) == facts(run.block(record)), "run `python benchmarks/run.py --readme` and commit README.md"
+    assert facts(block) == facts(run.block(record)), "run `python benchmarks/run.py --readme` and commit docs/compared.md"
     names = ("base", "shadow", "peft_shadow", "lora", "dora", "dora_cached")
     lines = [numbers(" ".join(row[1:])) for row in rows(block)[1:]]
     parts = ("decode", "prefill_256", "train_step", "train_step_prompt_masked")
