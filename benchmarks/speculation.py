@@ -14,6 +14,8 @@ import argparse
 import json
 import statistics
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import matplotlib as mpl
 import torch
 import yaml
 from experiments.markdown import table
-from experiments.measuring import processor, releases, seconds, short, stamp
+from experiments.measuring import alternate, processor, releases, seconds, short, stamp
+from transformers import DynamicCache
 
 import shadowpeft
 from shadowpeft.data import robot
@@ -32,6 +35,7 @@ from shadowpeft.generate import encode_prompts, messages_of
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.forward.drafting import DraftHead
 from shadowpeft.hf.forward.speculation import Speculation, draft_cost
+from shadowpeft.ops.thin import thin_products
 from shadowpeft.runtime import prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.tokenizer import load_tokenizer
@@ -92,8 +96,35 @@ class Bench:
             model = self.bare if way == "base" else self.model
             spent += seconds(lambda: found.append(self.generate(model, inputs, len(answer), **options)))  # noqa: B023
             if way != "base" and not torch.equal(found[0], answer):
-                raise AssertionError(f"'{way}' says {found[0].tolist()} where the attached model says {answer.tolist()}")
+                raise AssertionError(
+                    f"'{way}' says {found[0].tolist()} where the attached model says {answer.tolist()}"
+                )
         return spent, settings
+
+
+@torch.inference_mode()
+def passes(model: Any, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of an attached pass over 1 to 8 tokens after 120, torch's products and thin ones taking turns; medians."""
+    ids = torch.randint(0, 1000, (1, 120), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def run(count: int, *, thin: bool) -> float:
+        with thin_products(model) if thin else nullcontext():
+            spent = seconds(
+                lambda: model(input_ids=ids[:, :count], past_key_values=cache, use_cache=True, logits_to_keep=count)
+            )
+        cache.crop(-count)
+        return spent
+
+    runs = {
+        (kind, count): partial(run, count, thin=kind == "thin") for count in range(1, 9) for kind in ("torch", "thin")
+    }
+    times = alternate(runs, 5 * rounds)  # type: ignore[arg-type]
+    return {
+        kind: {str(count): round(1000 * statistics.median(times[kind, count]), 1) for count in range(1, 9)}  # type: ignore[index]
+        for kind in ("torch", "thin")
+    }
 
 
 @torch.inference_mode()
@@ -132,6 +163,7 @@ def measure(adapter: str, run: str | None, rows: int, rounds: int, threads: int)
         "texts": texts,
         "draft_cost": {"recorded tokens": round(draft_cost(model, DraftHead()), 4)}
         | {"whole vocabulary": round(draft_cost(model, DraftHead("all")), 4)},
+        "pass_ms": passes(model, rounds),
         "draft_tokens": len(bench.model.peft_config["default"].draft_tokens or ()),
         "shadow_layers": bench.model.peft_config["default"].shadow_num_hidden_layers,
         "run": None if run is None else yaml.safe_load(Path(run).read_text(encoding="utf-8")),
@@ -154,12 +186,21 @@ def block(record: dict[str, Any]) -> str:
             gained = "" if drafts is None else f"{drafts['tokens_per_pass']:.2f} ({drafts['acceptance']:.0%})"
             row += [f"{own['tokens_per_second']:.1f}", f"{own['of_base']:.2f}", gained]
         rows.append(row)
-    heads = [f"{name}, {what}" for name in record["texts"] for what in ("tokens/s", "of the base", "tokens a pass (stayed)")]
+    heads = [
+        f"{name}, {what}" for name in record["texts"] for what in ("tokens/s", "of the base", "tokens a pass (stayed)")
+    ]
+    counts = list(record["pass_ms"]["torch"])
+    lines = {"torch": "torch's products", "thin": "thin products up to four rows"}
+    costs = table(
+        ["an attached pass over so many tokens, ms", *counts],
+        [[label, *(f"{record['pass_ms'][kind][n]:.0f}" for n in counts)] for kind, label in lines.items()],
+    )
     counted = ", ".join(f"{t['prompts']} {name} ({t['tokens']} tokens)" for name, t in record["texts"].items())
     return (
-        table(["", *heads], rows)
+        "\n".join(table(["", *heads], rows))
         + f"\n\n{counted}; medians of {record['rounds']} rounds, {record['threads']} thread, {record['processor']}, "
-        f"{record['date']}, commit {short(record['commit'])}."
+        f"{record['date']}, commit {short(record['commit'])}, record [speculation.json](records/speculation.json).\n\n"
+        + "\n".join(costs)
     )
 
 

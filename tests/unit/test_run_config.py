@@ -195,3 +195,50 @@ def test_a_wrong_run_file_is_refused_before_torch_is_imported(tmp_path, text):
 def test_a_frozen_shadow_takes_no_epochs_of_its_own_from_a_preset():
     made = parse_run({"base": "x", "data": {"train": "robot"}, "training": {"freeze_shadow": True}}, "here")
     assert (made.shadow.preset, made.training.shadow_epochs, made.training.learning_rate) == ("device", 0, 1e-2)
+
+
+def test_settings_of_the_command_line_take_the_place_of_the_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run(training={"epochs": 3.0})))
+    made = read_run(
+        file,
+        ["training.learning_rate=1e-3", "shadow.r=8", "training.epochs=2", "output=elsewhere/x=y", "data.system=null"],
+    )
+    assert (made.training.learning_rate, made.training.epochs, made.shadow.r) == (1e-3, 2.0, 8)
+    assert (made.output, made.data.system) == ("elsewhere/x=y", None)
+    assert read_run(file).training.epochs == 3.0
+    assert read_run(file, ["training.report_to=[tensorboard]"]).training.report_to == ["tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("training.epochs", "is no setting; write KEY=VALUE"),
+        ("=3", "is no setting; write KEY=VALUE"),
+        ("training..epochs=3", "is no setting; write KEY=VALUE"),
+        ("base.name=x", "leads through something that has no keys"),
+        ("training.epoch=3", "unknown key 'training.epoch' (did you mean 'epochs'"),
+        ("training.epochs=many", "training.epochs"),
+        ("data.train=[a", "is no value for 'data.train'"),
+    ],
+)
+def test_a_wrong_setting_of_the_command_line_is_named(tmp_path, setting, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run()))
+    with pytest.raises(ConfigError) as refused:
+        read_run(file, [setting])
+    assert message in str(refused.value)
+
+
+def test_plan_and_train_take_settings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run()))
+    for command in ("plan", "train", "pretrain"):
+        done = subprocess.run(
+            [sys.executable, "-m", "shadowpeft", command, file, "training.nothing=1"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "unknown key 'training.nothing'" in done.stderr

@@ -217,5 +217,3 @@ def sizes(path: Path) -> dict[str, Any]:
     files = {f: f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file()}
     weights = [size for f, size in files.items() if f.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
     return {"bytes": sum(weights), "bytes_with_tokenizer": sum(files.values())}
-
-

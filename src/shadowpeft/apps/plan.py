@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 from shadowpeft.apps.common import quiet_libraries, show
-from shadowpeft.apps.options import Json, RunFile
+from shadowpeft.apps.options import Json, Overrides, RunFile
 from shadowpeft.terminal import terminal
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def main(run_file: RunFile, as_json: Json = False) -> None:
+def main(run_file: RunFile, settings: Overrides = None, as_json: Json = False) -> None:
     """Parameters, memory and time of a run, before it is trained."""
     from shadowpeft.train.config import read_run
 
-    run = read_run(run_file)
+    run = read_run(run_file, settings or ())
     quiet_libraries()
     show(plan(run), run_file, as_json)
 
@@ -54,7 +54,10 @@ def plan(run: Any) -> dict[str, Any]:
     base_parameters = sum(p.numel() for p in base.parameters())
     embedding = base.get_input_embeddings().weight.numel()
     layers = find_decoder(base).num_layers
-    shadow = {**run.shadow.fields_for(layers), "projection_init": "random"}  # a start needs weights, which meta tensors lack
+    shadow = {
+        **run.shadow.fields_for(layers),
+        "projection_init": "random",
+    }  # a start needs weights, which meta tensors lack
     model = get_peft_model(base, ShadowPeftConfig(task_type="CAUSAL_LM", **shadow))
     if t.freeze_shadow:
         find_hub(model).freeze_shadow("default")
@@ -74,7 +77,9 @@ def plan(run: Any) -> dict[str, Any]:
     tied = getattr(text, "tie_word_embeddings", False)
     active = base_parameters - (0 if tied else embedding)  # a tied table is the head, an untied one is only looked up
     forward = share if t.cache_activations else 1.0
-    through_layers = 2 * (forward + share) * (active - embedding) + 4 * embedding  # the head is as large as the embedding
+    through_layers = (
+        2 * (forward + share) * (active - embedding) + 4 * embedding
+    )  # the head is as large as the embedding
     per_token = through_base * through_layers + 6 * trainable + 4 * embedding * _answer_share(sequences)
     tokens_per_step = mean * t.batch_size * t.gradient_accumulation
     flops = _measured_flops()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
 
 from shadowpeft.apps.common import quiet_libraries, show
-from shadowpeft.apps.options import Json, RunFile
+from shadowpeft.apps.options import Json, Overrides, RunFile
 from shadowpeft.apps.train import InterruptedRunError
 
 
 def main(
     run_file: RunFile,
+    settings: Overrides = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue the run in its folder at the exact sample; start it if there is none."),
@@ -22,7 +24,7 @@ def main(
     """Pretrain a shadow under the base's frozen head."""
     from shadowpeft.train.pretrain_config import read_pretraining
 
-    run = read_pretraining(run_file)
+    run = read_pretraining(run_file, settings or ())
     quiet_libraries()
     from accelerate import PartialState
 
@@ -32,9 +34,10 @@ def main(
     if PartialState().is_main_process:
         show(result if as_json else _flat(result), "pretraining", as_json)
     if result["interrupted"]:
+        again = shlex.join([run_file, *(settings or ())])
         raise InterruptedRunError(
             f"stopped after step {result['steps']} of {result['planned_steps']}; continue with: shadowpeft pretrain "
-            f"{run_file} --resume"
+            f"{again} --resume"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.messages import did_you_mean
+from shadowpeft.messages import did_you_mean, quote
 from shadowpeft.presets import PRESETS, TRAINING, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings, explain
 
@@ -230,13 +232,37 @@ def parse(content: Any, where: str, kind: type[Run], sections: dict[str, type[Ba
         raise ConfigError(f"{where}: {problems_in(error, kind, sections)}") from error
 
 
-def read_run(path: str | Path) -> RunConfig:
-    """Read and check a run file (YAML, safe subset).
+def read_run(path: str | Path, settings: Sequence[str] = ()) -> RunConfig:
+    """Read and check a run file (YAML, safe subset), with some settings laid over it (:func:`overridden`).
 
     Raises:
         ConfigError: if it is missing, not YAML, or describes no possible run.
     """
-    return parse_run(read_yaml(path), str(path))
+    return parse_run(overridden(read_yaml(path), settings), " ".join([str(path), *settings]))
+
+
+def overridden(content: Any, settings: Sequence[str]) -> Any:
+    """The content of a run file with settings such as ``training.learning_rate=1e-3`` in the place of its own.
+
+    Raises:
+        ConfigError: if one is not ``KEY=VALUE``, or leads through something that has no keys.
+    """
+    content = copy.deepcopy(content)
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        *sections, key = name.split(".")
+        if not (equals and key and all(sections)):
+            raise ConfigError(f"{quote(setting)} is no setting; write KEY=VALUE, such as training.epochs=2")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise ConfigError(f"{quote(name)} leads through something that has no keys; see the run file")
+        try:
+            place[key] = yaml.load(value, Loader=RunLoader)
+        except yaml.YAMLError:
+            raise ConfigError(f"{quote(value)} is no value for '{name}'; quote it as YAML does") from None
+    return content
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 from shadowpeft.settings import Count
-from shadowpeft.train.config import OptimisationSection, StrictSection, parse, read_yaml
+from shadowpeft.train.config import OptimisationSection, StrictSection, overridden, parse, read_yaml
 
 
 class Backbone(StrictSection):
@@ -207,10 +208,10 @@ def parse_pretraining(content: Any, where: str) -> PretrainConfig:
     return parse(content, where, PretrainConfig, _SECTIONS, "'base' and 'backbone'")
 
 
-def read_pretraining(path: str | Path) -> PretrainConfig:
-    """Read and check a run file.
+def read_pretraining(path: str | Path, settings: Sequence[str] = ()) -> PretrainConfig:
+    """Read and check a run file, with some settings laid over it (:func:`~shadowpeft.train.config.overridden`).
 
     Raises:
         ConfigError: if it is missing, not YAML, or describes no possible run.
     """
-    return parse_pretraining(read_yaml(path), str(path))
+    return parse_pretraining(overridden(read_yaml(path), settings), " ".join([str(path), *settings]))
