@@ -14,6 +14,7 @@ import typer
 from shadowpeft import __version__
 from shadowpeft.apps import (
     convert,
+    data,
     demo,
     detach,
     doctor,
@@ -74,6 +75,16 @@ routing = typer.Typer(
 )
 app.add_typer(routing)
 routing.command("calibrate")(route.calibrate)
+rows = typer.Typer(name="data", help="The rows of a file.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(rows)
+
+
+@rows.callback()
+def _rows() -> None:
+    """The rows of a file."""
+
+
+rows.command("check")(data.check)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from chatbase import save_sitting_base
 from commands import call
 from shadowpeft.data.actions import read_skills
-from shadowpeft.data.chat import read_jsonl
+from shadowpeft.data.chat import read_file
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "device.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def test_the_page_and_the_example_have_one_run_file():
 
 def test_the_example_is_whole():
     names = set(read_skills(HOME / "actions.txt"))
-    rows = read_jsonl(HOME / "train.jsonl")
+    rows = read_file(HOME / "train.jsonl")
     held_out = [json.loads(line) for line in (HOME / "held-out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["skill"] for row in held_out} == {*names, "REMOTE"}
     assert {re.match(r"\[(\w+)(?:\(\))?\]", row["response"])[1] for row in rows} == {*names, "REMOTE"}

@@ -159,7 +159,7 @@ def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any,
     if vocab_from == "robot":
         rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM
     else:
-        rows, system = chat.read_jsonl(vocab_from), None
+        rows, system = chat.read_file(vocab_from), None
     small = vocab.trim(model, tokenizer, vocab.needed_tokens(tokenizer, rows, system))
     return small.model, small.tokenizer, small.kept
 

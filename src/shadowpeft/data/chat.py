@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shadowpeft.chat_template import is_special, render, render_prompt, stop_tokens, written_answer_ids
 from shadowpeft.core.losses import IGNORE
-from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, read_jsonl, rows_digest
+from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, read_file, read_jsonl, rows_digest
 from shadowpeft.data.padding import pad, pad_inputs
 from shadowpeft.errors import DataError
 
@@ -32,6 +32,7 @@ __all__ = [
     "check_row",
     "encode",
     "prompt_ids",
+    "read_file",
     "read_jsonl",
     "render_prompt",
     "rows_digest",

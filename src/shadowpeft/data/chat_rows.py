@@ -1,6 +1,7 @@
-"""Chat rows of a JSONL file, checked: everything in a row is used, or refused by name with file and line.
+"""Chat rows of a file, checked: everything in a row is used, or refused by name with file and line.
 
-A row is ``{"messages": [...]}`` or ``{"prompt": ..., "response": ...}``; the last message is the answer. Optional keys:
+A row is ``{"messages": [...]}`` or ``{"prompt": ..., "response": ...}``, or has another form of :mod:`shadowpeft.data.forms`.
+The last message is the answer. Optional keys:
 ``"tools"`` (what the chat template writes them for), ``"shadow_response"`` and ``"path"`` ("both", "base", "shadow"), see
 :mod:`shadowpeft.data.chat`. A message may have ``"tool_calls"`` and what a model has thought beside its content. ``null`` means
 absent. Keys of a row that say nothing of training, such as an id, are left alone.
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from shadowpeft.data.forms import normal, rows_in
 from shadowpeft.errors import DataError
-from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
 
 PATHS = ("both", "base", "shadow")
@@ -45,29 +46,24 @@ class ChatRow(dict[str, Any]):
 
     where = ""
     """File and line."""
+    form = ""
+    """The keys by which it was recognised (:mod:`shadowpeft.data.forms`)."""
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, each a checked chat row.
+def read_file(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a file, each a checked chat row; see :func:`shadowpeft.data.forms.rows_in` for the kinds of file.
 
     Raises:
-        DataError: naming file and line, if the file is missing or empty or a row is malformed.
+        DataError: naming file and place, if the file is missing or empty or a row is malformed.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"data file '{file}' does not exist; check the path")
-    rows = []
-    with file.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if line.strip():
-                where = f"{file}, line {number}"
-                try:
-                    rows.append(check_row(parse_json(line), where))
-                except ValueError as error:
-                    raise error if isinstance(error, DataError) else DataError(f"{where} {error}") from error
+    rows = [check_row(row, where) for where, row in rows_in(path)]
     if not rows:
-        raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
+        raise DataError(f"data file '{path}' holds no rows; each line must be one JSON object")
     return rows
+
+
+read_jsonl = read_file
+"""The name of earlier releases."""
 
 
 def check_row(row: Any, where: str) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
-    row = without_null(row)
+    row, form = normal(without_null(row), where)
     for key in row:
         if key not in _KEYS and difflib.get_close_matches(key, ["shadow_response"], n=1, cutoff=0.85):
             raise DataError(f"{where} has the key '{key}'; did you mean 'shadow_response'?")
@@ -95,7 +91,10 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
             raise DataError(f"{where}: 'prompt' and 'response' must be strings")
         history, response = [{"role": "user", "content": row["prompt"]}], row["response"]
     else:
-        raise DataError(f"{where} has the keys {sorted(row)[:6]} but needs 'messages', or 'prompt' and 'response'")
+        raise DataError(
+            f"{where} has the keys {sorted(row)[:6]} but needs 'messages', or 'prompt' and 'response', or "
+            "a form of docs/data.md"
+        )
     shadow, path = row.get("shadow_response"), row.get("path", "both")
     if shadow is not None and not isinstance(shadow, str):
         raise DataError(f"{where}: 'shadow_response' must be a string")
@@ -111,7 +110,7 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
             raise DataError(f"{where}: 'tools' must be a list of objects")
         if row["tools"]:
             checked["tools"] = row["tools"]
-    checked.where = where
+    checked.where, checked.form = where, form
     return checked
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from shadowpeft.data import chat
 from shadowpeft.data.actions import only_action
+from shadowpeft.data.forms import OWN, forms_of
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
 from shadowpeft.errors import ConfigError, DataError
@@ -46,7 +47,7 @@ def read_rows(source: str, split: str, *, actions: bool = False) -> list[dict[st
     Raises:
         DataError: naming file and line, if a row is malformed, or has a tool call where actions are learnt.
     """
-    rows = robot_rows(split, actions=actions) if source == "robot" else chat.read_jsonl(source)
+    rows = robot_rows(split, actions=actions) if source == "robot" else chat.read_file(source)
     return [with_action(row) for row in rows] if actions else rows
 
 
@@ -81,6 +82,9 @@ def encode_run(
             rows = read_rows(source, part, actions=run.data.learns_actions)
             encoded[part] = chat.encode(rows, tokenizer, **options)
             record[part] = {"source": source, **encoded[part].record(), "sha256": chat.rows_digest(rows)}
+            if source != "robot" and set(forms := forms_of(rows)) - set(OWN):
+                record[part]["forms"] = forms
+                warn(f"data.{part}: " + ", ".join(f"{count} rows of the form {name}" for name, count in forms.items()))
             if encoded[part].skipped is not None:
                 warn(f"data.{part}: {encoded[part].skipped}")
     training = encoded["train"]

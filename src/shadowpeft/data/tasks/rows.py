@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.chat import read_jsonl, rows_digest
+from shadowpeft.data.chat import read_file, rows_digest
 from shadowpeft.data.tasks.base import Example, Task
 from shadowpeft.errors import DataError
 
@@ -23,12 +23,14 @@ class Rows(Task):
 
     def __init__(self, file: str | Path, max_new_tokens: int = 64) -> None:
         self.name, self.file, self.max_new_tokens = str(file), Path(file), max_new_tokens  # type: ignore[misc]
-        self._rows = read_jsonl(file)
+        self._rows = read_file(file)
         for row in self._rows:
             beside = [*row.get("answer", {}), *(["tools"] if "tools" in row else [])]
             if beside:
                 where = getattr(row, "where", file)
-                raise DataError(f"{where} has '{beside[0]}', which an evaluation by text cannot judge; leave the row out")
+                raise DataError(
+                    f"{where} has '{beside[0]}', which an evaluation by text cannot judge; leave the row out"
+                )
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""

@@ -1,0 +1,153 @@
+"""Data as people have them: files of four kinds, rows of TRL, Alpaca and ShareGPT; and what is wrong with them, by place."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from commands import call
+from shadowpeft.data import chat
+from shadowpeft.data.forms import forms_of
+from shadowpeft.errors import DataError
+
+PAIR = {"prompt": "sit", "response": "[Sit()] ok"}
+FORMS = {
+    "prompt, completion": [
+        {"prompt": "sit", "completion": "[Sit()] ok"},
+        {
+            "prompt": [{"role": "user", "content": "sit"}],
+            "completion": [{"role": "assistant", "content": "[Sit()] ok"}],
+        },
+    ],
+    "instruction, input, output": [
+        {"instruction": "sit", "output": "[Sit()] ok"},
+        {"instruction": "sit", "input": "", "output": "[Sit()] ok"},
+        {"instruction": "sit", "input": None, "output": "[Sit()] ok", "text": "all of it"},
+    ],
+    "conversations": [
+        {"conversations": [{"from": "human", "value": "sit"}, {"from": "gpt", "value": "[Sit()] ok"}]},
+        {
+            "conversations": [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "[Sit()] ok"}],
+            "id": 7,
+        },
+    ],
+    "prompt, response": [PAIR],
+    "messages": [{"messages": [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "[Sit()] ok"}]}],
+}
+
+
+@pytest.mark.parametrize(("form", "row"), [(form, row) for form, rows in FORMS.items() for row in rows])
+def test_a_form_is_recognised_and_means_the_same(form, row):
+    found = chat.check_row(row, "here")
+    assert found == chat.check_row(PAIR, "here")
+    assert found.form == form
+
+
+def test_systems_inputs_and_several_turns_are_kept():
+    found = chat.check_row({"instruction": "add", "input": "1 2", "output": "3", "system": "be brief"}, "here")
+    assert found["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "add\n\n1 2"}]
+    turns = [("human", "hi"), ("gpt", "hello"), ("human", "sit"), ("gpt", "ok")]
+    row = {"system": "a dog", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    found = chat.check_row(row, "here")
+    assert [m["role"] for m in found["messages"]] == ["system", "user", "assistant", "user"]
+    assert found["response"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": ["b"]}, "must both be strings or both be lists"),
+        ({"instruction": "a", "output": 3}, "must be strings"),
+        ({"conversations": "a"}, "must be a list of objects with 'from' and 'value'"),
+        ({"conversations": [{"from": "nobody", "value": "a"}]}, "turn 1 of 'conversations' needs"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "must end with an 'assistant' message"),
+        ({"prompt": "a", "response": "b", "completion": "c"}, "'completion', which training does not use"),
+        ({"instruction": "a", "output": "b", "response": "c"}, "needs 'messages', or 'prompt' and 'response'"),
+        ({"text": "a"}, "a form of docs/data.md"),
+    ],
+)
+def test_what_is_wrong_is_named(row, message):
+    with pytest.raises(DataError) as refused:
+        chat.check_row(row, "here")
+    assert str(refused.value).startswith("here")
+    assert message in str(refused.value)
+
+
+def written(tmp_path, suffix, rows):
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        with file.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, fieldnames=sorted({key for row in rows for key in row}))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        lines = suffix == ".jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_files_of_every_kind_hold_the_same_rows(tmp_path, suffix):
+    rows = [
+        {"prompt": "sit, please", "response": "line one\nline two", "shadow_response": None},
+        {"prompt": "站起来", "response": "好", "shadow_response": "[StandUp()]"},
+    ]
+    found = chat.read_file(written(tmp_path, suffix, rows))
+    assert found == [chat.check_row(row, "") for row in rows]
+    assert found[1].where.startswith(str(tmp_path / f"rows{suffix}"))
+    assert forms_of(found) == {"prompt, response": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"prompt": "a"}', "must hold a list of rows"),
+        ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}', "JSON lines belong into a file that ends in .jsonl"),
+        ("a.csv", b"prompt,response\na,b,c\n", "another number of cells"),
+        ("a.csv", b'prompt,response\n"a,b\n', "is not valid CSV"),
+        ("a.csv", b"prompt,response\n\xff,b\n", "is not valid CSV in UTF-8"),
+        ("a.parquet", b"PAR1 nothing", "is not a readable parquet file"),
+        ("a.csv", b"prompt,response\n", "holds no rows"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        chat.read_file(tmp_path / name)
+    assert str(tmp_path / name) in str(refused.value)
+    assert message in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ data check
+
+
+def test_data_check_shows_what_is_learnt_and_every_row_that_is_refused(monkeypatch, capsys, tmp_path):
+    rows = [PAIR, {"instruction": "sing", "output": "la " * 40}, {"prompt": "a"}, {"prompt": "b", "response": 3}]
+    file = written(tmp_path, ".jsonl", rows)
+    code, out, err = call(monkeypatch, capsys, "data", "check", file, "--max-length", 60, "--json")
+    found = json.loads(out)
+    assert code == 2
+    assert "2 of 4 rows are refused" in err
+    assert (found["rows"], found["refused"]["rows"]) == (4, 2)
+    assert found["forms"] == {"prompt, response": 1, "instruction, input, output": 1}
+    assert found["longer_than_max_length"]["rows"] == 1
+    assert found["longer_than_max_length"]["first"].endswith("line 2")
+    assert [problem.partition(" ")[0] for problem in found["refused"]["why"]] == [str(file) + ","] * 2
+    assert found["learnt_tokens"]["sum"] < found["tokens"]["sum"]
+    code, out, err = call(monkeypatch, capsys, "data", "check", written(tmp_path, ".csv", [PAIR] * 3), "--show", 1)
+    assert (code, err) == (0, "")
+    assert "learnt by base and shadow" in out
+    assert "[Sit()] ok" in out
+    assert "form: prompt, response (3)" in out
+
+
+def test_data_check_of_the_packaged_set(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "data", "check", "robot", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["refused"]["rows"] == 0
+    assert found["paths"]["base"] == 1000
