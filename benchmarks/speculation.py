@@ -1,6 +1,6 @@
 """Free drafts beside ordinary decoding: tokens per second of the bare base, the attached model, and the same drafting.
 
-    python benchmarks/speculation.py ADAPTER [--run run.yaml] [--rows 24] [--rounds 3] [--threads 1]
+    python benchmarks/speculation.py ADAPTER [--run run.yaml] [--rows 16] [--rounds 3] [--threads 1]
 
 ADAPTER: a shadow trained on the robot set whose shadow path learns whole answers (``data.shadow_answers: whole``); RUN: the run
 file that made it, kept in the record. Greedy, one prompt at a time: commands and open-domain requests of the validation set.
@@ -48,12 +48,11 @@ WAYS = {
     "base": "bare base",
     "attached": "attached",
     "gate": "attached, drafting while it pays",
-    "fixed-1": "one draft in every round",
-    "fixed-3": "three",
+    "fixed-3": "three drafts in every round",
     "fixed-7": "seven",
     "gate-all": "while it pays, from the whole vocabulary",
 }
-LONGEST = 48
+LONGEST = 40
 
 
 def settings_of(way: str) -> Speculation | None:
@@ -232,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", nargs="?", help="without it the page is written from the record")
     parser.add_argument("--run")
-    for name, default in (("rows", 24), ("rounds", 3), ("threads", 1)):
+    for name, default in (("rows", 16), ("rounds", 3), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     if asked.adapter:
