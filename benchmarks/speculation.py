@@ -240,7 +240,7 @@ def main() -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     draw(record, FIGURE)
     text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else "\n".join(MARKS)
-    write_text(PAGE, between(text, *MARKS, block(record)))
+    write_text(PAGE, between(text, MARKS, block(record)) or "")
     print(block(record))
 
 
