@@ -41,7 +41,7 @@ class Eager(Gate):
 @pytest.fixture
 def eager(monkeypatch):
     """Every request that may draft does."""
-    monkeypatch.setattr(Attached, "gate", lambda self, name: None if name == self.base_name else Eager())
+    monkeypatch.setattr(Attached, "gate", lambda self, name, **_: None if name == self.base_name else Eager())
 
 
 def answers(backend, speculative, **sampling):
@@ -200,7 +200,7 @@ def test_usage_and_metrics_say_what_was_drafted(eager, stream):
 def test_what_has_no_shadow_drafts_nothing(backend):
     made = detached() if backend == "detached" else MultiBackend([detached("one"), detached("two")])
     name = made.names[0]
-    assert made.gate(name) is None
+    assert made.gate(name, sampled=False) is None
     engine = engine_of(made, speculative=True)
     assert ask(engine, "sit", name, max_tokens=8).wait().drafted == 0
     assert engine.stop()
@@ -208,10 +208,10 @@ def test_what_has_no_shadow_drafts_nothing(backend):
 
 def test_a_gate_is_priced_by_the_adapter_and_never_by_its_neighbours():
     backend = attached()
-    prices = {name: backend.gate(name).draft_cost for name in ("default", "deep")}
+    prices = {name: backend.gate(name, sampled=False).draft_cost for name in ("default", "deep")}
     assert prices["deep"] > prices["default"]
     assert prices["default"] == Speculation().gate(backend._inner).draft_cost, "of one row, however many there are"
-    assert backend.gate("base") is None
+    assert backend.gate("base", sampled=True) is None
 
 
 def test_the_engine_computes_thin_products_while_it_runs(monkeypatch):

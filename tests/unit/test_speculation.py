@@ -128,6 +128,12 @@ def test_a_plan_ends_where_the_next_pass_is_much_dearer():
     assert gate.plan() == 8
 
 
+def test_a_drawn_token_of_small_probability_may_be_right():
+    greedy, drawn = (Gate(0.1, [1.0, 1.1], sampled=sampled) for sampled in (False, True))
+    assert greedy.chance(0.25) == pytest.approx(0.0625)
+    assert drawn.chance(0.25) == pytest.approx(0.475)
+
+
 def test_a_sure_draft_is_wanted_and_an_unsure_one_is_not():
     gate = Gate(0.1, [1.0 + 0.1 * n for n in range(5)])
     assert gate.wants(0, 4, 1.0, 0.9)
@@ -200,6 +206,8 @@ def test_right_drafts_save_passes(monkeypatch):
     assert torch.equal(model.generate(input_ids=ids, speculative=settings, **GREEDY), expected)
     assert settings.counts.pauses == 4, "a shadow as large as the base cannot pay, and each row says so"
     monkeypatch.setattr(speculation, "draft_cost", lambda *_: 0.05)
+    # a random model is never sure, so let the gate begin as for drawn tokens
+    monkeypatch.setattr(speculation, "Gate", lambda *prices, sampled: Gate(*prices, sampled=True))
     settings = Speculation()
     assert torch.equal(model.generate(input_ids=ids, speculative=settings, **GREEDY), expected)
     assert settings.counts.tokens_per_pass > 1.5

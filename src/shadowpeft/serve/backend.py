@@ -66,8 +66,8 @@ class Backend(ABC):
     def open(self, names: list[str]) -> Session:
         """Start a batch whose row ``i`` belongs to ``names[i]``."""
 
-    def gate(self, name: str) -> Gate | None:
-        """What decides how much a shadow drafts of an answer of ``name``; None: nothing drafts there."""
+    def gate(self, name: str, *, sampled: bool) -> Gate | None:
+        """What decides how much a shadow drafts of an answer of ``name``, which is drawn or not; None: nothing drafts there."""
         return None
 
     @abstractmethod
@@ -186,8 +186,10 @@ class Attached(Backend):
         scope.names = rows.check_names([rows.BASE if n == self.base_name else module_name(n) for n in names], self._hub)  # type: ignore[arg-type]
         return AttachedSession(self._inner, scope, self._draft_head)
 
-    def gate(self, name: str) -> Gate | None:
-        return None if name == self.base_name else Speculation(MAX_DRAFT).gate(self._inner, adapter=module_name(name))
+    def gate(self, name: str, *, sampled: bool) -> Gate | None:
+        if name == self.base_name:
+            return None
+        return Speculation(MAX_DRAFT).gate(self._inner, adapter=module_name(name), sampled=sampled)
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)

@@ -147,7 +147,7 @@ class Engine:
         deadline = time.monotonic() + self.limits.answer_seconds
         request = Request(ids, name, sampling, emit, until, actions, deadline, generator=sampling.generator())
         if self.limits.speculative if speculative is None else speculative:
-            request.gate = self.backend.gate(name)
+            request.gate = self.backend.gate(name, sampled=request.generator is not None)
         with self._changed:
             self.check(len(ids), name, sampling.max_tokens)  # here, so that the name is not taken out in between
             if self._stopping:

@@ -75,7 +75,7 @@ class _Decoding:
         self.model, self.settings, self.criteria = model, settings, criteria
         self.config, self.streamer = config, streamer
         self.head, self.samples = settings.head(), bool(config.do_sample)
-        gates = [settings.gate(model, len(ids)) for _ in ids]
+        gates = [settings.gate(model, len(ids), sampled=self.samples) for _ in ids]
         room = int(config.max_length) - ids.shape[1] + 1
         self.rows = [
             _Row(place, row, room, gate, [_for_row(each, place, len(ids)) for each in processors])

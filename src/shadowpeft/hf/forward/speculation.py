@@ -82,17 +82,17 @@ class Speculation:
         """The head to draft with."""
         return DraftHead(self.tokens)
 
-    def gate(self, model: Any, rows: int = 1, adapter: str | None = None) -> Gate | None:
+    def gate(self, model: Any, rows: int = 1, adapter: str | None = None, *, sampled: bool = False) -> Gate | None:
         """What decides for one of ``rows`` answers of ``model``; None: every round drafts ``max_draft`` tokens.
 
         Args:
-            adapter: whose prices count; None: the active one's.
+            adapter: whose prices count; None: the active one's. sampled: whether tokens are drawn.
         """
         if not self.adaptive:
             return None
         one = pass_cost(model, rows)
         costs = [pass_cost(model, rows * (drafts + 1)) / one for drafts in range(self.max_draft + 1)]
-        return Gate(draft_cost(model, self.head(), adapter), costs)
+        return Gate(draft_cost(model, self.head(), adapter), costs, sampled=sampled)
 
 
 def pass_cost(model: Any, rows: int) -> float:
