@@ -70,10 +70,10 @@ _BINS = 10
 _PRIOR = 4.0
 """Drafts that what is expected of a bin counts for, before any was verified.
 
-Of a greedy draft the square of its confidence is expected to be right. A two-layer shadow of SmolLM2-135M that had learnt its texts
-was right in as many cases as it was confident, and on texts that it had not learnt in a third to two thirds of them (LOG.md).
-A drawn token of small probability is accepted if the target gives it as much, so confidence says less there: it starts
-halfway between the confidence and ``_START``.
+Of a greedy draft the square of its confidence is expected to be right. A two-layer shadow of SmolLM2-135M that had learnt its
+texts was right in as many cases as it was confident, and on other texts in a third to two thirds of them (LOG.md). A drawn
+token of small probability is accepted if the target gives it as much, so confidence says less there: it starts halfway
+between the confidence and ``_START``.
 """
 _START, _MEMORY = 0.7, 0.95
 """Share of drafts accepted that is expected at first, and how slowly what is seen changes it."""
