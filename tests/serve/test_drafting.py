@@ -10,8 +10,10 @@ from serving import Reader, ask, attached, detached, engine_of
 from shadowpeft.core.speculation import Gate
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.hf.forward.speculation import Speculation
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.ops import thin
 from shadowpeft.serve.backend import Attached, MultiBackend
+from shadowpeft.serve.batch import NumbersError
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.requests import SamplingParams
@@ -194,6 +196,28 @@ def test_usage_and_metrics_say_what_was_drafted(eager, stream):
     assert metric(said, "shadowpeft_drafted_tokens") == drafted
     assert metric(said, "shadowpeft_accepted_tokens") == details.accepted_prediction_tokens
     assert metric(said, "shadowpeft_tokens_per_pass") >= 1.0
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 5e-3])
+def test_the_smallest_temperatures_draft_the_likeliest_tokens(eager, temperature):
+    engine = engine_of(attached(), speculative=True)
+    greedy = ask(engine, "stand up now", "deep", max_tokens=16)
+    drawn = ask(engine, "stand up now", "deep", max_tokens=16, temperature=temperature, seed=1)
+    assert drawn.text == greedy.text
+    assert drawn.wait().drafted > 0
+    assert engine.stop()
+
+
+def test_weights_that_are_no_numbers_fail_their_own_request_alone(monkeypatch):
+    backend = attached()
+    with torch.no_grad():
+        find_hub(backend.model).shadowpeft_backbone["late"].layers[0].mlp.up_proj.weight.fill_(torch.nan)
+    engine = engine_of(backend, speculative=True)
+    bad, good = ask(engine, "sit", "late", max_tokens=8), ask(engine, "sit", "default", max_tokens=8)
+    with pytest.raises(NumbersError):
+        bad.wait()
+    assert good.wait().new_tokens > 0
+    assert engine.stop()
 
 
 @pytest.mark.parametrize("backend", ["detached", "several"])

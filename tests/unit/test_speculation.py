@@ -138,6 +138,7 @@ def test_a_sure_draft_is_wanted_and_an_unsure_one_is_not():
     gate = Gate(0.1, [1.0 + 0.1 * n for n in range(5)])
     assert gate.wants(0, 4, 1.0, 0.9)
     assert not gate.wants(0, 1, 0.2, 0.1)
+    assert not gate.wants(0, 4, 1.0, math.nan)
     assert not gate.wants(3, 4, 0.05, 0.9)
 
 
@@ -269,6 +270,29 @@ def test_a_mixed_batch_drafts_with_each_rows_own_shadow():
     for settings in (always(), Speculation(), always(tokens=range(2, V))):
         found = model.generate(input_ids=ids, adapter_names=names, speculative=settings, **GREEDY)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("drafts", [always, Speculation])
+def test_rows_of_a_mixed_batch_end_one_by_one(drafts):
+    model = several(base("llama"))
+    ids = tokens(4, 6)
+    names = ["early", "__base__", "deep", "early"]
+    free = model.generate(input_ids=ids, adapter_names=names, **GREEDY)
+    options = {**GREEDY, "eos_token_id": [int(free[0, 9]), int(free[2, 12]), int(free[1, 15])]}
+    expected = model.generate(input_ids=ids, adapter_names=names, **options)
+    assert len({int((row != PAD).sum()) for row in expected}) > 1
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, speculative=drafts(), **options), expected)
+    twice = {"adapter_names": names, "do_sample": True, "num_return_sequences": 2, "top_k": 1}
+    found = model.generate(input_ids=ids, speculative=drafts(), **{**options, **twice})
+    assert torch.equal(found[::2][:, : expected.shape[1]], expected)
+
+
+def test_a_trained_head_drafts_and_verifies():
+    model = adapt(base("llama"), modules_to_save=["lm_head"])
+    ids = tokens(2, 6)
+    expected = model.generate(input_ids=ids, **GREEDY)
+    for settings in (always(), always(tokens=range(2, V))):
+        assert torch.equal(model.generate(input_ids=ids, speculative=settings, **GREEDY), expected)
 
 
 def test_a_stream_gets_every_token_once():

@@ -6,6 +6,7 @@ target's distribution, whatever the draft is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -137,8 +138,10 @@ class Gate:
 
         Args:
             drafted: how many there are. planned: what :meth:`plan` said. before: probability that all of them are accepted.
-            confidence: the draft's, in the next one.
+            confidence: the draft's, in the next one; not a number (damaged weights) is no reason to draft.
         """
+        if math.isnan(confidence):
+            return False
         chance = before * self.chance(confidence)
         alone = self._costs[drafted + 1] - self._costs[drafted]
         rest = self._costs[planned] - self._costs[drafted]

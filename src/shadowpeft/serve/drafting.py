@@ -42,13 +42,13 @@ class _Row:
         if draft is None or gate is None:
             return False
         self.looked += 1
-        scores = draft.logits if request.generator is None else draft.logits / request.sampling.temperature
-        p = scores.softmax(-1)
+        greedy = request.generator is None
+        p = draft.logits.softmax(-1) if greedy else distribution(draft.logits, request.sampling)
         confidence = float(p.max())
         if not gate.wants(len(self.drafted), self.planned, self.chance, confidence):
             return False
-        place = int(p.argmax()) if request.generator is None else draw(p, request.generator)
-        self.shares.append((p.double().cpu(), draft.tokens))
+        place = int(p.argmax()) if greedy else draw(p, request.generator)
+        self.shares.append((p, draft.tokens))
         self.drafted.append(place if draft.tokens is None else int(draft.tokens[place]))
         self.confidences.append(confidence)
         self.chance *= gate.chance(confidence)

@@ -22,6 +22,7 @@ from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward.drafting import Ahead, Draft, realigned, take_back
 from shadowpeft.hf.forward.joining import check_movable, select_rows
+from shadowpeft.hf.forward.rows import row_names
 from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.ops.thin import thin_products
 
@@ -31,8 +32,8 @@ _PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", 
 class _Row:
     """One answer that is being made."""
 
-    def __init__(self, place: int, ids: Tensor, room: int, gate: Gate | None, processors: list[Any]) -> None:
-        self.place, self.gate, self.processors = place, gate, processors
+    def __init__(self, place: int, ids: Tensor, room: int, gate: Gate | None, processors: list[Any], name: str | None) -> None:
+        self.place, self.gate, self.processors, self.name = place, gate, processors, name
         self._ids = torch.cat([ids, ids.new_zeros(room)])
         self.length = len(ids)
         self.scores: list[Tensor] = []
@@ -77,13 +78,20 @@ class _Decoding:
         self.head, self.samples = settings.head(), bool(config.do_sample)
         gates = [settings.gate(model, len(ids), sampled=self.samples) for _ in ids]
         room = int(config.max_length) - ids.shape[1] + 1
+        names = row_names(model, len(ids)) or [None] * len(ids)
         self.rows = [
-            _Row(place, row, room, gate, [_for_row(each, place, len(ids)) for each in processors])
-            for place, (row, gate) in enumerate(zip(ids, gates, strict=True))
+            _Row(place, row, room, gate, [_for_row(each, place, len(ids)) for each in processors], name)
+            for place, (row, gate, name) in enumerate(zip(ids, gates, names, strict=True))
         ]
         self.live = list(self.rows)
-        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary = 0
         self.takes_positions = Signature(find_decoder(model).backbone).accepts("position_ids")
+
+    @property
+    def names(self) -> list[str] | None:
+        """The adapters of the rows that go on, in a mixed batch; None if one adapter has all."""
+        names = [row.name for row in self.live if row.name is not None]
+        return names or None
 
     # -------------------------------------------------------------------------------------------------------- choosing
 
@@ -125,7 +133,8 @@ class _Decoding:
         column = torch.tensor([[row.last] for row in self.live], device=self.model.device)
         while True:
             mask = None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
-            ahead.read(column, cache, attention_mask=mask, position_ids=positions if self.takes_positions else None)
+            places = positions if self.takes_positions else None
+            ahead.read(column, cache, attention_mask=mask, position_ids=places, names=self.names)
             positions = positions + 1
             drafting = [row for row in self.live if row.drafts]
             if not drafting:
@@ -198,6 +207,7 @@ class _Decoding:
         if len(self.live) > 1:
             check_movable(cache)
         first = outputs.logits[:, -1].float()
+        self.vocabulary = first.shape[-1]
         width = self.live[0].length
         ended = []
         for place, row in enumerate(self.live):
@@ -228,6 +238,8 @@ class _Decoding:
         inputs: dict[str, Any] = {"attention_mask": None if shown is None else held}
         if self.takes_positions:
             inputs["position_ids"] = positions + torch.arange(columns, device=positions.device)
+        if self.names is not None:
+            inputs["adapter_names"] = self.names
         logits = self.model(
             input_ids=ids,
             past_key_values=cache,
@@ -288,7 +300,6 @@ def speculate(
     generation_config: Any,
     *,
     settings: Speculation,
-    names: Any = None,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:

@@ -92,20 +92,28 @@ class Ahead:
         self._states: list[Tensor] = []
 
     def read(
-        self, input_ids: Tensor, cache: Cache, *, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        cache: Cache,
+        *,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        names: Sequence[str] | None = None,
     ) -> None:
         """Let the shadows read one more piece ``(B, T)``.
 
         Args:
             cache: one that attached passes have filled. attention_mask: ``(B, L)`` up to these tokens, or None.
-            position_ids: ``(B, T)``, for shadows that take them.
+            position_ids: ``(B, T)``, for shadows that take them. names: the adapter of each row; None: as the running
+                generation has them.
 
         Raises:
             ConfigError: if no adapter is enabled. CacheMismatchError: if the cache was filled with other adapters.
         """
         backbone: Any = self._backbone
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        call = hooks.start(backbone.shadow_hub, self.model, dict(inputs))
+        named = {} if names is None else {"adapter_names": list(names)}
+        call = hooks.start(backbone.shadow_hub, self.model, {**inputs, **named})
         if call is None:
             raise ConfigError("no adapter is enabled, so there is no shadow that could draft; enable or set one")
         views = shadow_views(cache, self._layers, backbone.config, call, ahead=None)

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.weights import module_for_adapter
-from shadowpeft.hf.forward.call import AdapterWeights, Part, Scope, ShadowCall, current, enter, leave, read_weights
+from shadowpeft.hf.forward.call import (
+    AdapterWeights,
+    Part,
+    Scope,
+    ShadowCall,
+    current,
+    enter,
+    leave,
+    read_weights,
+    scope,
+)
 from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink
 from shadowpeft.messages import did_you_mean
 
@@ -111,6 +121,14 @@ def check_length(names: tuple[str, ...], rows: int | None, *, repeats: bool = Fa
     if repeats and names and rows % len(names) == 0:
         return tuple(name for name in names for _ in range(rows // len(names)))
     raise ConfigError(f"adapter_names has {len(names)} entries but the batch has {rows} rows; give one name per row")
+
+
+def row_names(model: nn.Module, rows: int) -> tuple[str, ...] | None:
+    """The adapter of each row of a running generation of ``model`` with ``adapter_names``; None if one adapter has all."""
+    entered = scope.get()
+    if entered is None or entered.model is not model or entered.names is None:
+        return None
+    return check_length(entered.names, rows, repeats=entered.repeats)
 
 
 def check_mode(model: nn.Module) -> None:
