@@ -62,8 +62,8 @@ def test_loss_and_gradients_are_those_of_whole_rows(name, fields, counts, monkey
     monkeypatch.setattr(beginning, "WORTH_SHARING", 1000)
     plain, expected, runs, whole = loss_and_gradients(model, rows, tmp_path)
     assert runs == [(4, 20)]
-    # norms compute in float32, whatever goes in
-    torch.testing.assert_close(loss, plain, rtol=1e-7, atol=1e-7)
+    # norms and the divergence compute in float32, whatever goes in, and processors add up in different orders
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-6)
     assert logged == pytest.approx(whole, rel=1e-6)
     assert gradients.keys() == expected.keys()
     for key, value in expected.items():
