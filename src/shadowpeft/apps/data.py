@@ -90,10 +90,13 @@ def _spread(lengths: list[int]) -> dict[str, float]:
 
 
 def _print(result: dict[str, Any], sequences: list[Any], tokenizer: Any) -> None:
+    from shadowpeft.decode import decode
+
     console = terminal()
     for sequence in sequences:
-        text = Text(tokenizer.decode(sequence.ids[: sequence.start]), style="dim")
-        text.append(tokenizer.decode(sequence.ids[sequence.start :]), style="green")
+        before, learnt = sequence.ids[: sequence.start], sequence.ids[sequence.start :]
+        text = Text(decode(tokenizer, before, skip_special_tokens=False), style="dim")
+        text.append(decode(tokenizer, learnt, skip_special_tokens=False), style="green")
         paths = [name for name, learns in (("base", sequence.base), ("shadow", sequence.shadow)) if learns]
         console.print(text)
         console.print(

@@ -55,9 +55,7 @@ FULL: dict[str, Any] = {
 
 def main(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
-    full: Annotated[
-        bool, typer.Option("--full", help="Ten shadow layers, a whole epoch of both paths: an hour.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Ten shadow layers, a whole epoch of both paths: an hour.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the packaged model on the robot set, measure device, cloud and both beside a classifier, show the result."""
@@ -86,9 +84,7 @@ def main(
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         show_tables(result, terminal())
-        console.print(
-            f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}"
-        )
+        console.print(f"saved: {folder / 'result.json'}, {folder / 'result.png'}, adapter in {folder / 'run' / 'adapter'}")
 
 
 def is_earlier_demo(folder: Path) -> bool:

@@ -43,9 +43,7 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
     for name, title in NAMES.items():
         found = methods[name]
         languages = f"{100 * found['en']['accuracy']:.0f} / {100 * found['zh']['accuracy']:.0f}"
-        handed = (
-            ["-", "-"] if name == "routed" else [percent(found[k]) for k in ("open_handed_on", "commands_handed_on")]
-        )
+        handed = ["-", "-"] if name == "routed" else [percent(found[k]) for k in ("open_handed_on", "commands_handed_on")]
         time = f"{ms[name]:.1f}" if name in ms else ""
         table.add_row(title, percent(found["commands"]), languages, *handed, time)
     console.print(table)
@@ -114,9 +112,7 @@ def _bars(axes: Any, methods: dict[str, Any]) -> None:
     axes.set_ylim(0, 135)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("% of unseen requests, 95 % interval")
-    axes.set_title(
-        f"{methods['device']['commands']['n']} commands, {methods['device']['open_handed_on']['n']} open requests"
-    )
+    axes.set_title(f"{methods['device']['commands']['n']} commands, {methods['device']['open_handed_on']['n']} open requests")
     axes.legend(frameon=False, ncols=2, fontsize=8, loc="upper center")
 
 
@@ -128,16 +124,13 @@ def _who(axes: Any, result: dict[str, Any]) -> None:
         axes.barh(i, device, color=COLOURS["device"], label="device" if i == 0 else None)
         axes.barh(i, 100 - device, left=device, color=COLOURS["cloud"], label="cloud" if i == 0 else None)
         side = "left" if device < 50 else "right"
-        axes.text(
-            device + (2 if side == "left" else -2), i, f"{device:.0f} % on the device", va="center", ha=side, color="w"
-        )
+        axes.text(device + (2 if side == "left" else -2), i, f"{device:.0f} % on the device", va="center", ha=side, color="w")
     axes.set_yticks(range(2), [name for name, _ in rows])
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of requests")
     wrong = kept["wrong_of_kept"]
     axes.set_title(
-        f"who answers: at most {kept['target']:.0%} wrong on the device\nasked for, {wrong['accuracy']:.1%} found",
-        fontsize=11,
+        f"who answers: at most {kept['target']:.0%} wrong on the device\nasked for, {wrong['accuracy']:.1%} found", fontsize=11
     )
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
@@ -146,9 +139,7 @@ def _times(axes: Any, ms: dict[str, float]) -> None:
     names = [name for name in NAMES if name in ms]
     for i, name in enumerate(names):
         axes.bar(i, ms[name], color=COLOURS[name])
-        axes.text(
-            i, ms[name], f"{ms[name]:.0f} ms" if ms[name] >= 10 else f"{ms[name]:.1f} ms", ha="center", va="bottom"
-        )
+        axes.text(i, ms[name], f"{ms[name]:.0f} ms" if ms[name] >= 10 else f"{ms[name]:.1f} ms", ha="center", va="bottom")
     axes.set_xticks(range(len(names)), [{"rival": "SVC"}.get(name, name) for name in names])
     axes.set_yscale("log")
     axes.set_ylabel("ms, one thread, no network")

@@ -133,9 +133,7 @@ def shares(rows: Sequence[Row], actions: Sequence[str], kept: Sequence[bool]) ->
         "commands_kept": accuracy([k for row, _, k in triples if row["skill"] != REMOTE]),
         "open_kept": accuracy([k for row, _, k in triples if row["skill"] == REMOTE]),
         "wrong_of_kept": accuracy([action != row["skill"] for row, action, k in triples if k]),
-        "wrong_of_kept_commands": accuracy(
-            [a != row["skill"] for row, a, k in triples if k and row["skill"] != REMOTE]
-        ),
+        "wrong_of_kept_commands": accuracy([a != row["skill"] for row, a, k in triples if k and row["skill"] != REMOTE]),
     }
 
 

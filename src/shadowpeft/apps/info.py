@@ -49,9 +49,7 @@ def _base(identity: dict[str, Any]) -> str:
     """Architecture and shape of the base, from the identity that the adapter records."""
     shapes = identity.get("shapes")
     names = {"num_hidden_layers": "layers", "hidden_size": "width", "vocab_size": "tokens"}
-    sizes = (
-        [f"{name} {shapes[key]}" for key, name in names.items() if key in shapes] if isinstance(shapes, dict) else []
-    )
+    sizes = [f"{name} {shapes[key]}" for key, name in names.items() if key in shapes] if isinstance(shapes, dict) else []
     return ", ".join([str(identity.get("architecture", "not recorded")), *sizes])
 
 

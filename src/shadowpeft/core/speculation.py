@@ -7,7 +7,8 @@ target's distribution, whatever the draft is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,9 +155,8 @@ class Gate:
             confidences: of its drafts. accepted: how many of them stayed. looked: times the draft's head was computed; one more
                 than there are drafts if the gate then stopped.
         """
-        for place, confidence in enumerate(
-            confidences[: accepted + 1]
-        ):  # what comes after a rejected one was not judged
+        judged = confidences[: accepted + 1]  # what comes after a rejected one was not
+        for place, confidence in enumerate(judged):
             at = self._bin(confidence)
             self._drafted[at] = _KEPT * self._drafted[at] + 1.0
             self._accepted[at] = _KEPT * self._accepted[at] + (place < accepted)
@@ -171,3 +171,54 @@ class Gate:
             self._left, self._pause, self._gains = self._pause, 2 * self._pause, []
         else:
             self._pause = _PAUSE
+
+
+class Drafts:
+    """What is drafted of one answer in one round.
+
+    Args:
+        gate: decides how much; None: ``most`` tokens. most: tokens that there is room for.
+
+    Attributes:
+        tokens: the drafts so far. shares: for each what :meth:`add` was given. looked: times the draft was asked.
+    """
+
+    def __init__(self, gate: Gate | None, most: int) -> None:
+        self._gate = gate
+        self.planned = 0 if most <= 0 else most if gate is None else min(most, gate.plan())
+        self.tokens: list[int] = []
+        self.shares: list[Any] = []
+        self.looked, self._stopped = 0, False
+        self._confidences: list[float] = []
+        self._chance = 1.0
+
+    @property
+    def go_on(self) -> bool:
+        """Whether the draft is to be asked for one more."""
+        return not self._stopped and len(self.tokens) < self.planned
+
+    def stop(self) -> None:
+        """Draft no more in this round."""
+        self._stopped = True
+
+    def add(self, p: Tensor, choose: Callable[[], int], share: Any) -> None:
+        """One more token, which ``choose`` gives, unless the gate wants none.
+
+        Args:
+            p: the draft's probabilities ``(V,)``. share: kept beside the token, for who verifies it.
+        """
+        self.looked += 1
+        confidence = float(p.max())
+        if self._gate is not None:
+            if not self._gate.wants(len(self.tokens), self.planned, self._chance, confidence):
+                self.stop()
+                return
+            self._chance *= self._gate.chance(confidence)
+        self.tokens.append(choose())
+        self.shares.append(share)
+        self._confidences.append(confidence)
+
+    def learn(self, accepted: int) -> None:
+        """Tell the gate how many of the drafts stayed."""
+        if self._gate is not None and self.looked:
+            self._gate.learn(self._confidences, accepted, self.looked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,8 @@ class Attached(Backend):
         self._inner = model.get_base_model()
         self._hub: Any = find_decoder(self._inner).backbone.shadow_hub
         self._draft_head = DraftHead()
+        self._gates: dict[tuple[str, bool], Gate | None] = {}
+        """Fresh ones, to be copied: their prices are counted over all weights."""
 
     def open(self, names: list[str]) -> Session:
         scope = Scope(self._inner)
@@ -189,7 +192,14 @@ class Attached(Backend):
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
         if name == self.base_name:
             return None
-        return Speculation(MAX_DRAFT).gate(self._inner, adapter=module_name(name), sampled=sampled)
+        if (name, sampled) not in self._gates:
+            fresh = Speculation(MAX_DRAFT).gate(self._inner, module_name(name), sampled=sampled)
+            self._gates[name, sampled] = fresh
+        return deepcopy(self._gates[name, sampled])
+
+    def _forget_gates(self, name: str) -> None:
+        for sampled in (False, True):
+            self._gates.pop((name, sampled), None)
 
     def _check_tokenizer(self, folder: str) -> None:
         own = _tokenizer_in(folder)
@@ -202,6 +212,7 @@ class Attached(Backend):
     def _replace(self, name: str, folder: str) -> None:
         self._check_tokenizer(folder)
         swap(self.model, folder, module_name(name))
+        self._forget_gates(name)
 
     def add(self, name: str, folder: str, between: Callable[[Callable[[], None]], None]) -> None:
         with self.changing, snapshot(folder) as (copy, version):
@@ -226,6 +237,7 @@ class Attached(Backend):
         """Delete an adapter of which everything or only a part is there."""
         inner = module_name(name)
         self._draft_head.forget(inner)
+        self._forget_gates(name)
         if inner in self._hub.configs:
             if inner in self._hub.active_adapters:  # rows have names here, so which one is active changes nothing
                 other = next(n for n in self.versions if n != name)

@@ -119,12 +119,12 @@ class Batch:
             self._pending[row] = self._pending[row][read:]
             if len(own):
                 before, drafting = len(request.new), drafts.rows[row]
-                choices = drafting.judge(own) if drafting.looked else choose([request], own)
+                choices = drafting.judge(own) if drafting.drafts.looked else choose([request], own)
                 self._pending[row] = self._take(request, choices)
                 new = len(request.new) - before
                 made += new
                 drafting.count(self._counts, new)
-                read += max(new - 1, 0) if drafting.drafted else 0  # all but the last were read as drafts
+                read += max(new - 1, 0) if drafting.drafts.tokens else 0  # all but the last were read as drafts
                 if not self._pending[row]:
                     ended.add(row)
             kept.append(read)

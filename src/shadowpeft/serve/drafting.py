@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowpeft.core.speculation import accept_greedy, accept_sampled, draw
+from shadowpeft.core.speculation import Drafts, accept_greedy, accept_sampled, draw
 from shadowpeft.hf.forward.drafting import Draft, realigned
 from shadowpeft.hf.forward.speculation import DraftCounts
 from shadowpeft.serve.requests import Request
@@ -21,61 +21,52 @@ class _Row:
     """One request in a round."""
 
     def __init__(self, request: Request, pending: list[int]) -> None:
-        self.request, self.pending = request, pending
-        self.drafted: list[int] = []
-        self.shares: list[tuple[Tensor, Tensor | None]] = []
-        self.confidences: list[float] = []
-        self.looked, self.kept, self.chance = 0, 0, 1.0
-        room = request.sampling.max_tokens - len(request.new) - 1
+        self.request, self.pending, self.kept = request, pending, 0
         # what begins with an action is chosen among actions; until then its forced tokens jump
         free = request.gate is not None and len(pending) == 1 and not request.allowed()
-        self.planned = min(room, request.gate.plan()) if free and request.gate is not None and room > 0 else 0
+        room = request.sampling.max_tokens - len(request.new) - 1
+        self.drafts = Drafts(request.gate, room if free else 0)
 
     def column(self, place: int) -> int:
         """What the row reads at ``place`` of the round; what stands after its last token is never looked at."""
-        tokens = [*self.pending, *self.drafted]
+        tokens = [*self.pending, *self.drafts.tokens]
         return tokens[min(place, len(tokens) - 1)]
 
-    def draft(self, draft: Draft | None) -> bool:
+    def draft(self, draft: Draft | None) -> None:
         """Add a token, if that pays."""
-        gate, request = self.request.gate, self.request
-        if draft is None or gate is None:
-            return False
-        self.looked += 1
-        greedy = request.generator is None
-        p = draft.logits.softmax(-1) if greedy else distribution(draft.logits, request.sampling)
-        confidence = float(p.max())
-        if not gate.wants(len(self.drafted), self.planned, self.chance, confidence):
-            return False
-        place = int(p.argmax()) if greedy else draw(p, request.generator)
-        self.shares.append((p, draft.tokens))
-        self.drafted.append(place if draft.tokens is None else int(draft.tokens[place]))
-        self.confidences.append(confidence)
-        self.chance *= gate.chance(confidence)
-        return True
+        if draft is None:
+            self.drafts.stop()
+            return
+        generator, among = self.request.generator, draft.tokens
+        p = draft.logits.softmax(-1) if generator is None else distribution(draft.logits, self.request.sampling)
+
+        def choose() -> int:
+            place = int(p.argmax()) if generator is None else draw(p, generator)
+            return place if among is None else int(among[place])
+
+        self.drafts.add(p, choose, (p, among))
 
     def judge(self, logits: Tensor) -> list[Choice]:
         """The new tokens, from the logits ``(n + 1, V)`` after the last token before the drafts and after each draft."""
-        request = self.request
+        request, drafted = self.request, self.drafts.tokens
         if request.generator is None:
-            new, kept = accept_greedy(self.drafted, logits.argmax(-1).tolist())
+            new, self.kept = accept_greedy(drafted, logits.argmax(-1).tolist())
         else:
             target = [distribution(row, request.sampling) for row in logits]
-            shares = [p if ids is None else torch.zeros_like(target[0]).index_copy(0, ids, p) for p, ids in self.shares]
-            new, kept = accept_sampled(self.drafted, shares, target, request.generator)
-        request.drafted += len(self.drafted)
-        request.accepted += kept
-        self.kept = kept
-        if request.gate is not None and self.looked:
-            request.gate.learn(self.confidences, kept, self.looked)
+            blank = torch.zeros_like(target[0])
+            shares = [p if ids is None else blank.index_copy(0, ids, p) for p, ids in self.drafts.shares]
+            new, self.kept = accept_sampled(drafted, shares, target, request.generator)
+        request.drafted += len(drafted)
+        request.accepted += self.kept
+        self.drafts.learn(self.kept)
         return choices_of([request] * len(new), logits[: len(new)], new)
 
     def count(self, counts: DraftCounts, new: int) -> None:
         """Add a round that made ``new`` tokens, if the row's shadow was to draft."""
-        if self.looked:
+        if self.drafts.looked:
             counts.tokens += new
             counts.passes += 1
-            counts.drafted += len(self.drafted)
+            counts.drafted += len(self.drafts.tokens)
             counts.accepted += self.kept
 
 
@@ -89,32 +80,30 @@ class Round:
     def __init__(self, drafter: Drafter, requests: list[Request], pending: list[list[int]], mask: Tensor) -> None:
         self.rows = [_Row(request, own) for request, own in zip(requests, pending, strict=True)]
         self.mask, self._drafter = mask, drafter
-        self.pays = any(row.planned for row in self.rows)
+        self.pays = any(row.drafts.planned for row in self.rows)
         """Whether any row drafts; else an ordinary pass does the same."""
 
     def verify(self) -> list[Tensor]:
         """Draft and verify; of each row that is to choose now the logits that judge its drafts, else none ``(0, V)``."""
         columns: list[Tensor] = []
-        drafting = [row for row in self.rows if row.planned]
         while True:
             place = len(columns)
             column = torch.tensor([[row.column(place)] for row in self.rows], device=self.mask.device)
             columns.append(column)
             self.mask = F.pad(self.mask, (0, 1), value=1)
-            drafts = self._drafter.read(column, self.mask)
-            drafting = [
-                row
-                for row, draft in zip(self.rows, drafts, strict=True)
-                if row in drafting and len(row.drafted) < row.planned and row.draft(draft)
-            ]
-            if not any(len(row.drafted) > place for row in self.rows):
+            self._drafter.read(column, self.mask)
+            if any(row.drafts.go_on for row in self.rows):  # the head is read for those alone
+                for row, draft in zip(self.rows, self._drafter.drafts(), strict=True):
+                    if row.drafts.go_on:
+                        row.draft(draft)
+            if not any(len(row.drafts.tokens) > place for row in self.rows):
                 break
         logits = self._drafter.verify(torch.cat(columns, 1), self.mask)
         self._read = len(columns)
         found = []
         for row, own in zip(self.rows, logits, strict=True):
             first = len(row.pending) - 1
-            found.append(own[first : first + 1 + len(row.drafted)] if first < self._read else own[:0])
+            found.append(own[first : first + 1 + len(row.drafts.tokens)] if first < self._read else own[:0])
         return found
 
     def take_back(self, kept: list[int]) -> Tensor:

@@ -70,12 +70,16 @@ class Drafter(ABC):
     """One round: shadows read ahead, one pass verifies, and what was not accepted is taken back."""
 
     @abstractmethod
-    def read(self, input_ids: Tensor, attention_mask: Tensor) -> list[Draft | None]:
-        """What each row's shadow says after one more column of tokens ``(B, 1)``; None for rows that have none.
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Let the shadows read one more column of tokens ``(B, 1)``.
 
         Args:
             attention_mask: of old and new tokens ``(B, T)``.
         """
+
+    @abstractmethod
+    def drafts(self) -> list[Draft | None]:
+        """What each row's shadow says after the last column; None for rows that have none."""
 
     @abstractmethod
     def verify(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ class _ShadowDrafter(Drafter):
         self.session = session
         self._ahead = Ahead(session.model, session.head)
 
-    def read(self, input_ids: Tensor, attention_mask: Tensor) -> list[Draft | None]:
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         with within(self.session.scope):
             self._ahead.read(
                 input_ids,
@@ -180,6 +184,9 @@ class _ShadowDrafter(Drafter):
                 attention_mask=attention_mask,
                 position_ids=_positions(attention_mask, 1),
             )
+
+    def drafts(self) -> list[Draft | None]:
+        with within(self.session.scope):
             return self._ahead.drafts()
 
     def verify(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

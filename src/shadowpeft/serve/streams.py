@@ -105,9 +105,7 @@ async def until_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T], 
     everything: set[asyncio.Future[Any]] = {task, listener, clock}
     try:
         await asyncio.wait(everything, return_when=asyncio.FIRST_COMPLETED)
-        if (
-            listener.done()
-        ):  # first: what is sent to a client that has left is dropped, so the work ends at the same moment
+        if listener.done():  # first: what is sent to a client that has left is dropped, so the work ends at the same moment
             raise GoneError("the client left")
         if task.done():
             return task.result()

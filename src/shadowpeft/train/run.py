@@ -103,7 +103,6 @@ def train(
     training, validation, record = encode_run(run, tokenizer, partial(console.print, soft_wrap=True))
     if resume:
         _check_same_data(record, folder)
-    drafts = frequent_tokens(s.ids[s.start :] for s in training if s.base)
     if t.freeze_shadow:
         learns = [s for s in training if s.base]
         if not learns:
@@ -112,7 +111,8 @@ def train(
             console.print(f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out")
         training = learns
     model = build_model(run, tokenizer)
-    model.peft_config["default"].draft_tokens = drafts or None
+    answers = (s.ids[s.start :] for s in training if s.base)
+    model.peft_config["default"].draft_tokens = frequent_tokens(answers) or None
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(s.ids) for s in training + (validation or []))
     if limit is not None and longest > limit:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, draw
+from shadowpeft.core.speculation import Drafts, Gate, accept_greedy, accept_sampled, draw
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.structure import find_decoder
@@ -38,16 +38,11 @@ class _Row:
         self.length = len(ids)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
-        self.drafted: list[int] = []
-        self.draft_scores: list[Tensor] = []
-        self.confidences: list[float] = []
-        self.looked = self.planned = 0
-        self.drafts = False
-        self.chance = 1.0
+        self.drafts = Drafts(None, 0)
 
     def ids(self, with_drafts: int = 0) -> Tensor:
         """``(1, L)``, the prompt with its padding, the answer, and some of its drafts."""
-        for place, token in enumerate(self.drafted[:with_drafts]):
+        for place, token in enumerate(self.drafts.tokens[:with_drafts]):
             self._ids[self.length + place] = token
         return self._ids[None, : self.length + with_drafts]
 
@@ -59,13 +54,6 @@ class _Row:
     def last(self) -> int:
         return int(self._ids[self.length - 1])
 
-    def begin(self, most: int) -> None:
-        """A new round, which may draft ``most`` tokens."""
-        self.drafted, self.draft_scores, self.confidences = [], [], []
-        self.looked, self.chance = 0, 1.0
-        self.planned = min(most, most if self.gate is None else self.gate.plan())
-        self.drafts = self.planned > 0
-
 
 class _Decoding:
     """One call of ``generate``."""
@@ -76,7 +64,7 @@ class _Decoding:
         self.model, self.settings, self.criteria = model, settings, criteria
         self.config, self.streamer = config, streamer
         self.head, self.samples = settings.head(), bool(config.do_sample)
-        gates = [settings.gate(model, len(ids), sampled=self.samples) for _ in ids]
+        gates = settings.gates(model, len(ids), sampled=self.samples)
         room = int(config.max_length) - ids.shape[1] + 1
         names = row_names(model, len(ids)) or [None] * len(ids)
         self.rows = [
@@ -129,46 +117,39 @@ class _Decoding:
         """
         ahead = Ahead(self.model, self.head)
         for row in self.live:
-            row.begin(min(self.settings.max_draft, int(self.config.max_length) - row.length - 1))
+            room = int(self.config.max_length) - row.length - 1
+            row.drafts = Drafts(row.gate, min(self.settings.max_draft, room))
         column = torch.tensor([[row.last] for row in self.live], device=self.model.device)
         while True:
             mask = None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
             places = positions if self.takes_positions else None
             ahead.read(column, cache, attention_mask=mask, position_ids=places, names=self.names)
             positions = positions + 1
-            drafting = [row for row in self.live if row.drafts]
-            if not drafting:
+            if not any(row.drafts.go_on for row in self.live):
                 return ahead
             for place, (row, draft) in enumerate(zip(self.live, ahead.drafts(), strict=True)):
-                row.drafts = row.drafts and draft is not None
-                if draft is not None and row.drafts:
+                if draft is None:
+                    row.drafts.stop()
+                elif row.drafts.go_on:
                     self._draft_one(row, draft)
-                    row.drafts = row.drafts and len(row.drafted) < row.planned
-                    column[place, 0] = row.drafted[-1] if row.drafted else row.last
-            if all(len(row.drafted) < ahead.length for row in self.live):
+                    column[place, 0] = row.drafts.tokens[-1] if row.drafts.tokens else row.last
+            if all(len(row.drafts.tokens) < ahead.length for row in self.live):
                 return ahead
 
     def _draft_one(self, row: _Row, draft: Draft) -> None:
-        row.looked += 1
         whole = bool(row.processors) or self.samples  # scores of every token, those that are not drafted at -inf
         scores, among = draft.logits, draft.tokens
         if whole and among is not None:
             scores = scores.new_full((self.vocabulary,), -torch.inf)
             scores[among.to(scores.device)] = draft.logits
-        scores = self.processed(row, scores, len(row.drafted))
+        scores = self.processed(row, scores, len(row.drafts.tokens))
         p = scores.softmax(-1)
-        confidence = float(p.max())
-        if row.gate is not None and not row.gate.wants(len(row.drafted), row.planned, row.chance, confidence):
-            row.drafts = False
-            return
-        token = draw(p) if self.samples else int(scores.argmax())
-        if among is not None and not whole:
-            token = int(among[token])
-        row.drafted.append(token)
-        row.draft_scores.append(p)
-        row.confidences.append(confidence)
-        if row.gate is not None:
-            row.chance *= row.gate.chance(confidence)
+
+        def choose() -> int:
+            token = draw(p) if self.samples else int(scores.argmax())
+            return token if among is None or whole else int(among[token])
+
+        row.drafts.add(p, choose, p)
 
     # ------------------------------------------------------------------------------------------------------- verifying
 
@@ -178,21 +159,21 @@ class _Decoding:
         Returns:
             Whether the answer goes on, and how many tokens of it the cache may keep of this round.
         """
-        count = len(row.drafted)
+        drafted = row.drafts.tokens
+        count = len(drafted)
         scores = [self.processed(row, logits[place], place) for place in range(count + 1)]
         if self.samples:
             target = [each.softmax(-1) for each in scores]
-            new, kept = accept_sampled(row.drafted, row.draft_scores, target)
+            new, kept = accept_sampled(drafted, row.drafts.shares, target)
         elif count == 0:
             new, kept = [int(scores[0].argmax())], 0
         else:
-            new, kept = accept_greedy(row.drafted, torch.stack(scores).argmax(-1).tolist())
+            new, kept = accept_greedy(drafted, torch.stack(scores).argmax(-1).tolist())
         counts = self.settings.counts
         counts.drafted, counts.accepted = counts.drafted + count, counts.accepted + kept
-        if row.gate is not None and row.looked:
-            before = row.gate.pauses
-            row.gate.learn(row.confidences, kept, row.looked)
-            counts.pauses += row.gate.pauses - before
+        before = 0 if row.gate is None else row.gate.pauses
+        row.drafts.learn(kept)
+        counts.pauses += 0 if row.gate is None else row.gate.pauses - before
         for place, token in enumerate(new):
             if not self.add(row, token, scores[place], logits[place]):
                 return False, place + 1
@@ -231,7 +212,10 @@ class _Decoding:
     ) -> tuple[Tensor, list[int]]:
         columns = ahead.length
         ids = torch.tensor(
-            [[row.last, *row.drafted] + [row.last] * (columns - 1 - len(row.drafted)) for row in self.live],
+            [
+                [row.last, *row.drafts.tokens] + [row.last] * (columns - 1 - len(row.drafts.tokens))
+                for row in self.live
+            ],
             device=self.model.device,
         )
         held = torch.cat([held, held.new_ones((len(held), columns))], 1)
@@ -251,7 +235,7 @@ class _Decoding:
         self.settings.counts.passes += len(self.live)
         lost, ended = [], []
         for place, row in enumerate(self.live):
-            goes_on, kept = self.verify(row, logits[place, : len(row.drafted) + 1].float())
+            goes_on, kept = self.verify(row, logits[place, : len(row.drafts.tokens) + 1].float())
             lost.append(columns - kept)
             if not goes_on:
                 ended.append(place)

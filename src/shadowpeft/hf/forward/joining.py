@@ -99,11 +99,8 @@ def check_movable(cache: Cache) -> None:
     """Raises:
     UnsupportedModelError: if the rows of a cache, which records its past, cannot be moved by different numbers of columns.
     """
-    strange = [cache] if hasattr(cache, "_shadowpeft_pair") else []
-    for layer in cache.layers:
-        known = isinstance(layer, (DynamicLayer, DummyLayer))
-        if not known or isinstance(layer, (DynamicIndexedLayer, QuantizedLayer, LinearAttentionLayer)):
-            strange.append(layer)
+    strange: list[Any] = [cache] if hasattr(cache, "_shadowpeft_pair") else []
+    strange += [each for each in cache.layers if not _is_plain(each) or isinstance(each, LinearAttentionLayer)]
     if strange:
         raise UnsupportedModelError(
             f"the cache has a {type(strange[0]).__name__}, whose rows cannot lose different numbers of tokens; draft for one "
@@ -146,9 +143,13 @@ def join_caches(cache: Cache, other: Cache, names: tuple[str, ...] | None) -> No
 
 
 def _is_known(layer: Any) -> bool:
-    if isinstance(layer, (DynamicIndexedLayer, QuantizedLayer)) or getattr(layer, "record_past", False):
-        return False
-    return isinstance(layer, (DynamicLayer, LinearAttentionLayer, DummyLayer))
+    return _is_plain(layer) and not getattr(layer, "record_past", False)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether all that a layer holds has rows, and columns where it has keys."""
+    kinds = (DynamicLayer, LinearAttentionLayer, DummyLayer)
+    return isinstance(layer, kinds) and not isinstance(layer, (DynamicIndexedLayer, QuantizedLayer))
 
 
 def _by_owner(cache: Cache) -> dict[str, list[Any]]:

@@ -82,17 +82,24 @@ class Speculation:
         """The head to draft with."""
         return DraftHead(self.tokens)
 
-    def gate(self, model: Any, rows: int = 1, adapter: str | None = None, *, sampled: bool = False) -> Gate | None:
-        """What decides for one of ``rows`` answers of ``model``; None: every round drafts ``max_draft`` tokens.
+    def gates(
+        self, model: Any, rows: int, adapter: str | None = None, *, sampled: bool = False
+    ) -> list[Gate] | list[None]:
+        """What decides for each of ``rows`` answers that ``model`` makes together; None: a round drafts ``max_draft`` tokens.
 
         Args:
             adapter: whose prices count; None: the active one's. sampled: whether tokens are drawn.
         """
         if not self.adaptive:
-            return None
+            return [None] * rows
         one = pass_cost(model, rows)
         costs = [pass_cost(model, rows * (drafts + 1)) / one for drafts in range(self.max_draft + 1)]
-        return Gate(draft_cost(model, self.head(), adapter), costs, sampled=sampled)
+        price = draft_cost(model, self.head(), adapter)
+        return [Gate(price, costs, sampled=sampled) for _ in range(rows)]
+
+    def gate(self, model: Any, adapter: str | None = None, *, sampled: bool = False) -> Gate | None:
+        """What decides for one answer alone."""
+        return self.gates(model, 1, adapter, sampled=sampled)[0]
 
 
 def pass_cost(model: Any, rows: int) -> float:
