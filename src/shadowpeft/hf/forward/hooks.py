@@ -145,9 +145,7 @@ def after_forward(
         call = calls.current()
         if call is not None:
             below.restore(call)
-            if (
-                call.loss_alone and call.last_state is None and output is not None
-            ):  # the backbone's; the model's comes later
+            if call.loss_alone and call.last_state is None and output is not None:  # the backbone's; the model's comes later
                 call.last_state = output[0]
         calls.leave()
 
