@@ -7,10 +7,13 @@ that pair is :func:`refine`, and it needs nothing but the hidden state and the s
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from torch import Tensor, nn
 
 from shadowpeft.core.modules import Injection, Update
-from shadowpeft.ops import read_streams
+from shadowpeft.ops import StepSettings, fits, read_streams, step
 
 
 def refine(
@@ -33,9 +36,29 @@ def refine(
     Returns:
         the input of base layer l and the shadow state it was corrected with, both ``(B, T, d)``.
     """
+    if streams is None and fits(h, s):
+        weights = injection.w_down, injection.w_up
+        own = (None,) * 6 if update is None else update.tensors(norm)
+        return step(h, s, (*weights, *own), _settings(injection, alpha, update, norm), training=injection.training)
     if update is not None:
         s = update(s, read_streams(h, streams), norm)
     return injection(h, s, alpha, streams), s
+
+
+@functools.cache
+def _numbers(alpha: float, injection: tuple[Any, ...], update: tuple[Any, ...], eps: float) -> StepSettings:
+    dropout, first, normalised = injection
+    candidate, activation, gate_start = update or (0.0, "silu", 0.0)
+    return StepSettings(alpha, dropout, candidate, first, normalised, eps, gate_start, activation)
+
+
+def _settings(injection: Injection, alpha: float, update: Update | None, norm: nn.LayerNorm | None) -> StepSettings:
+    return _numbers(
+        alpha,
+        (injection.dropout, injection.dropout_first, injection.normalised),
+        () if update is None else (update.dropout, update.activation, update.gate_start),
+        1e-5 if norm is None else norm.eps,
+    )
 
 
 class Trajectory:

@@ -16,6 +16,11 @@ from torch import Tensor
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """``silu`` or ``gelu`` of ``x``."""
+    return _ACTIVATIONS[activation](x)
+
+
 def correction(
     h: Tensor,
     s: Tensor,
@@ -94,7 +99,7 @@ def candidate_and_gate(
         candidate ``(B, T, d)`` and gate in (0, 1), ``(B, T, d)``.
     """
     m = w_in.shape[0] // 2
-    hidden = _ACTIVATIONS[activation](F.linear(x, w_in, b_in))
+    hidden = activate(F.linear(x, w_in, b_in), activation)
     bias_t, bias_g = (None, None) if b_out is None else (b_out[0], b_out[1])
     t = F.linear(F.dropout(hidden[..., :m], dropout, training), w_out[0], bias_t)
     opens = F.linear(hidden[..., m:], w_out[1], bias_g)
