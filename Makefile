@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray clean
+.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,9 @@ processors: $(VENV)/dev  ## the tests with the arithmetic of processors without 
 
 bench: $(VENV)/dev  ## speed and memory beside the base, LoRA, DoRA and PEFT's shadow
 	$(BIN)/python benchmarks/run.py --page
+
+bench-check: $(VENV)/dev  ## fails when a ratio of ours is more than 0.05 above the record's; an idle core
+	$(BIN)/python benchmarks/run.py --check
 
 gpu: $(VENV)/dev  ## on a CUDA machine: the gpu tests, then decode, passes and training at the shapes of Qwen3; parts of nine minutes
 	for part in tests decode passes train; do $(BIN)/python benchmarks/gpu.py --part $$part --out gpu.json || exit 1; done

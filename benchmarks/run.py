@@ -1,18 +1,20 @@
-"""Speed and memory beside the bare base, LoRA, DoRA and PEFT's shadow: one process, alternating, paired medians.
+"""Speed and memory beside the bare base, LoRA, DoRA and both other shadows: one process, alternating, paired medians.
 
-    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json] [--page]
+    python benchmarks/run.py [--rounds 15] [--threads 1] [--out benchmarks/results.json] [--only PARTS] [--page | --check]
 
-Decode: greedy tokens after a 32-token prompt; DoRA, far slower, with eight tokens beside a base of its own, as PEFT runs
-it and with PEFT's cache of its norms (``DoraCaching``). Prefill: 256 tokens. Training: one step of 4 x 128 tokens with
-AdamW, with LoRA at the rank whose trainable parameters come closest to the shadow's. Each ratio is the median over rounds of
-the time divided by the bare base's (training: by LoRA's) in the same round. Peak memory is measured in a process of its own.
-With --update, parts that are not measured keep their values in the record. With --page the block of docs/compared.md between
-``<!-- speed -->`` and ``<!-- /speed -->`` is written from the record.
+Decode: greedy tokens after a 32-token prompt, one row and eight; DoRA, far slower, with eight tokens beside a base of its own,
+as PEFT runs it and with PEFT's cache of its norms (``DoraCaching``). Growth: the time of a token in answers of 64, 256 and
+1,024. Prefill: 256 tokens. Training: one step of 4 x 128 tokens with AdamW, with LoRA at the rank whose trainable parameters
+come closest to the shadow's. Each ratio is the median over rounds of the time divided by the bare base's (training: by LoRA's)
+in the same round. Peak memory is measured in a process of its own. With --update, parts that are not measured keep their values
+in the record. With --page docs/compared.md and its figure are written from the record. With --check nothing is written:
+the exit status is 1 if a ratio of ours is more than 0.05 above the record's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -25,21 +27,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import shadow_peft
 import torch
-from experiments.markdown import table
-from experiments.measuring import alternate, paired_ratios, resident_mib, seconds, short, stamp
+from experiments.measuring import alternate, paired_ratios, resident_mib, seconds, stamp
 from peft import LoraConfig, ShadowConfig, get_peft_model
 from peft.helpers import DoraCaching
 from transformers import AutoModelForCausalLM, logging
 
 import shadowpeft
+from benchmarks.speed_page import COMPARED, DORA_ROUNDS, DORA_TOKENS, filled, picture, slower, training_rounds
 from shadowpeft.hf.base.aliases import materialise
-from shadowpeft.storage import between, write_text
+from shadowpeft.storage import write_text
 from shadowpeft.train.baselines import count_trainable, match_rank
 
-ROOT = Path(__file__).resolve().parents[1]
-COMPARED, MARKS = ROOT / "docs" / "compared.md", ("<!-- speed -->", "<!-- /speed -->")
-DORA_TOKENS, DORA_ROUNDS = 8, 5
+LENGTHS = {64: 3, 256: 3, 1024: 1}
+"""New tokens, and rounds."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -56,6 +58,14 @@ def ours() -> Any:
 def peft_shadow() -> Any:
     """PEFT's own shadow at the same settings."""
     return get_peft_model(load(), ShadowConfig(task_type="CAUSAL_LM", r=16)).eval()
+
+
+def authors() -> Any:
+    """The authors' package at the same settings."""
+    inner = shadow_peft.get_shadow_model(
+        load(), shadow_peft.ShadowConfig(injection_hidden_size=16, gate_hidden_size=16, dropout=0.0)
+    )
+    return shadow_peft.ShadowForCausalLM(inner).eval()
 
 
 def lora(rank: int = 16, dora: bool = False) -> Any:
@@ -116,13 +126,13 @@ class Step:
         self.optimiser.zero_grad(set_to_none=True)
 
 
-def timed(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Alternating measurements after one warm-up each, with a counter."""
+def timed(runs: dict[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Alternating measurements after ``warmup`` rounds, with a counter."""
 
     def show(done: int) -> None:
         print(f"\r{done}/{rounds}", end="" if done < rounds else "\n", file=sys.stderr, flush=True)
 
-    return alternate(runs, rounds, progress=show)
+    return alternate(runs, rounds, warmup=warmup, progress=show)
 
 
 def ratios(times: dict[str, list[float]], against: str) -> dict[str, float]:
@@ -152,21 +162,30 @@ def generation(parts: set[str], args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     short_prompt = torch.randint(0, 49000, (1, 32), generator=generator)
     long_prompt = torch.randint(0, 49000, (1, 256), generator=generator)
+    eight = torch.randint(0, 49000, (8, 32), generator=generator)
     result: dict[str, Any] = {}
-    models = {"base": load(), "shadow": ours(), "lora": lora(), "peft_shadow": peft_shadow()}
+    models = {"base": load(), "shadow": ours(), "lora": lora(), "peft_shadow": peft_shadow(), "authors": authors()}
     for name, model in models.items():
         if name != "base":
             randomise(model)
+    models["lora_merged"] = copy.deepcopy(models["lora"]).merge_and_unload()
     if "decode" in parts:
         runs = {n: partial(decode, m, short_prompt, args.new_tokens) for n, m in models.items()}
         times = timed(runs, args.rounds)
         result["decode"] = {"ratio_to_base": ratios(times, "base"), "median_ms_per_token": medians(times, 1000, 2)}
+    if "decode8" in parts:
+        times = timed({n: partial(decode, m, eight, args.new_tokens // 2) for n, m in models.items()}, args.rounds // 2)
+        result["decode_8"] = {"ratio_to_base": ratios(times, "base"), "median_ms_per_step": medians(times, 1000, 2)}
     if "prefill" in parts:
         times = timed({n: partial(prefill, m, long_prompt) for n, m in models.items()}, args.rounds)
         result["prefill_256"] = {"ratio_to_base": ratios(times, "base"), "median_ms": medians(times, 1000, 1)}
     if "growth" in parts:
-        by_length = {str(new): [decode(models["shadow"], short_prompt, new) for _ in range(3)] for new in (32, 64, 128)}
-        result["ms_per_token_by_length"] = medians(by_length, 1000, 2)
+        result["by_length"] = {}
+        for new, rounds in LENGTHS.items():
+            two = {n: partial(decode, models[n], short_prompt, new) for n in ("base", "shadow")}
+            times = timed(two, rounds, warmup=0)
+            found = {"ratio_to_base": ratios(times, "base")["shadow"], "median_ms_per_token": medians(times, 1000, 2)}
+            result["by_length"][str(new)] = {"rounds": rounds, **found}
     del models
     if "decode" in parts:
         three = {"base": load(), "dora": lora(dora=True), "dora_cached": lora(dora=True)}
@@ -197,9 +216,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--out", default="benchmarks/results.json")
-    parser.add_argument("--only", default="decode,prefill,train,memory,growth")
+    parser.add_argument("--only", default="decode,decode8,prefill,train,memory,growth")
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--page", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--peak", default=None)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
@@ -218,7 +238,7 @@ def main() -> None:
         "rounds": args.rounds,
         "new_tokens": args.new_tokens,
     }
-    if {"decode", "prefill", "growth"} & chosen:
+    if {"decode", "decode8", "prefill", "growth"} & chosen:
         result.update(generation(chosen, args))
     budget = count_trainable(ours())
     rank = match_rank(load(), "lora", budget, target_modules=LINEARS).r
@@ -233,68 +253,17 @@ def main() -> None:
     if "memory" in chosen:
         names = ("lora", "shadow", "peft_shadow")
         result["train_memory_mib"] = {name: memory(name, rank, args.threads) for name in names}
-    if args.update and Path(args.out).is_file():
-        result = {**json.loads(Path(args.out).read_text(encoding="utf-8")), **result}
-    content = json.dumps(result, indent=2)
+    record = json.loads(Path(args.out).read_text(encoding="utf-8")) if args.update or args.check else {}
+    if args.check:
+        worse = slower(record, result)
+        print("\n".join(worse) or "no ratio is more than 0.05 above the record's")
+        sys.exit(1 if worse else 0)
+    content = json.dumps({**record, **result}, indent=2)
     write_text(Path(args.out), content + "\n")
     print(content)
     if args.page:
-        write_text(COMPARED, filled(COMPARED.read_text(encoding="utf-8"), result))
-
-
-def training_rounds(rounds: int) -> int:
-    """Rounds of training steps, which take longest."""
-    return max(3, rounds // 2)
-
-
-def filled(page: str, result: dict[str, Any]) -> str:
-    """docs/compared.md with the block on speed of this record.
-
-    Raises:
-        RuntimeError: if the page has no marks.
-    """
-    text = between(page, MARKS, block(result))
-    if text is None:
-        raise RuntimeError(
-            f"{COMPARED.name} has no lines {MARKS[0]} and {MARKS[1]}; write them where the block is to stand"
-        )
-    return text
-
-
-def block(result: dict[str, Any]) -> str:
-    """What docs/compared.md says of a record: how it was measured, and a table."""
-    matched = result["matched"]
-    names = ("base", "shadow", "peft_shadow", "lora", "dora", "dora_cached")
-
-    def row(title: str, values: dict[str, Any], form: str) -> list[str]:
-        return [title, *(form.format(values[n]) if n in values else "" for n in names)]
-
-    memory = {n: m["above_model_mib"] for n, m in result["train_memory_mib"].items()}
-    masked = result["train_step_prompt_masked"]["ratio_to_lora"]
-    rows = [
-        row("decode, time per token", result["decode"]["ratio_to_base"], "{:.2f}"),
-        row("prefill, 256 tokens", result["prefill_256"]["ratio_to_base"], "{:.2f}"),
-        row("training step, 4 x 128 tokens, every token a target", result["train_step"]["ratio_to_lora"], "{:.2f}"),
-        row("training step, last quarter of a row are targets", masked, "{:.2f}"),
-        row("memory of a training step above the model's", memory, "{:,} MiB"),
-    ]
-    growth = ", ".join(f"{ms} ms at {length}" for length, ms in result["ms_per_token_by_length"].items())
-    return "\n".join(
-        [
-            f"`make bench`, {result['date']}, commit {short(result['commit'])}, record "
-            "[benchmarks/results.json](../benchmarks/results.json): SmolLM2-135M, float32, one CPU thread, one process,",
-            f"alternating, medians of paired ratios over {result['rounds']} rounds "
-            f"(training {training_rounds(result['rounds'])}, DoRA {DORA_ROUNDS} of {DORA_TOKENS} tokens",
-            f"where the others have {result['new_tokens']}). One-layer shadow with",
-            "r = m = 16; LoRA and DoRA r = 16 on all linear layers; for training LoRA "
-            f"r = {matched['lora_rank']}, which matches the number of trainable",
-            f"parameters ({matched['shadow_parameters']:,} and {matched['lora_parameters']:,}).",
-            "",
-            *table(["", "base", "shadowpeft", "PEFT's shadow", "LoRA", "DoRA", "DoRA, norms cached"], rows),
-            "",
-            f"Time per token of the shadow by length: {growth} new tokens.",
-        ]
-    )
+        write_text(COMPARED, filled(COMPARED.read_text(encoding="utf-8"), json.loads(content)))
+        picture(json.loads(content))
 
 
 if __name__ == "__main__":
