@@ -1,7 +1,9 @@
-"""The attached half of the device recipe: ``python -m experiments.device_joint NAME ...``; ``specs/device/joint.yaml``.
+"""The attached half of the device recipe, and LoRA beside it: ``python -m experiments.device_joint [run|final] NAME ...``.
 
-A cell starts from the averaged weights of a cell of :mod:`experiments.device_search`, trains both paths for some steps with the
-product's own trainer, and is judged on the same development rows, attached and detached. No test row is read.
+A cell of ``specs/device/joint.yaml`` starts from the averaged weights of a cell of :mod:`experiments.device_search`, trains
+both paths (or, with a frozen shadow, the attached one) for some steps with the product's own trainer, and is judged on the
+same development rows, attached and detached. A cell of the method ``lora`` trains on the rows that the attached path learns. A
+killed run goes on from its last checkpoint. Only ``final`` reads test rows, once for each method.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 import yaml
-from peft import get_peft_model
-from transformers import TrainingArguments, set_seed
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 import shadowpeft
 from experiments import device_rows as rows_of
@@ -36,10 +38,12 @@ from shadowpeft.hf.layer import find_hub
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_json
 from shadowpeft.tokenizer import load_tokenizer
+from shadowpeft.train.baselines import count_trainable, lora_config
 from shadowpeft.train.config import RunLoader
 from shadowpeft.train.rows import with_action
 
 JOINT = PLAN.with_name("joint.yaml")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,16 @@ class Joint:
     """One way to train both paths from a trained shadow."""
 
     name: str
-    start: str
-    """The cell of the search whose shadow it starts from."""
+    start: str = ""
+    """The cell of the search whose shadow it starts from; none for LoRA."""
+    method: str = "shadow"
+    """``shadow``, or ``lora`` on all linear layers of the base."""
     steps: int = 100
     batch_size: int = 16
     rate: float = 2e-3
     """Of the injection and update networks; linear to 0."""
     ratio: float = 0.1
-    """Rate of the shadow backbone, as a multiple of ``rate``; 0: it is frozen."""
+    """Rate of the shadow backbone, as a multiple of ``rate``; 0: it is frozen, and rows for it alone are left out."""
     last: int = 0
     """How many of the base's last layers are refined; 0: all."""
     alpha: float = 0.5
@@ -80,14 +86,29 @@ def read_joint(file: Path = JOINT) -> dict[str, Joint]:
     return {entry["name"]: Joint(**{**content.get("defaults", {}), **entry}) for entry in content["cells"]}
 
 
-def sequences(train: list[dict[str, str]], tokenizer: Any, replies: bool) -> list[chat.Sequence]:
+def sequences(train: list[dict[str, str]], tokenizer: Any, joint: Joint) -> list[chat.Sequence]:
     """Training rows for both paths: the base learns real answers, the shadow actions."""
     rows = []
     for row in train:
-        own = row["response"] if replies or not row["response"].startswith("[") else rows_of.response(row, "action")
+        own = row["response"] if joint.replies or not row["response"].startswith("[") else rows_of.response(row, "action")
         path = "shadow" if row["split"] == "train_remote_shadow" else "both"
+        if path == "shadow" and (joint.method == "lora" or not joint.ratio):
+            continue
         rows.append(with_action(chat.check_row({"prompt": row["prompt"], "response": own, "path": path}, row["id"])))
     return chat.encode(rows, tokenizer, max_length=128, system=SYSTEM)
+
+
+class LoraTrainer(Trainer):
+    """Logits at targets only, as the shadow's training has them, so that the times can be compared."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The mean over the targets of the whole batch."""
+        whole = model.get_base_model()
+        wanted = inputs["labels"][:, 1:] != -100
+        out = whole.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        logits = whole.lm_head(out.last_hidden_state[:, :-1][wanted])
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:][wanted])
+        return (loss, out) if return_outputs else loss
 
 
 def build(joint: Joint, cell: Cell, work: Path) -> Any:
@@ -95,6 +116,8 @@ def build(joint: Joint, cell: Cell, work: Path) -> Any:
     base = load_base(cell.base)
     layers = base.config.num_hidden_layers
     set_seed(joint.seed)
+    if joint.method == "lora":
+        return get_peft_model(base, lora_config(base, "lora", joint.r, target_modules=LINEARS, dropout=joint.dropout))
     config = shadowpeft.ShadowPeftConfig(
         task_type="CAUSAL_LM",
         r=joint.r,
@@ -115,7 +138,8 @@ def build(joint: Joint, cell: Cell, work: Path) -> Any:
     with torch.no_grad():
         for name, mean in averaged.items():
             own[name.removeprefix("model.")].copy_(mean)
-    backbone.requires_grad_(joint.ratio > 0)
+    if not joint.ratio:
+        find_hub(model).freeze_shadow("default")
     return model
 
 
@@ -130,7 +154,29 @@ def judge(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, A
         values = " ".join("1" if a == row["skill"] else "0" for row, a in zip(rows, actions, strict=True))
         return {**shares(rows, actions), "values": values, "processor_seconds": round(time.process_time() - used, 1)}
 
+    if "ShadowPeftConfig" not in type(model.peft_config["default"]).__name__:
+        return {"attached": worth(model)}
     return {"attached": worth(model), "detached": worth(shadowpeft.detach(model))}
+
+
+class Clock(TrainerCallback):
+    """Wall and processor seconds of the steps, kept beside the checkpoints, so that a continued run knows those before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "clock.json"
+
+    def spent(self) -> list[float]:
+        """Seconds so far, and processor seconds."""
+        return list(json.loads(self.file.read_text(encoding="utf-8"))) if self.file.is_file() else [0.0, 0.0]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Start to count."""
+        self.before, self.began = self.spent(), (time.monotonic(), time.process_time())
+
+    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Keep what was counted; the last step is saved too."""
+        now = time.monotonic(), time.process_time()
+        write_json(self.file, [round(b + n - a, 1) for b, n, a in zip(self.before, now, self.began, strict=True)])
 
 
 def run(joint: Joint, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> dict[str, Any]:
@@ -138,33 +184,38 @@ def run(joint: Joint, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> d
     tokenizer = load_tokenizer(cell.base)
     model = build(joint, cell, work)
     split = rows_of.split(open_rows=True, hold_out=cell.hold_out)
-    data = sequences(split.train, tokenizer, joint.replies)
-    began, used = time.monotonic(), time.process_time()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = shadowpeft.ShadowTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                per_device_train_batch_size=joint.batch_size,
-                max_steps=joint.steps,
-                learning_rate=joint.rate,
-                warmup_steps=0.05,
-                lr_scheduler_type="linear",
-                train_sampling_strategy="group_by_length",
-                logging_steps=10,
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                save_strategy="no",
-                seed=joint.seed,
-            ),
-            train_dataset=chat.ChatDataset(data),
-            data_collator=chat.ChatCollator(tokenizer.pad_token_id),
-            backbone_lr_ratio=joint.ratio or 1.0,
-        )
-        trainer.train()
-    trained = [round(time.monotonic() - began, 1), round(time.process_time() - used, 1)]
-    keys, started = ("step", "task_loss", "shadow_loss"), record_of(cell.name, folder)
+    data = sequences(split.train, tokenizer, joint)
+    folder_of_run = work / "joint" / joint.name
+    lora, last = joint.method == "lora", get_last_checkpoint(folder_of_run) if folder_of_run.is_dir() else None
+    own: dict[str, Any] = {} if lora else {"backbone_lr_ratio": joint.ratio or 1.0}
+    trainer: Any = (LoraTrainer if lora else shadowpeft.ShadowTrainer)(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder_of_run),
+            per_device_train_batch_size=joint.batch_size,
+            max_steps=joint.steps,
+            learning_rate=joint.rate,
+            warmup_steps=0.05,
+            lr_scheduler_type="linear",
+            train_sampling_strategy="group_by_length",
+            logging_steps=10,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            save_steps=50,
+            save_total_limit=1,
+            remove_unused_columns=False,
+            seed=joint.seed,
+        ),
+        train_dataset=chat.ChatDataset(data),
+        data_collator=chat.ChatCollator(tokenizer.pad_token_id),
+        callbacks=[Clock(folder_of_run)],
+        **own,
+    )
+    trainer.train(resume_from_checkpoint=last)
+    trained = Clock(folder_of_run).spent()
+    keys, started = ("step", "loss" if lora else "task_loss", "shadow_loss"), record_of(cell.name, folder)
+    trainer.model.save_pretrained(folder_of_run / "adapter")
     record = {
         "id": f"device/{joint.name}",
         "kind": "device-joint",
@@ -173,6 +224,7 @@ def run(joint: Joint, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> d
         "curve": [{key: line[key] for key in keys if key in line} for line in trainer.state.log_history if "loss" in line],
         "seconds": trained[0],
         "processor_seconds": trained[1],
+        "trained_parameters": count_trainable(model),
         "development": judge(model, tokenizer, split.development),
         "start_processor_seconds": started["curve"][-1]["processor_seconds"] if started else None,
         "settings": asdict(joint),
@@ -186,9 +238,31 @@ def run(joint: Joint, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> d
     return record
 
 
+def final(joint: Joint, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> dict[str, Any]:
+    """Look at the test rows, once for each method: with the cell that was chosen on development rows.
+
+    Raises:
+        ConfigError: if a cell of this method has seen them, or this one has not been run.
+    """
+    for file in sorted((folder / "joint").glob("*.json")):
+        seen = json.loads(file.read_text(encoding="utf-8"))
+        if seen.get("test") is not None and seen["settings"].get("method", "shadow") == joint.method:
+            raise ConfigError(f"'{seen['name']}' has already been tested; the test rows are looked at once for each method")
+    file = folder / "joint" / f"{joint.name}.json"
+    weights = work / "joint" / joint.name / "adapter"
+    if not (file.is_file() and weights.is_dir()):
+        raise ConfigError(f"'{joint.name}' has no record or no weights under '{weights}'; run it first")
+    model = PeftModel.from_pretrained(load_base(cell.base), weights).eval()
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["test"] = judge(model, load_tokenizer(cell.base), rows_of.test_rows())
+    write_json(file, record)
+    return dict(record["test"])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """0: done; 2: wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m experiments.device_joint", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "final"])
     parser.add_argument("names", nargs="*", help="cells; none: all without a record")
     chosen = parser.parse_args(arguments)
     prepare_cpu(1)
@@ -197,6 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = [name for name in chosen.names if name not in plan]
         if unknown:
             raise ConfigError(f"{JOINT.name} has no cell '{unknown[0]}'")
+        cells[""] = Cell(name="")
+        if chosen.command == "final":
+            for name in chosen.names:
+                print(json.dumps(final(plan[name], cells[plan[name].start]), indent=2))
+            return 0
         done = {file.stem for file in (FOLDER / "joint").glob("*.json")}
         for name in chosen.names or [name for name in plan if name not in done]:
             found = run(plan[name], cells[plan[name].start])["development"]
