@@ -172,6 +172,47 @@ def accuracies(page: Page, spec: Spec, path: Path) -> None:
     _save(figure, path)
 
 
+def bars_with_intervals(path: Path, shown: list[tuple[str, Score]]) -> None:
+    """Shares (0 to 1) of right commands with their intervals, one bar a cell."""
+    figure, axes = _canvas(7.0, 1.2 + 0.5 * len(shown))
+    for at, (name, share) in enumerate(shown):
+        percent = tuple(100 * value for value in share)
+        colour = COLOURS["lora" if "lora" in name else "attached"]
+        axes.barh(at, percent[0], 0.6, xerr=_sides([percent]), color=colour, capsize=3)  # type: ignore[list-item]
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    axes.set_xlim(50, 100)
+    axes.set_xlabel("right development commands, % (95 % interval)")
+    _save(figure, path)
+
+
+def depth_against_score(path: Path, shown: list[tuple[int, Score]], rival: float | None) -> None:
+    """The best share of right commands of each depth of the shadow, and the classifier's as a line."""
+    figure, axes = _canvas(7.0, 3.6)
+    percent = [(100 * value, 100 * low, 100 * high) for _, (value, low, high) in shown]
+    layers = [depth for depth, _ in shown]
+    axes.errorbar(layers, [v for v, _, _ in percent], yerr=_sides(percent), fmt="o-", color=COLOURS["detached"], capsize=3)
+    if rival is not None:
+        axes.axhline(100 * rival, color=COLOURS["base"], linestyle="--", label="TF-IDF and LinearSVC")
+        axes.legend(frameon=False)
+    axes.set_xlabel("layers of the shadow")
+    axes.set_ylabel("right development commands, %")
+    _save(figure, path)
+
+
+def ratio_bars(path: Path, shown: list[tuple[str, float, float]]) -> None:
+    """Ratios of the shadow and of LoRA side by side; 1 is what each is divided by."""
+    figure, axes = _canvas(8.0, 0.9 + 0.6 * len(shown))
+    for offset, which, colour, title in ((-0.18, 1, "attached", "shadow"), (0.18, 2, "lora", "LoRA")):
+        places, values = [at + offset for at in range(len(shown))], [row[which] for row in shown]
+        drawn = axes.barh(places, values, 0.34, label=title, color=COLOURS[colour])
+        axes.bar_label(drawn, fmt=" %.2f", fontsize=8)
+    axes.axvline(1.0, color="#777777", linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [title.replace(", of ", ",\nof ") for title, _, _ in shown], fontsize=8)
+    axes.invert_yaxis()
+    _legend_above(axes, 2)
+    _save(figure, path)
+
+
 FIGURES: dict[str, Callable[[Page, Spec, Path], None]] = {
     "table1": bars,
     "ablation": panels,

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from experiments.markdown import table
+from experiments.report import questions
 from experiments.report.records import (
     NOT_RUN,
     Page,
@@ -24,6 +25,8 @@ from shadowpeft.storage import between, write_text
 
 PAPER = Path(__file__).parents[1] / "paper.yaml"
 SCORES_SPEC = "table1-smollm2-cpu"
+SCORES_TASKS = ("clinc150", "newsgroups", "robot")
+"""Tasks on which a model of 135M parameters learns more than the form of an answer; results.md has the others."""
 SCORES_MARKS = ("<!-- scores -->", "<!-- /scores -->")
 
 HEAD = """# Results
@@ -60,6 +63,7 @@ def write(page: Page | None = None) -> list[Path]:
         if spec.kind in FIGURES and page.has_records(spec):
             written.append(figures / f"{spec.name}.png")
             FIGURES[spec.kind](page, spec, written[-1])
+    written += questions.figures(page, figures)
     write_text(page.docs / "results.md", text(page))
     if page.compared.is_file():
         write_text(page.compared, compared(page, page.compared.read_text(encoding="utf-8")))
@@ -74,7 +78,7 @@ def text(page: Page) -> str:
     waiting = [
         f"| `{spec.name}` | {spec.title} | {len(cells(spec))} cells {NOT_RUN} |" for spec in specs if spec not in begun
     ]
-    lines = [HEAD.format(not_run=NOT_RUN), *(section(page, spec, paper) for spec in begun)]
+    lines = [HEAD.format(not_run=NOT_RUN), questions.text(page), *(section(page, spec, paper) for spec in begun)]
     if waiting:
         lines += ["## Specs without a record\n", "| spec | what it is | |\n|---|---|---|", *waiting, ""]
     return "\n".join(lines)
@@ -85,7 +89,8 @@ def compared(page: Page, content: str) -> str:
     if between(content, SCORES_MARKS, "") is None:
         return content
     spec = read_spec(SCORES_SPEC, page.specs)
-    shown = [column for column in columns_run(page, spec) if column.evaluation.how is None]
+    run = [column for column in columns_run(page, spec) if column.trained_on in SCORES_TASKS]
+    shown = [column for column in run if column.evaluation.how is None]
     lines = []
     for name, mode in rows(spec):
         line = [label(spec, name, mode)]

@@ -7,6 +7,7 @@ import torch
 
 from shadowpeft import ops
 from shadowpeft.core import Injection, Update, refine
+from shadowpeft.core.recurrence import is_untouched
 from shadowpeft.ops import StepSettings, fused
 
 D, R, M = 8, 3, 4
@@ -148,6 +149,21 @@ def test_autocast_takes_the_plain_functions():
         torch.testing.assert_close(ours[0], injection(h, update(s, h, norm), 0.5))
     assert ops.fits(h, s)
     assert not ops.fits(h, s[:1])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_hooks_on_the_modules_are_called(which):
+    modules = Injection(D, R), Update(D, M), torch.nn.LayerNorm(D)
+    torch.nn.init.normal_(modules[0].w_up)
+    h, s, seen = torch.randn(2, 5, D), torch.randn(2, 5, D), []
+    before = refine(h, s, modules[0], 0.5, *modules[1:])
+    hook = modules[which].register_forward_hook(lambda module, args, out: seen.append(out) or (out + 1 if which else out))
+    after = refine(h, s, modules[0], 0.5, *modules[1:])
+    assert len(seen) == (which < 2)  # the norm lends its weights and is never called
+    assert torch.allclose(before[0], after[0]) == (which != 1)
+    hook.remove()
+    modules[which].forward = lambda *args: args[0]
+    assert not is_untouched(*modules)
 
 
 def test_a_gradient_of_a_gradient_is_refused():

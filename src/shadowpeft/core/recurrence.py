@@ -36,13 +36,27 @@ def refine(
     Returns:
         the input of base layer l and the shadow state it was corrected with, both ``(B, T, d)``.
     """
-    if streams is None and fits(h, s):
+    if streams is None and fits(h, s) and is_untouched(injection, update, norm):
         weights = injection.w_down, injection.w_up
         own = (None,) * 6 if update is None else update.tensors(norm)
         return step(h, s, (*weights, *own), _settings(injection, alpha, update, norm), training=injection.training)
     if update is not None:
         s = update(s, read_streams(h, streams), norm)
     return injection(h, s, alpha, streams), s
+
+
+def is_untouched(*modules: nn.Module | None) -> bool:
+    """Whether all modules compute what their class says: without hooks, and without a forward of their own (offloading)."""
+    for module in modules:
+        if module is not None:
+            own = vars(module)
+            if type(module) not in _KINDS or "forward" in own or any(own[kind] for kind in _HOOKS):
+                return False
+    return True
+
+
+_KINDS = (Injection, Update, nn.LayerNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @functools.cache

@@ -1,0 +1,194 @@
+"""The head of docs/results.md: what a reader decides by, each question with a table and a figure, from records alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.markdown import table
+from experiments.report.records import Page
+
+Share = tuple[float, float, float]
+"""A share of rows and the ends of its 95 % interval."""
+EMPTY = "-"
+FIGURES = ("question-lora.png", "question-device.png", "question-cost.png")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _all(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+
+
+def _share(found: Mapping[str, Any] | None) -> Share | None:
+    return None if found is None else (found["score"], *found["interval"])
+
+
+def _percent(share: Share | None) -> str:
+    return EMPTY if share is None else f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}]"
+
+
+def joint_cells(page: Page) -> list[dict[str, Any]]:
+    """LoRA and the attached shadow on the robot set, trained for a pass or more."""
+    return [record for record in _all(page.records / "device" / "joint") if record["settings"]["steps"] >= 250]
+
+
+def lora(page: Page) -> list[str]:
+    """The attached model beside LoRA: the longest cells, on development rows and, where a cell was chosen, on test rows."""
+    lines = []
+    for record in joint_cells(page):
+        is_lora = record["settings"].get("method", "shadow") == "lora"
+        development, test = record["development"]["attached"], (record.get("test") or {}).get("attached", {})
+        first = record["start_processor_seconds"]
+        minutes = f"{record['processor_seconds'] / 60:.0f}" + ("" if is_lora or not first else f" + {first / 60:.0f}")
+        lines.append(
+            [
+                f"[{record['name']}](../experiments/records/device/joint/{record['name']}.json)",
+                "LoRA" if is_lora else "shadow, attached",
+                str(record["settings"]["steps"]),
+                _percent(_share(development["commands"])),
+                _percent(_share(development["open_handed_on"])),
+                _percent(_share(test.get("commands"))),
+                _percent(_share(test.get("open_handed_on"))),
+                minutes,
+            ]
+        )
+    if not lines:
+        return []
+    header = ["cell", "what", "steps", "commands, development", "open requests: no action", "commands, test", "open, test"]
+    return [
+        "### Is the attached model as good as LoRA?\n",
+        "Robot commands, the same rows; the shadow was trained alone before, which the second number of the minutes counts.\n",
+        *table([*header, "processor minutes"], lines),
+        f"\n![Attached shadow and LoRA on robot commands](figures/{FIGURES[0]})\n",
+        "At smaller budgets, on more tasks and three seeds, the two are compared row by row in the tables further down.\n",
+    ]
+
+
+def device_rows(page: Page) -> list[tuple[str, str, Share, Share]]:
+    """The chosen cell of each problem on its test rows: title, record, right, and handed on or known to be out of scope."""
+    found = []
+    for record in _all(page.records / "device"):
+        test = (record.get("test") or {}).get("constrained")
+        if test is None:
+            continue
+        first, second = ("in_scope", "oos_recall") if "in_scope" in test else ("commands", "open_handed_on")
+        problem = "CLINC150" if first == "in_scope" else "robot commands"
+        link = f"[{record['name']}](../experiments/records/device/{record['name']}.json)"
+        shares = _share(test[first]), _share(test[second])
+        assert shares[0] is not None
+        assert shares[1] is not None
+        found.append((f"{problem}: {record['settings']['layers']} shadow layers", link, shares[0], shares[1]))
+    return found
+
+
+def device(page: Page) -> list[str]:
+    """What the device half reaches beside the linear classifier."""
+    shadows = device_rows(page)
+    if not shadows:
+        return []
+    lines = [[title, link, _percent(a), _percent(b)] for title, link, a, b in shadows]
+    for name, title, scores in (
+        ("robot-svc-open", "robot commands: TF-IDF and LinearSVC", ("robot-svc-test_large", "skill", "remote")),
+        ("clinc150-svc", "CLINC150: TF-IDF and LinearSVC", ("clinc150-svc", "in_scope", "oos_recall")),
+    ):
+        record = _read(page.records / "rivals" / f"{name}.json")
+        if record is not None:
+            values = record["results"][scores[0]]["scores"]
+            link = f"[{name}](../experiments/records/rivals/{name}.json)"
+            lines.append([title, link, *(f"{100 * values[key]:.1f}" for key in scores[1:])])
+    return [
+        "### What does the device half reach?\n",
+        "Test rows, which no search looked at; each chosen cell read them once. The last column is the share of open requests "
+        "that get no action, or of rows out of scope that are known as such.\n",
+        *table(["what", "record", "right, %", "open or out of scope, %"], sorted(lines)),
+        f"\n![Depth of the shadow against right commands](figures/{FIGURES[1]})\n",
+        "The search behind it is in [device-search.md](device-search.md).\n",
+    ]
+
+
+def cost_rows(page: Page) -> list[tuple[str, float, float]]:
+    """Ratios of the shadow and of LoRA; decoding and prefill to the base, training to LoRA."""
+    bench = _read(page.docs.parent / "benchmarks" / "results.json")
+    if bench is None:
+        return []
+    rows = []
+    for part, title in (
+        ("decode", "a decoded token, of the base's time"),
+        ("decode_8", "a step of eight rows, of the base's time"),
+        ("prefill_256", "a prompt of 256 tokens, of the base's time"),
+        ("train_step", "a training step, every token a target, of LoRA's time"),
+        ("train_step_prompt_masked", "a training step, a quarter are targets, of LoRA's time"),
+    ):
+        ratios = bench.get(part, {}).get("ratio_to_base") or bench.get(part, {}).get("ratio_to_lora")
+        if ratios:
+            rows.append((title, ratios["shadow"], ratios["lora"]))
+    memory = {name: found["above_model_mib"] for name, found in bench["train_memory_mib"].items()}
+    rows.append(("memory of a training step, of LoRA's", round(memory["shadow"] / memory["lora"], 3), 1.0))
+    return rows
+
+
+def cost(page: Page) -> list[str]:
+    """What the shadow costs beside LoRA."""
+    rows = cost_rows(page)
+    if not rows:
+        return []
+    return [
+        "### What does it cost?\n",
+        "SmolLM2-135M, one CPU thread, a one-layer shadow; [compared.md](compared.md) says how it was measured.\n",
+        *table(["", "shadow", "LoRA"], [[title, f"{ours:.2f}", f"{theirs:.2f}"] for title, ours, theirs in rows]),
+        f"\n![Time and memory beside LoRA](figures/{FIGURES[2]})\n",
+        "Correcting the last layers only trains for less: [last-layers.md](last-layers.md). A deeper shadow costs more: "
+        "[device.md](device.md#how-the-recipe-was-found).\n",
+    ]
+
+
+def text(page: Page) -> str:
+    """The three questions, as far as records answer them."""
+    parts = [part for part in (lora(page), device(page), cost(page)) if part]
+    if not parts:
+        return ""
+    return "\n".join(["## Three questions\n", *(line for part in parts for line in part), "# The records\n"])
+
+
+def figures(page: Page, folder: Path) -> list[Path]:
+    """Write the figures of the questions that records answer."""
+    from experiments.report.figures import bars_with_intervals, depth_against_score, ratio_bars
+
+    written = []
+    cells = joint_cells(page)
+    if cells:
+        shown = [(r["name"], _share(r["development"]["attached"]["commands"])) for r in cells]
+        bars_with_intervals(folder / FIGURES[0], [(n, s) for n, s in shown if s is not None])
+        written.append(folder / FIGURES[0])
+    if device_rows(page):
+        depth_against_score(folder / FIGURES[1], _by_depth(page), _rival(page))
+        written.append(folder / FIGURES[1])
+    if cost_rows(page):
+        ratio_bars(folder / FIGURES[2], cost_rows(page))
+        written.append(folder / FIGURES[2])
+    return written
+
+
+def _by_depth(page: Page) -> list[tuple[int, Share]]:
+    """The best development score of each depth on the robot set."""
+    best: dict[int, Share] = {}
+    for record in _all(page.records / "device"):
+        found = record["curve"][-1]["constrained"]
+        if "commands" in found:
+            layers, share = record["settings"]["layers"], _share(found["commands"])
+            assert share is not None
+            best[layers] = max(best.get(layers, share), share)
+    return sorted(best.items())
+
+
+def _rival(page: Page) -> float | None:
+    """The classifier's share of right commands on the same development rows."""
+    record = _read(page.records / "rivals" / "robot-svc-open.json")
+    if record is None:
+        return None
+    return float(record["rate"]["development"]["commands"]["score"])
