@@ -6,7 +6,6 @@ Parameter counts (the paper, Table 1): an injection has ``2 d r``, an update ``4
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +90,6 @@ class Update(nn.Module):
         if bias:
             self.b_in = nn.Parameter(torch.empty(2 * m).uniform_(-1 / math.sqrt(d), 1 / math.sqrt(d)))
             self.b_out = nn.Parameter(torch.empty(2, d).uniform_(-1 / math.sqrt(m), 1 / math.sqrt(m)))
-
-    def tensors(self, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Any, Any]:
-        """All weights of the update, in the order of :data:`shadowpeft.ops.fused.Weights`."""
-        shared = (None, None) if norm is None else (norm.weight, norm.bias)
-        return self.w_in, self.w_out, self.b_in, self.b_out, *shared
 
     def forward(self, s: Tensor, h: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         """Shadow state ``s`` and layer output ``h``, both ``(B, T, d)``, to the next shadow state ``(B, T, d)``.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shadowpeft.core.modules import Injection, Update
 from shadowpeft.ops import StepSettings, fits, read_streams, step
+from shadowpeft.ops.fused import Weights
 
 
 def refine(
@@ -37,9 +38,8 @@ def refine(
         the input of base layer l and the shadow state it was corrected with, both ``(B, T, d)``.
     """
     if streams is None and fits(h, s) and is_untouched(injection, update, norm):
-        weights = injection.w_down, injection.w_up
-        own = (None,) * 6 if update is None else update.tensors(norm)
-        return step(h, s, (*weights, *own), _settings(injection, alpha, update, norm), training=injection.training)
+        how = _settings(injection, alpha, update, norm)
+        return step(h, s, _weights(injection, update, norm), how, training=injection.training)
     if update is not None:
         s = update(s, read_streams(h, streams), norm)
     return injection(h, s, alpha, streams), s
@@ -49,14 +49,26 @@ def is_untouched(*modules: nn.Module | None) -> bool:
     """Whether all modules compute what their class says: without hooks, and without a forward of their own (offloading)."""
     for module in modules:
         if module is not None:
-            own = vars(module)
-            if type(module) not in _KINDS or "forward" in own or any(own[kind] for kind in _HOOKS):
+            own = module.__dict__  # said one by one: this runs for every layer and token
+            if type(module) not in _KINDS or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return False
+            if own["_backward_hooks"] or own["_backward_pre_hooks"]:
                 return False
     return True
 
 
 _KINDS = (Injection, Update, nn.LayerNorm)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _weights(injection: Injection, update: Update | None, norm: nn.LayerNorm | None) -> Weights:
+    """All tensors of a step; read past ``nn.Module``'s own lookup, which costs a token as much as the arithmetic."""
+    down, up = injection._parameters["w_down"], injection._parameters["w_up"]
+    if update is None:
+        return down, up, None, None, None, None, None, None  # type: ignore[return-value]
+    own, shared = update._parameters, {} if norm is None else norm._parameters
+    return (  # type: ignore[return-value]
+        down, up, own["w_in"], own["w_out"], own.get("b_in"), own.get("b_out"), shared.get("weight"), shared.get("bias")
+    )  # fmt: skip
 
 
 @functools.cache

@@ -86,10 +86,8 @@ def _update(x: Tensor, s: Tensor, how: StepSettings, mask: Tensor | None, weight
     m = w_out.shape[-1]
     if mask is not None:
         a[..., :m] *= mask
-    if a.numel() == 2 * m:  # one token
-        both = torch.bmm(w_out, a.view(2, m, 1)).view(2, 1, -1)
-    else:
-        both = torch.bmm(a.view(-1, 2, m).transpose(0, 1), w_out.transpose(1, 2))
+    one = a.numel() == 2 * m  # one token
+    both = torch.bmm(a.view(2, 1, m) if one else a.view(-1, 2, m).transpose(0, 1), w_out.transpose(1, 2))
     if b_out is not None:
         both += b_out[:, None]
     t, g = both.view(2, *x.shape).unbind()
@@ -110,7 +108,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The corrected state, the next one if there is an update, and ``z (..., r)``, what ``W_up`` reads."""
     w_down, w_up = weights[:2]
-    x, state = h.to(w_down.dtype), None
+    x, state = h if h.dtype == w_down.dtype else h.to(w_down.dtype), None
     if weights[2] is not None:
         s = state = _update(x, s, how, masks[1], weights)[0]
     delta = _discrepancy(x, s, how)
