@@ -32,6 +32,7 @@ from shadowpeft.storage import exclusive
 from shadowpeft.terminal import terminal
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import TrainingSection
+from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.progress import Deadline, RunCallback
 from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
@@ -312,6 +313,10 @@ def train_task(
         raise ConfigError(
             "training.group_by_length is off, but only its order of rows is the same for every method; leave it on"
         )
+    for key in ("target_minutes", "patience", "load_best"):
+        if getattr(training, key):
+            raise ConfigError(f"training.{key} is set, but every method is trained for the same steps; leave it out")
+    check_optimizer(training.optimizer)
     prepare_cpu(training.threads)
     shadow = any(isinstance(c, ShadowPeftConfig) for c in model.peft_config.values())
     collate: Any = ClassCollator if isinstance(data, ClassDataset) else chat.ChatCollator
@@ -335,6 +340,7 @@ def train_task(
         data_collator=collate if shadow else without_shadow_labels,
         callbacks=[shown, end],
         backbone_lr_ratio=training.backbone_lr_ratio if shadow else 1.0,
+        **trainer_options(training.optimizer, model, training.learning_rate, training.weight_decay),
     )
     trainer.remove_callback(PrinterCallback)
     order = hashlib.sha256(",".join(str(i) for i in trainer._get_train_sampler()).encode()).hexdigest()

@@ -202,3 +202,21 @@ class Deadline(TrainerCallback):
         if time.monotonic() >= self.at and state.global_step < state.max_steps:
             self.reached = control.should_training_stop = control.should_save = control.should_log = True
         return control
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends training once ``patience`` evaluations in a row did not improve on the best value of ``metric`` (lower is better).
+
+    It counts in the history of the run, which a checkpoint holds, so a resumed run stops where an undisturbed one does;
+    transformers' own callback begins to count anew.
+    """
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric, self.patience, self.stopped = metric, patience, False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Compare the newest evaluation with those before."""
+        values = [record[self.metric] for record in state.log_history if self.metric in record]
+        if len(values) - 1 - values.index(min(values)) >= self.patience and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = True
+        return control

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data import chat
@@ -30,12 +31,15 @@ from shadowpeft.storage import exclusive, write_json, write_text, written_whole
 from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.activations import Activations, prepare
-from shadowpeft.train.arguments import training_arguments
+from shadowpeft.train.arguments import BEST, training_arguments
 from shadowpeft.train.card import model_card
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
-from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
+from shadowpeft.train.optimisers import check_optimizer, trainer_options
+from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
 from shadowpeft.train.rows import encode_run, shadow_first
+from shadowpeft.train.sections import DataConfig, TrainingSection
+from shadowpeft.train.speed import planned_in, steps_in_time
 from shadowpeft.train.trainer import ShadowTrainer
 
 
@@ -98,6 +102,7 @@ def train(
     folder = Path(run.output)
     _start_or_resume(run, folder, resume)
     check_loggers(t.report_to)
+    check_optimizer(t.optimizer)
 
     tokenizer = load_tokenizer(run.base)
     training, validation, record = encode_run(run, tokenizer, partial(console.print, soft_wrap=True))
@@ -135,23 +140,35 @@ def _train(
 ) -> dict[str, Any]:
     t, (training, validation, record) = run.training, data
     activations = _stored(run, folder, model, training, console)
-    args = training_arguments(t, folder, evaluates=validation is not None)
-    rows, steps, alone = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
-    args.max_steps = steps or -1
+
+    def build(
+        rows: Any, settings: TrainingSection, folder: Path, watching: list[TrainerCallback], alone: int = 0
+    ) -> ShadowTrainer:
+        evaluates = validation is not None and settings.eval_every is not None
+        trainer = ShadowTrainer(
+            model=model,
+            args=training_arguments(settings, folder, evaluates=evaluates),
+            train_dataset=rows,
+            eval_dataset=chat.ChatDataset(validation) if validation is not None else None,
+            data_collator=chat.ChatCollator(tokenizer.pad_token_id),
+            callbacks=watching,
+            backbone_lr_ratio=t.backbone_lr_ratio,
+            activations=activations,
+            shadow_steps=alone,
+            **trainer_options(t.optimizer, model, t.learning_rate, t.weight_decay),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    if t.target_minutes is not None:
+        t = _timed(t, training, last, model, build, console)
+    rows, steps, alone = shadow_first(training, t, t.batch_size * t.gradient_accumulation * _processes())
     mean_tokens = sum(len(s.ids) for s in training) / len(training)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
-    trainer = ShadowTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=chat.ChatDataset(validation) if validation is not None else None,
-        data_collator=chat.ChatCollator(tokenizer.pad_token_id),
-        callbacks=[shown],
-        backbone_lr_ratio=t.backbone_lr_ratio,
-        activations=activations,
-        shadow_steps=alone,
-    )
-    trainer.remove_callback(PrinterCallback)
+    watching: list[TrainerCallback] = [shown]
+    if t.patience is not None:
+        watching.append(EarlyStopping(BEST[t.best_by], t.patience))
+    trainer = build(rows, t.model_copy(update={"max_steps": steps}), folder, watching, alone)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=last)
@@ -169,6 +186,10 @@ def _train(
         "base": run.base,
         "adapter": str(folder / "adapter"),
     }
+    if t.patience is not None:
+        summary["stopped_early"] = any(isinstance(each, EarlyStopping) and each.stopped for each in watching)
+    if t.load_best and trainer.state.best_global_step is not None:
+        summary["best_step"] = int(trainer.state.best_global_step)
     save_adapter(model, tokenizer, folder / "adapter", run, summary, record)
     if validation is not None and not summary["interrupted"]:  # after saving: what fails here costs no training
         final = trainer.evaluate()
@@ -180,6 +201,26 @@ def _train(
     if run.push_to_hub is not None:
         push(folder / "adapter", run.push_to_hub)
     return summary
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _timed(
+    t: TrainingSection, training: list[Any], last: str | None, model: PeftModel, build: Any, console: Console
+) -> TrainingSection:
+    """The settings with the steps that fit into ``target_minutes``, or that a run which is resumed had chosen."""
+    if last is not None:
+        steps = planned_in(last)
+    else:
+        alone = [s.alone() for s in training if s.shadow]
+        steps, seconds = steps_in_time(t, training, alone, model, build)
+        console.print(
+            f"training.target_minutes: a step takes {seconds:.2g} s, so {steps} steps fit into {t.target_minutes:g} minutes",
+            soft_wrap=True,
+        )
+    return t.model_copy(update={"max_steps": steps, "target_minutes": None})
 
 
 def push(adapter: Path, hub_id: str) -> None:
@@ -219,7 +260,15 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
             f"the run in '{folder}' has ended and left no checkpoint to resume from; its adapter is in '{folder / 'adapter'}'"
         )
     refuse_changed(
-        folder, stored_record(folder / "config.yaml"), run.model_dump(), ("base",), ("data", "shadow", "training")
+        folder,
+        stored_record(folder / "config.yaml"),
+        run.model_dump(),
+        ("base",),
+        ("data", "shadow", "training"),
+        {
+            "data": DataConfig(train=run.data.train).model_dump(),
+            "training": TrainingSection().model_dump(),
+        },
     )
     return last
 
