@@ -25,7 +25,7 @@ from shadowpeft.data import chat
 from shadowpeft.data.classify import ClassCollator, ClassDataset
 from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.load import load_base, of_labels
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
 from shadowpeft.storage import exclusive
@@ -144,15 +144,7 @@ def load_task_base(
     """The base for a task: a language model, or a classifier over the task's labels whose new head ``seed`` alone decides."""
     set_seed(seed)
     if task.kind == "classify":
-        labels = list(task.labels)
-        base = load_base(
-            name,
-            "SEQ_CLS",
-            dtype=DTYPES[precision],
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
+        base = load_base(name, "SEQ_CLS", dtype=DTYPES[precision], **of_labels(task.labels))
     else:
         base = load_base(name, dtype=DTYPES[precision])
     if getattr(base.config, "pad_token_id", None) is None or task.kind == "classify":

@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -15,7 +15,14 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean, quote
 from shadowpeft.presets import TRAINING
 from shadowpeft.settings import explain
-from shadowpeft.train.sections import DataConfig, ShadowSection, StrictSection, TrainingSection, learns_actions
+from shadowpeft.train.sections import (
+    DataConfig,
+    ShadowSection,
+    SourceSection,
+    StrictSection,
+    TrainingSection,
+    learns_actions,
+)
 
 Run = TypeVar("Run", bound=BaseModel)
 
@@ -25,6 +32,8 @@ class RunConfig(StrictSection):
 
     base: str
     """Alias (``smollm2-135m``), folder or Hub id."""
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    """``SEQ_CLS``: texts with a label, for a classifier."""
     data: DataConfig
     shadow: ShadowSection = Field(default_factory=lambda: ShadowSection.model_validate({}))
     training: TrainingSection = Field(default_factory=TrainingSection)
@@ -48,6 +57,39 @@ class RunConfig(StrictSection):
         if training.get("freeze_shadow"):  # it has no epochs of its own
             usual = {key: value for key, value in usual.items() if key != "shadow_epochs"}
         return {**content, "shadow": shadow, "training": {**usual, **training}}
+
+    @model_validator(mode="after")
+    def _of_its_task(self) -> RunConfig:
+        data, t = self.data, self.training
+        if self.task_type == "SEQ_CLS":
+            for key in ("system", "assistant_only_loss", "packing", "shadow_answers"):
+                if getattr(data, key):
+                    raise ValueError(f"task_type is SEQ_CLS but data.{key} is of conversations; leave it out")
+            if data.train == "robot":
+                raise ValueError("task_type is SEQ_CLS but data.train is 'robot', which has conversations; name a file")
+            if data.streaming:
+                raise ValueError("task_type is SEQ_CLS but data.streaming hides which labels there are; leave it out")
+            if self.shadow.shadow_loss != "ce":
+                raise ValueError(
+                    f"task_type is SEQ_CLS but shadow.shadow_loss is '{self.shadow.shadow_loss}', which has no teacher there; "
+                    "use 'ce'"
+                )
+            if t.cache_activations:
+                raise ValueError("task_type is SEQ_CLS but training.cache_activations is of language models; leave it out")
+        elif data.too_long == "cut":
+            raise ValueError("data.too_long is 'cut', which takes an answer's end away; use 'skip', or task_type: SEQ_CLS")
+        for key, value in (("packing", data.packing), ("streaming", data.streaming)):
+            if value and t.cache_activations:
+                raise ValueError(f"training.cache_activations stores plain rows that are at hand; leave it or data.{key} out")
+        if data.streaming:
+            if t.max_steps is None and t.target_minutes is None:
+                raise ValueError(
+                    "data.streaming is set, so the number of rows is not known; set training.max_steps or target_minutes"
+                )
+            for key in ("shadow_epochs", "freeze_shadow"):
+                if getattr(t, key):
+                    raise ValueError(f"data.streaming is set but training.{key} needs all rows at hand; keep one")
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
@@ -168,19 +210,29 @@ RunLoader.add_implicit_resolver(
 )
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "shadow": ShadowSection, "training": TrainingSection}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataConfig,
+    "shadow": ShadowSection,
+    "training": TrainingSection,
+    "source": SourceSection,
+}
+_TAGS = ("name", "source")
+"""What pydantic calls the two forms of ``data.train``."""
 
 
 def problems_in(error: ValidationError, whole: type[BaseModel], sections: dict[str, type[BaseModel]]) -> str:
     """What is wrong with a run file, in words; unknown keys get the nearest known one of ``whole`` or its ``sections``."""
     parts = []
     for problem in error.errors():
-        place, key = ".".join(map(str, problem["loc"])) or "the run", problem["loc"][-1] if problem["loc"] else ""
+        keys = [str(part) for i, part in enumerate(problem["loc"]) if i < 2 or part not in _TAGS]
+        place, key = ".".join(keys) or "the run", problem["loc"][-1] if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
             section = next((sections[str(p)] for p in reversed(problem["loc"][:-1]) if str(p) in sections), whole)
             known = list(section.model_fields)
             elsewhere = [
-                f" (did you mean '{name}.{key}'?)" for name, kind in sections.items() if key in kind.model_fields
+                f" (did you mean '{'data.train' if name == 'source' else name}.{key}'?)"
+                for name, kind in sections.items()
+                if key in kind.model_fields
             ]
             hint = elsewhere[0] if elsewhere else did_you_mean(str(key), known)
             parts.append(f"unknown key '{place}'" + (hint or f"; known keys: {', '.join(known)}"))

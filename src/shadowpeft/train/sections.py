@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
+from shadowpeft.data.sources import Source
 from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings
@@ -17,19 +18,63 @@ class StrictSection(BaseModel):
     model_config = STRICT
 
 
+class SourceSection(StrictSection):
+    """Rows that are more than the name of a file."""
+
+    hub: str | None = None
+    """A data set on the Hub."""
+    path: str | None = None
+    """A file, or a folder in a layout of the ``datasets`` library."""
+    config: str | None = None
+    """One of the data set's configurations."""
+    split: str = "train"
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our names of columns and theirs, such as ``{prompt: question, response: answer}``; then no other column is read."""
+
+    @model_validator(mode="after")
+    def _one(self) -> SourceSection:
+        if (self.hub is None) == (self.path is None):
+            raise ValueError(f"hub and path are {'both' if self.hub else 'not'} set; give one of them")
+        if self.hub is None and (self.revision is not None or self.config is not None):
+            raise ValueError("revision and config are of a data set on the Hub but hub is not set; leave them out")
+        return self
+
+    @property
+    def source(self) -> Source:
+        """What reads it."""
+        return Source(**self.model_dump())
+
+
+Rows = Annotated[
+    Union[Annotated[str, Tag("name")], Annotated[SourceSection, Tag("source")]],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "source"),
+]
+"""A file by its name, or a :class:`SourceSection`."""
+
+
 class DataConfig(StrictSection):
     """Which rows to train and to evaluate on."""
 
-    train: str
-    """A JSONL file, or ``robot`` for the packaged robot-intent set."""
-    validation: str | None = None
-    """A JSONL file; None: no evaluation during training (``robot`` brings its own)."""
+    train: Rows
+    """A file, ``robot`` for the packaged robot-intent set, or a :class:`SourceSection`."""
+    validation: Rows | None = None
+    """The same; None: no evaluation during training (``robot`` brings its own)."""
     max_length: int = Field(default=512, ge=8)
     """Longest sequence in tokens."""
-    too_long: Literal["error", "skip"] = "error"
-    """What happens to longer rows."""
+    too_long: Literal["error", "skip", "cut"] = "error"
+    """What happens to longer rows; "cut" is for texts that are classified."""
     system: str | None = None
     """System message for rows that bring none."""
+    assistant_only_loss: bool = False
+    """Learn every answer of a conversation; by default only the last one."""
+    packing: bool = False
+    """Put several rows into one of ``max_length`` tokens; attention stays inside each."""
+    streaming: bool = False
+    """Read training rows while training, for what does not fit into memory."""
+    shuffle_buffer: Count = 1000
+    """With ``streaming``: sequences to draw the next one from."""
     shadow_answers: Literal["whole", "action"] | None = None
     """What the shadow path learns of an answer: "whole", or "action": the action it starts with, ``[REMOTE]`` where it starts
     with none. null: "action" for ``robot``, else "whole"."""
@@ -40,6 +85,24 @@ class DataConfig(StrictSection):
     def learns_actions(self) -> bool:
         """Whether the shadow path learns actions alone."""
         return learns_actions({"train": self.train, "shadow_answers": self.shadow_answers})
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataConfig:
+        if self.assistant_only_loss and self.learns_actions:
+            raise ValueError(
+                "data.assistant_only_loss learns every answer but data.shadow_answers is 'action', which is of the last one; "
+                "keep one"
+            )
+        if self.streaming and self.train == "robot":
+            raise ValueError("data.streaming is set but 'robot' is packaged and in memory; leave it out")
+        if self.streaming and self.shadow_repeats:
+            raise ValueError("data.shadow_repeats needs all rows at hand but data.streaming reads them as they come; keep one")
+        return self
+
+
+def source_of(given: str | SourceSection) -> Source:
+    """What reads the rows of ``data.train`` or ``data.validation``."""
+    return Source(path=given) if isinstance(given, str) else given.source
 
 
 def learns_actions(data: dict[str, Any]) -> bool:

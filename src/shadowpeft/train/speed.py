@@ -86,7 +86,7 @@ def _seconds_of_a_step(t: TrainingSection, rows: Sequence[Any], build: Build) ->
     ordered = sorted(rows, key=lambda row: len(row.ids))
     wanted = STEPS * t.batch_size * t.gradient_accumulation
     chosen = [ordered[i * len(ordered) // wanted] for i in range(wanted)]
-    quiet = {
+    quiet: dict[str, Any] = {
         "max_steps": 1_000_000,
         "epochs": None,
         "target_minutes": None,
