@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,11 @@ def rows_of(source: Source, *, streaming: bool = False) -> Iterator[tuple[str, A
     Raises:
         DataError: if the source is missing, cannot be reached or lacks a column.
     """
+    if source.path is not None and re.fullmatch(r"[\w-]+/[\w-]+", source.path) and not Path(source.path).exists():
+        raise DataError(
+            f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write data.train: "
+            f"{{hub: {source.path}}}"
+        )
     rows = rows_in(str(source.path)) if source.is_file else _rows_of_datasets(source, streaming)
     if not source.columns:
         yield from rows

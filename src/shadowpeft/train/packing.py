@@ -56,12 +56,15 @@ def check_packing(model: Any) -> None:
     with trial_mode(model):
         packed, behind_another, alone = run(first, second), run(other, second), run(second)
     rounding = TOLERANCE.get(next(base.parameters()).dtype, 0.1)
-    for path, here, there, own in zip(("base", "shadow"), packed, behind_another, alone, strict=True):
-        if _distance(here, there) > SEEN:
-            raise UnsupportedModelError(
-                f"data.packing is set but in {name} the {path} carries something from a packed row into the next one, as "
-                "recurrent layers and convolutions do; set it to false"
-            )
+    paths = ("base", "shadow")
+    seen = [path for path, a, b in zip(paths, packed, behind_another, strict=True) if _distance(a, b) > SEEN]
+    if seen:
+        who = f"the {seen[0]} carries" if len(seen) == 1 else "the base and the shadow carry"
+        raise UnsupportedModelError(
+            f"data.packing is set but in {name} {who} something from a packed row into the next one, as recurrent layers and "
+            "convolutions do; set it to false"
+        )
+    for path, here, own in zip(paths, packed, alone, strict=True):
         if _distance(here, own) > rounding:
             raise UnsupportedModelError(
                 f"data.packing is set but in {name} the {path} computes a packed row otherwise than the row alone; set it to "
