@@ -140,7 +140,7 @@ def test_the_page_of_a_run(made, monkeypatch, capsys):
     assert "[Sit()]" in page.texts  # what the base says
     assert "<b>&" in page.texts
     assert "<i>no</i>" not in text  # what a row holds is text, not a part of the page
-    assert "14 rows of the validation data, evenly spaced." in page.texts
+    assert "13 rows of the validation data, evenly spaced." in page.texts
     assert "kept above this" in page.texts
     assert "without confidence: wrong share" in page.texts
     assert not re.search(r"\b(url\(http|@import|fetch\()", text)

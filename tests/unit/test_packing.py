@@ -91,6 +91,7 @@ def test_gradients_are_those_of_the_rows_alone(tmp_path, name, kind):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_either_way_of_attention_keeps_rows_apart(attention):
     model = adapt(AutoModelForCausalLM.from_config(base("llama").config, attn_implementation=attention))
+    assert model.config._attn_implementation == attention
     check_packing(model)
 
 

@@ -64,7 +64,7 @@ def page(run: RunFolder, examples: list[dict[str, Any]], note: str) -> str:
         _part("Calibration", _calibration(run.calibration)),
         _part("Settings", _settings(run)),
     ]
-    title = f"Run {escape(run.name)}"
+    title = f"Training run: {escape(run.name)}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -167,7 +167,10 @@ def _rate(metrics: list[dict[str, float]]) -> str:
 
 
 def _evaluations(metrics: list[dict[str, float]]) -> str:
+    keys = ("step", "eval_task_loss", "eval_shadow_loss")
     found = [r for r in metrics if "eval_task_loss" in r or "eval_shadow_loss" in r]
+    last = found[-1:] if len(found) > 1 and all(found[-1].get(key) == found[-2].get(key) for key in keys) else []
+    found = found[: len(found) - len(last)]  # the evaluation at the end, where it says the same once more
     if not found:
         return _said("The run was not evaluated while it trained; set data.validation and training.eval_every.")
     rows = [[f"{r['step']:g}", *(_number(r.get(key)) for key in ("eval_task_loss", "eval_shadow_loss"))] for r in found]
