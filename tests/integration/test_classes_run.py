@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_the_labels_are_in_the_adapter_and_in_the_edge_model(made, monkeypatch, 
     found = [int(edge(**words(row["text"], return_tensors="pt")).logits.argmax()) for row in rows(9)]
     right = [edge.config.id2label[i] == row["label"] for i, row in zip(found, rows(9), strict=True)]
     assert sum(right) / 9 == pytest.approx(made["summary"]["accuracy"]["detached"])
+
+
+def test_weights_of_other_labels_are_not_swapped_in(made, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(made["adapter"], other)
+    model = shadowpeft.load(made["adapter"])
+    shadowpeft.swap(model, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "labels": ["a", "b", "c"]}))
+    with pytest.raises(ConfigError, match="is loaded with labels"):
+        shadowpeft.swap(model, other)
 
 
 def test_eval_of_a_file(made, monkeypatch, capsys, tmp_path):

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
+from experiments.spec import NEWEST
 from safetensors.torch import load_file
 
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
@@ -266,3 +269,20 @@ def test_what_cannot_be(made, tmp_path, training, message):
     with pytest.raises(ConfigError) as refused:
         start(made, tmp_path / "run", data={"validation": made["validation"]}, training=training)
     assert message in str(refused.value)
+
+
+def test_a_run_that_was_started_before_these_settings_existed_resumes(made, tmp_path):
+    folder = tmp_path / "run"
+    settings = {"max_steps": 2, "save_every": 1}
+    start(made, folder, training=settings)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["task_type"]
+    for key in ("assistant_only_loss", "packing", "streaming", "shuffle_buffer"):
+        del config["data"][key]
+    for key in NEWEST:
+        del config["training"][key]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    shutil.rmtree(folder / "checkpoint-2")
+    assert start(made, folder, resume=True, training=settings)["steps"] == 2
+    with pytest.raises(ConfigError, match=r"started with other settings \(training\.optimizer\)"):
+        start(made, folder, resume=True, training={**settings, "optimizer": "adafactor"})
