@@ -76,15 +76,14 @@ def _check(content: str, where: str) -> None:
 
 def run_file(road: str, base: str, data: str, minutes: float, validation: str | None, name: str) -> str:
     """The text of a run file."""
-    classes, robot = road == "classes", data == "robot"
-    lines = [
-        f"# A run for {ROADS[road]}. Every key: docs/settings.md. Unknown keys are refused.",
-        f"base: {_quoted(base)}",
-    ]
-    if classes:
-        lines.append("task_type: SEQ_CLS               # rows have a text and a label")
+    classes, robot, device = road == "classes", data == "robot", road == "device"
     columns = "{text: text, label: label}" if classes else "{prompt: question, response: answer}"
-    lines += [
+    evaluated = "" if validation is not None or robot else "# "
+    lines = [
+        f"# A run for {ROADS[road]}.",
+        "# docs/settings.md has every key. Unknown keys are refused.",
+        f"base: {_quoted(base)}",
+        *([_line("task_type: SEQ_CLS", "rows have a text and a label", 0)] if classes else []),
         "",
         "data:",
         f"  train: {_quoted(data)}",
@@ -93,40 +92,44 @@ def run_file(road: str, base: str, data: str, minutes: float, validation: str | 
     if validation is not None:
         lines.append(f"  validation: {_quoted(validation)}")
     elif not robot:
-        lines.append("  # validation: validation.jsonl  # rows of the same form: both paths are evaluated on them")
-    lines += [
-        "  max_length: 512                # tokens",
-        f"  too_long: {'cut' if classes else 'skip'}                 # longer rows: error, skip{', cut' if classes else ''}",
-    ]
-    if road == "device" and not robot:
-        lines.append("  shadow_answers: action         # the edge model learns the action alone, [REMOTE] where there is none")
+        lines.append(_line("# validation: rows.jsonl", "rows of the same form: both paths are evaluated on them"))
+    lines.append(_line("max_length: 512", "tokens"))
+    if classes:
+        lines.append(_line("too_long: cut", "read the beginning of longer texts; or skip, error"))
+    else:
+        lines.append(_line("too_long: skip", "longer rows are left out; or error"))
+    if device and not robot:
+        lines.append(_line("shadow_answers: action", "the edge model learns the action alone, [REMOTE] where there is none"))
     if not classes:
-        lines += [
-            '  # system: "You are ..."         # for rows without a system message; give serve the same one',
-            "  # assistant_only_loss: true    # learn every answer of a conversation, not the last one alone",
-            "  # packing: true                # several short rows in one; recurrent bases are refused",
-        ]
+        lines.append(_line('# system: "You are ..."', "for rows without a system message; give serve the same one"))
+    if not classes and not device:
+        lines.append(_line("# assistant_only_loss: true", "learn every answer of a conversation, not the last one alone"))
+    if not classes:
+        lines.append(_line("# packing: true", "several short rows in one; recurrent bases are refused"))
     lines += [
         "",
         "shadow:",
-        f"  preset: {_PRESETS[road]:<22} # tuned, paper or device (docs/settings.md)",
-        "  r: 16                          # rank of the correction",
+        _line(f"preset: {_PRESETS[road]}", "tuned, paper or device"),
+        _line("r: 16", "rank of the correction"),
         "",
         "training:",
-        f"  target_minutes: {minutes:<14g} # steps are chosen from the measured speed" if minutes else "  epochs: 1",
-        "  batch_size: 16",
-        *([] if road == "device" else ["  learning_rate: 1.0e-3"]),
-        "  save_every: 100                # shadowpeft train --resume continues from there",
-    ]
-    evaluated = "" if validation is not None or robot else "# "
-    lines += [
-        f"  {evaluated}eval_every: 100              # both paths, on data.validation",
-        "  # load_best: true              # keep the adapter of the best evaluation (leave save_every out)",
-        "  # patience: 3                  # stop after so many evaluations without improvement",
+        _line(f"target_minutes: {minutes:g}", "steps are chosen from the measured speed")
+        if minutes
+        else _line("epochs: 1", "passes over the rows"),
+        _line("batch_size: 16", "rows at a time"),
+        *([] if device else [_line("learning_rate: 1.0e-3", "the first thing to vary")]),  # the preset "device" has its own
+        _line("save_every: 100", "steps; shadowpeft train --resume continues from there"),
+        _line(f"{evaluated}eval_every: 100", "steps; both paths, on data.validation"),
+        _line("# load_best: true", "keep the adapter of the best evaluation (leave save_every out)"),
+        _line("# patience: 3", "stop after so many evaluations without improvement"),
         "",
         f"output: {_quoted(f'runs/{name}')}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _line(setting: str, comment: str, indent: int = 2) -> str:
+    return " " * indent + f"{setting:<{32 - indent}}# {comment}"
 
 
 def _quoted(text: str) -> Any:
