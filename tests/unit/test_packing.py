@@ -78,7 +78,15 @@ def gradients(model, rows, collator, folder, size):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"])
 def test_gradients_are_those_of_the_rows_alone(tmp_path, name, kind):
-    model = adapt(base(name), auxiliary_loss_weight=0.5, **KINDS[kind])
+    compare(tmp_path, adapt(base(name), auxiliary_loss_weight=0.5, **KINDS[kind]))
+
+
+@pytest.mark.parametrize("shadow_loss", ["kl", "both"])
+def test_what_the_attached_path_teaches_stays_inside_a_row_too(tmp_path, shadow_loss):
+    compare(tmp_path, adapt(base("llama"), auxiliary_loss_weight=0.5, shadow_loss=shadow_loss))
+
+
+def compare(tmp_path, model):
     check_packing(model)
     plain = gradients(model, sequences(), chat.ChatCollator(0), tmp_path, 1)
     packed = gradients(model, pack(sequences(), 18), PackedCollator(0), tmp_path, 3)

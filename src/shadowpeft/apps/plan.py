@@ -70,7 +70,7 @@ def plan(run: Any) -> dict[str, Any]:
     count = len(sequences)
     pack_to = run.data.max_length if run.data.packing else None
     rows, steps, _ = shadow_first(sequences, t, t.batch_size * t.gradient_accumulation, pack_to)
-    packed = len(rows) if pack_to is not None else None
+    packed = rows.parts[-1] if pack_to is not None else None  # of an epoch of both paths
     sequences = rows.sequences  # of the whole run, where the shadow has epochs of its own
     steps = steps if t.target_minutes is None else None
     if steps is None and t.target_minutes is None:
