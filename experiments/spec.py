@@ -16,7 +16,17 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import RunLoader, ShadowSection, TrainingSection
 
 ROOT = Path(__file__).parents[1]
-_LATER = ("shadow_epochs", "cache_activations", "freeze_shadow")
+NEWEST = (
+    "target_minutes",
+    "optimizer",
+    "neftune",
+    "compile",
+    "patience",
+    "load_best",
+    "best_by",
+    "data_seed",
+)
+_LATER = ("shadow_epochs", "cache_activations", "freeze_shadow", *NEWEST)
 """Settings of training that came after the first records: at their defaults they change no cell."""
 SPECS = ROOT / "experiments" / "specs"
 RECORDS = ROOT / "experiments" / "records"

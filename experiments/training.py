@@ -24,7 +24,7 @@ from rich.console import Console
 import shadowpeft
 from experiments.measuring import stamp
 from experiments.records import check_settings, read_file, write_record
-from experiments.spec import MODES, RECORDS, ROOT, SPECS, Cell, digest
+from experiments.spec import MODES, NEWEST, RECORDS, ROOT, SPECS, Cell, digest
 from shadowpeft.apps import common
 from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.tasks import Example, Task, get_task
@@ -279,6 +279,8 @@ def repeated_rows(task: Any, repeats: int, *, shots: int = 0) -> list[Example]:
 def _training_key(cell: Cell, section: TrainingSection, data: Any) -> str:
     """Name of a training: a digest of all that decides its weights."""
     optimised = section.model_dump(exclude={"eval_batch_size", "log_every", "threads", "report_to", "save_every"})
+    usual = TrainingSection().model_dump()
+    optimised = {k: v for k, v in optimised.items() if k not in NEWEST or v != usual[k]}
     parts = [
         cell.base,
         cell.precision,

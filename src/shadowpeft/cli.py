@@ -22,8 +22,10 @@ from shadowpeft.apps import (
     export,
     generate,
     info,
+    init,
     plan,
     pretrain,
+    report,
     route,
     train,
 )
@@ -58,6 +60,7 @@ def _options(
     """``main`` reads ``--debug`` itself."""
 
 
+app.command("init")(init.main)
 app.command("train")(train.main)
 app.command("pretrain")(pretrain.main)
 app.command("eval")(evaluate.main)
@@ -67,6 +70,7 @@ app.command("detach")(detach.main)
 app.command("export")(export.main)
 app.command("convert")(convert.main)
 app.command("plan")(plan.main)
+app.command("report")(report.main)
 app.command("info")(info.main)
 app.command("doctor")(doctor.main)
 

@@ -16,6 +16,7 @@ from experiments.report import Page
 from experiments.report.records import columns, difference, interval_of
 from experiments.report.tables import differences_table
 from experiments.runner import Runner
+from experiments.spec import _LATER as LATER
 from experiments.spec import KINDS, SPECS, cells, merge, names, read_spec
 from experiments.training import predictions
 from faketask import Fake
@@ -26,6 +27,7 @@ from pages import facts, numbers, rows
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.train import baselines
+from shadowpeft.train.sections import TrainingSection
 
 TASKS = {"classify": Fake("classify"), "generate": Fake("generate"), "robot": Fake("generate", paths=True)}
 SHADOW = {"r": 4, "shadow_alpha": 0.7, "shadow_dropout": 0.1}
@@ -491,3 +493,10 @@ def test_the_committed_pages_hold_the_numbers_of_the_committed_records():
     assert facts(scores) == facts(again), "run `python -m experiments report` and commit docs/compared.md"
     (lora,) = [row for row in rows(scores) if row[0] == "LoRA"]
     assert len(numbers(" ".join(lora))) >= 3 * len(lora[1:])  # a score and both ends of its interval in each column
+
+
+def test_settings_of_training_that_came_later_change_no_committed_cell():
+    files = (Path(__file__).parents[2] / "experiments" / "records").glob("*/*-s0.json")
+    first = {key for file in files for key in json.loads(file.read_text())["settings"].get("train", {})}
+    assert len(first) > 15
+    assert set(TrainingSection.model_fields) - first <= set(LATER)  # whatever is new is left out of a cell at its default

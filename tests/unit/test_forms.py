@@ -151,3 +151,67 @@ def test_data_check_of_the_packaged_set(monkeypatch, capsys):
     assert code == 0
     assert found["refused"]["rows"] == 0
     assert found["paths"]["base"] == 1000
+
+
+def test_data_check_of_a_run_file_shows_what_that_run_would_learn(monkeypatch, capsys, tmp_path):
+    talk = {
+        "messages": [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello you"},
+            {"role": "user", "content": "sit"},
+            {"role": "assistant", "content": "ok " * 40},
+        ]
+    }
+    rows = written(tmp_path, ".jsonl", [talk, {**PAIR, "path": "base"}, {**PAIR, "path": "shadow"}])
+    table = tmp_path / "t.csv"
+    table.write_text("question,answer\nsit,ok\nstand,up\n")
+    content = {
+        "base": "smollm2-135m",
+        "data": {
+            "train": str(rows),
+            "validation": {"path": str(table), "columns": {"prompt": "question", "response": "answer"}},
+            "assistant_only_loss": True,
+            "max_length": 60,
+            "too_long": "skip",
+        },
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    code, out, _ = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["train"]["rows"], found["validation"]["rows"]) == (3, 2)
+    (long,) = found["train"]["longer_than_max_length"]["which"]
+    assert long.startswith(f"{rows}, line 1 has ")
+    assert long.endswith("more than max_length = 60: left out")
+    code, out, _ = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml", "--show", 3)
+    words = " ".join(out.split())
+    assert "(green by both paths)" in words
+    assert "(blue by the base alone)" in words
+    assert "(yellow by the shadow alone)" in words
+    code, _, err = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml", "--assistant-only-loss")
+    assert (code, "a run file says how its rows are read" in err) == (2, True)
+
+
+def test_what_is_learnt_has_the_colour_of_who_learns_it():
+    from chatbase import chat_tokenizer
+    from shadowpeft.apps.data import coloured
+
+    words = chat_tokenizer()
+    row = {"prompt": "sit", "response": "[Sit()] ok", "shadow_response": "[Sit()]"}
+    (sequence,) = chat.encode([chat.check_row(row, "here")], words, max_length=99)
+    text = coloured(sequence, words)
+    spans = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    # at the place after its action the shadow learns the end of the turn, the base what follows
+    assert list(spans.values()) == ["dim", "green", "blue"]
+    assert list(spans)[1].startswith("[Sit()]")
+    assert list(spans)[2].endswith("<|im_end|>")
+
+
+def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):
+    rows = [{"text": "good", "label": "a"}, {"text": "bad", "label": "b"}, {"text": "x", "label": ""}]
+    file = written(tmp_path, ".csv", rows)
+    code, out, err = call(monkeypatch, capsys, "data", "check", file, "--task-type", "SEQ_CLS")
+    assert code == 2
+    assert "labels: a (1), b (1)" in out
+    assert "needs 'text' and 'label'" in " ".join(out.split())
+    assert "1 of 3 rows are refused" in err

@@ -1,10 +1,13 @@
-"""``shadowpeft data check FILE``: what training would read, learn and leave out, before anything is trained."""
+"""``shadowpeft data check``: what training would read, learn and leave out, before anything is trained."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from typing import Annotated, Any
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.table import Table
@@ -12,68 +15,187 @@ from rich.text import Text
 
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.options import Json, System
-from shadowpeft.errors import DataError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
+
+if TYPE_CHECKING:
+    from shadowpeft.data.sources import Source
 
 _SHOWN = 20
 """Problems that are listed at most."""
+_COLOURS = {(True, True): "green", (True, False): "blue", (False, True): "yellow", (False, False): "dim"}
+"""Of a token, by whether the base and the shadow learn it."""
+_NAMES = {"green": "both paths", "blue": "the base alone", "yellow": "the shadow alone", "dim": "nobody"}
 
 
 class WrongRowsError(DataError):
     """Some rows of a file cannot be trained on."""
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How a run would read rows."""
+
+    tokenizer: Any
+    max_length: int
+    system: str | None = None
+    every_turn: bool = False
+    actions: bool = False
+    classes: bool = False
+    too_long: str | None = None
+    """What the run does with longer rows; None: not known."""
+
+    def sequences(self, row: Any, where: str) -> tuple[Any, list[Any]]:
+        """The checked row and what would be trained on.
+
+        Raises:
+            DataError: saying what is wrong.
+        """
+        from shadowpeft.data import chat, class_rows
+        from shadowpeft.train.rows import with_action
+
+        if self.classes:
+            checked = class_rows.check_row(row, where)
+            return checked, class_rows.encode([checked], self.tokenizer, [checked["label"]], max_length=1 << 30)
+        checked = row if isinstance(row, chat.ChatRow) else chat.check_row(row, where, every_turn=self.every_turn)
+        if self.actions:
+            checked = with_action(checked)
+        options: dict[str, Any] = {"max_length": 1 << 30, "system": self.system, "every_turn": self.every_turn}
+        return checked, chat.encode([checked], self.tokenizer, **options)
+
+
 def check(
-    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv or .parquet; or robot.")],
+    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder; robot; or a run file (.yaml).")],
     base: Annotated[
-        str, typer.Option(help="Whose tokenizer and chat template: alias, folder or Hub id.")
-    ] = "smollm2-135m",
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row at most, as data.max_length.")] = 512,
-    show: Annotated[int, typer.Option(min=0, help="So many rows in full: what is learnt in green, the rest dim.")] = 3,
+        Optional[str],
+        typer.Option(help="Whose tokenizer and chat template: alias, folder or Hub id. Default: the run's, or smollm2-135m."),
+    ] = None,
+    max_length: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens of a row at most. Default: the run's data.max_length, or 512.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="So many rows in full, with what is learnt in colour.")] = 3,
     system: System = None,
+    assistant_only_loss: Annotated[
+        bool, typer.Option("--assistant-only-loss", help="Learn every answer of a conversation, as the run file's key.")
+    ] = False,
+    task_type: Annotated[str, typer.Option(help="CAUSAL_LM, or SEQ_CLS for texts with a label.")] = "CAUSAL_LM",
     as_json: Json = False,
 ) -> None:
     """Rows, their form and length, what is learnt of them, and every row that would be refused or left out."""
+    if task_type not in ("CAUSAL_LM", "SEQ_CLS"):
+        raise ConfigError(f"--task-type is '{task_type}' but must be CAUSAL_LM or SEQ_CLS")
     quiet_libraries()
-    from shadowpeft.data import chat
-    from shadowpeft.data.forms import forms_of, rows_in
+    parts, rules = _of_run(file, base, max_length) if file.endswith((".yaml", ".yml")) else (None, None)
+    if parts is None or rules is None:
+        from shadowpeft.data.robot import SYSTEM
+        from shadowpeft.tokenizer import load_tokenizer
+
+        system = SYSTEM if file == "robot" and system is None else system
+        tokenizer = load_tokenizer(base or "smollm2-135m")
+        classes = task_type == "SEQ_CLS"
+        rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes)
+        parts = {"": file}
+    elif system is not None or assistant_only_loss or task_type != "CAUSAL_LM":
+        raise ConfigError("a run file says how its rows are read; leave --system, --assistant-only-loss and --task-type out")
+    results = {}
+    for part, given in parts.items():
+        name = f"data.{part}: {given}" if part else file
+        results[part], shown = _examined(name, _rows(given, part, rules), rules, show)
+        if not as_json:
+            _print(results[part], shown, rules.tokenizer)
+    if as_json:
+        print(json.dumps(results.get("", results), indent=2, ensure_ascii=False))
+    refused = sum(result["refused"]["rows"] for result in results.values())
+    if refused:
+        rows = sum(result["rows"] for result in results.values())
+        raise WrongRowsError(f"{refused} of {rows} rows are refused; correct them, they are named above")
+
+
+def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[str, Any], Rules]:
+    """The sources of a run file by part, and its rules."""
     from shadowpeft.data.robot import SYSTEM
     from shadowpeft.tokenizer import load_tokenizer
+    from shadowpeft.train.config import read_run
+    from shadowpeft.train.sections import source_of
+
+    run = read_run(file)
+    data = run.data
+    robot = data.train == "robot"
+    rules = Rules(
+        load_tokenizer(base or run.base),
+        max_length or data.max_length,
+        data.system if data.system is not None else (SYSTEM if robot else None),
+        data.assistant_only_loss,
+        data.learns_actions,
+        run.task_type == "SEQ_CLS",
+        data.too_long,
+    )
+    validation = data.validation or ("robot" if robot else None)
+    given = {"train": data.train, **({"validation": validation} if validation is not None else {})}
+    return {part: each if each == "robot" else source_of(each) for part, each in given.items()}, rules
+
+
+def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, Any]]:
+    """Every row and where it stands."""
+    from shadowpeft.data.sources import Source, rows_of
     from shadowpeft.train.rows import robot_rows
 
-    tokenizer = load_tokenizer(base)
-    good: list[dict[str, Any]] = []
-    problems: list[str] = []
-    system = SYSTEM if file == "robot" and system is None else system
-    given = [(f"row {n}", row) for n, row in enumerate(robot_rows("train"), 1)] if file == "robot" else rows_in(file)
-    for where, row in given:
+    if given == "robot":
+        return ((f"row {n}", row) for n, row in enumerate(robot_rows(part or "train", actions=rules.actions), 1))
+    return rows_of(given if isinstance(given, Source) else Source(path=given))
+
+
+def _examined(
+    name: str, rows: Iterable[tuple[str, Any]], rules: Rules, show: int
+) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """What there is to say of all rows, and the first ``show`` of them with a sequence each."""
+    from shadowpeft.data import chat
+
+    forms: Counter[str] = Counter()
+    paths: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    shown: list[tuple[Any, Any]] = []
+    lengths, learnt, problems, long, count = [], [], [], [], 0
+    for where, row in rows:
+        count += 1
         try:
-            checked = row if file == "robot" else chat.check_row(row, where)
-            encoded = chat.encode([checked], tokenizer, max_length=1 << 30, system=system)
+            checked, sequences = rules.sequences(row, where)
         except DataError as problem:
             problems.append(str(problem))
             continue
-        good.append({"where": where, "row": checked, "sequences": list(encoded)})
-    sequences = [s for each in good for s in each["sequences"]]
-    long = [each["where"] for each in good if max(len(s.ids) for s in each["sequences"]) > max_length]
+        forms[getattr(checked, "form", "") or "prompt, response"] += 1
+        paths[checked["path"]] += 1
+        if rules.classes:
+            labels[checked["label"]] += 1
+        lengths += [len(s.ids) for s in sequences]
+        learnt += [1 if rules.classes else len(s.learnt) for s in sequences]
+        longest = max(len(s.ids) for s in sequences)
+        if longest > rules.max_length:
+            long.append(f"{where} has {longest} tokens, more than max_length = {rules.max_length}: {_fate(rules)}")
+        if count <= show:
+            shown += [(checked, s) for s in sequences]
     result = {
-        "file": file,
-        "rows": len(good) + len(problems),
-        "forms": forms_of(each["row"] for each in good),
-        "paths": {path: sum(each["row"]["path"] == path for each in good) for path in chat.PATHS},
-        "tokens": _spread([len(s.ids) for s in sequences]),
-        "learnt_tokens": _spread([len(s.ids) - s.start for s in sequences]),
-        "longer_than_max_length": {"max_length": max_length, "rows": len(long), "first": long[0] if long else None},
+        "file": name,
+        "rows": count,
+        "forms": dict(forms),
+        "paths": {path: paths[path] for path in chat.PATHS},
+        **({"labels": dict(sorted(labels.items()))} if rules.classes else {}),
+        "tokens": _spread(lengths),
+        "learnt_tokens": _spread(learnt),
+        "longer_than_max_length": {
+            "max_length": rules.max_length,
+            "rows": len(long),
+            "first": long[0].partition(" has ")[0] if long else None,
+            "which": long[:_SHOWN],
+        },
         "refused": {"rows": len(problems), "why": problems[:_SHOWN]},
     }
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        _print(result, [s for each in good[:show] for s in each["sequences"]], tokenizer)
-    if problems:
-        raise WrongRowsError(
-            f"{len(problems)} of {result['rows']} rows are refused; correct them, they are named above"
-        )
+    return result, shown
+
+
+def _fate(rules: Rules) -> str:
+    known = {"error": "the run stops", "skip": "left out", "cut": "its end is cut off"}
+    return known.get(rules.too_long or "", "the run stops, or leaves it out with data.too_long: skip")
 
 
 def _spread(lengths: list[int]) -> dict[str, float]:
@@ -89,29 +211,58 @@ def _spread(lengths: list[int]) -> dict[str, float]:
     }
 
 
-def _print(result: dict[str, Any], sequences: list[Any], tokenizer: Any) -> None:
+def coloured(sequence: Any, tokenizer: Any) -> Text:
+    """A sequence as text, each token in the colour of who learns it."""
+    from itertools import groupby
+
+    from shadowpeft.core.losses import IGNORE
     from shadowpeft.decode import decode
 
+    made = sequence.features()
+    targets = zip(made["labels"], made["shadow_labels"], strict=True)
+    colours = [_COLOURS[base != IGNORE, shadow != IGNORE] for base, shadow in targets]
+    # a shadow that learns less than the whole answer has the end of its turn where the answer goes on
+    text = Text()
+    for colour, run in groupby(zip(sequence.ids, colours, strict=True), key=lambda pair: pair[1]):
+        text.append(decode(tokenizer, [token for token, _ in run], skip_special_tokens=False), style=colour)
+    return text
+
+
+def _print(result: dict[str, Any], shown: list[tuple[Any, Any]], tokenizer: Any) -> None:
     console = terminal()
-    for sequence in sequences:
-        before, learnt = sequence.ids[: sequence.start], sequence.ids[sequence.start :]
-        text = Text(decode(tokenizer, before, skip_special_tokens=False), style="dim")
-        text.append(decode(tokenizer, learnt, skip_special_tokens=False), style="green")
-        paths = [name for name, learns in (("base", sequence.base), ("shadow", sequence.shadow)) if learns]
+    for row, sequence in shown:
+        if "label" in row:
+            console.print(Text(row["text"], style="dim").append(f"  {row['label']}", style="green"))
+            continue
+        text = coloured(sequence, tokenizer)
         console.print(text)
-        console.print(
-            Text(
-                f"learnt by {' and '.join(paths)}: the part in green, {len(sequence.ids)} tokens in all\n", style="dim"
-            )
-        )
+        used = dict.fromkeys(str(span.style) for span in text.spans if span.style != "dim")
+        words = " and ".join(f"{colour} by {_NAMES[colour]}" for colour in used)
+        paths = [name for name, learns in (("base", sequence.base), ("shadow", sequence.shadow)) if learns]
+        about = f"learnt by {' and '.join(paths)} ({words}), {len(sequence.ids)} tokens in all"
+        if sequence.shadow_answer is not None:
+            about += "; the shadow ends its turn after its part"
+        console.print(Text(about + "\n", style="dim"))
     table = Table("", *(result["tokens"] or ["tokens"]), title=f"{result['file']}: {result['rows']} rows")
     for label, key in (("tokens of a row", "tokens"), ("of them learnt", "learnt_tokens")):
-        table.add_row(label, *(f"{value:,g}" for value in result[key].values()))
+        if "labels" not in result or key == "tokens":
+            table.add_row(label, *(f"{value:,g}" for value in result[key].values()))
     console.print(table)
     console.print("form: " + (", ".join(f"{name} ({count})" for name, count in result["forms"].items()) or "none"))
     console.print("paths: " + ", ".join(f"{name} {count}" for name, count in result["paths"].items() if count))
+    if "labels" in result:
+        console.print("labels: " + ", ".join(f"{name} ({count})" for name, count in result["labels"].items()))
     long = result["longer_than_max_length"]
     if long["rows"]:
-        console.print(f"{long['rows']} rows have more than {long['max_length']} tokens; the first is {long['first']}")
+        console.print(f"{long['rows']} rows have more than {long['max_length']} tokens:")
+        for line in long["which"]:
+            console.print(Text(line, style="yellow"))
+        _rest(console, long["rows"])
     for problem in result["refused"]["why"]:
         console.print(Text(problem, style="red"))
+    _rest(console, result["refused"]["rows"])
+
+
+def _rest(console: Any, count: int) -> None:
+    if count > _SHOWN:
+        console.print(f"... and {count - _SHOWN} more")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.terminal import terminal
 
 
@@ -65,7 +65,7 @@ def main(
             raise ConfigError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}")
     prepare_cpu()
     where = pick_device(device)
-    task, split = _task(data, name, split, max_new_tokens)
+    task, split = _task(data, name, split, max_new_tokens, adapter)
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():
         task.for_path(examples, "shadow" if mode == "detached" else "base")
@@ -88,11 +88,11 @@ def main(
             method=method,
             folder=Path(out) / mode if out else None,
             extra={"adapter": adapter},
-            loss=data is not None,
+            loss=data is not None and task.kind != "classify",
             speculative=Speculation() if speculative and mode == "attached" else None,
             progress=(lambda done: None) if as_json else None,
         )
-    if data is not None:
+    if data is not None and task.kind != "classify":
         records = {mode: _with_loss(record) for mode, record in records.items()}
     if as_json:
         about = {
@@ -106,18 +106,33 @@ def main(
         _print(records, data or f"{task.name}, {split}")
 
 
-def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | None) -> tuple[Any, str]:
-    """The task, and the split to ask."""
+def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | None, adapter: str) -> tuple[Any, str]:
+    """The task, and the split to ask; of a classifier, the rows of a file have its labels."""
+    from shadowpeft.data.class_rows import ClassRows
     from shadowpeft.data.tasks import get_task
     from shadowpeft.data.tasks.rows import Rows
 
     if data is None:
         return get_task(str(name)), split
+    config = _config_of(adapter) if data != "robot" else {}
+    if config.get("task_type") == "SEQ_CLS":
+        return ClassRows(data, config.get("labels")), split
     if data != "robot":
         return Rows(data, max_new_tokens or 64), split
     task: Any = get_task("robot")
     task.max_new_tokens = max_new_tokens or task.max_new_tokens
     return task, "test_normal" if split == "test" else split
+
+
+def _config_of(adapter: str) -> dict[str, Any]:
+    """What the adapter's configuration says; nothing if there is none, of which whoever loads the adapter says more."""
+    from shadowpeft.hf.files.locate import CONFIG, find_file
+    from shadowpeft.hf.files.reading import read_json
+
+    try:
+        return read_json(find_file(adapter, CONFIG))
+    except AdapterFileError:
+        return {}
 
 
 def _with_loss(record: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
 
     import shadowpeft
     from shadowpeft.hf import formats
-    from shadowpeft.hf.base.load import load_base
+    from shadowpeft.hf.base.load import load_base, of_labels
     from shadowpeft.hf.files.locate import find_file
     from shadowpeft.hf.files.reading import read_json
     from shadowpeft.tokenizer import load_tokenizer
@@ -180,7 +195,7 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
     tokenizer = load_tokenizer(str(named)) if lora else load_tokenizer_of(adapter, base)
     model: Any = base
     if named and (lora or task.labels):
-        model = load_base(named, wanted, **({"num_labels": len(task.labels)} if task.labels else {}))
+        model = load_base(named, wanted, **of_labels(task.labels or None))
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = tokenizer.pad_token_id
     if not lora:

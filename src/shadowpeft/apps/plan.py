@@ -33,24 +33,27 @@ def plan(run: Any) -> dict[str, Any]:
     """
     import torch
     from peft import get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from shadowpeft.hf.base.aliases import source_of
+    from shadowpeft.hf.base.load import of_labels
     from shadowpeft.hf.base.structure import find_decoder
     from shadowpeft.hf.config import ShadowPeftConfig
     from shadowpeft.hf.layer import find_hub
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
-    from shadowpeft.train.rows import encode_run, shadow_first
+    from shadowpeft.train.rows import load_run_data, shadow_first
 
     t = run.training
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
-    sequences, _, _ = encode_run(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
+    data = load_run_data(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
+    sequences, classifies = data.training, data.labels is not None
     source = source_of(run.base)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **of_labels(data.labels))
+    auto: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
+        base = auto.from_config(config)
     base_parameters = sum(p.numel() for p in base.parameters())
     embedding = base.get_input_embeddings().weight.numel()
     layers = find_decoder(base).num_layers
@@ -58,41 +61,60 @@ def plan(run: Any) -> dict[str, Any]:
         **run.shadow.fields_for(layers),
         "projection_init": "random",
     }  # a start needs weights, which meta tensors lack
-    model = get_peft_model(base, ShadowPeftConfig(task_type="CAUSAL_LM", **shadow))
+    model = get_peft_model(base, ShadowPeftConfig(task_type=run.task_type, **shadow))
     if t.freeze_shadow:
         find_hub(model).freeze_shadow("default")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = (run.shadow.last_layers or layers) / layers  # of the layers that gradients pass through
 
     count = len(sequences)
-    rows, steps, _ = shadow_first(sequences, t, t.batch_size * t.gradient_accumulation)
+    pack_to = run.data.max_length if run.data.packing else None
+    rows, steps, _ = shadow_first(sequences, t, t.batch_size * t.gradient_accumulation, pack_to)
+    packed = rows.parts[-1] if pack_to is not None else None  # of an epoch of both paths
     sequences = rows.sequences  # of the whole run, where the shadow has epochs of its own
-    if steps is None:
-        batches = math.ceil(count / t.batch_size)
+    steps = steps if t.target_minutes is None else None
+    if steps is None and t.target_minutes is None:
+        batches = math.ceil((packed or count) / t.batch_size)
         steps = math.ceil((t.epochs or 1.0) * max(math.ceil(batches / t.gradient_accumulation), 1))
     mean = sum(len(s.ids) for s in sequences) / len(sequences)
     longest = max(len(s.ids) for s in sequences)
     through_base = sum(len(s.ids) for s in sequences if s.base) / sum(len(s.ids) for s in sequences)
     text = config.get_text_config(decoder=True)
-    tied = getattr(text, "tie_word_embeddings", False)
+    tied = getattr(text, "tie_word_embeddings", False) and not classifies
     active = base_parameters - (0 if tied else embedding)  # a tied table is the head, an untied one is only looked up
     forward = share if t.cache_activations else 1.0
-    through_layers = (
-        2 * (forward + share) * (active - embedding) + 4 * embedding
-    )  # the head is as large as the embedding
-    per_token = through_base * through_layers + 6 * trainable + 4 * embedding * _answer_share(sequences)
+    head = 0 if classifies else embedding  # a language model's is as large as the embedding
+    through_layers = 2 * (forward + share) * (active - head) + 4 * head
+    learnt = 0.0 if classifies else _answer_share(sequences)
+    per_token = through_base * through_layers + 6 * trainable + 4 * head * learnt
     tokens_per_step = mean * t.batch_size * t.gradient_accumulation
     flops = _measured_flops()
+    if steps is None:
+        steps = max(int(60 * (t.target_minutes or 0) * flops / (per_token * tokens_per_step)), 1)
     size = _BYTES[t.precision]
     batch_tokens = longest * t.batch_size
     saved = 17 * text.hidden_size * text.num_hidden_layers * share * batch_tokens * size
-    logits = 3 * text.vocab_size * batch_tokens * 4
+    logits = 0 if classifies else 3 * text.vocab_size * batch_tokens * 4
     memory = base_parameters * size + trainable * 16 + logits + (saved / 8 if t.gradient_checkpointing else saved)
+    states = {"adafactor": 0, "adamw_bnb_8bit": 2, "adamw_torch_8bit": 2, "muon": 4}.get(t.optimizer, 8)  # bytes each
+    memory += trainable * (states - 8)
+    about: dict[str, Any] = {} if data.labels is None else {"labels": data.labels}
+    if packed is not None:
+        about["packed_rows"] = packed
+        about["packing"] = "batch_size counts packed rows; that attention stays inside each sequence is checked at the start"
+    if data.stream is not None:
+        about["streaming"] = (
+            f"how many rows there are, and whether all can be learnt, is not known; lengths are those of the first {count} "
+            "sequences"
+        )
+    if t.target_minutes is not None:
+        about["steps_are"] = "an estimate; the run chooses them by the speed that it measures"
     return {
         "base_parameters": base_parameters,
         "trainable_parameters": trainable,
         "trainable_percent": round(100 * trainable / base_parameters, 3),
-        "sequences": count,
+        "sequences": count if data.stream is None else "not known (streamed)",
+        **about,
         "mean_tokens": round(mean, 1),
         "longest_tokens": longest,
         "steps": steps,
@@ -105,7 +127,7 @@ def plan(run: Any) -> dict[str, Any]:
 
 
 def _answer_share(sequences: list[Any]) -> float:
-    return sum(len(s.ids) - s.start for s in sequences if s.shadow) / sum(len(s.ids) for s in sequences)
+    return sum(len(s.learnt) for s in sequences if s.shadow) / sum(len(s.ids) for s in sequences)
 
 
 def _measured_flops() -> float:

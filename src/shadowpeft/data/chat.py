@@ -8,7 +8,7 @@ enough where the shadow's answer is the beginning of the base's, since both then
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from shadowpeft.chat_template import is_special, render, render_prompt, stop_tok
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, read_file, read_jsonl, rows_digest
 from shadowpeft.data.padding import pad, pad_inputs
+from shadowpeft.data.turns import turn_spans
 from shadowpeft.errors import DataError
 
 __all__ = [
@@ -51,11 +52,25 @@ class Sequence:
     shadow: bool
     shadow_answer: list[int] | None = None
     """What the shadow path learns, if that is less than the whole answer: its first tokens, and then the end of the turn."""
+    turns: list[tuple[int, int]] | None = None
+    """Where the answers that are learnt begin and end, if there are several; None: one, from ``start`` to the end."""
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where what is learnt begins and ends."""
+        return [(self.start, len(self.ids))] if self.turns is None else self.turns
+
+    @property
+    def learnt(self) -> list[int]:
+        """The tokens that are learnt."""
+        return [token for begin, end in self.spans for token in self.ids[begin:end]]
 
     def features(self) -> dict[str, Any]:
         """``input_ids``, ``labels`` and ``shadow_labels``, prompt tokens masked with -100, and ``length``."""
         nothing = [IGNORE] * len(self.ids)
-        target = nothing[: self.start] + self.ids[self.start :]
+        target = list(nothing)
+        for begin, end in self.spans:
+            target[begin:end] = self.ids[begin:end]
         own = target
         if self.shadow_answer is not None:
             own = (nothing[: self.start] + self.shadow_answer + nothing)[: len(self.ids)]
@@ -68,6 +83,8 @@ class Sequence:
 
     def alone(self) -> Sequence:
         """What the shadow path learns, as a sequence of its own that never runs the base."""
+        if self.turns is not None:
+            return replace(self, base=False, shadow=True)
         answer = self.ids[self.start :] if self.shadow_answer is None else self.shadow_answer
         return Sequence(self.ids[: self.start] + answer, self.start, base=False, shadow=True)
 
@@ -109,10 +126,12 @@ def encode(
     max_length: int,
     too_long: str = "error",
     system: str | None = None,
+    every_turn: bool = False,
 ) -> Encoded:
     """Tokenise checked rows.
 
     Args:
+        every_turn: learn every answer of a conversation, not the last one alone (:mod:`shadowpeft.data.turns`).
         max_length: longest sequence in tokens. too_long: "error", or "skip" to leave longer rows out.
         system: a system message to put before rows that bring none.
 
@@ -124,16 +143,10 @@ def encode(
     count, longest, left_out = 0, 0, []
     for count, row in enumerate(rows, 1):
         where = getattr(row, "where", "") or f"row {count}"
-        own = _sequences(row, tokenizer, system, where)
-        fitting = [sequence for sequence in own if len(sequence.ids) <= max_length]
+        own = _sequences(row, tokenizer, system, where, every_turn)
+        fitting = _fitting(own, max_length, too_long, where)
         if len(fitting) < len(own):
-            length = max(len(sequence.ids) for sequence in own)
-            if too_long == "error":
-                raise DataError(
-                    f"{where} has {length} tokens but data.max_length is {max_length}; raise max_length, shorten the row, or "
-                    "set data.too_long: skip"
-                )
-            longest = max(longest, length)
+            longest = max(longest, *(len(sequence.ids) for sequence in own))
             left_out.append(where)
         sequences += fitting
         sequences.rows += bool(fitting)
@@ -144,9 +157,31 @@ def encode(
     return sequences
 
 
-def _sequences(row: dict[str, Any], tokenizer: Any, system: str | None, where: str) -> list[Sequence]:
+def encode_row(
+    row: dict[str, Any], tokenizer: Any, *, max_length: int, too_long: str, system: str | None, every_turn: bool
+) -> list[Sequence]:
+    """The sequences of one checked row; see :func:`encode`."""
+    where = getattr(row, "where", "") or "a row"
+    return _fitting(_sequences(row, tokenizer, system, where, every_turn), max_length, too_long, where)
+
+
+def _fitting(sequences: list[Sequence], max_length: int, too_long: str, where: str) -> list[Sequence]:
+    length = max(len(sequence.ids) for sequence in sequences)
+    if length > max_length and too_long == "error":
+        raise DataError(
+            f"{where} has {length} tokens but data.max_length is {max_length}; raise max_length, shorten the row, or set "
+            "data.too_long: skip"
+        )
+    return [sequence for sequence in sequences if len(sequence.ids) <= max_length]
+
+
+def _sequences(
+    row: dict[str, Any], tokenizer: Any, system: str | None, where: str, every_turn: bool = False
+) -> list[Sequence]:
     """One sequence, or two if the paths have answers of their own."""
     messages, beside = with_system(row["messages"], system), row.get("answer", {})
+    learnt = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
     options: dict[str, Any] = {"tools": row["tools"]} if "tools" in row else {}
     if beside.keys() - {"tool_calls"}:  # a template that closes the thinking in the prompt has no place for it
         options["enable_thinking"] = True
@@ -154,8 +189,16 @@ def _sequences(row: dict[str, Any], tokenizer: Any, system: str | None, where: s
     _check_written(tokenizer, row, messages, options, where)
     head = list(tokenizer(prompt, add_special_tokens=False).input_ids)
     own = written_answer_ids(tokenizer, messages, prompt, row["response"], beside, **options)
+    path = row["path"]
+    if every_turn and learnt:
+        last = {"role": "assistant", "content": row["response"], **beside}
+        ids, spans = turn_spans(tokenizer, [*messages, last], [*learnt, len(messages)], where, options)
+        several = Sequence(ids, spans[0][0], path in ("both", "base"), path in ("both", "shadow"), turns=spans)
+        if row["shadow_response"] is None:
+            return [several]
+        other = written_answer_ids(tokenizer, messages, prompt, row["shadow_response"], **options)
+        return [replace(several, shadow=False), Sequence(head + other, len(head), False, True)]
     if row["shadow_response"] is None:
-        path = row["path"]
         return [Sequence(head + own, len(head), path in ("both", "base"), path in ("both", "shadow"))]
     other = written_answer_ids(tokenizer, messages, prompt, row["shadow_response"], **options)
     if len(other) <= len(own) and other[:-1] == own[: len(other) - 1]:

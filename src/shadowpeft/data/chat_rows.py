@@ -66,8 +66,11 @@ read_jsonl = read_file
 """The name of earlier releases."""
 
 
-def check_row(row: Any, where: str) -> dict[str, Any]:
+def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, Any]:
     """A row in normal form, a :class:`ChatRow`.
+
+    Args:
+        every_turn: whether earlier answers are learnt too; then they may have a ``weight``, and one of 0 stays in its message.
 
     Raises:
         DataError: starting with ``where``, if something is missing, of the wrong type, or asks for what training does not do.
@@ -84,7 +87,7 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where} has 'messages' and also 'prompt' or 'response'; keep one form")
     beside: dict[str, Any] = {}
     if "messages" in row:
-        *history, answer = _check_messages(row["messages"], where)
+        *history, answer = _check_messages(row["messages"], where, every_turn)
         response, beside = answer["content"], {key: answer[key] for key in WRITTEN if key in answer}
     elif "prompt" in row and "response" in row:
         if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
@@ -114,8 +117,8 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     return checked
 
 
-def _check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """The messages without their weights; the last one is the assistant's."""
+def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[str, Any]]:
+    """The messages without their weights (but for an answer's of 0, with ``every_turn``); the last one is the assistant's."""
     wrong = DataError(f"{where}: 'messages' must be a list of objects with string 'role' and 'content'")
     if not isinstance(messages, list) or not messages:
         raise wrong
@@ -140,12 +143,16 @@ def _check_messages(messages: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(
                 f"{where}: the answer has weight {weight!r} but is learned with weight 1; leave the row out"
             )
-        if not last and weight != 0:
+        answers = every_turn and message["role"] == "assistant"
+        if answers and weight not in (0, 1):
+            raise DataError(f"{where}: message {number} has weight {weight!r} but is learnt with weight 1 or 0")
+        if not last and weight != 0 and not answers:
             raise DataError(
                 f"{where}: message {number} has weight {weight!r} but only the last answer is learned; make it the end of a "
                 "row of its own"
             )
-        checked.append({key: value for key, value in message.items() if key != "weight" and value != []})
+        unlearnt = answers and message.get("weight") == 0
+        checked.append({k: v for k, v in message.items() if (k != "weight" or unlearnt) and v != []})
     if checked[-1]["role"] != "assistant" or len(checked) < 2:
         raise DataError(f"{where}: 'messages' must end with an 'assistant' message after at least one other")
     return checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def answer_loss(
     ordered = sorted(sequences, key=lambda s: len(s.ids))
     with evaluating(model):
         for start in range(0, len(ordered), batch_size):
-            features = [Sequence(s.ids, s.start, True, False).features() for s in ordered[start : start + batch_size]]
+            some = ordered[start : start + batch_size]
+            features = [replace(s, base=True, shadow=False, shadow_answer=None).features() for s in some]
             batch = {k: v.to(device) for k, v in collate(features).items() if k != "shadow_labels"}
             n = int((batch["labels"][:, 1:] != -100).sum())
             out = model(**batch, use_cache=False)

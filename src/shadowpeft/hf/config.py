@@ -60,6 +60,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: the tokens that ended an answer in training; a detached model stops at them."""
     draft_tokens: list[int] | None = field(default=None, repr=False)
     """Record: the most frequent tokens of the answers in training; those that speculative decoding drafts."""
+    labels: Names | None = field(default=None, repr=False)
+    """Record: the labels of a classifier, in the order of its classes."""
     weights_sha256: str | None = field(default=None, repr=False, compare=False)
     """Record in a saved adapter: digest of the weights beside it (:mod:`shadowpeft.hf.files.digests`)."""
     format_version: int = FORMAT_VERSION
@@ -272,6 +274,7 @@ def _required_in_files() -> set[str]:
     return (own | {"task_type"}) - {
         "base_alias",
         "draft_tokens",
+        "labels",
         "own_shadow_head",
         "refined_layers",
         "shadow_frozen",

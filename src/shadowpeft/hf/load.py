@@ -13,7 +13,7 @@ from torch import nn
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf import formats
 from shadowpeft.hf.base.aliases import is_alias
-from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.load import load_base, of_labels
 from shadowpeft.hf.base.weights import is_offloaded
 from shadowpeft.hf.config import ShadowPeftConfig, config_from_file
 from shadowpeft.hf.files.locate import CONFIG, WEIGHTS, at_revision, find_file
@@ -103,15 +103,16 @@ def load(
     config.weights_file = check_weights(adapter)
     if config.base_alias is not None and not is_alias(config.base_alias):
         raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
+    task = str(getattr(config.task_type, "value", config.task_type))
     if base is None:
         named, options = config.base_model_name_or_path, {"revision": config.revision} if config.revision else {}
         if config.base_alias is not None and not (named and Path(named).is_dir()):
             named, options = config.base_alias, {}
         if not named:
             raise ConfigError("the adapter does not name its base; pass base=")
-        base = load_base(named, str(getattr(config.task_type, "value", config.task_type)), **options)
+        base = load_base(named, task, **options, **of_labels(config.labels))
     elif not isinstance(base, nn.Module):
-        base = load_base(base, str(getattr(config.task_type, "value", config.task_type)))
+        base = load_base(base, task, **of_labels(config.labels))
     if shadow_model is not None:
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)

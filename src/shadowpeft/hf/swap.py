@@ -139,6 +139,8 @@ def check_same_shape(loaded: ShadowPeftConfig, other: ShadowPeftConfig, name: st
         pairs.append((f"shadow_backbone_config.{key}", records[0].get(key), records[1].get(key)))
     if other.shadow_frozen is not None:  # None: not recorded, so what the loaded one has found out holds
         pairs.append(("shadow_frozen", sorted(loaded.shadow_frozen or ()), sorted(other.shadow_frozen)))
+    if None not in (loaded.labels, other.labels):
+        pairs.append(("labels", loaded.labels, other.labels))
     for field, ours, theirs in pairs:
         if ours != theirs:
             raise ConfigError(

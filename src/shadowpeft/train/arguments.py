@@ -12,6 +12,9 @@ from transformers import TrainingArguments
 from shadowpeft.train.config import TrainingSection
 from shadowpeft.train.pretrain_config import PretrainConfig, PretrainingSection
 
+BEST = {"attached": "eval_task_loss", "detached": "eval_shadow_loss"}
+"""What an evaluation says of each path."""
+
 
 def _arguments(t: TrainingSection | PretrainingSection, folder: Path, evaluates: bool, **own: Any) -> TrainingArguments:
     return TrainingArguments(
@@ -40,6 +43,9 @@ def _arguments(t: TrainingSection | PretrainingSection, folder: Path, evaluates:
 
 def training_arguments(t: TrainingSection, folder: Path, *, evaluates: bool) -> TrainingArguments:
     """The settings of a fine-tuning run; ``evaluates``: whether a validation set is looked at every ``eval_every`` steps."""
+    optional: dict[str, Any] = {} if t.optimizer in ("adamw", "muon") else {"optim": t.optimizer}
+    if evaluates and (t.load_best or t.patience):
+        optional["metric_for_best_model"], optional["greater_is_better"] = BEST[t.best_by], False
     return _arguments(
         t,
         folder,
@@ -54,6 +60,11 @@ def training_arguments(t: TrainingSection, folder: Path, *, evaluates: bool) -> 
         train_sampling_strategy="group_by_length" if t.group_by_length else "random",
         dataloader_pin_memory=torch.cuda.is_available(),
         prediction_loss_only=True,
+        neftune_noise_alpha=t.neftune,
+        torch_compile=t.compile,
+        data_seed=t.data_seed,
+        load_best_model_at_end=evaluates and t.load_best,
+        **optional,
     )
 
 

@@ -25,13 +25,14 @@ from shadowpeft.data import chat
 from shadowpeft.data.classify import ClassCollator, ClassDataset
 from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.load import load_base, of_labels
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
 from shadowpeft.storage import exclusive
 from shadowpeft.terminal import terminal
 from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import TrainingSection
+from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.progress import Deadline, RunCallback
 from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 
@@ -143,15 +144,7 @@ def load_task_base(
     """The base for a task: a language model, or a classifier over the task's labels whose new head ``seed`` alone decides."""
     set_seed(seed)
     if task.kind == "classify":
-        labels = list(task.labels)
-        base = load_base(
-            name,
-            "SEQ_CLS",
-            dtype=DTYPES[precision],
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-        )
+        base = load_base(name, "SEQ_CLS", dtype=DTYPES[precision], **of_labels(task.labels))
     else:
         base = load_base(name, dtype=DTYPES[precision])
     if getattr(base.config, "pad_token_id", None) is None or task.kind == "classify":
@@ -312,6 +305,10 @@ def train_task(
         raise ConfigError(
             "training.group_by_length is off, but only its order of rows is the same for every method; leave it on"
         )
+    for key in ("target_minutes", "patience", "load_best"):
+        if getattr(training, key):
+            raise ConfigError(f"training.{key} is set, but every method is trained for the same steps; leave it out")
+    check_optimizer(training.optimizer)
     prepare_cpu(training.threads)
     shadow = any(isinstance(c, ShadowPeftConfig) for c in model.peft_config.values())
     collate: Any = ClassCollator if isinstance(data, ClassDataset) else chat.ChatCollator
@@ -335,6 +332,7 @@ def train_task(
         data_collator=collate if shadow else without_shadow_labels,
         callbacks=[shown, end],
         backbone_lr_ratio=training.backbone_lr_ratio if shadow else 1.0,
+        **trainer_options(training.optimizer, model, training.learning_rate, training.weight_decay),
     )
     trainer.remove_callback(PrinterCallback)
     order = hashlib.sha256(",".join(str(i) for i in trainer._get_train_sampler()).encode()).hexdigest()

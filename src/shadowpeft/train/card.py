@@ -11,12 +11,13 @@ from shadowpeft.train.config import RunConfig
 
 def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) -> str:
     """README of an adapter: base, data, settings, results, how to use both halves."""
+    kind = "text-classification" if run.task_type == "SEQ_CLS" else "text-generation"
     header = yaml.safe_dump(
         {
             "base_model": run.base,
             "library_name": "peft",
-            "tags": ["shadowpeft", "adapter", "text-generation"],
-            "pipeline_tag": "text-generation",
+            "tags": ["shadowpeft", "adapter", kind],
+            "pipeline_tag": kind,
         },
         sort_keys=False,
     )
@@ -25,7 +26,14 @@ def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) 
         for key, label in (("eval_task_loss", "attached"), ("eval_shadow_loss", "detached"))
         if key in summary
     )
-    table = f"\n| path | validation cross-entropy per answer token |\n|---|---|\n{losses}\n" if losses else ""
+    unit = "row" if run.task_type == "SEQ_CLS" else "answer token"
+    table = f"\n| path | validation cross-entropy per {unit} |\n|---|---|\n{losses}\n" if losses else ""
+    if "accuracy" in summary:
+        right = "\n".join(f"| {path} | {share:.2%} |" for path, share in summary["accuracy"].items())
+        table += f"\n| path | validation rows classified right |\n|---|---|\n{right}\n"
+    data = record["train"]
+    digest = f", sha256 `{data['sha256'][:16]}`" if data["sha256"] else ""
+    size = f"({data['rows']} rows{digest})" if data["rows"] else f"(streamed{digest})"
     settings = yaml.safe_dump(
         {"shadow": run.shadow.model_dump(), "training": run.training.model_dump()}, sort_keys=False
     )
@@ -33,8 +41,8 @@ def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) 
 {header}---
 # Shadow adapter for {run.base}
 
-Trained with shadowpeft for {summary["steps"]} steps on `{record["train"]["source"]}`
-({record["train"]["rows"]} rows, sha256 `{record["train"]["sha256"][:16]}`); {summary["trainable_parameters"]:,} trainable
+Trained with shadowpeft for {summary["steps"]} steps on `{data["source"]}`
+{size}; {summary["trainable_parameters"]:,} trainable
 parameters.
 {table}
 ```python

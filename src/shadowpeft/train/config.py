@@ -13,146 +13,18 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean, quote
-from shadowpeft.presets import PRESETS, TRAINING, preset
-from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings, explain
+from shadowpeft.presets import TRAINING
+from shadowpeft.settings import explain
+from shadowpeft.train.sections import (
+    DataConfig,
+    ShadowSection,
+    SourceSection,
+    StrictSection,
+    TrainingSection,
+    learns_actions,
+)
 
 Run = TypeVar("Run", bound=BaseModel)
-
-
-class StrictSection(BaseModel):
-    """A part of a run file."""
-
-    model_config = STRICT
-
-
-class DataConfig(StrictSection):
-    """Which rows to train and to evaluate on."""
-
-    train: str
-    """A JSONL file, or ``robot`` for the packaged robot-intent set."""
-    validation: str | None = None
-    """A JSONL file; None: no evaluation during training (``robot`` brings its own)."""
-    max_length: int = Field(default=512, ge=8)
-    """Longest sequence in tokens."""
-    too_long: Literal["error", "skip"] = "error"
-    """What happens to longer rows."""
-    system: str | None = None
-    """System message for rows that bring none."""
-    shadow_answers: Literal["whole", "action"] | None = None
-    """What the shadow path learns of an answer: "whole", or "action": the action it starts with, ``[REMOTE]`` where it starts
-    with none. null: "action" for ``robot``, else "whole"."""
-    shadow_repeats: int = Field(default=0, ge=0)
-    """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
-
-    @property
-    def learns_actions(self) -> bool:
-        """Whether the shadow path learns actions alone."""
-        return learns_actions({"train": self.train, "shadow_answers": self.shadow_answers})
-
-
-def learns_actions(data: dict[str, Any]) -> bool:
-    """Whether the shadow path of a run with this section ``data`` learns actions alone."""
-    answers = data.get("shadow_answers")
-    return bool(data.get("train") == "robot" if answers is None else answers == "action")
-
-
-class ShadowSection(StrictSection, ShadowSettings):
-    """The fields of ``ShadowPeftConfig`` that a run may set. What is not set comes from ``preset``."""
-
-    preset: Literal["tuned", "paper", "device"] = "tuned"
-    shadow_model: str = "mirror"
-    last_layers: Count | None = None
-    """How many of the base's last layers are corrected; None: all that the variant corrects."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _filled(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-            return content
-        name = content.get("preset", "tuned")
-        # another name is refused by its type
-        return preset(name, **content) if isinstance(name, str) and name in PRESETS else content
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of ``ShadowPeftConfig`` that do not depend on the base."""
-        return self.model_dump(exclude={"preset", "last_layers"})
-
-    def fields_for(self, num_layers: int) -> dict[str, Any]:
-        """The fields of ``ShadowPeftConfig`` for a base with ``num_layers`` layers.
-
-        Raises:
-            ConfigError: if it has fewer layers to correct than ``last_layers``.
-        """
-        if self.last_layers is None:
-            return self.fields
-        first = VARIANTS[self.variant].first_refined_layer
-        if self.last_layers > num_layers - first:
-            raise ConfigError(
-                f"shadow.last_layers is {self.last_layers} but the base has {num_layers} layers, of which the variant "
-                f"'{self.variant}' corrects {num_layers - first}; give at most {num_layers - first}"
-            )
-        return {**self.fields, "refined_layers": [num_layers - self.last_layers, num_layers - 1]}
-
-    @model_validator(mode="after")
-    def _possible(self) -> ShadowSection:
-        conflict = self.conflict("shadow.")
-        if conflict is not None:
-            raise ValueError(conflict)
-        return self
-
-
-class OptimisationSection(StrictSection):
-    """What every kind of run says of its optimisation, evaluation and saving."""
-
-    max_steps: Count | None = None
-    gradient_accumulation: Count = 1
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: float = Field(default=0.01, ge=0)
-    """Share of the steps (below 1) or their number."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    gradient_checkpointing: bool = False
-    eval_every: Count | None = None
-    save_every: Count | None = None
-    keep_checkpoints: Count = 2
-    log_every: Count = 10
-    seed: int = 0
-    threads: Count | None = None
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-
-
-class TrainingSection(OptimisationSection):
-    """Optimisation, evaluation and saving of a fine-tuning run."""
-
-    epochs: float | None = Field(default=None, gt=0)
-    shadow_epochs: int = Field(default=0, ge=0)
-    """Epochs of the shadow path alone, without the base, before both paths train. ``max_steps`` counts their steps too."""
-    batch_size: Count = 16
-    eval_batch_size: Count = 16
-    backbone_lr_ratio: float = Field(default=1.0, gt=0)
-    """Learning rate of the shadow backbone, as a multiple of ``learning_rate``."""
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """dtype of the frozen base; trainable weights are float32 always, and 16-bit runs use autocast."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    group_by_length: bool = True
-    cache_activations: bool | str = False
-    """Store what the base computes below ``shadow.last_layers`` once: in the run's folder, or in the folder named here."""
-    freeze_shadow: bool = False
-    """Train the injections and updates only; with ``cache_activations`` the shadow's states are stored too."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingSection:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("epochs and max_steps are both set; keep one")
-        if self.epochs is None and self.max_steps is None:
-            self.epochs = 1.0
-        if self.shadow_epochs and not self.group_by_length:
-            raise ValueError(
-                "shadow_epochs is set and group_by_length is off, but its sampler keeps the order; leave it on"
-            )
-        return self
 
 
 class RunConfig(StrictSection):
@@ -160,6 +32,8 @@ class RunConfig(StrictSection):
 
     base: str
     """Alias (``smollm2-135m``), folder or Hub id."""
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    """``SEQ_CLS``: texts with a label, for a classifier."""
     data: DataConfig
     shadow: ShadowSection = Field(default_factory=lambda: ShadowSection.model_validate({}))
     training: TrainingSection = Field(default_factory=TrainingSection)
@@ -183,6 +57,39 @@ class RunConfig(StrictSection):
         if training.get("freeze_shadow"):  # it has no epochs of its own
             usual = {key: value for key, value in usual.items() if key != "shadow_epochs"}
         return {**content, "shadow": shadow, "training": {**usual, **training}}
+
+    @model_validator(mode="after")
+    def _of_its_task(self) -> RunConfig:
+        data, t = self.data, self.training
+        if self.task_type == "SEQ_CLS":
+            for key in ("system", "assistant_only_loss", "packing", "shadow_answers"):
+                if getattr(data, key):
+                    raise ValueError(f"task_type is SEQ_CLS but data.{key} is of conversations; leave it out")
+            if data.train == "robot":
+                raise ValueError("task_type is SEQ_CLS but data.train is 'robot', which has conversations; name a file")
+            if data.streaming:
+                raise ValueError("task_type is SEQ_CLS but data.streaming hides which labels there are; leave it out")
+            if self.shadow.shadow_loss != "ce":
+                raise ValueError(
+                    f"task_type is SEQ_CLS but shadow.shadow_loss is '{self.shadow.shadow_loss}', which has no teacher there; "
+                    "use 'ce'"
+                )
+            if t.cache_activations:
+                raise ValueError("task_type is SEQ_CLS but training.cache_activations is of language models; leave it out")
+        elif data.too_long == "cut":
+            raise ValueError("data.too_long is 'cut', which takes an answer's end away; use 'skip', or task_type: SEQ_CLS")
+        for key, value in (("packing", data.packing), ("streaming", data.streaming)):
+            if value and t.cache_activations:
+                raise ValueError(f"training.cache_activations stores plain rows that are at hand; leave it or data.{key} out")
+        if data.streaming:
+            if t.max_steps is None and t.target_minutes is None:
+                raise ValueError(
+                    "data.streaming is set, so the number of rows is not known; set training.max_steps or target_minutes"
+                )
+            for key in ("shadow_epochs", "freeze_shadow"):
+                if getattr(t, key):
+                    raise ValueError(f"data.streaming is set but training.{key} needs all rows at hand; keep one")
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
@@ -303,19 +210,29 @@ RunLoader.add_implicit_resolver(
 )
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"data": DataConfig, "shadow": ShadowSection, "training": TrainingSection}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataConfig,
+    "shadow": ShadowSection,
+    "training": TrainingSection,
+    "source": SourceSection,
+}
+_TAGS = ("name", "source")
+"""What pydantic calls the two forms of ``data.train``."""
 
 
 def problems_in(error: ValidationError, whole: type[BaseModel], sections: dict[str, type[BaseModel]]) -> str:
     """What is wrong with a run file, in words; unknown keys get the nearest known one of ``whole`` or its ``sections``."""
     parts = []
     for problem in error.errors():
-        place, key = ".".join(map(str, problem["loc"])) or "the run", problem["loc"][-1] if problem["loc"] else ""
+        keys = [str(part) for i, part in enumerate(problem["loc"]) if i < 2 or part not in _TAGS]
+        place, key = ".".join(keys) or "the run", problem["loc"][-1] if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
             section = next((sections[str(p)] for p in reversed(problem["loc"][:-1]) if str(p) in sections), whole)
             known = list(section.model_fields)
             elsewhere = [
-                f" (did you mean '{name}.{key}'?)" for name, kind in sections.items() if key in kind.model_fields
+                f" (did you mean '{'data.train' if name == 'source' else name}.{key}'?)"
+                for name, kind in sections.items()
+                if key in kind.model_fields
             ]
             hint = elsewhere[0] if elsewhere else did_you_mean(str(key), known)
             parts.append(f"unknown key '{place}'" + (hint or f"; known keys: {', '.join(known)}"))

@@ -52,14 +52,23 @@ FREE = (
     "log_every",
     "threads",
     "report_to",
+    "patience",
 )
 """Settings that may change when a run is resumed: none of them is part of what is optimised."""
 
 
 def refuse_changed(
-    folder: Path, stored: dict[str, Any], now: dict[str, Any], keys: Sequence[str], sections: Sequence[str]
+    folder: Path,
+    stored: dict[str, Any],
+    now: dict[str, Any],
+    keys: Sequence[str],
+    sections: Sequence[str],
+    usual: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Compare the settings a run was started with and those it has now: ``keys`` as wholes, ``sections`` but for :data:`FREE`.
+
+    Args:
+        usual: defaults by section, for settings that came after the run was started.
 
     Raises:
         ConfigError: naming what differs.
@@ -69,7 +78,8 @@ def refuse_changed(
         f"{section}.{key}"
         for section in sections
         for key in now[section]
-        if key not in FREE and (stored.get(section) or {}).get(key) != now[section][key]
+        if key not in FREE
+        and (stored.get(section) or {}).get(key, (usual or {}).get(section, {}).get(key)) != now[section][key]
     ]
     if changed:
         raise ConfigError(

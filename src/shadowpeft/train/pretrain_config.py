@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from shadowpeft.settings import Count
-from shadowpeft.train.config import OptimisationSection, StrictSection, overridden, parse, read_yaml
+from shadowpeft.train.config import StrictSection, overridden, parse, read_yaml
+from shadowpeft.train.sections import OptimisationSection
 
 
 class Backbone(StrictSection):

@@ -165,9 +165,26 @@ def plot_losses(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = read_metrics(folder)
-    shown = [r[key] for key, *_ in styles for r in records if r.get(key, 0) > 0]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    draw_losses(axes, read_metrics(folder), styles, unit)
+    axes.grid(alpha=0.3, which="both")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    path = folder / "loss.png"
+    with whole(path) as beside:
+        figure.savefig(beside, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def draw_losses(
+    axes: Any,
+    records: Sequence[dict[str, float]],
+    styles: Sequence[tuple[str, str, str, str]] = STYLES,
+    unit: str = "cross-entropy per answer token",
+) -> None:
+    """Draw the losses that ``styles`` names."""
+    shown = [r[key] for key, *_ in styles for r in records if r.get(key, 0) > 0]
     for key, label, colour, line in styles:
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
@@ -181,15 +198,7 @@ def plot_losses(
         axes.yaxis.set_minor_formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    path = folder / "loss.png"
-    with whole(path) as beside:
-        figure.savefig(beside, dpi=130)
-    plt.close(figure)
-    return path
 
 
 class Deadline(TrainerCallback):
@@ -201,4 +210,22 @@ class Deadline(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if time.monotonic() >= self.at and state.global_step < state.max_steps:
             self.reached = control.should_training_stop = control.should_save = control.should_log = True
+        return control
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends training once ``patience`` evaluations in a row did not improve on the best value of ``metric`` (lower is better).
+
+    It counts in the history of the run, which a checkpoint holds, so a resumed run stops where an undisturbed one does;
+    transformers' own callback begins to count anew.
+    """
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric, self.patience, self.stopped = metric, patience, False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Compare the newest evaluation with those before."""
+        values = [record[self.metric] for record in state.log_history if self.metric in record]
+        if len(values) - 1 - values.index(min(values)) >= self.patience and state.global_step < state.max_steps:
+            self.stopped = control.should_training_stop = True
         return control

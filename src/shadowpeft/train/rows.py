@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from shadowpeft.data import chat
+from shadowpeft.data import chat, class_rows
 from shadowpeft.data.actions import only_action
+from shadowpeft.data.classify import ClassCollator
 from shadowpeft.data.forms import OWN, forms_of
+from shadowpeft.data.packed import PackedCollator, pack
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
+from shadowpeft.data.sources import Source, rows_of
+from shadowpeft.data.streamed import StreamedRows, fingerprint
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.train.config import RunConfig, TrainingSection
+from shadowpeft.train.config import RunConfig
+from shadowpeft.train.sections import SourceSection, TrainingSection, source_of
 
 ROBOT_REMOTE_REPEATS = 10
 
@@ -41,14 +47,49 @@ def robot_rows(split: str, *, actions: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def read_rows(source: str, split: str, *, actions: bool = False) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, or of the packaged set for ``robot``; with ``actions`` the shadow path learns actions alone.
+@dataclass
+class RunData:
+    """The rows of a run."""
+
+    training: list[Any]
+    """Sequences; of rows that are streamed the first ones, to estimate by."""
+    validation: list[Any] | None
+    record: dict[str, Any]
+    """Source, rows that are used, rows that are left out, and fingerprint of each part."""
+    labels: list[str] | None = None
+    """Of a classifier, in the order of its classes."""
+    stream: StreamedRows | None = None
+
+    def collator(self, pad_token_id: int, *, packed: bool) -> Any:
+        """What makes batches of these rows."""
+        if self.labels is not None:
+            return ClassCollator(pad_token_id)
+        return PackedCollator(pad_token_id) if packed else chat.ChatCollator(pad_token_id)
+
+
+def read_rows(
+    source: str | SourceSection, split: str, *, actions: bool = False, every_turn: bool = False
+) -> list[dict[str, Any]]:
+    """Rows of a file or data set, or of the packaged set for ``robot``; with ``actions`` the shadow path learns actions alone.
 
     Raises:
-        DataError: naming file and line, if a row is malformed, or has a tool call where actions are learnt.
+        DataError: naming the place, if a row is malformed, or has a tool call where actions are learnt.
     """
-    rows = robot_rows(split, actions=actions) if source == "robot" else chat.read_file(source)
-    return [with_action(row) for row in rows] if actions else rows
+    if source == "robot":
+        rows = robot_rows(split, actions=actions)
+        return [with_action(row) for row in rows] if actions else rows
+    found = list(_checked(source_of(source), actions=actions, every_turn=every_turn))
+    if not found:
+        raise DataError(f"data '{source_of(source)}' holds no rows; each must be one object with keys of docs/data.md")
+    return found
+
+
+def _checked(
+    source: Source, *, actions: bool, every_turn: bool, streaming: bool = False
+) -> Iterator[dict[str, Any]]:
+    for where, row in rows_of(source, streaming=streaming):
+        checked = chat.check_row(row, where, every_turn=every_turn)
+        yield with_action(checked) if actions else checked
 
 
 def with_action(row: dict[str, Any]) -> dict[str, Any]:
@@ -68,45 +109,121 @@ def with_action(row: dict[str, Any]) -> dict[str, Any]:
 
 def encode_run(
     run: RunConfig, tokenizer: Any, warn: Callable[[str], None]
-) -> tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]]:
-    """Training and validation sequences, and the record of the data: source, rows that are used, rows that are left out, and
-    fingerprint. ``warn`` is told of rows that are left out.
+) -> tuple[list[Any], list[Any] | None, dict[str, Any]]:
+    """Training and validation sequences, and the record of the data; see :func:`load_run_data`."""
+    data = load_run_data(run, tokenizer, warn)
+    return data.training, data.validation, data.record
+
+
+def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -> RunData:
+    """The rows of a run, encoded, and the record of them. ``warn`` is told of rows that are left out, and of foreign forms.
+
+    Raises:
+        DataError: if a row cannot be learnt, or a source cannot be read.
     """
-    system = run.data.system if run.data.system is not None else (ROBOT_SYSTEM if run.data.train == "robot" else None)
-    options: dict[str, Any] = {"max_length": run.data.max_length, "too_long": run.data.too_long, "system": system}
-    validation = run.data.validation or ("robot" if run.data.train == "robot" else None)
-    encoded: dict[str, chat.Encoded] = {}
-    record: dict[str, Any] = {}
-    for part, source in (("train", run.data.train), ("validation", validation)):
-        if source is not None:
-            rows = read_rows(source, part, actions=run.data.learns_actions)
-            encoded[part] = chat.encode(rows, tokenizer, **options)
-            record[part] = {"source": source, **encoded[part].record(), "sha256": chat.rows_digest(rows)}
-            if source != "robot" and set(forms := forms_of(rows)) - set(OWN):
-                record[part]["forms"] = forms
-                warn(f"data.{part}: " + ", ".join(f"{count} rows of the form {name}" for name, count in forms.items()))
-            if encoded[part].skipped is not None:
-                warn(f"data.{part}: {encoded[part].skipped}")
-    training = encoded["train"]
-    again = [s.alone() for s in training if s.shadow]
-    return training + again * run.data.shadow_repeats, encoded.get("validation"), record
+    data = run.data
+    robot = data.train == "robot"
+    validation = data.validation or ("robot" if robot else None)
+    parts: dict[str, str | SourceSection] = {"train": data.train}
+    if validation is not None:
+        parts["validation"] = validation
+    if run.task_type == "SEQ_CLS":
+        return _class_data(run, parts, tokenizer, warn)
+    options: dict[str, Any] = {
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+        "system": data.system if data.system is not None else (ROBOT_SYSTEM if robot else None),
+        "every_turn": data.assistant_only_loss,
+    }
+    reading: dict[str, Any] = {"actions": data.learns_actions, "every_turn": data.assistant_only_loss}
+    stream = _stream(run, tokenizer, options, reading) if data.streaming else None
+    made = RunData([] if stream is None else stream.sample(), None, {}, stream=stream)
+    for part, given in parts.items():
+        if part == "train" and stream is not None:
+            source = source_of(data.train)
+            made.record[part] = {"source": str(source), "rows": None, "sha256": fingerprint(source)}
+            continue
+        rows = read_rows(given, part, **reading)
+        encoded = chat.encode(rows, tokenizer, **options)
+        made.record[part] = _record(given, rows, encoded)
+        if given != "robot" and set(forms := forms_of(rows)) - set(OWN):
+            made.record[part]["forms"] = forms
+            warn(f"data.{part}: " + ", ".join(f"{count} rows of the form {name}" for name, count in forms.items()))
+        if encoded.skipped is not None:
+            warn(f"data.{part}: {encoded.skipped}")
+        if part == "train":
+            made.training = encoded + [s.alone() for s in encoded if s.shadow] * data.shadow_repeats
+        else:
+            made.validation = encoded
+    return made
+
+
+def _record(given: str | SourceSection, rows: list[dict[str, Any]], encoded: chat.Encoded) -> dict[str, Any]:
+    source = given if isinstance(given, str) else str(source_of(given))
+    return {"source": source, **encoded.record(), "sha256": chat.rows_digest(rows)}
+
+
+def _stream(run: RunConfig, tokenizer: Any, options: dict[str, Any], reading: dict[str, Any]) -> StreamedRows:
+    source, t = source_of(run.data.train), run.training
+
+    def read() -> Iterator[list[chat.Sequence]]:
+        for row in _checked(source, streaming=True, **reading):
+            yield chat.encode_row(row, tokenizer, **options)
+
+    seed = t.seed if t.data_seed is None else t.data_seed
+    pack = run.data.max_length if run.data.packing else None
+    return StreamedRows(read, buffer=run.data.shuffle_buffer, seed=seed, pack=pack)
+
+
+def class_rows_of(given: str | SourceSection) -> list[dict[str, Any]]:
+    """Checked texts with labels.
+
+    Raises:
+        DataError: naming the place, if a row is malformed or there is none.
+    """
+    rows = [class_rows.check_row(row, where) for where, row in rows_of(source_of(given))]
+    if not rows:
+        raise DataError(f"data '{source_of(given)}' holds no rows; each must have 'text' and 'label'")
+    return rows
+
+
+def _class_data(
+    run: RunConfig, parts: dict[str, str | SourceSection], tokenizer: Any, warn: Callable[[str], None]
+) -> RunData:
+    rows = {part: class_rows_of(given) for part, given in parts.items()}
+    labels = class_rows.labels_of(rows["train"])
+    made = RunData([], None, {}, labels)
+    for part, given in parts.items():
+        encoded = class_rows.encode(
+            rows[part], tokenizer, labels, max_length=run.data.max_length, too_long=run.data.too_long
+        )
+        made.record[part] = _record(given, rows[part], encoded)
+        if encoded.skipped is not None:
+            warn(f"data.{part}: {encoded.skipped}")
+        if part == "train":
+            made.training = encoded + [s.alone() for s in encoded if s.shadow] * run.data.shadow_repeats
+        else:
+            made.validation = encoded
+    return made
 
 
 def shadow_first(
-    training: list[chat.Sequence], t: TrainingSection, batch: int
+    training: list[Any], t: TrainingSection, batch: int, pack_to: int | None = None
 ) -> tuple[chat.ChatDataset, int | None, int]:
     """The rows of a whole run whose ``shadow_epochs`` come before both paths train, its number of steps (None: by epochs), and
     how many of these are the shadow's alone.
 
     Args:
-        batch: sequences of a step, over all processes.
+        batch: rows of a step, over all processes. pack_to: tokens of a packed row; None: each sequence is a row.
 
     Raises:
         ConfigError: if ``max_steps`` ends the run before both paths train.
     """
+    alone = [s.alone() for s in training if s.shadow] if t.shadow_epochs else []
+    if pack_to is not None:
+        training, alone = pack(training, pack_to), pack(alone, pack_to)
     if not t.shadow_epochs:
         return chat.ChatDataset(training), t.max_steps, 0
-    alone = [s.alone() for s in training if s.shadow]
     if not alone:
         raise ConfigError("training.shadow_epochs is set but the shadow path learns no row of data.train; remove it")
     before = len(alone) * t.shadow_epochs

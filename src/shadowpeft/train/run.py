@@ -7,19 +7,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft.data import chat
+from shadowpeft.data.class_rows import ClassRows
 from shadowpeft.data.frequent import frequent_tokens
+from shadowpeft.data.packed import pack
 from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+from shadowpeft.evaluate import evaluate_task
 from shadowpeft.hf.base.aliases import is_alias
-from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.base.load import load_base, of_labels
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
@@ -30,27 +34,37 @@ from shadowpeft.storage import exclusive, write_json, write_text, written_whole
 from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.activations import Activations, prepare
-from shadowpeft.train.arguments import training_arguments
+from shadowpeft.train.arguments import BEST, training_arguments
 from shadowpeft.train.card import model_card
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
-from shadowpeft.train.progress import RunCallback, plot_losses, read_metrics
-from shadowpeft.train.rows import encode_run, shadow_first
+from shadowpeft.train.optimisers import check_optimizer, trainer_options
+from shadowpeft.train.packing import check_packing
+from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
+from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first
+from shadowpeft.train.sections import DataConfig, TrainingSection
+from shadowpeft.train.speed import planned_in, steps_in_time
 from shadowpeft.train.trainer import ShadowTrainer
 
 
-def build_model(run: RunConfig, tokenizer: Any) -> PeftModel:
-    """Base and adapter of a run."""
-    base = load_base(run.base, dtype=DTYPES[run.training.precision])
-    if getattr(base.config, "pad_token_id", None) is None:
+def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None) -> PeftModel:
+    """Base and adapter of a run; ``labels`` of a classifier."""
+    set_seed(run.training.seed)  # the head of a classifier is new
+    base = load_base(run.base, run.task_type, dtype=DTYPES[run.training.precision], **of_labels(labels))
+    if getattr(base.config, "pad_token_id", None) is None or labels is not None:
         base.config.pad_token_id = tokenizer.pad_token_id
     if run.shadow.shadow_model != "mirror":
         shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
-    config = ShadowPeftConfig(task_type="CAUSAL_LM", **run.shadow.fields_for(find_decoder(base).num_layers))
+    config = ShadowPeftConfig(task_type=run.task_type, **run.shadow.fields_for(find_decoder(base).num_layers))
     config.base_alias = run.base if is_alias(run.base) else None
-    config.trained_ends = end_tokens(base, tokenizer)
+    config.labels = labels
+    if labels is None:
+        config.trained_ends = end_tokens(base, tokenizer)
     set_seed(run.training.seed)
     model = get_peft_model(base, config)
+    for parameter in model.parameters():  # PEFT leaves a new head in the base's dtype, in which small steps are lost
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if run.training.freeze_shadow:
         find_hub(model).freeze_shadow("default")
     return model
@@ -98,29 +112,33 @@ def train(
     folder = Path(run.output)
     _start_or_resume(run, folder, resume)
     check_loggers(t.report_to)
+    check_optimizer(t.optimizer)
 
     tokenizer = load_tokenizer(run.base)
-    training, validation, record = encode_run(run, tokenizer, partial(console.print, soft_wrap=True))
+    data = load_run_data(run, tokenizer, partial(console.print, soft_wrap=True))
     if resume:
-        _check_same_data(record, folder)
+        _check_same_data(data.record, folder)
     if t.freeze_shadow:
+        training = data.training
         learns = [s for s in training if s.base]
         if not learns:
             raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
         if len(learns) < len(training):
             console.print(f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out")
-        training = learns
-    model = build_model(run, tokenizer)
-    answers = (s.ids[s.start :] for s in training if s.base)
-    model.peft_config["default"].draft_tokens = frequent_tokens(answers) or None
+        data.training = learns
+    model = build_model(run, tokenizer, data.labels)
+    if data.labels is None:
+        model.peft_config["default"].draft_tokens = frequent_tokens(s.learnt for s in data.training if s.base) or None
+    if run.data.packing:
+        check_packing(model)
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(s.ids) for s in training + (validation or []))
+    longest = max(len(s.ids) for s in data.training + (data.validation or []))
     if limit is not None and longest > limit:
         raise DataError(f"a row has {longest} tokens but the base reads {limit}; lower data.max_length to {limit}")
     with exclusive(folder):
         last = _start_or_resume(run, folder, resume)  # again: another process may have begun while this one loaded
-        write_records(folder, run, record)
-        return _train(run, folder, last, model, tokenizer, (training, validation, record), console, quiet)
+        write_records(folder, run, data.record)
+        return _train(run, folder, last, model, tokenizer, data, console, quiet)
 
 
 def _train(
@@ -129,29 +147,42 @@ def _train(
     last: str | None,
     model: PeftModel,
     tokenizer: Any,
-    data: tuple[list[chat.Sequence], list[chat.Sequence] | None, dict[str, Any]],
+    data: RunData,
     console: Console,
     quiet: bool,
 ) -> dict[str, Any]:
-    t, (training, validation, record) = run.training, data
+    t, training, validation, record = run.training, data.training, data.validation, data.record
     activations = _stored(run, folder, model, training, console)
-    args = training_arguments(t, folder, evaluates=validation is not None)
-    rows, steps, alone = shadow_first(training, t, args.train_batch_size * t.gradient_accumulation * args.world_size)
-    args.max_steps = steps or -1
-    mean_tokens = sum(len(s.ids) for s in training) / len(training)
+    pack_to = run.data.max_length if run.data.packing else None
+
+    def build(
+        rows: Any, settings: TrainingSection, folder: Path, watching: list[TrainerCallback], alone: int = 0
+    ) -> ShadowTrainer:
+        evaluates = validation is not None and settings.eval_every is not None
+        trainer = ShadowTrainer(
+            model=model,
+            args=training_arguments(settings, folder, evaluates=evaluates),
+            train_dataset=rows,
+            eval_dataset=None if validation is None else chat.ChatDataset(validation),
+            data_collator=data.collator(tokenizer.pad_token_id, packed=pack_to is not None),
+            callbacks=watching,
+            backbone_lr_ratio=t.backbone_lr_ratio,
+            activations=activations,
+            shadow_steps=alone,
+            **trainer_options(t.optimizer, model, t.learning_rate, t.weight_decay),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    if t.target_minutes is not None:
+        t = _timed(t, training, last, model, build, pack_to, console)
+    rows, steps, alone = shadow_first(training, t, t.batch_size * t.gradient_accumulation * _processes(), pack_to)
+    mean_tokens = sum(len(s.ids) for s in rows.sequences) / len(rows)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
-    trainer = ShadowTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=chat.ChatDataset(validation) if validation is not None else None,
-        data_collator=chat.ChatCollator(tokenizer.pad_token_id),
-        callbacks=[shown],
-        backbone_lr_ratio=t.backbone_lr_ratio,
-        activations=activations,
-        shadow_steps=alone,
-    )
-    trainer.remove_callback(PrinterCallback)
+    watching: list[TrainerCallback] = [shown]
+    if t.patience is not None:
+        watching.append(EarlyStopping(BEST[t.best_by], t.patience))
+    trainer = build(data.stream or rows, t.model_copy(update={"max_steps": steps}), folder, watching, alone)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=last)
@@ -169,10 +200,19 @@ def _train(
         "base": run.base,
         "adapter": str(folder / "adapter"),
     }
+    if t.patience is not None:
+        summary["stopped_early"] = any(isinstance(each, EarlyStopping) and each.stopped for each in watching)
+    if data.stream is not None and data.stream.left_out:
+        summary["rows_left_out"] = data.stream.left_out
+        console.print(f"data.train: {data.stream.left_out} of the rows that were read are longer than data.max_length")
+    if t.load_best and trainer.state.best_global_step is not None:
+        summary["best_step"] = int(trainer.state.best_global_step)
     save_adapter(model, tokenizer, folder / "adapter", run, summary, record)
     if validation is not None and not summary["interrupted"]:  # after saving: what fails here costs no training
         final = trainer.evaluate()
         summary.update({key: final[key] for key in ("eval_task_loss", "eval_shadow_loss")})
+        if data.labels is not None:
+            summary["accuracy"] = _accuracy(run, model, tokenizer, data.labels)
         write_text(folder / "adapter" / "README.md", model_card(run, summary, record))
     if read_metrics(folder):
         plot_losses(folder)
@@ -180,6 +220,45 @@ def _train(
     if run.push_to_hub is not None:
         push(folder / "adapter", run.push_to_hub)
     return summary
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _timed(
+    t: TrainingSection,
+    training: list[Any],
+    last: str | None,
+    model: PeftModel,
+    build: Any,
+    pack_to: int | None,
+    console: Console,
+) -> TrainingSection:
+    """The settings with the steps that fit into ``target_minutes``, or that a run which is resumed had chosen."""
+    if last is not None:
+        steps = planned_in(last)
+    else:
+        alone = [s.alone() for s in training if s.shadow]
+        if pack_to is not None:
+            training, alone = pack(training, pack_to), pack(alone, pack_to)
+        steps, seconds = steps_in_time(t, training, alone, model, build)
+        console.print(
+            f"training.target_minutes: a step takes {seconds:.2g} s, so {steps} steps fit into {t.target_minutes:g} minutes",
+            soft_wrap=True,
+        )
+    return t.model_copy(update={"max_steps": steps, "target_minutes": None})
+
+
+def _accuracy(run: RunConfig, model: PeftModel, tokenizer: Any, labels: list[str]) -> dict[str, float]:
+    """Share of the validation rows whose class each path finds."""
+    assert run.data.validation is not None
+    task = ClassRows("validation", labels, class_rows_of(run.data.validation))
+    options: dict[str, Any] = {"batch_size": run.training.eval_batch_size, "max_length": run.data.max_length}
+    return {
+        mode: evaluate_task(model, tokenizer, task, mode=mode, progress=lambda done: None, **options)["score"]
+        for mode in ("attached", "detached")
+    }
 
 
 def push(adapter: Path, hub_id: str) -> None:
@@ -219,7 +298,15 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
             f"the run in '{folder}' has ended and left no checkpoint to resume from; its adapter is in '{folder / 'adapter'}'"
         )
     refuse_changed(
-        folder, stored_record(folder / "config.yaml"), run.model_dump(), ("base",), ("data", "shadow", "training")
+        folder,
+        {"task_type": "CAUSAL_LM", **stored_record(folder / "config.yaml")},
+        run.model_dump(),
+        ("base", "task_type"),
+        ("data", "shadow", "training"),
+        {
+            "data": DataConfig(train="").model_dump(),
+            "training": TrainingSection().model_dump(),
+        },
     )
     return last
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,15 +13,25 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from shadowpeft import versions
-from shadowpeft.core import count_targets, token_cross_entropy
-from shadowpeft.core.losses import IGNORE
+from shadowpeft.core import count_targets
 from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.hf.forward.beginning import after_beginning
 from shadowpeft.hf.forward.losses import shadow_path_loss
-from shadowpeft.hf.layer import ShadowHub, adapted_base, find_hub
+from shadowpeft.hf.layer import adapted_base, find_hub
 from shadowpeft.train.activations import Activations
 from shadowpeft.train.checkpoints import WholeCheckpoints
+from shadowpeft.train.joint import (
+    both_losses,
+    device_scale,
+    loss_is_stock,
+    mean_loss,
+    plain_loss,
+    runs_again_for_outputs,
+    shadow_only_rows,
+    shifts,
+    split_rows,
+)
 from shadowpeft.train.sampler import EpochSampler
 from shadowpeft.train.schedule import two_courses
 
@@ -99,7 +107,7 @@ class ShadowLossMixin(WholeCheckpoints):
         items = super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
         self._shadow_num_items = None
         if items is not None and batch_samples and "shadow_labels" in batch_samples[0]:
-            shifted = _shifts(trainer)
+            shifted = shifts(trainer)
             own = sum(count_targets(b["shadow_labels"], shifted=shifted) for b in batch_samples)
             own = torch.as_tensor(own).to(device)
             if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
@@ -121,14 +129,14 @@ class ShadowLossMixin(WholeCheckpoints):
         inputs = dict(inputs)
         shadow_labels, labels = inputs.get("shadow_labels"), inputs.get("labels")
         shadow_items = num_items_in_batch if shadow_labels is None else self._shadow_num_items
-        scale = _device_scale(trainer, num_items_in_batch)
+        scale = device_scale(trainer, num_items_in_batch)
         self._normalised = num_items_in_batch is not None and (scale != 1.0 or trainer.accelerator.num_processes == 1)
 
         alone: Tensor | None = None
         if model.training and shadow_labels is not None and labels is not None and trainer.args.world_size == 1:
-            only = _shadow_only_rows(labels, inputs)
+            only = shadow_only_rows(labels, inputs)
             if only is not None and shadow_items is not None:
-                rest, only_rows = _split(inputs, only)
+                rest, only_rows = split_rows(inputs, only)
                 with trainer.accelerator.autocast():  # as accelerate does around the model's own forward
                     own = shadow_path_loss(adapted_base(trainer.model), hub, only_rows, items=shadow_items)
                 self._add("shadow_loss", own)
@@ -144,13 +152,15 @@ class ShadowLossMixin(WholeCheckpoints):
             inputs["shadow_labels"] = labels
         if "shadow_labels" in inputs and num_items_in_batch is not None:
             inputs["shadow_num_items_in_batch"] = shadow_items
-        if model.training and not (own_loss or return_outputs or trainer.args.torch_compile) and _loss_is_stock(trainer):
+        asks_more = own_loss or return_outputs or trainer.args.torch_compile
+        if model.training and not asks_more and loss_is_stock(trainer, ShadowLossMixin):
             inputs["loss_alone"] = True
-            if self.activations is None and trainer.args.world_size == 1:
+            noisy = trainer.neftune_noise_alpha is not None  # the noise depends on how long a row is
+            if self.activations is None and trainer.args.world_size == 1 and not noisy:
                 with trainer.accelerator.autocast():
                     inputs = after_beginning(adapted_base(trainer.model), hub, inputs)
-        asks = return_outputs or (own_loss and not model.training) or not _runs_again_for_outputs(trainer)
-        with _both_losses(adapted_base(trainer.model)) as losses:
+        asks = return_outputs or (own_loss and not model.training) or not runs_again_for_outputs(trainer)
+        with both_losses(adapted_base(trainer.model)) as losses:
             result: Any = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=asks, num_items_in_batch=num_items_in_batch
             )
@@ -171,7 +181,7 @@ class ShadowLossMixin(WholeCheckpoints):
             task = loss / scale
             if not model.training and trainer.label_smoother is not None:  # smoothing is for training alone
                 assert labels is not None
-                task = _plain_loss(outputs["logits"], labels, shifted=_shifts(trainer))
+                task = plain_loss(outputs["logits"], labels, shifted=shifts(trainer))
             self._report(task, shadow, labels, inputs["shadow_labels"], None, shadow_items)
             if model.training:
                 loss = loss + weight * scale * shadow
@@ -225,7 +235,7 @@ class ShadowLossMixin(WholeCheckpoints):
             self._add("task_loss", task)
             self._add("shadow_loss", shadow)
             return
-        shifted = _shifts(trainer)
+        shifted = shifts(trainer)
         paths = (("task_loss", task, labels, task_items), ("shadow_loss", shadow, shadow_labels, shadow_items))
         for key, value, goals, items in paths:
             if value is not None and goals is not None:
@@ -243,7 +253,7 @@ class ShadowLossMixin(WholeCheckpoints):
             share = 1.0 if self._normalised else 1.0 / trainer.accelerator.num_processes  # of one process in the mean
             logs = {**logs, **{key: total * share / steps for key, (total, _) in totals.items()}}
             self._sums = {}
-        whole = _mean_loss(trainer.state.log_history) if "train_loss" in logs else None
+        whole = mean_loss(trainer.state.log_history) if "train_loss" in logs else None
         if whole is not None:  # stock Trainer's is the mean since the last resume
             logs = {**logs, "train_loss": whole}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -304,97 +314,3 @@ def kept_checkpoint(trainer: Any) -> str:
     """What a run that has to stop leaves behind, in words."""
     last = get_last_checkpoint(trainer.args.output_dir)
     return f"'{last}' is untouched" if last is not None else "no checkpoint was written yet"
-
-
-@contextmanager
-def _both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
-    """``(task_loss, shadow_loss, n)`` of every forward inside: accelerate's copy of a 16-bit output has lost the attributes.
-
-    ``n`` is the number of targets by which TRL's fused head has divided its losses, else None.
-    """
-    seen: list[tuple[Any, Any, Any]] = []
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        if hasattr(output, "shadow_loss"):
-            mask = getattr(output, "label_mask", None)
-            task = output.task_loss  # a copy: over several processes Trainer scales the loss of an evaluation in place
-            task = None if task is None else task.detach().clone()
-            seen.append((task, output.shadow_loss, None if mask is None else mask.sum()))
-
-    handle = model.register_forward_hook(look)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _runs_again_for_outputs(trainer: Any) -> bool:
-    """Whether the outputs cost a second forward pass, as with TRL's fused head; a compiled model may pass the hook by."""
-    return _is_from_trl(trainer) and not trainer.args.torch_compile
-
-
-def _loss_is_stock(trainer: Any) -> bool:
-    """Whether the class below the mixin that computes the loss is transformers' Trainer, which reads no logits in training;
-    TRL's trainers have metrics of them, and nobody knows of others.
-    """
-    mro = type(trainer).__mro__
-    below = mro[mro.index(ShadowLossMixin) + 1 :]
-    return next(kind for kind in below if "compute_loss" in vars(kind)) is Trainer
-
-
-def _is_from_trl(trainer: Any) -> bool:
-    return any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
-
-
-def _mean_loss(history: list[dict[str, float]]) -> float | None:
-    """Mean training loss of a step over the whole run, from its logged means; None if nothing was logged."""
-    total, last = 0.0, 0.0
-    for record in history:
-        if "loss" in record:
-            total += record["loss"] * (record["step"] - last)
-            last = record["step"]
-    return total / last if last else None
-
-
-def _shifts(trainer: Any) -> bool:
-    hub: ShadowHub = find_hub(trainer.model)
-    name = hub.active_name()
-    return name is None or not hub.is_classifier(name)
-
-
-def _plain_loss(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
-    """Mean cross-entropy of the targets, without smoothing."""
-    if shifted:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return token_cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), count_targets(labels, shifted=False)
-    )
-
-
-def _device_scale(trainer: Any, items: Any) -> float:
-    if not trainer.args.average_tokens_across_devices or items is None:
-        return 1.0
-    return float(trainer.accelerator.num_processes // trainer.get_tp_size())
-
-
-def _shadow_only_rows(labels: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-    """Mask ``(B,)`` of rows without a task target, or None if there are none (or the batch cannot be split by row)."""
-    if labels.is_floating_point():  # targets of a regression
-        return None
-    only = labels == IGNORE if labels.dim() == 1 else (labels[:, 1:] == IGNORE).all(-1)
-    if not bool(only.any()):
-        return None
-    rows = labels.shape[0]
-    splittable = all(not isinstance(v, Tensor) or (v.dim() and v.shape[0] == rows) for v in inputs.values())
-    return only if splittable else None
-
-
-def _split(inputs: dict[str, Any], only: Tensor) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    def take(mask: Tensor) -> dict[str, Any]:
-        part = {k: v[mask] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        length = int(part["attention_mask"].sum(-1).max()) if "attention_mask" in part else None
-        if length is not None and bool(part["attention_mask"][:, 0].all()):  # right padding: drop columns nobody uses
-            part = {k: v[:, :length] if isinstance(v, Tensor) and v.dim() == 2 else v for k, v in part.items()}
-        return part
-
-    return (None if bool(only.all()) else take(~only)), take(only)

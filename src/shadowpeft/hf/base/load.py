@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,11 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     if task_type == "SEQ_CLS":
         return load_whole(AutoModelForSequenceClassification, source, f"base '{name}'", new=CLASSIFIERS, **kwargs)
     return load_whole(AutoModelForCausalLM, source, f"base '{name}'", **kwargs)
+
+
+def of_labels(labels: Sequence[str] | None) -> dict[str, Any]:
+    """What :func:`load_base` is told of a classifier's labels; nothing if they are not known."""
+    if labels is None:
+        return {}
+    names = dict(enumerate(labels))
+    return {"num_labels": len(labels), "id2label": names, "label2id": {label: i for i, label in names.items()}}

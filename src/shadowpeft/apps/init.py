@@ -1,0 +1,138 @@
+"""``shadowpeft init``: four questions, and a commented run file that ``shadowpeft train`` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.storage import write_text
+
+ROADS = {
+    "adapter": "an adapter of the base alone",
+    "device": "an adapter, and an edge model that chooses among commands such as [LampOn()]",
+    "edge": "an adapter, and an edge model or draft model that answers in words",
+    "classes": "a classifier of texts with a label",
+}
+"""What a run may be for."""
+_PRESETS = {"adapter": "paper", "device": "device", "edge": "tuned", "classes": "tuned"}
+
+
+def main(
+    out: Annotated[str, typer.Argument(metavar="FILE", help="Where the run file goes.")] = "run.yaml",
+    road: Annotated[Optional[str], typer.Option("--for", help=f"{', '.join(ROADS)}; asked if not given.")] = None,
+    base: Annotated[Optional[str], typer.Option(help="Alias, folder or Hub id; asked if not given.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Training rows: a file, or robot; asked if not given.")] = None,
+    minutes: Annotated[Optional[float], typer.Option(help="How long to train; asked if not given, 0: one pass.")] = None,
+    validation: Annotated[Optional[str], typer.Option(help="Rows to watch both paths on; not asked.")] = None,
+) -> None:
+    """Write a commented run file: asks what it is for, which base, which rows, how long; options answer beforehand."""
+    file = Path(out)
+    if file.exists():
+        raise ConfigError(f"'{file}' exists; choose another name, or edit it")
+    if road is None:
+        for name, what in ROADS.items():
+            print(f"  {name}: {what}")
+        road = _asked("What is the run for?", "edge")
+    if road not in ROADS:
+        raise ConfigError(f"--for is '{road}' but must be one of {', '.join(ROADS)}")
+    base = base or _asked("Which base: an alias, a folder or a Hub id?", "smollm2-135m")
+    data = data or _asked("Which training rows: a .jsonl, .json, .csv or .parquet file?", "train.jsonl")
+    if minutes is None:
+        answer = _asked("How many minutes may training take (0: one pass over the rows)?", "0")
+        try:
+            minutes = float(answer)
+        except ValueError:
+            raise ConfigError(f"'{answer}' is no number of minutes") from None
+    content = run_file(road, base, data, minutes, validation, str(file.with_suffix("").name))
+    _check(content, out)
+    write_text(file, content)
+    print(f"wrote {file}; look at it, then run:")
+    print(f"  shadowpeft data check {file}\n  shadowpeft plan {file}\n  shadowpeft train {file}")
+
+
+def _asked(question: str, default: str) -> str:
+    """The answer to a question.
+
+    Raises:
+        ConfigError: if nobody can answer.
+    """
+    try:
+        return str(typer.prompt(question, default=default))
+    except typer.Abort:
+        raise ConfigError("init asks for what it is not told; give --for, --base, --data and --minutes") from None
+
+
+def _check(content: str, where: str) -> None:
+    import yaml
+
+    from shadowpeft.train.config import RunLoader, parse_run
+
+    parse_run(yaml.load(content, Loader=RunLoader), where)  # a SafeLoader
+
+
+def run_file(road: str, base: str, data: str, minutes: float, validation: str | None, name: str) -> str:
+    """The text of a run file."""
+    classes, robot, device = road == "classes", data == "robot", road == "device"
+    columns = "{text: text, label: label}" if classes else "{prompt: question, response: answer}"
+    evaluated = "" if validation is not None or robot else "# "
+    lines = [
+        f"# A run for {ROADS[road]}.",
+        "# docs/settings.md has every key. Unknown keys are refused.",
+        f"base: {_quoted(base)}",
+        *([_line("task_type: SEQ_CLS", "rows have a text and a label", 0)] if classes else []),
+        "",
+        "data:",
+        f"  train: {_quoted(data)}",
+        f"  # train: {{hub: owner/name, split: train, columns: {columns}}}   # or from the Hub",
+    ]
+    if validation is not None:
+        lines.append(f"  validation: {_quoted(validation)}")
+    elif not robot:
+        lines.append(_line("# validation: rows.jsonl", "rows of the same form: both paths are evaluated on them"))
+    lines.append(_line("max_length: 512", "tokens"))
+    if classes:
+        lines.append(_line("too_long: cut", "read the beginning of longer texts; or skip, error"))
+    else:
+        lines.append(_line("too_long: skip", "longer rows are left out; or error"))
+    if device and not robot:
+        lines.append(_line("shadow_answers: action", "the edge model learns the action alone, [REMOTE] where there is none"))
+    if not classes:
+        lines.append(_line('# system: "You are ..."', "for rows without a system message; give serve the same one"))
+    if not classes and not device:
+        lines.append(_line("# assistant_only_loss: true", "learn every answer of a conversation, not the last one alone"))
+    if not classes:
+        lines.append(_line("# packing: true", "several short rows in one; recurrent bases are refused"))
+    lines += [
+        "",
+        "shadow:",
+        _line(f"preset: {_PRESETS[road]}", "tuned, paper or device"),
+        _line("r: 16", "rank of the correction"),
+        "",
+        "training:",
+        _line(f"target_minutes: {minutes:g}", "steps are chosen from the measured speed")
+        if minutes
+        else _line("epochs: 1", "passes over the rows"),
+        _line("batch_size: 16", "rows at a time"),
+        *([] if device else [_line("learning_rate: 1.0e-3", "the first thing to vary")]),  # the preset "device" has its own
+        _line("save_every: 100", "steps; shadowpeft train --resume continues from there"),
+        _line(f"{evaluated}eval_every: 100", "steps; both paths, on data.validation"),
+        _line("# load_best: true", "keep the adapter of the best evaluation (leave save_every out)"),
+        _line("# patience: 3", "stop after so many evaluations without improvement"),
+        "",
+        f"output: {_quoted(f'runs/{name}')}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(setting: str, comment: str, indent: int = 2) -> str:
+    return " " * indent + f"{setting:<{32 - indent}}# {comment}"
+
+
+def _quoted(text: str) -> Any:
+    """A text as YAML reads it back: bare where it can be, else as JSON."""
+    plain = text and all(c.isalnum() or c in "/._-" for c in text) and text[0].isalpha()
+    return text if plain and text.lower() not in ("null", "true", "false", "yes", "no", "on", "off") else json.dumps(text)

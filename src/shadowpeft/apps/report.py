@@ -1,0 +1,133 @@
+"""``shadowpeft report RUN``: a run as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from shadowpeft.apps.common import quiet_libraries
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.storage import write_text
+from shadowpeft.terminal import terminal
+
+
+def main(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run of shadowpeft train.")],
+    out: Annotated[Optional[str], typer.Option(help="The page. Default: report.html in the run's folder.")] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Requests answered by the base before training and by both paths after it; 0: none.")
+    ] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 48,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Write losses of both paths, learning rate, examples before and after, and the calibration as one HTML page."""
+    from shadowpeft.apps.report_page import page, read_run_folder
+
+    run = read_run_folder(Path(folder))
+    file = Path(out) if out is not None else Path(folder) / "report.html"
+    if not file.parent.is_dir():
+        raise ConfigError(f"'{file.parent}', where the page would go, does not exist; make it, or leave --out out")
+    answers: list[dict[str, Any]] = []
+    note = "" if examples else "No examples were asked for (--examples 0)."
+    if examples:
+        quiet_libraries()
+        try:
+            answers, note = answered(Path(folder), examples, max_new_tokens)
+        except (ConfigError, DataError) as error:  # the page is worth having without them, and says why they are not there
+            note = f"The examples could not be made: {error}"
+    write_text(file, page(run, answers, note))
+    terminal().print(f"wrote {file}" + (f" ({note})" if not answers and examples else ""), soft_wrap=True)
+    if show:
+        webbrowser.open(file.resolve().as_uri())
+
+
+def answered(folder: Path, count: int, max_new_tokens: int) -> tuple[list[dict[str, Any]], str]:
+    """Requests with what they should be answered, and what the base, the attached and the detached model do answer.
+
+    Returns:
+        the examples, and of which rows they are.
+
+    Raises:
+        ConfigError: if the run has no adapter yet. DataError: if its rows cannot be read any more.
+    """
+    import shadowpeft
+    from shadowpeft.apps.common import in_mode
+    from shadowpeft.tokenizer import load_tokenizer
+    from shadowpeft.train.config import read_run
+
+    run = read_run(folder / "config.yaml")
+    adapter = folder / "adapter"
+    if not adapter.is_dir():
+        raise ConfigError(f"'{folder}' has no adapter yet; wait for the end of the run, or give --examples 0")
+    classes = run.task_type == "SEQ_CLS"
+    rows, which = _rows(run, count, classes)
+    model, tokenizer = shadowpeft.load(adapter), load_tokenizer(str(adapter))
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    made = [{"request": row["text"] if classes else row["messages"][-1]["content"], "wanted": _wanted(row)} for row in rows]
+    for mode in ("attached", "detached") if classes else ("base", "attached", "detached"):
+        with in_mode(model, mode) as runner:
+            if classes:
+                found = _classified(runner, tokenizer, rows, run)
+            else:
+                found = _said(runner, tokenizer, rows, run, max_new_tokens)
+        for example, answer in zip(made, found, strict=True):
+            example[mode] = answer
+    return made, f"{len(made)} {which}, evenly spaced."
+
+
+def _rows(run: Any, count: int, classes: bool) -> tuple[list[Any], str]:
+    from itertools import islice
+
+    from shadowpeft.train.rows import class_rows_of, read_rows, robot_rows
+    from shadowpeft.train.sections import source_of
+
+    data = run.data
+    given, which = data.train, "rows of the training data"
+    if data.validation is not None:
+        given, which = data.validation, "rows of the validation data"
+    if given == "robot":
+        rows, which = robot_rows("validation"), "rows of the validation data"
+    elif classes:
+        rows = class_rows_of(given)
+    elif data.streaming and given == data.train:
+        from shadowpeft.data.chat import check_row
+        from shadowpeft.data.sources import rows_of
+
+        rows = [check_row(row, where) for where, row in islice(rows_of(source_of(given), streaming=True), 8 * count)]
+    else:
+        rows = read_rows(given, "validation", every_turn=data.assistant_only_loss)
+    asked = [row for row in rows if row["path"] != "shadow"] or rows
+    return [asked[i * len(asked) // min(count, len(asked))] for i in range(min(count, len(asked)))], which
+
+
+def _wanted(row: Any) -> str:
+    if "label" in row:
+        return str(row["label"])
+    own = row.get("shadow_response")
+    return str(row["response"]) + (f"\n(shadow path: {own})" if own is not None else "")
+
+
+def _said(runner: Any, tokenizer: Any, rows: list[Any], run: Any, max_new_tokens: int) -> list[str]:
+    from shadowpeft.data.robot import SYSTEM
+    from shadowpeft.generate import answer
+
+    system = run.data.system if run.data.system is not None else (SYSTEM if run.data.train == "robot" else None)
+    chats = [[{k: v for k, v in message.items() if k != "weight"} for message in row["messages"]] for row in rows]
+    return [each.text for each in answer(runner, tokenizer, chats, max_new_tokens=max_new_tokens, system=system)]
+
+
+def _classified(runner: Any, tokenizer: Any, rows: list[Any], run: Any) -> list[str]:
+    import torch
+
+    from shadowpeft.data.padding import pad_inputs
+    from shadowpeft.data.tasks import class_ids
+
+    ids = [class_ids(tokenizer, row["text"], run.data.max_length) for row in rows]
+    with torch.inference_mode():
+        logits = runner(**pad_inputs(ids, tokenizer.pad_token_id, device=next(runner.parameters()).device)).logits
+    chances = logits.float().softmax(-1)
+    return [f"{runner.config.id2label[int(c.argmax())]} ({float(c.max()):.0%})" for c in chances]

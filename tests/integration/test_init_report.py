@@ -1,0 +1,199 @@
+"""``shadowpeft init`` writes run files that train; ``shadowpeft report`` shows a run as one page."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from shutil import copy, which
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from chatbase import mixed_rows, plain_rows, run_file, save_base, save_sitting_base, write_rows
+from commands import call
+from shadowpeft.apps.init import ROADS, _quoted
+from shadowpeft.cli import app
+from shadowpeft.errors import ConfigError
+from shadowpeft.serve.router import Calibration
+from shadowpeft.train.config import parse_run, read_run
+from shadowpeft.train.run import train
+
+# ------------------------------------------------------------------------------------------------------------------ init
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("minutes", [0, 7.5])
+def test_a_written_run_file_is_a_run(monkeypatch, capsys, tmp_path, road, minutes):
+    file = tmp_path / "mine.yaml"
+    options = ["--for", road, "--base", "smollm2-135m", "--data", "my rows.csv", "--minutes", minutes]
+    code, out, err = call(monkeypatch, capsys, "init", file, *options, "--validation", "v.jsonl")
+    assert (code, err) == (0, "")
+    assert f"shadowpeft train {file}" in out
+    run = read_run(file)
+    assert (run.base, run.data.train, run.data.validation) == ("smollm2-135m", "my rows.csv", "v.jsonl")
+    assert run.output == "runs/mine"
+    assert (run.training.epochs, run.training.target_minutes) == ((None, 7.5) if minutes else (1.0, None))
+    assert run.task_type == ("SEQ_CLS" if road == "classes" else "CAUSAL_LM")
+    assert run.data.learns_actions == (road == "device")
+    assert run.training.eval_every == 100
+    text = file.read_text()
+    assert all("#" in line for line in text.splitlines() if line.strip().startswith(("max_length", "preset", "save_every")))
+    for line in re.findall(r"^  # ((?:train|validation|system|assistant|packing|load_best|patience|eval)\w*: .*)$", text, re.M):
+        yaml.safe_load(line)  # what is commented out is YAML too
+    code, _, err = call(monkeypatch, capsys, "init", file, *options)
+    assert (code, "exists; choose another name" in err) == (2, True)
+
+
+def test_four_questions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answered = CliRunner().invoke(app, ["init"], input="classes\n\nrows.csv\n3\n")
+    assert answered.exit_code == 0, answered.output
+    run = read_run("run.yaml")
+    assert (run.task_type, run.base, run.data.train) == ("SEQ_CLS", "smollm2-135m", "rows.csv")
+    assert run.training.target_minutes == 3
+    assert answered.output.count("?") == 4
+    silent = CliRunner().invoke(app, ["init", "other.yaml"], input="")
+    assert isinstance(silent.exception, ConfigError)
+    assert "give --for, --base, --data and --minutes" in str(silent.exception)
+    wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "fun"], input="")
+    assert "--for is 'fun' but must be one of adapter, device" in str(wrong.exception)
+    wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "edge"], input="b\nd\nsoon\n")
+    assert "'soon' is no number of minutes" in str(wrong.exception)
+    assert not Path("other.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["a b", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "#a", "~", "-"])
+def test_texts_are_read_back_from_yaml(text):
+    assert yaml.safe_load(f"key: {_quoted(text)}") == {"key": text}
+
+
+def test_an_init_file_trains(monkeypatch, capsys, tmp_path):
+    base, rows = save_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", plain_rows(8))
+    monkeypatch.chdir(tmp_path)
+    code, *_ = call(monkeypatch, capsys, "init", "--for", "edge", "--base", base, "--data", rows, "--minutes", 0)
+    assert code == 0
+    code, out, _ = call(monkeypatch, capsys, "train", "run.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["adapter"] == "runs/run/adapter"
+
+
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+class Page(HTMLParser):
+    """Headings, texts and what a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.texts, self.fetched, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "path", "use", "line", "br"):
+            self.open.append(tag)
+        self.fetched += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")]
+        assert tag not in ("script", "link", "iframe", "img")
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        (self.headings if self.open[-1:] == ["h2"] else self.texts).append(data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    base = save_sitting_base(folder / "base")
+    rows = write_rows(folder / "rows.jsonl", [*plain_rows(8), *mixed_rows(), {"prompt": "<b>&", "response": "<i>no</i>"}])
+    run = run_file(folder / "run", base, rows, data={"validation": rows}, training={"max_steps": 6, "eval_every": 3})
+    train(parse_run(run, "here"), quiet=True)
+    report = {"target": 0.05, "wrong_share": 0.03, "without_confidence": {"wrong_share": 0.3}, "curve": [[0, 1]]}
+    Calibration("action", (0.2, 0.5, 0.9), (0.1, 0.6, 1.0), 0.8, report).save(folder / "run" / "adapter" / "routing.json")
+    return folder / "run"
+
+
+def test_the_page_of_a_run(made, monkeypatch, capsys):
+    code, out, err = call(monkeypatch, capsys, "report", made, "--examples", 20, "--max-new-tokens", 8)
+    assert (code, err) == (0, "")
+    assert "report.html" in out
+    text = (made / "report.html").read_text()
+    page = Page(text)
+    assert page.fetched == []  # nothing from elsewhere
+    assert page.headings == [
+        "Result",
+        "Losses of both paths",
+        "Evaluations",
+        "Learning rate",
+        "Examples, before and after",
+        "Calibration",
+        "Settings",
+    ]
+    assert text.count("<svg") == 3
+    for label in ("attached, training", "detached, training", "attached, validation", "detached, validation", "learning rate"):
+        assert label in page.texts, label
+    summary = json.loads((made / "summary.json").read_text())
+    assert f"{summary['eval_task_loss']:.4f}" in page.texts
+    assert "[Sit()]" in page.texts  # what the base says
+    assert "<b>&" in page.texts
+    assert "<i>no</i>" not in text  # what a row holds is text, not a part of the page
+    assert "13 rows of the validation data, evenly spaced." in page.texts
+    assert "kept above this" in page.texts
+    assert "without confidence: wrong share" in page.texts
+    assert not re.search(r"\b(url\(http|@import|fetch\()", text)
+
+
+def test_a_page_without_examples_calibration_or_an_end(made, monkeypatch, capsys, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.yaml", "data.json", "metrics.jsonl"):
+        copy(made / name, bare)
+    code, out, _ = call(monkeypatch, capsys, "report", bare, "--out", tmp_path / "page.html")
+    assert code == 0
+    assert "has no adapter yet" in " ".join(out.split())
+    texts = " ".join(Page((tmp_path / "page.html").read_text()).texts)
+    assert "not ended" in texts
+    assert "has no adapter yet" in texts
+    assert "shadowpeft route calibrate makes one" in texts
+    code, _, err = call(monkeypatch, capsys, "report", tmp_path)
+    assert (code, "holds no run of shadowpeft train" in err) == (2, True)
+    code, _, err = call(monkeypatch, capsys, "report", bare, "--out", tmp_path / "no" / "page.html")
+    assert (code, "does not exist; make it" in err) == (2, True)
+
+
+def test_the_page_of_a_classifier(monkeypatch, capsys, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "ab"[i % 2] * 5, "label": "xy"[i % 2]} for i in range(8)])
+    content = run_file(tmp_path / "run", save_base(tmp_path / "base"), rows, task_type="SEQ_CLS", data={"validation": rows})
+    train(parse_run(content, "here"), quiet=True)
+    code, _, err = call(monkeypatch, capsys, "report", tmp_path / "run")
+    assert (code, err) == (0, "")
+    texts = Page((tmp_path / "run" / "report.html").read_text()).texts
+    assert "Right on validation, attached" in texts
+    assert any(re.fullmatch(r"[xy] \(\d+%\)", text) for text in texts)
+    assert "before: the base" not in texts
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_page(made, monkeypatch, capsys):
+    """A headless Chromium lays it out on a wide and on a narrow screen, fetches nothing, and has no script to run."""
+    play = pytest.importorskip("playwright.sync_api")
+    browser_file = which("chromium") or which("google-chrome")
+    if browser_file is None:
+        pytest.skip("no Chromium")
+    call(monkeypatch, capsys, "report", made, "--max-new-tokens", 8)
+    with play.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+        for width in (1000, 420):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            asked = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto((made / "report.html").as_uri())
+            assert asked == [(made / "report.html").as_uri()]
+            assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
+            boxes = [figure.bounding_box() for figure in page.locator("figure svg").all()]
+            assert len(boxes) == 3
+            assert all(box["height"] > 60 and box["width"] > 0.8 * (width - 32) for box in boxes)
+        browser.close()

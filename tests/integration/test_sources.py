@@ -1,0 +1,253 @@
+"""Training rows from data sets of ``datasets``, with columns of other names, from its cache without network, and streamed."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chatbase import plain_rows, run_file, save_base, write_rows
+from commands import call
+from shadowpeft.data import sources
+from shadowpeft.data.sources import Source, rows_of
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.train import speed
+from shadowpeft.train.config import parse_run, read_run
+from shadowpeft.train.rows import load_run_data
+from shadowpeft.train.run import train
+
+QUESTIONS = [{"question": f"say {'ab' * (1 + i % 4)}", "answer": f"ok {'x' * (i % 5)}", "id": i} for i in range(12)]
+COLUMNS = {"prompt": "question", "response": "answer"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    data = folder / "questions"
+    data.mkdir()
+    write_rows(data / "train.jsonl", QUESTIONS)
+    write_rows(data / "test.jsonl", QUESTIONS[:4])
+    return {
+        "base": save_base(folder / "base"),
+        "folder": str(data),
+        "rows": write_rows(folder / "rows.jsonl", plain_rows(30)),
+        "plain": write_rows(folder / "plain.jsonl", [{k: row[v] for k, v in COLUMNS.items()} for row in QUESTIONS]),
+    }
+
+
+def run(made, folder, train, **sections):
+    content = run_file(folder, made["base"], "", **sections)
+    content["data"]["train"] = train
+    return parse_run(content, "here")
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def test_a_folder_of_datasets_with_other_columns_trains_as_the_same_rows_of_a_file(made, tmp_path):
+    given = {"path": made["folder"], "columns": COLUMNS}
+    sections = {"data": {"validation": {**given, "split": "test"}}}
+    summary = train(run(made, tmp_path / "set", given, **sections), quiet=True)
+    train(run(made, tmp_path / "file", made["plain"]), quiet=True)
+    assert same(weights(tmp_path / "set"), weights(tmp_path / "file"))
+    assert summary["eval_task_loss"] > 0
+    record = json.loads((tmp_path / "set" / "data.json").read_text())
+    assert record["train"]["source"] == f"{made['folder']} (train)"
+    assert (record["train"]["rows"], record["validation"]["rows"]) == (12, 4)
+    assert read_run(tmp_path / "set" / "config.yaml").data.train.columns == COLUMNS
+
+
+@pytest.fixture
+def cached(made, tmp_path, monkeypatch):
+    """A data set of the Hub as an earlier run has left it in the cache, and no network."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    datasets.load_dataset("json", data_files={"train": f"{made['folder']}/train.jsonl"}, cache_dir=str(cache))
+    (digest,) = (cache / "json").glob("default-*/0.0.0/*[!k]")
+    there = cache / "someone___questions" / "default" / "0.0.0" / digest.name
+    there.parent.mkdir(parents=True)
+    shutil.copytree(digest, there)
+    (there / "json-train.arrow").rename(there / "questions-train.arrow")
+    shutil.rmtree(cache / "json")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return {"hub": "someone/questions", "columns": COLUMNS}
+
+
+def test_a_data_set_of_the_hub_comes_from_the_cache_without_network(made, tmp_path, cached):
+    train(run(made, tmp_path / "hub", cached), quiet=True)
+    train(run(made, tmp_path / "file", made["plain"]), quiet=True)
+    assert same(weights(tmp_path / "hub"), weights(tmp_path / "file"))
+    record = json.loads((tmp_path / "hub" / "data.json").read_text())
+    assert record["train"]["source"] == "someone/questions (train)"
+
+
+def test_what_is_not_in_the_cache_is_named_with_the_way_out(made, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as refused:
+        list(rows_of(Source(hub="nobody/nothing", revision="v2")))
+    assert "the data set 'nobody/nothing' is not in the cache of this machine" in str(refused.value)
+    assert "fetch it once with the network, or give files" in str(refused.value)
+    with pytest.raises(DataError, match=r"split 'validation' .*correct them"):
+        list(rows_of(Source(path=made["folder"], split="validation")))
+
+
+def test_everything_that_a_run_names_is_asked_for(monkeypatch):
+    asked = {}
+
+    def load(name, config, **rest):
+        asked.update(name=name, config=config, **rest)
+        return datasets.Dataset.from_list([{"text": "a", "kind": 1}]).cast_column(
+            "kind", datasets.ClassLabel(names=["cold", "hot"])
+        )
+
+    monkeypatch.setattr(sources, "load", lambda source, streaming: load("x", None))
+    source = Source(hub="a/b", config="en", split="test[:5]", revision="abc", columns={"text": "text", "label": "kind"})
+    assert list(rows_of(source)) == [("a/b@abc (en, test[:5]), row 1", {"text": "a", "label": "hot"})]
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    list(rows_of(source, streaming=True))
+    assert asked == {"name": "a/b", "config": "en", "split": "test[:5]", "revision": "abc", "streaming": True}
+
+
+def test_a_missing_column_names_those_there_are(made):
+    with pytest.raises(DataError, match=r"row 1 has no column 'questoin' \(did you mean 'question'\?\); there are answer, id"):
+        list(rows_of(Source(path=made["folder"], columns={"prompt": "questoin", "response": "answer"})))
+    with pytest.raises(DataError, match=r"line 1 has no column 'a'"):
+        list(rows_of(Source(path=made["plain"], columns={"prompt": "a"})))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hub": "a/b", "path": "c"}, "hub and path are both set"),
+        ({"split": "train"}, "hub and path are not set"),
+        ({"path": "c", "revision": "main"}, "revision and config are of a data set on the Hub"),
+        ({"hub": "a/b", "splitt": "x"}, "unknown key 'data.train.splitt' (did you mean 'split'?)"),
+        (7, "'data.train' is 7"),
+    ],
+)
+def test_a_wrong_source_is_refused(made, tmp_path, given, message):
+    with pytest.raises(ConfigError) as refused:
+        run(made, tmp_path, given)
+    assert message in str(refused.value)
+    assert str(refused.value).count("data.train") == message.count("data.train")  # one problem, told once
+
+
+def test_a_hub_id_as_a_file_name_says_how_to_write_it(made, tmp_path):
+    with pytest.raises(DataError, match=r"'someone/questions' does not exist; .*data\.train: \{hub: someone/questions\}"):
+        train(run(made, tmp_path / "run", "someone/questions"), quiet=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- streamed
+
+
+def streamed(made, folder, train_on=None, **training):
+    data = {"streaming": True, "shuffle_buffer": 8, **training.pop("data", {})}
+    return run(made, folder, train_on or made["rows"], data=data, training={"max_steps": 12, **training})
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_streamed_run_over_several_passes_resumes_exactly(made, tmp_path, packing):
+    settings = {"save_every": 6, "data": {"packing": packing}}
+    train(streamed(made, tmp_path / "whole", **settings), quiet=True)
+    cut = streamed(made, tmp_path / "cut", **settings)
+    train(cut, quiet=True)
+    for path in (tmp_path / "cut" / "checkpoint-12").iterdir():
+        path.unlink()
+    (tmp_path / "cut" / "checkpoint-12").rmdir()
+    train(cut, resume=True, quiet=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    other = streamed(made, tmp_path / "other", data_seed=5, **settings)
+    train(other, quiet=True)
+    assert not same(weights(tmp_path / "other"), weights(tmp_path / "whole"))
+
+
+def test_rows_are_read_as_they_are_needed(made, tmp_path, monkeypatch):
+    endless = tmp_path / "endless.jsonl"
+    endless.write_text("")
+    read = []
+
+    def rows(source, *, streaming):
+        assert streaming
+        for n in range(10**9):
+            read.append(n)
+            yield f"row {n}", {"prompt": f"say {n}", "response": "ok"}
+
+    monkeypatch.setattr("shadowpeft.train.rows.rows_of", rows)
+    summary = train(streamed(made, tmp_path / "run", str(endless), max_steps=3, batch_size=4), quiet=True)
+    assert summary["steps"] == 3
+    assert len(read) < 512 + 512 + 8 + 5 * 4  # the sample, and what three steps, the buffer and one batch ahead need
+
+
+def test_every_row_of_a_pass_comes_once_in_another_order_each_time(made):
+    from shadowpeft.tokenizer import load_tokenizer
+
+    data = load_run_data(streamed(made, "unused"), load_tokenizer(made["base"]), print)
+    seen = iter(data.stream)
+    passes = [[tuple(next(seen)["input_ids"]) for _ in range(30)] for _ in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(tuple(s.ids) for s in data.training)
+    assert passes[0] != passes[1]
+
+
+def test_rows_that_are_left_out_are_counted_and_a_damaged_one_is_named(made, tmp_path, capsys):
+    file = write_rows(tmp_path / "rows.jsonl", [*plain_rows(6), {"prompt": "a" * 200, "response": "b"}])
+    with pytest.raises(DataError, match=r"line 7 has \d+ tokens but data.max_length is 128"):
+        train(streamed(made, tmp_path / "a", file), quiet=True)
+    summary = train(streamed(made, tmp_path / "b", file, data={"too_long": "skip"}), quiet=True)
+    assert summary["rows_left_out"] == 1
+    card = (tmp_path / "b" / "adapter" / "README.md").read_text()
+    assert "(streamed, sha256" in card
+
+
+def test_a_changed_file_is_noticed_when_a_streamed_run_is_resumed(made, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", plain_rows(8))
+    made_run = streamed(made, tmp_path / "run", file, save_every=6)
+    train(made_run, quiet=True)
+    write_rows(tmp_path / "rows.jsonl", plain_rows(9))
+    with pytest.raises(ConfigError, match="has changed since the run"):
+        train(made_run, resume=True, quiet=True)
+
+
+def test_a_streamed_run_by_time(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "ENOUGH", 0.1)
+    summary = train(streamed(made, tmp_path / "run", max_steps=None, target_minutes=0.01), quiet=True)
+    assert summary["steps"] == summary["planned_steps"] >= 1
+
+
+def test_the_plan_of_streamed_rows_says_what_cannot_be_known(made, tmp_path, monkeypatch, capsys):
+    content = run_file(tmp_path / "run", made["base"], made["rows"], data={"streaming": True})
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    code, out, _ = call(monkeypatch, capsys, "plan", tmp_path / "run.yaml", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["sequences"] == "not known (streamed)"
+    assert "lengths are those of the first 30" in found["streaming"]
+    assert found["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"max_steps": None}}, "the number of rows is not known; set training.max_steps or target_minutes"),
+        ({"training": {"shadow_epochs": 1}}, "training.shadow_epochs needs all rows at hand"),
+        ({"data": {"shadow_repeats": 1}}, "data.shadow_repeats needs all rows at hand"),
+        ({"shadow": {"last_layers": 1}, "training": {"cache_activations": True}}, "leave it or data.streaming out"),
+    ],
+)
+def test_what_cannot_be_streamed(made, tmp_path, sections, message):
+    sections = {**sections, "data": {"streaming": True, **sections.get("data", {})}}
+    with pytest.raises(ConfigError) as refused:
+        run(made, tmp_path, made["rows"], **sections)
+    assert message in str(refused.value)
+
+
