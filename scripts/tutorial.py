@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tutorial.md"
 RECORD = ROOT / "docs" / "records" / "tutorial.json"
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_REPORTED = ("target", "level", "tested", "commands", "commands_kept", "open_requests", "open_handed_on", "wrong_share")
 _READY = (
     "for i in $(seq 600); do curl --silent --fail --output /dev/null http://127.0.0.1:{port}/readyz && break; "
     "kill -0 $! || exit 1; sleep 0.5; done"
@@ -116,7 +117,7 @@ def record(folder: Path, note: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "seconds": times,
         "minutes": {**minutes, "training": minutes["3"], "whole": round(sum(minutes.values()), 1)},
-        "calibration": {key: routing["report"][key] for key in ("fit", "bound") if key in routing["report"]},
+        "calibration": {key: routing["report"][key] for key in _REPORTED},
         "answers": answers,
         "rival": rival,
     }
