@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 
-_ROLE = re.compile(r":(?:mod|class|func|meth|attr|data):`(?:~[\w.]*?)?([\w.]+?)`")
+_ROLE = re.compile(r":(?:mod|class|func|meth|attr|data):`(~?)([\w.]+)`")
 _SECTION = re.compile(r"^( *)(Args|Attributes|Raises):\n((?:\1 +.*\n?|\n(?=\1 ))+)", re.MULTILINE)
 _ERROR = r"[A-Z]\w*(?:Error|Interrupt)"
 
@@ -23,7 +23,7 @@ def tidy(text: str, names: list[str]) -> str:
         begins = _ERROR if title == "Raises" else "|".join(map(re.escape, names)) or "(?!)"
         return f"{indent}{title}:\n" + re.sub(rf"(?<=[.;]) (?=(?:{begins}): )", f"\n{indent}    ", body)
 
-    return _SECTION.sub(split, _ROLE.sub(lambda match: f"`{match[1]}`", text))
+    return _SECTION.sub(split, _ROLE.sub(lambda match: f"`{match[2].rpartition('.')[2] if match[1] else match[2]}`", text))
 
 
 class Tidy(griffe.Extension):

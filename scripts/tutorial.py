@@ -110,6 +110,9 @@ def record(folder: Path, note: str) -> dict[str, Any]:
     answers = [
         json.loads((folder / "said" / f"7-{place}.txt").read_text(encoding="utf-8"))["shadowpeft"] for place in (2, 3)
     ]
+    calibration = {key: routing["report"][key] for key in _REPORTED}
+    alone = routing["report"]["without_confidence"]  # every known action kept
+    right = alone["answered_on_device"] - alone["wrong_on_device"]
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} processor cores, of which one was used",
         "note": note,
@@ -117,10 +120,37 @@ def record(folder: Path, note: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "seconds": times,
         "minutes": {**minutes, "training": minutes["3"], "whole": round(sum(minutes.values()), 1)},
-        "calibration": {key: routing["report"][key] for key in _REPORTED},
+        "calibration": calibration,
         "answers": answers,
         "rival": rival,
+        "device": f"{right} of {calibration['commands']}",
     }
+
+
+def blocks(found: dict[str, Any]) -> dict[str, str]:
+    """What the page says of a record, by the name of the place."""
+    minutes, calibration, tested = found["minutes"], found["calibration"], found["calibration"]["tested"]
+    install = sum(seconds for name, seconds in found["seconds"]["1"].items() if name.startswith("pip ")) / 60
+    kept, commands = calibration["commands_kept"], calibration["commands"]
+    device, cloud = found["answers"]
+    return {
+        "minutes": f"It took {minutes['whole']:.0f} minutes from an empty folder, {minutes['training']:.0f} of them training "
+        f"and {install:.0f} installing ({found['machine']}; {found['note']}). Writing sentences of your own comes on top. "
+        "[Record](records/tutorial.json), made by `python -m scripts.tutorial`, which runs every command of this page.\n",
+        "reached": f"The radio's device keeps {kept:.0%} of {commands} held-out commands, {tested['wrong']} of these "
+        f"{tested['kept']} wrong, and hands on {calibration['open_handed_on']:.0%} of {calibration['open_requests']} open "
+        "requests. These are the rows that chose the threshold, so they flatter.\n",
+        "rival": f"On the radio's held-out sentences: {found['rival']}, the device before any handing on: {found['device']}.\n",
+        "answered": f"In the recorded pass the first was answered by the {device['where']} ({device['reason']}), the second by "
+        f"the {cloud['where']} ({cloud['reason']}).\n",
+    }
+
+
+def fill(text: str, found: dict[str, Any]) -> str:
+    """The page with the record's numbers between its marks."""
+    for name, block in blocks(found).items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=block: m[1] + b + m[2], text, flags=re.DOTALL)
+    return text
 
 
 def main() -> None:
@@ -135,7 +165,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     if options.record is not None:
-        RECORD.write_text(json.dumps(record(folder, options.record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        found = record(folder, options.record)
+        RECORD.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
         return
     ports = dict(zip(("8000", "8001"), options.ports, strict=True))
     found = follow(folder, max(options.first, 2) if options.here else options.first, options.last, ports, here=options.here)

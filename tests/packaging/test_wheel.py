@@ -21,6 +21,10 @@ PACKAGE = ROOT / "src" / "shadowpeft"
 SUITE = ["test_ops.py", "test_core.py", "test_persistence.py", "test_detach.py", "test_presets.py", "test_robot_data.py"]
 """Tests that see no file of the repository but those beside them."""
 
+LIBRARIES = [
+    path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and not Path(path).is_relative_to(ROOT)
+]
+
 
 def run(*command, cwd, **environment):
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -40,7 +44,8 @@ def run(*command, cwd, **environment):
 def built(tmp_path_factory):
     """Wheel and sdist."""
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
+    given = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PYTHONPATH": os.pathsep.join(LIBRARIES)}
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, cwd=folder, **given)
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, sdist
 
@@ -53,8 +58,7 @@ def python(built, tmp_path_factory):
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", built[0], cwd=folder)
     (own,) = folder.glob("lib/python*/site-packages")
-    seen = [sysconfig.get_path("purelib"), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    libraries = [path for path in seen if not Path(path).is_relative_to(ROOT)]
+    libraries = [sysconfig.get_path("purelib"), *LIBRARIES]
     (own / "libraries.pth").write_text("\n".join(libraries) + "\n")  # after the wheel's own folder
     return python
 
