@@ -1,4 +1,4 @@
-"""docs/tutorial.md: its commands run on a tiny base, its numbers are the record's; with -m tutorial all of it is done for real."""
+"""docs/tutorial.md: its commands run on a tiny base, its numbers are the record's; -m tutorial does it for real."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel, installed where no checkout is: what is in it, and that it works. pytest -m wheel; builds with `python -m build`."""
+"""The wheel, installed where no checkout is: what is in it, and that it works. pytest -m wheel; needs `build`."""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ def test_links_out_of_the_pages_lead_to_copies():
 
 def test_several_entries_of_a_line_get_a_line_each():
     tidy = pytest.importorskip("scripts.site_docstrings").tidy
-    text = "Do.\n\nArgs:\n    a: one. b: two, see :func:`~x.y.z`.\n        more. c: three\n\nRaises:\n    ValueError: if. DataError: or.\n"
+    text = "Do.\n\nArgs:\n    a: one. b: two, see :func:`~x.y.z`.\n        more. c: three\n\n"
+    text += "Raises:\n    ValueError: if. DataError: or.\n"
     said = tidy(text, ["a", "b"])
     assert "    a: one.\n    b: two, see `z`.\n" in said
     assert "more. c: three" in said  # no parameter

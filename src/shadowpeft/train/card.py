@@ -34,9 +34,9 @@ def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) 
 {header}---
 # Shadow adapter for {run.base}
 
-One training run, two models: *attached*, the frozen base with this adapter, and *detached*, a small model of its own. Trained with shadowpeft for
-{summary["steps"]} steps on `{rows["source"]}` ({rows["rows"]} rows, sha256 `{rows["sha256"][:16]}`);
-{summary["trainable_parameters"]:,} trainable parameters. No weight of the base is in this folder.
+One training run, two models: *attached*, the frozen base with this adapter, and *detached*, a small model of its own.
+Trained with shadowpeft for {summary["steps"]} steps on `{rows["source"]}`
+({rows["rows"]} rows, sha256 `{rows["sha256"][:16]}`); {summary["trainable_parameters"]:,} trainable parameters. No weight of the base is in this folder.
 
 ## Results
 {table or _NOT_MEASURED}
@@ -84,8 +84,8 @@ shadowpeft serve mine=edge --role edge --cloud-url http://127.0.0.1:8000 --cloud
 
 _NOT_MEASURED = "\nThe run had no validation rows, so nothing was measured.\n"
 _ACTIONS = """
-This device chooses among known actions: add `--skills actions.txt` to `generate` and to `serve`. What it is not sure of it should hand on;
-`shadowpeft route calibrate` finds out how sure is sure enough, and writes that here.
+This device chooses among known actions: add `--skills actions.txt` to `generate` and to `serve`. What it is not sure of
+it should hand on; `shadowpeft route calibrate` finds out how sure is sure enough, and writes that here.
 """
 BEGIN, END = "<!-- routing -->", "<!-- /routing -->"
 """Between them stands what a calibration found."""
@@ -109,8 +109,8 @@ def with_calibration(card: str, report: dict[str, Any]) -> str:
     ]
     lines = "\n".join(f"| {name} | {'-' if share is None else f'{share:.1%}'} |" for name, share in shares)
     return f"""{before}{BEGIN}
-Calibrated on `{report["data"]}` ({report["n"]} requests) so that at most {report["target"]:.0%} of what the device keeps is wrong, {held}. The shares
-are of the rows that were fitted, so they flatter.
+Calibrated on `{report["data"]}` ({report["n"]} requests) so that at most {report["target"]:.0%} of what the device keeps
+is wrong, {held}. The shares are of the rows that were fitted, so they flatter.
 
 | share | |
 |---|---|
