@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray clean
+.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray site notebooks wheel tutorial clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -92,5 +92,19 @@ $(VENV)/ray: $(VENV)/dev
 ray: $(VENV)/ray  ## two replicas under Ray Serve; four minutes
 	$(BIN)/python -m pytest -m ray tests/serve
 
+site: $(VENV)/dev  ## the documentation, every link checked, into site/; it opens from the disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest -m site tests/site
+
+notebooks: $(VENV)/dev  ## run the three notebooks; under five minutes each on two cores
+	$(BIN)/python -m pytest -m notebooks tests/notebooks
+
+wheel: $(VENV)/dev  ## build wheel and sdist into dist/, and try the wheel where no checkout is
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
+	$(BIN)/python -m pytest -m wheel tests/packaging
+
+tutorial: $(VENV)/dev  ## do all that docs/tutorial.md says, on the real base; a quarter of an hour on two cores
+	$(BIN)/python -m pytest -m tutorial tests/integration/test_tutorial_page.py
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -146,7 +146,19 @@ def run(
                 report["verify"] = check_against_source(model, small, again, words, kept, to, dtype, path)
         if evaluate is not None:
             report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
+    if to == "gguf":
+        report["export"]["modelfile"] = write_modelfile(path, words, ends)
     return {**report, "path": str(path)}
+
+
+def write_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> str:
+    """Write Ollama's Modelfile beside a GGUF file: its name, or why there is none."""
+    from shadowpeft.export import modelfile
+
+    try:
+        return modelfile.write(path, tokenizer, ends).name
+    except UnsupportedModelError as error:
+        return f"none: {error}"
 
 
 def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:

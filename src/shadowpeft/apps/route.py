@@ -123,6 +123,12 @@ def calibrate(
         shown = "check"
     calibration.report["curve"] = fitting.curve(calibration, samples[shown])
     calibration.save(folder / FILE)
+    card = Path(source) / "README.md"
+    if out is None and card.is_file():  # of an adapter
+        from shadowpeft.storage import write_text
+        from shadowpeft.train.card import with_calibration
+
+        write_text(card, with_calibration(card.read_text(encoding="utf-8"), calibration.report))
     picture = (folder / FILE).with_suffix(".png")
     fitting.plot(calibration, samples[shown], picture, f"cost and quality ({shown} data, n = {len(samples[shown])})")
     result = {

@@ -1,0 +1,125 @@
+"""Ollama's Modelfile: its template writes what the tokenizer's own does, read back by a small reader of Go's templates."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from jinja2 import Environment
+
+import edges
+from chatbase import CHATML
+from shadowpeft.chat_template import render
+from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.export import modelfile
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are small.<|im_end|>\n{% endif %}" + CHATML
+)
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_end|>\n\n{{ m['content'] | trim }}<|endoftext|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_end|>\n\n{% endif %}"
+)
+THINKING = CHATML.replace(
+    "<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif"
+)
+TEMPLATES = {"chatml": CHATML, "default system": DEFAULT_SYSTEM, "headers and bos": HEADERS, "thinking": THINKING}
+USER, ANSWER, SECOND = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Sit down, please"), ("assistant", "[Sit()] the dog sits"), ("user", "and\nnow?"))
+)
+SYSTEM = {"role": "system", "content": "You are a dog."}
+CHATS = {
+    "one turn": [USER],
+    "a system message": [SYSTEM, USER],
+    "two turns": [USER, ANSWER, SECOND],
+    "two turns and a system message": [SYSTEM, USER, ANSWER, SECOND],
+}
+
+
+def as_go_would(template: str, messages: list[dict[str, str]]) -> str:
+    """What Go's text/template writes, for the few actions that a Modelfile of ours has; another one fails."""
+    actions = {
+        "range $i, $m := .Messages": "{% for m in messages %}",
+        'if and (eq $i 0) (ne .Role "system")': "{% if loop.first and m.role != 'system' %}",
+        'if eq .Role "system"': "{% if m.role == 'system' %}",
+        'else if eq .Role "user"': "{% elif m.role == 'user' %}",
+        'else if eq .Role "assistant"': "{% elif m.role == 'assistant' %}",
+        ".Content": "{{ m.content }}",
+    }
+    opened: list[str] = []
+    parts = []
+    for text, action in re.findall(r"(.*?)(?:\{\{ (.+?) \}\}|$)", template, re.DOTALL):
+        parts.append(text)
+        if action == "end":
+            parts.append({"range": "{% endfor %}", "if": "{% endif %}"}[opened.pop()])
+        elif action:
+            opened += [action.split()[0]] if action.split()[0] in ("range", "if") else []
+            parts.append(actions[action])
+    assert opened == []
+    return Environment(keep_trailing_newline=True).from_string("".join(parts)).render(messages=messages)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_writes_the_tokenizers_prompt(name, chat):
+    bos = name == "headers and bos"
+    tokenizer = edges.tokenizer(bos=bos)
+    tokenizer.chat_template = TEMPLATES[name]
+    found = modelfile.pieces(tokenizer)
+    expected = render(tokenizer, CHATS[chat], add_generation_prompt=True)
+    if bos:  # which llama.cpp puts there
+        assert expected.startswith(tokenizer.bos_token)
+        expected = expected.removeprefix(tokenizer.bos_token)
+    assert found.text(CHATS[chat]) == expected
+    assert as_go_would(modelfile.go_template(found), CHATS[chat]) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "has no chat template"),
+        ("{{ messages[0]['role'] }}: {{ messages[-1]['content'] }}", "cannot be taken apart"),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ loop.index }}"), "more than a text|taken apart"),
+        ("{{ '{{' }}" + CHATML, "more than a text"),
+    ],
+)
+def test_what_a_modelfile_cannot_say_is_refused(template, says):
+    tokenizer = edges.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UnsupportedModelError, match=says):
+        modelfile.pieces(tokenizer)
+
+
+def test_the_file_beside_the_gguf(tmp_path):
+    path = modelfile.write(tmp_path / "edge.gguf", edges.tokenizer(), ["<|endoftext|>", "<|im_end|>"])
+    text = path.read_text(encoding="utf-8")
+    assert path.name == "edge.Modelfile"
+    assert text.startswith('FROM ./edge.gguf\nTEMPLATE """')
+    assert text.endswith(
+        '"""\nPARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
+    )
+    (template,) = re.findall(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
+    assert as_go_would(template, [USER]) == render(edges.tokenizer(), [USER], add_generation_prompt=True)
+
+
+def test_export_writes_it_or_says_why_not(tmp_path, monkeypatch, capsys):
+    from commands import call
+
+    for name, template in (("a", CHATML), ("b", None)):
+        folder = tmp_path / name
+        edges.model().save_pretrained(folder)
+        tokenizer = edges.tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        arguments = ("export", folder, tmp_path / f"{name}.gguf", "--to", "gguf", "--no-verify", "--json")
+        code, out, err = call(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        said = json.loads(out)["export"]["modelfile"]
+        if template is None:
+            assert said.startswith("none: the tokenizer has no chat template")
+        else:
+            assert said == "a.Modelfile"
+            assert "<|im_end|>" in (tmp_path / "a.Modelfile").read_text(encoding="utf-8")
+    assert not (tmp_path / "b.Modelfile").exists()
