@@ -17,6 +17,8 @@ from shadowpeft.presets import PRESETS, TRAINING, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings, explain
 
 Run = TypeVar("Run", bound=BaseModel)
+PACKAGED = ("robot", "robot_tools")
+"""Sets of rows that come with this package."""
 
 
 class StrictSection(BaseModel):
@@ -29,9 +31,11 @@ class DataConfig(StrictSection):
     """Which rows to train and to evaluate on."""
 
     train: str
-    """A JSONL file, or ``robot`` for the packaged robot-intent set."""
+    """A JSONL file, or a packaged set: ``robot`` (intents), ``robot_tools`` (actions with arguments)."""
     validation: str | None = None
-    """A JSONL file; None: no evaluation during training (``robot`` brings its own)."""
+    """A JSONL file; None: no evaluation during training (a packaged set brings its own)."""
+    tools: str | None = None
+    """File of the tools that rows call (docs/tools.md); None: rows bring their own, for a chat template that writes them."""
     max_length: int = Field(default=512, ge=8)
     """Longest sequence in tokens."""
     too_long: Literal["error", "skip"] = "error"
@@ -40,7 +44,7 @@ class DataConfig(StrictSection):
     """System message for rows that bring none."""
     shadow_answers: Literal["whole", "action"] | None = None
     """What the shadow path learns of an answer: "whole", or "action": the action it starts with, ``[REMOTE]`` where it starts
-    with none. null: "action" for ``robot``, else "whole"."""
+    with none. null: "action" for a packaged set, else "whole"."""
     shadow_repeats: int = Field(default=0, ge=0)
     """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
 
@@ -53,7 +57,7 @@ class DataConfig(StrictSection):
 def learns_actions(data: dict[str, Any]) -> bool:
     """Whether the shadow path of a run with this section ``data`` learns actions alone."""
     answers = data.get("shadow_answers")
-    return bool(data.get("train") == "robot" if answers is None else answers == "action")
+    return bool(data.get("train") in PACKAGED if answers is None else answers == "action")
 
 
 class ShadowSection(StrictSection, ShadowSettings):
@@ -186,7 +190,7 @@ class RunConfig(StrictSection):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        if self.training.eval_every is not None and self.data.validation is None and self.data.train != "robot":
+        if self.training.eval_every is not None and self.data.validation is None and self.data.train not in PACKAGED:
             raise ValueError("training.eval_every is set but data.validation is not; set both or neither")
         if self.training.cache_activations and self.shadow.last_layers is None:
             raise ValueError(
