@@ -12,6 +12,7 @@ from typing import Any
 from scripts.robot_tools.cloud import CLOUD, REPLIES
 from scripts.robot_tools.phrases import FRAMES, JOINS, PHRASES
 from scripts.robot_tools.values import degrees, fill, metres
+
 from shadowpeft.data import robot
 from shadowpeft.data.calls import Call, ordered
 from shadowpeft.data.robot_tools import ROWS, TOOLS

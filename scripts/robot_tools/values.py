@@ -9,16 +9,16 @@ from typing import Any
 A_BIT = {"dist": 0.3, "deg": 15, "sec": 3}
 """What "a bit" means, by convention."""
 NAMES = {
-    "en": "Anna Tom Mia Peter Lucy Sam Emma Ben Julia Max Nora Leo Sarah Paul Kate Oscar".split(),
-    "zh": "小明 小红 王伟 李娜 张丽 爷爷 奶奶 妈妈 爸爸 小刚 阿强 老师".split(),
+    "en": ["Anna", "Tom", "Mia", "Peter", "Lucy", "Sam", "Emma", "Ben", "Julia", "Max", "Nora", "Leo", "Sarah", "Paul", "Kate", "Oscar"],
+    "zh": ["小明", "小红", "王伟", "李娜", "张丽", "爷爷", "奶奶", "妈妈", "爸爸", "小刚", "阿强", "老师"],
 }
-NEW_NAMES = {"en": "Helen Mark Ivy Hugo".split(), "zh": "小芳 叔叔 阿姨".split()}
+NEW_NAMES = {"en": ["Helen", "Mark", "Ivy", "Hugo"], "zh": ["小芳", "叔叔", "阿姨"]}
 """In validation and test rows alone, beside the others."""
 OBJECTS = {
     "en": ["ball", "stick", "newspaper", "slippers", "bone", "remote control", "keys", "cup", "phone", "frisbee", "bag", "hat", "leash", "toy duck"],
-    "zh": "球 棍子 报纸 拖鞋 骨头 遥控器 钥匙 杯子 手机 飞盘 包 帽子 玩具".split(),
+    "zh": ["球", "棍子", "报纸", "拖鞋", "骨头", "遥控器", "钥匙", "杯子", "手机", "飞盘", "包", "帽子", "玩具"],
 }
-NEW_OBJECTS = {"en": ["umbrella", "blanket", "pen"], "zh": "雨伞 毯子 笔".split()}
+NEW_OBJECTS = {"en": ["umbrella", "blanket", "pen"], "zh": ["雨伞", "毯子", "笔"]}
 PLACES = {
     "kitchen": ("kitchen", "厨房"),
     "living_room": ("living room", "客厅"),
@@ -50,11 +50,8 @@ DIRECTIONS = {
     "right": (["right", "to the right"], ["向右", "往右"]),
 }
 SIDES = {"left": ("left", "左"), "right": ("right", "右")}
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen"
-).split()
-_TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _ZH = "零一二三四五六七八九"
 
 

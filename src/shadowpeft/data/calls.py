@@ -181,8 +181,17 @@ class CallParser:
         self.tools = tools
 
     def __call__(self, text: str) -> str | None:
-        found = answered(text, self.tools)
+        found = self.found(text)
         return None if found is None else found.text
+
+    def found(self, text: str) -> Answered | None:
+        """The calls themselves."""
+        return answered(text, self.tools)
+
+    def may_begin(self, text: str) -> bool:
+        """Whether ``text`` may yet become an answer with calls."""
+        start = text.lstrip()
+        return (not start or start.startswith("[")) and len(text) <= self.longest
 
 
 def only_calls(text: str, tools: Tools) -> str:

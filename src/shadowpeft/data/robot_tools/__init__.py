@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.data.calls import Call
-from shadowpeft.data.robot import SYSTEM
-from shadowpeft.data.tools import Tools, read_tools
+from shadowpeft.data.robot import SKILLS, SYSTEM
+from shadowpeft.data.tools import Tools, named, read_tools
 
-__all__ = ["SPLITS", "SYSTEM", "TOOLS", "calls_of_row", "chat_row", "load"]
+__all__ = ["SPLITS", "SYSTEM", "TOOLS", "calls_of_row", "chat_row", "load", "tools_named"]
 
 ROWS = Path(__file__).parent / "rows"
 ACTIONS = Path(__file__).parent / "actions.json"
@@ -47,3 +47,12 @@ def chat_row(row: dict[str, Any]) -> dict[str, Any]:
     answer = {"role": "assistant", "content": row["reply"], **({"tool_calls": calls} if calls else {})}
     handed_on = {} if calls else {"shadow_response": "[REMOTE]"}
     return {"messages": [{"role": "user", "content": row["prompt"]}, answer], **handed_on}
+
+
+def tools_named(source: str) -> Tools:
+    """The actions that ``--skills`` names: those of a packaged set for ``robot`` and ``robot_tools``, or those of a file.
+
+    Raises:
+        ConfigError: see :func:`shadowpeft.data.tools.read_tools`.
+    """
+    return {"robot": named(SKILLS), "robot_tools": TOOLS}.get(source) or read_tools(source)
