@@ -96,7 +96,7 @@ class Options:
         edges = self.cloud_url or self.routing or self.free_actions or self.hint
         if self.role == "cloud" and edges:
             raise ConfigError(
-                "--cloud-url, --routing, --free-actions and --hint belong to the edge; leave them out or set --role edge"
+                "--cloud-url, --routing, --hint and --free-actions belong to the edge; leave them out or set --role edge"
             )
         if self.role == "edge" and self.speculative:
             raise ConfigError(
