@@ -99,7 +99,17 @@ def rows_of(split: str) -> list[dict[str, Any]]:
             return False
         seen.add(prompt.lower())
         found = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        rows.append({"split": split, "lang": lang, "kind": kind, "family": family, "prompt": prompt, "calls": found, "reply": reply})
+        rows.append(
+            {
+                "split": split,
+                "lang": lang,
+                "kind": kind,
+                "family": family,
+                "prompt": prompt,
+                "calls": found,
+                "reply": reply,
+            }
+        )
         return True
 
     def spoken(call: Call, lang: str) -> str:
@@ -122,7 +132,14 @@ def rows_of(split: str) -> list[dict[str, Any]]:
             continue
         join = rng.choice(JOINS[lang, split])
         text = join.format(a=a, b=b)
-        add("two", lang, finished(text, lang, rng), [first, second], spoken(second, lang), f"{family_a} + {family_b} + {join}")
+        add(
+            "two",
+            lang,
+            finished(text, lang, rng),
+            [first, second],
+            spoken(second, lang),
+            f"{family_a} + {family_b} + {join}",
+        )
     for kind, share in CLOUD_SHARES.items():
         wanted, opened = round(share * COUNTS[split]["cloud"]), robot.load(OPEN[split])
         rng.shuffle(opened)
@@ -135,7 +152,7 @@ def rows_of(split: str) -> list[dict[str, Any]]:
                 continue
             line = cycle.next((kind, lang), HANDED_ON[kind, lang, letter])
             words, _, reply = line.partition(" => ")
-            text = _SLOT.sub(lambda match: _out(match[1], lang, rng), words)
+            text = _SLOT.sub(lambda match, lang=lang: _out(match[1], lang, rng), words)
             if rng.random() < 0.6:
                 text = rng.choice(FRAMES[lang, split]).format(text)
             have += add("cloud", lang, finished(text, lang, rng), [], reply, f"{kind}: {words}")

@@ -1,5 +1,5 @@
-"""Hand-written requests that the device must hand on: values out of range, values that are missing, actions it has not. ``T``, ``V``,
-``E`` as in ``phrases.py``; a reply follows ``=>``. Open questions come from the robot-intent set.
+"""Hand-written requests that the device must hand on: values out of range, values that are missing, actions it has not.
+``T``, ``V``, ``E`` as in ``phrases.py``; a reply follows ``=>``. Open questions come from the robot-intent set.
 """
 
 CLOUD = """

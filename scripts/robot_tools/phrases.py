@@ -534,7 +534,16 @@ E 给我拍照
 """
 
 FRAMES = {
-    ("en", "train"): ["please {}", "{} please", "could you {}?", "hey, {}", "now {}", "ok, {}", "{} for me", "buddy, {}"],
+    ("en", "train"): [
+        "please {}",
+        "{} please",
+        "could you {}?",
+        "hey, {}",
+        "now {}",
+        "ok, {}",
+        "{} for me",
+        "buddy, {}",
+    ],
     ("en", "validation"): ["can you {}?", "I want you to {}", "{} now"],
     ("en", "test"): ["would you {}?", "go ahead and {}", "I'd like you to {}", "{}, will you", "be a good dog and {}"],
     ("zh", "train"): ["请{}", "{}吧", "帮我{}", "现在{}", "来，{}", "小狗，{}", "请你{}"],
@@ -542,9 +551,22 @@ FRAMES = {
     ("zh", "test"): ["能不能{}", "拜托{}", "狗狗，{}", "{}，谢谢", "我要你{}"],
 }
 JOINS = {
-    ("en", "train"): ["{a}, then {b}", "{a} and then {b}", "first {a}, then {b}", "{a}. After that {b}", "before you {b}, {a}", "{b} after you {a}"],
+    ("en", "train"): [
+        "{a}, then {b}",
+        "{a} and then {b}",
+        "first {a}, then {b}",
+        "{a}. After that {b}",
+        "before you {b}, {a}",
+        "{b} after you {a}",
+    ],
     ("en", "validation"): ["{a}, and after that {b}", "{a}, then you {b}"],
-    ("en", "test"): ["{a} and {b}", "{a}, next {b}", "{a} and afterwards {b}", "start off: {a}, then {b}", "{b}, but first {a}"],
+    ("en", "test"): [
+        "{a} and {b}",
+        "{a}, next {b}",
+        "{a} and afterwards {b}",
+        "start off: {a}, then {b}",
+        "{b}, but first {a}",
+    ],
     ("zh", "train"): ["先{a}，再{b}", "{a}，然后{b}", "{a}，接着{b}", "{a}，再{b}", "{b}之前先{a}"],
     ("zh", "validation"): ["{a}，之后{b}", "首先{a}，再{b}"],
     ("zh", "test"): ["{a}，随后{b}", "先{a}，然后{b}", "{a}，最后{b}", "第一{a}，第二{b}"],

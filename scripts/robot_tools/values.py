@@ -9,13 +9,45 @@ from typing import Any
 A_BIT = {"dist": 0.3, "deg": 15, "sec": 3}
 """What "a bit" means, by convention."""
 NAMES = {
-    "en": ["Anna", "Tom", "Mia", "Peter", "Lucy", "Sam", "Emma", "Ben", "Julia", "Max", "Nora", "Leo", "Sarah", "Paul", "Kate", "Oscar"],
+    "en": [
+        "Anna",
+        "Tom",
+        "Mia",
+        "Peter",
+        "Lucy",
+        "Sam",
+        "Emma",
+        "Ben",
+        "Julia",
+        "Max",
+        "Nora",
+        "Leo",
+        "Sarah",
+        "Paul",
+        "Kate",
+        "Oscar",
+    ],
     "zh": ["小明", "小红", "王伟", "李娜", "张丽", "爷爷", "奶奶", "妈妈", "爸爸", "小刚", "阿强", "老师"],
 }
 NEW_NAMES = {"en": ["Helen", "Mark", "Ivy", "Hugo"], "zh": ["小芳", "叔叔", "阿姨"]}
 """In validation and test rows alone, beside the others."""
 OBJECTS = {
-    "en": ["ball", "stick", "newspaper", "slippers", "bone", "remote control", "keys", "cup", "phone", "frisbee", "bag", "hat", "leash", "toy duck"],
+    "en": [
+        "ball",
+        "stick",
+        "newspaper",
+        "slippers",
+        "bone",
+        "remote control",
+        "keys",
+        "cup",
+        "phone",
+        "frisbee",
+        "bag",
+        "hat",
+        "leash",
+        "toy duck",
+    ],
     "zh": ["球", "棍子", "报纸", "拖鞋", "骨头", "遥控器", "钥匙", "杯子", "手机", "飞盘", "包", "帽子", "玩具"],
 }
 NEW_OBJECTS = {"en": ["umbrella", "blanket", "pen"], "zh": ["雨伞", "毯子", "笔"]}
@@ -29,7 +61,12 @@ PLACES = {
     "door": ("door", "门口"),
     "dock": ("charging dock", "充电桩"),
 }
-STYLES = {"waltz": ("waltz", "华尔兹"), "tango": ("tango", "探戈"), "chacha": ("cha-cha", "恰恰"), "hiphop": ("hip-hop", "街舞")}
+STYLES = {
+    "waltz": ("waltz", "华尔兹"),
+    "tango": ("tango", "探戈"),
+    "chacha": ("cha-cha", "恰恰"),
+    "hiphop": ("hip-hop", "街舞"),
+}
 COLORS = {
     "red": ("red", "红"),
     "green": ("green", "绿"),
@@ -50,7 +87,28 @@ DIRECTIONS = {
     "right": (["right", "to the right"], ["向右", "往右"]),
 }
 SIDES = {"left": ("left", "左"), "right": ("right", "右")}
-_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 _TENS = ["_", "_", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _ZH = "零一二三四五六七八九"
 
@@ -73,7 +131,17 @@ def chinese(n: int, measure: bool = True) -> str:
     if n < 100:
         return (_ZH[n // 10] if n >= 20 else "") + "十" + (_ZH[n % 10] if n % 10 else "")
     rest = n % 100
-    return _ZH[n // 100] + "百" + ("" if not rest else "零" + _ZH[rest] if rest < 10 else _ZH[rest // 10] + "十" + (_ZH[rest % 10] if rest % 10 else ""))
+    return (
+        _ZH[n // 100]
+        + "百"
+        + (
+            ""
+            if not rest
+            else "零" + _ZH[rest]
+            if rest < 10
+            else _ZH[rest // 10] + "十" + (_ZH[rest % 10] if rest % 10 else "")
+        )
+    )
 
 
 def number(n: int, lang: str, rng: random.Random, words: float = 0.5) -> str:
@@ -87,20 +155,34 @@ def metres(value: float, lang: str, rng: random.Random) -> str:
     """A distance as somebody says it."""
     unit = rng.choice(["metres", "meters", "m"]) if lang == "en" else "米"
     if value == 0.5:
-        return rng.choice(["half a metre", "half a meter", "50 cm", "0.5 metres"]) if lang == "en" else rng.choice(["半米", "50厘米", "0.5米"])
+        return (
+            rng.choice(["half a metre", "half a meter", "50 cm", "0.5 metres"])
+            if lang == "en"
+            else rng.choice(["半米", "50厘米", "0.5米"])
+        )
     if value == 1:
         return rng.choice(["a metre", "one meter", "1 m", "1 metre"]) if lang == "en" else rng.choice(["一米", "1米"])
     if value == int(value):
         text = number(int(value), lang, rng)
-        return f"{text} {unit}" if lang == "en" and not (unit == "m" and text.isdigit() and rng.random() < 0.5) else f"{text}{unit}"
+        return (
+            f"{text} {unit}"
+            if lang == "en" and not (unit == "m" and text.isdigit() and rng.random() < 0.5)
+            else f"{text}{unit}"
+        )
     if value < 1 and round(value * 100) % 5 == 0 and rng.random() < 0.7:
         cm = round(value * 100)
-        return f"{number(cm, lang, rng, 0.3)} {rng.choice(['cm', 'centimetres', 'centimeters'])}" if lang == "en" else f"{number(cm, lang, rng, 0.3)}厘米"
+        return (
+            f"{number(cm, lang, rng, 0.3)} {rng.choice(['cm', 'centimetres', 'centimeters'])}"
+            if lang == "en"
+            else f"{number(cm, lang, rng, 0.3)}厘米"
+        )
     if value % 1 == 0.5 and rng.random() < 0.5:
         whole = int(value)
         if lang == "zh":
             return f"{chinese(whole)}米半"
-        return "a metre and a half" if whole == 1 else f"{english(whole)} and a half {unit if unit != 'm' else 'metres'}"
+        return (
+            "a metre and a half" if whole == 1 else f"{english(whole)} and a half {unit if unit != 'm' else 'metres'}"
+        )
     return f"{value:g} {unit}" if lang == "en" else f"{value:g}米"
 
 
@@ -119,8 +201,22 @@ def degrees(value: int, lang: str, rng: random.Random) -> str:
 def seconds(value: int, lang: str, rng: random.Random) -> str:
     """A time of up to ten minutes."""
     named = {
-        "en": {30: ["half a minute"], 60: ["a minute", "one minute"], 90: ["a minute and a half"], 120: ["two minutes", "2 minutes"], 180: ["three minutes", "3 minutes"], 300: ["five minutes", "5 minutes"]},
-        "zh": {30: ["半分钟"], 60: ["一分钟", "1分钟"], 90: ["一分半钟"], 120: ["两分钟", "2分钟"], 180: ["三分钟", "3分钟"], 300: ["五分钟", "5分钟"]},
+        "en": {
+            30: ["half a minute"],
+            60: ["a minute", "one minute"],
+            90: ["a minute and a half"],
+            120: ["two minutes", "2 minutes"],
+            180: ["three minutes", "3 minutes"],
+            300: ["five minutes", "5 minutes"],
+        },
+        "zh": {
+            30: ["半分钟"],
+            60: ["一分钟", "1分钟"],
+            90: ["一分半钟"],
+            120: ["两分钟", "2分钟"],
+            180: ["三分钟", "3分钟"],
+            300: ["五分钟", "5分钟"],
+        },
     }[lang]
     if value in named and rng.random() < 0.7:
         return rng.choice(named[value])
@@ -131,8 +227,24 @@ def seconds(value: int, lang: str, rng: random.Random) -> str:
 def minutes(value: float, lang: str, rng: random.Random) -> str:
     """A time of up to three hours."""
     named = {
-        "en": {0.5: ["half a minute", "30 seconds"], 1: ["one minute", "1 minute"], 15: ["a quarter of an hour"], 30: ["half an hour"], 60: ["an hour", "one hour"], 90: ["an hour and a half"], 120: ["two hours", "2 hours"]},
-        "zh": {0.5: ["半分钟", "30秒"], 1: ["一分钟"], 15: ["一刻钟"], 30: ["半小时", "半个小时"], 60: ["一小时", "一个小时"], 90: ["一个半小时"], 120: ["两小时", "两个小时"]},
+        "en": {
+            0.5: ["half a minute", "30 seconds"],
+            1: ["one minute", "1 minute"],
+            15: ["a quarter of an hour"],
+            30: ["half an hour"],
+            60: ["an hour", "one hour"],
+            90: ["an hour and a half"],
+            120: ["two hours", "2 hours"],
+        },
+        "zh": {
+            0.5: ["半分钟", "30秒"],
+            1: ["一分钟"],
+            15: ["一刻钟"],
+            30: ["半小时", "半个小时"],
+            60: ["一小时", "一个小时"],
+            90: ["一个半小时"],
+            120: ["两小时", "两个小时"],
+        },
     }[lang]
     if value in named and (value == 0.5 or value == 1 or rng.random() < 0.6):
         return rng.choice(named[value])
@@ -153,7 +265,9 @@ def times(value: int, lang: str, rng: random.Random) -> str:
     """How often."""
     if lang == "zh":
         return f"{number(value, lang, rng)}次"
-    return {1: "once", 2: rng.choice(["twice", "two times", "2 times"])}.get(value) or f"{number(value, lang, rng)} times"
+    return {1: "once", 2: rng.choice(["twice", "two times", "2 times"])}.get(
+        value
+    ) or f"{number(value, lang, rng)} times"
 
 
 def _distance(rng: random.Random) -> float:
@@ -168,7 +282,11 @@ def _distance(rng: random.Random) -> float:
 
 
 def _seconds(rng: random.Random) -> int:
-    return rng.choice([30, 60, 90, 120, 180, 300]) if rng.random() < 0.35 else rng.choice([rng.randint(2, 59), rng.randint(1, 12) * 5])
+    return (
+        rng.choice([30, 60, 90, 120, 180, 300])
+        if rng.random() < 0.35
+        else rng.choice([rng.randint(2, 59), rng.randint(1, 12) * 5])
+    )
 
 
 def _angle(rng: random.Random) -> int:
@@ -193,7 +311,11 @@ def fill(slot: str, action: str, lang: str, split: str, rng: random.Random) -> t
     column = 0 if lang == "en" else 1
     if slot in A_BIT and rng.random() < 0.12:
         words = {"dist": ["a bit", "a little"], "deg": ["a bit", "a little"], "sec": ["a bit", "a little while"]}[slot]
-        words = words if lang == "en" else {"dist": ["一点", "一点点"], "deg": ["一点", "一点点"], "sec": ["一会儿", "一下"]}[slot]
+        words = (
+            words
+            if lang == "en"
+            else {"dist": ["一点", "一点点"], "deg": ["一点", "一点点"], "sec": ["一会儿", "一下"]}[slot]
+        )
         return rng.choice(words), {{"dist": "distance", "deg": "angle", "sec": "seconds"}[slot]: A_BIT[slot]}
     numbers: dict[str, tuple[str, Callable[..., Any], Callable[..., str]]] = {
         "dist": ("distance", _distance, metres),

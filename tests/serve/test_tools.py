@@ -1,6 +1,7 @@
 """Tools through both servers: held, decided, streamed, handed on, with the official client."""
 
 import json
+from itertools import pairwise
 
 import openai
 import pytest
@@ -43,7 +44,9 @@ LIMITS = EngineLimits(gather_seconds=0)
 
 
 def cloud_role(**options):
-    return CloudRole(Engine(detached(max_position_embeddings=512), LIMITS), system=None, default_tokens=200, tools=TOOLS, **options)
+    return CloudRole(
+        Engine(detached(max_position_embeddings=512), LIMITS), system=None, default_tokens=200, tools=TOOLS, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,11 @@ def test_text_that_calls_nothing_is_streamed_as_it_comes(cloud):
 
 
 def test_results_of_tools_are_later_messages(cloud):
-    first = ask(cloud, tool_choice={"type": "function", "function": {"name": "Sit"}}, parallel_tool_calls=False).choices[0].message
+    first = (
+        ask(cloud, tool_choice={"type": "function", "function": {"name": "Sit"}}, parallel_tool_calls=False)
+        .choices[0]
+        .message
+    )
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
     role = cloud.app.state.server.role
     seen = []
@@ -144,7 +151,12 @@ def test_results_of_tools_are_later_messages(cloud):
 
 
 def test_a_json_schema_holds_the_whole_answer(cloud):
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["n"], "additionalProperties": False}
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
     choice = ask(cloud, tools=openai.NOT_GIVEN, response_format=form).choices[0]
     assert choice.finish_reason == "stop"
@@ -156,7 +168,10 @@ REFUSED = [
     ({"tools": []}, None),
     ({"tools": openai.NOT_GIVEN, "tool_choice": "required"}, "tool_choice asks for a call but there are no tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "Fly"}}}, "names 'Fly', which is none of the tools"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}}, "hold the answer in two ways"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+        "hold the answer in two ways",
+    ),
     ({"response_format": {"type": "json_object"}}, "send"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "holds no list of tools"),
 ]
@@ -181,14 +196,20 @@ def saying(answer):
             layer.mlp.down_proj.weight.mul_(1e-4)
         rows = torch.nn.functional.normalize(made.model.embed_tokens.weight, dim=-1)
         made.lm_head.weight.zero_()
-        for before, after in zip(said, said[1:], strict=False):
+        for before, after in pairwise(said):
             made.lm_head.weight[after] += 3 * rows[before]
     return Detached(made, chat_tokenizer(), "edge")
 
 
 def test_the_device_keeps_its_own_call_and_says_how_sure_it_is_of_each_part(cloud):
     role = EdgeRole(
-        Engine(saying("[Walk(direct"), LIMITS), Router(CallParser(TOOLS)), CloudClient(cloud.url), "edge", system=None, default_tokens=100, tools=TOOLS
+        Engine(saying("[Walk(direct"), LIMITS),
+        Router(CallParser(TOOLS)),
+        CloudClient(cloud.url),
+        "edge",
+        system=None,
+        default_tokens=100,
+        tools=TOOLS,
     )
     with Running(build(role, Settings(NOBODY))) as running:
         got = ask(running, temperature=0, seed=None)

@@ -136,7 +136,7 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
 
 
 def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
-    """The edge's router; the skills among which the device chooses, or None; and the tools that it was trained to call, or None.
+    """The edge's router; the skills among which the device chooses, or None; the tools that it was trained to call, or None.
 
     The calibration names the actions; without one ``--skills`` does, or they are the packaged. The device chooses where the
     calibration says so (its signal is ``action``), and without one where ``--skills`` names them: otherwise the model may be
@@ -155,7 +155,9 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
     calibration = Calibration.load(file) if file else None
     known = given or named(SKILLS)
     if calibration is not None:
-        fitted = named(calibration.skills or SKILLS) if calibration.tools is None else tools_of(list(calibration.tools), f"'{file}'")
+        fitted = named(calibration.skills or SKILLS)
+        if calibration.tools is not None:
+            fitted = tools_of(list(calibration.tools), f"'{file}'")
         differing = None if given is None else given.lack(fitted) or fitted.lack(given)
         if differing is not None:
             whose = "its own" if calibration.skills or calibration.tools else "the packaged"
@@ -170,7 +172,9 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
                 "leave it out, or calibrate with --signal logprob"
             )
     if options.free_actions and not known.plain:
-        raise ConfigError("--free-actions was given but the actions have arguments, which are always chosen; leave it out")
+        raise ConfigError(
+            "--free-actions was given but the actions have arguments, which are always chosen; leave it out"
+        )
     chooses = chooses and not options.free_actions
     cloud = without_password(options.cloud_url) if options.cloud_url else None
     facts = {"calibration": str(file) if file else None, "skills": len(known), "chooses": chooses, "cloud": cloud}

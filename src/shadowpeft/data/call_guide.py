@@ -1,5 +1,5 @@
-"""What may follow in an answer that a grammar holds: the engine ``llguidance`` behind ``allowed`` and ``forced``, which are all that
-decoding asks (:mod:`shadowpeft.data.action_trie` is the special case of a list).
+"""What may follow in an answer that a grammar holds: the engine ``llguidance`` behind ``allowed`` and ``forced``, which are
+all that decoding asks (:mod:`shadowpeft.data.action_trie` is the special case of a list).
 """
 
 from __future__ import annotations
@@ -29,14 +29,20 @@ class Engine:
 
     def __init__(self, tokenizer: Any, vocabulary: int | None = None) -> None:
         if importlib.util.find_spec("llguidance") is None:
-            raise ConfigError("calls with arguments need llguidance, which is not installed; run: pip install 'shadowpeft[tools]'")
+            raise ConfigError(
+                "calls with arguments need llguidance, which is not installed; run: pip install 'shadowpeft[tools]'"
+            )
         from llguidance.hf import from_tokenizer
 
         self._end: int = tokenizer.eos_token_id
         try:
-            self.tokenizer = from_tokenizer(tokenizer, max(vocabulary or 0, len(tokenizer)), eos_token=tokenizer.eos_token_id)
+            self.tokenizer = from_tokenizer(
+                tokenizer, max(vocabulary or 0, len(tokenizer)), eos_token=tokenizer.eos_token_id
+            )
         except ValueError as error:
-            raise ConfigError(f"llguidance cannot read the tokenizer ({str(error).splitlines()[0]}); use a fast one") from error
+            raise ConfigError(
+                f"llguidance cannot read the tokenizer ({str(error).splitlines()[0]}); use a fast one"
+            ) from error
 
     def calls(self, tools: Tools, *, hand_on: bool, most: int = MOST_CALLS, optional: bool = False) -> Grammar:
         """Calls of ``tools``; see :func:`~shadowpeft.data.tool_grammar.calls_grammar`, and :class:`Grammar`.
@@ -55,7 +61,7 @@ class Grammar:
     """A compiled grammar.
 
     Args:
-        optional: whether an answer may do without it: it is then held from the first token on that the grammar could begin with.
+        optional: whether an answer may do without it: then it is held from the first token that the grammar could begin with.
         closed: the token that ends an answer which is nothing but a text of the grammar; None: what follows is free.
 
     Raises:
@@ -76,7 +82,7 @@ class Grammar:
 
 
 class Guide:
-    """How far one answer is in a grammar. It follows the tokens that it is shown; an answer that is read again may be shorter."""
+    """How far one answer is in a grammar. It follows the tokens that it is shown; an answer read again may be shorter."""
 
     def __init__(self, matcher: Any, *, optional: bool, closed: int | None) -> None:
         self._matcher, self._optional, self._closed = matcher, optional, closed

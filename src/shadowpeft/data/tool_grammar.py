@@ -1,8 +1,8 @@
 """The grammar of the calls that tools allow, in the compact form, as ``llguidance`` reads it (a dialect of Lark).
 
-Every text of it parses and is valid: names, required arguments, types, enumerations, lengths and ranges. Arguments stand in the
-schema's order, as training sees them. Strings and numbers have an end (:data:`LONGEST_TEXT`, ``number_patterns``), so that a model
-that knows nothing comes to one too.
+Every text of it parses and is valid: names, required arguments, types, enumerations, lengths and ranges. Arguments stand in
+the schema's order, as training sees them. Strings and numbers have an end (:data:`LONGEST_TEXT`, ``number_patterns``), so that
+a model that knows nothing comes to one too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _CHARACTER = r'[^"\\\x00-\x1f\x7f]|\\["\\]'
 def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS) -> str:
     """One to ``calls`` calls of ``tools``; with ``hand_on`` also ``[REMOTE]``."""
     lines = [f"start: {_text('[' + REMOTE + ']')} | calls" if hand_on else "start: calls"]
-    more = f' ({_text(", ")} call){{0,{calls - 1}}}' if calls > 1 else ""
-    lines.append(f'calls: {_text("[")} call{more} {_text("]")}')
+    more = f" ({_text(', ')} call){{0,{calls - 1}}}" if calls > 1 else ""
+    lines.append(f"calls: {_text('[')} call{more} {_text(']')}")
     lines.append("call: " + " | ".join(f"t{n}" for n in range(len(tools))))
     for n, tool in enumerate(tools):
         lines += _tool(f"t{n}", tool)
@@ -54,7 +54,7 @@ def _tool(rule: str, tool: Tool) -> list[str]:
             some = f"{separator}{_text(name + '=')} {rule}_v{n} {rule}_{n + 1}m"
             none = "" if name in tool.required else f" | {rule}_{n + 1}{'m' if written else 'f'}"
             lines.append(f"{rule}_{n}{'m' if written else 'f'}: {some}{none}")
-    lines += [f'{rule}_{len(properties)}{way}: {_text(")")}' for way in ("fm" if properties else "f")]
+    lines += [f"{rule}_{len(properties)}{way}: {_text(')')}" for way in ("fm" if properties else "f")]
     reached = _reached(lines)
     return [line for line in lines if line.partition(":")[0] in reached]
 

@@ -1,8 +1,8 @@
 """Chat rows with tool calls as a model's chat template writes them; where it writes none, in the compact form of
 :mod:`shadowpeft.data.calls`.
 
-In the compact form the tools do not stand in the prompt: the model knows them from training. So they are named once for all rows,
-and every call of a row is checked against them.
+In the compact form the tools do not stand in the prompt: the model knows them from training. So they are named once for all
+rows, and every call of a row is checked against them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ def writes_calls(tokenizer: Any) -> bool:
     function = {"name": "probe", "arguments": {}}
     call = {"id": "call_1", "type": "function", "function": function}
     answer = {"role": "assistant", "content": "b"}
-    tools = [{"type": "function", "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
     render_prompt(tokenizer, [turn])  # a tokenizer without a template says so here
     try:
         whole = render(tokenizer, [turn, {**answer, "tool_calls": [call]}], tools=tools)
@@ -67,7 +72,9 @@ def with_tools(row: dict[str, Any], tools: Tools, *, compact: bool) -> dict[str,
     except ConfigError as error:
         raise DataError(str(error)) from error
     if other is not None:
-        raise DataError(f"{where} has the tool '{other}', which is none of the run's tools, or has other arguments there; add it")
+        raise DataError(
+            f"{where} has the tool '{other}', which is none of the run's tools, or has other arguments there; add it"
+        )
     answer = {"role": "assistant", "content": row["response"], **row.get("answer", {})}
     *history, last = compact_messages([*row["messages"], answer], tools, where)
     if not compact:

@@ -124,7 +124,7 @@ class Tools(Sequence[Tool]):
 
 
 def tools_of(definitions: Any, where: str = "the list of tools") -> Tools:
-    """Tools from a list of definitions, each ``{"type": "function", "function": {...}}`` or the inner object alone; or of names.
+    """Tools from a list of definitions, each ``{"type": "function", "function": {...}}`` or its inner object; or of names.
 
     Raises:
         ConfigError: starting with ``where``, if it is no such list, or a definition cannot be a tool.
@@ -161,13 +161,17 @@ def _tool(given: Any, where: str) -> Tool:
     function = given
     if isinstance(given, dict) and "function" in given:
         if given.get("type") != "function" or not given.keys() <= _TOOL_KEYS:
-            raise ConfigError(f'{where} has the keys {sorted(given)} but must be {{"type": "function", "function": ...}}')
+            raise ConfigError(
+                f'{where} has the keys {sorted(given)} but must be {{"type": "function", "function": ...}}'
+            )
         function = given["function"]
     if not isinstance(function, dict) or not function.keys() <= {*_FUNCTION_KEYS, "type"}:
         raise ConfigError(f"{where} is {quote(function)} but must be an object with name, description and parameters")
     name, about = function.get("name"), function.get("description") or ""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"{where} has the name {quote(name)}, which must be at most 64 letters, digits, '_' or '-', a letter first")
+        raise ConfigError(
+            f"{where} has the name {quote(name)}, which must be at most 64 letters, digits, '_' or '-', a letter first"
+        )
     if name == REMOTE:
         raise ConfigError(f"{where} is called {REMOTE}, which always means handing on; rename it")
     if not isinstance(about, str):
@@ -178,23 +182,31 @@ def _tool(given: Any, where: str) -> Tool:
 
 def _parameters(schema: Any, where: str) -> dict[str, Any]:
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        raise ConfigError(f'{where} has parameters that are no JSON schema of an object; write {{"type": "object", ...}}')
+        raise ConfigError(
+            f'{where} has parameters that are no JSON schema of an object; write {{"type": "object", ...}}'
+        )
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise ConfigError(f"{where} needs 'properties' as an object and 'required' as a list")
     for name in properties:
         if not _NAME.fullmatch(name):
-            raise ConfigError(f"{where} has an argument called {quote(name)}; use letters, digits, '_' or '-', a letter first")
+            raise ConfigError(
+                f"{where} has an argument called {quote(name)}; use letters, digits, '_' or '-', a letter first"
+            )
     for name in required:
         if name not in properties:
-            raise ConfigError(f"{where} requires {quote(name)}, which is none of its properties; add it or leave it out")
+            raise ConfigError(
+                f"{where} requires {quote(name)}, which is none of its properties; add it or leave it out"
+            )
     require_jsonschema()
     import jsonschema_rs
 
     try:
         jsonschema_rs.validator_for(schema)
     except (ValueError, jsonschema_rs.ValidationError) as error:
-        raise ConfigError(f"{where} has parameters that are no JSON schema ({str(error).splitlines()[0]}); correct them") from error
+        raise ConfigError(
+            f"{where} has parameters that are no JSON schema ({str(error).splitlines()[0]}); correct them"
+        ) from error
     return {"type": "object", **schema, "properties": properties}
 
 

@@ -211,7 +211,8 @@ class ChatRequest(_Generate):
         elif isinstance(self.tool_choice, NamedTool):
             named = self.tool_choice.function.name
             if named not in tools_in(self.tools).names:
-                raise invalid(f"names '{named}', which is none of the tools; send one of them", "tool_choice", "function", "name")
+                problem = f"names '{named}', which is none of the tools; send one of them"
+                raise invalid(problem, "tool_choice", "function", "name")
         return self
 
     @property

@@ -62,7 +62,9 @@ def checked_format(given: Any) -> Any:
     """A form that there is."""
     kind = given.get("type") if isinstance(given, dict) else None
     if given is not None and kind not in ("text", "json_schema"):
-        raise invalid('asks for a form that there is none of; send {"type": "json_schema", "json_schema": {"schema": ...}}')
+        raise invalid(
+            'asks for a form that there is none of; send {"type": "json_schema", "json_schema": {"schema": ...}}'
+        )
     return given
 
 
@@ -75,7 +77,9 @@ def checked_tools(given: Any) -> Any:
     try:
         tools_of(given, "it")
     except ConfigError as error:
-        raise invalid(f"holds no list of tools: {str(error).removeprefix('it ')}; send definitions of functions") from error
+        raise invalid(
+            f"holds no list of tools: {str(error).removeprefix('it ')}; send definitions of functions"
+        ) from error
     return given
 
 

@@ -44,15 +44,20 @@ class Toolbox:
         DataError: if the request has tools that the model was not trained for, so that it could not know them.
         """
         lacks = self.lacks(asked)
-        if lacks is None and isinstance(asked, ChatRequest) and asked.tools is not None and writes_calls(self._tokenizer):
+        if (
+            lacks is None
+            and isinstance(asked, ChatRequest)
+            and asked.tools is not None
+            and writes_calls(self._tokenizer)
+        ):
             raise DataError(
-                "tools are read in the compact form of docs/tools.md, but this model's chat template has a form of its own; leave "
+                "tools are read in the compact form of docs/tools.md, but this model's chat template has its own; leave "
                 "it out, or serve a model whose template writes no calls"
             )
         if lacks is not None:
             known = "none" if self.known is None else ", ".join(self.known.names)
             raise DataError(
-                f"tools has '{lacks}', which this server's model was not trained to call (it knows {known[:200]}); send what it "
+                f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}); send what it "
                 "knows, or leave it out"
             )
 
@@ -151,7 +156,9 @@ def prompt_text(tokenizer: Any, turns: list[dict[str, Any]], tools: Tools | None
     try:
         text = render_prompt(tokenizer, turns)
     except TypeError as error:  # of a template that wants the arguments of a call in another form
-        raise DataError("tool_calls of a message cannot be written by the model's chat template; leave them out") from error
+        raise DataError(
+            "tool_calls of a message cannot be written by the model's chat template; leave them out"
+        ) from error
     if called:
         bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
         if text == render_prompt(tokenizer, bare):

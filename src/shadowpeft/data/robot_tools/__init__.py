@@ -1,7 +1,7 @@
 """Robot-tools data: 20 actions with arguments, in English and Chinese (see CARD.md).
 
-A row has a prompt, the calls that answer it (none: the device hands the request on), and a short reply. The rows are files of this
-package; ``python -m scripts.robot_tools`` in the repository writes them from hand-written phrasings.
+A row has a prompt, the calls that answer it (none: the device hands the request on), and a short reply. The rows are files of
+this package; ``python -m scripts.robot_tools`` in the repository writes them from hand-written phrasings.
 """
 
 from __future__ import annotations
