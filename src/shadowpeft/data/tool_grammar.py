@@ -94,7 +94,12 @@ def _value(schema: Any) -> str:
 
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value of an enumeration is of the type beside it."""
-    kinds = {"string": str, "boolean": bool, "integer": int, "number": (int, float)}
+    kinds: dict[Any, tuple[type, ...]] = {
+        "string": (str,),
+        "boolean": (bool,),
+        "integer": (int,),
+        "number": (int, float),
+    }
     if kind not in kinds:
         return True
     return isinstance(value, kinds[kind]) and (kind == "boolean" or not isinstance(value, bool))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.calls import Call
-from shadowpeft.data.robot_tools import TOOLS, calls_of_row
+from shadowpeft.data.robot_tools import TOOLS
 from shadowpeft.evaluate import rival
 from shadowpeft.evaluate.scores import wilson
 
@@ -78,8 +79,16 @@ def _of(good: int, total: int) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------- the rival
 
-_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-_TENS = {word: 10 * n for n, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
+_WORDS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_DECADES = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_TENS = {word: 10 * n for n, word in enumerate(_DECADES, 2)}
+_JOIN = re.compile(
+    r",? (?:and )?then | and (?!a half)|\. after that |, next |，?(?:然后|接着|随后|最后|再|之后)|，(?=第二)",
+    re.IGNORECASE,
+)
 _ZH = {character: n for n, character in enumerate("零一二三四五六七八九")} | {"两": 2}
 _FIXED = {
     "half an hour": "30 minutes",
@@ -152,18 +161,18 @@ def with_digits(text: str) -> str:
     text = text.lower()
     for words, digits in _FIXED.items():
         text = text.replace(words, digits)
-    tens, ones = "|".join(_TENS), "|".join(_WORDS[1:10])
 
     def english(match: re.Match[str]) -> str:
-        hundred, ten, one, plain = match.groups()
-        if plain is not None:
-            return str(_WORDS.index(plain))
-        total = 100 * _WORDS.index(hundred) if hundred else 0
-        return str(total + (_TENS[ten] if ten else 0) + (_WORDS.index(one) if one else 0))
+        total = 0
+        for word in re.findall("[a-z]+", match[0]):
+            if word == "hundred":
+                total *= 100
+            elif word != "and":
+                total += _TENS[word] if word in _TENS else _WORDS.index(word)
+        return str(total)
 
-    text = re.sub(
-        rf"\b(?:(?:({ones}) hundred(?: and )?)?(?:({tens})(?:-({ones}))?)|({'|'.join(_WORDS)}))\b", english, text
-    )
+    word = "(?:" + "|".join((*_TENS, *_WORDS)) + ")"
+    text = re.sub(rf"\b{word}(?: hundred)?(?:(?: and |-|(?<=hundred) ){word}(?:-{word})?)?\b", english, text)
 
     def chinese(match: re.Match[str]) -> str:
         total = digit = 0
@@ -179,13 +188,16 @@ def with_digits(text: str) -> str:
 
 
 class Patterns:
-    """TF-IDF and a linear support vector machine for the names of a whole answer, patterns for the arguments.
+    """TF-IDF and a linear support vector machine for the name in each half of a request, patterns for the arguments.
 
-    It knows the unit and the words of each argument, written by hand for this set, and the names and things of the training rows.
+    Where a request is cut, and the unit and words of each argument, are written by hand for this set; names and things are
+    those of the training rows.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._names = rival.fit([row["prompt"] for row in rows], [_label(calls_of_row(row)) for row in rows])
+        single = [row for row in rows if len(row["calls"]) < 2]
+        labels = [row["calls"][0]["name"] if row["calls"] else REMOTE for row in single]
+        self._names = rival.fit([row["prompt"] for row in single], labels)
         self._words: dict[str, list[str]] = {"name": [], "object": []}
         for row in rows:
             for call in row["calls"]:
@@ -194,20 +206,16 @@ class Patterns:
                         found.append(call["arguments"][key])
 
     def answers(self, prompts: Sequence[str]) -> list[Calls | None]:
-        """The calls of each request; None: what was found is no valid call."""
-        labels = rival.predict(self._names, prompts)[0]
-        return [self._calls(prompt, label.split()) for prompt, label in zip(prompts, labels, strict=True)]
+        """The calls of each request, none where it is handed on; None: what was found is no valid call."""
+        return [self._calls(prompt) for prompt in prompts]
 
-    def _calls(self, prompt: str, names: list[str]) -> Calls | None:
-        parts = [prompt]
-        if len(names) == 2:
-            cut = re.split(
-                r", then | and then |\. after that |, next | and |, |，然后|，接着|，再|，",
-                prompt,
-                maxsplit=1,
-                flags=re.I,
-            )
-            parts = cut if len(cut) == 2 else [prompt, prompt]
+    def _calls(self, prompt: str) -> Calls | None:
+        parts = [part for part in _JOIN.split(prompt) if part]
+        names = rival.predict(self._names, parts)[0]
+        if len(parts) != 2 or REMOTE in names:
+            parts, names = [prompt], rival.predict(self._names, [prompt])[0]
+        if REMOTE in names:
+            return ()
         calls = []
         for name, part in zip(names, parts, strict=True):
             tool = TOOLS.by_name[name]
@@ -233,7 +241,3 @@ class Patterns:
                 return int(value) if value.is_integer() else value
         centimetres = re.search(rf"{number}\s?(?:cm|centi\w+|厘米)", text) if key == "distance" else None
         return float(centimetres[1]) / 100 if centimetres else None
-
-
-def _label(calls: Calls) -> str:
-    return " ".join(call.name for call in calls)

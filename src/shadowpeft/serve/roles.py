@@ -228,7 +228,8 @@ class EdgeRole(Role):
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
         with Generation() as generation:
             until = router.lost if reachable else None
-            generation.start(self.engine, ids, asked.model, sampling, until, calls and calls.start())
+            held = None if calls is None else calls.start()
+            generation.start(self.engine, ids, asked.model, sampling, until, held)
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
         decision = router.decide(pieces, scores)
