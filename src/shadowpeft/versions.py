@@ -92,3 +92,11 @@ def require_sklearn(who: str) -> None:
     """
     if importlib.util.find_spec("sklearn") is None:
         raise ConfigError(f"{who} needs scikit-learn, which is not installed; run: pip install 'shadowpeft[route]'")
+
+
+def require_jsonschema() -> None:
+    """Raises:
+    ConfigError: if jsonschema-rs, which judges the arguments of tools, is not installed.
+    """
+    if importlib.util.find_spec("jsonschema_rs") is None:
+        raise ConfigError("tools need jsonschema-rs, which is not installed; run: pip install 'shadowpeft[tools]'")

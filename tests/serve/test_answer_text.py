@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from chatbase import chat_tokenizer
 from shadowpeft.data.actions import parser
-from shadowpeft.serve.protocol import ResponseBuilder
+from shadowpeft.serve.answers import ResponseBuilder
 from shadowpeft.serve.requests import Finish, Request, SamplingParams
 from shadowpeft.serve.router import Router, Scores
 from shadowpeft.serve.sampling import Choice, append_token

@@ -5,7 +5,6 @@ import json
 
 from pages import ROOT, facts, marked, numbers, rows, script
 
-
 RECORD = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
 
 

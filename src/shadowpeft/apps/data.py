@@ -44,6 +44,8 @@ class Rules:
     classes: bool = False
     too_long: str | None = None
     """What the run does with longer rows; None: not known."""
+    tools: Any = None
+    """What rows call; None: nothing that is known."""
 
     def sequences(self, row: Any, where: str) -> tuple[Any, list[Any]]:
         """The checked row and what would be trained on.
@@ -52,14 +54,15 @@ class Rules:
             DataError: saying what is wrong.
         """
         from shadowpeft.data import chat, class_rows
-        from shadowpeft.train.rows import with_action
+        from shadowpeft.data.tool_rows import writes_calls
+        from shadowpeft.train.rows import told
 
         if self.classes:
             checked = class_rows.check_row(row, where)
             return checked, class_rows.encode([checked], self.tokenizer, [checked["label"]], max_length=1 << 30)
         checked = row if isinstance(row, chat.ChatRow) else chat.check_row(row, where, every_turn=self.every_turn)
-        if self.actions:
-            checked = with_action(checked)
+        compact = self.tools is None or not writes_calls(self.tokenizer)
+        checked = told(checked, actions=self.actions, tools=self.tools, compact=compact)
         options: dict[str, Any] = {"max_length": 1 << 30, "system": self.system, "every_turn": self.every_turn}
         return checked, chat.encode([checked], self.tokenizer, **options)
 
@@ -89,11 +92,12 @@ def check(
     if parts is None or rules is None:
         from shadowpeft.data.robot import SYSTEM
         from shadowpeft.tokenizer import load_tokenizer
+        from shadowpeft.train.rows import packaged, tools_of_run
 
-        system = SYSTEM if file == "robot" and system is None else system
+        system = SYSTEM if packaged(file) and system is None else system
         tokenizer = load_tokenizer(base or "smollm2-135m")
-        classes = task_type == "SEQ_CLS"
-        rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes)
+        classes, tools = task_type == "SEQ_CLS", tools_of_run(file, None)
+        rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes, tools=tools)
         parts = {"": file}
     elif system is not None or assistant_only_loss or task_type != "CAUSAL_LM":
         raise ConfigError("a run file says how its rows are read; leave --system, --assistant-only-loss and --task-type out")
@@ -116,32 +120,33 @@ def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[s
     from shadowpeft.data.robot import SYSTEM
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.config import read_run
+    from shadowpeft.train.rows import packaged, tools_of_run
     from shadowpeft.train.sections import source_of
 
     run = read_run(file)
     data = run.data
-    robot = data.train == "robot"
     rules = Rules(
         load_tokenizer(base or run.base),
         max_length or data.max_length,
-        data.system if data.system is not None else (SYSTEM if robot else None),
+        data.system if data.system is not None else (SYSTEM if packaged(data.train) else None),
         data.assistant_only_loss,
         data.learns_actions,
         run.task_type == "SEQ_CLS",
         data.too_long,
+        tools_of_run(data.train, data.tools),
     )
-    validation = data.validation or ("robot" if robot else None)
+    validation = data.validation or (data.train if packaged(data.train) else None)
     given = {"train": data.train, **({"validation": validation} if validation is not None else {})}
-    return {part: each if each == "robot" else source_of(each) for part, each in given.items()}, rules
+    return {part: each if packaged(each) else source_of(each) for part, each in given.items()}, rules
 
 
 def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, Any]]:
     """Every row and where it stands."""
     from shadowpeft.data.sources import Source, rows_of
-    from shadowpeft.train.rows import robot_rows
+    from shadowpeft.train.rows import packaged, packaged_rows
 
-    if given == "robot":
-        return ((f"row {n}", row) for n, row in enumerate(robot_rows(part or "train", actions=rules.actions), 1))
+    if isinstance(given, str) and packaged(given):
+        return ((f"row {n}", row) for n, row in enumerate(packaged_rows(given, part or "train", actions=rules.actions), 1))
     return rows_of(given if isinstance(given, Source) else Source(path=given))
 
 

@@ -13,25 +13,33 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.intents import read_intents
 from shadowpeft.apps.options import Base, Device, Json, System
-from shadowpeft.data.actions import REMOTE, parser, read_skills
-from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.json_text import parse_json
+from shadowpeft.data.actions import REMOTE, parser
+from shadowpeft.data.calls import CallParser
+from shadowpeft.data.robot_tools import tools_named
+from shadowpeft.errors import ConfigError
 from shadowpeft.terminal import terminal
 
 _FREELY, _CHOOSING, _CLOUD = "device", "device, choosing", "cloud"
 """Who is asked: the device answers freely, or chooses among the known actions."""
-ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
+LONGEST_CALLS = 96
+"""Tokens of an answer that calls tools; what is longer counts as no call."""
 
 
 def calibrate(
     source: Annotated[str, typer.Argument(help="Folder of an adapter, or of an edge model.")],
     target: Annotated[float, typer.Option(help="Largest share of wrong answers among those on the device.")] = 0.05,
     data: Annotated[
-        str, typer.Option(help="JSONL file with prompt and skill, or 'robot' for the packaged validation set.")
+        str,
+        typer.Option(
+            help="JSONL file with prompt and skill, or chat rows with calls (docs/tools.md); robot or robot_tools: the "
+            "packaged validation set."
+        ),
     ] = "robot",
     check: Annotated[
-        Optional[str], typer.Option(help="Further rows to measure the choice on: a JSONL file, or 'robot' (test set).")
+        Optional[str],
+        typer.Option(help="Further rows to measure the choice on: a JSONL file; robot or robot_tools: the test set."),
     ] = None,
     base: Base = None,
     signal: Annotated[
@@ -51,7 +59,8 @@ def calibrate(
     skills: Annotated[
         Optional[str],
         typer.Option(
-            help="File of the known actions, one name a line or a JSON list; robot (default): the packaged 34."
+            help="File of the known actions: names, one a line or a JSON list, or tools with arguments; robot (default): the "
+            "packaged 34; robot_tools: the packaged 20 with arguments."
         ),
     ] = None,
     as_json: Json = False,
@@ -65,20 +74,28 @@ def calibrate(
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
     if signal not in ("auto", ACTION, *SIGNALS):
         raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join((ACTION, *SIGNALS))}")
-    own = None if skills in (None, "robot") else read_skills(str(skills))
+    known = None if skills in (None, "robot") else tools_named(str(skills))
+    tools = None if known is None or known.plain else known
+    own = None if known is None or tools is not None else known.names
+    if tools is not None and signal not in ("auto", ACTION):
+        raise ConfigError(
+            f"signal is '{signal}' but actions with arguments are always chosen; leave it out, or set it to {ACTION}"
+        )
+    signal = ACTION if tools is not None else signal
     require_sklearn("route calibrate")
     folder = Path(out or source)
     if out is not None:
         folder.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
-    rows = {"fit": read_intents(data, "fit", limit, own)}
+    rows = {"fit": read_intents(data, "fit", limit, own, tools)}
     if bound:
         require_rows([row["skill"] == REMOTE for row in rows["fit"]], target=target, level=level, signal=signal)
     if check is not None:
-        rows["check"] = read_intents(check, "check", limit, own)
+        rows["check"] = read_intents(check, "check", limit, own, tools)
     quiet_libraries()
     from shadowpeft.data.action_trie import ActionTrie
+    from shadowpeft.data.call_guide import Engine
     from shadowpeft.data.robot import SKILLS, SYSTEM
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
@@ -86,10 +103,14 @@ def calibrate(
     prepare_cpu()
     where = pick_device(device)
     console = terminal(stderr=True)
-    system = SYSTEM if system is None and data == "robot" else system
+    system = SYSTEM if system is None and data in ("robot", "robot_tools") else system
     edge, in_cloud = _backends(source, base, cloud, where)
-    parse = parser(own or SKILLS)
-    trie = None if signal in SIGNALS else ActionTrie.of(edge.tokenizer, own or SKILLS)
+    parse: Any = parser(own or SKILLS) if tools is None else CallParser(tools)
+    trie: Any = None
+    if tools is not None:
+        trie = Engine(edge.tokenizer, edge.model.config.get_text_config().vocab_size).calls(tools, hand_on=True)
+    elif signal not in SIGNALS:
+        trie = ActionTrie.of(edge.tokenizer, own or SKILLS)
     asked: dict[str, tuple[Any, Any]] = {} if signal == ACTION else {_FREELY: (edge, None)}
     asked |= {} if trie is None else {_CHOOSING: (edge, trie)}
     by_way: dict[str, dict[str, list[Any]]] = {way: {} for way in asked}
@@ -97,7 +118,7 @@ def calibrate(
     for name, part in rows.items():
         texts: dict[str, list[Any]] = {}
         for side, (backend, actions) in asked.items():
-            tokens = max_new_tokens if actions is None else max(max_new_tokens, actions.longest)
+            tokens = _tokens(max_new_tokens, actions, tools, side)
             label = f"{name}, {side}"
             texts[side] = _answers(backend, part, parse, system, tokens, label, console, as_json, actions)
         for way, parts in by_way.items():
@@ -109,7 +130,7 @@ def calibrate(
     best = fitting.best_signal(_areas(by_way, compared)) if signal == "auto" else signal
     samples = by_way[_CHOOSING if best == ACTION else _FREELY]
     fitted = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound, level=level)
-    calibration = replace(fitted, skills=own)
+    calibration = replace(fitted, skills=own, tools=None if tools is None else tuple(tools.definitions()))
     calibration.report.update(
         signals_auroc=_areas(by_way, range(len(rows["fit"]))),
         data=Path(data).name,
@@ -137,8 +158,8 @@ def calibrate(
         **calibration.report,
         "saved": str(folder / FILE),
     }
-    if own is not None:
-        result["skills"] = list(own)
+    if known is not None:
+        result["skills"] = list(known.names)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -146,57 +167,11 @@ def calibrate(
     console.print(f"saved: {folder / FILE}, {picture}")
 
 
-def read_intents(
-    source: str, part: str, limit: int | None, skills: tuple[str, ...] | None = None
-) -> list[dict[str, Any]]:
-    """Rows with ``prompt`` and ``skill`` (``REMOTE`` for requests that no skill fits): ``robot`` or a JSONL file.
-
-    Args:
-        skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
-
-    Raises:
-        ConfigError: if ``robot`` is asked for and ``skills`` lack some of its. DataError: naming the file and line of a row
-            that has something else.
-    """
-    import random
-
-    from shadowpeft.data.robot import SKILLS, load
-
-    if source == "robot" and not set(SKILLS) <= set(skills or SKILLS):
-        raise ConfigError(
-            "'robot' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
-        )
-    if source == "robot":
-        rows: list[dict[str, Any]] = [dict(row) for split in ROBOT[part] for row in load(split)]
-    else:
-        file = Path(source)
-        if not file.is_file():
-            raise DataError(f"data file '{file}' does not exist; check the path, or write robot for the packaged set")
-        rows = []
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            if line.strip():
-                rows.append(_checked(line, f"{file}, line {number}", {*(skills or SKILLS), REMOTE}))
-        if not rows:
-            raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
-    if limit is not None and limit < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
-    return rows
-
-
-def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{where} {error}; write one JSON object a line") from error
-    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
-    if not good:
-        raise DataError(f"{where} must have the strings 'prompt' and 'skill'")
-    if row["skill"] not in known:
-        raise DataError(
-            f"{where} has the skill {row['skill']!r}, which is none of the {len(known) - 1} known ones and not {REMOTE}; "
-            "correct it, or name skills of your own with --skills FILE"
-        )
-    return row  # type: ignore[no-any-return]
+def _tokens(asked: int, actions: Any, tools: Any, side: str) -> int:
+    """How long an answer may be: long enough for its action."""
+    if tools is not None:
+        return max(asked, LONGEST_CALLS)
+    return asked if actions is None else max(asked, actions.longest)
 
 
 def _backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[Any, Any]:

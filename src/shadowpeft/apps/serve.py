@@ -60,12 +60,12 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         answer_seconds=options.answer_seconds,
         speculative=options.speculative,
     )
-    router, skills = _router(options) if options.role == "edge" else (None, None)
+    router, skills, tools = _router(options) if options.role == "edge" else (None, None, _tools(options))
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))
-    role = _role(options, router, Engine(backend, limits), skills)
+    role = _role(options, router, Engine(backend, limits), skills, tools)
     settings = Settings(
         keys=keys,
         versions=Path(options.versions) if options.versions else None,
@@ -135,51 +135,68 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     return Detached(placed(model, where), tokenizer, name)
 
 
-def _router(options: Options) -> tuple[Any, tuple[str, ...] | None]:
-    """The edge's router, and the skills among which the device chooses; None: it answers freely.
+def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
+    """The edge's router; the skills among which the device chooses, or None; the tools that it was trained to call, or None.
 
-    The calibration names the skills; without one ``--skills`` does, or they are the packaged. The device chooses where the
+    The calibration names the actions; without one ``--skills`` does, or they are the packaged. The device chooses where the
     calibration says so (its signal is ``action``), and without one where ``--skills`` names them: otherwise the model may be
-    one that was made for no skills at all.
+    one that was made for no skills at all. Actions with arguments are always chosen.
     """
     from shadowpeft.data.actions import parser
-    from shadowpeft.data.robot import SKILLS, skills_of
+    from shadowpeft.data.calls import CallParser
+    from shadowpeft.data.robot import SKILLS
+    from shadowpeft.data.tools import named, tools_of
     from shadowpeft.serve.router import ACTION, FILE, Calibration, Router
 
-    skills = None if options.skills is None else skills_of(options.skills)
-    chooses = skills is not None
+    given = _tools(options)
+    chooses = given is not None
     beside = Path(next(iter(options.named.values()))) / FILE
     file = Path(options.routing) if options.routing else beside if beside.is_file() else None
     calibration = Calibration.load(file) if file else None
+    known = given or named(SKILLS)
     if calibration is not None:
-        fitted = calibration.skills or SKILLS
-        differing = sorted(set(skills or fitted) ^ set(fitted))
-        if differing:
-            whose = "its own" if calibration.skills else "the packaged"
+        fitted = named(calibration.skills or SKILLS)
+        if calibration.tools is not None:
+            fitted = tools_of(list(calibration.tools), f"'{file}'")
+        differing = None if given is None else given.lack(fitted) or fitted.lack(given)
+        if differing is not None:
+            whose = "its own" if calibration.skills or calibration.tools else "the packaged"
             raise ConfigError(
                 f"--skills '{options.skills}' contradicts the calibration '{file}', which has {whose} {len(fitted)} skills "
-                f"({differing[0]} is in one of them only); leave --skills out, or calibrate again with it"
+                f"({differing} is in one of them only); leave --skills out, or calibrate again with it"
             )
-        skills, chooses = fitted, calibration.signal == ACTION
+        known, chooses = fitted, calibration.signal == ACTION
         if chooses and options.free_actions:
             raise ConfigError(
                 f"--free-actions contradicts the calibration '{file}', which is for chosen actions (its signal is '{ACTION}'); "
                 "leave it out, or calibrate with --signal logprob"
             )
+    if options.free_actions and not known.plain:
+        raise ConfigError(
+            "--free-actions was given but the actions have arguments, which are always chosen; leave it out"
+        )
     chooses = chooses and not options.free_actions
-    known = skills or SKILLS
     cloud = without_password(options.cloud_url) if options.cloud_url else None
     facts = {"calibration": str(file) if file else None, "skills": len(known), "chooses": chooses, "cloud": cloud}
     logging.getLogger("shadowpeft.serve").info("edge %s", json.dumps(facts))
-    return Router(parser(known), calibration), known if chooses else None
+    if not known.plain:
+        return Router(CallParser(known), calibration), None, known
+    return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None
 
 
-def _role(options: Options, router: Any, engine: Any, skills: tuple[str, ...] | None) -> Any:
+def _tools(options: Options) -> Any:
+    """The actions that ``--skills`` names, with or without arguments; None without it."""
+    from shadowpeft.data.robot_tools import tools_named
+
+    return None if options.skills is None else tools_named(options.skills)
+
+
+def _role(options: Options, router: Any, engine: Any, skills: tuple[str, ...] | None, tools: Any) -> Any:
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.serve.client import CloudClient
     from shadowpeft.serve.roles import CloudRole, EdgeRole
 
-    shared: dict[str, Any] = {"system": options.system, "default_tokens": options.default_tokens}
+    shared: dict[str, Any] = {"system": options.system, "default_tokens": options.default_tokens, "tools": tools}
     if options.role == "cloud":
         return CloudRole(engine, **shared)
     cloud = None
@@ -198,5 +215,6 @@ def _role(options: Options, router: Any, engine: Any, skills: tuple[str, ...] | 
         options.cloud_model,
         when_down=options.when_cloud_down,
         actions=None if skills is None else ActionTrie.of(engine.backend.tokenizer, skills),
+        hint=options.hint,
         **shared,
     )

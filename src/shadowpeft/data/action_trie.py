@@ -3,7 +3,8 @@
 Why no grammar engine: one such as ``llguidance`` gives a mask for the next token. Here the tree itself is needed. The
 probability of *every* action asks for all branches at once, and the tokens must be those that training saw, where a grammar
 allows every way of cutting the text into tokens. The tree of some hundred names is a dictionary. An engine has its place where
-a call has arguments, whose schema is no finite list; it can stand behind ``allowed`` and ``forced``, all that decoding asks.
+a call has arguments, whose schema is no finite list; it stands behind ``allowed`` and ``forced`` too
+(:mod:`shadowpeft.data.call_guide`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from shadowpeft.data.actions import REMOTE, checked, written
 from shadowpeft.data.chat import answer_ids
@@ -19,6 +20,23 @@ from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError
 
 Path = tuple[int, ...]
+
+
+class Choices(Protocol):
+    """What the beginning of one answer is held to: all that decoding asks of a list of actions, or of a grammar."""
+
+    def allowed(self, path: Sequence[int]) -> Any:
+        """Tokens that may follow the first tokens of an answer, a list or a tensor; empty: any may."""
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        """Tokens that must follow."""
+
+
+class Actions(Protocol):
+    """What answers may begin with."""
+
+    def start(self) -> Choices:
+        """Of one answer."""
 
 
 class ActionTrie:
@@ -86,6 +104,10 @@ class ActionTrie:
                     "the other actions; rename it"
                 )
         return trie
+
+    def start(self) -> ActionTrie:
+        """What one answer is held to: the trie has no state."""
+        return self
 
     def allowed(self, path: Sequence[int]) -> list[int]:
         """Tokens that may follow the first tokens of an answer; empty once an action is complete."""

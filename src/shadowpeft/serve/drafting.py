@@ -23,7 +23,7 @@ class _Row:
     def __init__(self, request: Request, pending: list[int]) -> None:
         self.request, self.pending, self.kept = request, pending, 0
         # what begins with an action is chosen among actions; until then its forced tokens jump
-        free = request.gate is not None and len(pending) == 1 and not request.allowed()
+        free = request.gate is not None and len(pending) == 1 and not len(request.allowed())
         room = request.sampling.max_tokens - len(request.new) - 1
         self.drafts = Drafts(request.gate, room if free else 0)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.action_trie import Choices
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.messages import did_you_mean
 from shadowpeft.ops.thin import thin_products
@@ -127,7 +127,7 @@ class Engine:
         sampling: SamplingParams,
         emit: Callable[[Event], None],
         until: Callable[[list[str], Scores], bool] | None = None,
-        actions: ActionTrie | None = None,
+        actions: Choices | None = None,
         speculative: bool | None = None,
     ) -> Request:
         """Queue a request.

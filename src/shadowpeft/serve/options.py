@@ -52,10 +52,16 @@ class Options:
     ] = None
     skills: Annotated[
         Optional[str],
-        typer.Option(help="Edge: file of the known actions, or robot. Default: the calibration's, or the packaged 34."),
+        typer.Option(
+            help="File of the actions that the model knows, with or without arguments; robot, or robot_tools. Edge default: "
+            "the calibration's, or the packaged 34."
+        ),
     ] = None
     free_actions: Annotated[
         bool, typer.Option("--free-actions", help="Edge: answer freely, where the device would choose a known action.")
+    ] = False
+    hint: Annotated[
+        bool, typer.Option("--hint", help="Edge: unsure of arguments alone, ask the cloud for the tool it is sure of.")
     ] = False
     versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None
     system: Annotated[Optional[str], typer.Option(help="System message.")] = None
@@ -87,10 +93,10 @@ class Options:
         """
         if self.role not in ("cloud", "edge"):
             raise ConfigError(f"role is '{self.role}' but must be cloud or edge")
-        edges = self.cloud_url or self.routing or self.skills is not None or self.free_actions
+        edges = self.cloud_url or self.routing or self.free_actions or self.hint
         if self.role == "cloud" and edges:
             raise ConfigError(
-                "--cloud-url, --routing, --skills and --free-actions belong to the edge; leave them out or set --role edge"
+                "--cloud-url, --routing, --hint and --free-actions belong to the edge; leave them out or set --role edge"
             )
         if self.role == "edge" and self.speculative:
             raise ConfigError(

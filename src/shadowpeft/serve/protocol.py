@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import time
-import uuid
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
@@ -19,49 +15,15 @@ from pydantic import (
     StringConstraints,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from shadowpeft.serve.requests import Token
+from shadowpeft.serve.strict import Strict, invalid
+from shadowpeft.serve.tool_protocol import NamedTool, ResponseFormat, ToolCall, checked_format, checked_tools, tools_in
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
 _SEED = 2**63
 
 
-class _Strict(BaseModel):
-    """Null means absent; what is not supported may be there as long as it asks for nothing."""
-
-    model_config = ConfigDict(extra="forbid")
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Fields of the OpenAI API that are not supported, and their values that ask for nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_supported(cls, content: Any) -> Any:
-        if not isinstance(content, dict):
-            return content
-        for name, values in cls.neutral.items():
-            given = content.get(name)
-            # True is 1 for Python, not for JSON
-            if given is not None and not any(
-                given == v and isinstance(given, bool) == isinstance(v, bool) for v in values
-            ):
-                also = "".join(f" or send {json.dumps(value)}" for value in values[:1])
-                raise _invalid(f"asks for what this server does not do; leave it out{also}", name)
-        return {name: value for name, value in content.items() if value is not None and name not in cls.neutral}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> Any:
-        schema = handler.resolve_ref_schema(handler(core))
-        schema["properties"] |= {name: {"enum": [None, *values]} for name, values in cls.neutral.items()}
-        return schema
-
-
-def _invalid(problem: str, *where: str) -> PydanticCustomError:
-    """A refusal of the field ``where``, seen from the one that is validated."""
-    return PydanticCustomError("refused", "{problem}", {"problem": problem, "where": where})
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a message's content."""
 
     type: Literal["text"]
@@ -75,27 +37,12 @@ def _joined(content: Any) -> Any:
     texts = []
     for number, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _invalid('is no text, and only text is read; send {"type": "text", "text": ...}', str(number))
+            raise invalid('is no text, and only text is read; send {"type": "text", "text": ...}', str(number))
         texts.append(part["text"])
     return "\n".join(texts)
 
 
-class CalledFunction(_Strict):
-    """What was called."""
-
-    name: StrictStr
-    arguments: StrictStr
-
-
-class ToolCall(_Strict):
-    """A call of an earlier turn."""
-
-    id: StrictStr
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Message(_Strict):
+class Message(Strict):
     """One turn."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -119,16 +66,16 @@ class Message(_Strict):
     @model_validator(mode="after")
     def _normal(self) -> Message:
         if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise _invalid("is missing; send the text", "content")
+            raise invalid("is missing; send the text", "content")
         if self.tool_calls is not None and self.role != "assistant":
-            raise _invalid(f"belongs to the assistant, not to the role {self.role}; leave it out", "tool_calls")
+            raise invalid(f"belongs to the assistant, not to the role {self.role}; leave it out", "tool_calls")
         if self.role == "developer":
             self.role = "system"
         self.tool_calls = self.tool_calls or None
         return self
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream carries."""
 
     include_usage: StrictBool = False
@@ -144,11 +91,11 @@ def _only(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if len(value) != 1 or not isinstance(value[0], str):
-        raise _invalid("has to be one text; send a request for each, and no tokens")
+        raise invalid("has to be one text; send a request for each, and no tokens")
     return value[0]
 
 
-class _Generate(_Strict):
+class _Generate(Strict):
     """What both endpoints take."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -194,7 +141,7 @@ class _Generate(_Strict):
             elif isinstance(value, list):
                 parts += [((*where, str(number)), each) for number, each in enumerate(value)]
             elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-                raise _invalid("holds half a surrogate pair; send whole characters", *where)
+                raise invalid("holds half a surrogate pair; send whole characters", *where)
         return content
 
     @property
@@ -222,16 +169,12 @@ class ChatRequest(_Generate):
         "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),
         "prediction": (),
         "prompt_cache_options": ({}, {"mode": "implicit"}, {"mode": "implicit", "ttl": "30m"}),
         "prompt_cache_retention": ("in_memory", "24h"),
         "reasoning_effort": ("none", "medium"),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": ("medium",),
         "web_search_options": (),
     }
@@ -239,8 +182,38 @@ class ChatRequest(_Generate):
     max_completion_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
     logprobs: Optional[StrictBool] = None
     top_logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=20)]] = None
+    tools: Annotated[Optional[list[dict[str, Any]]], BeforeValidator(checked_tools)] = Field(
+        default=None, description="Functions that the answer may call, by name and JSON schema of their arguments."
+    )
+    tool_choice: Optional[Union[Literal["none", "auto", "required"], NamedTool]] = Field(
+        default=None, description="Whether the answer calls: none, auto (default), required, or one by name."
+    )
+    parallel_tool_calls: Optional[StrictBool] = Field(default=None, description="false: one call at most.")
+    response_format: Annotated[Optional[ResponseFormat], BeforeValidator(checked_format)] = Field(
+        default=None, description="text, or a JSON schema."
+    )
     safety_identifier: Optional[Text] = Field(default=None, description="Accepted, not used.")
     prompt_cache_key: Optional[Text] = Field(default=None, description="Accepted, not used.")
+
+    @model_validator(mode="after")
+    def _whole(self) -> ChatRequest:
+        if self.response_format is not None:
+            if self.response_format.type == "text":
+                self.response_format = None
+            elif self.response_format.json_schema is None:
+                raise invalid("is missing; send the schema", "response_format", "json_schema")
+            elif self.tools:
+                raise invalid("and tools hold the answer in two ways; leave it out", "response_format")
+        if self.tools is None:
+            if self.tool_choice not in (None, "none", "auto"):
+                raise invalid("asks for a call but there are no tools; send tools", "tool_choice")
+            self.tool_choice = self.parallel_tool_calls = None
+        elif isinstance(self.tool_choice, NamedTool):
+            named = self.tool_choice.function.name
+            if named not in tools_in(self.tools).names:
+                problem = f"names '{named}', which is none of the tools; send one of them"
+                raise invalid(problem, "tool_choice", "function", "name")
+        return self
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -276,7 +249,7 @@ AdapterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.
 """What an adapter may be called."""
 
 
-class SwapRequest(_Strict):
+class SwapRequest(Strict):
     """``POST /admin/adapters/{name}``, and ``.../swap``."""
 
     version: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
@@ -309,81 +282,3 @@ def error(
 
 def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()[:1000]
-
-
-def usage(prompt: int, new: int, drafted: int = 0, accepted: int = 0) -> dict[str, Any]:
-    """Token counts; of drafted ones under the names that the API has for predictions."""
-    counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-    if drafted:
-        details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
-        counts["completion_tokens_details"] = details
-    return counts
-
-
-class ResponseBuilder:
-    """Builds the answers to one request: whole, or chunk by chunk, for either endpoint.
-
-    Args:
-        chat: which endpoint. model: the name to report. top: see :attr:`ChatRequest.wanted_logprobs`.
-    """
-
-    def __init__(self, chat: bool, model: str, top: int | None, note: dict[str, Any]) -> None:
-        self.chat, self.top, self.note = chat, top, note
-        self._head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._chunk_kind = "chat.completion.chunk" if chat else "text_completion"
-        self._first = True
-        self._offset = 0
-
-    def whole(self, text: str, tokens: list[Token], reason: str, counts: dict[str, Any]) -> dict[str, Any]:
-        """The answer in one piece."""
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
-        kind = "chat.completion" if self.chat else self._chunk_kind
-        return {**self._head, "object": kind, "choices": [choice], "usage": counts, "shadowpeft": self.note}
-
-    def chunk(self, text: str, tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
-        """One piece of a stream; the first one says who answers, and why."""
-        delta = {**({"role": "assistant"} if self._first else {}), **({"content": text} if text else {})}
-        said = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
-        chunk: dict[str, Any] = {**self._head, "object": self._chunk_kind, "choices": [choice]}
-        if self._first or reason is not None:  # at the end the times are known
-            chunk["shadowpeft"] = dict(self.note)
-        self._first = False
-        return chunk
-
-    def last(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """The chunk with the token counts."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": counts}
-
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if self.top is None:
-            return None
-        if self.chat:
-            content = [{**_entry(t.raw, t.logprob), "top_logprobs": [_entry(*top) for top in t.top]} for t in tokens]
-            return {"content": content, "refusal": None}
-        offsets = []
-        for t in tokens:
-            offsets.append(self._offset)
-            self._offset += len(t.piece)
-        return {
-            "tokens": [_shown(t.raw) for t in tokens],
-            "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{_shown(token): logprob for token, logprob in t.top} for t in tokens]
-            if self.top
-            else None,
-            "text_offset": offsets,
-        }
-
-
-def _entry(token: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": _shown(token), "logprob": logprob, "bytes": list(token)}
-
-
-def _shown(token: bytes) -> str:
-    """A token as text; bytes that are no character are escaped, so that different tokens look different."""
-    return token.decode("utf-8", "backslashreplace")

@@ -9,11 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.action_trie import Choices
 from shadowpeft.errors import ShadowPeftError
+from shadowpeft.serve.answers import ResponseBuilder, usage
 from shadowpeft.serve.client import CloudClient
 from shadowpeft.serve.engine import Engine
-from shadowpeft.serve.protocol import ResponseBuilder, usage
 from shadowpeft.serve.requests import Event, Failed, Finish, Request, SamplingParams, Token
 from shadowpeft.serve.router import Scores
 
@@ -39,7 +39,7 @@ class Generation:
         name: str,
         sampling: SamplingParams,
         until: Callable[[list[str], Scores], bool] | None = None,
-        actions: ActionTrie | None = None,
+        actions: Choices | None = None,
         speculative: bool | None = None,
     ) -> Generation:
         """Submit; raises what :meth:`Engine.submit` does."""
@@ -140,20 +140,23 @@ class LocalReply(Reply):
                 token = generation.tokens[given]
                 given += 1
                 if token.text or self.builder.top is not None or given == 1:
-                    yield self.builder.chunk(token.text, [token])
+                    for chunk in self.builder.chunks(token.text, [token]):
+                        yield chunk
             if generation.finish is not None:
                 break
             await generation.next()
         self._time()
         finish = generation.finish
-        if finish.text:
-            yield self.builder.chunk(finish.text, [])
-        yield self.builder.chunk("", [], self._reason(finish))
+        for chunk in [*(self.builder.chunks(finish.text, []) if finish.text else []), *self._end(finish)]:
+            yield chunk
         if with_usage:
             yield self.builder.last(usage(finish.prompt_tokens, finish.new_tokens, finish.drafted, finish.accepted))
 
     def close(self) -> None:
         self.generation.__exit__()
+
+    def _end(self, finish: Finish) -> list[dict[str, Any]]:
+        return self.builder.chunks("", [], self._reason(finish))
 
     def _reason(self, finish: Finish) -> str:
         """The protocol knows no cut by time: it is a ``length``, and the note says which."""

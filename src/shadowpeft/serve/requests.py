@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from shadowpeft.core.speculation import Gate
-from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.action_trie import Choices
 from shadowpeft.decode import Decoder
 from shadowpeft.errors import DataError, ShadowPeftError
 from shadowpeft.serve.router import Scores
@@ -112,7 +113,7 @@ class Request:
     sampling: SamplingParams
     emit: Callable[[Event], None]
     until: Callable[[list[str], Scores], bool] | None = None
-    actions: ActionTrie | None = None
+    actions: Choices | None = None
     """What the answer starts with is one of these."""
     deadline: float = math.inf
     """Monotonic time at which the answer ends."""
@@ -138,8 +139,8 @@ class Request:
         """Tokens that must follow the answer so far."""
         return [] if self.actions is None else self.actions.forced(self.new)
 
-    def allowed(self) -> list[int]:
-        """Tokens that may come after those; empty: any."""
+    def allowed(self) -> Any:
+        """Tokens that may come after those, a list or a tensor; empty: any."""
         return [] if self.actions is None else self.actions.allowed(self.new + self.ahead())
 
     def fail(self, error: BaseException) -> None:

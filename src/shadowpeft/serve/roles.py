@@ -10,13 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from shadowpeft.data.action_trie import ActionTrie
-from shadowpeft.data.chat import render_prompt, with_system
-from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.data.action_trie import Actions, ActionTrie
+from shadowpeft.data.calls import CallParser
+from shadowpeft.data.chat import with_system
+from shadowpeft.data.tools import Tools
+from shadowpeft.errors import ConfigError
+from shadowpeft.serve.answers import ResponseBuilder
 from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
-from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ResponseBuilder
+from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
 from shadowpeft.serve.requests import SamplingParams, TooLongError
 from shadowpeft.serve.router import (
@@ -25,12 +28,18 @@ from shadowpeft.serve.router import (
     CLOUD,
     CLOUD_DOWN,
     DEVICE,
+    FORMAT,
+    OTHER_TOOLS,
     TOO_LONG,
+    TOOL_RESULT,
+    UNSURE,
     Router,
     Scores,
     action_probability,
     decisive,
 )
+from shadowpeft.serve.tool_protocol import NamedTool, ToolName, tools_in
+from shadowpeft.serve.toolbox import Toolbox, call_probabilities, prompt_text
 
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 Asked = ChatRequest | CompletionRequest
@@ -41,13 +50,17 @@ class Role(ABC):
 
     Args:
         system: system message for chats that bring none. default_tokens: length of an answer where the request names none.
+        tools: what the model was trained to call.
     """
 
     name: str
 
-    def __init__(self, engine: Engine, *, system: str | None, default_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, *, system: str | None, default_tokens: int, tools: Tools | None = None
+    ) -> None:
         self.engine, self.system, self.default_tokens = engine, system, default_tokens
         self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
+        self.toolbox = Toolbox(self._tokenizer, engine.backend.model.config.get_text_config().vocab_size, tools)
         self._threads = ThreadPoolExecutor(2, "shadowpeft-tokenizing")  # nothing that takes long may hold these up
         longest = max(map(len, self._tokenizer.get_vocab()), default=1)
         self.prompt_characters = longest * engine.limits.prompt_tokens
@@ -96,21 +109,18 @@ class Role(ABC):
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
             turns = with_system(turns, self.system)
-            try:
-                text = render_prompt(self._tokenizer, turns)
-            except TypeError as error:  # of a template that wants the arguments of a call in another form
-                raise DataError(
-                    "tool_calls of a message cannot be written by the model's chat template; leave them out"
-                ) from error
-            if any("tool_calls" in turn for turn in turns):
-                bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
-                if text == render_prompt(self._tokenizer, bare):
-                    raise DataError(
-                        "tool_calls of a message are not written by the model's chat template; leave them out"
-                    )
+            earlier = self.toolbox.known if asked.tools is None else tools_in(asked.tools)
+            text = prompt_text(self._tokenizer, turns, earlier)
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids
+
+    async def held(self, asked: Asked, *, device: bool) -> Actions | None:
+        """What the answer is held to; see :meth:`Toolbox.actions`."""
+        if not isinstance(asked, ChatRequest) or (asked.tools is None and asked.response_format is None):
+            return None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: self.toolbox.actions(asked, device=device))
 
     def sampling(self, asked: Asked) -> SamplingParams:
         """What the engine is told."""
@@ -125,7 +135,8 @@ class Role(ABC):
 
     def builder(self, asked: Asked, note: dict[str, Any]) -> ResponseBuilder:
         """How the answer will look."""
-        return ResponseBuilder(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note)
+        parser = self.toolbox.parser(asked)
+        return ResponseBuilder(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note, parser)
 
 
 class CloudRole(Role):
@@ -137,9 +148,12 @@ class CloudRole(Role):
         if asked.route == "device":
             raise ConfigError("route is 'device' but this is the cloud; ask the edge server, or leave route out")
         began = time.monotonic()
-        ids = await self.prompt(asked)
+        self.toolbox.check(asked)
+        ids, held = await self.prompt(asked), await self.held(asked, device=False)
+        drafts = asked.speculative if held is None else False  # drafts are free text
+        actions = None if held is None else held.start()
         generation = Generation().start(
-            self.engine, ids, asked.model, self.sampling(asked), speculative=asked.speculative
+            self.engine, ids, asked.model, self.sampling(asked), actions=actions, speculative=drafts
         )
         return await _begun(LocalReply(generation, self.builder(asked, {"where": CLOUD, "reason": BASE_PATH}), began))
 
@@ -150,7 +164,9 @@ class EdgeRole(Role):
     Args:
         cloud: None: everything is answered here. cloud_model: the cloud's name for the model.
         when_down: ``local``: give the device's answer if the cloud has none, and say so; ``error``: refuse.
-        actions: the device's answer starts with one of these; None: it answers freely.
+        actions: the device's answer starts with one of these; None: it answers freely, or with calls of ``tools``.
+        tools: what the device was trained to call. hint: what it hands on because it is unsure of the arguments alone asks the
+            cloud for the tool that it is sure of, where the client leaves the choice.
     """
 
     name = "edge"
@@ -166,12 +182,17 @@ class EdgeRole(Role):
         default_tokens: int,
         when_down: str = "local",
         actions: ActionTrie | None = None,
+        tools: Tools | None = None,
+        hint: bool = False,
     ) -> None:
-        super().__init__(engine, system=system, default_tokens=default_tokens)
+        super().__init__(engine, system=system, default_tokens=default_tokens, tools=tools)
         if when_down not in ("local", "error"):
             raise ConfigError(f"when_down is '{when_down}' but must be local or error")
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
-        self.actions = actions
+        self.actions: Actions | None = actions
+        self.hint = hint
+        if actions is None and tools is not None and isinstance(router.parse, CallParser):
+            self.actions = self.toolbox.calls(tools, device=True)
         self.drift = Drift.of(router.calibration)
         """None without a calibration to compare with."""
 
@@ -196,24 +217,32 @@ class EdgeRole(Role):
             return await self._forward(
                 asked, {"where": CLOUD, "reason": ASKED if asked.route == "cloud" else TOO_LONG}, began
             )
-        if asked.route == "cloud":
+        reason = ASKED if asked.route == "cloud" else self._elsewhere(asked)
+        if reason is not None and (self.cloud is not None or reason == ASKED):
             try:
-                return await self._forward(asked, {"where": CLOUD, "reason": ASKED}, began)
+                return await self._forward(asked, {"where": CLOUD, "reason": reason}, began)
             except CloudError as error:
                 return await self._instead(asked, ids, sampling, error, {}, began)
+        self.toolbox.check(asked)
+        calls, router = await self._choices(asked), self._router(asked)
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
         with Generation() as generation:
-            until = self.router.lost if reachable else None
-            generation.start(self.engine, ids, asked.model, sampling, until, self.actions)
+            until = router.lost if reachable else None
+            held = None if calls is None else calls.start()
+            generation.start(self.engine, ids, asked.model, sampling, until, held)
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
-        decision = self.router.decide(pieces, scores)
+        decision = router.decide(pieces, scores)
         if self.drift is not None and asked.route == "auto":
             self.drift.add(decision)
         note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
-        if self.actions is not None and decision.action is not None:
-            n, _ = decisive(pieces, self.router.parse)
+        if calls is not None and decision.action is not None:
+            n, _ = decisive(pieces, router.parse)
             note["probability"] = round(action_probability(scores.first(n)), 4)
+            if isinstance(router.parse, CallParser):
+                note["calls"], sure = call_probabilities(pieces[:n], scores.first(n), router.parse)
+                if decision.reason == UNSURE and sure is not None:
+                    note["hint"] = sure
         if decision.confidence is not None:
             note["confidence"] = round(decision.confidence, 4)
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
@@ -224,16 +253,48 @@ class EdgeRole(Role):
         if note["where"] == DEVICE:
             return await _begun(LocalReply(generation, self.builder(asked, note), began))
         try:
-            return await self._forward(asked, note, began)
+            return await self._forward(self._hinted(asked, note), note, began)
         except CloudError as error:
             complete = generation if finish.reason != "until" else None
             return await self._instead(asked, ids, sampling, error, note, began, complete)
 
+    def _elsewhere(self, asked: Asked) -> str | None:
+        """Why the device is not asked at all; None: it is."""
+        if asked.route == "device" or not isinstance(asked, ChatRequest):
+            return None
+        if asked.response_format is not None:
+            return FORMAT
+        if asked.tools is None:
+            return None
+        if asked.tool_choice == "none" or self.toolbox.lacks(asked) is not None:
+            return OTHER_TOOLS
+        return TOOL_RESULT if asked.messages[-1].role == "tool" else None
+
+    async def _choices(self, asked: Asked) -> Actions | None:
+        """What the device's answer is held to: the request's tools, or what the device knows."""
+        free = isinstance(asked, ChatRequest) and asked.tools is not None and asked.messages[-1].role == "tool"
+        return None if free else await self.held(asked, device=True) or self.actions
+
+    def _router(self, asked: Asked) -> Router:
+        """The router of the request's tools."""
+        parser = self.toolbox.parser(asked)
+        return self.router if parser is None else Router(parser, self.router.calibration)
+
+    def _hinted(self, asked: Asked, note: dict[str, Any]) -> Asked:
+        """The request with the name that the device is sure of, where the client lets others choose."""
+        open_choice = isinstance(asked, ChatRequest) and asked.tools and asked.tool_choice in (None, "auto", "required")
+        if not self.hint or not open_choice or "hint" not in note:
+            return asked
+        named = NamedTool(function=ToolName(name=note["hint"]))
+        return asked.model_copy(update={"tool_choice": named, "parallel_tool_calls": False})
+
     async def _forward(self, asked: Asked, note: dict[str, Any], began: float) -> Reply:
         if self.cloud is None:
             raise CloudError(CLOUD_DOWN, "this edge server has no cloud")
-        body = asked.model_dump(exclude_none=True, exclude={"route"})
+        body = asked.model_dump(exclude_none=True, exclude={"route", "tools"}, by_alias=True)
         body.update(model=self.cloud_model)
+        if isinstance(asked, ChatRequest) and asked.tools is not None:
+            body["tools"] = asked.tools  # as they came
         if not asked.wanted_tokens:
             body["max_tokens"] = self.default_tokens
         if isinstance(asked, ChatRequest):
@@ -260,7 +321,11 @@ class EdgeRole(Role):
         wanted = {"wanted": note["reason"]} if note else {}
         note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
         if generation is None:
-            generation = Generation().start(self.engine, ids, asked.model, sampling, actions=self.actions)
+            known = self.toolbox.lacks(asked) is None
+            calls = await self._choices(asked) if known else self.actions
+            generation = Generation().start(
+                self.engine, ids, asked.model, sampling, actions=None if calls is None else calls.start()
+            )
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
 

@@ -22,8 +22,12 @@ DEVICE, CLOUD = "device", "cloud"
 KNOWN, TAGGED, UNKNOWN, UNSURE = "known skill", "[REMOTE]", "unknown answer", "low confidence"
 ASKED, BASE_PATH = "asked for", "attached"
 TOO_LONG = "too long for the device"
+OTHER_TOOLS, FORMAT, TOOL_RESULT = "other tools", "response format", "tool result"
 CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN = "cloud unavailable", "cloud busy", "circuit open"
-REASONS = (KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, ASKED, BASE_PATH, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN)
+REASONS = (
+    *(KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, OTHER_TOOLS, FORMAT, TOOL_RESULT, ASKED, BASE_PATH),
+    *(CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN),
+)
 """Every reason an answer can carry."""
 
 SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")
@@ -101,9 +105,11 @@ class Calibration:
     report: dict[str, Any] = field(default_factory=dict)
     """How it was fitted, and what it measured."""
     skills: tuple[str, ...] | None = None
-    """The actions it was made for; None: those of the packaged robot set."""
+    """The actions it was made for; None: those of the packaged robot set, or ``tools``."""
     least: float | None = None
     """Least value of the signal that is kept, where a bound was tested on the signal itself; None: the chance decides."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """The actions with arguments that it was made for, in OpenAI's form."""
 
     def __post_init__(self) -> None:
         if self.signal not in (*SIGNALS, ACTION):
@@ -123,6 +129,8 @@ class Calibration:
             )
         if self.skills is not None:
             checked(self.skills, "a calibration")
+        if self.tools is not None and self.skills is not None:
+            raise ConfigError("a calibration has skills and also tools; calibrate again")
 
     def confidence(self, scores: Scores) -> float:
         """The chance that an action with these scores (of its own tokens) is right."""
@@ -171,7 +179,7 @@ class Calibration:
         if (
             not isinstance(content, dict)
             or content.get("format") != _FORMAT
-            or content.keys() - {"skills", "least"} != {"format", *kept}
+            or content.keys() - {"skills", "least", "tools"} != {"format", *kept}
         ):
             raise ConfigError(f"'{file}' is no calibration of format {_FORMAT}; calibrate again")
         lists = [content["values"], content["chances"], [content["threshold"], content.get("least", 0.0)]]
@@ -182,9 +190,13 @@ class Calibration:
         skills = content.get("skills")
         if "skills" in content and not isinstance(skills, list):
             raise ConfigError(f"'{file}' has skills that are no list; calibrate again")
+        tools = content.get("tools")
+        if "tools" in content and not isinstance(tools, list):
+            raise ConfigError(f"'{file}' has tools that are no list; calibrate again")
         content.update(values=tuple(content["values"]), chances=tuple(content["chances"]))
         numbers = {name: content[name] for name in kept}
-        return Calibration(**numbers, skills=None if skills is None else tuple(skills), least=content.get("least"))
+        known = {name: None if given is None else tuple(given) for name, given in {"skills": skills, "tools": tools}.items()}
+        return Calibration(**numbers, **known, least=content.get("least"))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -236,12 +248,27 @@ class Router:
         return settled(pieces, self.parse) and self.decide(pieces, scores).where == CLOUD
 
 
+def parts_probability(pieces: Sequence[str], scores: Scores, starts: Sequence[int]) -> list[float]:
+    """The probability of each part of an answer that says one thing, given those before it; their product is that of all.
+
+    Args:
+        starts: where in the text each part begins, increasing. A token belongs to the last part that begins before the token's
+            end, and what stands before the first part to the first.
+    """
+    logs, end = [0.0] * len(starts), 0
+    for piece, logprob in zip(pieces, scores.logprob, strict=True):
+        end += len(piece)
+        logs[max(bisect_right(starts, end - 1) - 1, 0)] += logprob
+    return [math.exp(log) for log in logs]
+
+
 def settled(pieces: Sequence[str], parse: Callable[[str], str | None]) -> bool:
     """Whether it is certain which action an unfinished answer has, or that it will have none."""
     text = "".join(pieces).lstrip()
     if not text:
         return False
-    return parse(text) is not None or not text.startswith("[") or len(text) > LONGEST_TAG
+    longest = getattr(parse, "longest", LONGEST_TAG)  # a call with arguments is longer than a tag
+    return parse(text) is not None or not text.startswith("[") or len(text) > longest
 
 
 def decisive(pieces: Sequence[str], parse: Callable[[str], str | None]) -> tuple[int, str | None]:

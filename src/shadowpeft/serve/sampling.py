@@ -32,28 +32,25 @@ class Choice:
 def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
     """The next token of every row of ``logits`` ``(B, V)``; a row that has no action yet takes a token of one."""
     allowed = [request.allowed() for request in requests]
-    free = [row for row, tokens in enumerate(allowed) if not tokens]
+    free = [row for row, tokens in enumerate(allowed) if not len(tokens)]
     rest = iter(_choose_freely([requests[row] for row in free], logits if len(free) == len(requests) else logits[free]))
     return [
-        _choose_among(tokens, request, row) if tokens else next(rest)
+        _choose_among(torch.as_tensor(tokens), request, row) if len(tokens) else next(rest)
         for tokens, request, row in zip(allowed, requests, logits, strict=True)
     ]
 
 
-def _choose_among(tokens: list[int], request: Request, logits: Tensor) -> Choice:
-    """One of ``tokens``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
-    log_p = logits[tokens].double().log_softmax(-1)
-    place = (
-        int(log_p.argmax())
-        if request.generator is None
-        else sample_token(logits[tokens], request.sampling, request.generator)
-    )
-    sure = log_p.sort(descending=True)
+def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
+    """One of ``tokens`` ``(C,)``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
+    own = logits[tokens.to(logits.device)]
+    log_p = own.double().log_softmax(-1)
+    place = int(log_p.argmax()) if request.generator is None else sample_token(own, request.sampling, request.generator)
+    sure = log_p.topk(min(len(tokens), max(2, request.sampling.top_logprobs)))
     values = sure.values.tolist()
     margin = values[0] - values[1] if len(values) > 1 else math.inf
     entropy = float(torch.special.entr(log_p.exp()).sum())
-    top = [(tokens[n], value) for n, value in zip(sure.indices.tolist(), values, strict=True)]
-    return Choice(tokens[place], float(log_p[place]), margin, entropy, top[: request.sampling.top_logprobs])
+    top = [(int(tokens[n]), value) for n, value in zip(sure.indices.tolist(), values, strict=True)]
+    return Choice(int(tokens[place]), float(log_p[place]), margin, entropy, top[: request.sampling.top_logprobs])
 
 
 def _choose_freely(requests: list[Request], logits: Tensor) -> list[Choice]:

@@ -7,7 +7,7 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
-from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.action_trie import Actions
 from shadowpeft.data.chat import render_prompt, with_system
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.engine import Engine, EngineLimits
@@ -24,7 +24,7 @@ def scored_answers(
     max_tokens: int,
     rows: int = EngineLimits.max_num_seqs,
     until: Callable[[list[str], Scores], bool] | None = None,
-    actions: ActionTrie | None = None,
+    actions: Actions | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[list[str], Scores]]:
     """Greedy answers to user messages: the text each token added, and what the model thought of the tokens.
@@ -53,7 +53,8 @@ def scored_answers(
 
     for prompt, tokens in zip(prompts, answers, strict=True):
         ids = _prompt_ids(backend.tokenizer, prompt, system)
-        engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until, actions)
+        held = None if actions is None else actions.start()
+        engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until, held)
     engine.start()
     try:
         for done in range(1, len(prompts) + 1):

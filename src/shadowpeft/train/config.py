@@ -16,6 +16,7 @@ from shadowpeft.messages import did_you_mean, quote
 from shadowpeft.presets import TRAINING
 from shadowpeft.settings import explain
 from shadowpeft.train.sections import (
+    PACKAGED,
     DataConfig,
     ShadowSection,
     SourceSection,
@@ -62,11 +63,11 @@ class RunConfig(StrictSection):
     def _of_its_task(self) -> RunConfig:
         data, t = self.data, self.training
         if self.task_type == "SEQ_CLS":
-            for key in ("system", "assistant_only_loss", "packing", "shadow_answers"):
+            for key in ("system", "tools", "assistant_only_loss", "packing", "shadow_answers"):
                 if getattr(data, key):
                     raise ValueError(f"task_type is SEQ_CLS but data.{key} is of conversations; leave it out")
-            if data.train == "robot":
-                raise ValueError("task_type is SEQ_CLS but data.train is 'robot', which has conversations; name a file")
+            if data.train in PACKAGED:
+                raise ValueError(f"task_type is SEQ_CLS but data.train is '{data.train}', which has conversations; name a file")
             if data.streaming:
                 raise ValueError("task_type is SEQ_CLS but data.streaming hides which labels there are; leave it out")
             if self.shadow.shadow_loss != "ce":
@@ -93,7 +94,7 @@ class RunConfig(StrictSection):
 
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
-        if self.training.eval_every is not None and self.data.validation is None and self.data.train != "robot":
+        if self.training.eval_every is not None and self.data.validation is None and self.data.train not in PACKAGED:
             raise ValueError("training.eval_every is set but data.validation is not; set both or neither")
         if self.training.cache_activations and self.shadow.last_layers is None:
             raise ValueError(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shadowpeft.data import chat, class_rows
+from shadowpeft.data import chat, class_rows, robot_tools
 from shadowpeft.data.actions import only_action
+from shadowpeft.data.calls import only_calls
 from shadowpeft.data.classify import ClassCollator
 from shadowpeft.data.forms import OWN, forms_of
 from shadowpeft.data.packed import PackedCollator, pack
@@ -16,9 +17,11 @@ from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
 from shadowpeft.data.sources import Source, rows_of
 from shadowpeft.data.streamed import StreamedRows, fingerprint
+from shadowpeft.data.tool_rows import with_tools, writes_calls
+from shadowpeft.data.tools import Tools, read_tools
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.train.config import RunConfig
-from shadowpeft.train.sections import SourceSection, TrainingSection, source_of
+from shadowpeft.train.sections import PACKAGED, SourceSection, TrainingSection, source_of
 
 ROBOT_REMOTE_REPEATS = 10
 
@@ -67,43 +70,78 @@ class RunData:
         return PackedCollator(pad_token_id) if packed else chat.ChatCollator(pad_token_id)
 
 
+def packaged(source: str | SourceSection | None) -> bool:
+    """Whether ``source`` names a packaged set."""
+    return isinstance(source, str) and source in PACKAGED
+
+
+def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dict[str, Any]]:
+    """Checked rows of a packaged set; ``actions``: see :func:`robot_rows`."""
+    if source == "robot":
+        return robot_rows(split, actions=actions)
+    return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in robot_tools.load(split)]
+
+
+def tools_of_run(train: str | SourceSection, file: str | None) -> Tools | None:
+    """The tools that a run's rows call: those of ``file``, of the packaged set ``robot_tools``, or None."""
+    if train == "robot_tools":
+        return robot_tools.TOOLS
+    return None if file is None else read_tools(file)
+
+
 def read_rows(
-    source: str | SourceSection, split: str, *, actions: bool = False, every_turn: bool = False
+    source: str | SourceSection,
+    split: str,
+    *,
+    actions: bool = False,
+    tools: Tools | None = None,
+    compact: bool = True,
+    every_turn: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rows of a file or data set, or of the packaged set for ``robot``; with ``actions`` the shadow path learns actions alone.
+    """Rows of a file or data set, or of a packaged set (``PACKAGED``); with ``actions`` the shadow path learns actions alone.
+
+    Args:
+        tools, compact: what the rows call, and how that is written (:func:`shadowpeft.data.tool_rows.with_tools`).
+        every_turn: every answer of a conversation is learnt, not its last one alone.
 
     Raises:
-        DataError: naming the place, if a row is malformed, or has a tool call where actions are learnt.
+        DataError: naming the place, if a row is malformed, calls what is no tool, or has a tool call in the template's form
+            where actions are learnt.
     """
-    if source == "robot":
-        rows = robot_rows(split, actions=actions)
-        return [with_action(row) for row in rows] if actions else rows
-    found = list(_checked(source_of(source), actions=actions, every_turn=every_turn))
+    options: dict[str, Any] = {"actions": actions, "tools": tools, "compact": compact}
+    if packaged(source):
+        return [told(row, **options) for row in packaged_rows(str(source), split, actions=actions)]
+    found = list(_checked(source_of(source), every_turn=every_turn, **options))
     if not found:
         raise DataError(f"data '{source_of(source)}' holds no rows; each must be one object with keys of docs/data.md")
     return found
 
 
-def _checked(
-    source: Source, *, actions: bool, every_turn: bool, streaming: bool = False
-) -> Iterator[dict[str, Any]]:
+def _checked(source: Source, *, every_turn: bool, streaming: bool = False, **options: Any) -> Iterator[dict[str, Any]]:
     for where, row in rows_of(source, streaming=streaming):
-        checked = chat.check_row(row, where, every_turn=every_turn)
-        yield with_action(checked) if actions else checked
+        yield told(chat.check_row(row, where, every_turn=every_turn), **options)
 
 
-def with_action(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with nothing but the action in the shadow path's answer."""
+def told(row: dict[str, Any], *, actions: bool, tools: Tools | None, compact: bool) -> dict[str, Any]:
+    """A checked row with its calls written, and with what the shadow path learns of it."""
+    if tools is not None:
+        row = with_tools(row, tools, compact=compact)
+    return with_action(row, tools) if actions else row
+
+
+def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, Any]:
+    """The row with nothing but the action, or the calls of ``tools``, in the shadow path's answer."""
     if row["path"] == "base":
         return row
     if "tool_calls" in row.get("answer", {}):
         where = getattr(row, "where", "") or "a row"
         raise DataError(
             f"{where} has 'tool_calls' but data.shadow_answers is 'action', which reads actions such as [Sit()] from the text; "
-            "write them so, or set it to 'whole'"
+            "name the tools with data.tools, write them so, or set it to 'whole'"
         )
     key = "response" if row["path"] == "shadow" else "shadow_response"
-    row[key] = only_action(row["shadow_response"] or row["response"])
+    text = row["shadow_response"] or row["response"]
+    row[key] = only_action(text) if tools is None else only_calls(text, tools)
     return row
 
 
@@ -122,8 +160,7 @@ def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -
         DataError: if a row cannot be learnt, or a source cannot be read.
     """
     data = run.data
-    robot = data.train == "robot"
-    validation = data.validation or ("robot" if robot else None)
+    validation = data.validation or (data.train if packaged(data.train) else None)
     parts: dict[str, str | SourceSection] = {"train": data.train}
     if validation is not None:
         parts["validation"] = validation
@@ -132,10 +169,16 @@ def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -
     options: dict[str, Any] = {
         "max_length": data.max_length,
         "too_long": data.too_long,
-        "system": data.system if data.system is not None else (ROBOT_SYSTEM if robot else None),
+        "system": data.system if data.system is not None else (ROBOT_SYSTEM if packaged(data.train) else None),
         "every_turn": data.assistant_only_loss,
     }
-    reading: dict[str, Any] = {"actions": data.learns_actions, "every_turn": data.assistant_only_loss}
+    tools = tools_of_run(data.train, data.tools)
+    reading: dict[str, Any] = {
+        "actions": data.learns_actions,
+        "every_turn": data.assistant_only_loss,
+        "tools": tools,
+        "compact": tools is None or not writes_calls(tokenizer),
+    }
     stream = _stream(run, tokenizer, options, reading) if data.streaming else None
     made = RunData([] if stream is None else stream.sample(), None, {}, stream=stream)
     for part, given in parts.items():
@@ -146,7 +189,7 @@ def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -
         rows = read_rows(given, part, **reading)
         encoded = chat.encode(rows, tokenizer, **options)
         made.record[part] = _record(given, rows, encoded)
-        if given != "robot" and set(forms := forms_of(rows)) - set(OWN):
+        if not packaged(given) and set(forms := forms_of(rows)) - set(OWN):
             made.record[part]["forms"] = forms
             warn(f"data.{part}: " + ", ".join(f"{count} rows of the form {name}" for name, count in forms.items()))
         if encoded.skipped is not None:

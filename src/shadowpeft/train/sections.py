@@ -11,6 +11,9 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.presets import PRESETS, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings
 
+PACKAGED = ("robot", "robot_tools")
+"""Sets of rows that come with this package."""
+
 
 class StrictSection(BaseModel):
     """A part of a run file."""
@@ -58,9 +61,11 @@ class DataConfig(StrictSection):
     """Which rows to train and to evaluate on."""
 
     train: Rows
-    """A file, ``robot`` for the packaged robot-intent set, or a :class:`SourceSection`."""
+    """A file, a packaged set (``robot``: intents, ``robot_tools``: actions with arguments), or a :class:`SourceSection`."""
     validation: Rows | None = None
-    """The same; None: no evaluation during training (``robot`` brings its own)."""
+    """The same; None: no evaluation during training (a packaged set brings its own)."""
+    tools: str | None = None
+    """File of the tools that rows call (docs/tools.md); None: rows bring their own, for a chat template that writes them."""
     max_length: int = Field(default=512, ge=8)
     """Longest sequence in tokens."""
     too_long: Literal["error", "skip", "cut"] = "error"
@@ -77,7 +82,7 @@ class DataConfig(StrictSection):
     """With ``streaming``: sequences to draw the next one from."""
     shadow_answers: Literal["whole", "action"] | None = None
     """What the shadow path learns of an answer: "whole", or "action": the action it starts with, ``[REMOTE]`` where it starts
-    with none. null: "action" for ``robot``, else "whole"."""
+    with none. null: "action" for a packaged set, else "whole"."""
     shadow_repeats: int = Field(default=0, ge=0)
     """How many more times an epoch shows the shadow path its rows, without the base: epochs that cost almost nothing."""
 
@@ -93,8 +98,8 @@ class DataConfig(StrictSection):
                 "data.assistant_only_loss learns every answer but data.shadow_answers is 'action', which is of the last one; "
                 "keep one"
             )
-        if self.streaming and self.train == "robot":
-            raise ValueError("data.streaming is set but 'robot' is packaged and in memory; leave it out")
+        if self.streaming and self.train in PACKAGED:
+            raise ValueError(f"data.streaming is set but '{self.train}' is packaged and in memory; leave it out")
         if self.streaming and self.shadow_repeats:
             raise ValueError("data.shadow_repeats needs all rows at hand but data.streaming reads them as they come; keep one")
         return self
@@ -108,7 +113,7 @@ def source_of(given: str | SourceSection) -> Source:
 def learns_actions(data: dict[str, Any]) -> bool:
     """Whether the shadow path of a run with this section ``data`` learns actions alone."""
     answers = data.get("shadow_answers")
-    return bool(data.get("train") == "robot" if answers is None else answers == "action")
+    return bool(data.get("train") in PACKAGED if answers is None else answers == "action")
 
 
 class ShadowSection(StrictSection, ShadowSettings):

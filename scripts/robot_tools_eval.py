@@ -1,0 +1,113 @@
+"""Calls of a trained adapter on the packaged robot-tools set, beside a classifier with patterns; writes a record.
+
+    python -m scripts.robot_tools_eval runs/robot-tools/adapter --split validation --modes detached --out record.json
+
+``detached`` is held to the tools and may hand on, as the edge does. ``attached`` answers freely, as the cloud does with
+``tool_choice: auto``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries
+from shadowpeft.data import robot_tools
+from shadowpeft.data.call_guide import Engine
+from shadowpeft.data.calls import CallParser
+from shadowpeft.evaluate.calls import Patterns, judge, summary
+
+LONGEST = 96
+"""Tokens of an answer."""
+
+
+def ask(backend: Any, name: str, rows: list[dict[str, Any]], actions: Any) -> tuple[list[str], float]:
+    """The answers' texts, and the seconds that they took."""
+    from shadowpeft.serve.scoring import scored_answers
+
+    parser = CallParser(robot_tools.TOOLS)
+    began = time.process_time()
+    answers = scored_answers(
+        backend,
+        name,
+        [row["prompt"] for row in rows],
+        system=robot_tools.SYSTEM,
+        max_tokens=LONGEST,
+        until=lambda pieces, _: parser("".join(pieces)) is not None,
+        actions=actions,
+    )
+    return ["".join(pieces) for pieces, _ in answers], time.process_time() - began
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("adapter")
+    arguments.add_argument("--split", default="validation")
+    arguments.add_argument("--modes", nargs="+", default=["rival", "detached"])
+    arguments.add_argument("--out", required=True)
+    given = arguments.parse_args()
+    quiet_libraries()
+    import torch
+
+    import shadowpeft
+    from shadowpeft.serve.backend import Attached, Detached
+
+    torch.set_num_threads(1)
+    rows = robot_tools.load(given.split)
+    right = [robot_tools.calls_of_row(row) for row in rows]
+    parser = CallParser(robot_tools.TOOLS)
+    file = Path(given.out)
+    record: dict[str, Any] = (
+        json.loads(file.read_text()) if file.is_file() else {"set": "robot_tools", "split": given.split}
+    )
+    methods = record.setdefault("methods", {})
+    if "rival" in given.modes:
+        found = Patterns(robot_tools.load("train")).answers([row["prompt"] for row in rows])
+        judged = [judge(calls, own) for calls, own in zip(found, right, strict=True)]
+        methods["rival"] = {**summary(rows, judged), "invalid": sum(calls is None for calls in found)}
+    if {"detached", "attached"} & set(given.modes):
+        tokenizer = load_tokenizer_of(given.adapter, None)
+        model = shadowpeft.load(given.adapter, None)
+        for mode in given.modes:
+            if mode == "rival":
+                continue
+            actions = None
+            if mode == "detached":
+                backend: Any = Detached(shadowpeft.detach(model), tokenizer, "edge")
+                engine = Engine(tokenizer, backend.model.config.vocab_size)
+                actions = engine.calls(robot_tools.TOOLS, hand_on=True)
+            else:
+                backend = Attached(model, tokenizer, {"default": given.adapter}, "base")
+            texts, seconds = ask(backend, backend.names[0], rows, actions)
+            read = [parser.found(text) for text in texts]
+            # free words are no call: they answer the request themselves, as the cloud does
+            invalid = sum(
+                one is None and (actions is not None or text.lstrip().startswith("["))
+                for one, text in zip(read, texts, strict=True)
+            )
+            calls = [
+                None if one is None and text.lstrip().startswith("[") else () if one is None else one.calls
+                for one, text in zip(read, texts, strict=True)
+            ]
+            judged = [judge(own, gold) for own, gold in zip(calls, right, strict=True)]
+            wrong = [
+                {"prompt": row["prompt"], "said": text[:120], "calls": row["calls"]}
+                for row, text, one in zip(rows, texts, judged, strict=True)
+                if not one.exact
+            ]
+            methods[mode] = {
+                **summary(rows, judged),
+                "invalid": invalid,
+                "processor_seconds": round(seconds, 1),
+                "wrong": wrong,
+            }
+    for mode in given.modes:
+        print(mode, json.dumps({k: v for k, v in methods[mode].items() if k != "wrong"}))
+    file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Requests whose right answer is known, for ``shadowpeft route calibrate``."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.data import robot_tools
+from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.calls import answered, calls_of, written
+from shadowpeft.data.chat_rows import read_file
+from shadowpeft.data.robot import SKILLS, load
+from shadowpeft.data.tools import Tools
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.json_text import parse_json
+
+ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
+ROBOT_TOOLS = {"fit": "validation", "check": "test"}
+
+
+def read_intents(
+    source: str,
+    part: str,
+    limit: int | None,
+    skills: tuple[str, ...] | None = None,
+    tools: Tools | None = None,
+) -> list[dict[str, Any]]:
+    """Rows with ``prompt`` and ``skill`` (``REMOTE`` for requests that no skill fits): a packaged set or a JSONL file.
+
+    Args:
+        skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
+        tools: actions with arguments. Rows are chats then, and ``skill`` is the calls of their answers, in one form.
+
+    Raises:
+        ConfigError: if ``robot`` is asked for and ``skills`` lack some of its. DataError: naming the file and line of a row
+            that has something else.
+    """
+    rows: list[dict[str, Any]]
+    if tools is not None:
+        rows = _calling(source, part, tools)
+    elif source == "robot" and not set(SKILLS) <= set(skills or SKILLS):
+        raise ConfigError(
+            "'robot' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
+        )
+    elif source == "robot":
+        rows = [dict(row) for split in ROBOT[part] for row in load(split)]
+    else:
+        file = Path(source)
+        if not file.is_file():
+            raise DataError(f"data file '{file}' does not exist; check the path, or write robot for the packaged set")
+        rows = []
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            if line.strip():
+                rows.append(_checked(line, f"{file}, line {number}", {*(skills or SKILLS), REMOTE}))
+        if not rows:
+            raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
+    return rows
+
+
+def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where} {error}; write one JSON object a line") from error
+    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
+    if not good:
+        raise DataError(f"{where} must have the strings 'prompt' and 'skill'")
+    if row["skill"] not in known:
+        raise DataError(
+            f"{where} has the skill {row['skill']!r}, which is none of the {len(known) - 1} known ones and not {REMOTE}; "
+            "correct it, or name skills of your own with --skills FILE"
+        )
+    return row  # type: ignore[no-any-return]
+
+
+def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
+    """Rows with the calls that answer them; ``REMOTE`` for none. A row's last user message is the request."""
+    if source == "robot":
+        raise ConfigError(
+            "'robot' has actions without arguments but --skills has some; pass --data FILE, or robot_tools"
+        )
+    if source == "robot_tools":
+        lack = tools.lack(robot_tools.TOOLS)
+        if lack is not None:
+            raise ConfigError(
+                f"'robot_tools' calls '{lack}', which --skills lacks; pass rows of your own with --data FILE"
+            )
+        packaged = robot_tools.load(ROBOT_TOOLS[part])
+        return [{"prompt": row["prompt"], "skill": written(robot_tools.calls_of_row(row))[1:-1]} for row in packaged]
+    rows = []
+    for row in read_file(source):
+        where, messages = getattr(row, "where", source), row["messages"]
+        if [message["role"] for message in messages] != ["user"]:
+            raise DataError(
+                f"{where} has {len(messages)} messages before its answer but must have one, the user's; shorten it"
+            )
+        text = row["shadow_response"] or row["response"]
+        try:
+            calls = calls_of(row.get("answer", {}).get("tool_calls", ()), tools)
+        except ConfigError as error:
+            raise DataError(f"{where} {error}; correct it") from error
+        found = answered(text, tools)
+        skill = written(calls)[1:-1] if calls else REMOTE if found is None else found.text
+        rows.append({"prompt": messages[0]["content"], "skill": skill})
+    return rows

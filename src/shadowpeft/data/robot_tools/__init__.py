@@ -1,0 +1,58 @@
+"""Robot-tools data: 20 actions with arguments, in English and Chinese (see CARD.md).
+
+A row has a prompt, the calls that answer it (none: the device hands the request on), and a short reply. The rows are files of
+this package; ``python -m scripts.robot_tools`` in the repository writes them from hand-written phrasings.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.data.calls import Call
+from shadowpeft.data.robot import SKILLS, SYSTEM
+from shadowpeft.data.tools import Tools, named, read_tools
+
+__all__ = ["SPLITS", "SYSTEM", "TOOLS", "calls_of_row", "chat_row", "load", "tools_named"]
+
+ROWS = Path(__file__).parent / "rows"
+ACTIONS = Path(__file__).parent / "actions.json"
+TOOLS: Tools = read_tools(ACTIONS)
+SPLITS = ("train", "validation", "test")
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """The rows of one split: dicts with id, split, lang, kind (one, two, cloud), family, prompt, calls and reply."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    return [json.loads(line) for line in _lines(split)]
+
+
+@cache
+def _lines(split: str) -> tuple[str, ...]:
+    return tuple(gzip.decompress((ROWS / f"{split}.jsonl.gz").read_bytes()).decode().split("\n")[:-1])
+
+
+def calls_of_row(row: dict[str, Any]) -> tuple[Call, ...]:
+    """The calls that answer a row."""
+    return tuple(Call(call["name"], call["arguments"]) for call in row["calls"])
+
+
+def chat_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a chat in OpenAI's form; the shadow hands on what has no call."""
+    calls = [call.openai(f"call_{n}") for n, call in enumerate(calls_of_row(row), 1)]
+    answer = {"role": "assistant", "content": row["reply"], **({"tool_calls": calls} if calls else {})}
+    handed_on = {} if calls else {"shadow_response": "[REMOTE]"}
+    return {"messages": [{"role": "user", "content": row["prompt"]}, answer], **handed_on}
+
+
+def tools_named(source: str) -> Tools:
+    """The actions that ``--skills`` names: those of a packaged set for ``robot`` and ``robot_tools``, or those of a file.
+
+    Raises:
+        ConfigError: see :func:`shadowpeft.data.tools.read_tools`.
+    """
+    return {"robot": named(SKILLS), "robot_tools": TOOLS}.get(source) or read_tools(source)

@@ -1,0 +1,128 @@
+"""The grammar of the calls that tools allow, in the compact form, as ``llguidance`` reads it (a dialect of Lark).
+
+Every text of it parses and is valid: names, required arguments, types, enumerations, lengths and ranges. Arguments stand in
+the schema's order, as training sees them. Strings and numbers have an end (:data:`LONGEST_TEXT`, ``number_patterns``), so that
+a model that knows nothing comes to one too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from decimal import Decimal
+from typing import Any
+
+from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.number_patterns import DECIMALS, NOTHING, numbers
+from shadowpeft.data.tools import Tool, Tools, value_text
+
+LONGEST_TEXT = 200
+"""Characters of a string whose schema names no ``maxLength``."""
+MOST_CALLS = 4
+"""Calls of one answer."""
+_ABOUT = {"type", "description", "title", "default", "examples"}
+_STRING = _ABOUT | {"minLength", "maxLength"}
+_NUMBER = _ABOUT | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_CHARACTER = r'[^"\\\x00-\x1f\x7f]|\\["\\]'
+
+
+def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS) -> str:
+    """One to ``calls`` calls of ``tools``; with ``hand_on`` also ``[REMOTE]``."""
+    lines = [f"start: {_text('[' + REMOTE + ']')} | calls" if hand_on else "start: calls"]
+    more = f" ({_text(', ')} call){{0,{calls - 1}}}" if calls > 1 else ""
+    lines.append(f"calls: {_text('[')} call{more} {_text(']')}")
+    lines.append("call: " + " | ".join(f"t{n}" for n in range(len(tools))))
+    for n, tool in enumerate(tools):
+        lines += _tool(f"t{n}", tool)
+    return "\n".join(lines) + "\n"
+
+
+def schema_grammar(schema: dict[str, Any]) -> str:
+    """One JSON value of a schema, without needless white space."""
+    options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    return f"start: %json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}\n"
+
+
+def _tool(rule: str, tool: Tool) -> list[str]:
+    """Rules of one call. ``<rule>_3f``: arguments from the fourth on, where none has been written; ``_3m``: where one has."""
+    properties = list(tool.properties.items())
+    lines = [f"{rule}: {_text(tool.name + '(')} {rule}_0f"]
+    for n, (name, schema) in enumerate(properties):
+        lines.append(f"{rule}_v{n}: {_value(schema)}")
+        for written in (False, True) if n else (False,):
+            separator = _text(", ") + " " if written else ""
+            some = f"{separator}{_text(name + '=')} {rule}_v{n} {rule}_{n + 1}m"
+            none = "" if name in tool.required else f" | {rule}_{n + 1}{'m' if written else 'f'}"
+            lines.append(f"{rule}_{n}{'m' if written else 'f'}: {some}{none}")
+    lines += [f"{rule}_{len(properties)}{way}: {_text(')')}" for way in ("fm" if properties else "f")]
+    reached = _reached(lines)
+    return [line for line in lines if line.partition(":")[0] in reached]
+
+
+def _reached(lines: list[str]) -> set[str]:
+    """Names of the rules that the first one needs."""
+    bodies = {name: body for name, _, body in (line.partition(":") for line in lines)}
+    found, left = set(), [next(iter(bodies))]
+    while left:
+        name = left.pop()
+        found.add(name)
+        left += [word for word in bodies[name].split() if word in bodies and word not in found]
+    return found
+
+
+def _value(schema: Any) -> str:
+    """What an argument may be."""
+    if isinstance(schema, dict):
+        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if values is not None and not (schema.keys() - _ABOUT - {"enum", "const"}) and values:
+            kind = schema.get("type")
+            return " | ".join(_text(value_text(value)) for value in values if _is(value, kind))
+        kind = schema.get("type")
+        if kind == "boolean" and not (schema.keys() - _ABOUT):
+            return '"true" | "false"'
+        if kind == "string" and not (schema.keys() - _STRING):
+            least, most = schema.get("minLength", 0), schema.get("maxLength", LONGEST_TEXT)
+            return _pattern(f'"({_CHARACTER}){{{least},{max(least, most)}}}"')
+        if kind in ("integer", "number") and not (schema.keys() - _NUMBER):
+            pattern = _number(schema, 0 if kind == "integer" else DECIMALS)
+            if pattern != NOTHING:
+                return _pattern(pattern)
+    options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+    whole = {**schema, "x-guidance": options} if isinstance(schema, dict) else schema
+    return f"%json {json.dumps(whole, ensure_ascii=False)}"
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of an enumeration is of the type beside it."""
+    kinds: dict[Any, tuple[type, ...]] = {
+        "string": (str,),
+        "boolean": (bool,),
+        "integer": (int,),
+        "number": (int, float),
+    }
+    if kind not in kinds:
+        return True
+    return isinstance(value, kinds[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def _number(schema: dict[str, Any], decimals: int) -> str:
+    smallest = Decimal(1).scaleb(-decimals)
+    lows = [Decimal(str(schema["minimum"]))] if "minimum" in schema else []
+    highs = [Decimal(str(schema["maximum"]))] if "maximum" in schema else []
+    if "exclusiveMinimum" in schema:
+        lows.append(_floor(schema["exclusiveMinimum"], decimals) + smallest)
+    if "exclusiveMaximum" in schema:
+        highs.append(-_floor(-schema["exclusiveMaximum"], decimals) - smallest)
+    return numbers(max(lows, default=None), min(highs, default=None), decimals)
+
+
+def _floor(value: float, decimals: int) -> Decimal:
+    return Decimal(math.floor(Decimal(str(value)).scaleb(decimals))).scaleb(-decimals)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _pattern(pattern: str) -> str:
+    return "/" + pattern.replace("/", r"\/") + "/"

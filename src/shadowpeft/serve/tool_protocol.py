@@ -1,0 +1,88 @@
+"""Tools in requests and messages, as OpenAI's API has them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Optional
+
+from pydantic import Field, StrictBool, StrictStr
+
+from shadowpeft.data.tools import Tools, tools_of
+from shadowpeft.errors import ConfigError
+from shadowpeft.serve.strict import Strict, invalid
+
+MOST_TOOLS = 128
+"""Of one request."""
+
+
+class CalledFunction(Strict):
+    """What was called."""
+
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(Strict):
+    """A call of an earlier turn."""
+
+    id: StrictStr
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolName(Strict):
+    """A tool's name."""
+
+    name: StrictStr
+
+
+class NamedTool(Strict):
+    """The tool that has to be called."""
+
+    type: Literal["function"] = "function"
+    function: ToolName
+
+
+class JsonSchema(Strict):
+    """What an answer has to be."""
+
+    name: StrictStr = "answer"
+    description: Optional[StrictStr] = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Optional[StrictBool] = Field(default=None, description="Accepted; every answer is held to its schema.")
+
+
+class ResponseFormat(Strict):
+    """A form of answers: a JSON schema, or plain text."""
+
+    type: Literal["text", "json_schema"]
+    json_schema: Optional[JsonSchema] = None
+
+
+def checked_format(given: Any) -> Any:
+    """A form that there is."""
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is not None and kind not in ("text", "json_schema"):
+        raise invalid(
+            'asks for a form that there is none of; send {"type": "json_schema", "json_schema": {"schema": ...}}'
+        )
+    return given
+
+
+def checked_tools(given: Any) -> Any:
+    """The definitions as they came, if they are tools; an empty list is none."""
+    if given is None or given == []:
+        return None
+    if isinstance(given, list) and len(given) > MOST_TOOLS:
+        raise invalid(f"has {len(given)} tools but may have {MOST_TOOLS}; send fewer")
+    try:
+        tools_of(given, "it")
+    except ConfigError as error:
+        raise invalid(
+            f"holds no list of tools: {str(error).removeprefix('it ')}; send definitions of functions"
+        ) from error
+    return given
+
+
+def tools_in(given: list[dict[str, Any]]) -> Tools:
+    """The tools of a request that was checked."""
+    return tools_of(given)

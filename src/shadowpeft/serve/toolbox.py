@@ -1,0 +1,166 @@
+"""What a request's tools mean on this server: how its answer is held to them, and how its prompt is written."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shadowpeft.chat_template import render_prompt
+from shadowpeft.data.action_trie import Actions
+from shadowpeft.data.call_guide import Engine, Grammar
+from shadowpeft.data.calls import CallParser
+from shadowpeft.data.tool_grammar import MOST_CALLS
+from shadowpeft.data.tool_rows import compact_messages, writes_calls
+from shadowpeft.data.tools import Tools
+from shadowpeft.errors import DataError
+from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
+from shadowpeft.serve.router import Scores, parts_probability
+from shadowpeft.serve.tool_protocol import NamedTool, tools_in
+
+SURE = 0.9
+"""Probability of a name from which on it is told to the cloud as a hint."""
+_KEPT = 32
+"""Compiled grammars that are kept."""
+
+
+class Toolbox:
+    """The tools that a server's model was trained to call, and the engine that holds answers to them.
+
+    Args:
+        tokenizer: the model's. vocabulary: rows of its head. known: None: its model was trained for none.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, known: Tools | None) -> None:
+        self.known, self._tokenizer, self._vocabulary = known, tokenizer, vocabulary
+        self._engine: Engine | None = None
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, asked: ChatRequest | CompletionRequest) -> None:
+        """Raises:
+        DataError: if the request has tools that the model was not trained for, so that it could not know them.
+        """
+        lacks = self.lacks(asked)
+        if (
+            lacks is None
+            and isinstance(asked, ChatRequest)
+            and asked.tools is not None
+            and writes_calls(self._tokenizer)
+        ):
+            raise DataError(
+                "tools are read in the compact form of docs/tools.md, but this model's chat template has its own; leave "
+                "it out, or serve a model whose template writes no calls"
+            )
+        if lacks is not None:
+            known = "none" if self.known is None else ", ".join(self.known.names)
+            raise DataError(
+                f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}); send what it "
+                "knows, or leave it out"
+            )
+
+    def lacks(self, asked: ChatRequest | CompletionRequest) -> str | None:
+        """The first of the request's tools that the model was not trained for."""
+        if not isinstance(asked, ChatRequest) or asked.tools is None:
+            return None
+        own = tools_in(asked.tools)
+        return own[0].name if self.known is None else self.known.lack(own)
+
+    def parser(self, asked: ChatRequest | CompletionRequest) -> CallParser | None:
+        """What reads the calls of an answer to ``asked``; None: it may have none."""
+        if not isinstance(asked, ChatRequest) or asked.tools is None or asked.tool_choice == "none":
+            return None
+        return CallParser(_chosen(asked))
+
+    def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool) -> Actions | None:
+        """What an answer to ``asked`` is held to; None: to nothing. Compiling takes up to a second, so not in the event loop.
+
+        Args:
+            device: the answer calls, or hands the request on. Otherwise ``tool_choice`` says whether it has to call.
+
+        Raises:
+            ConfigError: if a schema is more than the engine knows, or the engine is not installed.
+        """
+        if not isinstance(asked, ChatRequest):
+            return None
+        if asked.response_format is not None:
+            form = asked.response_format.json_schema
+            assert form is not None
+            return self._grammar(["schema", form.schema_], lambda engine: engine.schema(form.schema_))
+        if asked.tools is None or asked.tool_choice == "none":
+            return None
+        tools, most = _chosen(asked), 1 if asked.parallel_tool_calls is False else MOST_CALLS
+        return self.calls(tools, device=device, most=most, optional=not device and asked.tool_choice in (None, "auto"))
+
+    def calls(self, tools: Tools, *, device: bool, most: int = MOST_CALLS, optional: bool = False) -> Grammar:
+        """Calls of ``tools``, or on a device ``[REMOTE]``."""
+        options: dict[str, Any] = {"hand_on": device, "most": most, "optional": optional}
+        return self._grammar([tools.definitions(), options], lambda engine: engine.calls(tools, **options))
+
+    def _grammar(self, key: Any, make: Callable[[Engine], Grammar]) -> Grammar:
+        text = json.dumps(key, sort_keys=False)
+        with self._lock:
+            if self._engine is None:
+                self._engine = Engine(self._tokenizer, self._vocabulary)
+            if text not in self._compiled:
+                self._compiled[text] = make(self._engine)
+                if len(self._compiled) > _KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(text)
+            return self._compiled[text]
+
+
+def _chosen(asked: ChatRequest) -> Tools:
+    """The tools that an answer may call."""
+    assert asked.tools is not None
+    tools = tools_in(asked.tools)
+    return tools.some([asked.tool_choice.function.name]) if isinstance(asked.tool_choice, NamedTool) else tools
+
+
+def call_probabilities(
+    pieces: Sequence[str], scores: Scores, parser: CallParser
+) -> tuple[list[dict[str, Any]], str | None]:
+    """What the device thinks of each part of its calls, and the one name that it is sure of though the calls are not.
+
+    Args:
+        pieces, scores: of the tokens up to the end of the calls.
+    """
+    found = parser.found("".join(pieces))
+    if found is None or not found.parts:
+        return [], None
+    told: list[dict[str, Any]] = []
+    chances = parts_probability(pieces, scores, [part.start for part in found.parts])
+    for part, chance in zip(found.parts, chances, strict=True):
+        if part.argument is None:
+            told.append({"name": found.calls[part.call].name, "probability": round(chance, 4), "arguments": {}})
+        else:
+            told[-1]["arguments"][part.argument] = round(chance, 4)
+    sure = len(told) == 1 and told[0]["probability"] >= SURE
+    return told, told[0]["name"] if sure else None
+
+
+def prompt_text(tokenizer: Any, turns: list[dict[str, Any]], tools: Tools | None) -> str:
+    """The prompt of a chat, its calls in the compact form where the chat template writes none.
+
+    Args:
+        tools: what earlier turns may have called, for the compact form.
+
+    Raises:
+        DataError: if the template does not write the calls of a turn, and ``tools`` do not say what they mean.
+    """
+    called = any("tool_calls" in turn for turn in turns)
+    if called and tools is not None and not writes_calls(tokenizer):
+        turns, called = compact_messages(turns, tools, "messages"), False
+    try:
+        text = render_prompt(tokenizer, turns)
+    except TypeError as error:  # of a template that wants the arguments of a call in another form
+        raise DataError(
+            "tool_calls of a message cannot be written by the model's chat template; leave them out"
+        ) from error
+    if called:
+        bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
+        if text == render_prompt(tokenizer, bare):
+            raise DataError("tool_calls of a message are not written by the model's chat template; leave them out")
+    return text

@@ -1,0 +1,107 @@
+"""The commands of docs/tools.md, taken from the page and run in its order on the packaged example."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from chatbase import save_sitting_base
+from commands import call
+from shadowpeft.apps import serve as command
+from shadowpeft.data.chat import read_file
+from shadowpeft.data.tool_rows import with_tools
+from shadowpeft.data.tools import read_tools
+from shadowpeft.serve.guard import Keys
+from webserver import Running
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+TOOLS = ROOT / "examples" / "tools"
+
+
+def blocks(kind):
+    found = re.findall(rf"^ *```{kind}\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
+    return ["\n".join(line.removeprefix("   ") for line in block.splitlines()) for block in found]
+
+
+def test_the_page_and_the_example_have_one_run_file():
+    (run,) = blocks("yaml")
+    own = (TOOLS / "tools.yaml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in own if not line.startswith("#")] == run.splitlines()
+
+
+def test_every_row_of_the_example_calls_its_tools():
+    tools = read_tools(TOOLS / "actions.json")
+    texts = {}
+    for name in ("train", "held-out"):
+        rows = [with_tools(row, tools, compact=True) for row in read_file(TOOLS / f"{name}.jsonl")]
+        texts[name] = {row["messages"][0]["content"] for row in rows}
+        assert all(row["response"].startswith("[") or row["shadow_response"] == "[REMOTE]" for row in rows)
+        assert {re.match(r"\[(\w+)", row["response"])[1] for row in rows if row["response"][0] == "["} == set(tools.names)
+    assert len(texts["train"]) == 40  # as the page says
+    assert not texts["train"] & texts["held-out"]
+
+
+def test_the_commands_run(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "tools"
+    shutil.copytree(TOOLS, folder)
+    base = save_sitting_base(tmp_path / "base", answer="[Set")
+    instead = {
+        "smollm2-135m": base,
+        "last_layers: 10": "last_layers: 2, shadow_num_hidden_layers: 1",
+        "shadow_epochs: 20, epochs: 4": "shadow_epochs: 0, max_steps: 2, learning_rate: 1.0e-6",
+    }
+    run = (folder / "tools.yaml").read_text(encoding="utf-8")
+    for there, here in instead.items():
+        assert run.count(there) == 1
+        run = run.replace(there, here)
+    (folder / "tools.yaml").write_text(run, encoding="utf-8")
+    monkeypatch.chdir(folder)
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert [shlex.split(line)[:2] for line in commands] == [
+        ["shadowpeft", "train"],
+        ["shadowpeft", "route"],
+        ["shadowpeft", "detach"],
+        ["cp", "run/adapter/routing.json"],
+    ]
+    for line in commands:
+        name, *given = shlex.split(line)
+        if name == "cp":
+            shutil.copy(given[0], given[1])
+            continue
+        code, _, err = call(monkeypatch, capsys, *given)
+        assert code == 0, err
+    routing = json.loads((folder / "edge" / "routing.json").read_text(encoding="utf-8"))
+    assert routing["signal"] == "action"
+    assert [tool["function"]["name"] for tool in routing["tools"]] == list(read_tools("actions.json").names)
+    (serve,) = [block for block in blocks("") if block.startswith("shadowpeft serve")]
+    given = shlex.split(serve)
+    assert given[2:] == ["robot=edge", "--role", "edge", "--no-auth", "--port", "8001"]
+    options = command.Options(adapters=["robot=edge"], role="edge", auth=False)
+    (code,) = blocks("python")
+    assert code.count("http://127.0.0.1:8001") == 1
+    with Running(command.application(options, Keys(None, ()))) as running:
+        exec(compile(code.replace("http://127.0.0.1:8001", running.url), "tools.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.startswith("tool_calls [ChatCompletionMessage") or re.match(r"(stop|length) None", said)
+
+
+@pytest.mark.parametrize("problem", ["another tool", "bad arguments"])
+def test_a_wrong_row_is_named_before_anything_is_trained(tmp_path, monkeypatch, capsys, problem):
+    folder = tmp_path / "tools"
+    shutil.copytree(TOOLS, folder)
+    text = (folder / "train.jsonl").read_text(encoding="utf-8")
+    old, new = ("StopAll", "Stop") if problem == "another tool" else ('\\"percent\\": 20}', '\\"percent\\": 200}')
+    assert old in text
+    (folder / "train.jsonl").write_text(text.replace(old, new), encoding="utf-8")
+    base = save_sitting_base(tmp_path / "base", answer="[Set")
+    run = (folder / "tools.yaml").read_text(encoding="utf-8").replace("smollm2-135m", base)
+    (folder / "tools.yaml").write_text(run.replace("last_layers: 10", "last_layers: 2"), encoding="utf-8")
+    monkeypatch.chdir(folder)
+    code, _, err = call(monkeypatch, capsys, "train", "tools.yaml")
+    assert code == 2
+    line = 26 if problem == "another tool" else 4
+    assert f"train.jsonl, line {line}: message 2 calls" in " ".join(err.split())

@@ -1,0 +1,294 @@
+"""Tools through both servers: held, decided, streamed, handed on, with the official client."""
+
+import json
+from itertools import pairwise
+
+import openai
+import pytest
+import torch
+
+from chatbase import chat_model, chat_tokenizer
+from serving import detached
+from shadowpeft.data.calls import CallParser, answered
+from shadowpeft.data.tools import tools_of
+from shadowpeft.serve.backend import Detached
+from shadowpeft.serve.client import CloudClient
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.roles import CloudRole, EdgeRole
+from shadowpeft.serve.router import ACTION, Calibration, Router
+from shadowpeft.serve.server import Settings, build
+from webserver import Running
+
+WALK = {
+    "type": "function",
+    "function": {
+        "name": "Walk",
+        "description": "Walk somewhere.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "direction": {"type": "string", "enum": ["left", "right"]},
+                "metres": {"type": "number", "minimum": 0.1, "maximum": 9, "default": None},
+            },
+            "required": ["direction"],
+        },
+    },
+}
+SIT = {"type": "function", "function": {"name": "Sit", "parameters": {"type": "object", "properties": {}}}}
+FLY = {"type": "function", "function": {"name": "Fly", "parameters": {"type": "object", "properties": {}}}}
+TOOLS = tools_of([WALK, SIT])
+ASK = [{"role": "user", "content": "walk"}]
+NOBODY = Keys(None, ())
+LIMITS = EngineLimits(gather_seconds=0)
+
+
+def cloud_role(**options):
+    return CloudRole(
+        Engine(detached(max_position_embeddings=512), LIMITS), system=None, default_tokens=200, tools=TOOLS, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    with Running(build(cloud_role(), Settings(NOBODY))) as running:
+        yield running
+
+
+def edge_role(cloud=None, calibration=None, **options):
+    client = None if cloud is None else CloudClient(cloud.url)
+    engine = Engine(detached(max_position_embeddings=512), LIMITS)
+    router = Router(CallParser(TOOLS), calibration)
+    return EdgeRole(engine, router, client, "edge", system=None, default_tokens=200, tools=TOOLS, **options)
+
+
+@pytest.fixture(scope="module")
+def edge(cloud):
+    with Running(build(edge_role(cloud), Settings(NOBODY))) as running:
+        yield running
+
+
+def ask(server, **more):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client:
+        given = {"model": "edge", "messages": ASK, "tools": [WALK, SIT], "seed": 1, "temperature": 1, **more}
+        answer = client.chat.completions.create(**given)
+        return list(answer) if more.get("stream") else answer
+
+
+def arguments(call):
+    return json.loads(call.function.arguments)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_required_call_is_valid_whatever_the_model_knows(cloud, seed):
+    choice = ask(cloud, tool_choice="required", seed=seed).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert 1 <= len(choice.message.tool_calls) <= 4
+    for call in choice.message.tool_calls:
+        assert TOOLS.by_name[call.function.name].problem(arguments(call)) is None
+    assert len({call.id for call in choice.message.tool_calls}) == len(choice.message.tool_calls)
+
+
+def test_one_call_by_name_and_no_second(cloud):
+    named = {"type": "function", "function": {"name": "Sit"}}
+    choice = ask(cloud, tool_choice=named, parallel_tool_calls=False).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments, call.type) == ("Sit", "{}", "function")
+
+
+def test_none_is_text_and_auto_may_be(cloud):
+    for choice in ("none", "auto"):
+        got = ask(cloud, tool_choice=choice, max_tokens=8).choices[0]
+        assert got.finish_reason in ("stop", "length")
+        assert got.message.tool_calls is None
+        assert isinstance(got.message.content, str)
+
+
+def test_streamed_deltas_are_the_whole_answer(cloud):
+    options = {"tool_choice": "required", "seed": 3, "max_tokens": 120}
+    whole = ask(cloud, **options).choices[0]
+    calls, content, reasons = {}, "", []
+    for chunk in ask(cloud, stream=True, **options):
+        (choice,) = chunk.choices
+        content += choice.delta.content or ""
+        reasons += [choice.finish_reason] if choice.finish_reason else []
+        for delta in choice.delta.tool_calls or []:
+            own = calls.setdefault(delta.index, {"name": "", "arguments": "", "id": ""})
+            own["id"] += delta.id or ""
+            own["name"] += delta.function.name or ""
+            own["arguments"] += delta.function.arguments or ""
+    assert reasons == ["tool_calls"] == [whole.finish_reason]
+    assert [(c["name"], c["arguments"]) for c in calls.values()] == [
+        (c.function.name, c.function.arguments) for c in whole.message.tool_calls
+    ]
+    assert all(c["id"].startswith("call_") for c in calls.values())
+    assert content == (whole.message.content or "")
+
+
+def test_text_that_calls_nothing_is_streamed_as_it_comes(cloud):
+    pieces = [c.choices[0].delta.content or "" for c in ask(cloud, stream=True, tool_choice="auto", max_tokens=8)]
+    assert "".join(pieces) == ask(cloud, tool_choice="auto", max_tokens=8).choices[0].message.content
+
+
+def test_results_of_tools_are_later_messages(cloud):
+    first = (
+        ask(cloud, tool_choice={"type": "function", "function": {"name": "Sit"}}, parallel_tool_calls=False)
+        .choices[0]
+        .message
+    )
+    result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
+    role = cloud.app.state.server.role
+    seen = []
+    encode = role._encode
+    role._encode = lambda asked: seen.append(encode(asked)) or seen[-1]
+    try:
+        ask(cloud, messages=[*ASK, first, result], max_tokens=4)
+    finally:
+        role._encode = encode
+    text = chat_tokenizer().decode(seen[0])
+    assert "<|im_start|>assistant\n[Sit()]" in text
+    assert "<|im_start|>tool\ndone<|im_end|>" in text
+
+
+def test_a_json_schema_holds_the_whole_answer(cloud):
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema, "strict": True}}
+    choice = ask(cloud, tools=openai.NOT_GIVEN, response_format=form).choices[0]
+    assert choice.finish_reason == "stop"
+    assert 1 <= json.loads(choice.message.content)["n"] <= 9
+
+
+REFUSED = [
+    ({"tools": [FLY]}, "tools has 'Fly', which this server's model was not trained to call"),
+    ({"tools": []}, None),
+    ({"tools": openai.NOT_GIVEN, "tool_choice": "required"}, "tool_choice asks for a call but there are no tools"),
+    ({"tool_choice": {"type": "function", "function": {"name": "Fly"}}}, "names 'Fly', which is none of the tools"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+        "hold the answer in two ways",
+    ),
+    ({"response_format": {"type": "json_object"}}, "send"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "holds no list of tools"),
+]
+
+
+@pytest.mark.parametrize(("more", "problem"), REFUSED)
+def test_what_cannot_be_held_is_refused_by_name(cloud, more, problem):
+    if problem is None:
+        assert ask(cloud, max_tokens=4, **more).choices[0].message.tool_calls is None
+        return
+    with pytest.raises(openai.BadRequestError, match=problem):
+        ask(cloud, **more)
+
+
+def saying(answer):
+    """A model that answers with ``answer``, no byte of which comes twice."""
+    made = chat_model(max_position_embeddings=512)
+    said = [*chat_tokenizer()("\n" + answer, add_special_tokens=False).input_ids, 3]
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-4)
+            layer.mlp.down_proj.weight.mul_(1e-4)
+        rows = torch.nn.functional.normalize(made.model.embed_tokens.weight, dim=-1)
+        made.lm_head.weight.zero_()
+        for before, after in pairwise(said):
+            made.lm_head.weight[after] += 3 * rows[before]
+    return Detached(made, chat_tokenizer(), "edge")
+
+
+def test_the_device_keeps_its_own_call_and_says_how_sure_it_is_of_each_part(cloud):
+    role = EdgeRole(
+        Engine(saying("[Walk(direct"), LIMITS),
+        Router(CallParser(TOOLS)),
+        CloudClient(cloud.url),
+        "edge",
+        system=None,
+        default_tokens=100,
+        tools=TOOLS,
+    )
+    with Running(build(role, Settings(NOBODY))) as running:
+        got = ask(running, temperature=0, seed=None)
+        choice, note = got.choices[0], got.model_extra["shadowpeft"]
+        assert choice.finish_reason == "tool_calls"
+        assert note["where"] == "device"
+        product = 1.0
+        for told, call in zip(note["calls"], choice.message.tool_calls, strict=True):
+            assert told["name"] == call.function.name
+            assert told["arguments"].keys() == arguments(call).keys()
+            product *= told["probability"]
+            for chance in told["arguments"].values():
+                product *= chance
+        assert product == pytest.approx(note["probability"], abs=2e-3)  # four digits of each
+
+
+def test_the_edge_hands_on_what_the_device_was_not_trained_for(edge, cloud):
+    bodies = []
+    role = edge.app.state.server.role
+    send = role.cloud.ask
+
+    async def record(path, body):
+        bodies.append(body)
+        return await send(path, {**body, "tools": [WALK, SIT]})
+
+    role.cloud.ask = record
+    try:
+        got = ask(edge, tools=[WALK, FLY], tool_choice="required", parallel_tool_calls=False)
+        assert got.model_extra["shadowpeft"]["reason"] == "other tools"
+        assert bodies[0]["tools"] == [WALK, FLY]  # unchanged, a null in a schema too
+        assert bodies[0]["tool_choice"] == "required"
+        assert bodies[0]["parallel_tool_calls"] is False
+        assert got.choices[0].finish_reason == "tool_calls"
+        schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "additionalProperties": False}
+        form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+        role.cloud.ask = send
+        got = ask(edge, tools=openai.NOT_GIVEN, response_format=form)
+        assert got.model_extra["shadowpeft"]["reason"] == "response format"
+        json.loads(got.choices[0].message.content)
+    finally:
+        role.cloud.ask = send
+    with pytest.raises(openai.BadRequestError, match="'Fly', which this server's model was not trained to call"):
+        ask(edge, tools=[FLY], extra_body={"route": "device"})
+
+
+def test_an_unsure_call_is_handed_on_with_the_name_as_a_hint(cloud):
+    calibration = Calibration(ACTION, (0.0, 1.0), (0.0, 1.0), 2.0, tools=tuple(TOOLS.definitions()))
+    role = edge_role(cloud, calibration, hint=True)
+    bodies = []
+    send = role.cloud.ask
+
+    async def record(path, body):
+        bodies.append(body)
+        return await send(path, body)
+
+    role.cloud.ask = record
+    walk_alone = [WALK]
+    with Running(build(role, Settings(NOBODY))) as running:
+        got = ask(running, tools=walk_alone, parallel_tool_calls=False, temperature=0)
+    note = got.model_extra["shadowpeft"]
+    if note["reason"] == "low confidence" and note["calls"][0]["probability"] >= 0.9:
+        assert note["hint"] == "Walk"
+        assert bodies[0]["tool_choice"]["function"]["name"] == "Walk"
+    else:
+        assert "hint" not in note
+    assert note["where"] == "cloud"
+
+
+def test_a_calibration_keeps_its_tools(tmp_path):
+    calibration = Calibration(ACTION, (0.0, 1.0), (0.0, 1.0), 0.5, tools=tuple(TOOLS.definitions()))
+    calibration.save(tmp_path / "routing.json")
+    again = Calibration.load(tmp_path / "routing.json")
+    assert again == calibration
+    assert tools_of(list(again.tools)) == TOOLS
+
+
+def test_without_a_cloud_the_device_answers_all():
+    with Running(build(edge_role(), Settings(NOBODY))) as running:
+        for more in ({}, {"tools": openai.NOT_GIVEN}):
+            got = ask(running, temperature=0, **more)
+            assert got.model_extra["shadowpeft"]["where"] == "device"
+        assert answered(got.choices[0].message.content, TOOLS) is not None  # without tools in the request it is text

@@ -1,0 +1,347 @@
+"""Tools: definitions, calls in their compact form, rows, and what a grammar lets a model say."""
+
+import json
+import random
+import re
+from decimal import Decimal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatbase import chat_model, chat_tokenizer
+from edges import tokenizer as byte_pairs
+from shadowpeft.data import chat, robot, robot_tools
+from shadowpeft.data.call_guide import Engine
+from shadowpeft.data.calls import Call, CallParser, answered, calls_of, only_calls, ordered, written
+from shadowpeft.data.number_patterns import integers, numbers
+from shadowpeft.data.tool_rows import with_tools, writes_calls
+from shadowpeft.data.tools import named, read_tools, tools_of
+from shadowpeft.decode import decode
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.evaluate.calls import Patterns, judge, summary, with_digits
+from shadowpeft.train.rows import read_rows
+
+TOOLS = robot_tools.TOOLS
+
+
+def tool(name, required=(), **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+MIXED = tools_of(
+    [
+        tool(
+            "Go",
+            ["to"],
+            to={"type": "string", "maxLength": 5},
+            fast={"type": "boolean"},
+            level={"enum": [1, "a", True]},
+        ),
+        tool(
+            "Set",
+            n={"type": "integer", "minimum": -3, "maximum": 12},
+            x={"type": "number", "exclusiveMinimum": 0, "maximum": 2.5},
+        ),
+        tool(
+            "List",
+            ["items"],
+            items={"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 3}, "maxItems": 3},
+        ),
+        tool("Sit"),
+    ]
+)
+
+
+# ------------------------------------------------------------------------------------------------------------ definitions
+
+
+def test_names_are_the_short_form(tmp_path):
+    (tmp_path / "names.txt").write_text("LampOn\nLampOff\n", encoding="utf-8")
+    (tmp_path / "names.json").write_text('["LampOn", "LampOff"]', encoding="utf-8")
+    (tmp_path / "tools.json").write_text(json.dumps([tool("LampOn"), {"name": "LampOff"}]), encoding="utf-8")
+    read = [read_tools(tmp_path / name) for name in ("names.txt", "names.json", "tools.json")]
+    assert read[0] == read[1] == named(["LampOn", "LampOff"])
+    assert read[2].names == ("LampOn", "LampOff")
+    assert all(each.plain for each in read)
+    assert not TOOLS.plain
+
+
+def test_the_robots_own_form_is_a_call_without_arguments():
+    found = answered("[Sit()] I sit.", named(robot.SKILLS))
+    assert found.calls == (Call("Sit", {}),)
+    assert "[Sit()] I sit."[found.end :] == " I sit."
+
+
+REFUSED = [
+    ([], "no tool"),
+    ({"a": 1}, "must be a list"),
+    ([tool("a b")], "name 'a b'"),
+    ([tool("REMOTE")], "always means handing on"),
+    ([tool("A"), tool("A")], "'A' twice"),
+    ([tool("A", ["x"])], "requires 'x'"),
+    ([tool("A", x={"type": "float"})], "no JSON schema"),
+    ([{"type": "function", "function": {"name": "A", "parameters": {"type": "array"}}}], "of an object"),
+    ([{"name": "A", "schema": {}}], "must be an object with name"),
+    ([tool("A", **{"a b": {}})], "an argument called 'a b'"),
+    ([5], "must be an object"),
+]
+
+
+@pytest.mark.parametrize(("definitions", "problem"), REFUSED)
+def test_what_is_no_tool_is_refused_by_place(definitions, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        tools_of(definitions, "the file")
+
+
+def test_descriptions_do_not_tell_tools_apart_and_ranges_do():
+    one = tool("A", x={"type": "integer", "maximum": 5, "description": "how many"})
+    other = tool("A", x={"type": "integer", "maximum": 5, "title": "X"})
+    assert tools_of([one]).lack(tools_of([other])) is None
+    assert tools_of([one]).lack(tools_of([tool("A", x={"type": "integer", "maximum": 6})])) == "A"
+    assert tools_of([one]).lack(tools_of([tool("B")])) == "B"
+
+
+# ------------------------------------------------------------------------------------------------------------------ calls
+
+
+@pytest.mark.parametrize("split", robot_tools.SPLITS)
+def test_every_packaged_row_is_read_back_from_its_text(split):
+    for row in robot_tools.load(split):
+        calls = robot_tools.calls_of_row(row)
+        found = answered(written(calls) + " and words", TOOLS)
+        assert found.calls == calls == tuple(ordered(call, TOOLS) for call in calls)
+        assert only_calls(written(calls) + " words", TOOLS) == written(calls)
+
+
+UNREAD = [
+    "", "[", "[Sit(", "[Sit()", "Sit()]", "[Fly()]", "[Set(n=13)]", "[Set(n=1, n=2)]", "[Set(n=1,)]", "[Set(n=1 )]",
+    "[Set(n=NaN)]", "[Go()]", '[Go(to="abcdef")]', "[Sit() ]", "[Sit(), ]", "[Sit(),Sit()]", "ok [Sit()]", "[REMOTE()]",
+    '[Set({"n": 1})]',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNREAD)
+def test_what_is_no_valid_call_is_none(text):
+    assert answered(text, MIXED) is None
+    assert CallParser(MIXED)(text) is None
+
+
+@given(st.data())
+def test_a_parser_does_not_change_its_mind(data):
+    row = data.draw(st.sampled_from(robot_tools.load("test")))
+    text = written(robot_tools.calls_of_row(row)) + data.draw(st.text(max_size=5))
+    parse = CallParser(TOOLS)
+    said = [parse(text[:n]) for n in range(len(text) + 1)]
+    decided = [one for one in said if one is not None]
+    assert len(set(decided)) == 1
+    assert said[-1] is not None
+
+
+def test_arguments_have_one_order_and_numbers_one_form():
+    call = {"function": {"name": "Walk", "arguments": '{"distance": 2.0, "direction": "left"}'}}
+    assert written(calls_of([call], TOOLS)) == '[Walk(direction="left", distance=2)]'
+    for given_, problem in [
+        ({"name": "Walk", "arguments": "{"}, "no JSON"),
+        ({"name": "Walk", "arguments": {"direction": "up"}}, "refuses"),
+        ({"name": "Fly", "arguments": {}}, "none of the tools"),
+        ({"arguments": {}}, "needs a function"),
+    ]:
+        with pytest.raises(ConfigError, match=problem):
+            calls_of([given_], TOOLS)
+
+
+# ------------------------------------------------------------------------------------------------------------------- rows
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "Sit", "arguments": '{"seconds": 5}'}}]
+WRITES = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}{% for c in m.get('tool_calls') or [] %}CALL {{ c['function']['name'] }}{% endfor %}<|im_end|>\n{% endfor %}"  # noqa: E501
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def row(**answer):
+    turns = [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "Ok.", **answer}]
+    return chat.check_row({"messages": turns}, "rows.jsonl, line 1")
+
+
+def test_a_template_that_knows_calls_writes_them_and_others_get_the_compact_form():
+    assert writes_calls(chat_tokenizer(template=WRITES))
+    assert not writes_calls(chat_tokenizer())
+    compact = with_tools(row(tool_calls=CALL), TOOLS, compact=True)
+    assert compact["response"] == "[Sit(seconds=5)] Ok."
+    (one,) = chat.encode([compact], chat_tokenizer(), max_length=512)
+    assert chat_tokenizer().decode(one.ids[one.start :]) == "[Sit(seconds=5)] Ok.<|im_end|>"
+    whole = with_tools(row(tool_calls=CALL), TOOLS, compact=False)
+    (one,) = chat.encode([whole], chat_tokenizer(template=WRITES), max_length=20_000)
+    assert chat_tokenizer().decode(one.ids[one.start :]) == "Ok.CALL Sit<|im_end|>"
+    assert '"name": "SetTimer"' in chat_tokenizer().decode(one.ids[: one.start])
+
+
+def test_rows_with_other_tools_or_arguments_are_refused_by_line():
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: message 2 calls 'Fly', which is none of the tools"):
+        with_tools(row(tool_calls=[{"function": {"name": "Fly", "arguments": "{}"}}]), TOOLS, compact=True)
+    other = {**row(), "tools": [tool("Fly")]}
+    with pytest.raises(DataError, match="has the tool 'Fly', which is none of the run's tools"):
+        with_tools(other, TOOLS, compact=True)
+
+
+def test_the_shadow_of_the_packaged_set_learns_calls_alone():
+    rows = read_rows("robot_tools", "validation", actions=True, tools=TOOLS)
+    for given_, made in zip(robot_tools.load("validation"), rows, strict=True):
+        calls = written(robot_tools.calls_of_row(given_))
+        assert made["shadow_response"] == calls
+        assert made["response"] == (f"{calls} {given_['reply']}" if given_["calls"] else given_["reply"])
+
+
+def test_the_packaged_splits_are_what_the_card_says():
+    seen, families = {}, {}
+    for split, counts in {"train": (950, 300, 250), "validation": (160, 80, 60), "test": (240, 100, 60)}.items():
+        rows = robot_tools.load(split)
+        assert tuple(sum(r["kind"] == kind for r in rows) for kind in ("one", "two", "cloud")) == counts
+        assert {c["name"] for r in rows for c in r["calls"]} == set(TOOLS.names)
+        seen[split] = {r["prompt"].lower() for r in rows}
+        families[split] = {f for r in rows if r["kind"] == "one" for f in [r["family"]]}
+        assert len(seen[split]) == len(rows)
+    for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
+        assert not families[one] & families[other]
+    card = (robot_tools.ROWS.parent / "CARD.md").read_text(encoding="utf-8")
+    assert "| `train` | 1500 |" in card
+
+
+# --------------------------------------------------------------------------------------------------------------- grammars
+
+
+@given(st.integers(-2000, 2000), st.integers(0, 300), st.integers(-2500, 2500))
+@settings(max_examples=300)
+def test_a_pattern_of_integers_is_their_range(low, width, value):
+    pattern = re.compile(integers(low, low + width))
+    assert bool(pattern.fullmatch(str(value))) == (low <= value <= low + width)
+    assert pattern.fullmatch(str(low))
+    assert pattern.fullmatch(str(low + width))
+
+
+@given(st.integers(-900, 900), st.integers(0, 500), st.integers(-1500, 1500))
+@settings(max_examples=300)
+def test_a_pattern_of_numbers_is_their_range_in_one_form(low, width, value):
+    pattern = re.compile(numbers(Decimal(low) / 100, Decimal(low + width) / 100, 2))
+    text = format((Decimal(value) / 100).normalize(), "f")
+    assert bool(pattern.fullmatch(text)) == (low <= value <= low + width)
+    for other in (text + ".", text + "0" if "." in text else text + ".0", "0" + text, "-0", "+" + text):
+        assert not pattern.fullmatch(other)
+
+
+def generate(model, tokenizer, grammar, tools, seed, longest=1200):
+    """Greedy or sampled tokens of an untrained model that is held to a grammar."""
+    generator = torch.Generator().manual_seed(seed)
+    guide, path = grammar.start(), []
+    prompt = tokenizer("walk", add_special_tokens=False).input_ids
+    # one pass for all logits: an untrained model's numbers are noise whatever it has read
+    bias = model(torch.tensor([prompt])).logits[0, -1]
+    while len(path) < longest:
+        if forced := guide.forced(path):
+            path += forced
+            continue
+        allowed = guide.allowed(path)
+        if not len(allowed):
+            return path
+        noise = torch.rand(len(allowed), generator=generator)
+        path.append(int(allowed[int((bias[torch.as_tensor(allowed)].detach().float() + 3 * noise).argmax())]))
+    raise AssertionError(f"no end after {longest} tokens: {decode(tokenizer, path)[:200]!r}")
+
+
+@pytest.fixture(scope="module", params=["bytes", "byte pairs"])
+def machine(request):
+    tokenizer = chat_tokenizer() if request.param == "bytes" else byte_pairs()
+    return chat_model(vocab_size=460, max_position_embeddings=64), tokenizer, Engine(tokenizer, 460)
+
+
+def count_invalid(machine, tools, rows, hand_on):
+    model, tokenizer, engine = machine
+    grammar = engine.calls(tools, hand_on=hand_on)
+    invalid = 0
+    for seed in range(rows):
+        text = decode(tokenizer, generate(model, tokenizer, grammar, tools, seed))
+        found = answered(text, tools)
+        invalid += found is None or found.end != len(text)
+    return invalid
+
+
+@pytest.mark.parametrize("tools", [MIXED, TOOLS], ids=["mixed", "robot"])
+def test_an_untrained_model_makes_no_invalid_call(machine, tools):
+    assert count_invalid(machine, tools, 50, hand_on=tools is TOOLS) == 0
+
+
+@pytest.mark.slow
+def test_an_untrained_model_makes_no_invalid_call_in_ten_thousand():
+    tokenizer = byte_pairs()
+    machine = chat_model(vocab_size=460, max_position_embeddings=64), tokenizer, Engine(tokenizer, 460)
+    assert (
+        count_invalid(machine, TOOLS, 5_000, hand_on=False) + count_invalid(machine, MIXED, 5_000, hand_on=False) == 0
+    )
+
+
+def test_the_tokens_of_training_are_those_that_must_follow(machine):
+    _, tokenizer, engine = machine
+    grammar = engine.calls(TOOLS, hand_on=True)
+    for each in robot_tools.load("validation")[:60]:
+        ids = tokenizer(written(robot_tools.calls_of_row(each)), add_special_tokens=False).input_ids
+        guide, path = grammar.start(), []
+        while len(path) < len(ids):
+            forced = guide.forced(path)
+            assert forced == ids[len(path) : len(path) + len(forced)]
+            path += forced
+            if not forced:
+                assert ids[len(path)] in guide.allowed(path)
+                path.append(ids[len(path)])
+        assert len(guide.allowed(path)) == 0
+
+
+def test_an_answer_that_is_read_again_may_be_shorter(machine):
+    _, tokenizer, engine = machine
+    ids = tokenizer('[Walk(direction="left", distance=2)]', add_special_tokens=False).input_ids
+    guide = engine.calls(TOOLS, hand_on=True).start()
+    fresh = engine.calls(TOOLS, hand_on=True)
+    rng = random.Random(0)
+    for _ in range(60):
+        path = ids[: rng.randrange(len(ids) + 1)] + ([5] if rng.random() < 0.2 else [])
+        other = fresh.start()
+        assert list(guide.allowed(path)) == list(other.allowed(path))
+        assert guide.forced(path) == other.forced(path)
+
+
+def test_a_schema_that_the_engine_does_not_know_is_refused(machine):
+    _, _, engine = machine
+    with pytest.raises(ConfigError, match="the engine refuses the schema"):
+        engine.calls(
+            tools_of([tool("A", x={"type": "array", "uniqueItems": True, "items": {"enum": [1, 2]}})]), hand_on=True
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- judging
+
+
+def test_answers_are_judged_as_a_whole_by_name_and_by_argument():
+    right = (Call("Walk", {"direction": "left", "distance": 2}), Call("Sit", {}))
+    other = (Call("Walk", {"direction": "left", "distance": 3}), Call("Sit", {}))
+    assert judge(right, right).exact
+    told = judge(other, right)
+    assert (told.exact, told.names, told.arguments) == (False, True, (1, 2))
+    assert judge((), right).handed_on
+    assert not judge(None, ()).exact
+    rows = [{"calls": [1], "kind": "two", "lang": "en"}, {"calls": [], "kind": "cloud", "lang": "en"}]
+    shares = summary(rows, [told, judge((), ())])
+    assert (shares["calls"]["accuracy"], shares["names"]["accuracy"], shares["arguments"]["accuracy"]) == (0, 1, 0.5)
+    assert shares["cloud_handed_on"]["accuracy"] == 1
+
+
+def test_the_rival_reads_numbers_in_words():
+    assert with_digits("walk two hundred and five steps, twenty-three times") == "walk 205 steps, 23 times"
+    assert with_digits("转一百二十度，三次") == "转120度，3次"
+    rival = Patterns(robot_tools.load("train"))
+    assert rival.answers(["turn left 90 degrees, then stand up"]) == [
+        (Call("Turn", {"direction": "left", "angle": 90}), Call("StandUp", {}))
+    ]
