@@ -21,6 +21,8 @@ DEFAULTS = {
     "max_num_seqs": 16,
     "skip_tokenizer_init": True,
     "seed": 0,
+    "block_size": 32,
+    "enable_prefix_caching": True,
 }
 
 
