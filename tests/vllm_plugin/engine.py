@@ -81,7 +81,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     for step in job["steps"]:
         if step["how"] == "swap":
             try:
-                shadowpeft_vllm.swap(llm, step["adapter"])
+                shadowpeft_vllm.swap_adapter(llm, step["adapter"])
                 result["steps"].append("swapped")
             except AdapterError as error:
                 result["steps"].append(str(error))

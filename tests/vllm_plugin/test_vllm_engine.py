@@ -74,17 +74,29 @@ def changed(adapter, to, **values):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """What vLLM answered, and what ``model.generate`` did."""
+def families(tmp_path_factory):
+    """What vLLM answered for every family and kind of shadow, and what ``model.generate`` did."""
     vllm_python()
-    folder = tmp_path_factory.mktemp("vllm")
-    rows, long = prompts(), prompts(4, 800)
+    folder, rows = tmp_path_factory.mktemp("families"), prompts()
     jobs, wanted = {}, {}
     for name in CASES:
         model, base, adapter = make_case(name, folder)
         wanted[name] = expected(model, rows, NEW)
         jobs[name] = job(model, base, adapter, [{"how": how, "prompts": rows, "new": NEW} for how in HOW])
+    return run_engine(jobs, folder), wanted
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory):
+    """The same for one adapter, in each way that vLLM runs a model; and the models that it refuses."""
+    vllm_python()
+    folder = tmp_path_factory.mktemp("ways")
+    rows, long = prompts(), prompts(4, 560)
+    jobs, wanted = {}, {}
+    for name in ("llama-scaled", "qwen3", "mistral"):
+        make_case(name, folder)
     model, base, adapter = make_case("llama", folder)
+    wanted["llama"] = expected(model, rows, NEW)
     wanted["chunked"] = expected(model, long, NEW)
     jobs["chunked"] = job(
         model, base, adapter, [{"how": "together", "prompts": long, "new": NEW}], max_num_batched_tokens=64, max_model_len=512
@@ -131,8 +143,8 @@ def assert_same(got, wanted):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_batched_alone_and_staggered(name, ran):
-    results, wanted = ran
+def test_batched_alone_and_staggered(name, families):
+    results, wanted = families
     assert "refused" not in results[name], results[name]["refused"]
     for got in results[name]["steps"]:
         assert_same(got, wanted[name])
@@ -140,19 +152,19 @@ def test_batched_alone_and_staggered(name, ran):
     assert sum(row["cached"] for row in results[name]["steps"][1]) >= 32
 
 
-def test_long_prompts_in_chunks(ran):
-    results, wanted = ran
+def test_long_prompts_in_chunks(ways):
+    results, wanted = ways
     assert_same(results["chunked"]["steps"][0], wanted["chunked"])
 
 
-def test_the_edge_model_drafts(ran):
-    results, wanted = ran
+def test_the_edge_model_drafts(ways):
+    results, wanted = ways
     assert_same(results["draft"]["steps"][0], wanted["draft"])
     assert results["draft"]["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
 
 
-def test_a_swap_and_back(ran):
-    results, wanted = ran
+def test_a_swap_and_back(ways):
+    results, wanted = ways
     assert all(a["tokens"] != b["tokens"] for a, b in zip(wanted["llama"], wanted["second"], strict=True))
     first, _, second, _, back, refusal, still = results["swap"]["steps"]
     assert_same(first, wanted["llama"])
@@ -172,8 +184,8 @@ def test_a_swap_and_back(ran):
         ("window", "the shadow's sliding window is None but vLLM gives every layer of this base 16"),
     ],
 )
-def test_refusals_name_their_reason(name, message, ran):
-    results, _ = ran
+def test_refusals_name_their_reason(name, message, ways):
+    results, _ = ways
     assert message in results[f"refuse {name}"]["refused"] + results[f"refuse {name}"]["trace"]
 
 

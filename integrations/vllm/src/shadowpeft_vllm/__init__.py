@@ -62,7 +62,7 @@ def overrides(adapter: str | Path, base_type: str) -> dict[str, Any]:
     return {"architectures": [ARCHITECTURES[base_type]], "shadowpeft_adapter": str(Path(adapter).absolute())}
 
 
-def swap(llm: Any, adapter: str | Path) -> None:
+def swap_adapter(llm: Any, adapter: str | Path) -> None:
     """Put the weights of another adapter in place of the one that ``llm``, a ``vllm.LLM``, runs with; no request may run.
 
     ``llm`` needs ``worker_extension_cls="shadowpeft_vllm.swap.SwapShadow"``. What the prefix cache holds was computed with the

@@ -15,7 +15,7 @@ class SwapShadow:
         """Put the weights of the adapter in ``folder`` in place of the running one's, in place and on every rank.
 
         No request may run, and the prefix cache must be emptied after it: what both hold was computed with the old weights.
-        ``shadowpeft_vllm.swap(llm, folder)`` does that.
+        ``shadowpeft_vllm.swap_adapter(llm, folder)`` does that.
 
         Raises:
             AdapterError: if the adapter has another shape or belongs to another base; the old weights stay.
