@@ -1,7 +1,7 @@
 """Tokens per second and per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
 
-``python benchmarks/vllm_speed.py --out docs/records/vllm.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random values:
-speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON`` names the
+``python benchmarks/vllm_speed.py --out docs/records/vllm.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
+values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON`` names the
 Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is timed is
 all requests together, from the first token read to the last written, after a warm-up of the same shape.
 """
@@ -30,7 +30,9 @@ Answer = Callable[[list[list[int]]], list[list[int]]]
 
 def prompts(rows: int, turn: int) -> list[list[int]]:
     """Token ids that no earlier turn had, so that no prefix is cached."""
-    return [[1000 + (turn * 7919 + row * 104729 + place * 31) % 40000 for place in range(PROMPT)] for row in range(rows)]
+    return [
+        [1000 + (turn * 7919 + row * 104729 + place * 31) % 40000 for place in range(PROMPT)] for row in range(rows)
+    ]
 
 
 def vllm_engine(base: str, adapter: str | None, eager: bool) -> Answer:
@@ -41,7 +43,9 @@ def vllm_engine(base: str, adapter: str | None, eager: bool) -> Answer:
         import shadowpeft_vllm
 
         extra["hf_overrides"] = shadowpeft_vllm.overrides(adapter, "llama")
-    llm = LLM(model=base, dtype="float32", enforce_eager=eager, max_model_len=256, max_num_seqs=32, block_size=32, **extra)
+    llm = LLM(
+        model=base, dtype="float32", enforce_eager=eager, max_model_len=256, max_num_seqs=32, block_size=32, **extra
+    )
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
 
     def answer(rows: list[list[int]]) -> list[list[int]]:
@@ -101,7 +105,9 @@ def transformers_engine(adapter: str, base: str) -> Answer:
     def answer(rows: list[list[int]]) -> list[list[int]]:
         ids = torch.tensor(rows)
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+            )
         return out[:, PROMPT:].tolist()  # type: ignore[no-any-return]
 
     return answer
@@ -213,14 +219,18 @@ def main() -> None:
 def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> dict[str, Any]:
     """Of each engine the best start by processor time, and whether the attached engines agree on the tokens."""
     best = {
-        engine: {rows: max((run[rows] for run in found), key=lambda cell: cell["tokens_per_cpu_second"]) for rows in map(str, ROWS)}
+        engine: {
+            rows: max((run[rows] for run in found), key=lambda cell: cell["tokens_per_cpu_second"])
+            for rows in map(str, ROWS)
+        }
         for engine, found in runs.items()
     }
     attached = [engine for engine in ("vllm+shadow", "shadowpeft", "transformers") if engine in best]
     equal = {}
     for rows in map(str, ROWS):
         answers = [[row for turn in best[engine][rows]["tokens"] for row in turn] for engine in attached]
-        equal[rows] = f"{sum(all(a == b for b in same[1:]) for same in zip(*answers, strict=True) for a in same[:1])} of {len(answers[0])}"
+        same = sum(all(answer == of[0] for answer in of) for of in zip(*answers, strict=True))
+        equal[rows] = f"{same} of {len(answers[0])}"
     for engine in best.values():
         for cell in engine.values():
             del cell["tokens"]
@@ -228,7 +238,11 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
         "model": given.base,
         "shadow": {"layers": given.layers, "r": 16, "values": "random"},
         "requests": {"prompt": PROMPT, "new": NEW, "dtype": "float32", "greedy": True},
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1, "python": platform.python_version()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": 1,
+            "python": platform.python_version(),
+        },
         "vllm": "compiled" if given.compile else "eager",
         "starts": given.turns,
         "answers equal in all attached engines": equal,

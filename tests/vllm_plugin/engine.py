@@ -1,7 +1,7 @@
 """Runs vLLM: ``engine.py JOBS OUT``; with vLLM's own Python, which has no shadowpeft.
 
-JOBS is JSON, a list of jobs. A job names a model, perhaps an adapter and arguments for ``vllm.LLM``, and lists what to do. OUT gets
-a list of results, one a job: of each step its answers, or the error that refused the model.
+JOBS is JSON, a list of jobs. A job names a model, perhaps an adapter and arguments for ``vllm.LLM``, and lists what to do.
+OUT gets a list of results, one a job: of each step its answers, or the error that refused the model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def answer(llm: Any, step: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "tokens": list(out.outputs[0].token_ids),
-            "logprobs": [places[token].logprob for places, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True)],
+            "logprobs": [
+                places[token].logprob
+                for places, token in zip(out.outputs[0].logprobs, out.outputs[0].token_ids, strict=True)
+            ],
             "cached": out.num_cached_tokens,
         }
         for out in outputs
@@ -63,10 +66,9 @@ def metrics(llm: Any) -> dict[str, float]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM
-
     import shadowpeft_vllm
     from shadowpeft_vllm.adapter import AdapterError
+    from vllm import LLM
 
     began, arguments = time.perf_counter(), {**DEFAULTS, **job.get("arguments", {})}
     if "adapter" in job:

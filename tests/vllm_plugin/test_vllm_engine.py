@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_cases import CASES, expected, make_case, prompts
 
 import shadowpeft
-from vllm_cases import CASES, expected, make_case, prompts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 SAME = 2e-4
@@ -99,14 +99,24 @@ def ways(tmp_path_factory):
     wanted["llama"] = expected(model, rows, NEW)
     wanted["chunked"] = expected(model, long, NEW)
     jobs["chunked"] = job(
-        model, base, adapter, [{"how": "together", "prompts": long, "new": NEW}], max_num_batched_tokens=64, max_model_len=512
+        model,
+        base,
+        adapter,
+        [{"how": "together", "prompts": long, "new": NEW}],
+        max_num_batched_tokens=64,
+        max_model_len=512,
     )
     edge = shadowpeft.detach(model)
     edge.save_pretrained(folder / "edge")
     drafts = {"method": "draft_model", "model": str(folder / "edge"), "num_speculative_tokens": 3}
     wanted["draft"] = wanted["llama"]
     jobs["draft"] = job(
-        model, base, adapter, [{"how": "together", "prompts": rows, "new": NEW}], speculative_config=drafts, disable_log_stats=False
+        model,
+        base,
+        adapter,
+        [{"how": "together", "prompts": rows, "new": NEW}],
+        speculative_config=drafts,
+        disable_log_stats=False,
     )
     other, _, second = make_case("llama", folder, seed=8)
     wanted["second"] = expected(other, rows, NEW)

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import httpx
 import pytest
+import shadowpeft_vllm
 import torch
 from peft import get_peft_model
+from test_vllm_engine import vllm_environment, vllm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shadowpeft
-import shadowpeft_vllm
 from chatbase import chat_tokenizer, save_base
 from pages import ROOT
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.export import vllm as export
-from test_vllm_engine import vllm_environment, vllm_python
 from tiny import adapter_config, randomise
 from webserver import free_port, wait_for
 
@@ -34,7 +34,13 @@ def commands():
 
 
 def test_the_page_has_five_commands_and_every_architecture():
-    assert [words[0].rpartition("/")[2] for words in commands()] == ["shadowpeft", "python", "shadowpeft", "curl", "curl"]
+    assert [words[0].rpartition("/")[2] for words in commands()] == [
+        "shadowpeft",
+        "python",
+        "shadowpeft",
+        "curl",
+        "curl",
+    ]
     assert export.ARCHITECTURES == shadowpeft_vllm.ARCHITECTURES
     assert dict(re.findall(r"^\| `(\w+)` \| `(ShadowPeft\w+)` \|$", PAGE, flags=re.M)) == export.ARCHITECTURES
 
@@ -66,7 +72,7 @@ class Server:
 
 def made_ready(words, ports, python):
     """A command with this machine's programs and free ports."""
-    programs = {"shadowpeft": [sys.executable, "-m", "shadowpeft.cli"], ".venv/vllm/bin/python": [python]}
+    programs = {"shadowpeft": [sys.executable, "-m", "shadowpeft"], ".venv/vllm/bin/python": [python]}
     text = [*programs.get(words[0], words[:1]), *words[1:]]
     return [re.sub(r"\b(8000|8001)\b", lambda match: str(ports[match[0]]), word) for word in text]
 
@@ -75,7 +81,14 @@ def made_ready(words, ports, python):
 @pytest.mark.timeout(900)
 def test_the_commands_of_the_page(tmp_path):
     python = vllm_python()
-    base = save_base(tmp_path / "base", hidden_size=64, num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=512)
+    base = save_base(
+        tmp_path / "base",
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter_config())
     randomise(model.eval())
     model.save_pretrained(tmp_path / "run" / "adapter")
@@ -97,7 +110,9 @@ def test_the_commands_of_the_page(tmp_path):
         body = {"model": "robot", "messages": [{"role": "user", "content": "sit down"}], "max_tokens": 8}
         device = httpx.post(url, json={**body, "route": "device"}, timeout=60, trust_env=False).json()
         assert device["shadowpeft"]["where"] == "device"
-        with httpx.stream("POST", url, json={**body, "route": "cloud", "stream": True}, timeout=60, trust_env=False) as stream:
+        with httpx.stream(
+            "POST", url, json={**body, "route": "cloud", "stream": True}, timeout=60, trust_env=False
+        ) as stream:
             pieces = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
         streamed = "".join(choice["delta"].get("content") or "" for piece in pieces for choice in piece["choices"])
         assert streamed == answer["choices"][0]["message"]["content"]

@@ -1,4 +1,4 @@
-"""The vLLM plugin without vLLM: its arithmetic is that of ``shadowpeft.ops``, its names those of every adapter, its refusals by name."""
+"""The vLLM plugin without vLLM: its arithmetic is that of ``shadowpeft.ops``, it has a place for every tensor, it refuses by name."""
 
 import json
 import shutil
@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from shadowpeft.ops import reference
-from shadowpeft.settings import VARIANTS
 from shadowpeft_vllm import RELEASES, release_problem, step
 from shadowpeft_vllm import adapter as plugin
 from shadowpeft_vllm.adapter import AdapterError, read_adapter, rename
 from vllm_cases import CASES, SHAPE, make_case
+
+from shadowpeft.ops import reference
+from shadowpeft.settings import VARIANTS
 
 T, D, R, M = 7, 16, 4, 6
 FACTS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -26,12 +26,21 @@ def drawn(*shape):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_step_is_that_of_the_reference(name):
     variant = VARIANTS[name]
-    h, s, w_down, w_up, w_in, w_out = drawn(T, D), drawn(T, D), drawn(R, D), drawn(D, R), drawn(2 * M, D), drawn(2, D, M)
+    h, s, w_down, w_up, w_in, w_out = (
+        drawn(T, D),
+        drawn(T, D),
+        drawn(R, D),
+        drawn(D, R),
+        drawn(2 * M, D),
+        drawn(2, D, M),
+    )
     biases = {"b_in": drawn(2 * M), "b_out": drawn(2, D)} if variant.update_bias else {}
     norm = {"norm_weight": drawn(D), "norm_bias": drawn(D)} if variant.update_norm else {}
     rest = {"gate_start": variant.gate_start, "activation": variant.update_activation}
     ours = step.advance(s, h, w_in, w_out, **biases, **norm, **rest)
-    torch.testing.assert_close(ours, reference.advance(s, h, w_in, w_out, **biases, **norm, **rest), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        ours, reference.advance(s, h, w_in, w_out, **biases, **norm, **rest), rtol=1e-12, atol=1e-12
+    )
     corrected = reference.inject(h, reference.correction(h, ours, w_down, w_up, normalised=variant.normalised), ALPHA)
     # float64 sums in another order, and alpha inside the matrix: rounding is 1e-15 of the largest value
     torch.testing.assert_close(
@@ -70,7 +79,10 @@ def test_every_tensor_of_an_adapter_has_its_place(name, cases):
     assert torch.equal(mine[f"links.{last}.w_down"], stored[f"{link}.w_down"])
     assert torch.equal(mine[f"links.{last}.w_up"], stored[f"{link}.w_up"] * 0.7)  # alpha as recorded
     assert torch.equal(mine["norm.weight"], stored["base_model.model.model.shadow_hub.shadowpeft_backbone.norm.weight"])
-    assert (("projection.weight" in mine), ("embed_tokens.weight" in mine)) == (adapter.d_s != adapter.d, adapter.own_embedding)
+    assert (("projection.weight" in mine), ("embed_tokens.weight" in mine)) == (
+        adapter.d_s != adapter.d,
+        adapter.own_embedding,
+    )
 
 
 def test_the_base_is_recognised_by_its_weights(cases):
@@ -124,13 +136,13 @@ def test_what_is_not_supported_is_refused_by_name(values, message, cases, tmp_pa
 @pytest.mark.parametrize("key", FACTS)
 def test_another_base_is_refused(key, cases):
     facts, folder = cases("llama")
-    with pytest.raises(AdapterError, match="serve (its own base|the adapter's own base)"):
+    with pytest.raises(AdapterError, match=r"serve (its own base|the adapter's own base)"):
         read_adapter(folder, {**facts, key: "qwen3" if key == "model_type" else facts[key] + 1})
 
 
 def test_damaged_and_missing_files_are_refused(cases, tmp_path):
     facts, folder = cases("llama")
-    with pytest.raises(AdapterError, match="has no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
         read_adapter(tmp_path, facts)
     cut = changed(folder, tmp_path / "cut")
     data = (cut / "adapter_model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Bases that vLLM can run on a CPU (heads of width 32) with adapters of every kind, and what shadowpeft's own model says of them."""
+"""Bases that vLLM can run on a CPU (heads of width 32) with adapters of every kind, and what shadowpeft's model says."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def small_shadow(name: str) -> Any:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-tied-two-layers": ("llama_tied", {"shadow_num_hidden_layers": 2, "shadow_intermediate_size": 32, "update_hidden_size": 6}),
+    "llama-tied-two-layers": (
+        "llama_tied",
+        {"shadow_num_hidden_layers": 2, "shadow_intermediate_size": 32, "update_hidden_size": 6},
+    ),
     "llama-last-layers": ("llama", {"refined_layers": [2, 3]}),
     "llama-one-layer": ("llama", {"refined_layers": [0, 0]}),
     "llama-no-update": ("llama", {"use_update": False}),
@@ -63,7 +66,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-explicit": ("llama", {"shadow_model": "small"}),
     "llama-narrow": (
         "llama",
-        {"share_embeddings": False, "shadow_hidden_size": 32, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 1},
+        {
+            "share_embeddings": False,
+            "shadow_hidden_size": 32,
+            "shadow_num_attention_heads": 2,
+            "shadow_num_key_value_heads": 1,
+        },
     ),
     "llama-own-head": ("llama", {"own_shadow_head": True}),
     "qwen2": ("qwen2", {}),
@@ -112,7 +120,11 @@ def expected(model: PeftModel, rows: list[list[int]], new: int) -> list[dict[str
     answers = []
     for row in rows:
         out = model.generate(
-            input_ids=torch.tensor([row]), max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True
+            input_ids=torch.tensor([row]),
+            max_new_tokens=new,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         logits = torch.stack(out.logits, 1)[0].float().log_softmax(-1)
         best = logits.topk(2, -1).values

@@ -19,7 +19,9 @@ from shadowpeft.terminal import terminal
 def main(
     source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
     out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
-    to: Annotated[str, typer.Option(help="hf, vllm (attached, with its draft), gguf, onnx (scoring only), onnx-genai, int8 or int4.")],
+    to: Annotated[
+        str, typer.Option(help="hf, vllm (attached, with its draft), gguf, onnx (scoring only), onnx-genai, int8, int4.")
+    ],
     dtype: Annotated[
         Optional[str], typer.Option(help="hf, vllm: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
     ] = None,

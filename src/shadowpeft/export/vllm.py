@@ -48,12 +48,14 @@ def attach(adapter: str, base: str | None, folder: Path) -> dict[str, Any]:
         UnsupportedModelError: if ``shadowpeft-vllm`` has no class for the base, or the adapter trains modules of the base.
     """
     if formats.detect(adapter) != formats.OURS:
-        raise ConfigError(f"'{adapter}' is not in this package's format, which vllm needs; run shadowpeft convert first")
+        raise ConfigError(
+            f"'{adapter}' is not in this package's format, which vllm needs; run shadowpeft convert first"
+        )
     config = read_config(adapter)
     if config.modules_to_save:
         raise UnsupportedModelError(
-            f"the adapter trains modules of the base ({quote(config.modules_to_save)}), which shadowpeft-vllm cannot serve; use "
-            "shadowpeft serve"
+            f"the adapter trains modules of the base ({quote(config.modules_to_save)}), which shadowpeft-vllm cannot serve; "
+            "use shadowpeft serve"
         )
     source = _folder_of(*((base, {}) if base is not None else named_base(config)))
     model = read_json(source / "config.json")
@@ -64,7 +66,9 @@ def attach(adapter: str, base: str | None, folder: Path) -> dict[str, Any]:
         )
     weights = sorted(source.glob("*.safetensors"))
     if not weights:
-        raise ConfigError(f"the base in '{source}' has no safetensors files; save it with transformers and pass that with --base")
+        raise ConfigError(
+            f"the base in '{source}' has no safetensors files; save it with transformers and pass that with --base"
+        )
     copied = sum(_bring(file, folder / file.name) for file in weights)
     for index in source.glob("*.safetensors.index.json"):
         shutil.copyfile(index, folder / index.name)
@@ -95,7 +99,7 @@ def _bring(file: Path, to: Path) -> bool:
 
 
 def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
-    """Beside what :func:`attach` wrote: ends and tokenizer for both models, and the edge ``model`` in ``edge/`` as ``dtype``."""
+    """Beside what :func:`attach` wrote: ends, tokenizer, and the edge ``model`` in ``edge/`` as ``dtype``."""
     generation_config(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     hf.write(model, tokenizer, folder / EDGE, dtype)

@@ -73,4 +73,6 @@ def swap_adapter(llm: Any, adapter: str | Path) -> None:
     """
     llm.collective_rpc("swap_shadow", args=(str(Path(adapter).absolute()),))
     if not llm.reset_prefix_cache():
-        raise RuntimeError("the prefix cache could not be emptied since requests are running; wait for them and call it again")
+        raise RuntimeError(
+            "the prefix cache could not be emptied since requests are running; wait for them and call it again"
+        )

@@ -45,16 +45,21 @@ VARIANTS = {
 SHADOWS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "qwen3_moe")
 """``model_type`` of the shadow backbones that there are layers for."""
 _KNOWN = frozenset(
-    "auto_mapping auxiliary_loss_weight base_alias base_fingerprint base_model_name_or_path draft_tokens format_version "
-    "inference_mode modules_to_save own_shadow_head peft_type peft_version projection_init r refined_layers revision "
-    "shadow_alpha shadow_backbone_config shadow_dropout shadow_frozen shadow_head_dim shadow_hidden_size shadow_init "
-    "shadow_intermediate_size shadow_loss shadow_model shadow_num_attention_heads shadow_num_hidden_layers "
-    "shadow_num_key_value_heads shadow_reads_tokens share_embeddings task_type trained_ends update_hidden_size use_update "
-    "variant weights_sha256".split()
+    [
+        "auto_mapping", "auxiliary_loss_weight", "base_alias", "base_fingerprint", "base_model_name_or_path",
+        "draft_tokens", "format_version", "inference_mode", "modules_to_save", "own_shadow_head", "peft_type",
+        "peft_version", "projection_init", "r", "refined_layers", "revision", "shadow_alpha", "shadow_backbone_config",
+        "shadow_dropout", "shadow_frozen", "shadow_head_dim", "shadow_hidden_size", "shadow_init",
+        "shadow_intermediate_size", "shadow_loss", "shadow_model", "shadow_num_attention_heads",
+        "shadow_num_hidden_layers", "shadow_num_key_value_heads", "shadow_reads_tokens", "share_embeddings", "task_type",
+        "trained_ends", "update_hidden_size", "use_update", "variant", "weights_sha256",
+    ]
 )
 _NOT_OF_A_BACKBONE = frozenset(
-    "transformers_version architectures quantization_config dtype torch_dtype num_labels id2label label2id trust_remote_code "
-    "custom_pipelines torchscript".split()
+    [
+        "transformers_version", "architectures", "quantization_config", "dtype", "torch_dtype", "num_labels", "id2label",
+        "label2id", "trust_remote_code", "custom_pipelines", "torchscript",
+    ]
 )
 
 
@@ -93,13 +98,17 @@ class Adapter:
         return self.use_update and self.mathematics.update_norm and len(self.layers) > 1
 
     def has_update(self, layer: int) -> bool:
-        """Whether the shadow's state moves on before ``layer``; before the first refined layer there is nothing to learn from."""
+        """Whether the shadow's state moves on before ``layer``; before the first refined layer it does not."""
         return self.use_update and layer != self.layers.start
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What two adapters must have in common for one to take the place of the other while vLLM runs."""
-        record = {k: v for k, v in self.record.items() if k not in ("_name_or_path", "eos_token_id", "bos_token_id", "pad_token_id")}
+        record = {
+            k: v
+            for k, v in self.record.items()
+            if k not in ("_name_or_path", "eos_token_id", "bos_token_id", "pad_token_id")
+        }
         settings = (self.r, self.m, self.layers, self.use_update, self.mathematics, self.own_embedding)
         return (*settings, json.dumps(record, sort_keys=True))
 
@@ -118,7 +127,9 @@ class Adapter:
             theirs = torch.tensor(samples, dtype=torch.float64)
             ours = torch.tensor(old.fingerprint["values"].get(key, []), dtype=torch.float64)
             if theirs.shape != ours.shape or not bool((theirs - ours).norm() <= 0.35 * ours.norm().clamp(min=1e-12)):
-                raise AdapterError(f"the new adapter was trained on a base with other weights ({key}); start another server for it")
+                raise AdapterError(
+                    f"the new adapter was trained on a base with other weights ({key}); start another server for it"
+                )
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name in vLLM's model -> shape of every tensor that does not belong to the layers of the shadow backbone."""
@@ -138,7 +149,7 @@ class Adapter:
         return shapes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that serving needs, by its name in vLLM's model; ``w_up`` times alpha, so that a step has no constant."""
+        """Every tensor that serving needs, by its name in vLLM's model; ``w_up`` times alpha, so a step has no constant."""
         with safe_open(str(self.folder / WEIGHTS), "pt") as file:
             for name in sorted(file.keys()):
                 mine = rename(name)
@@ -158,7 +169,9 @@ class Adapter:
         last = self.fingerprint["shapes"]["num_hidden_layers"] - 1
         for key, samples in self.fingerprint["values"].items():
             place, _, inner = key.partition(".")
-            ends = "embed_tokens.weight" if place == "embedding" else f"layers.{0 if place == 'first' else last}.{inner}"
+            ends = (
+                "embed_tokens.weight" if place == "embedding" else f"layers.{0 if place == 'first' else last}.{inner}"
+            )
             if not (name == ends or name.endswith(f".{ends}")) or not value.is_floating_point() or "shadow" in name:
                 continue
             flat, theirs = value.reshape(-1), torch.tensor(samples, dtype=torch.float64)
@@ -166,11 +179,13 @@ class Adapter:
             distance = float((theirs - ours).norm() / theirs.norm().clamp(min=1e-12))
             if not distance <= 0.35:  # as shadowpeft: rounding gives 0.004, a quantiser more, another model 1.4
                 raise AdapterError(
-                    f"the adapter was trained on a base with other weights (relative difference {distance:.2g} in {key}); serve "
-                    "the base that the adapter names, at the revision it was trained on"
+                    f"the adapter was trained on a base with other weights (relative difference {distance:.2g} in {key}); "
+                    "serve the base that the adapter names, at the revision it was trained on"
                 )
             if distance > 0.02:
-                _log.warning("the base's weights differ from those the adapter was trained on by %.2g (%s)", distance, key)
+                _log.warning(
+                    "the base's weights differ from those the adapter was trained on by %.2g (%s)", distance, key
+                )
             return True
         return False
 
@@ -204,7 +219,7 @@ def rename(name: str) -> str | None:
         if inside.startswith("shadowpeft_head."):  # what the detached model reads; the attached path does not
             return None
     raise AdapterError(
-        f"the adapter holds the tensor {name[:120]}, which shadowpeft-vllm has no place for; serve this adapter with shadowpeft serve"
+        f"the adapter holds the tensor {name[:120]}, which shadowpeft-vllm has no place for; use shadowpeft serve"
     )
 
 
@@ -241,7 +256,9 @@ def read_adapter(folder: str | Path, base: Mapping[str, Any]) -> Adapter:
         fingerprint=fingerprint,
     )
     if not adapter.own_embedding and adapter.d_s != adapter.d:
-        raise AdapterError(f"the shadow shares the base's embeddings but is {adapter.d_s} wide and the base {adapter.d}")
+        raise AdapterError(
+            f"the shadow shares the base's embeddings but is {adapter.d_s} wide and the base {adapter.d}"
+        )
     _check_tensors(adapter, config.get("weights_sha256"))
     return adapter
 
@@ -265,16 +282,23 @@ def _refuse(config: dict[str, Any]) -> None:
     needed = {"r", "shadow_alpha", "use_update", "variant", "shadow_model", "format_version", "task_type"}
     missing = sorted(needed - set(config))
     if missing:
-        raise AdapterError(f"the adapter's configuration lacks {missing[0]}; take the file from the run that made the adapter")
+        raise AdapterError(
+            f"the adapter's configuration lacks {missing[0]}; take the file from the run that made the adapter"
+        )
     unknown = sorted(set(config) - _KNOWN)
     if unknown:
-        raise AdapterError(f"the adapter has the setting {unknown[0]}, which this shadowpeft-vllm does not know; upgrade it")
+        raise AdapterError(
+            f"the adapter has the setting {unknown[0]}, which this shadowpeft-vllm does not know; upgrade it"
+        )
     if config["format_version"] != FORMAT_VERSION:
         raise AdapterError(
-            f"the adapter has format version {config['format_version']}, this shadowpeft-vllm reads {FORMAT_VERSION}; upgrade it"
+            f"the adapter has format version {config['format_version']}, this shadowpeft-vllm reads {FORMAT_VERSION}; "
+            "upgrade it"
         )
     if config["task_type"] != "CAUSAL_LM":
-        raise AdapterError(f"the adapter's task_type is {config['task_type']} but only CAUSAL_LM is served; use shadowpeft serve")
+        raise AdapterError(
+            f"the adapter's task_type is {config['task_type']} but only CAUSAL_LM is served; use shadowpeft serve"
+        )
     if config["variant"] not in VARIANTS:
         raise AdapterError(f"the adapter's variant is {config['variant']} but must be one of {', '.join(VARIANTS)}")
     if config.get("modules_to_save"):
@@ -283,16 +307,24 @@ def _refuse(config: dict[str, Any]) -> None:
             "use shadowpeft serve"
         )
     if config.get("shadow_reads_tokens"):
-        raise AdapterError("the layers of the adapter's shadow read tokens (shadow_reads_tokens), which is not supported")
+        raise AdapterError(
+            "the layers of the adapter's shadow read tokens (shadow_reads_tokens), which is not supported"
+        )
     record, fingerprint = config.get("shadow_backbone_config"), config.get("base_fingerprint")
     if not isinstance(record, dict) or not isinstance(fingerprint, dict):
-        raise AdapterError("the adapter lacks shadow_backbone_config or base_fingerprint; save it again with shadowpeft")
+        raise AdapterError(
+            "the adapter lacks shadow_backbone_config or base_fingerprint; save it again with shadowpeft"
+        )
     if record.get("model_type") not in SHADOWS:
-        raise AdapterError(f"the adapter's shadow is a {record.get('model_type')} model but must be one of {', '.join(SHADOWS)}")
+        raise AdapterError(
+            f"the adapter's shadow is a {record.get('model_type')} model but must be one of {', '.join(SHADOWS)}"
+        )
     kinds = set(record.get("layer_types") or ())
     window = record.get("sliding_window")
     if "sliding_attention" in kinds and record["model_type"] in ("qwen2", "qwen3", "qwen3_moe"):
-        raise AdapterError(f"the shadow's {record['model_type']} layers have a sliding window ({window}), which vLLM lacks there")
+        raise AdapterError(
+            f"the shadow's {record['model_type']} layers have a sliding window ({window}), which vLLM lacks there"
+        )
 
 
 def _check_base(fingerprint: dict[str, Any], base: Mapping[str, Any]) -> None:
@@ -301,7 +333,8 @@ def _check_base(fingerprint: dict[str, Any], base: Mapping[str, Any]) -> None:
         raise AdapterError("the adapter's base_fingerprint is damaged; copy the whole folder again")
     if fingerprint.get("architecture") != base["model_type"]:
         raise AdapterError(
-            f"the adapter was trained on a {fingerprint.get('architecture')} model but this base is {base['model_type']}; serve its own base"
+            f"the adapter was trained on a {fingerprint.get('architecture')} model but this base is {base['model_type']}; "
+            "serve its own base"
         )
     for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
         if shapes.get(key) != base[key]:
@@ -337,4 +370,6 @@ def _check_tensors(adapter: Adapter, digest: str | None) -> None:
             f"the adapter's shadow has layers {sorted(layers)} but its configuration says {adapter.record['num_hidden_layers']}"
         )
     if digest is not None and whole.hexdigest() != digest:
-        raise AdapterError(f"{path} does not hold the weights that {CONFIG} was saved with; copy the whole folder again")
+        raise AdapterError(
+            f"{path} does not hold the weights that {CONFIG} was saved with; copy the whole folder again"
+        )

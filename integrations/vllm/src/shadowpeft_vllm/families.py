@@ -48,19 +48,25 @@ def adapter_of(vllm_config: VllmConfig) -> Adapter:
     named = getattr(model.hf_config, "shadowpeft_adapter", None)
     if not named:
         raise AdapterError(
-            "the base's configuration names no adapter; pass --hf-overrides with \"shadowpeft_adapter\": \"FOLDER\""
+            'the base\'s configuration names no adapter; pass --hf-overrides with "shadowpeft_adapter": "FOLDER"'
         )
     speculative = vllm_config.speculative_config
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise AdapterError("pipeline parallelism was asked for but a shadow's state cannot pass between stages; use tensor parallelism")
+        raise AdapterError(
+            "pipeline parallelism was asked for but a shadow's state cannot pass between stages; use tensor parallelism"
+        )
     if vllm_config.lora_config is not None:
         raise AdapterError("LoRA was asked for together with a shadow, which is not supported; leave out --enable-lora")
     if speculative is not None and speculative.method not in _DRAFTS:
-        raise AdapterError(f"speculative decoding by {speculative.method} is not supported with a shadow; use {', '.join(_DRAFTS)}")
+        raise AdapterError(
+            f"speculative decoding by {speculative.method} is not supported with a shadow; use {', '.join(_DRAFTS)}"
+        )
     folder = Path(named) if Path(named).is_absolute() else Path(model.model) / named
     adapter = read_adapter(folder, base_facts(vllm_config))
     if adapter.own_embedding and model.enable_prompt_embeds:
-        raise AdapterError("prompt embeddings were asked for but this shadow has a token table of its own and needs token ids")
+        raise AdapterError(
+            "prompt embeddings were asked for but this shadow has a token table of its own and needs token ids"
+        )
     return adapter
 
 
@@ -106,7 +112,10 @@ class Attached:
         self.config, self.quant_config = config, vllm_config.quant_config
         self.model = self.decoder(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, quant_config=self.quant_config, prefix=maybe_prefix(prefix, "lm_head")
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=self.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
@@ -119,7 +128,7 @@ class Attached:
         self.num_moe_layers = 0  # nothing here moves experts between ranks
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """The base's weights from vLLM's loader, compared with what the adapter recorded of them; the adapter's from its file."""
+        """The base's weights from vLLM's loader, compared with the adapter's record of them; the adapter's from its file."""
         shadow: Shadow = self.model.shadow
         compared = 0
 

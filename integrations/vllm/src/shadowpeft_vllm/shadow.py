@@ -50,7 +50,7 @@ LAYERS: dict[str, Callable[[VllmConfig, Any, str], nn.Module]] = {
 
 
 class Link(nn.Module):
-    """The parameters of the step before one base layer (:mod:`shadowpeft_vllm.step`); each rank of tensor parallelism has all."""
+    """The parameters of the step before one base layer (:mod:`shadowpeft_vllm.step`); each rank has all of them."""
 
     def __init__(self, adapter: Adapter, layer: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Shadow(nn.Module):
         self.stacked = (Qwen3MoeModel if config.model_type == "qwen3_moe" else LlamaModel).hf_to_vllm_mapper
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, embedded: Tensor) -> Tensor:
-        """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10): tokens ``(T,)`` and the base's embeddings of them ``(T, d)`` to ``(T, d)``."""
+        """``s^(0) = P(F_shadow(x))`` (Eqs. 1 and 10): tokens ``(T,)`` and their embeddings ``(T, d)`` to ``(T, d)``."""
         # a layer adds to its residual in place, and the base reads its embeddings after this
         hidden = embedded.clone() if self.embed_tokens is None else self.embed_tokens(input_ids) * self.scale
         residual = None
@@ -147,7 +147,9 @@ def shadow_config(adapter: Adapter, base_layers: int) -> Any:
         config = AutoConfig.for_model(kind, **values)
         patch_rope_parameters(config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise AdapterError(f"shadow_backbone_config is no {kind} configuration that vLLM's transformers reads: {error}") from error
+        raise AdapterError(
+            f"shadow_backbone_config is no {kind} configuration that vLLM's transformers reads: {error}"
+        ) from error
     start = first_number(config, base_layers)
     types = list(getattr(config, "layer_types", None) or ())
     if types:
@@ -165,11 +167,14 @@ def check_parts(config: Any, vllm_config: VllmConfig) -> None:
     """
     ranks = vllm_config.parallel_config.tensor_parallel_size
     if config.num_attention_heads % ranks:
-        raise AdapterError(f"the shadow has {config.num_attention_heads} attention heads, which {ranks} ranks cannot share; use fewer")
+        raise AdapterError(
+            f"the shadow has {config.num_attention_heads} attention heads, which {ranks} ranks cannot share; use fewer"
+        )
     cache = vllm_config.cache_config
     window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
     everywhere = cache.sliding_window if cache is not None else None
     if window != everywhere:
         raise AdapterError(
-            f"the shadow's sliding window is {window} but vLLM gives every layer of this base {everywhere}; this is not supported"
+            f"the shadow's sliding window is {window} but vLLM gives every layer of this base {everywhere}; "
+            "this is not supported"
         )
