@@ -1,9 +1,9 @@
 """Tokens per second and per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
 
 ``python benchmarks/vllm_speed.py --out docs/records/vllm.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
-values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON`` names the
-Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is timed is
-all requests together, from the first token read to the last written, after a warm-up of the same shape.
+values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON``
+names the Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is
+timed is all requests together, from the first token read to the last written, after a warm-up of the same shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The vLLM plugin without vLLM: its arithmetic is that of ``shadowpeft.ops``, it has a place for every tensor, it refuses by name."""
+"""The vLLM plugin without vLLM: the arithmetic of ``shadowpeft.ops``, a place for every tensor, refusals by name."""
 
 import json
 import shutil
@@ -37,14 +37,17 @@ def test_a_step_is_that_of_the_reference(name):
     biases = {"b_in": drawn(2 * M), "b_out": drawn(2, D)} if variant.update_bias else {}
     norm = {"norm_weight": drawn(D), "norm_bias": drawn(D)} if variant.update_norm else {}
     rest = {"gate_start": variant.gate_start, "activation": variant.update_activation}
-    ours = step.advance(s, h, w_in, w_out, **biases, **norm, **rest)
+    ours = step.advance(s, h, w_in.mT, w_out.mT, **biases, **norm, **rest)
     torch.testing.assert_close(
         ours, reference.advance(s, h, w_in, w_out, **biases, **norm, **rest), rtol=1e-12, atol=1e-12
     )
     corrected = reference.inject(h, reference.correction(h, ours, w_down, w_up, normalised=variant.normalised), ALPHA)
     # float64 sums in another order, and alpha inside the matrix: rounding is 1e-15 of the largest value
     torch.testing.assert_close(
-        step.inject(h, ours, w_down, ALPHA * w_up, normalised=variant.normalised), corrected, rtol=1e-12, atol=1e-12
+        step.inject(h, ours, w_down.mT, ALPHA * w_up.mT, normalised=variant.normalised),
+        corrected,
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -76,8 +79,8 @@ def test_every_tensor_of_an_adapter_has_its_place(name, cases):
     assert len(mine) == len([n for n in stored if "shadowpeft_head" not in n])
     last = max(adapter.layers)
     link = f"base_model.model.model.layers.{last}.shadow_link.shadowpeft_injection"
-    assert torch.equal(mine[f"links.{last}.w_down"], stored[f"{link}.w_down"])
-    assert torch.equal(mine[f"links.{last}.w_up"], stored[f"{link}.w_up"] * 0.7)  # alpha as recorded
+    assert torch.equal(mine[f"links.{last}.w_down"], stored[f"{link}.w_down"].T)
+    assert torch.equal(mine[f"links.{last}.w_up"], stored[f"{link}.w_up"].T * 0.7)  # alpha as recorded
     assert torch.equal(mine["norm.weight"], stored["base_model.model.model.shadow_hub.shadowpeft_backbone.norm.weight"])
     assert (("projection.weight" in mine), ("embed_tokens.weight" in mine)) == (
         adapter.d_s != adapter.d,

@@ -46,19 +46,58 @@ SHADOWS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "qwen3_moe")
 """``model_type`` of the shadow backbones that there are layers for."""
 _KNOWN = frozenset(
     [
-        "auto_mapping", "auxiliary_loss_weight", "base_alias", "base_fingerprint", "base_model_name_or_path",
-        "draft_tokens", "format_version", "inference_mode", "modules_to_save", "own_shadow_head", "peft_type",
-        "peft_version", "projection_init", "r", "refined_layers", "revision", "shadow_alpha", "shadow_backbone_config",
-        "shadow_dropout", "shadow_frozen", "shadow_head_dim", "shadow_hidden_size", "shadow_init",
-        "shadow_intermediate_size", "shadow_loss", "shadow_model", "shadow_num_attention_heads",
-        "shadow_num_hidden_layers", "shadow_num_key_value_heads", "shadow_reads_tokens", "share_embeddings", "task_type",
-        "trained_ends", "update_hidden_size", "use_update", "variant", "weights_sha256",
+        "auto_mapping",
+        "auxiliary_loss_weight",
+        "base_alias",
+        "base_fingerprint",
+        "base_model_name_or_path",
+        "draft_tokens",
+        "format_version",
+        "inference_mode",
+        "modules_to_save",
+        "own_shadow_head",
+        "peft_type",
+        "peft_version",
+        "projection_init",
+        "r",
+        "refined_layers",
+        "revision",
+        "shadow_alpha",
+        "shadow_backbone_config",
+        "shadow_dropout",
+        "shadow_frozen",
+        "shadow_head_dim",
+        "shadow_hidden_size",
+        "shadow_init",
+        "shadow_intermediate_size",
+        "shadow_loss",
+        "shadow_model",
+        "shadow_num_attention_heads",
+        "shadow_num_hidden_layers",
+        "shadow_num_key_value_heads",
+        "shadow_reads_tokens",
+        "share_embeddings",
+        "task_type",
+        "trained_ends",
+        "update_hidden_size",
+        "use_update",
+        "variant",
+        "weights_sha256",
     ]
 )
 _NOT_OF_A_BACKBONE = frozenset(
     [
-        "transformers_version", "architectures", "quantization_config", "dtype", "torch_dtype", "num_labels", "id2label",
-        "label2id", "trust_remote_code", "custom_pipelines", "torchscript",
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        "dtype",
+        "torch_dtype",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "trust_remote_code",
+        "custom_pipelines",
+        "torchscript",
     ]
 )
 
@@ -149,13 +188,19 @@ class Adapter:
         return shapes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that serving needs, by its name in vLLM's model; ``w_up`` times alpha, so a step has no constant."""
+        """Every tensor that serving needs, by its name in vLLM's model; a link's matrices as :func:`stored` says, ``w_up``
+        times alpha, so that a step has no constant."""
         with safe_open(str(self.folder / WEIGHTS), "pt") as file:
             for name in sorted(file.keys()):
                 mine = rename(name)
                 if mine is not None:
                     value = file.get_tensor(name)
-                    yield mine, value * self.alpha if mine.endswith(".w_up") else value
+                    if mine.endswith(".w_up"):
+                        value = value * self.alpha
+                    yield (
+                        mine,
+                        value.transpose(-1, -2).contiguous() if mine.startswith("links.") and ".w_" in mine else value,
+                    )
 
     def check_value(self, name: str, value: Tensor) -> bool:
         """Compare a tensor of the base, as its file calls it, with the sample that the adapter took of it in training.
@@ -188,6 +233,11 @@ class Adapter:
                 )
             return True
         return False
+
+
+def stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a link's tensor has in vLLM's model: its matrices are right factors (:mod:`shadowpeft_vllm.step`)."""
+    return (*shape[:-2], shape[-1], shape[-2]) if name.startswith("w_") else shape
 
 
 _LINK = re.compile(r"layers\.(\d+)\.shadow_link\.shadowpeft_(?:injection|update)\.(w_down|w_up|w_in|w_out|b_in|b_out)")

@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.transformers_utils.config import patch_rope_parameters
 
 from shadowpeft_vllm import step
-from shadowpeft_vllm.adapter import Adapter, AdapterError
+from shadowpeft_vllm.adapter import Adapter, AdapterError, stored
 
 
 def _with_config(kind: Callable[..., nn.Module]) -> Callable[[VllmConfig, Any, str], nn.Module]:
@@ -55,10 +55,9 @@ class Link(nn.Module):
     def __init__(self, adapter: Adapter, layer: int) -> None:
         super().__init__()
         start = f"links.{layer}."
-        self.names = [name for name in adapter.expected() if name.startswith(start)]
         for name in ("w_down", "w_up", "w_in", "w_out", "b_in", "b_out"):
             shape = adapter.expected().get(start + name)
-            parameter = None if shape is None else nn.Parameter(torch.empty(shape), requires_grad=False)
+            parameter = None if shape is None else nn.Parameter(torch.empty(stored(name, shape)), requires_grad=False)
             self.register_parameter(name, parameter)
         self.mathematics = adapter.mathematics
 
