@@ -19,9 +19,11 @@ from shadowpeft.terminal import terminal
 def main(
     source: Annotated[str, typer.Argument(help="Adapter (folder or Hub id), or the folder of an edge model.")],
     out: Annotated[str, typer.Argument(help="New folder; for gguf a new file that ends in .gguf.")],
-    to: Annotated[str, typer.Option(help="hf, gguf, onnx (scoring only), onnx-genai, int8 or int4.")],
+    to: Annotated[
+        str, typer.Option(help="hf, vllm (attached, with its draft), gguf, onnx (scoring only), onnx-genai, int8, int4.")
+    ],
     dtype: Annotated[
-        Optional[str], typer.Option(help="hf: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
+        Optional[str], typer.Option(help="hf, vllm: f32, f16, bf16; gguf: f16, q8_0, q4_0, f32. Default: the first.")
     ] = None,
     base: Base = None,
     vocab_from: Annotated[
@@ -48,6 +50,13 @@ def main(
         )
     if evaluate is not None and not target.generates:
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
+    attached = None
+    if to == "vllm":
+        if vocab_from is not None:
+            raise ConfigError("--vocab-from changes the edge model's tokens, but a draft model has the base's; leave it out")
+        if not is_adapter(source):
+            raise ConfigError(f"'{source}' is an edge model but vllm serves the attached one; give the adapter")
+        attached = (source, base)
     quiet_libraries()
     from shadowpeft.runtime import prepare_cpu
 
@@ -55,8 +64,14 @@ def main(
     console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
         model, tokenizer = load_source(source, base)
-    result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console)
+    result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console, attached)
     show(result, f"{source} as {to}", as_json)
+
+
+def is_adapter(source: str) -> bool:
+    """Whether ``source`` is an adapter (folder or Hub id), not the folder of an edge model."""
+    folder = Path(source)
+    return not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
 
 
 def load_source(source: str, base: str | None = None) -> tuple[Any, Any]:
@@ -69,7 +84,7 @@ def load_source(source: str, base: str | None = None) -> tuple[Any, Any]:
     import shadowpeft
 
     folder = Path(source)
-    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not is_adapter(source):
         from shadowpeft.tokenizer import load_tokenizer
 
         return _stock(folder), load_tokenizer(source)
@@ -116,8 +131,12 @@ def run(
     evaluate: str | None,
     limit: int | None,
     console: Console,
+    attached: tuple[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """Trim, write beside, read back, compare, rename; returns the report.
+
+    Args:
+        attached: adapter and base, where the format holds the attached model too.
 
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
@@ -136,8 +155,13 @@ def run(
     is_folder, remedy = not export.FORMATS[to].suffix, "free some space or choose another folder"
     with written_whole(path, "the export", remedy, folder=is_folder, replace=False) as beside:
         with console.status(f"writing {to} {dtype}"):
+            placed = {}
+            if attached is not None:
+                from shadowpeft.export.vllm import attach
+
+                placed = attach(*attached, beside)
             notes = export.write(to, small, words, beside, dtype)
-        report["export"] |= {**sizes(beside), **notes}
+        report["export"] |= {**sizes(beside), **placed, **notes}
         if verify or evaluate is not None:
             with console.status("reading it back"):
                 again = export.read(to, beside)

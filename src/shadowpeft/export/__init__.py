@@ -52,6 +52,7 @@ class Format:
 
 FORMATS = {
     "hf": Format("hf", {"f32": Tolerance(1.0, 0.0), "f16": Tolerance(0.95, 1e-3), "bf16": Tolerance(0.85, 8e-3)}),
+    "vllm": Format("vllm", {"f32": Tolerance(1.0, 0.0), "f16": Tolerance(0.95, 1e-3), "bf16": Tolerance(0.85, 8e-3)}),
     "gguf": Format(
         "gguf",
         {"f16": Tolerance(0.95, 1e-3), "q8_0": Tolerance(0.85, 0.02), "q4_0": Tolerance(0.4, 0.2), "f32": Tolerance(1.0, 0.0)},

@@ -44,6 +44,20 @@ def check_weights(adapter: str | Path) -> Path:
     return path
 
 
+def named_base(config: ShadowPeftConfig) -> tuple[str, dict[str, str]]:
+    """The base that an adapter names, by folder, alias or Hub id, and the revision of the last, for ``load_base``.
+
+    Raises:
+        ConfigError: if it names none.
+    """
+    named, options = config.base_model_name_or_path, {"revision": config.revision} if config.revision else {}
+    if config.base_alias is not None and not (named and Path(named).is_dir()):
+        named, options = config.base_alias, {}
+    if not named:
+        raise ConfigError("the adapter does not name its base; pass base=")
+    return named, options
+
+
 @contextmanager
 def _where_it_is(base: nn.Module) -> Iterator[None]:
     """PEFT spreads an offloaded model over the devices anew, which on a machine without accelerator fails for weights on
@@ -105,11 +119,7 @@ def load(
         raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
     task = str(getattr(config.task_type, "value", config.task_type))
     if base is None:
-        named, options = config.base_model_name_or_path, {"revision": config.revision} if config.revision else {}
-        if config.base_alias is not None and not (named and Path(named).is_dir()):
-            named, options = config.base_alias, {}
-        if not named:
-            raise ConfigError("the adapter does not name its base; pass base=")
+        named, options = named_base(config)
         base = load_base(named, task, **options, **of_labels(config.labels))
     elif not isinstance(base, nn.Module):
         base = load_base(base, task, **of_labels(config.labels))

@@ -297,6 +297,8 @@ class EdgeRole(Role):
             body["tools"] = asked.tools  # as they came
         if not asked.wanted_tokens:
             body["max_tokens"] = self.default_tokens
+        if asked.temperature is None:  # here that means greedy; another server, such as vLLM, would draw
+            body["temperature"] = 0.0
         if isinstance(asked, ChatRequest):
             body["messages"] = with_system(body["messages"], self.system)
         sent = time.monotonic()
