@@ -158,7 +158,7 @@ def _rate(metrics: list[dict[str, float]]) -> str:
         return _said("Nothing has been logged yet.")
 
     def draw(axes: Any) -> None:
-        axes.plot(*zip(*points, strict=True), color="#3a8a4d")
+        axes.plot(*zip(*points, strict=True), color="#3a8a4d", marker="o" if len(points) == 1 else None)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)

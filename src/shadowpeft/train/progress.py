@@ -188,7 +188,7 @@ def draw_losses(
     for key, label, colour, line in styles:
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
-            marker = "o" if line == "--" else None
+            marker = "o" if line == "--" or len(points) == 1 else None  # a line of one point would not be seen
             axes.plot(*zip(*points, strict=True), line, color=colour, label=label, marker=marker, markersize=4)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(f"{unit} (nats)")
