@@ -36,7 +36,8 @@ def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) 
 
 One training run, two models: *attached*, the frozen base with this adapter, and *detached*, a small model of its own.
 Trained with shadowpeft for {summary["steps"]} steps on `{rows["source"]}`
-({rows["rows"]} rows, sha256 `{rows["sha256"][:16]}`); {summary["trainable_parameters"]:,} trainable parameters. No weight of the base is in this folder.
+({rows["rows"]} rows, sha256 `{rows["sha256"][:16]}`); {summary["trainable_parameters"]:,} trainable parameters.
+No weight of the base is in this folder.
 
 ## Results
 {table or _NOT_MEASURED}
