@@ -33,7 +33,11 @@ def test_the_page_has_eight_steps_and_one_run_file():
 
 def test_the_page_needs_no_other_before_the_end():
     walk = TEXT.split("## Where to go from here")[0]
-    assert set(re.findall(r"\]\(([^)]+)\)", walk)) <= {"records/tutorial.json", "export.md"}
+    assert set(re.findall(r"\]\(([^)]+)\)", walk)) <= {
+        "records/tutorial.json",
+        "records/tutorial-fewer.json",
+        "export.md",
+    }
     assert "ask " not in walk.lower().replace("ask it", "").replace("people ask", "").replace("ask the device", "")
 
 
@@ -47,6 +51,9 @@ def test_the_sentences_of_the_example():
     assert (fewest_kept(0.1, 0.95), fewest_kept(0.05, 0.95)) == (29, 59)
     assert "at least 29 answers" in TEXT
     assert "5 % takes 59" in TEXT
+    fewer = json.loads((tutorial.RECORD.parent / "tutorial-fewer.json").read_text(encoding="utf-8"))
+    assert f"right for {fewer['right']} of {fewer['commands']} held-out commands" in TEXT
+    assert fewer["kept"] == 0
 
 
 def test_the_commands_run(tmp_path, monkeypatch, capsys):

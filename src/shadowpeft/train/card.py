@@ -44,7 +44,8 @@ def model_card(run: RunConfig, summary: dict[str, Any], record: dict[str, Any]) 
 
 One training run, two models: *attached*, the frozen base with this adapter, and *detached*, a small model of its own.
 Trained with shadowpeft for {summary["steps"]} steps on `{data["source"]}`
-{size}; {summary["trainable_parameters"]:,} trainable parameters. No weight of the base is in this folder.
+{size}; {summary["trainable_parameters"]:,} trainable parameters.
+No weight of the base is in this folder.
 
 ## Results
 {table or _NOT_MEASURED}
