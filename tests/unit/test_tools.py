@@ -21,6 +21,7 @@ from shadowpeft.data.tools import named, read_tools, tools_of
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.calls import Patterns, judge, summary, with_digits
+from shadowpeft.generate import answer
 from shadowpeft.train.rows import read_rows
 
 TOOLS = robot_tools.TOOLS
@@ -256,7 +257,7 @@ def generate(model, tokenizer, grammar, tools, seed, longest=1200):
 @pytest.fixture(scope="module", params=["bytes", "byte pairs"])
 def machine(request):
     tokenizer = chat_tokenizer() if request.param == "bytes" else byte_pairs()
-    return chat_model(vocab_size=460, max_position_embeddings=64), tokenizer, Engine(tokenizer, 460)
+    return chat_model(vocab_size=460, max_position_embeddings=256), tokenizer, Engine(tokenizer, 460)
 
 
 def count_invalid(machine, tools, rows, hand_on):
@@ -278,7 +279,7 @@ def test_an_untrained_model_makes_no_invalid_call(machine, tools):
 @pytest.mark.slow
 def test_an_untrained_model_makes_no_invalid_call_in_ten_thousand():
     tokenizer = byte_pairs()
-    machine = chat_model(vocab_size=460, max_position_embeddings=64), tokenizer, Engine(tokenizer, 460)
+    machine = chat_model(vocab_size=460, max_position_embeddings=256), tokenizer, Engine(tokenizer, 460)
     assert (
         count_invalid(machine, TOOLS, 5_000, hand_on=False) + count_invalid(machine, MIXED, 5_000, hand_on=False) == 0
     )
@@ -345,3 +346,19 @@ def test_the_rival_reads_numbers_in_words():
     assert rival.answers(["turn left 90 degrees, then stand up"]) == [
         (Call("Turn", {"direction": "left", "angle": 90}), Call("StandUp", {}))
     ]
+
+
+def test_generate_holds_answers_to_calls(machine):
+    model, tokenizer, engine = machine
+    for options in ({}, {"do_sample": True}, {"num_beams": 3}):
+        given_ = answer(
+            model,
+            tokenizer,
+            ["a", "longer"],
+            actions=engine.calls(MIXED.some(["Set", "Sit"]), hand_on=True),
+            max_new_tokens=50,
+            **options,
+        )
+        for each in given_:
+            found = answered(each.text, MIXED)
+            assert found is not None or each.tokens == 50

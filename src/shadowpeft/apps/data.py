@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.table import Table
@@ -24,13 +24,14 @@ class WrongRowsError(DataError):
 
 
 def check(
-    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv or .parquet; or robot.")],
+    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv or .parquet; robot or robot_tools.")],
     base: Annotated[
         str, typer.Option(help="Whose tokenizer and chat template: alias, folder or Hub id.")
     ] = "smollm2-135m",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row at most, as data.max_length.")] = 512,
     show: Annotated[int, typer.Option(min=0, help="So many rows in full: what is learnt in green, the rest dim.")] = 3,
     system: System = None,
+    tools: Annotated[Optional[str], typer.Option(help="File of the tools that rows call, as data.tools.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rows, their form and length, what is learnt of them, and every row that would be refused or left out."""
@@ -38,17 +39,21 @@ def check(
     from shadowpeft.data import chat
     from shadowpeft.data.forms import forms_of, rows_in
     from shadowpeft.data.robot import SYSTEM
+    from shadowpeft.data.tool_rows import with_tools, writes_calls
     from shadowpeft.tokenizer import load_tokenizer
-    from shadowpeft.train.rows import robot_rows
+    from shadowpeft.train.rows import packaged, read_rows, tools_of_run
 
     tokenizer = load_tokenizer(base)
+    known = tools_of_run(file, tools)
+    compact = known is not None and not writes_calls(tokenizer)
     good: list[dict[str, Any]] = []
     problems: list[str] = []
-    system = SYSTEM if file == "robot" and system is None else system
-    given = [(f"row {n}", row) for n, row in enumerate(robot_rows("train"), 1)] if file == "robot" else rows_in(file)
+    system = SYSTEM if packaged(file) and system is None else system
+    given = [(f"row {n}", row) for n, row in enumerate(read_rows(file, "train"), 1)] if packaged(file) else rows_in(file)
     for where, row in given:
         try:
-            checked = row if file == "robot" else chat.check_row(row, where)
+            checked = row if packaged(file) else chat.check_row(row, where)
+            checked = checked if known is None else with_tools(checked, known, compact=compact)
             encoded = chat.encode([checked], tokenizer, max_length=1 << 30, system=system)
         except DataError as problem:
             problems.append(str(problem))
