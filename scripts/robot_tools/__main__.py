@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from scripts.robot_tools.cloud import CLOUD, REPLIES
+from scripts.robot_tools.more_phrases import MORE_PHRASES
 from scripts.robot_tools.phrases import FRAMES, JOINS, PHRASES
 from scripts.robot_tools.values import degrees, fill, metres
 
@@ -32,7 +33,7 @@ def phrasings(text: str) -> dict[tuple[str, str, str], list[str]]:
     """Lines by (kind or action, language, split's letter)."""
     found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     name, lang = "", ""
-    for line in text.strip().splitlines():
+    for line in filter(None, text.splitlines()):
         if line.startswith("#"):
             name, lang = line[2:].split()
         else:
@@ -40,7 +41,7 @@ def phrasings(text: str) -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
-COMMANDS, HANDED_ON = phrasings(PHRASES), phrasings(CLOUD)
+COMMANDS, HANDED_ON = phrasings(PHRASES + MORE_PHRASES), phrasings(CLOUD)
 
 
 def command(action: str, lang: str, split: str, line: str, rng: random.Random) -> tuple[str, Call, bool]:
