@@ -10,7 +10,6 @@ from collections import defaultdict
 from typing import Any
 
 from scripts.robot_tools.cloud import CLOUD, REPLIES
-from scripts.robot_tools.more_phrases import MORE_PHRASES
 from scripts.robot_tools.phrases import FRAMES, JOINS, PHRASES
 from scripts.robot_tools.values import degrees, fill, metres
 
@@ -41,7 +40,7 @@ def phrasings(text: str) -> dict[tuple[str, str, str], list[str]]:
     return found
 
 
-COMMANDS, HANDED_ON = phrasings(PHRASES + MORE_PHRASES), phrasings(CLOUD)
+COMMANDS, HANDED_ON = phrasings(PHRASES), phrasings(CLOUD)
 
 
 def command(action: str, lang: str, split: str, line: str, rng: random.Random) -> tuple[str, Call, bool]:
