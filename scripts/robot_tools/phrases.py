@@ -1,8 +1,8 @@
 """Hand-written phrasings of each action (``phrases.txt``), and what stands around and between them.
 
-``T``, ``V``, ``E``: the split that a phrasing belongs to (training, validation, test). A slot in braces is filled by ``values.py``
-and gives an argument. After ``|`` stand arguments that the words imply. A line with ``!`` is no imperative, so no polite frame is
-put around it.
+``T``, ``V``, ``E``: the split that a phrasing belongs to (training, validation, test). A slot in braces is filled by
+``values.py`` and gives an argument. After ``|`` stand arguments that the words imply. A line with ``!`` is no imperative, so no
+polite frame is put around it.
 """
 
 from pathlib import Path
