@@ -32,7 +32,7 @@ def phrasings(text: str) -> dict[tuple[str, str, str], list[str]]:
     """Lines by (kind or action, language, split's letter)."""
     found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     name, lang = "", ""
-    for line in text.strip().splitlines():
+    for line in filter(None, text.splitlines()):
         if line.startswith("#"):
             name, lang = line[2:].split()
         else:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
 from shadowpeft.data.chat import render_prompt, stop_tokens, with_system
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.decode import Decoder, decode
@@ -50,7 +50,7 @@ def answer(
     batch_size: int = 16,
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
-    actions: ActionTrie | None = None,
+    actions: Actions | None = None,
     **sampling: Any,
 ) -> list[Answer]:
     """Answers to prompts, in their order; greedy unless ``sampling`` says otherwise (``do_sample``, ``temperature``, ...).
@@ -72,7 +72,7 @@ def answer(
     if not chats:
         return []
     lengths = [len(tokenizer(render_prompt(tokenizer, c), add_special_tokens=False).input_ids) for c in chats]
-    if actions is not None and max_new_tokens < actions.longest:
+    if isinstance(actions, ActionTrie) and max_new_tokens < actions.longest:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} but an action has {actions.longest} tokens; raise it")
     check_room(model, max(lengths), max_new_tokens)
     ends = stop_tokens(model, tokenizer)
@@ -107,14 +107,17 @@ def answer(
 class _Among(LogitsProcessor):
     """For ``generate``: while an answer has no action, the tokens that may follow; temperatures come after it."""
 
-    def __init__(self, actions: ActionTrie, prompt: int) -> None:
+    def __init__(self, actions: Actions, prompt: int) -> None:
         self.actions, self.prompt = actions, prompt
+        self._held: list[Choices] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        allowed = [self.actions.allowed(row) for row in input_ids[:, self.prompt :].tolist()]
+        self._held += [self.actions.start() for _ in range(len(input_ids) - len(self._held))]
+        rows = input_ids[:, self.prompt :].tolist()
+        allowed = [held.allowed(row) for held, row in zip(self._held, rows, strict=False)]
         barred = torch.zeros_like(scores, dtype=torch.bool)
         for row, tokens in enumerate(allowed):
-            if tokens:
+            if len(tokens):
                 barred[row] = True
                 barred[row, tokens] = False
         return scores.masked_fill(barred, -torch.inf)

@@ -40,7 +40,9 @@ def test_every_row_of_the_example_calls_its_tools():
         rows = [with_tools(row, tools, compact=True) for row in read_file(TOOLS / f"{name}.jsonl")]
         texts[name] = {row["messages"][0]["content"] for row in rows}
         assert all(row["response"].startswith("[") or row["shadow_response"] == "[REMOTE]" for row in rows)
-        assert {re.match(r"\[(\w+)", row["response"])[1] for row in rows if row["response"][0] == "["} == set(tools.names)
+        assert {re.match(r"\[(\w+)", row["response"])[1] for row in rows if row["response"][0] == "["} == set(
+            tools.names
+        )
     assert len(texts["train"]) == 40  # as the page says
     assert not texts["train"] & texts["held-out"]
 

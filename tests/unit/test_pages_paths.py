@@ -19,7 +19,8 @@ from shadowpeft.hf.base import aliases
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "src" / "shadowpeft"
-PLACES = [ROOT, ROOT / "docs", ROOT / "tests", ROOT / "examples" / "home", ROOT / "examples" / "radio", PACKAGE, PACKAGE.parent]
+EXAMPLES = [ROOT / "examples" / name for name in ("home", "radio", "tools")]
+PLACES = [ROOT, ROOT / "docs", ROOT / "tests", *EXAMPLES, PACKAGE, PACKAGE.parent]
 PLACES += [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
 """A page may leave out the folder that its subject makes plain."""
 FOLDERS = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()}

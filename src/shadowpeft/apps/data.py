@@ -68,7 +68,7 @@ class Rules:
 
 
 def check(
-    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder; robot; or a run file (.yaml).")],
+    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder; robot, robot_tools; or a run file (.yaml).")],
     base: Annotated[
         Optional[str],
         typer.Option(help="Whose tokenizer and chat template: alias, folder or Hub id. Default: the run's, or smollm2-135m."),
@@ -81,6 +81,7 @@ def check(
     assistant_only_loss: Annotated[
         bool, typer.Option("--assistant-only-loss", help="Learn every answer of a conversation, as the run file's key.")
     ] = False,
+    tools: Annotated[Optional[str], typer.Option(help="File of the tools that rows call, as data.tools.")] = None,
     task_type: Annotated[str, typer.Option(help="CAUSAL_LM, or SEQ_CLS for texts with a label.")] = "CAUSAL_LM",
     as_json: Json = False,
 ) -> None:
@@ -96,11 +97,13 @@ def check(
 
         system = SYSTEM if packaged(file) and system is None else system
         tokenizer = load_tokenizer(base or "smollm2-135m")
-        classes, tools = task_type == "SEQ_CLS", tools_of_run(file, None)
-        rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes, tools=tools)
+        classes, known = task_type == "SEQ_CLS", tools_of_run(file, tools)
+        rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes, tools=known)
         parts = {"": file}
-    elif system is not None or assistant_only_loss or task_type != "CAUSAL_LM":
-        raise ConfigError("a run file says how its rows are read; leave --system, --assistant-only-loss and --task-type out")
+    elif system is not None or assistant_only_loss or task_type != "CAUSAL_LM" or tools is not None:
+        raise ConfigError(
+            "a run file says how its rows are read; leave --system, --assistant-only-loss, --tools and --task-type out"
+        )
     results = {}
     for part, given in parts.items():
         name = f"data.{part}: {given}" if part else file

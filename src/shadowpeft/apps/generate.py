@@ -61,15 +61,15 @@ def generate(
     skills: Annotated[
         Optional[str],
         typer.Option(
-            help="Start the answer with one of these actions: a file, one name a line or a JSON list, or robot."
+            help="Start the answer with one of these actions: a file of names or of tools, robot, or robot_tools."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt."""
-    from shadowpeft.data.robot import skills_of
+    from shadowpeft.data.robot_tools import tools_named
 
-    known = None if skills is None else skills_of(skills)
+    known = None if skills is None else tools_named(skills)
     if speculative and mode != "attached":
         raise ConfigError(
             f"--speculative was given for --mode {mode}, but the shadow drafts for the attached model; leave one out"
@@ -78,9 +78,15 @@ def generate(
     from shadowpeft.constrained import choose
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.actions import parser
+    from shadowpeft.data.call_guide import Engine
+    from shadowpeft.data.calls import CallParser
     from shadowpeft.generate import answer
 
-    actions = None if known is None else ActionTrie.of(tokenizer, known)
+    trie = None if known is None or not known.plain else ActionTrie.of(tokenizer, known.names)
+    actions: Any = trie
+    if known is not None and not known.plain:
+        rows = model.config.get_text_config().vocab_size
+        actions = Engine(tokenizer, rows).calls(known, hand_on=True)
     drafts = _drafts(speculative)
     with in_mode(model, mode) as runner:
         options: dict[str, Any] = {
@@ -91,7 +97,7 @@ def generate(
             **drafts,
         }
         reply = answer(runner, tokenizer, [prompt], **options)[0]
-        chosen = None if actions is None else choose(runner, tokenizer, [prompt], actions, system=system)[0]
+        chosen = None if trie is None else choose(runner, tokenizer, [prompt], trie, system=system)[0]
     result: dict[str, Any] = {
         "mode": mode,
         "text": reply.text,
@@ -100,8 +106,12 @@ def generate(
     }
     if chosen is not None and known is not None:
         probabilities = chosen.probabilities or {}
-        action = parser(known)(reply.text)
+        action = parser(known.names)(reply.text)
         result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
+    if known is not None and not known.plain:
+        found = CallParser(known).found(reply.text)
+        calls = [] if found is None else [{"name": call.name, "arguments": call.arguments} for call in found.calls]
+        result |= {"action": None if found is None else found.text, "calls": calls}
     if drafts:
         result["speculation"] = drafts["speculative"].counts.summary()
     if as_json:

@@ -158,7 +158,8 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
         fitted = named(calibration.skills or SKILLS)
         if calibration.tools is not None:
             fitted = tools_of(list(calibration.tools), f"'{file}'")
-        differing = None if given is None else given.lack(fitted) or fitted.lack(given)
+        names = sorted(set(fitted.names if given is None else given.names) ^ set(fitted.names))
+        differing = names[0] if names else None if given is None else given.lack(fitted)
         if differing is not None:
             whose = "its own" if calibration.skills or calibration.tools else "the packaged"
             raise ConfigError(
