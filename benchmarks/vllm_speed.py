@@ -264,5 +264,22 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
     }
 
 
+def table(made: dict[str, Any]) -> str:
+    """What docs/vllm.md says of a record: tokens per processor-second, and each engine's time beside vLLM's base."""
+    counts = [str(rows) for rows in ROWS]
+    lines = [
+        f"| tokens per CPU-second, by requests at once | {' | '.join(counts)} |",
+        f"|---|{'---|' * len(counts)}",
+    ]
+    base = made["engines"]["vllm"]
+    for engine, cells in made["engines"].items():
+        ratios = [base[n]["tokens_per_cpu_second"] / cells[n]["tokens_per_cpu_second"] for n in counts]
+        shown = [
+            f"{cells[n]['tokens_per_cpu_second']:.1f} ({ratio:.2f})" for n, ratio in zip(counts, ratios, strict=True)
+        ]
+        lines.append(f"| {engine} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import shadowpeft_vllm
 import torch
+from benchmarks.vllm_speed import table
 from peft import get_peft_model
 from test_vllm_engine import vllm_environment, vllm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,6 +44,11 @@ def test_the_page_has_five_commands_and_every_architecture():
     ]
     assert export.ARCHITECTURES == shadowpeft_vllm.ARCHITECTURES
     assert dict(re.findall(r"^\| `(\w+)` \| `(ShadowPeft\w+)` \|$", PAGE, flags=re.M)) == export.ARCHITECTURES
+
+
+def test_the_speeds_are_those_of_the_record():
+    record = json.loads((ROOT / "docs" / "records" / "vllm.json").read_text())
+    assert f"<!-- speed -->\n{table(record)}\n<!-- /speed -->" in PAGE
 
 
 class Server:
