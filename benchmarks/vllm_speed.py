@@ -3,7 +3,7 @@
 ``python benchmarks/vllm_speed.py --out docs/records/vllm.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
 values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON``
 names the Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is
-timed is all requests together, from the first token read to the last written, after a warm-up of the same shape.
+timed is all requests together, from the first token read to the last written, after a warm-up.
 
 On a GPU: ``--engines vllm vllm+shadow --dtype bfloat16 --compile``; the goal there is at most 1.05 of the base's seconds.
 """
@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW, REPEATS = 64, 32, 3
-ROWS = (1, 8, 32)
+PROMPT, NEW = 64, 32
+ROWS = {1: 3, 8: 3, 32: 1}
+"""Requests at once -> how often they are measured."""
 ENGINES = ("vllm", "vllm+shadow", "shadowpeft", "transformers")
 Answer = Callable[[list[list[int]]], list[list[int]]]
 
@@ -128,10 +129,10 @@ def measure(engine: str, base: str, adapter: str, how: argparse.Namespace) -> di
     else:
         answer = (our_engine if engine == "shadowpeft" else transformers_engine)(adapter, base)
     found: dict[str, Any] = {}
-    for rows in ROWS:
-        answer(prompts(rows, 100 + rows))
+    for rows, repeats in ROWS.items():
+        answer(prompts(min(rows, 2), 100 + rows))
         walls, processors, tokens = [], [], []
-        for turn in range(REPEATS):
+        for turn in range(repeats):
             asked = prompts(rows, 1000 * rows + turn)
             wall, processor = time.perf_counter(), time.process_time()
             answers = answer(asked)
@@ -183,6 +184,8 @@ def start(engine: str, base: str, adapter: str, how: argparse.Namespace, out: Pa
 
 def make_adapter(base: str, layers: int, folder: Path) -> str:
     """An adapter with random values, small enough that answers stay text-like."""
+    if folder.exists():
+        return str(folder)
     import torch
     from peft import get_peft_model
 
@@ -210,6 +213,9 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--adapter")
     parser.add_argument("--layers", type=int, default=1, help="layers of the shadow")
+    parser.add_argument(
+        "--parts", type=Path, help="folder that keeps the adapter and what was measured, to go on from there"
+    )
     parser.add_argument("--turns", type=int, default=1, help="starts of each engine, in turns")
     parser.add_argument(
         "--compile", action="store_true", help="let vLLM compile the model, and capture graphs on a GPU"
@@ -221,12 +227,16 @@ def main() -> None:
     from shadowpeft.hf.base.aliases import source_of
 
     base = source_of(given.base)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = given.adapter or make_adapter(base, given.layers, Path(folder) / "adapter")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.parts or Path(temporary)
+        adapter = given.adapter or make_adapter(base, given.layers, folder / "adapter")
         runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in given.engines}
-        for _ in range(given.turns):
+        for turn in range(given.turns):
             for engine in given.engines:
-                runs[engine].append(start(engine, base, adapter, given, Path(folder) / "out.json"))
+                part = folder / f"{engine}-{turn}.json"
+                runs[engine].append(
+                    json.loads(part.read_text()) if part.exists() else start(engine, base, adapter, given, part)
+                )
     given.out.write_text(json.dumps(record(runs, given), indent=1) + "\n")
 
 
