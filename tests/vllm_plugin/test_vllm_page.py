@@ -68,7 +68,7 @@ class Server:
             return False
 
     def __enter__(self):
-        wait_for(self.ready, 400)
+        wait_for(self.ready, 700)
         return self
 
     def __exit__(self, *_):
@@ -84,7 +84,7 @@ def made_ready(words, ports, python):
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_commands_of_the_page(tmp_path):
     python = vllm_python()
     base = save_base(
