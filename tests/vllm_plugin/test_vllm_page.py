@@ -68,7 +68,11 @@ class Server:
             return False
 
     def __enter__(self):
-        wait_for(self.ready, 700)
+        try:
+            wait_for(self.ready, 700)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
