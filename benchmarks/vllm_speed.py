@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", type=Path, help="folder that keeps the adapter and what was measured, to go on from there"
     )
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="requests at once")
     parser.add_argument("--turns", type=int, default=1, help="starts of each engine, in turns")
     parser.add_argument(
         "--compile", action="store_true", help="let vLLM compile the model, and capture graphs on a GPU"
