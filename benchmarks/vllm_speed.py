@@ -1,6 +1,6 @@
 """Tokens per second and per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
 
-``python benchmarks/vllm_speed.py --out docs/records/vllm.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
+``python benchmarks/vllm_speed.py --out vllm-speed.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
 values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON``
 names the Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is
 timed is all requests together, from the first token read to the last written, after a warm-up.
@@ -238,7 +238,10 @@ def main() -> None:
                 runs[engine].append(
                     json.loads(part.read_text()) if part.exists() else start(engine, base, adapter, given, part)
                 )
-    given.out.write_text(json.dumps(record(runs, given), indent=1) + "\n")
+    made = record(runs, given)
+    given.out.write_text(json.dumps(made, indent=1) + "\n")
+    if "vllm" in made["engines"]:
+        print(table(made))
 
 
 def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> dict[str, Any]:
@@ -277,7 +280,7 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
 
 
 def table(made: dict[str, Any]) -> str:
-    """What docs/vllm.md says of a record: tokens per processor-second, and each engine's time beside vLLM's base."""
+    """A record as a table: tokens per processor-second, and each engine's time beside vLLM's base."""
     counts = list(made["engines"]["vllm"])
     lines = [
         f"| tokens per CPU-second, by requests at once | {' | '.join(counts)} |",
