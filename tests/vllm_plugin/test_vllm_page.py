@@ -120,7 +120,8 @@ def test_the_commands_of_the_page(tmp_path):
     ):
         answer = json.loads(subprocess.run(ask, check=True, capture_output=True).stdout)
         assert answer["shadowpeft"]["where"] == "cloud"
-        assert answer["choices"][0]["message"]["content"] == by_transformers(tmp_path)
+        # a random model ends in bytes that are no character, which vLLM leaves out
+        assert answer["choices"][0]["message"]["content"] == by_transformers(tmp_path).rstrip("\ufffd")
         url = f"http://127.0.0.1:{ports['8001']}/v1/chat/completions"
         body = {"model": "robot", "messages": [{"role": "user", "content": "sit down"}], "max_tokens": 8}
         device = httpx.post(url, json={**body, "route": "device"}, timeout=60, trust_env=False).json()
