@@ -36,6 +36,7 @@ NOT_OURS = {
     "skills.txt": "docs/routing.md tells the reader to write it",
     "table.md": "the system test writes it",
     "requests.md": "the system test writes it",
+    ".venv/vllm/ready": "a target of the Makefile",
 }
 WITHOUT_ITS_LIBRARY = {
     "shadowpeft.apps.ray_serve": "imports Ray, an extra that the default run goes without",

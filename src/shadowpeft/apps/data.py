@@ -68,7 +68,9 @@ class Rules:
 
 
 def check(
-    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder; robot, robot_tools; or a run file (.yaml).")],
+    file: Annotated[
+        str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder, a run file (.yaml); robot, robot_tools.")
+    ],
     base: Annotated[
         Optional[str],
         typer.Option(help="Whose tokenizer and chat template: alias, folder or Hub id. Default: the run's, or smollm2-135m."),

@@ -85,7 +85,8 @@ def _folder_of(name: str, options: dict[str, str]) -> Path:
     if Path(source).is_dir():
         return Path(source)
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-    return Path(snapshot_download(source, allow_patterns=patterns, **options))
+    folder: str = snapshot_download(source, allow_patterns=patterns, revision=options.get("revision"))
+    return Path(folder)
 
 
 def _bring(file: Path, to: Path) -> bool:

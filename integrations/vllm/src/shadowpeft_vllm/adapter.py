@@ -54,6 +54,7 @@ _KNOWN = frozenset(
         "draft_tokens",
         "format_version",
         "inference_mode",
+        "labels",
         "modules_to_save",
         "own_shadow_head",
         "peft_type",
