@@ -124,16 +124,17 @@ def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for record in sorted(records, key=lambda r: r["development"]["attached"]["commands"]["score"]):
         own, found = record["settings"], record["development"]
+        is_lora = own.get("method") == "lora"
         lines.append(
             [
                 f"[{record['name']}](../experiments/records/device/joint/{record['name']}.json)",
-                own.get("variant", "paper"),  # older records have no other
+                "LoRA" if is_lora else own.get("variant", "paper"),  # older records have no other
                 f"{own['rate']:g}",
-                "yes" if own["use_update"] else "no",
+                EMPTY if is_lora else "yes" if own["use_update"] else "no",
                 str(own["steps"]),
                 percent(found["attached"]["commands"], interval=True),
                 percent(found["attached"]["open_handed_on"]),
-                percent(found["detached"]["commands"]),
+                percent(found["detached"]["commands"]) if "detached" in found else EMPTY,
                 f"{record['processor_seconds'] / 60:.1f}",
             ]
         )
