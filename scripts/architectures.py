@@ -176,7 +176,7 @@ def main() -> None:
         "architectures": measure(),
     }
     write_text(RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    write_text(PAGE, page(record))
+    write_text(PAGE, page(json.loads(RECORD.read_text(encoding="utf-8"))))  # in the order that the file has
     print(PAGE.read_text().split("\n\n")[2])
 
 

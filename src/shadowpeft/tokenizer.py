@@ -11,6 +11,27 @@ from shadowpeft.hf.base.aliases import source_of
 from shadowpeft.messages import shorten
 
 
+class Readable:
+    """Turns what a damaged tokenizer raises into a :class:`ConfigError` that starts with ``what``.
+
+    The library behind the fast tokenizers raises ``Exception`` itself, which no ``except`` can name without naming all.
+
+    Args:
+        private: a path that is nobody's business and is left out of the message.
+    """
+
+    def __init__(self, what: str, private: str = "") -> None:
+        self.what, self.private = what, private
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None and (kind is Exception or isinstance(error, (OSError, ValueError, KeyError, TypeError))):
+            reason = shorten(error).replace(self.private, "its folder") if self.private else shorten(error)
+            raise ConfigError(f"{self.what} could not be loaded: {reason}") from error
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of an alias, a folder or a Hub id, with a pad token.
 
@@ -18,10 +39,8 @@ def load_tokenizer(name: str) -> Any:
         ConfigError: if it cannot be loaded, or has neither a pad nor an eos token.
     """
     source = source_of(name)
-    try:
+    with Readable(f"the tokenizer of '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer of '{name}' could not be loaded: {shorten(error)}") from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of '{name}' has neither a pad nor an eos token; give it one of them")

@@ -114,7 +114,7 @@ def test_scores_before_and_after(folders, run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("o", "--to", "tflite"), "must be one of hf, gguf"),
+        (("o", "--to", "tflite"), "must be one of hf, vllm, gguf"),
         (("o", "--to", "onnx", "--dtype", "f16"), "only has f32"),
         (("o", "--to", "gguf"), "does not end in .gguf"),
         (("o", "--to", "onnx", "--evaluate", "robot"), "leave it out"),

@@ -49,7 +49,7 @@ def losses(folder, key="eval_task_loss"):
 
 # ------------------------------------------------------------------------------------------------ stopping, the best one
 
-DIVERGING = {"max_steps": 12, "eval_every": 2, "learning_rate": 0.5, "scheduler": "constant", "warmup": 0.0}
+DIVERGING = {"max_steps": 12, "eval_every": 2, "learning_rate": 3.0, "scheduler": "constant", "warmup": 0.0}
 """A rate at which the validation loss soon goes up."""
 
 

@@ -210,10 +210,6 @@ def test_contradictions_end_with_2(lamp, monkeypatch, capsys, tmp_path):
             (*edge, "--routing", tmp_path / "packaged.json", "--skills", lamp / "skills.txt"),
             "has the packaged 34 skills",
         ),
-        (
-            ("serve", lamp / "edge", "--role", "cloud", "--no-auth", "--skills", lamp / "skills.txt"),
-            "belong to the edge",
-        ),
         (("route", "calibrate", lamp / "edge", "--skills", lamp / "skills.txt"), "'robot' has the packaged skills"),
     ):
         code, _, err = call(monkeypatch, capsys, *arguments)

@@ -412,3 +412,14 @@ def test_code_in_a_folder_is_never_run_nor_asked_about(tmp_path, monkeypatch, re
         read(str(tmp_path))
     assert asked == []
     assert not mark.exists()
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    rest = '"single_word": false, "lstrip": false, "rstrip": false, "normalized": false'  # and no "special"
+    added = f'[{{"id": 0, "content": "<e>", {rest}}}]'
+    model = '{"type": "WordLevel", "vocab": {"<e>": 0}, "unk_token": "<e>"}'
+    (tmp_path / "tokenizer.json").write_text(f'{{"version": "1.0", "added_tokens": {added}, "model": {model}}}')
+    with pytest.raises(ConfigError, match=r"tokenizer of .* could not be loaded: missing field `special`"):
+        load_tokenizer(str(tmp_path))

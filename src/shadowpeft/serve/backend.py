@@ -27,6 +27,7 @@ from shadowpeft.serve.drafting import MAX_DRAFT
 from shadowpeft.serve.loading import module_name
 from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
 from shadowpeft.serve.versions import Version, own_memory, snapshot
+from shadowpeft.tokenizer import Readable
 
 
 def _max_model_len(model: Any) -> int:
@@ -158,7 +159,8 @@ def _tokenizer_in(folder: str) -> Any:
     """The tokenizer that was saved in a folder, or None."""
     if not (Path(folder) / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with Readable("the tokenizer beside the adapter", private=folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class Attached(Backend):
