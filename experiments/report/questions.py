@@ -62,8 +62,8 @@ def lora(page: Page) -> list[str]:
     header = ["cell", "what", "steps", "commands, development", "open requests: no action", "commands, test", "open, test"]
     return [
         "### Is the attached model as good as LoRA?\n",
-        "Robot commands, one pass over the same rows, one seed; LoRA's rate was not tuned, and neither has converged. The shadow "
-        "was trained alone before, which the second number of the minutes counts. More in [scaled.md](scaled.md).\n",
+        "Robot commands, one pass over the same rows, one seed; LoRA's rate was not tuned, and neither has converged. "
+        "The shadow was trained alone before, which the second number of the minutes counts. More in [scaled.md](scaled.md).\n",
         *table([*header, "processor minutes"], lines),
         f"\n![Attached shadow and LoRA on robot commands](figures/{FIGURES[0]})\n",
         "At smaller budgets, on more tasks and three seeds, the two are compared row by row in the tables further down.\n",
