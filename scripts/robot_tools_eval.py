@@ -28,7 +28,7 @@ def ask(backend: Any, name: str, rows: list[dict[str, Any]], actions: Any) -> tu
     """The answers' texts, and the seconds that they took."""
     from shadowpeft.serve.scoring import scored_answers
 
-    parser = CallParser(robot_tools.TOOLS)
+    parser = CallParser(robot_tools.tools())
     began = time.process_time()
     answers = scored_answers(
         backend,
@@ -58,7 +58,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = robot_tools.load(given.split)
     right = [robot_tools.calls_of_row(row) for row in rows]
-    parser = CallParser(robot_tools.TOOLS)
+    parser = CallParser(robot_tools.tools())
     file = Path(given.out)
     record: dict[str, Any] = (
         json.loads(file.read_text()) if file.is_file() else {"set": "robot_tools", "split": given.split}
@@ -78,7 +78,7 @@ def main() -> None:
             if mode == "detached":
                 backend: Any = Detached(shadowpeft.detach(model), tokenizer, "edge")
                 engine = Engine(tokenizer, backend.model.config.vocab_size)
-                actions = engine.calls(robot_tools.TOOLS, hand_on=True)
+                actions = engine.calls(robot_tools.tools(), hand_on=True)
             else:
                 backend = Attached(model, tokenizer, {"default": given.adapter}, "base")
             texts, seconds = ask(backend, backend.names[0], rows, actions)

@@ -39,7 +39,7 @@ def main() -> None:
     began = time.process_time()
     engine = Engine(tokenizer, model.config.vocab_size)
     made = time.process_time()
-    grammar = engine.calls(robot_tools.TOOLS, hand_on=True)
+    grammar = engine.calls(robot_tools.tools(), hand_on=True)
     compiled = time.process_time()
     guiding: list[float] = []
     passes: list[float] = []

@@ -15,7 +15,7 @@ from scripts.robot_tools.values import degrees, fill, metres
 
 from shadowpeft.data import robot
 from shadowpeft.data.calls import Call, ordered
-from shadowpeft.data.robot_tools import ROWS, TOOLS
+from shadowpeft.data.robot_tools import ROWS, tools
 
 SPLITS = {"train": "T", "validation": "V", "test": "E"}
 COUNTS = {
@@ -58,7 +58,7 @@ def command(action: str, lang: str, split: str, line: str, rng: random.Random) -
         return text
 
     text = _SLOT.sub(put, words)
-    return text.replace(" to the to the", " to the"), ordered(Call(action, arguments), TOOLS), framed
+    return text.replace(" to the to the", " to the"), ordered(Call(action, arguments), tools()), framed
 
 
 def finished(text: str, lang: str, rng: random.Random) -> str:
@@ -86,7 +86,7 @@ def rows_of(split: str) -> list[dict[str, Any]]:
     """All rows of a split."""
     rng = random.Random(f"robot tools, {split}")
     cycle, letter, seen = Cycle(rng), SPLITS[split], set()
-    actions = [tool.name for tool in TOOLS]
+    actions = [tool.name for tool in tools()]
     rows: list[dict[str, Any]] = []
 
     def one(place: int, lang: str) -> tuple[str, Call, bool, str]:

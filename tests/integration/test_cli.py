@@ -628,6 +628,30 @@ def test_ctrl_c_ends_the_command_with_a_sentence_and_resume_goes_on(tmp_path, ro
     assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
+# ---------------------------------------------------------------------------------------------------- without extras
+
+OTHER_EXTRAS = (
+    *("jsonschema_rs", "llguidance", "fastapi", "uvicorn", "prometheus_client", "onnx", "onnxruntime", "torchao"),
+    *("bitsandbytes", "trl", "shadow_peft", "mkdocs", "nbclient", "bs4", "openai", "tensorboard"),
+)
+
+
+def test_what_the_demo_needs_runs_without_any_other_extra():
+    apps = ("data", "demo", "detach", "generate", "init", "plan", "pretrain", "report", "route", "train")
+    code = (
+        f"import importlib, sys\nsys.modules.update(dict.fromkeys({OTHER_EXTRAS!r}))\n"
+        f"for name in {apps!r}: importlib.import_module('shadowpeft.apps.' + name)\n"
+        "from shadowpeft.apps import intents\n"
+        "from shadowpeft.data.robot_tools import tools_named\n"
+        "from shadowpeft.train.rows import read_rows\n"
+        "assert len(tools_named('robot')) == 34\n"
+        "assert read_rows('robot', 'train', actions=True)\n"
+        "print('ok')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip().endswith("ok"), ran.stderr[-1500:]
+
+
 # ------------------------------------------------------------------------------------------------------ import hook
 
 KNOWS = """

@@ -25,7 +25,7 @@ from shadowpeft.evaluate.calls import Patterns, judge, summary, with_digits
 from shadowpeft.generate import answer
 from shadowpeft.train.rows import read_rows
 
-TOOLS = robot_tools.TOOLS
+TOOLS = robot_tools.tools()
 
 
 def tool(name, required=(), **properties):

@@ -83,7 +83,7 @@ def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
             "'robot' has actions without arguments but --skills has some; pass --data FILE, or robot_tools"
         )
     if source == "robot_tools":
-        lack = tools.lack(robot_tools.TOOLS)
+        lack = tools.lack(robot_tools.tools())
         if lack is not None:
             raise ConfigError(
                 f"'robot_tools' calls '{lack}', which --skills lacks; pass rows of your own with --data FILE"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shadowpeft.data import robot_tools
 from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.calls import Call
-from shadowpeft.data.robot_tools import TOOLS
 from shadowpeft.evaluate import rival
 from shadowpeft.evaluate.scores import wilson
 
@@ -218,7 +218,7 @@ class Patterns:
             return ()
         calls = []
         for name, part in zip(names, parts, strict=True):
-            tool = TOOLS.by_name[name]
+            tool = robot_tools.tools().by_name[name]
             values = {key: self._value(key, part) for key in tool.properties}
             arguments = {key: value for key, value in values.items() if value is not None}
             if tool.problem(arguments) is not None:

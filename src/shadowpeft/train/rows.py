@@ -85,7 +85,7 @@ def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dic
 def tools_of_run(train: str | SourceSection, file: str | None) -> Tools | None:
     """The tools that a run's rows call: those of ``file``, of the packaged set ``robot_tools``, or None."""
     if train == "robot_tools":
-        return robot_tools.TOOLS
+        return robot_tools.tools()
     return None if file is None else read_tools(file)
 
 

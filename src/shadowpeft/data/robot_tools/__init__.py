@@ -16,12 +16,17 @@ from shadowpeft.data.calls import Call
 from shadowpeft.data.robot import SKILLS, SYSTEM
 from shadowpeft.data.tools import Tools, named, read_tools
 
-__all__ = ["SPLITS", "SYSTEM", "TOOLS", "calls_of_row", "chat_row", "load", "tools_named"]
+__all__ = ["SPLITS", "SYSTEM", "calls_of_row", "chat_row", "load", "tools", "tools_named"]
 
 ROWS = Path(__file__).parent / "rows"
 ACTIONS = Path(__file__).parent / "actions.json"
-TOOLS: Tools = read_tools(ACTIONS)
 SPLITS = ("train", "validation", "test")
+
+
+@cache
+def tools() -> Tools:
+    """The 20 actions; needs the extra ``tools``, so not at import."""
+    return read_tools(ACTIONS)
 
 
 def load(split: str) -> list[dict[str, Any]]:
@@ -55,4 +60,6 @@ def tools_named(source: str) -> Tools:
     Raises:
         ConfigError: see :func:`shadowpeft.data.tools.read_tools`.
     """
-    return {"robot": named(SKILLS), "robot_tools": TOOLS}.get(source) or read_tools(source)
+    if source == "robot":
+        return named(SKILLS)
+    return tools() if source == "robot_tools" else read_tools(source)
