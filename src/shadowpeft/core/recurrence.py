@@ -8,7 +8,6 @@ that pair is :func:`refine`, and it needs nothing but the hidden state and the s
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -71,19 +70,15 @@ def _weights(injection: Injection, update: Update | None, norm: nn.LayerNorm | N
     )  # fmt: skip
 
 
-@functools.cache
-def _numbers(alpha: float, injection: tuple[Any, ...], update: tuple[Any, ...], eps: float) -> StepSettings:
-    dropout, first, normalised = injection
-    candidate, activation, gate_start = update or (0.0, "silu", 0.0)
-    return StepSettings(alpha, dropout, candidate, first, normalised, eps, gate_start, activation)
+_numbers = functools.cache(StepSettings)
 
 
 def _settings(injection: Injection, alpha: float, update: Update | None, norm: nn.LayerNorm | None) -> StepSettings:
+    own = (0.0, 0.0, "silu") if update is None else (update.dropout, update.gate_start, update.activation)
+    dropout, gate_start, activation = own
+    eps = 1e-5 if norm is None else norm.eps
     return _numbers(
-        alpha,
-        (injection.dropout, injection.dropout_first, injection.normalised),
-        () if update is None else (update.dropout, update.activation, update.gate_start),
-        1e-5 if norm is None else norm.eps,
+        alpha, injection.dropout, dropout, injection.dropout_first, injection.normalised, eps, gate_start, activation
     )
 
 

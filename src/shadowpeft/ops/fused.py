@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shadowpeft.ops.reference import activate, inject, rms
+from shadowpeft.ops.reference import activate, discrepancy, inject, rms
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """``w_down (r, d)``, ``w_up (d, r)``; of the update, or None: ``w_in (2m, d)``, ``w_out (2, d, m)``, ``b_in (2m,)``,
@@ -27,8 +27,9 @@ class StepSettings:
 
     alpha: float
     dropout: float = 0.0
-    """Of the correction, and of the candidate."""
+    """Of the correction."""
     update_dropout: float = 0.0
+    """Of the candidate."""
     dropout_first: bool = False
     normalised: bool = False
     eps: float = 1e-5
@@ -98,11 +99,6 @@ def _update(x: Tensor, s: Tensor, how: StepSettings, mask: Tensor | None, weight
     return state, u, a, t, g, y, mean, deviation
 
 
-def _discrepancy(x: Tensor, s: Tensor, how: StepSettings) -> Tensor:
-    """Eq. 2."""
-    return x / rms(x) - s / rms(s) if how.normalised else x - s
-
-
 def _forward(
     h: Tensor, s: Tensor, how: StepSettings, masks: tuple[Tensor | None, Tensor | None], weights: Weights
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -111,14 +107,15 @@ def _forward(
     x, state = h if h.dtype == w_down.dtype else h.to(w_down.dtype), None
     if weights[2] is not None:
         s = state = _update(x, s, how, masks[1], weights)[0]
-    delta = _discrepancy(x, s, how)
+    scale = rms(x) if how.normalised else None
+    delta = discrepancy(x, s, scale)
     if masks[0] is not None and how.dropout_first:
         delta = delta * masks[0]
     z = F.linear(delta, w_down)
     if masks[0] is not None and not how.dropout_first:
         z = z * masks[0]
     c = F.linear(z, w_up)
-    return inject(h, c * rms(x) if how.normalised else c, how.alpha), state, z
+    return inject(h, c if scale is None else c * scale, how.alpha), state, z
 
 
 class _Step(torch.autograd.Function):
@@ -153,9 +150,10 @@ def _correction_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of Eqs. 2-3 for ``x``, and minus the one for ``s``."""
     w_down, w_up = weights[:2]
-    delta = _discrepancy(x, s, how)
+    scale = rms(x) if how.normalised else None
+    delta = discrepancy(x, s, scale)
     above = g_after.to(w_up.dtype)
-    g_c = above * rms(x) if how.normalised else above
+    g_c = above if scale is None else above * scale
     g_z = torch.matmul(g_c, w_up).mul_(how.alpha)
     if needs[1]:
         grads[1] = _product(g_c, z).mul_(how.alpha)
@@ -166,12 +164,12 @@ def _correction_backward(
     g_delta = torch.matmul(g_z, w_down)
     if mask is not None and how.dropout_first:
         g_delta *= mask
-    if not how.normalised:
+    if scale is None:
         return g_delta, g_delta.to(s.dtype)
-    g_x = _rms_backward(g_delta, x)
+    g_x = _normalised_backward(g_delta, x, scale)
     g_scale = (above * F.linear(z, w_up)).sum(-1, keepdim=True) * how.alpha
-    g_x += x * (g_scale / (rms(x) * x.shape[-1]))
-    return g_x, _rms_backward(g_delta.to(s.dtype), s)
+    g_x += x * (g_scale / (scale * x.shape[-1]))
+    return g_x, _normalised_backward(g_delta.to(s.dtype), s, rms(s))
 
 
 def _update_backward(
@@ -214,9 +212,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left.flatten(0, -2).t(), right.flatten(0, -2))
 
 
-def _rms_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """Of ``x / rms(x)``."""
-    scale = rms(x)
+def _normalised_backward(gradient: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Of ``x / scale`` with ``scale = rms(x)``."""
     along = (gradient * x).mean(-1, keepdim=True) / scale.square()
     return (gradient - x * along) / scale
 

@@ -48,12 +48,17 @@ def correction(
     """
     h = h.to(w_down.dtype)
     scale = rms(h) if normalised else None
-    delta = h - s if scale is None else h / scale - s / rms(s)  # Eq. 2
+    delta = discrepancy(h, s, scale)
     if dropout_first:
         c = F.linear(F.linear(F.dropout(delta, dropout, training), w_down), w_up)
     else:
         c = F.linear(F.dropout(F.linear(delta, w_down), dropout, training), w_up)
     return c if scale is None else c * scale
+
+
+def discrepancy(h: Tensor, s: Tensor, scale: Tensor | None) -> Tensor:
+    """``h - s`` (Eq. 2), both ``(B, T, d)``; with ``scale = rms(h)`` both states at equal size (the variant "scaled")."""
+    return h - s if scale is None else h / scale - s / rms(s)
 
 
 def rms(x: Tensor) -> Tensor:
