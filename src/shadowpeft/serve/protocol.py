@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import (
@@ -16,8 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from shadowpeft.data.tools import Tools, tools_of
 from shadowpeft.serve.strict import Strict, invalid
-from shadowpeft.serve.tool_protocol import NamedTool, ResponseFormat, ToolCall, checked_format, checked_tools, tools_in
+from shadowpeft.serve.tool_protocol import NamedTool, ResponseFormat, ToolCall, checked_format, checked_tools
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
 _SEED = 2**63
@@ -210,10 +212,15 @@ class ChatRequest(_Generate):
             self.tool_choice = self.parallel_tool_calls = None
         elif isinstance(self.tool_choice, NamedTool):
             named = self.tool_choice.function.name
-            if named not in tools_in(self.tools).names:
+            if self.offered is not None and named not in self.offered.names:
                 problem = f"names '{named}', which is none of the tools; send one of them"
                 raise invalid(problem, "tool_choice", "function", "name")
         return self
+
+    @cached_property
+    def offered(self) -> Tools | None:
+        """The tools that the answer may call, read once; None: there are none."""
+        return None if self.tools is None else tools_of(self.tools)
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -38,7 +38,7 @@ from shadowpeft.serve.router import (
     action_probability,
     decisive,
 )
-from shadowpeft.serve.tool_protocol import NamedTool, ToolName, tools_in
+from shadowpeft.serve.tool_protocol import NamedTool, ToolName
 from shadowpeft.serve.toolbox import Toolbox, call_probabilities, prompt_text
 
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
@@ -109,8 +109,7 @@ class Role(ABC):
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
             turns = with_system(turns, self.system)
-            earlier = self.toolbox.known if asked.tools is None else tools_in(asked.tools)
-            text = prompt_text(self._tokenizer, turns, earlier)
+            text = prompt_text(self._tokenizer, turns, asked.offered or self.toolbox.known)
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids

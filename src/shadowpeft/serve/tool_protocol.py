@@ -6,7 +6,7 @@ from typing import Any, Literal, Optional
 
 from pydantic import Field, StrictBool, StrictStr
 
-from shadowpeft.data.tools import Tools, tools_of
+from shadowpeft.data.tools import tools_of
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.strict import Strict, invalid
 
@@ -81,8 +81,3 @@ def checked_tools(given: Any) -> Any:
             f"holds no list of tools: {str(error).removeprefix('it ')}; send definitions of functions"
         ) from error
     return given
-
-
-def tools_in(given: list[dict[str, Any]]) -> Tools:
-    """The tools of a request that was checked."""
-    return tools_of(given)

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from shadowpeft.chat_template import render_prompt
@@ -18,7 +19,7 @@ from shadowpeft.data.tools import Tools
 from shadowpeft.errors import DataError
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.router import Scores, parts_probability
-from shadowpeft.serve.tool_protocol import NamedTool, tools_in
+from shadowpeft.serve.tool_protocol import NamedTool
 
 SURE = 0.9
 """Probability of a name from which on it is told to the cloud as a hint."""
@@ -44,29 +45,27 @@ class Toolbox:
         DataError: if the request has tools that the model was not trained for, so that it could not know them.
         """
         lacks = self.lacks(asked)
-        if (
-            lacks is None
-            and isinstance(asked, ChatRequest)
-            and asked.tools is not None
-            and writes_calls(self._tokenizer)
-        ):
-            raise DataError(
-                "tools are read in the compact form of docs/tools.md, but this model's chat template has its own; leave "
-                "it out, or serve a model whose template writes no calls"
-            )
         if lacks is not None:
             known = "none" if self.known is None else ", ".join(self.known.names)
             raise DataError(
                 f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}); send what it "
                 "knows, or leave it out"
             )
+        if isinstance(asked, ChatRequest) and asked.tools is not None and self._has_own_form:
+            raise DataError(
+                "tools are read in the compact form of docs/tools.md, but this model's chat template has its own; leave "
+                "it out, or serve a model whose template writes no calls"
+            )
+
+    @cached_property
+    def _has_own_form(self) -> bool:
+        return writes_calls(self._tokenizer)
 
     def lacks(self, asked: ChatRequest | CompletionRequest) -> str | None:
         """The first of the request's tools that the model was not trained for."""
-        if not isinstance(asked, ChatRequest) or asked.tools is None:
+        if not isinstance(asked, ChatRequest) or asked.offered is None:
             return None
-        own = tools_in(asked.tools)
-        return own[0].name if self.known is None else self.known.lack(own)
+        return asked.offered[0].name if self.known is None else self.known.lack(asked.offered)
 
     def parser(self, asked: ChatRequest | CompletionRequest) -> CallParser | None:
         """What reads the calls of an answer to ``asked``; None: it may have none."""
@@ -114,8 +113,8 @@ class Toolbox:
 
 def _chosen(asked: ChatRequest) -> Tools:
     """The tools that an answer may call."""
-    assert asked.tools is not None
-    tools = tools_in(asked.tools)
+    tools = asked.offered
+    assert tools is not None
     return tools.some([asked.tool_choice.function.name]) if isinstance(asked.tool_choice, NamedTool) else tools
 
 
