@@ -93,11 +93,10 @@ def check(
     quiet_libraries()
     parts, rules = _of_run(file, base, max_length) if file.endswith((".yaml", ".yml")) else (None, None)
     if parts is None or rules is None:
-        from shadowpeft.data.robot import SYSTEM
         from shadowpeft.tokenizer import load_tokenizer
-        from shadowpeft.train.rows import packaged, tools_of_run
+        from shadowpeft.train.rows import system_of, tools_of_run
 
-        system = SYSTEM if packaged(file) and system is None else system
+        system = system_of(file, system)
         tokenizer = load_tokenizer(base or "smollm2-135m")
         classes, known = task_type == "SEQ_CLS", tools_of_run(file, tools)
         rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes, tools=known)
@@ -122,10 +121,9 @@ def check(
 
 def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[str, Any], Rules]:
     """The sources of a run file by part, and its rules."""
-    from shadowpeft.data.robot import SYSTEM
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.config import read_run
-    from shadowpeft.train.rows import packaged, tools_of_run
+    from shadowpeft.train.rows import packaged, parts_of, system_of, tools_of_run
     from shadowpeft.train.sections import source_of
 
     run = read_run(file)
@@ -133,16 +131,14 @@ def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[s
     rules = Rules(
         load_tokenizer(base or run.base),
         max_length or data.max_length,
-        data.system if data.system is not None else (SYSTEM if packaged(data.train) else None),
+        system_of(data.train, data.system),
         data.assistant_only_loss,
         data.learns_actions,
         run.task_type == "SEQ_CLS",
         data.too_long,
         tools_of_run(data.train, data.tools),
     )
-    validation = data.validation or (data.train if packaged(data.train) else None)
-    given = {"train": data.train, **({"validation": validation} if validation is not None else {})}
-    return {part: each if packaged(each) else source_of(each) for part, each in given.items()}, rules
+    return {part: each if packaged(each) else source_of(each) for part, each in parts_of(data).items()}, rules
 
 
 def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, Any]]:

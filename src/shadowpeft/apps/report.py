@@ -82,25 +82,22 @@ def answered(folder: Path, count: int, max_new_tokens: int) -> tuple[list[dict[s
 def _rows(run: Any, count: int, classes: bool) -> tuple[list[Any], str]:
     from itertools import islice
 
-    from shadowpeft.train.rows import class_rows_of, packaged, read_rows, tools_of_run
+    from shadowpeft.train.rows import class_rows_of, parts_of, read_rows, tools_of_run
     from shadowpeft.train.sections import source_of
 
     data = run.data
-    given, which = data.train, "rows of the training data"
-    if data.validation is not None:
-        given, which = data.validation, "rows of the validation data"
-    tools = tools_of_run(data.train, data.tools)
-    if packaged(given):
-        rows, which = read_rows(given, "validation", tools=tools), "rows of the validation data"
-    elif classes:
+    part, given = [*parts_of(data).items()][-1]
+    which = f"rows of the {'training' if part == 'train' else 'validation'} data"
+    if classes:
         rows = class_rows_of(given)
-    elif data.streaming and given == data.train:
+    elif data.streaming and part == "train":
         from shadowpeft.data.chat import check_row
         from shadowpeft.data.sources import rows_of
 
         rows = [check_row(row, where) for where, row in islice(rows_of(source_of(given), streaming=True), 8 * count)]
     else:
-        rows = read_rows(given, "validation", tools=tools, every_turn=data.assistant_only_loss)
+        tools = tools_of_run(data.train, data.tools)
+        rows = read_rows(given, part, tools=tools, every_turn=data.assistant_only_loss)
     asked = [row for row in rows if row["path"] != "shadow"] or rows
     return [asked[i * len(asked) // min(count, len(asked))] for i in range(min(count, len(asked)))], which
 
@@ -113,11 +110,10 @@ def _wanted(row: Any) -> str:
 
 
 def _said(runner: Any, tokenizer: Any, rows: list[Any], run: Any, max_new_tokens: int) -> list[str]:
-    from shadowpeft.data.robot import SYSTEM
     from shadowpeft.generate import answer
-    from shadowpeft.train.rows import packaged
+    from shadowpeft.train.rows import system_of
 
-    system = run.data.system if run.data.system is not None else (SYSTEM if packaged(run.data.train) else None)
+    system = system_of(run.data.train, run.data.system)
     chats = [[{k: v for k, v in message.items() if k != "weight"} for message in row["messages"]] for row in rows]
     return [each.text for each in answer(runner, tokenizer, chats, max_new_tokens=max_new_tokens, system=system)]
 

@@ -96,14 +96,15 @@ def calibrate(
     quiet_libraries()
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.call_guide import Engine
-    from shadowpeft.data.robot import SKILLS, SYSTEM
+    from shadowpeft.data.robot import SKILLS
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
+    from shadowpeft.train.rows import system_of
 
     prepare_cpu()
     where = pick_device(device)
     console = terminal(stderr=True)
-    system = SYSTEM if system is None and data in ("robot", "robot_tools") else system
+    system = system_of(data, system)
     edge, in_cloud = _backends(source, base, cloud, where)
     parse: Any = parser(own or SKILLS) if tools is None else CallParser(tools)
     trie: Any = None

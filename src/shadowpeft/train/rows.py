@@ -21,7 +21,7 @@ from shadowpeft.data.tool_rows import with_tools, writes_calls
 from shadowpeft.data.tools import Tools, read_tools
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.train.config import RunConfig
-from shadowpeft.train.sections import PACKAGED, SourceSection, TrainingSection, source_of
+from shadowpeft.train.sections import PACKAGED, DataConfig, SourceSection, TrainingSection, source_of
 
 ROBOT_REMOTE_REPEATS = 10
 
@@ -73,6 +73,17 @@ class RunData:
 def packaged(source: str | SourceSection | None) -> bool:
     """Whether ``source`` names a packaged set."""
     return isinstance(source, str) and source in PACKAGED
+
+
+def system_of(source: str | SourceSection, given: str | None) -> str | None:
+    """The system message of rows that bring none: the one that was ``given``, or that of a packaged set."""
+    return ROBOT_SYSTEM if given is None and packaged(source) else given
+
+
+def parts_of(data: DataConfig) -> dict[str, str | SourceSection]:
+    """Where the rows of a run come from: ``train``, and ``validation`` if there is any; a packaged set brings its own."""
+    validation = data.validation or (data.train if packaged(data.train) else None)
+    return {"train": data.train, **({} if validation is None else {"validation": validation})}
 
 
 def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dict[str, Any]]:
@@ -160,16 +171,13 @@ def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -
         DataError: if a row cannot be learnt, or a source cannot be read.
     """
     data = run.data
-    validation = data.validation or (data.train if packaged(data.train) else None)
-    parts: dict[str, str | SourceSection] = {"train": data.train}
-    if validation is not None:
-        parts["validation"] = validation
+    parts = parts_of(data)
     if run.task_type == "SEQ_CLS":
         return _class_data(run, parts, tokenizer, warn)
     options: dict[str, Any] = {
         "max_length": data.max_length,
         "too_long": data.too_long,
-        "system": data.system if data.system is not None else (ROBOT_SYSTEM if packaged(data.train) else None),
+        "system": system_of(data.train, data.system),
         "every_turn": data.assistant_only_loss,
     }
     tools = tools_of_run(data.train, data.tools)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from shadowpeft.data.actions import parser, read_skills
 from shadowpeft.data.robot.skills import MEANINGS, SKILLS, SPLITS
 
-__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "skills_of", "write_jsonl"]
+__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "read_split", "skills_of", "write_jsonl"]
 
 Row = dict[str, str]
 
@@ -31,14 +32,23 @@ _parse = parser(SKILLS)
 
 def load(split: str) -> list[Row]:
     """The rows of one split: dicts with id, split, lang, kind, skill, family, style, prompt and response."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    return [json.loads(line) for line in _lines(split)]
+    return read_split(ROWS, split, SPLITS)
+
+
+def read_split(folder: Path, split: str, splits: Collection[str]) -> list[dict[str, Any]]:
+    """Fresh rows of a packaged set, ``<split>.jsonl.gz`` in ``folder``.
+
+    Raises:
+        ValueError: if it is none of ``splits``.
+    """
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(splits)}")
+    return [json.loads(line) for line in _lines(folder / f"{split}.jsonl.gz")]
 
 
 @cache
-def _lines(split: str) -> tuple[str, ...]:
-    return tuple(gzip.decompress((ROWS / f"{split}.jsonl.gz").read_bytes()).decode().split("\n")[:-1])
+def _lines(file: Path) -> tuple[str, ...]:
+    return tuple(gzip.decompress(file.read_bytes()).decode().split("\n")[:-1])
 
 
 def parse_action(text: str) -> str | None:

@@ -6,14 +6,12 @@ this package; ``python -m scripts.robot_tools`` in the repository writes them fr
 
 from __future__ import annotations
 
-import gzip
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from shadowpeft.data.calls import Call
-from shadowpeft.data.robot import SKILLS, SYSTEM
+from shadowpeft.data.robot import SKILLS, SYSTEM, read_split
 from shadowpeft.data.tools import Tools, named, read_tools
 
 __all__ = ["SPLITS", "SYSTEM", "calls_of_row", "chat_row", "load", "tools", "tools_named"]
@@ -31,14 +29,7 @@ def tools() -> Tools:
 
 def load(split: str) -> list[dict[str, Any]]:
     """The rows of one split: dicts with id, split, lang, kind (one, two, cloud), family, prompt, calls and reply."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    return [json.loads(line) for line in _lines(split)]
-
-
-@cache
-def _lines(split: str) -> tuple[str, ...]:
-    return tuple(gzip.decompress((ROWS / f"{split}.jsonl.gz").read_bytes()).decode().split("\n")[:-1])
+    return read_split(ROWS, split, SPLITS)
 
 
 def calls_of_row(row: dict[str, Any]) -> tuple[Call, ...]:
