@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.device_search import FOLDER, Cell
-from experiments.report.tables import table
+from experiments.markdown import EMPTY, percent, table
+from experiments.records import read_folder
 from experiments.spec import RECORDS
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import between, write_text
@@ -21,20 +21,6 @@ PAGE = ROOT / "docs" / "device-search.md"
 RIVALS = RECORDS / "rivals"
 USUAL = {field.name: field.default for field in fields(Cell) if field.default is not MISSING}
 MARKS = {name: (f"<!-- {name} -->", f"<!-- /{name} -->") for name in ("robot", "curves", "clinc150")}
-EMPTY = "-"
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """Every record of a folder, by name."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-
-
-def percent(found: Mapping[str, Any] | None, *, interval: bool = False) -> str:
-    """A share in percent; a dash if there is none."""
-    if found is None or found["score"] is None:
-        return EMPTY
-    low, high = found["interval"]
-    return f"{100 * found['score']:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if interval else "")
 
 
 def differs(settings: Mapping[str, Any]) -> str:
@@ -150,10 +136,10 @@ def text(content: str, page: Path = PAGE, folder: Path = FOLDER, rivals: Path = 
     Raises:
         ConfigError: if one of the marks is missing.
     """
-    cells = [record for record in read(folder) if record["curve"]]
+    cells = [record for record in read_folder(folder) if record["curve"]]
     chosen = {name: [r for r in cells if r["settings"]["problem"] == name] for name in ("robot", "clinc150")}
     parts = {
-        "robot": robot(chosen["robot"], [r for r in read(rivals) if r["task"] == "robot"], page, folder.parent),
+        "robot": robot(chosen["robot"], [r for r in read_folder(rivals) if r["task"] == "robot"], page, folder.parent),
         "curves": curves(cells),
         "clinc150": clinc150(chosen["clinc150"], page, folder.parent),
     }

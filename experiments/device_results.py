@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.device_page import FOLDER, ROOT, percent, read
-from experiments.report.tables import table
+from experiments.device_page import FOLDER, ROOT
+from experiments.markdown import EMPTY, percent, table
+from experiments.records import read_folder
 from shadowpeft.apps.demo_picture import NAMES
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import between, write_text
@@ -20,7 +21,6 @@ PAGES = {
     ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "frontier"),
     ROOT / "docs" / "scaled.md": ("joint",),
 }
-EMPTY = "-"
 
 
 def share(found: Mapping[str, Any]) -> str:
@@ -148,9 +148,9 @@ def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def tables() -> dict[str, list[str]]:
     """Every table whose records are there."""
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in RECORDS.items() if file.is_file()}
-    cells = [r for r in read(FOLDER) if r["curve"] and r["settings"]["problem"] == "robot"]
+    cells = [r for r in read_folder(FOLDER) if r["curve"] and r["settings"]["problem"] == "robot"]
     costs = json.loads(FRONTIER.read_text(encoding="utf-8"))["layers"] if FRONTIER.is_file() else {}
-    made = {"frontier": frontier(cells, costs), "joint": joint(read(FOLDER / "joint"))}
+    made = {"frontier": frontier(cells, costs), "joint": joint(read_folder(FOLDER / "joint"))}
     if "demo" in results:
         made |= {"demo": methods(results["demo"]), "calibrated": calibrated(results["demo"])}
     if "full" in results:

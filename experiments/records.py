@@ -27,6 +27,11 @@ def read_file(identity: str, records: Path = RECORDS) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def read_folder(folder: Path) -> list[dict[str, Any]]:
+    """Every record of a folder, by name."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+
+
 def write_record(record: dict[str, Any], records: Path) -> None:
     """Write a record beside and rename it: a record that is there is whole."""
     file = record_file(record["id"], records)

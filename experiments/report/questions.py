@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.markdown import table
+from experiments.markdown import percent, table
+from experiments.records import read_file, read_folder
 from experiments.report.records import Page
 
 Share = tuple[float, float, float]
 """A share of rows and the ends of its 95 % interval."""
-EMPTY = "-"
 FIGURES = ("question-lora.png", "question-device.png", "question-cost.png")
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _all(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-
-
-def _share(found: Mapping[str, Any] | None) -> Share | None:
-    return None if found is None else (found["score"], *found["interval"])
-
-
-def _percent(share: Share | None) -> str:
-    return EMPTY if share is None else f"{100 * share[0]:.1f} [{100 * share[1]:.1f}, {100 * share[2]:.1f}]"
+def _share(found: Mapping[str, Any]) -> Share:
+    return (found["score"], *found["interval"])
 
 
 def joint_cells(page: Page) -> list[dict[str, Any]]:
     """LoRA and the attached shadow on the robot set, trained for a pass or more."""
-    return [record for record in _all(page.records / "device" / "joint") if record["settings"]["steps"] >= 250]
+    return [record for record in read_folder(page.records / "device" / "joint") if record["settings"]["steps"] >= 250]
 
 
 def lora(page: Page) -> list[str]:
@@ -47,13 +34,13 @@ def lora(page: Page) -> list[str]:
         minutes = f"{record['processor_seconds'] / 60:.0f}" + ("" if is_lora or not first else f" + {first / 60:.0f}")
         lines.append(
             [
-                f"[{record['name']}](../experiments/records/device/joint/{record['name']}.json)",
+                page.link(f"device/joint/{record['name']}", record["name"]),
                 "LoRA" if is_lora else "shadow, attached",
                 str(record["settings"]["steps"]),
-                _percent(_share(development["commands"])),
-                _percent(_share(development["open_handed_on"])),
-                _percent(_share(test.get("commands"))),
-                _percent(_share(test.get("open_handed_on"))),
+                percent(development["commands"], interval=True),
+                percent(development["open_handed_on"], interval=True),
+                percent(test.get("commands"), interval=True),
+                percent(test.get("open_handed_on"), interval=True),
                 minutes,
             ]
         )
@@ -70,38 +57,33 @@ def lora(page: Page) -> list[str]:
     ]
 
 
-def device_rows(page: Page) -> list[tuple[str, str, Share, Share]]:
-    """The chosen cell of each problem on its test rows: title, record, right, and handed on or known to be out of scope."""
+def tested(page: Page) -> list[tuple[dict[str, Any], str, str]]:
+    """The chosen cell of each problem, and the names of its shares: what is right, and what is handed on or out of scope."""
     found = []
-    for record in _all(page.records / "device"):
-        test = (record.get("test") or {}).get("constrained")
-        if test is None:
-            continue
-        first, second = ("in_scope", "oos_recall") if "in_scope" in test else ("commands", "open_handed_on")
-        problem = "CLINC150" if first == "in_scope" else "robot commands"
-        link = f"[{record['name']}](../experiments/records/device/{record['name']}.json)"
-        shares = _share(test[first]), _share(test[second])
-        assert shares[0] is not None
-        assert shares[1] is not None
-        found.append((f"{problem}: {record['settings']['layers']} shadow layers", link, shares[0], shares[1]))
+    for record in read_folder(page.records / "device"):
+        if record.get("test") is not None:
+            clinc = "in_scope" in record["test"]["constrained"]
+            found.append((record, *(("in_scope", "oos_recall") if clinc else ("commands", "open_handed_on"))))
     return found
 
 
 def device(page: Page) -> list[str]:
     """What the device half reaches beside the linear classifier."""
-    shadows = device_rows(page)
-    if not shadows:
+    lines = []
+    for record, right, other in tested(page):
+        title = f"{'CLINC150' if right == 'in_scope' else 'robot commands'}: {record['settings']['layers']} shadow layers"
+        shares = [percent(record["test"]["constrained"][name], interval=True) for name in (right, other)]
+        lines.append([title, page.link(record["id"], record["name"]), *shares])
+    if not lines:
         return []
-    lines = [[title, link, _percent(a), _percent(b)] for title, link, a, b in shadows]
     for name, title, scores in (
         ("robot-svc-open", "robot commands: TF-IDF and LinearSVC", ("robot-svc-test_large", "skill", "remote")),
         ("clinc150-svc", "CLINC150: TF-IDF and LinearSVC", ("clinc150-svc", "in_scope", "oos_recall")),
     ):
-        record = _read(page.records / "rivals" / f"{name}.json")
-        if record is not None:
-            values = record["results"][scores[0]]["scores"]
-            link = f"[{name}](../experiments/records/rivals/{name}.json)"
-            lines.append([title, link, *(f"{100 * values[key]:.1f}" for key in scores[1:])])
+        rival = read_file(f"rivals/{name}", page.records)
+        if rival is not None:
+            values = rival["results"][scores[0]]["scores"]
+            lines.append([title, page.link(f"rivals/{name}", name), *(f"{100 * values[key]:.1f}" for key in scores[1:])])
     return [
         "### What does the device half reach?\n",
         "Test rows, which no search looked at; each chosen cell read them once. The last column is the share of open requests "
@@ -114,7 +96,7 @@ def device(page: Page) -> list[str]:
 
 def cost_rows(page: Page) -> list[tuple[str, float, float]]:
     """Ratios of the shadow and of LoRA; decoding and prefill to the base, training to LoRA."""
-    bench = _read(page.docs.parent / "benchmarks" / "results.json")
+    bench = read_file("results", page.docs.parent / "benchmarks")
     if bench is None:
         return []
     rows = []
@@ -164,9 +146,9 @@ def figures(page: Page, folder: Path) -> list[Path]:
     cells = joint_cells(page)
     if cells:
         shown = [(r["name"], _share(r["development"]["attached"]["commands"])) for r in cells]
-        bars_with_intervals(folder / FIGURES[0], [(n, s) for n, s in shown if s is not None])
+        bars_with_intervals(folder / FIGURES[0], shown)
         written.append(folder / FIGURES[0])
-    if device_rows(page):
+    if tested(page):
         depth_against_score(folder / FIGURES[1], _by_depth(page), _rival(page))
         written.append(folder / FIGURES[1])
     if cost_rows(page):
@@ -178,18 +160,15 @@ def figures(page: Page, folder: Path) -> list[Path]:
 def _by_depth(page: Page) -> list[tuple[int, Share]]:
     """The best development score of each depth on the robot set."""
     best: dict[int, Share] = {}
-    for record in _all(page.records / "device"):
+    for record in read_folder(page.records / "device"):
         found = record["curve"][-1]["constrained"]
         if "commands" in found:
             layers, share = record["settings"]["layers"], _share(found["commands"])
-            assert share is not None
             best[layers] = max(best.get(layers, share), share)
     return sorted(best.items())
 
 
 def _rival(page: Page) -> float | None:
     """The classifier's share of right commands on the same development rows."""
-    record = _read(page.records / "rivals" / "robot-svc-open.json")
-    if record is None:
-        return None
-    return float(record["rate"]["development"]["commands"]["score"])
+    record = read_file("rivals/robot-svc-open", page.records)
+    return None if record is None else float(record["rate"]["development"]["commands"]["score"])
