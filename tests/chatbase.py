@@ -80,6 +80,15 @@ def mixed_rows() -> list[dict[str, Any]]:
     ]
 
 
+def save_run_data(folder: Path, plain: int = 10) -> dict[str, str]:
+    """A base, training rows of all kinds (``plain`` of them plain), and validation rows, as the paths of their files."""
+    return {
+        "base": save_base(folder / "base"),
+        "train": write_rows(folder / "train.jsonl", plain_rows(plain) + mixed_rows()),
+        "validation": write_rows(folder / "validation.jsonl", mixed_rows()),
+    }
+
+
 def run_file(folder: Path, base: str, train: str, /, **sections: Any) -> dict[str, Any]:
     """The content of a run file for the tiny base; ``sections`` extend or replace parts of it."""
     content: dict[str, Any] = {

@@ -5,6 +5,15 @@ import sys
 from shadowpeft import cli
 
 
+def edit(file, instead):
+    """Replace parts of a file, each of which stands there once."""
+    content = file.read_text(encoding="utf-8")
+    for there, here in instead.items():
+        assert content.count(there) == 1, there
+        content = content.replace(there, here)
+    file.write_text(content, encoding="utf-8")
+
+
 def call(monkeypatch, capsys, *arguments):
     """Run a command in this process: exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["shadowpeft", *map(str, arguments)])

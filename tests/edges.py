@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import shadowpeft
 from chatbase import CHATML
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -113,3 +115,11 @@ def model(arch: str = "llama", **overrides: Any) -> Any:
 def ids(rows: int = 2, length: int = 40, high: int = 420) -> torch.Tensor:
     """Random token ids, long enough that rotary angles matter."""
     return torch.randint(3, high, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def save_pair(folder: Path, made: Any) -> None:
+    """An adapted model as ``adapter`` and the edge model it detaches to as ``edge``, both with a tokenizer."""
+    made.save_pretrained(folder / "adapter")
+    shadowpeft.detach(made).save_pretrained(folder / "edge")
+    for name in ("adapter", "edge"):
+        tokenizer().save_pretrained(folder / name)

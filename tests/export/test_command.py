@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import edges
-import shadowpeft
 from chatbase import write_rows
 from commands import call
 from shadowpeft.export import gguf, hf
@@ -31,11 +30,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     base = edges.model(num_hidden_layers=3, tie_word_embeddings=True)
     base.save_pretrained(folder / "base")
-    model = adapt(AutoModelForCausalLM.from_pretrained(folder / "base"))
-    model.save_pretrained(folder / "adapter")
-    edges.tokenizer().save_pretrained(folder / "adapter")
-    shadowpeft.detach(model).save_pretrained(folder / "edge")
-    edges.tokenizer().save_pretrained(folder / "edge")
+    edges.save_pair(folder, adapt(AutoModelForCausalLM.from_pretrained(folder / "base")))
     write_rows(folder / "data.jsonl", [{"prompt": "Sit down, please", "response": "[Sit()] the dog sits"}])
     return folder
 

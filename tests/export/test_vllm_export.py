@@ -34,10 +34,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(folder / "base", max_shard_size="40KB")
     made = adapt(AutoModelForCausalLM.from_pretrained(folder / "base"))
     made.peft_config["default"].trained_ends = [2]
-    made.save_pretrained(folder / "adapter")
-    edges.tokenizer().save_pretrained(folder / "adapter")
-    shadowpeft.detach(made).save_pretrained(folder / "edge")
-    edges.tokenizer().save_pretrained(folder / "edge")
+    edges.save_pair(folder, made)
     return folder
 
 

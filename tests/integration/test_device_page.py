@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from chatbase import save_sitting_base
-from commands import call
+from commands import call, edit
 from shadowpeft.data.actions import read_skills
 from shadowpeft.data.chat import read_file
 
@@ -48,11 +48,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         "last_layers: 10": "last_layers: 2, shadow_num_hidden_layers: 1",
         "shadow_epochs: 16, epochs: 4": "shadow_epochs: 0, max_steps: 2, learning_rate: 1.0e-6",
     }
-    run = (folder / "home.yaml").read_text(encoding="utf-8")
-    for there, here in instead.items():
-        assert run.count(there) == 1
-        run = run.replace(there, here)
-    (folder / "home.yaml").write_text(run, encoding="utf-8")
+    edit(folder / "home.yaml", instead)
     monkeypatch.chdir(folder)
     commands = blocks("bash")
     assert [shlex.split(command)[1] for command in commands] == ["train", "route", "generate", "detach"]

@@ -10,7 +10,7 @@ import yaml
 from experiments.spec import NEWEST
 from safetensors.torch import load_file
 
-from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
+from chatbase import run_file, save_run_data
 from shadowpeft.errors import ConfigError
 from shadowpeft.train import optimisers, speed
 from shadowpeft.train import run as run_module
@@ -22,12 +22,7 @@ from shadowpeft.train.run import train
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    return {
-        "base": save_base(folder / "base"),
-        "train": write_rows(folder / "train.jsonl", plain_rows(10) + mixed_rows()),
-        "validation": write_rows(folder / "validation.jsonl", mixed_rows()),
-    }
+    return save_run_data(tmp_path_factory.mktemp("made"))
 
 
 def start(made, folder, resume=False, console=None, **sections):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chatbase import save_sitting_base
-from commands import call
+from commands import call, edit
 from shadowpeft.apps import serve as command
 from shadowpeft.data.chat import read_file
 from shadowpeft.data.tool_rows import with_tools
@@ -56,11 +56,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         "last_layers: 10": "last_layers: 2, shadow_num_hidden_layers: 1",
         "shadow_epochs: 20, epochs: 4": "shadow_epochs: 0, max_steps: 2, learning_rate: 1.0e-6",
     }
-    run = (folder / "tools.yaml").read_text(encoding="utf-8")
-    for there, here in instead.items():
-        assert run.count(there) == 1
-        run = run.replace(there, here)
-    (folder / "tools.yaml").write_text(run, encoding="utf-8")
+    edit(folder / "tools.yaml", instead)
     monkeypatch.chdir(folder)
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert [shlex.split(line)[:2] for line in commands] == [

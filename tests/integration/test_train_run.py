@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 import shadowpeft
-from chatbase import chat_tokenizer, mixed_rows, plain_rows, run_file, save_base, write_rows
+from chatbase import chat_tokenizer, mixed_rows, plain_rows, run_file, save_base, save_run_data, write_rows
 from shadowpeft import ShadowTrainer, storage
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.data import chat
@@ -40,12 +40,7 @@ from tiny import adapt, adapter_config, base
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Base folder and data files, shared by the runs of this module."""
-    folder = tmp_path_factory.mktemp("made")
-    return {
-        "base": save_base(folder / "base"),
-        "train": write_rows(folder / "train.jsonl", plain_rows(10) + mixed_rows()),
-        "validation": write_rows(folder / "validation.jsonl", mixed_rows()),
-    }
+    return save_run_data(tmp_path_factory.mktemp("made"))
 
 
 def config(made, folder, **sections):

@@ -12,7 +12,7 @@ import yaml
 from scripts import tutorial
 
 from chatbase import save_sitting_base
-from commands import call
+from commands import call, edit
 from pages import ROOT
 from shadowpeft.data.actions import read_skills
 from shadowpeft.serve.bound import fewest_kept
@@ -67,11 +67,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         "last_layers: 10": "last_layers: 2, shadow_num_hidden_layers: 1",
         "shadow_epochs: 8, epochs: 3": "shadow_epochs: 0, max_steps: 2, learning_rate: 1.0e-6",
     }
-    run = (folder / "radio.yaml").read_text(encoding="utf-8")
-    for there, here in instead.items():
-        assert run.count(there) == 1
-        run = run.replace(there, here)
-    (folder / "radio.yaml").write_text(run, encoding="utf-8")
+    edit(folder / "radio.yaml", instead)
     monkeypatch.chdir(folder)
     exec(compile((folder / "rows.py").read_text(encoding="utf-8"), "rows.py", "exec"), {})
     assert "6 commands, 222 rows to train on, 146 held out" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import pytest
 from scripts.system_test.options import METHODS, parse
 
 from chatbase import save_sitting_base
-from commands import call
+from commands import call, edit
 from webserver import free_port, wait_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "edge.md"
@@ -58,11 +58,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         "shadow_epochs: 2, max_steps: 660": "shadow_epochs: 0, max_steps: 2",
         "learning_rate: 1.0e-2": "learning_rate: 1.0e-6",
     }
-    changed = run
-    for there, here in instead.items():
-        assert run.count(there) == 1
-        changed = changed.replace(there, here)
-    (tmp_path / "robot.yaml").write_text(changed)
+    (tmp_path / "robot.yaml").write_text(run, encoding="utf-8")
+    edit(tmp_path / "robot.yaml", instead)
     ports = {"8000": str(free_port()), "8001": str(free_port())}
     commands = [re.sub("8000|8001", lambda m: ports[m[0]], command) for command in blocks("bash")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

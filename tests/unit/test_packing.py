@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, TrainingArguments
 
 import shadowpeft
-from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
+from chatbase import run_file, save_run_data
 from commands import call
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data import chat
@@ -132,12 +132,7 @@ def test_a_recurrent_shadow_is_refused_too():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    return {
-        "base": save_base(folder / "base"),
-        "train": write_rows(folder / "train.jsonl", plain_rows(20) + mixed_rows()),
-        "validation": write_rows(folder / "validation.jsonl", mixed_rows()),
-    }
+    return save_run_data(tmp_path_factory.mktemp("made"), 20)
 
 
 def run(made, folder, **sections):
