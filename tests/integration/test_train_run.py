@@ -32,7 +32,7 @@ from shadowpeft.train import checkpoints
 from shadowpeft.train import run as run_module
 from shadowpeft.train.config import parse_run, read_run
 from shadowpeft.train.progress import RunCallback, read_metrics
-from shadowpeft.train.rows import encode_run, read_rows
+from shadowpeft.train.rows import load_run_data, read_rows
 from shadowpeft.train.run import train
 from tiny import adapt, adapter_config, base
 
@@ -155,10 +155,11 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
     run = config(made, tmp_path / "run", training={"max_steps": None, "epochs": 1.0, "batch_size": 3})
     assert train(run, quiet=True)["steps"] == 6  # 17 sequences: one row has an answer for each path
     robot = config(made, tmp_path / "robot", data={"train": "robot", "max_length": 512})
-    sequences, validation, record = encode_run(robot, load_tokenizer(made["base"]), print)
-    assert record["train"]["rows"] == 4447
+    data = load_run_data(robot, load_tokenizer(made["base"]), print)
+    sequences = data.training
+    assert data.record["train"]["rows"] == 4447
     assert len(sequences) == 5447  # 1,000 open requests: in words for the base, [REMOTE] for the shadow
-    assert validation
+    assert data.validation
     text = chat_tokenizer().decode(sequences[0].ids)
     assert text.startswith("<|im_start|>system\nYou are a robot dog.<|im_end|>")
     kinds = {(s.base, s.shadow) for s in sequences}
@@ -166,8 +167,8 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
     learnt = {chat_tokenizer().decode([t for t in s.features()["shadow_labels"] if t != -100]) for s in sequences}
     assert learnt == {"", "[REMOTE]<|im_end|>", *(f"[{skill}()]<|im_end|>" for skill in SKILLS)}
     whole = config(made, tmp_path / "w", data={"train": "robot", "max_length": 512, "shadow_answers": "whole"})
-    sequences, _, record = encode_run(whole, load_tokenizer(made["base"]), print)
-    assert record["train"]["rows"] == len(sequences) == 4447 + 9 * 47
+    data = load_run_data(whole, load_tokenizer(made["base"]), print)
+    assert data.record["train"]["rows"] == len(data.training) == 4447 + 9 * 47
 
 
 def test_the_shadow_alone_trains_first(made, tmp_path):

@@ -156,14 +156,6 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
     return row
 
 
-def encode_run(
-    run: RunConfig, tokenizer: Any, warn: Callable[[str], None]
-) -> tuple[list[Any], list[Any] | None, dict[str, Any]]:
-    """Training and validation sequences, and the record of the data; see :func:`load_run_data`."""
-    data = load_run_data(run, tokenizer, warn)
-    return data.training, data.validation, data.record
-
-
 def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -> RunData:
     """The rows of a run, encoded, and the record of them. ``warn`` is told of rows that are left out, and of foreign forms.
 

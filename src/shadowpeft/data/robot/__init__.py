@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.actions import parser, read_skills
+from shadowpeft.data.actions import parser
 from shadowpeft.data.robot.skills import MEANINGS, SKILLS, SPLITS
 
-__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "read_split", "skills_of", "write_jsonl"]
+__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "read_split", "write_jsonl"]
 
 Row = dict[str, str]
 
@@ -54,15 +54,6 @@ def _lines(file: Path) -> tuple[str, ...]:
 def parse_action(text: str) -> str | None:
     """The action a response starts with: a skill's name, "REMOTE", or None if there is no known one."""
     return _parse(text)
-
-
-def skills_of(source: str) -> tuple[str, ...]:
-    """The skills that ``--skills`` names: those of this set for ``robot``, or those of a file.
-
-    Raises:
-        ConfigError: see :func:`shadowpeft.data.actions.read_skills`.
-    """
-    return SKILLS if source == "robot" else read_skills(source)
 
 
 def json_lines(rows: Iterable[Row]) -> str:
