@@ -1,11 +1,18 @@
 """Tools through both servers: held, decided, streamed, handed on, with the official client."""
 
+import asyncio
 import json
 from itertools import pairwise
+from typing import Annotated, Literal
 
 import openai
 import pytest
 import torch
+from pydantic import Field
+from pydantic_ai import Agent
+from pydantic_ai.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from chatbase import chat_model, chat_tokenizer
 from serving import detached
@@ -201,17 +208,17 @@ def saying(answer):
     return Detached(made, chat_tokenizer(), "edge")
 
 
-def test_the_device_keeps_its_own_call_and_says_how_sure_it_is_of_each_part(cloud):
-    role = EdgeRole(
-        Engine(saying("[Walk(direct"), LIMITS),
-        Router(CallParser(TOOLS)),
-        CloudClient(cloud.url),
-        "edge",
-        system=None,
-        default_tokens=100,
-        tools=TOOLS,
+def walking(cloud):
+    """An edge whose device walks."""
+    engine, router = Engine(saying("[Walk(direct"), LIMITS), Router(CallParser(TOOLS))
+    client = CloudClient(cloud.url)
+    return build(
+        EdgeRole(engine, router, client, "edge", system=None, default_tokens=100, tools=TOOLS), Settings(NOBODY)
     )
-    with Running(build(role, Settings(NOBODY))) as running:
+
+
+def test_the_device_keeps_its_own_call_and_says_how_sure_it_is_of_each_part(cloud):
+    with Running(walking(cloud)) as running:
         got = ask(running, temperature=0, seed=None)
         choice, note = got.choices[0], got.model_extra["shadowpeft"]
         assert choice.finish_reason == "tool_calls"
@@ -292,3 +299,56 @@ def test_without_a_cloud_the_device_answers_all():
             got = ask(running, temperature=0, **more)
             assert got.model_extra["shadowpeft"]["where"] == "device"
         assert answered(got.choices[0].message.content, TOOLS) is not None  # without tools in the request it is text
+
+
+def test_arguments_stand_in_the_order_that_the_model_was_trained_for(cloud):
+    function = WALK["function"]
+    properties = {
+        "metres": {"anyOf": [{"type": "number", "minimum": 0.1, "maximum": 9}, {"type": "null"}], "default": None},
+        "direction": {"type": "string", "enum": ["right", "left"], "title": "Direction"},
+    }
+    other = {**function, "parameters": {**function["parameters"], "properties": properties}}
+    with Running(walking(cloud)) as running:
+        own, same = (
+            ask(running, temperature=0, seed=None, tools=[{"type": "function", "function": each}])
+            for each in (function, other)
+        )
+    assert own.model_extra["shadowpeft"]["where"] == same.model_extra["shadowpeft"]["where"] == "device"
+    calls = [[each.function for each in got.choices[0].message.tool_calls] for got in (own, same)]
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_agent_framework_runs_the_devices_call_and_gets_words_from_the_cloud(cloud, streamed):
+    walked = []
+
+    def walk(direction: Literal["left", "right"], metres: Annotated[float, Field(ge=0.1, le=9)] = 1.0) -> str:
+        """Walk somewhere, as its framework writes the tool from a function: titles, another description, another default."""
+        walked.append((direction, metres))
+        return "walked"
+
+    def sit() -> str:
+        return "sat"
+
+    walk.__name__, sit.__name__ = "Walk", "Sit"
+
+    async def run(url):
+        provider = OpenAIProvider(base_url=url + "/v1", api_key="none")
+        agent = Agent(OpenAIChatModel("edge", provider=provider), tools=[walk, sit], system_prompt="You are a dog.")
+        settings = {"temperature": 0.0}
+        if not streamed:
+            return (await agent.run("walk", model_settings=settings)).all_messages()
+        async with agent.run_stream("walk", model_settings=settings) as result:
+            async for _ in result.stream_text():
+                pass
+            return result.all_messages()
+
+    with Running(walking(cloud)) as running:
+        asked, called, returned, told = asyncio.run(run(running.url))
+    calls = [part for part in called.parts if isinstance(part, ToolCallPart)]
+    assert calls
+    assert walked == [(call.args_as_dict()["direction"], call.args_as_dict().get("metres", 1.0)) for call in calls]
+    assert not any(isinstance(part, RetryPromptPart) for part in returned.parts)  # arguments that the schema refuses
+    assert [part.content for part in returned.parts if isinstance(part, ToolReturnPart)] == ["walked"] * len(calls)
+    assert len(asked.parts) == 2
+    assert told.finish_reason in ("stop", "length")

@@ -106,6 +106,31 @@ def test_descriptions_do_not_tell_tools_apart_and_ranges_do():
     assert tools_of([one]).lack(tools_of([tool("B")])) == "B"
 
 
+NUMBER, SIDES = {"type": "number", "minimum": 0}, {"type": "string", "enum": ["left", "right"]}
+NULL = {"type": "null"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "same"),
+    [
+        ({"anyOf": [NUMBER, NULL], "default": None}, NUMBER),
+        ({"type": ["null", "number"], "minimum": 0}, NUMBER),
+        ({"type": ["string", "null"], "enum": ["right", None, "left"]}, SIDES),
+        ({"anyOf": [NUMBER, SIDES, NULL]}, {"anyOf": [NUMBER, SIDES]}),
+        ({"const": "left", "type": "string"}, {"type": "string", "enum": ["left"]}),
+        ({**SIDES, "enum": ["right", "left"]}, SIDES),
+    ],
+)
+def test_libraries_write_the_same_argument_in_other_ways(schema, same):
+    for first, second in ((schema, same), (same, schema)):
+        own, other = tools_of([tool("A", x=first)]), tools_of([tool("A", x=second)])
+        assert own.lack(other) is None
+    if "anyOf" in schema or isinstance(schema["type"], list):  # what has to be there may be null, or may not
+        own, other = tools_of([tool("A", ["x"], x=schema)]), tools_of([tool("A", ["x"], x=same)])
+        assert own.lack(other) == "A"
+    assert tools_of([tool("A", x=same)]).lack(tools_of([tool("A", x=NULL)])) == "A"
+
+
 # ------------------------------------------------------------------------------------------------------------------ calls
 
 

@@ -115,7 +115,10 @@ class Tools(Sequence[Tool]):
         return Tools(tool for tool in self._tools if tool.name in wanted)
 
     def lack(self, other: Tools) -> str | None:
-        """The name of the first tool of ``other`` that is not here, or whose arguments are others; None: all are."""
+        """The name of the first tool of ``other`` that is not here, or whose arguments are others; None: all are.
+
+        Titles, descriptions, defaults, orders, and null for an argument that may be left out make no other arguments.
+        """
         for tool in other:
             own = self.by_name.get(tool.name)
             if own is None or _bare(own.parameters) != _bare(tool.parameters):
@@ -211,16 +214,47 @@ def _parameters(schema: Any, where: str) -> dict[str, Any]:
 
 
 def _bare(schema: Any) -> Any:
-    """A schema without what does not decide which arguments are valid."""
-    if isinstance(schema, Mapping):
-        skipped = {"description", "title", "default", "examples", "$schema"}
-        bare = {key: _bare(value) for key, value in schema.items() if key not in skipped}
-        if "properties" in schema and isinstance(schema["properties"], Mapping):
-            bare["properties"] = {name: _bare(value) for name, value in schema["properties"].items()}
-        if bare.get("additionalProperties") is False:
-            del bare["additionalProperties"]
-        return {key: value for key, value in bare.items() if value != []}
-    return [_bare(each) for each in schema] if isinstance(schema, (list, tuple)) else schema
+    """A schema without what does not decide which arguments a model can write for it.
+
+    That is text, defaults, the order of lists, and null where an argument may be left out.
+    """
+    if isinstance(schema, (list, tuple)):
+        return [_bare(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    skipped = {"description", "title", "default", "examples", "$schema"}
+    bare = {key: _bare(value) for key, value in schema.items() if key not in skipped}
+    if "const" in bare:
+        bare["enum"] = [bare.pop("const")]
+    for key in ("enum", "required", "type"):
+        if isinstance(schema.get(key), (list, tuple)):
+            bare[key] = sorted(schema[key], key=json.dumps)
+    if isinstance(schema.get("properties"), Mapping):
+        required = schema.get("required") or ()
+        bare["properties"] = {
+            name: _bare(value if name in required else _not_null(value)) for name, value in schema["properties"].items()
+        }
+    if bare.get("additionalProperties") is False:
+        del bare["additionalProperties"]
+    return {key: value for key, value in bare.items() if value != []}
+
+
+def _not_null(schema: Any) -> Any:
+    """A schema without its null: libraries write an argument that may be left out as ``anyOf: [..., {"type": "null"}]``."""
+    if not isinstance(schema, Mapping):
+        return schema
+    kept = dict(schema)
+    if isinstance(kept.get("type"), (list, tuple)) and "null" in kept["type"]:
+        types = [each for each in kept["type"] if each != "null"]
+        kept["type"] = types[0] if len(types) == 1 else types
+        if isinstance(kept.get("enum"), (list, tuple)):
+            kept["enum"] = [each for each in kept["enum"] if each is not None]
+    if isinstance(kept.get("anyOf"), (list, tuple)) and {"type": "null"} in kept["anyOf"]:
+        others = [each for each in kept.pop("anyOf") if each != {"type": "null"}]
+        if len(others) == 1 and isinstance(others[0], Mapping):
+            return {**kept, **others[0]}
+        kept["anyOf"] = others
+    return kept
 
 
 def canonical(value: Any) -> Any:

@@ -109,7 +109,7 @@ class Role(ABC):
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
             turns = with_system(turns, self.system)
-            text = prompt_text(self._tokenizer, turns, asked.offered or self.toolbox.known)
+            text = prompt_text(self._tokenizer, turns, self.toolbox.of(asked))
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids

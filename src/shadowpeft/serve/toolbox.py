@@ -71,7 +71,7 @@ class Toolbox:
         """What reads the calls of an answer to ``asked``; None: it may have none."""
         if not isinstance(asked, ChatRequest) or asked.tools is None or asked.tool_choice == "none":
             return None
-        return CallParser(_chosen(asked))
+        return CallParser(self._chosen(asked))
 
     def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool) -> Actions | None:
         """What an answer to ``asked`` is held to; None: to nothing. Compiling takes up to a second, so not in the event loop.
@@ -90,8 +90,23 @@ class Toolbox:
             return self._grammar(["schema", form.schema_], lambda engine: engine.schema(form.schema_))
         if asked.tools is None or asked.tool_choice == "none":
             return None
-        tools, most = _chosen(asked), 1 if asked.parallel_tool_calls is False else MOST_CALLS
+        tools, most = self._chosen(asked), 1 if asked.parallel_tool_calls is False else MOST_CALLS
         return self.calls(tools, device=device, most=most, optional=not device and asked.tool_choice in (None, "auto"))
+
+    def of(self, asked: ChatRequest) -> Tools | None:
+        """The request's tools with the schemas that the model was trained for, so with their order of arguments.
+
+        Those of the request itself if it was trained for others, and what it was trained for if the request has none.
+        """
+        if asked.offered is None or self.known is None:
+            return asked.offered or self.known
+        return asked.offered if self.lacks(asked) is not None else self.known.some(asked.offered.names)
+
+    def _chosen(self, asked: ChatRequest) -> Tools:
+        """The tools that an answer may call."""
+        tools = self.of(asked)
+        assert tools is not None
+        return tools.some([asked.tool_choice.function.name]) if isinstance(asked.tool_choice, NamedTool) else tools
 
     def calls(self, tools: Tools, *, device: bool, most: int = MOST_CALLS, optional: bool = False) -> Grammar:
         """Calls of ``tools``, or on a device ``[REMOTE]``."""
@@ -109,13 +124,6 @@ class Toolbox:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(text)
             return self._compiled[text]
-
-
-def _chosen(asked: ChatRequest) -> Tools:
-    """The tools that an answer may call."""
-    tools = asked.offered
-    assert tools is not None
-    return tools.some([asked.tool_choice.function.name]) if isinstance(asked.tool_choice, NamedTool) else tools
 
 
 def call_probabilities(
