@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that a test starts, too
 
 import pytest
 import torch
@@ -20,3 +21,4 @@ import shadowpeft  # noqa: E402, F401  (registers the method with PEFT)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a run file's threads hold for the whole process

@@ -1,6 +1,7 @@
 """Stored activations: whole runs with and without them, killed and resumed, and folders that are of something else."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import shadowpeft
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from shadowpeft.apps.detach import save_edge
+from shadowpeft.data.chat import read_file
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.hf.layer import adapted_base, find_hub
@@ -22,7 +24,7 @@ from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train import activations
 from shadowpeft.train.activations import RECORD, prepare
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.progress import RunCallback
+from shadowpeft.train.progress import RunCallback, read_metrics
 from shadowpeft.train.run import build_model, train
 from tiny import adapt, base
 
@@ -173,6 +175,39 @@ def test_a_frozen_shadow_stays_frozen_when_the_run_is_resumed(made, tmp_path, mo
     assert_close(tensors(tmp_path / "half"), tensors(tmp_path / "whole"), tolerance=0.0)
 
 
+@pytest.mark.parametrize("stops_at", [None, 3, 7])
+def test_the_shadow_trains_first_and_is_frozen_then(made, tmp_path, monkeypatch, capfd, stops_at):
+    """4 steps of the shadow alone, 4 of the rest: its weights are those after the first four, injections are not."""
+    learns = sum(row["path"] != "base" for row in read_file(made.rows))
+    options = {"shadow_epochs": 1, "batch_size": learns // 4, "freeze_shadow": True, "max_steps": 8, "save_every": 1}
+    weights = {}
+    original = RunCallback.on_step_end
+
+    def watch(self, args, state, control, model=None, **kwargs):
+        original(self, args, state, control, model=model, **kwargs)
+        weights[state.global_step] = {k: v.clone() for k, v in model.state_dict().items() if "shadowpeft_" in k}
+        if state.global_step == stops_at and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+
+    stopped = [] if stops_at else [True]
+    monkeypatch.setattr(RunCallback, "on_step_end", watch)
+    if stops_at:
+        with pytest.raises(KeyboardInterrupt):
+            start(made, tmp_path / "run", **options)
+    start(made, tmp_path / "run", resume=stops_at is not None, **options)
+    assert "3 rows for the shadow alone are left out once it is frozen" in capfd.readouterr().err
+    assert len(weights) == 8
+    alone = math.ceil(learns / (learns // 4))
+    assert 3 < alone < 7
+    of_shadow = [name for name in weights[8] if "shadowpeft_backbone" in name]
+    assert any(not torch.equal(weights[1][name], weights[alone][name]) for name in of_shadow)
+    for name, value in weights[8].items():
+        assert torch.equal(value, weights[alone][name]) == (name in of_shadow), name
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run") if "learning_rate" in record]
+    assert len(rates) == 8
+
+
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 
@@ -186,7 +221,7 @@ import json, os, signal
 from shadowpeft.train import activations
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.config import parse_run
-from shadowpeft.train.progress import RunCallback
+from shadowpeft.train.progress import RunCallback, read_metrics
 from shadowpeft.train.run import build_model, train
 activations.SHARD = {activations.SHARD}
 write, count = activations.save_file, []

@@ -56,10 +56,6 @@ def test_the_papers_preset_has_the_configs_own_defaults():
         (run(training={"precision": "int8"}), "'training.precision' is 'int8'"),
         (run(training={"report_to": ["mlflow"]}), "'training.report_to.0' is 'mlflow'"),
         (run(training={"epochs": 1, "max_steps": 5}), "epochs and max_steps are both set; keep one"),
-        (
-            run(training={"freeze_shadow": True, "shadow_epochs": 2}),
-            "training.freeze_shadow and training.shadow_epochs are both set",
-        ),
         (run(training={"eval_every": 5}), "training.eval_every is set but data.validation is not"),
         (
             run(shadow={"shadow_model": "other", "shadow_intermediate_size": 64}),

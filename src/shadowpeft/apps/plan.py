@@ -62,7 +62,7 @@ def plan(run: Any) -> dict[str, Any]:
         "projection_init": "random",
     }  # a start needs weights, which meta tensors lack
     model = get_peft_model(base, ShadowPeftConfig(task_type=run.task_type, **shadow))
-    if t.freeze_shadow:
+    if t.freeze_shadow and not t.shadow_epochs:
         find_hub(model).freeze_shadow("default")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = (run.shadow.last_layers or layers) / layers  # of the layers that gradients pass through

@@ -55,7 +55,7 @@ class RunConfig(StrictSection):
         if "preset" not in shadow and learns_actions(content["data"]):
             shadow = {"preset": "device", **shadow}
         usual = TRAINING.get(name, {}) if isinstance(name := shadow.get("preset", "tuned"), str) else {}
-        if training.get("freeze_shadow"):  # it has no epochs of its own
+        if training.get("freeze_shadow"):  # it has no epochs of its own, unless the file says so
             usual = {key: value for key, value in usual.items() if key != "shadow_epochs"}
         return {**content, "shadow": shadow, "training": {**usual, **training}}
 
@@ -101,13 +101,10 @@ class RunConfig(StrictSection):
                 "training.cache_activations is set but shadow.last_layers is not, so the base's layers are corrected from the "
                 "first on; set both or neither"
             )
-        if self.training.freeze_shadow and self.data.shadow_repeats:
+        if self.training.freeze_shadow and self.data.shadow_repeats and not self.training.shadow_epochs:
             raise ValueError(
-                "training.freeze_shadow and data.shadow_repeats are both set, but a frozen shadow learns nothing; keep one"
-            )
-        if self.training.freeze_shadow and self.training.shadow_epochs:
-            raise ValueError(
-                "training.freeze_shadow and training.shadow_epochs are both set, but a frozen shadow learns nothing; keep one"
+                "training.freeze_shadow and data.shadow_repeats are both set, but a frozen shadow learns nothing; keep one, or "
+                "set training.shadow_epochs, after which it is frozen"
             )
         if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
             raise ValueError(

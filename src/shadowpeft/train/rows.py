@@ -254,7 +254,7 @@ def shadow_first(
     training: list[Any], t: TrainingSection, batch: int, pack_to: int | None = None
 ) -> tuple[chat.ChatDataset, int | None, int]:
     """The rows of a whole run whose ``shadow_epochs`` come before both paths train, its number of steps (None: by epochs), and
-    how many of these are the shadow's alone.
+    how many of these are the shadow's alone. If it is frozen then, rows for the shadow alone are left out of the rest.
 
     Args:
         batch: rows of a step, over all processes. pack_to: tokens of a packed row; None: each sequence is a row.
@@ -263,6 +263,8 @@ def shadow_first(
         ConfigError: if ``max_steps`` ends the run before both paths train.
     """
     alone = [s.alone() for s in training if s.shadow] if t.shadow_epochs else []
+    if t.freeze_shadow:
+        training = [s for s in training if s.base]
     if pack_to is not None:
         training, alone = pack(training, pack_to), pack(alone, pack_to)
     if not t.shadow_epochs:
@@ -271,11 +273,12 @@ def shadow_first(
         raise ConfigError("training.shadow_epochs is set but the shadow path learns no row of data.train; remove it")
     before = len(alone) * t.shadow_epochs
     steps = t.max_steps or math.ceil((before + (t.epochs or 1.0) * len(training)) / batch)
-    if steps * batch <= before:
+    first = math.ceil(before / batch) if t.freeze_shadow else before // batch
+    if steps <= first or steps * batch <= before:
         raise ConfigError(
             f"training.max_steps is {steps} but {t.shadow_epochs} epochs of the shadow alone take {math.ceil(before / batch)} "
             "steps; raise it or lower training.shadow_epochs"
         )
     times = math.ceil((steps * batch - before) / len(training))
     parts = [len(alone)] * t.shadow_epochs + [len(training)] * times
-    return chat.ChatDataset(alone * t.shadow_epochs + training * times, parts), steps, before // batch
+    return chat.ChatDataset(alone * t.shadow_epochs + training * times, parts), steps, first

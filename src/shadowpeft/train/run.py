@@ -65,7 +65,7 @@ def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None)
     for parameter in model.parameters():  # PEFT leaves a new head in the base's dtype, in which small steps are lost
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if run.training.freeze_shadow:
+    if run.training.freeze_shadow and not run.training.shadow_epochs:
         find_hub(model).freeze_shadow("default")
     return model
 
@@ -83,7 +83,7 @@ def _stored(
         folder / "activations" if t.cache_activations is True else Path(t.cache_activations),
         precision=t.precision,
         batch_size=t.eval_batch_size,
-        shadow=t.freeze_shadow,
+        shadow=t.freeze_shadow and not t.shadow_epochs,
         tell=partial(console.print, soft_wrap=True),
     )
 
@@ -124,8 +124,13 @@ def train(
         if not learns:
             raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
         if len(learns) < len(training):
-            console.print(f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out")
-        data.training = learns
+            when = " once it is frozen" if t.shadow_epochs else ""
+            console.print(
+                f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out{when}",
+                soft_wrap=True,
+            )
+        if not t.shadow_epochs:
+            data.training = learns
     model = build_model(run, tokenizer, data.labels)
     if data.labels is None:
         model.peft_config["default"].draft_tokens = frequent_tokens(s.learnt for s in data.training if s.base) or None
@@ -169,6 +174,7 @@ def _train(
             backbone_lr_ratio=t.backbone_lr_ratio,
             activations=activations,
             shadow_steps=alone,
+            freezes=t.freeze_shadow and alone > 0,
             **trainer_options(t.optimizer, model, t.learning_rate, t.weight_decay),
         )
         trainer.remove_callback(PrinterCallback)
@@ -240,6 +246,8 @@ def _timed(
         steps = planned_in(last)
     else:
         alone = [s.alone() for s in training if s.shadow]
+        if t.freeze_shadow:
+            training = [s for s in training if s.base]
         if pack_to is not None:
             training, alone = pack(training, pack_to), pack(alone, pack_to)
         steps, seconds = steps_in_time(t, training, alone, model, build)

@@ -1,4 +1,4 @@
-"""Learning rates of a run whose shadow trains alone first: the backbone's over the whole run, all others' over the rest."""
+"""A run whose shadow trains alone first: its learning rates, and the step from which on it may be frozen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.layer import find_hub
 
 
-def two_courses(args: TrainingArguments, optimizer: Any, steps: int, shadow_steps: int) -> LambdaLR:
+def two_courses(
+    args: TrainingArguments, optimizer: Any, steps: int, shadow_steps: int, *, freezes: bool = False
+) -> LambdaLR:
     """The schedule of ``args``, warm-up included, once over ``steps`` and once over those after ``shadow_steps``.
 
     Args:
         optimizer: whose groups say with ``is_backbone`` which course is theirs.
+        freezes: the backbone's ends at ``shadow_steps``.
 
     Raises:
         ConfigError: if the schedule is none that gives a factor for each step.
@@ -38,7 +42,7 @@ def two_courses(args: TrainingArguments, optimizer: Any, steps: int, shadow_step
         factor: Callable[[int], float] = stock.lr_lambdas[0]
         return factor
 
-    whole, rest = course(steps), course(steps - shadow_steps)
+    whole, rest = course(shadow_steps if freezes else steps), course(steps - shadow_steps)
     return LambdaLR(
         optimizer,
         [
@@ -46,3 +50,21 @@ def two_courses(args: TrainingArguments, optimizer: Any, steps: int, shadow_step
             for group in optimizer.param_groups
         ],
     )
+
+
+class FreezeShadow(TrainerCallback):
+    """Freezes the shadow before the step ``after``, in a resumed run too.
+
+    Args:
+        after: steps. Gradients are off from then on, so that nothing is computed for them.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Once is enough; again changes nothing."""
+        if state.global_step >= self.after:
+            hub = find_hub(model)
+            if (name := hub.active_name()) is not None:
+                hub.freeze_shadow(name)

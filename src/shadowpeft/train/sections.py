@@ -216,7 +216,8 @@ class TrainingSection(OptimisationSection):
     cache_activations: bool | str = False
     """Store what the base computes below ``shadow.last_layers`` once: in the run's folder, or in the folder named here."""
     freeze_shadow: bool = False
-    """Train the injections and updates only; with ``cache_activations`` the shadow's states are stored too."""
+    """Train the injections and updates only; with ``cache_activations`` the shadow's states are stored too. With
+    ``shadow_epochs`` the shadow trains in these first, and is frozen then."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSection:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from shadowpeft.data import chat
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.json_text import parse_json
 from shadowpeft.train.sections import TrainingSection
 from shadowpeft.train.trainer import ShadowTrainer
@@ -62,17 +63,22 @@ def steps_in_time(
     assert t.target_minutes is not None
     batch = t.batch_size * t.gradient_accumulation
     seconds, before, first = 60 * t.target_minutes, 0, 0.0
+    hub = find_hub(model)
+    already = set(hub.frozen)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     try:
         if t.shadow_epochs:
             before = math.ceil(len(alone) * t.shadow_epochs / batch)
             first = before * _seconds_of_a_step(t, alone, build)
+            if t.freeze_shadow:
+                hub.freeze_shadow("default")
         each = _seconds_of_a_step(t, rows, build)
     finally:
+        hub.frozen -= {"default"} - already
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in trained:
-                    parameter.copy_(trained[name])
+                    parameter.requires_grad_(True).copy_(trained[name])
     steps = before + int((seconds - first) / each)
     if t.shadow_epochs and steps <= before:
         raise ConfigError(

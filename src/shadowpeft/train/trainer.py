@@ -33,7 +33,7 @@ from shadowpeft.train.joint import (
     split_rows,
 )
 from shadowpeft.train.sampler import EpochSampler
-from shadowpeft.train.schedule import two_courses
+from shadowpeft.train.schedule import FreezeShadow, two_courses
 
 _LOSSES = ("task_loss", "shadow_loss")
 
@@ -48,7 +48,8 @@ class ShadowLossMixin(WholeCheckpoints):
     - ``task_loss`` and ``shadow_loss`` are logged beside ``loss``, in evaluation too.
     - ``backbone_lr_ratio`` scales the learning rate of the shadow backbone (the paper: a pretrained one wants less).
     - In training the attached path's logits are computed at its targets only, and what all rows begin with runs once.
-    - ``shadow_steps``: so many steps have rows of the shadow alone; the learning rate of all else begins after them.
+    - ``shadow_steps``: so many steps have rows of the shadow alone; the learning rate of all else begins after them. With
+      ``freezes`` the shadow is frozen then.
     - With ``activations`` the base starts at its first refined layer in training, from what is stored of each row.
     - A gradient that is not finite ends the run before it reaches a weight, with
       :class:`~shadowpeft.errors.NonFiniteLossError`; a gradient scaler (float16) skips such steps itself.
@@ -61,6 +62,7 @@ class ShadowLossMixin(WholeCheckpoints):
         backbone_lr_ratio: float = 1.0,
         activations: Activations | None = None,
         shadow_steps: int = 0,
+        freezes: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(self, Trainer):
@@ -72,7 +74,7 @@ class ShadowLossMixin(WholeCheckpoints):
             versions.check("trl")
         self.backbone_lr_ratio = backbone_lr_ratio
         self.activations = activations
-        self.shadow_steps = shadow_steps
+        self.shadow_steps, self.freezes = shadow_steps, freezes
         self._shadow_num_items: Any = None
         self._normalised = False
         self._sums: dict[str, float] = {}
@@ -85,6 +87,13 @@ class ShadowLossMixin(WholeCheckpoints):
         for config in getattr(trainer.model, "peft_config", {}).values():
             if config.task_type == "CAUSAL_LM" and getattr(words, "chat_template", None) is not None:
                 config.trained_ends = end_tokens(trainer.model, words)
+        if freezes:
+            if trainer.args.world_size > 1:
+                raise ConfigError(
+                    f"the shadow is to be frozen during the run, but {trainer.args.world_size} processes train together, which "
+                    "must agree on what trains before they begin; use one process, or two runs"
+                )
+            trainer.add_callback(FreezeShadow(shadow_steps))
         if getattr(trainer.args, "loss_type", None) == "dft":
             raise ConfigError("loss_type='dft' weights its tokens, which leaves lambda undefined; use loss_type='nll'")
 
@@ -301,7 +310,9 @@ class ShadowLossMixin(WholeCheckpoints):
         if not self.shadow_steps or trainer.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         optimizer = trainer.optimizer if optimizer is None else optimizer
-        trainer.lr_scheduler = two_courses(trainer.args, optimizer, num_training_steps, self.shadow_steps)
+        trainer.lr_scheduler = two_courses(
+            trainer.args, optimizer, num_training_steps, self.shadow_steps, freezes=self.freezes
+        )
         trainer._created_lr_scheduler = True
         return trainer.lr_scheduler
 
