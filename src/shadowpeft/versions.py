@@ -100,3 +100,13 @@ def require_jsonschema() -> None:
     """
     if importlib.util.find_spec("jsonschema_rs") is None:
         raise ConfigError("tools need jsonschema-rs, which is not installed; run: pip install 'shadowpeft[tools]'")
+
+
+def require_llguidance() -> None:
+    """Raises:
+    ConfigError: if llguidance, which holds answers to a grammar, is not installed.
+    """
+    if importlib.util.find_spec("llguidance") is None:
+        raise ConfigError(
+            "calls with arguments need llguidance, which is not installed; run: pip install 'shadowpeft[tools]'"
+        )

@@ -318,6 +318,50 @@ def test_arguments_stand_in_the_order_that_the_model_was_trained_for(cloud):
     assert calls[0] == calls[1]
 
 
+def test_the_clients_strict_form_gets_null_for_what_the_device_leaves_out(cloud):
+    parameters = WALK["function"]["parameters"]
+    metres = {"anyOf": [{"type": "number", "minimum": 0.1, "maximum": 9}, {"type": "null"}]}
+    strict = {
+        **parameters,
+        "properties": {**parameters["properties"], "metres": metres},
+        "required": ["direction", "metres"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "Walk", "strict": True, "parameters": strict}}
+    for stream in (False, True):
+        with Running(walking(cloud)) as running:
+            got = ask(running, temperature=0, seed=None, tools=[tool], stream=stream)
+        if stream:
+            texts = [c.choices[0].delta.tool_calls[0].function.arguments for c in got if c.choices[0].delta.tool_calls]
+            given = json.loads("".join(texts).partition("}")[0] + "}")
+        else:
+            given = arguments(got.choices[0].message.tool_calls[0])
+        assert given.keys() == {"direction", "metres"}
+
+
+def test_earlier_calls_are_written_whatever_they_called(edge, cloud):
+    """Of a tool that this request leaves out, of one that nobody knows, with arguments that no schema takes, with an index."""
+    for name, said in (("Sit", "{}"), ("Fly", '{"to": "moon"}'), ("Walk", '{"metres": -5}')):
+        call = {"id": "call_1", "index": 0, "type": "function", "function": {"name": name, "arguments": said}}
+        messages = [
+            *ASK,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "done"},
+        ]
+        for server in (edge, cloud):
+            for tools in ([WALK], openai.NOT_GIVEN):
+                assert ask(server, messages=messages, tools=tools, max_tokens=4).choices[0].finish_reason
+
+
+@pytest.mark.parametrize(
+    "choice", ["any", {"type": "function", "name": "Sit"}, {"type": "allowed_tools", "allowed_tools": {}}, 5]
+)
+def test_another_form_of_tool_choice_is_refused_with_those_that_there_are(cloud, choice):
+    with pytest.raises(openai.BadRequestError, match="must be none, auto, required, or") as caught:
+        ask(cloud, extra_body={"tool_choice": choice})
+    assert caught.value.param == "tool_choice"
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_agent_framework_runs_the_devices_call_and_gets_words_from_the_cloud(cloud, streamed):
     walked = []

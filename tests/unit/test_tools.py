@@ -18,7 +18,8 @@ from shadowpeft.data.call_guide import Engine
 from shadowpeft.data.calls import Call, CallParser, answered, calls_of, only_calls, ordered, written
 from shadowpeft.data.number_patterns import integers, numbers
 from shadowpeft.data.tool_rows import with_tools, writes_calls
-from shadowpeft.data.tools import named, read_tools, tools_of
+from shadowpeft.data.tools import named, read_tools, takes_null, tools_of
+from shadowpeft.data.writable import Writable
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.calls import Patterns, judge, summary, with_digits
@@ -116,7 +117,8 @@ NULL = {"type": "null"}
         ({"anyOf": [NUMBER, NULL], "default": None}, NUMBER),
         ({"type": ["null", "number"], "minimum": 0}, NUMBER),
         ({"type": ["string", "null"], "enum": ["right", None, "left"]}, SIDES),
-        ({"anyOf": [NUMBER, SIDES, NULL]}, {"anyOf": [NUMBER, SIDES]}),
+        ({"anyOf": [NUMBER, SIDES, NULL]}, {"anyOf": [SIDES, NUMBER]}),
+        ({**NUMBER, "nullable": True, "deprecated": True, "$id": "x"}, NUMBER),
         ({"const": "left", "type": "string"}, {"type": "string", "enum": ["left"]}),
         ({**SIDES, "enum": ["right", "left"]}, SIDES),
     ],
@@ -125,9 +127,10 @@ def test_libraries_write_the_same_argument_in_other_ways(schema, same):
     for first, second in ((schema, same), (same, schema)):
         own, other = tools_of([tool("A", x=first)]), tools_of([tool("A", x=second)])
         assert own.lack(other) is None
-    if "anyOf" in schema or isinstance(schema["type"], list):  # what has to be there may be null, or may not
+    if takes_null(schema):  # what has to be there may be null, or may not
         own, other = tools_of([tool("A", ["x"], x=schema)]), tools_of([tool("A", ["x"], x=same)])
         assert own.lack(other) == "A"
+        assert own.lack(tools_of([tool("A", x=same)])) is None  # OpenAI's strict form requires all
     assert tools_of([tool("A", x=same)]).lack(tools_of([tool("A", x=NULL)])) == "A"
 
 
@@ -214,6 +217,103 @@ def test_rows_with_other_tools_or_arguments_are_refused_by_line():
     other = {**row(), "tools": [tool("Fly")]}
     with pytest.raises(DataError, match="has the tool 'Fly', which is none of the run's tools"):
         with_tools(other, TOOLS, compact=True)
+
+
+ANY = tools_of(
+    [
+        tool(
+            "Set",
+            ["a"],
+            a={"type": "string"},
+            n={"type": "integer", "maximum": 2**63},
+            x={"type": "number"},
+            kind={"type": ["string", "null"], "enum": ["x", None]},
+        ),
+        tool("Sit"),
+    ]
+)
+LONG = [
+    ({"a": "x", "n": 1234567890}, 'n=123456789'),
+    ({"a": "x", "x": 5.1234678}, "x=5.1234"),
+    ({"a": "two\nlines"}, r"two"),
+    ({"a": "x" * 201}, "xxx"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "end"), LONG)
+def test_calls_that_a_device_cannot_write_are_refused_before_it_is_trained(arguments, end):
+    calls = [{"function": {"name": "Set", "arguments": json.dumps(arguments)}}]
+    with pytest.raises(DataError, match=rf"rows.jsonl, line 1 calls 'Set\(.*a device cannot write it beyond .*{end}"):
+        with_tools(row(tool_calls=calls), ANY, compact=True)
+    five = [{"function": {"name": "Sit", "arguments": "{}"}}] * 5
+    with pytest.raises(DataError, match="at most 4 calls"):
+        with_tools(row(tool_calls=five), ANY, compact=True)
+    with_tools(row(tool_calls=five), ANY, compact=False)  # a template writes them, and nothing holds the answer
+
+
+@pytest.mark.parametrize(
+    "text", ['[Set(a="x",n=1)] ok', "[Set(a='x')]", "[Sit( )]", "[sit()]", "Sit()", "[Fly()] hi", "[Set(a=1)]", "[ Sit()]"]
+)
+@pytest.mark.parametrize("key", ["response", "shadow_response"])
+def test_text_that_looks_like_a_call_and_is_none_is_refused(text, key):
+    given_ = chat.check_row({"prompt": "a", "response": "b", key: text}, "rows.jsonl, line 1")
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1 begins with .* which is no valid call of Set, Sit"):
+        with_tools(given_, ANY, compact=True)
+
+
+@pytest.mark.parametrize("text", ["[REMOTE]", "Sitting (down) now.", "[a note] yes", "fly(away)", ""])
+def test_words_are_no_calls(text):
+    given_ = chat.check_row({"prompt": "a", "response": text}, "here")
+    assert with_tools(given_, ANY, compact=True)["response"] == text
+
+
+def test_calls_in_text_get_their_one_form():
+    given_ = chat.check_row({"prompt": "a", "response": '[Set(n=2.0, a="x")] ok'}, "here")
+    assert with_tools(given_, ANY, compact=True)["response"] == '[Set(a="x", n=2)] ok'
+
+
+def test_a_call_with_an_unknown_key_is_refused_and_null_is_absent_where_it_may_not_be():
+    with pytest.raises(ConfigError, match="calls Sit with the key 'args'; its arguments stand under 'arguments'"):
+        calls_of([{"name": "Sit", "args": {"zz": 1}}], ANY)
+    (call,) = calls_of([{"name": "Set", "arguments": {"a": "x", "n": None, "kind": None}}], ANY)
+    assert call.arguments == {"a": "x", "kind": None}
+    with pytest.raises(ConfigError, match='"a" is a required property'):
+        calls_of([{"name": "Set", "arguments": {"a": None}}], ANY)
+
+
+ROOTS = [
+    ({"minProperties": 1}, "'minProperties'"),
+    ({"anyOf": [{"required": ["a"]}]}, "'anyOf'"),
+    ({"not": {"required": ["a"]}}, "'not'"),
+    ({"properties": {"a": {"type": "string", "format": "password"}}}, "format"),
+    ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 2}}, "required": ["a"]}, "with a schema"),
+]
+
+
+@pytest.mark.parametrize(("schema", "problem"), ROOTS)
+def test_schemas_that_calls_cannot_be_held_to_are_refused_before_training(schema, problem):
+    parameters = {"type": "object", "properties": {"a": {"type": "string"}}, **schema}
+    tools = tools_of([{"name": "T", "parameters": parameters}])
+    with pytest.raises(ConfigError, match=f"has the tool T .*{problem}"):
+        Writable(tools)
+
+
+def test_references_are_written_out(machine):
+    rooms = {"enum": ["hall", "kitchen"], "type": "string"}
+    tree = {"type": "object", "properties": {"up": {"$ref": "#/$defs/Tree"}}, "additionalProperties": False}
+    properties = {"room": {"$ref": "#/$defs/Room", "description": "where"}, "tree": {"$ref": "#/$defs/Tree"}}
+    parameters = {"type": "object", "properties": properties, "required": ["room"], "$defs": {"Room": rooms, "Tree": tree}}
+    tools = tools_of([{"name": "T", "parameters": parameters}])
+    assert tools[0].properties["room"] == {**rooms, "description": "where"}
+    grammar = Writable(tools)  # one that names itself stays a reference
+    assert grammar.read('[T(room="hall", tree={"up": {}})]') is not None
+    assert grammar.problem('[T(room="attic")]') is not None
+    machine[2].calls(tools, hand_on=True)
+    del properties["tree"], parameters["$defs"]["Tree"]
+    assert tools_of([tool("U", ["room"], room=rooms)]).lack(tools_of([{"name": "U", "parameters": parameters}])) is None
+    parameters["properties"]["room"] = {"$ref": "#/$defs/Nowhere"}
+    with pytest.raises(ConfigError, match="the reference '#/\\$defs/Nowhere', which leads nowhere"):
+        tools_of([{"name": "U", "parameters": parameters}])
 
 
 def test_the_shadow_of_the_packaged_set_learns_calls_alone():

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.data import robot_tools
-from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.calls import answered, calls_of, written
-from shadowpeft.data.chat_rows import read_file
+from shadowpeft.data.actions import REMOTE, only_action
+from shadowpeft.data.calls import only_calls, written
+from shadowpeft.data.chat_rows import check_row, read_file
 from shadowpeft.data.robot import SKILLS, load
-from shadowpeft.data.tools import Tools
+from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
 
@@ -65,9 +65,11 @@ def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
         row = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where} {error}; write one JSON object a line") from error
+    if isinstance(row, dict) and "skill" not in row and ("messages" in row or "response" in row):
+        row = _of_chat(check_row(row, where), named(known - {REMOTE}), where)
     good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
     if not good:
-        raise DataError(f"{where} must have the strings 'prompt' and 'skill'")
+        raise DataError(f"{where} must have the strings 'prompt' and 'skill', or be a row to train on (docs/data.md)")
     if row["skill"] not in known:
         raise DataError(
             f"{where} has the skill {row['skill']!r}, which is none of the {len(known) - 1} known ones and not {REMOTE}; "
@@ -90,19 +92,18 @@ def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
             )
         packaged = robot_tools.load(ROBOT_TOOLS[part])
         return [{"prompt": row["prompt"], "skill": written(robot_tools.calls_of_row(row))[1:-1]} for row in packaged]
-    rows = []
-    for row in read_file(source):
-        where, messages = getattr(row, "where", source), row["messages"]
-        if [message["role"] for message in messages] != ["user"]:
-            raise DataError(
-                f"{where} has {len(messages)} messages before its answer but must have one, the user's; shorten it"
-            )
-        text = row["shadow_response"] or row["response"]
-        try:
-            calls = calls_of(row.get("answer", {}).get("tool_calls", ()), tools)
-        except ConfigError as error:
-            raise DataError(f"{where} {error}; correct it") from error
-        found = answered(text, tools)
-        skill = written(calls)[1:-1] if calls else REMOTE if found is None else found.text
-        rows.append({"prompt": messages[0]["content"], "skill": skill})
-    return rows
+    return [_of_chat(row, tools, getattr(row, "where", source)) for row in read_file(source)]
+
+
+def _of_chat(row: dict[str, Any], tools: Tools, where: str) -> dict[str, Any]:
+    """The request of a checked row, and the action or calls that the device would learn of it."""
+    from shadowpeft.train.rows import told  # torch, which a command's --help does not need
+
+    messages = row["messages"]
+    if [message["role"] for message in messages] != ["user"]:
+        raise DataError(f"{where} has {len(messages)} messages before its answer but must have one, the user's; shorten it")
+    plain = tools.plain and "answer" not in row
+    row = told(row, actions=True, tools=None if plain else tools, compact=True)
+    learnt = row["shadow_response"] or row["response"]
+    skill = REMOTE if row["path"] == "base" else (only_action(learnt) if plain else only_calls(learnt, tools))[1:-1]
+    return {"prompt": messages[0]["content"], "skill": skill.removesuffix("()") if tools.plain else skill}

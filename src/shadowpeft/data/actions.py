@@ -13,6 +13,7 @@ REMOTE = "REMOTE"
 LONGEST_TAG = 40
 """Characters after which an answer that began with ``[`` has no action any more."""
 _LONGEST_NAME = LONGEST_TAG - len("[()]")
+_NAME = re.compile(r"[^\W\d][\w-]*")
 _TAG = re.compile(r"\s*\[(?:(REMOTE)|([^\s\[\]()]+)\(\))\]")
 
 
@@ -57,7 +58,7 @@ def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
     """
     good: dict[str, None] = {}
     for name in names:
-        if not isinstance(name, str) or not name.isidentifier():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(f"{where} has {_short(name)}, which is no identifier; write a name such as LampOn")
         if len(name) > _LONGEST_NAME:
             raise ConfigError(
@@ -82,19 +83,19 @@ def read_skills(file: str | Path) -> tuple[str, ...]:
     try:
         text = Path(file).read_bytes().decode("utf-8-sig").strip()
     except OSError as error:
-        raise ConfigError(f"the skills file '{file}' cannot be read ({error.strerror}); check the path") from error
+        raise ConfigError(f"the actions file '{file}' cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the skills file '{file}' is not UTF-8; save it as UTF-8 text") from error
+        raise ConfigError(f"the actions file '{file}' is not UTF-8; save it as UTF-8 text") from error
     names: list[object] = [line.strip() for line in text.splitlines() if line.strip()]
     if text.startswith("["):  # no name does
         try:
             names = parse_json(text)
         except ValueError as error:
             raise ConfigError(
-                f"the skills file '{file}' starts with '[' but is no JSON list (it {error}); write LampOn, one a line, or"
+                f"the actions file '{file}' starts with '[' but is no JSON list (it {error}); write LampOn, one a line, or"
                 ' ["LampOn", "LampOff"]'
             ) from error
-    return checked(names, f"the skills file '{file}'")
+    return checked(names, f"the actions file '{file}'")
 
 
 def _short(name: object) -> str:

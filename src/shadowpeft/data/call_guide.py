@@ -4,7 +4,6 @@ all that decoding asks (:mod:`shadowpeft.data.action_trie` is the special case o
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar, schema_grammar
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
+from shadowpeft.versions import require_llguidance
 
 
 class Engine:
@@ -28,10 +28,7 @@ class Engine:
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int | None = None) -> None:
-        if importlib.util.find_spec("llguidance") is None:
-            raise ConfigError(
-                "calls with arguments need llguidance, which is not installed; run: pip install 'shadowpeft[tools]'"
-            )
+        require_llguidance()
         from llguidance.hf import from_tokenizer
 
         self._end: int = tokenizer.eos_token_id

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.tools import Tools, canonical, value_text
+from shadowpeft.data.tools import Tool, Tools, canonical, takes_null, value_text
 from shadowpeft.errors import ConfigError
 from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
@@ -24,6 +24,8 @@ LONGEST = 4_000
 _OPEN = re.compile(r"\s*\[")
 _NAME = re.compile(r"([^\W\d][\w-]*)\(")
 _KEY = re.compile(r"([^\W\d][\w-]*)=")
+_KEYS = {"function", "type", "id", "index", "name", "arguments"}
+"""Of a call; ``index`` comes from the deltas of a stream."""
 _JSON = json.JSONDecoder(parse_constant=lambda name: _refuse(name))
 
 
@@ -89,16 +91,23 @@ def ordered(call: Call, tools: Tools) -> Call:
     tool = tools.by_name.get(call.name)
     if tool is None:
         raise ConfigError(f"calls {quote(call.name)}, which is none of the tools {', '.join(tools.names)[:200]}")
-    arguments = {name: canonical(call.arguments[name]) for name in tool.properties if name in call.arguments}
-    arguments |= {name: value for name, value in call.arguments.items() if name not in arguments}
-    problem = tool.problem(arguments)
+    call = _in_order(call, tool)
+    problem = tool.problem(call.arguments)
     if problem is not None:
         raise ConfigError(f"calls {call.name} with arguments that its schema refuses ({problem})")
-    return Call(call.name, arguments)
+    return call
 
 
-def calls_of(given: Iterable[Any], tools: Tools) -> tuple[Call, ...]:
-    """Calls in OpenAI's form (``{"function": {"name", "arguments"}}``), or their inner objects, checked.
+def _in_order(call: Call, tool: Tool) -> Call:
+    arguments = {name: canonical(call.arguments[name]) for name in tool.properties if name in call.arguments}
+    return Call(call.name, arguments | {name: value for name, value in call.arguments.items() if name not in arguments})
+
+
+def calls_of(given: Iterable[Any], tools: Tools, *, strict: bool = True) -> tuple[Call, ...]:
+    """Calls in OpenAI's form (``{"function": {"name", "arguments"}}``), or their inner objects.
+
+    Args:
+        strict: each is a valid call of one of ``tools``.
 
     Raises:
         ConfigError: a clause that goes on after the place of the row or message.
@@ -108,6 +117,9 @@ def calls_of(given: Iterable[Any], tools: Tools) -> tuple[Call, ...]:
         function = each.get("function", each) if isinstance(each, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ConfigError(f"has the call {quote(each)}, which needs a function with name and arguments")
+        other = sorted((function.keys() | each.keys()) - _KEYS)
+        if other:
+            raise ConfigError(f"calls {function['name']} with the key {quote(other[0])}; its arguments stand under 'arguments'")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:
@@ -116,8 +128,22 @@ def calls_of(given: Iterable[Any], tools: Tools) -> tuple[Call, ...]:
                 raise ConfigError(f"calls {function['name']} with arguments that are no JSON ({error})") from error
         if not isinstance(arguments, dict):
             raise ConfigError(f"calls {function['name']} with arguments that are no object")
-        calls.append(ordered(Call(function["name"], arguments), tools))
+        call = _said(Call(function["name"], arguments), tools)
+        if strict:
+            call = ordered(call, tools)
+        elif call.name in tools.by_name:
+            call = _in_order(call, tools.by_name[call.name])
+        calls.append(call)
     return tuple(calls)
+
+
+def _said(call: Call, tools: Tools) -> Call:
+    """The call without arguments that are null where its tool takes no null: a table has every key in every row."""
+    tool = tools.by_name.get(call.name)
+    if tool is None or None not in call.arguments.values():
+        return call
+    no_null = {name for name, schema in tool.properties.items() if not takes_null(schema)}
+    return Call(call.name, {n: v for n, v in call.arguments.items() if v is not None or n not in no_null})
 
 
 def answered(text: str, tools: Tools) -> Answered | None:
@@ -171,14 +197,17 @@ def answered(text: str, tools: Tools) -> Answered | None:
 class CallParser:
     """A function from a text to the calls it begins with, in their one form; ``"REMOTE"``, or None: what a router asks.
 
+    Args:
+        offered: the tools as a client has written them; None: as here.
+
     Attributes:
         longest: characters after which an answer has no call any more.
     """
 
     longest = LONGEST
 
-    def __init__(self, tools: Tools) -> None:
-        self.tools = tools
+    def __init__(self, tools: Tools, offered: Tools | None = None) -> None:
+        self.tools, self.offered = tools, tools if offered is None else offered
 
     def __call__(self, text: str) -> str | None:
         found = self.found(text)
@@ -187,6 +216,12 @@ class CallParser:
     def found(self, text: str) -> Answered | None:
         """The calls themselves."""
         return answered(text, self.tools)
+
+    def told(self, call: Call) -> Call:
+        """The call as the client's schema wants it: null for what it requires and the model left out, and no other null."""
+        tool = self.offered.by_name[call.name]
+        kept = {n: v for n, v in call.arguments.items() if v is not None or takes_null(tool.properties.get(n))}
+        return Call(call.name, kept | {name: None for name in tool.properties if name in tool.required and name not in kept})
 
     def may_begin(self, text: str) -> bool:
         """Whether ``text`` may yet become an answer with calls."""

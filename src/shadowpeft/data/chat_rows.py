@@ -159,9 +159,13 @@ def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[st
 
 
 def without_null(value: Any) -> Any:
-    """``value`` without the keys that are null, at any depth: a table has every key in every row."""
+    """``value`` without the keys that are null, at any depth: a table has every key in every row.
+
+    In the arguments of a call and in a schema null may mean something; :mod:`shadowpeft.data.calls` knows where it does not.
+    """
     if isinstance(value, dict):
-        return {key: without_null(each) for key, each in value.items() if each is not None}
+        kept = {key: each for key, each in value.items() if each is not None}
+        return {key: each if key in ("arguments", "parameters") else without_null(each) for key, each in kept.items()}
     return [without_null(each) for each in value] if isinstance(value, list) else value
 
 

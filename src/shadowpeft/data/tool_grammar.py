@@ -14,7 +14,7 @@ from typing import Any
 
 from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.number_patterns import DECIMALS, NOTHING, numbers
-from shadowpeft.data.tools import Tool, Tools, value_text
+from shadowpeft.data.tools import Tool, Tools, canonical, value_text
 
 LONGEST_TEXT = 200
 """Characters of a string whose schema names no ``maxLength``."""
@@ -48,7 +48,7 @@ def _tool(rule: str, tool: Tool) -> list[str]:
     properties = list(tool.properties.items())
     lines = [f"{rule}: {_text(tool.name + '(')} {rule}_0f"]
     for n, (name, schema) in enumerate(properties):
-        lines.append(f"{rule}_v{n}: {_value(schema)}")
+        lines.append(f"{rule}_v{n}: {_value(schema, tool.parameters)}")
         for written in (False, True) if n else (False,):
             separator = _text(", ") + " " if written else ""
             some = f"{separator}{_text(name + '=')} {rule}_v{n} {rule}_{n + 1}m"
@@ -70,8 +70,8 @@ def _reached(lines: list[str]) -> set[str]:
     return found
 
 
-def _value(schema: Any) -> str:
-    """What an argument may be."""
+def _value(schema: Any, root: dict[str, Any]) -> str:
+    """What an argument may be; ``root`` has what references name."""
     if isinstance(schema, dict):
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if values is not None and not (schema.keys() - _ABOUT - {"enum", "const"}) and values:
@@ -88,20 +88,25 @@ def _value(schema: Any) -> str:
             if pattern != NOTHING:
                 return _pattern(pattern)
     options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    whole = {**schema, "x-guidance": options} if isinstance(schema, dict) else schema
+    named = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    whole = {**schema, **named, "x-guidance": options} if isinstance(schema, dict) else schema
     return f"%json {json.dumps(whole, ensure_ascii=False)}"
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value of an enumeration is of the type beside it."""
+    """Whether a value of an enumeration is of the type, or one of the types, beside it."""
+    if isinstance(kind, list):
+        return any(_is(value, each) for each in kind)
     kinds: dict[Any, tuple[type, ...]] = {
         "string": (str,),
         "boolean": (bool,),
         "integer": (int,),
         "number": (int, float),
+        "null": (type(None),),
     }
     if kind not in kinds:
         return True
+    value = canonical(value)
     return isinstance(value, kinds[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 

@@ -7,12 +7,14 @@ rows, and every call of a row is checked against them.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from shadowpeft.chat_template import render, render_prompt
 from shadowpeft.data.calls import calls_of, written
 from shadowpeft.data.chat_rows import ChatRow
 from shadowpeft.data.tools import Tools, tools_of
+from shadowpeft.data.writable import Writable
 from shadowpeft.errors import ConfigError, DataError
 
 
@@ -36,20 +38,25 @@ def writes_calls(tokenizer: Any) -> bool:
     return whole != render(tokenizer, [turn, answer], tools=tools)
 
 
-def compact_messages(messages: list[dict[str, Any]], tools: Tools, where: str) -> list[dict[str, Any]]:
+def compact_messages(
+    messages: list[dict[str, Any]], tools: Tools, where: str, *, strict: bool = True
+) -> list[dict[str, Any]]:
     """Messages whose calls are text, as a template that knows none can write them.
+
+    Args:
+        strict: each call is a valid one of ``tools``.
 
     Raises:
         DataError: starting with ``where``, if a message calls no known tool, or with arguments that its schema refuses.
     """
-    return [_compact(message, tools, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
+    return [_compact(message, tools, f"{where}: message {n}", strict) for n, message in enumerate(messages, 1)]
 
 
-def _compact(message: dict[str, Any], tools: Tools, where: str) -> dict[str, Any]:
+def _compact(message: dict[str, Any], tools: Tools, where: str, strict: bool) -> dict[str, Any]:
     if "tool_calls" not in message:
         return message
     try:
-        calls = written(calls_of(message["tool_calls"], tools))
+        calls = written(calls_of(message["tool_calls"], tools, strict=strict))
     except ConfigError as error:
         raise DataError(f"{where} {error}; correct it, or name the tool among the run's tools") from error
     words = message.get("content") or ""
@@ -86,4 +93,17 @@ def with_tools(row: dict[str, Any], tools: Tools, *, compact: bool) -> dict[str,
     if beside:
         made["answer"] = beside
     made.where, made.form = getattr(row, "where", ""), getattr(row, "form", "")
+    for key in ("response", "shadow_response"):
+        if made[key]:
+            try:
+                found = _grammar(tools).read(made[key])
+            except ConfigError as error:
+                raise DataError(f"{where} {error}; correct it") from error
+            if found is not None:  # in its one form
+                made[key] = f"[{found.text}]{made[key][found.end :]}"
     return made
+
+
+@lru_cache(maxsize=4)
+def _grammar(tools: Tools) -> Writable:
+    return Writable(tools, "the run's tools")

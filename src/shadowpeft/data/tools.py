@@ -156,7 +156,10 @@ def read_tools(file: str | Path) -> Tools:
     except (OSError, ValueError):
         return named(read_skills(file))  # names, one a line, or what is wrong with the file
     if isinstance(content, list) and any(isinstance(each, dict) for each in content):
-        return tools_of(content, where)
+        tools = tools_of(content, where)
+        if tools.plain:  # they are skills, which have shorter names
+            checked(tools.names, where)
+        return tools
     return named(read_skills(file))
 
 
@@ -184,6 +187,13 @@ def _tool(given: Any, where: str) -> Tool:
 
 
 def _parameters(schema: Any, where: str) -> dict[str, Any]:
+    if isinstance(schema, dict) and any(key in schema for key in ("$defs", "definitions", "$ref")):
+        try:
+            schema = _inlined(schema, schema)
+        except ConfigError as error:
+            raise ConfigError(f"{where} {error}") from error
+        if "$ref" not in json.dumps({key: value for key, value in schema.items() if key not in ("$defs", "definitions")}):
+            schema = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise ConfigError(
             f'{where} has parameters that are no JSON schema of an object; write {{"type": "object", ...}}'
@@ -213,48 +223,91 @@ def _parameters(schema: Any, where: str) -> dict[str, Any]:
     return {"type": "object", **schema, "properties": properties}
 
 
+_SKIPPED = {
+    *("title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment", "$defs", "definitions"),
+    "nullable",
+}
+_CHOICES = ("anyOf", "oneOf")
+
+
 def _bare(schema: Any) -> Any:
     """A schema without what does not decide which arguments a model can write for it.
 
-    That is text, defaults, the order of lists, and null where an argument may be left out.
+    That is text, defaults, the order of lists, and null: an argument that may be null need not be written
+    (:func:`as_offered` writes it where a client requires it).
     """
     if isinstance(schema, (list, tuple)):
         return [_bare(each) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
-    skipped = {"description", "title", "default", "examples", "$schema"}
-    bare = {key: _bare(value) for key, value in schema.items() if key not in skipped}
+    bare = {key: _bare(value) for key, value in schema.items() if key not in _SKIPPED}
     if "const" in bare:
         bare["enum"] = [bare.pop("const")]
-    for key in ("enum", "required", "type"):
-        if isinstance(schema.get(key), (list, tuple)):
-            bare[key] = sorted(schema[key], key=json.dumps)
-    if isinstance(schema.get("properties"), Mapping):
-        required = schema.get("required") or ()
-        bare["properties"] = {
-            name: _bare(value if name in required else _not_null(value)) for name, value in schema["properties"].items()
-        }
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping):
+        bare["properties"] = {name: _bare(_not_null(value)) for name, value in properties.items()}
+        bare["required"] = [name for name in schema.get("required") or () if not takes_null(properties.get(name))]
+    for key in ("enum", "required", "type", *_CHOICES):
+        if isinstance(bare.get(key), list):
+            bare[key] = sorted(bare[key], key=lambda value: json.dumps(value, sort_keys=True))
     if bare.get("additionalProperties") is False:
         del bare["additionalProperties"]
     return {key: value for key, value in bare.items() if value != []}
 
 
+def takes_null(schema: Any) -> bool:
+    """Whether the schema of an argument says that it may be null."""
+    if not isinstance(schema, Mapping):
+        return False
+    kind, values = schema.get("type"), schema.get("enum")
+    return (
+        kind == "null"
+        or (isinstance(kind, (list, tuple)) and "null" in kind)
+        or bool(schema.get("nullable"))
+        or (kind is None and isinstance(values, (list, tuple)) and None in values)
+        or any(any(map(takes_null, schema[key])) for key in _CHOICES if isinstance(schema.get(key), (list, tuple)))
+    )
+
+
 def _not_null(schema: Any) -> Any:
     """A schema without its null: libraries write an argument that may be left out as ``anyOf: [..., {"type": "null"}]``."""
-    if not isinstance(schema, Mapping):
+    if not takes_null(schema) or schema.get("type") == "null":
         return schema
-    kept = dict(schema)
-    if isinstance(kept.get("type"), (list, tuple)) and "null" in kept["type"]:
+    kept = {key: value for key, value in schema.items() if key != "nullable"}
+    if isinstance(kept.get("type"), (list, tuple)):
         types = [each for each in kept["type"] if each != "null"]
         kept["type"] = types[0] if len(types) == 1 else types
-        if isinstance(kept.get("enum"), (list, tuple)):
-            kept["enum"] = [each for each in kept["enum"] if each is not None]
-    if isinstance(kept.get("anyOf"), (list, tuple)) and {"type": "null"} in kept["anyOf"]:
-        others = [each for each in kept.pop("anyOf") if each != {"type": "null"}]
-        if len(others) == 1 and isinstance(others[0], Mapping):
-            return {**kept, **others[0]}
-        kept["anyOf"] = others
+    if isinstance(kept.get("enum"), (list, tuple)):
+        kept["enum"] = [each for each in kept["enum"] if each is not None]
+    for key in _CHOICES:
+        if isinstance(kept.get(key), (list, tuple)):
+            others = [_not_null(each) for each in kept.pop(key) if each != {"type": "null"}]
+            kept |= others[0] if len(others) == 1 and isinstance(others[0], Mapping) else {key: others}
     return kept
+
+
+def _inlined(schema: Any, root: Mapping[str, Any], inside: tuple[str, ...] = ()) -> Any:
+    """A schema with what its references name in their place; one that names itself stays a reference.
+
+    Raises:
+        ConfigError: a clause that goes on after the place, if a reference leads nowhere.
+    """
+    if isinstance(schema, (list, tuple)):
+        return [_inlined(each, root, inside) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    name = schema.get("$ref")
+    if not isinstance(name, str) or name in inside:
+        return {key: value if key == "$defs" else _inlined(value, root, inside) for key, value in schema.items()}
+    found: Any = root
+    for step in name.removeprefix("#").strip("/").split("/") if name != "#" else ():
+        step = step.replace("~1", "/").replace("~0", "~")
+        if not name.startswith("#") or not isinstance(found, Mapping) or step not in found:
+            raise ConfigError(f"has the reference {quote(name)}, which leads nowhere; write what it names under $defs")
+        found = found[step]
+    beside = {key: value for key, value in schema.items() if key != "$ref"}
+    whole = _inlined(found, root, (*inside, name))
+    return {**whole, **_inlined(beside, root, inside)} if isinstance(whole, dict) else whole
 
 
 def canonical(value: Any) -> Any:

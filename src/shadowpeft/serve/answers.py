@@ -50,7 +50,9 @@ class ResponseBuilder:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         found = self.parser.found(text) if self.parser is not None else None
         if found is not None and found.calls:
-            message |= {"content": text[found.end :].lstrip() or None, CALLED: self._openai(found.calls)}
+            assert self.parser is not None
+            calls = self._openai(found.calls, self.parser)
+            message |= {"content": text[found.end :].lstrip() or None, CALLED: calls}
             reason = CALLED
         said = {"message": message} if self.chat else {"text": text}
         choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
@@ -65,9 +67,10 @@ class ResponseBuilder:
         self._held, self._held_tokens = "", []
         found = self.parser.found(text)
         if found is not None and found.calls:
+            calls = self._openai(found.calls, self.parser)
             self.parser, self._called = None, True
             deltas: list[dict[str, Any]] = []
-            for n, call in enumerate(self._openai(found.calls)):
+            for n, call in enumerate(calls):
                 arguments = call["function"].pop("arguments")
                 deltas.append({"index": n, **call, "function": {**call["function"], "arguments": ""}})
                 deltas.append({"index": n, "function": {"arguments": arguments}})
@@ -80,8 +83,8 @@ class ResponseBuilder:
         self.parser = None
         return [self._chunk({"content": text} if text else {}, tokens, reason)]
 
-    def _openai(self, calls: tuple[Call, ...]) -> list[dict[str, Any]]:
-        return [call.openai(f"call_{uuid.uuid4().hex[:24]}") for call in calls]
+    def _openai(self, calls: tuple[Call, ...], parser: CallParser) -> list[dict[str, Any]]:
+        return [parser.told(call).openai(f"call_{uuid.uuid4().hex[:24]}") for call in calls]
 
     def _chunk(self, delta: dict[str, Any], tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
         """One chunk; the first one says who answers, and why."""

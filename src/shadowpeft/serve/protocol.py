@@ -19,7 +19,14 @@ from pydantic import (
 
 from shadowpeft.data.tools import Tools, tools_of
 from shadowpeft.serve.strict import Strict, invalid
-from shadowpeft.serve.tool_protocol import NamedTool, ResponseFormat, ToolCall, checked_format, checked_tools
+from shadowpeft.serve.tool_protocol import (
+    NamedTool,
+    ResponseFormat,
+    ToolCall,
+    checked_choice,
+    checked_format,
+    checked_tools,
+)
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
 _SEED = 2**63
@@ -187,7 +194,9 @@ class ChatRequest(_Generate):
     tools: Annotated[Optional[list[dict[str, Any]]], BeforeValidator(checked_tools)] = Field(
         default=None, description="Functions that the answer may call, by name and JSON schema of their arguments."
     )
-    tool_choice: Optional[Union[Literal["none", "auto", "required"], NamedTool]] = Field(
+    tool_choice: Annotated[
+        Optional[Union[Literal["none", "auto", "required"], NamedTool]], BeforeValidator(checked_choice)
+    ] = Field(
         default=None, description="Whether the answer calls: none, auto (default), required, or one by name."
     )
     parallel_tool_calls: Optional[StrictBool] = Field(default=None, description="false: one call at most.")

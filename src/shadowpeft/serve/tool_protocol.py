@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, Optional
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from shadowpeft.data.tools import tools_of
 from shadowpeft.errors import ConfigError
+from shadowpeft.messages import quote
 from shadowpeft.serve.strict import Strict, invalid
 
 MOST_TOOLS = 128
@@ -27,6 +28,7 @@ class ToolCall(Strict):
     id: StrictStr
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: Optional[StrictInt] = Field(default=None, description="Of a stream's deltas; accepted, not used.")
 
 
 class ToolName(Strict):
@@ -40,6 +42,20 @@ class NamedTool(Strict):
 
     type: Literal["function"] = "function"
     function: ToolName
+
+
+CHOICES = ("none", "auto", "required")
+
+
+def checked_choice(given: Any) -> Any:
+    """``tool_choice`` as it came, if it has one of its two forms."""
+    named = given.get("function") if isinstance(given, dict) and given.get("type", "function") == "function" else None
+    if given is None or given in CHOICES or isinstance(given, NamedTool) or isinstance(named, dict):
+        return given
+    raise invalid(
+        f"is {quote(given)} but must be {', '.join(CHOICES)}, or "
+        '{"type": "function", "function": {"name": "..."}}; name the choice in one of these ways'
+    )
 
 
 class JsonSchema(Strict):

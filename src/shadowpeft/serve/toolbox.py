@@ -71,7 +71,7 @@ class Toolbox:
         """What reads the calls of an answer to ``asked``; None: it may have none."""
         if not isinstance(asked, ChatRequest) or asked.tools is None or asked.tool_choice == "none":
             return None
-        return CallParser(self._chosen(asked))
+        return CallParser(self._chosen(asked), asked.offered)
 
     def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool) -> Actions | None:
         """What an answer to ``asked`` is held to; None: to nothing. Compiling takes up to a second, so not in the event loop.
@@ -159,7 +159,7 @@ def prompt_text(tokenizer: Any, turns: list[dict[str, Any]], tools: Tools | None
     """
     called = any("tool_calls" in turn for turn in turns)
     if called and tools is not None and not writes_calls(tokenizer):
-        turns, called = compact_messages(turns, tools, "messages"), False
+        turns, called = compact_messages(turns, tools, "messages", strict=False), False
     try:
         text = render_prompt(tokenizer, turns)
     except TypeError as error:  # of a template that wants the arguments of a call in another form

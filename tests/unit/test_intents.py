@@ -1,0 +1,64 @@
+"""Rows to calibrate on: what the device would learn of a row is what it has to answer."""
+
+import json
+
+import pytest
+
+from shadowpeft.apps.intents import read_intents
+from shadowpeft.data.tools import read_tools, tools_of
+from shadowpeft.errors import ConfigError, DataError
+
+WALK = {"name": "Walk", "parameters": {"type": "object", "properties": {"metres": {"type": "integer"}}, "required": ["metres"]}}
+SIT = {"name": "Sit", "parameters": {"type": "object", "properties": {}}}
+TOOLS = tools_of([WALK, SIT])
+CALL = [{"id": "1", "type": "function", "function": {"name": "Walk", "arguments": '{"metres": 2}'}}]
+USER = {"role": "user", "content": "walk"}
+
+
+def read(tmp_path, *rows, skills=None, tools=None):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [row["skill"] for row in read_intents(str(file), "fit", None, skills, tools)]
+
+
+def test_a_row_is_judged_by_what_the_device_learns_of_it(tmp_path):
+    answer = {"role": "assistant", "content": "Ok.", "tool_calls": CALL}
+    rows = [
+        {"messages": [USER, answer]},
+        {"messages": [USER, answer], "shadow_response": "[REMOTE]"},
+        {"messages": [USER, answer], "shadow_response": "[Sit()]"},
+        {"messages": [USER, answer], "path": "base"},
+        {"prompt": "walk", "response": "[Walk(metres=2.0), Sit()] Ok."},
+        {"prompt": "why?", "response": "Because."},
+    ]
+    expected = ["Walk(metres=2)", "REMOTE", "Sit()", "REMOTE", "Walk(metres=2), Sit()", "REMOTE"]
+    assert read(tmp_path, *rows, tools=TOOLS) == expected
+
+
+def test_text_that_is_no_valid_call_is_not_taken_for_an_open_request(tmp_path):
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1 begins with '\[Walk\(metres=far\)\]', which is no valid call"):
+        read(tmp_path, {"prompt": "walk", "response": "[Walk(metres=far)]"}, tools=TOOLS)
+
+
+def test_rows_to_train_on_calibrate_actions_without_arguments_too(tmp_path):
+    sit = [{"function": {"name": "Sit", "arguments": "{}"}}]
+    rows = [
+        {"prompt": "sit", "skill": "Sit"},
+        {"prompt": "sit", "response": "[Sit()] Ok."},
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": sit}]},
+        {"prompt": "why?", "response": "[REMOTE]", "path": "shadow"},
+    ]
+    assert read(tmp_path, *rows, skills=("Sit", "turn-over")) == ["Sit", "Sit", "Sit", "REMOTE"]
+    with pytest.raises(DataError, match="the skill 'Fly', which is none of the 1 known ones"):
+        read(tmp_path, {"prompt": "fly", "response": "[Fly()]"}, skills=("Sit",))
+
+
+def test_a_file_of_tools_without_arguments_has_names_that_skills_may_have(tmp_path):
+    file = tmp_path / "actions.json"
+    file.write_text(json.dumps([{"name": "turn-over"}, SIT]), encoding="utf-8")
+    assert read_tools(file).names == ("turn-over", "Sit")
+    file.write_text(json.dumps([{"name": "x" * 37}]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="of 37 characters, but 36 are allowed"):
+        read_tools(file)
+    with pytest.raises(ConfigError, match=f"the actions file '{tmp_path / 'none'}' cannot be read"):
+        read_tools(tmp_path / "none")
