@@ -19,7 +19,7 @@ from shadowpeft.data.robot_tools import ROWS, tools
 
 SPLITS = {"train": "T", "validation": "V", "test": "E"}
 COUNTS = {
-    "train": {"one": 950, "two": 300, "cloud": 250},
+    "train": {"one": 800, "two": 450, "cloud": 250},
     "validation": {"one": 160, "two": 80, "cloud": 60},
     "test": {"one": 240, "two": 100, "cloud": 60},
 }

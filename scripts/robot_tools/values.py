@@ -6,6 +6,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
 A_BIT = {"dist": 0.3, "deg": 15, "sec": 3}
 """What "a bit" means, by convention."""
 NAMES = {
@@ -31,6 +36,19 @@ NAMES = {
 }
 NEW_NAMES = {"en": ["Helen", "Mark", "Ivy", "Hugo"], "zh": ["小芳", "叔叔", "阿姨"]}
 """In validation and test rows alone, beside the others."""
+MORE_NAMES = {
+    "en": _words(
+        "Alice,Adam,Bella,Brian,Carla,Chris,Clara,David,Dora,Eddie,Ella,Eric,Eva,Felix,Finn,Fiona,George,Grace,Gina,Harry,"
+        "Hannah,Henry,Iris,Isaac,Jack,Jane,Jason,Jill,Joe,Josh,Karen,Kevin,Laura,Liam,Lily,Linda,Louis,Luke,Maria,Martin,"
+        "Megan,Mike,Molly,Nick,Nina,Noah,Olga,Oliver,Otto,Pia,Quinn,Rita,Rob,Rosa,Ruby,Simon,Sofia,Steve,Tina,Toby,Uma,"
+        "Victor,Vera,Walter,Wendy,Yara,Zoe"
+    ),
+    "zh": _words(
+        "小李,小王,小张,小陈,小刘,小林,小杰,小雨,小雪,小龙,大伟,建国,志强,秀英,桂花,美玲,晓东,晓燕,丽丽,婷婷,佳佳,乐乐,明明,欢欢,"
+        "哥哥,姐姐,弟弟,妹妹,舅舅,姑姑,伯伯,外婆,外公,邻居,医生,客人,同学,陈老师,李先生,王女士,张师傅,阿珍,阿杰,阿华,老赵,老周"
+    ),
+}
+"""In training rows alone, beside the others: a model that sees a name once has to copy it."""
 OBJECTS = {
     "en": [
         "ball",
@@ -51,6 +69,17 @@ OBJECTS = {
     "zh": ["球", "棍子", "报纸", "拖鞋", "骨头", "遥控器", "钥匙", "杯子", "手机", "飞盘", "包", "帽子", "玩具"],
 }
 NEW_OBJECTS = {"en": ["umbrella", "blanket", "pen"], "zh": ["雨伞", "毯子", "笔"]}
+MORE_OBJECTS = {
+    "en": _words(
+        "book,towel,sock,shoe,glove,scarf,jacket,water bottle,lunch box,apple,banana,sponge,brush,comb,charger,cable,pencil,"
+        "notebook,wallet,glasses,sunglasses,watch,pillow,basket,bucket,rope,plush bear,tennis ball,football,tin,plate,spoon,"
+        "magazine,letter,parcel,candle,torch,screwdriver,hammer,tape,scissors,mug,napkin,teddy,puzzle,rubber duck"
+    ),
+    "zh": _words(
+        "书,毛巾,袜子,鞋子,手套,围巾,外套,水瓶,饭盒,苹果,香蕉,海绵,刷子,梳子,充电器,电线,铅笔,本子,钱包,眼镜,墨镜,手表,枕头,篮子,水桶,"
+        "绳子,小熊,网球,足球,盘子,勺子,杂志,信,快递,蜡烛,手电筒,螺丝刀,锤子,胶带,剪刀,纸巾,积木,拼图,水壶"
+    ),
+}
 PLACES = {
     "kitchen": ("kitchen", "厨房"),
     "living_room": ("living room", "客厅"),
@@ -332,10 +361,10 @@ def fill(slot: str, action: str, lang: str, split: str, rng: random.Random) -> t
         return say(value, lang, rng), {name: value}
     new = split != "train" and rng.random() < 0.25
     if slot == "name":
-        name = rng.choice((NEW_NAMES if new else NAMES)[lang])
+        name = rng.choice(_listed(NAMES, NEW_NAMES, MORE_NAMES, split, new, rng)[lang])
         return name, {"name": name}
     if slot == "obj":
-        thing = rng.choice((NEW_OBJECTS if new else OBJECTS)[lang])
+        thing = rng.choice(_listed(OBJECTS, NEW_OBJECTS, MORE_OBJECTS, split, new, rng)[lang])
         return thing, {"object": thing}
     if slot in ("dir", "speed"):
         table = DIRECTIONS if slot == "dir" else SPEEDS
@@ -347,3 +376,10 @@ def fill(slot: str, action: str, lang: str, split: str, rng: random.Random) -> t
     argument = SIDE.get(action, "direction") if slot == "side" else slot
     word = table[value][column]
     return word + ("色" if slot == "color" and lang == "zh" and rng.random() < 0.5 else ""), {argument: value}
+
+
+def _listed(usual: Any, unseen: Any, more: Any, split: str, new: bool, rng: random.Random) -> Any:
+    """What a split's rows draw a name or a thing from."""
+    if split == "train":
+        return more if rng.random() < 0.5 else usual
+    return unseen if new else usual

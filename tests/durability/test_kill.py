@@ -191,6 +191,7 @@ def disturb(server, undisturbed, tmp_path, kind, wanted, seed, a_run=5):
     return hits
 
 
+@pytest.mark.slow
 def test_three_kills(server, undisturbed, tmp_path):
     assert disturb(server, undisturbed, tmp_path, "cli", 2, seed=1) == 2
     assert disturb(server, undisturbed, tmp_path, "classify", 1, seed=1) == 1

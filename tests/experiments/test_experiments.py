@@ -360,6 +360,7 @@ def test_a_record_of_other_settings_is_refused_and_named(base, ran, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ other kinds
 
 
+@pytest.mark.slow
 def test_transfer_uses_the_adapter_and_the_rate_of_the_table(base, tmp_path):
     first = tiny_spec(base, name="first", tasks={"classify": None, "generate": {}}, rates={"grid": [1e-3]})
     first["methods"]["base"] = {"method": "base"}

@@ -42,7 +42,9 @@ def test_there_are_three():
         assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60, name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "sft_trainer")) for name in NAMES]
+)
 def test_an_example(tmp_path, run, name):
     before, after = losses(run(name))
     assert after[0] < 0.7 * before[0]

@@ -98,7 +98,7 @@ def test_an_improving_run_is_not_stopped(made, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "adamw",
+        pytest.param("adamw", marks=pytest.mark.slow),  # every other run has it
         "adamw_bnb_8bit",
         pytest.param("adamw_torch_8bit", marks=pytest.mark.slow),  # torchao compiles its step
         "adafactor",

@@ -156,7 +156,7 @@ def streamed(made, folder, train_on=None, **training):
     return run(made, folder, train_on or made["rows"], data=data, training={"max_steps": 12, **training})
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_streamed_run_over_several_passes_resumes_exactly(made, tmp_path, packing):
     settings = {"save_every": 6, "data": {"packing": packing}}
     train(streamed(made, tmp_path / "whole", **settings), quiet=True)

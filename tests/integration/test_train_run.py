@@ -167,8 +167,7 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
     learnt = {chat_tokenizer().decode([t for t in s.features()["shadow_labels"] if t != -100]) for s in sequences}
     assert learnt == {"", "[REMOTE]<|im_end|>", *(f"[{skill}()]<|im_end|>" for skill in SKILLS)}
     whole = config(made, tmp_path / "w", data={"train": "robot", "max_length": 512, "shadow_answers": "whole"})
-    data = load_run_data(whole, load_tokenizer(made["base"]), print)
-    assert data.record["train"]["rows"] == len(data.training) == 4447 + 9 * 47
+    assert len(read_rows(whole.data.train, "train")) == 4447 + 9 * 47
 
 
 def test_the_shadow_alone_trains_first(made, tmp_path):

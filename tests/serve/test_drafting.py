@@ -139,7 +139,7 @@ def test_requests_that_come_and_go_while_others_draft(eager):
     assert engine.stop()
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("top_p", [pytest.param(1.0, marks=pytest.mark.slow), 0.8])
 def test_drawn_answers_keep_their_distribution(eager, top_p):
     counted = []
     for speculative in (False, True):

@@ -45,6 +45,7 @@ def test_the_options_the_page_names_are_there():
     assert "system-test:" in (PAGE.parents[1] / "Makefile").read_text()
 
 
+@pytest.mark.server
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_commands_run(tmp_path, monkeypatch, capsys):

@@ -61,8 +61,17 @@ def test_probabilities_are_the_naive_loops_and_add_up_to_one(adapted, mode):
     assert len({one.action for one in chosen}) > 1  # or their order could not be told
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma3", "qwen3_next"])
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("exact", "name"),
+    [
+        (True, "mistral"),
+        (True, "gemma3"),
+        (False, "gemma3"),
+        (False, "qwen3_next"),
+        pytest.param(False, "mistral", marks=pytest.mark.slow),
+        pytest.param(True, "qwen3_next", marks=pytest.mark.slow),
+    ],
+)
 def test_windows_and_recurrent_layers(name, exact):
     """A sliding window counts columns, and a recurrent layer cannot be carried on by several tokens."""
     model = base(name, vocab_size=260, eos_token_id=3)

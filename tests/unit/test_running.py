@@ -196,7 +196,7 @@ def graphs(model, inputs):
     ("name", "kind"),
     [
         ("llama", "mirror"),
-        ("gemma3", "explicit"),
+        pytest.param("gemma3", "explicit", marks=pytest.mark.slow),
         pytest.param("llama", "explicit", marks=pytest.mark.slow),
         pytest.param("gemma3", "mirror", marks=pytest.mark.slow),
     ],

@@ -326,7 +326,7 @@ def test_the_shadow_of_the_packaged_set_learns_calls_alone():
 
 def test_the_packaged_splits_are_what_the_card_says():
     seen, families = {}, {}
-    for split, counts in {"train": (950, 300, 250), "validation": (160, 80, 60), "test": (240, 100, 60)}.items():
+    for split, counts in {"train": (800, 450, 250), "validation": (160, 80, 60), "test": (240, 100, 60)}.items():
         rows = robot_tools.load(split)
         assert tuple(sum(r["kind"] == kind for r in rows) for kind in ("one", "two", "cloud")) == counts
         assert {c["name"] for r in rows for c in r["calls"]} == set(TOOLS.names)
