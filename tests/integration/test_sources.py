@@ -119,6 +119,35 @@ def test_everything_that_a_run_names_is_asked_for(monkeypatch):
     assert asked == {"name": "a/b", "config": "en", "split": "test[:5]", "revision": "abc", "streaming": True}
 
 
+def test_a_part_of_a_single_file_is_what_its_split_names(made, tmp_path):
+    from shadowpeft.tokenizer import load_tokenizer
+
+    whole = [row for _, row in rows_of(Source(path=made["rows"]))]
+    parts = {"train": "train[:75%]", "validation": "train[75%:]"}
+    given = {part: {"path": made["rows"], "split": split} for part, split in parts.items()}
+    rows = {part: list(rows_of(Source(**source))) for part, source in given.items()}
+    assert (len(whole), len(rows["train"]), len(rows["validation"])) == (30, 22, 8)
+    assert [row for part in parts for _, row in rows[part]] == whole
+    assert rows["validation"][0][0] == f"{made['rows']}, line 23"
+    record = load_run_data(
+        run(made, tmp_path, given["train"], data={"validation": given["validation"]}), load_tokenizer(made["base"]), print
+    ).record
+    assert [record[part]["rows"] for part in parts] == [22, 8]
+    assert [record[part]["source"] for part in parts] == [f"{made['rows']} ({split})" for split in parts.values()]
+    assert record["train"]["sha256"] != record["validation"]["sha256"]
+    assert [row for _, row in rows_of(Source(path=made["rows"], split="train[-2:]+train[:1]"))] == [*whole[-2:], whole[0]]
+
+
+@pytest.mark.parametrize("split", ["test", "train[:3", "train[:3](closest)"])
+def test_a_split_that_a_single_file_does_not_have_is_refused(made, split):
+    with pytest.raises(DataError) as refused:
+        list(rows_of(Source(path=made["rows"], split=split)))
+    assert f"'{made['rows']}' is a single file, all 30 rows of which are the split 'train'" in str(refused.value)
+    assert f"but its split is '{split}'" in str(refused.value)
+    with pytest.raises(DataError, match="from its beginning to its end but its split is"):
+        next(rows_of(Source(path=made["rows"], split=split), streaming=True))
+
+
 def test_a_missing_column_names_those_there_are(made):
     with pytest.raises(DataError, match=r"row 1 has no column 'questoin' \(did you mean 'question'\?\); there are answer, id"):
         list(rows_of(Source(path=made["folder"], columns={"prompt": "questoin", "response": "answer"})))

@@ -24,6 +24,7 @@ class Source:
     config: str | None = None
     """One of its configurations."""
     split: str = "train"
+    """One of its splits or a part of one, as ``datasets`` writes it; all rows of a single file are of ``train``."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class Source:
         name = self.path or self.hub or ""
         revision = f"@{self.revision}" if self.revision else ""
         parts = [part for part in (self.config, self.split) if part]
-        return f"{name}{revision} ({', '.join(parts)})" if self.hub or Path(name).is_dir() else name
+        return name if self.is_file and self.split == "train" else f"{name}{revision} ({', '.join(parts)})"
 
     @property
     def is_file(self) -> bool:
@@ -49,14 +50,14 @@ def rows_of(source: Source, *, streaming: bool = False) -> Iterator[tuple[str, A
             not).
 
     Raises:
-        DataError: if the source is missing, cannot be reached or lacks a column.
+        DataError: if the source is missing, cannot be reached or lacks the split or a column.
     """
     if source.path is not None and re.fullmatch(r"[\w-]+/[\w-]+", source.path) and not Path(source.path).exists():
         raise DataError(
             f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write data.train: "
             f"{{hub: {source.path}}}"
         )
-    rows = rows_in(str(source.path)) if source.is_file else _rows_of_datasets(source, streaming)
+    rows = _rows_of_file(source, streaming) if source.is_file else _rows_of_datasets(source, streaming)
     if not source.columns:
         yield from rows
         return
@@ -69,6 +70,32 @@ def rows_of(source: Source, *, streaming: bool = False) -> Iterator[tuple[str, A
                     "data's 'columns'"
                 )
         yield where, {ours: row[theirs] for ours, theirs in source.columns.items()}
+
+
+def _rows_of_file(source: Source, streaming: bool) -> Iterator[tuple[str, Any]]:
+    """Rows of a single file, or of the part of them that the split names."""
+    rows = rows_in(str(source.path))
+    return rows if source.split == "train" else _part(source, rows, streaming)
+
+
+def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    if streaming:
+        raise DataError(
+            f"data.streaming reads '{source.path}' from its beginning to its end but its split is '{source.split}'; leave "
+            "split out, or make a file of each part"
+        )
+    found = list(rows)
+    try:
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": len(found)})
+    except ValueError as error:
+        raise DataError(
+            f"'{source.path}' is a single file, all {len(found)} rows of which are the split 'train', but its split is "
+            f"'{source.split}' ({shorten(error)}); leave it out or write a part such as train[:75%]"
+        ) from error
+    for part in parts:
+        yield from found[part.from_ : part.to]
 
 
 def _rows_of_datasets(source: Source, streaming: bool) -> Iterator[tuple[str, Any]]:
