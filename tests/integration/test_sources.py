@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from chatbase import plain_rows, run_file, save_base, write_rows
 from commands import call
-from shadowpeft.data import sources
+from shadowpeft.data import chat, sources
 from shadowpeft.data.sources import Source, rows_of
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.train import speed
@@ -155,9 +155,31 @@ def test_a_missing_column_names_those_there_are(made):
         list(rows_of(Source(path=made["plain"], columns={"prompt": "a"})))
 
 
+def test_a_column_that_may_be_absent_may_be_so_in_some_rows_but_not_in_all(tmp_path):
+    columns = {"prompt": "q", "response": "a", "shadow_response": "s"}
+    table, lines = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
+    table.write_text("q,a,s\nhi,yo,\nho,yu,S\n")
+    write_rows(lines, [{"q": "hi", "a": "yo"}, {"q": "ho", "a": "yu", "s": "S"}])
+    for file in (table, lines):
+        found = [chat.check_row(row, where) for where, row in rows_of(Source(path=str(file), columns=columns))]
+        assert [row["shadow_response"] for row in found] == [None, "S"]
+    columns["shadow_response"] = "ss"
+    for file, place in ((table, f"{table}, line 2"), (lines, str(lines))):
+        with pytest.raises(DataError) as refused:
+            list(rows_of(Source(path=str(file), columns=columns)))
+        assert str(refused.value) == (
+            f"{place} has no column 'ss' (did you mean 's'?); there are a, q, s, correct data's 'columns'"
+        )
+    table.write_text("q,a\nhi,yo\nho,\n")  # there is the column: the row lacks the answer
+    _, (where, row) = rows_of(Source(path=str(table), columns={"prompt": "q", "response": "a"}))
+    with pytest.raises(DataError, match=r"line 3 has the keys \['prompt'\] but needs 'messages', or 'prompt' and 'response'"):
+        chat.check_row(row, where)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"path": "c", "columns": {"prompt": "q", "paht": "a"}}, "columns has the key 'paht' (did you mean 'path'?)"),
         ({"hub": "a/b", "path": "c"}, "hub and path are both set"),
         ({"split": "train"}, "hub and path are not set"),
         ({"path": "c", "revision": "main"}, "revision and config are of a data set on the Hub"),

@@ -107,9 +107,14 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path, suffix):
     [
         ("a.json", b'{"prompt": "a"}', "must hold a list of rows"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}', "JSON lines belong into a file that ends in .jsonl"),
-        ("a.csv", b"prompt,response\na,b,c\n", "another number of cells"),
+        ("a.csv", b"prompt,response\na,b,c\n", "line 2 has 3 cells but the header has 2 names"),
         ("a.csv", b'prompt,response\n"a,b\n', "is not valid CSV"),
-        ("a.csv", b"prompt,response\n\xff,b\n", "is not valid CSV in UTF-8"),
+        ("a.csv", b"prompt,response\na,b\n\xff,b\n", "line 3 is not valid CSV in UTF-8 (byte 0xff); save the file as UTF-8"),
+        ("a.csv", "prompt,response\na,b\n".encode("utf-16"), "line 1 is not valid CSV in UTF-8 (byte 0xff)"),
+        ("a.csv", b'prompt,response\na,b\n"c,d\ne,f\n', "lines 3 to 4 are not valid CSV in UTF-8"),
+        ("a.csv", b"prompt,response,prompt\na,b,c\n", "line 1 names the column 'prompt' twice"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b", "prompt": "c"}', "line 1 names the key 'prompt' twice"),
+        ("a.json", b'[{"prompt": "a", "response": "b", "x": {"y": 1, "y": 2}}]', "names the key 'y' twice"),
         ("a.parquet", b"PAR1 nothing", "is not a readable parquet file"),
         ("a.csv", b"prompt,response\n", "holds no rows"),
     ],
@@ -122,7 +127,33 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     assert message in str(refused.value)
 
 
+def test_a_cell_may_be_as_long_as_a_conversation(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt,response\n{'a' * 200_000},b\n")
+    (row,) = chat.read_file(file)
+    assert len(row["messages"][0]["content"]) == 200_000
+
+
 # ------------------------------------------------------------------------------------------------------------ data check
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "refused"),
+    [
+        ("a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"\n{"prompt": "a", "response": "b"}\n[1]\n', [2, 4]),
+        ("a.csv", 'prompt,response\na,b\na,b,c\n"a"x,b\na,b\n', [3, 4]),
+    ],
+)
+def test_data_check_goes_on_after_a_line_that_cannot_be_read(monkeypatch, capsys, tmp_path, name, content, refused):
+    (tmp_path / name).write_text(content)
+    code, out, err = call(monkeypatch, capsys, "data", "check", tmp_path / name, "--json")
+    found = json.loads(out)
+    assert (code, found["rows"], found["tokens"]["sum"] > 0) == (2, 4, True)
+    assert "2 of 4 rows are refused" in err
+    places = [f"{tmp_path / name}, line {number} " for number in refused]
+    assert all(why.startswith(place) for why, place in zip(found["refused"]["why"], places, strict=True))
+    with pytest.raises(DataError, match=f"line {refused[0]}"):  # a run stops at the first
+        chat.read_file(tmp_path / name)
 
 
 def test_data_check_shows_what_is_learnt_and_every_row_that_is_refused(monkeypatch, capsys, tmp_path):

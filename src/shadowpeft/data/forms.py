@@ -7,13 +7,15 @@ A form is recognised by its keys, so a row is never read in two ways.
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shadowpeft.errors import DataError
-from shadowpeft.json_text import parse_json
+from shadowpeft.json_text import once_each, parse_json
+from shadowpeft.messages import quote
 
 OWN = ("messages", "prompt, response")
 """The forms that need no change."""
@@ -94,8 +96,11 @@ def _of_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {**row, "messages": messages}
 
 
-def rows_in(path: str | Path) -> Iterator[tuple[str, Any]]:
+def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[str, Any]]:
     """Every row of a file as it is, and where it stands: ``.csv``, ``.parquet``, ``.json`` (a list), else JSON lines.
+
+    Args:
+        keep_damaged: give the error in place of a row that cannot be read, and go on, where a file can be read on after it.
 
     Raises:
         DataError: naming the file, and the place where that is known, if it is missing or damaged.
@@ -104,7 +109,10 @@ def rows_in(path: str | Path) -> Iterator[tuple[str, Any]]:
     if not file.is_file():
         raise DataError(f"data file '{file}' does not exist; check the path")
     readers = {".csv": _csv, ".parquet": _parquet, ".json": _json}
-    yield from readers.get(file.suffix.lower(), _lines)(file)
+    for where, row in readers.get(file.suffix.lower(), _lines)(file):
+        if isinstance(row, DataError) and not keep_damaged:
+            raise row
+        yield where, row
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -113,16 +121,17 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 where = f"{file}, line {number}"
                 try:
-                    yield where, parse_json(line)
+                    yield where, parse_json(line, object_pairs_hook=once_each)
                 except ValueError as error:
-                    raise DataError(f"{where} {error}") from error
+                    yield where, DataError(f"{where} {error}")
 
 
 def _json(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = parse_json(file.read_bytes())
+        content = parse_json(file.read_bytes(), object_pairs_hook=once_each)
     except ValueError as error:
-        raise DataError(f"{file} {error}; JSON lines belong into a file that ends in .jsonl") from error
+        way = "; JSON lines belong into a file that ends in .jsonl" if "is not valid JSON" in str(error) else ""
+        raise DataError(f"{file} {error}{way}") from error
     if not isinstance(content, list):
         raise DataError(f"{file} holds a JSON {type(content).__name__} but must hold a list of rows")
     for number, row in enumerate(content, 1):
@@ -130,21 +139,46 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, Any]]:
-    """Empty cells are absent; a comma separates."""
-    with file.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        try:
-            for row in reader:
-                where = f"{file}, line {reader.line_num}"
-                if None in row or None in row.values():
+    """Empty cells are None; a comma separates. A row that spans several lines stands where it ends."""
+    csv.field_size_limit(2**31 - 1)  # a long conversation is a long cell; the limit of the csv module is 131,072 characters
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        reader = csv.reader(handle, strict=True)
+        names: list[str] = []
+        while True:
+            begins = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                several = begins < reader.line_num
+                where = f"{file}, " + (f"lines {begins} to {reader.line_num}" if several else f"line {reader.line_num}")
+                yield where, DataError(f"{where} {'are' if several else 'is'} not valid CSV in UTF-8 ({error}); correct it")
+                continue
+            if cells is None:
+                return
+            where = f"{file}, line {reader.line_num}"
+            damage = _not_utf8(cells) if cells else None
+            if not names:
+                if damage is not None:
+                    raise DataError(f"{where} is not valid CSV in UTF-8 ({damage}); save the file as UTF-8")
+                if twice := [name for n, name in enumerate(cells) if name in cells[:n]]:
                     raise DataError(
-                        f"{where} has another number of cells than the first line has names; quote commas in texts"
+                        f"{where} names the column {quote(twice[0])} twice, of which one would be lost; give each its own name"
                     )
-                yield where, {name: cell for name, cell in row.items() if cell != ""}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{file}, line {reader.line_num} is not valid CSV in UTF-8 ({error}); correct it"
-            ) from error
+                names = cells
+            elif damage is not None:
+                yield where, DataError(f"{where} is not valid CSV in UTF-8 ({damage}); save the file as UTF-8")
+            elif cells and len(cells) != len(names):
+                yield where, DataError(
+                    f"{where} has {len(cells)} cells but the header has {len(names)} names; quote commas in texts"
+                )
+            elif cells:
+                yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
+def _not_utf8(cells: list[str]) -> str | None:
+    """The first byte that is no UTF-8, in words."""
+    found = re.search("[\udc80-\udcff]", "".join(cells))
+    return None if found is None else f"byte 0x{ord(found.group()) - 0xDC00:02x}"
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
