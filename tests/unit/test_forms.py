@@ -53,6 +53,20 @@ def test_systems_inputs_and_several_turns_are_kept():
     found = chat.check_row(row, "here")
     assert [m["role"] for m in found["messages"]] == ["system", "user", "assistant", "user"]
     assert found["response"] == "ok"
+    found = chat.check_row({"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}, "here")
+    assert [(m["role"], m["content"]) for m in found["messages"]] == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert found["response"] == "d"
+
+
+def test_what_a_turn_of_sharegpt_has_beside_its_text_is_that_of_its_message():
+    call = {"type": "function", "function": {"name": "sit", "arguments": "{}"}}
+    beside = {"tool_calls": [call], "reasoning_content": "a dog sits"}
+    for turns in (
+        [{"from": "human", "value": "sit"}, {"from": "gpt", "value": None, **beside}],
+        [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "", **beside}],
+    ):
+        found = chat.check_row({"conversations": turns}, "here")
+        assert (found["response"], found["answer"]) == ("", beside)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +80,30 @@ def test_systems_inputs_and_several_turns_are_kept():
         ({"prompt": "a", "response": "b", "completion": "c"}, "'completion', which training does not use"),
         ({"instruction": "a", "output": "b", "response": "c"}, "needs 'messages', or 'prompt' and 'response'"),
         ({"text": "a"}, "a form of docs/data.md"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "'history' must be a list of [question, answer]"),
+        ({**PAIR, "history": [["a", "b"]]}, "'history', which training does not use"),
+        (
+            {"instruction": "a", "output": "b", "conversations": []},
+            "has 'instruction' and 'output' and also 'conversations', which are two forms; keep one",
+        ),
+        ({**PAIR, "instruction": "a", "output": "b"}, "which are two forms"),
+        ({**PAIR, "Path": "base"}, "has the key 'Path'; did you mean 'path'?"),
+        ({"prompt": "a", " response": "b"}, "has the key ' response'; did you mean 'response'?"),
+        ({"conversations": [{"from": "human", "value": "a", "loss": 0}]}, "turn 1 of 'conversations' has the key 'loss'"),
+        (
+            {"conversations": [{"from": "human", "value": "a", "role": "user"}]},
+            "turn 1 of 'conversations' has 'from' and also 'role'; keep one",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]},
+            "the answer has weight 0",
+        ),
+        ({"conversations": [{"from": ["gpt"], "value": "b"}]}, "turn 1 of 'conversations' needs"),
+        (
+            {"messages": [{"role": "asistant", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "message 1 has the role 'asistant' (did you mean 'assistant'?); known are system, developer, user",
+        ),
+        ({"messages": [{"role": "User", "content": "a"}]}, "message 1 has the role 'User' (did you mean 'user'?)"),
     ],
 )
 def test_what_is_wrong_is_named(row, message):

@@ -19,6 +19,18 @@ from shadowpeft.messages import quote
 
 OWN = ("messages", "prompt, response")
 """The forms that need no change."""
+WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message beside its content that a chat template may write."""
+MESSAGE_KEYS = ("role", "content", *WRITTEN, "tool_call_id", "name", "weight")
+"""Keys that a message may have."""
+_FORMS = (
+    ("messages",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("conversations",),
+)
+"""Keys by which a form is recognised."""
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -26,6 +38,7 @@ _ROLES = {
     "assistant": "assistant",
     "chatgpt": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
     "function_response": "tool",
     "observation": "tool",
@@ -38,13 +51,18 @@ def normal(row: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
 
     - ``prompt``, ``completion`` (TRL): texts, or lists of messages.
     - ``instruction``, ``input``, ``output`` (Alpaca): the input is put after the instruction, an empty line between.
-      ``system`` becomes the system message. No other words are added; the chat template is the model's.
-    - ``conversations`` of ``from`` and ``value`` (ShareGPT), and ``system``.
+      ``system`` becomes the system message, ``history`` (pairs of question and answer) the turns before. No other words are
+      added; the chat template is the model's.
+    - ``conversations`` of ``from`` and ``value`` (ShareGPT), and ``system``. What else a turn has is that of its message.
 
     Raises:
-        DataError: starting with ``where``, if a value is of the wrong type.
+        DataError: starting with ``where``, if a value is of the wrong type, or the row has two forms.
     """
     row = dict(row)
+    found = [keys for keys in _FORMS if row.keys() >= set(keys)]
+    if len(found) > 1 and found[1:] != [("prompt", "completion")]:  # both answers: the second is refused as unused
+        first, second = (" and ".join(map(repr, keys)) for keys in found[:2])
+        raise DataError(f"{where} has {first} and also {second}, which are two forms; keep one")
     if "completion" in row and "prompt" in row and "response" not in row and "messages" not in row:
         return _of_trl(row, where), "prompt, completion"
     if "instruction" in row and "output" in row and not {"prompt", "response", "messages"} & row.keys():
@@ -65,13 +83,19 @@ def _of_trl(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _of_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
     parts = [row.pop("instruction"), row.pop("input", "")]
-    answer, system = row.pop("output"), row.pop("system", "")
+    answer, system, history = row.pop("output"), row.pop("system", ""), row.pop("history", [])
     if not all(isinstance(each, str) for each in (*parts, answer, system)):
         raise DataError(f"{where}: 'instruction', 'input', 'output' and 'system' must be strings")
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise DataError(f"{where}: 'history' must be a list of [question, answer], both strings")
     asked = "\n\n".join(part for part in parts if part)
-    if not system:
+    if not system and not history:
         return {**row, "prompt": asked, "response": answer}
-    turns = [("system", system), ("user", asked), ("assistant", answer)]
+    turns = [("system", system)] if system else []
+    for question, reply in [*history, [asked, answer]]:
+        turns += [("user", question), ("assistant", reply)]
     return {**row, "messages": [{"role": role, "content": text} for role, text in turns]}
 
 
@@ -83,16 +107,23 @@ def _of_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
         )
     messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns, 1):
-        speaker = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
-        if speaker not in _ROLES or not isinstance(text, str):
+        names = {"role": "from" if "from" in turn else "role", "content": "value" if "value" in turn else "content"}
+        beside = {key: each for key, each in turn.items() if key not in names.values()}
+        for key in beside:
+            if key in names:
+                raise DataError(f"{where}: turn {number} of 'conversations' has '{names[key]}' and also '{key}'; keep one")
+            if key not in MESSAGE_KEYS:
+                raise DataError(
+                    f"{where}: turn {number} of 'conversations' has the key {quote(key)}, which nothing reads; known are "
+                    f"{', '.join(('from', 'value', *MESSAGE_KEYS))}"
+                )
+        speaker, text = turn.get(names["role"]), turn.get(names["content"], "" if beside.get("tool_calls") else None)
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(text, str):
             raise DataError(
                 f"{where}: turn {number} of 'conversations' needs a string 'value' and 'from', one of {', '.join(_ROLES)}; got "
-                f"from {speaker!r}"
+                f"from {quote(speaker)}"
             )
-        messages.append(
-            {"role": _ROLES[speaker], "content": text, **({"weight": turn["weight"]} if "weight" in turn else {})}
-        )
+        messages.append({"role": _ROLES[speaker], "content": text, **beside})
     return {**row, "messages": messages}
 
 
