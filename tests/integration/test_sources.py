@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from chatbase import plain_rows, run_file, save_base, write_rows
 from commands import call
 from shadowpeft.data import chat, sources
+from shadowpeft.data import streamed as streaming
 from shadowpeft.data.sources import Source, rows_of
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.train import speed
@@ -267,6 +268,35 @@ def test_a_changed_file_is_noticed_when_a_streamed_run_is_resumed(made, tmp_path
     write_rows(tmp_path / "rows.jsonl", plain_rows(9))
     with pytest.raises(ConfigError, match="has changed since the run"):
         train(made_run, resume=True, quiet=True)
+
+
+def test_rows_that_are_too_long_may_come_first(made, tmp_path, monkeypatch):
+    from shadowpeft.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(streaming, "SAMPLE", 3)
+    long = {"prompt": "a" * 200, "response": "b"}
+    file = write_rows(tmp_path / "rows.jsonl", [*[long] * 5, *plain_rows(4)])
+    tokenizer = load_tokenizer(made["base"])
+    data = load_run_data(streamed(made, tmp_path, file, data={"too_long": "skip"}), tokenizer, print)
+    assert len(data.training) == 1
+    write_rows(tmp_path / "rows.jsonl", [long] * 5)
+    with pytest.raises(DataError, match="holds no rows that can be learnt"):
+        load_run_data(streamed(made, tmp_path, file, data={"too_long": "skip"}), tokenizer, print)
+
+
+def test_a_run_that_a_row_ended_before_its_first_checkpoint_goes_on_with_the_row_corrected(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "SAMPLE", 3)
+    file = write_rows(tmp_path / "rows.jsonl", [*plain_rows(20), {"prompt": "a"}])
+    with pytest.raises(DataError, match="line 21 has the keys"):
+        train(streamed(made, tmp_path / "run", file), quiet=True)
+    write_rows(tmp_path / "rows.jsonl", plain_rows(21))
+    with pytest.raises(ConfigError, match="is not empty; choose another output, or continue with --resume"):
+        train(streamed(made, tmp_path / "run", file), quiet=True)
+    train(streamed(made, tmp_path / "run", file), resume=True, quiet=True)
+    train(streamed(made, tmp_path / "new", file), quiet=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "new"))
+    record = [json.loads((tmp_path / name / "data.json").read_text())["train"]["sha256"] for name in ("run", "new")]
+    assert record[0] == record[1]
 
 
 def test_a_streamed_run_by_time(made, tmp_path, monkeypatch):
