@@ -73,19 +73,18 @@ def rows_of(source: Source, *, streaming: bool = False, keep_damaged: bool = Fal
     return _with_columns(source, rows, keep_damaged) if source.columns else rows
 
 
-def _with_columns(
-    source: Source, rows: Iterator[tuple[str, Any]], keep_damaged: bool
-) -> Iterator[tuple[str, Any]]:
+def _with_columns(source: Source, rows: Iterator[tuple[str, Any]], keep_damaged: bool) -> Iterator[tuple[str, Any]]:
     """Rows with our names of columns; what may be absent from a row may be absent from some rows, but not from all."""
-    never, there = {theirs for ours, theirs in source.columns.items() if ours in OPTIONAL}, set()
+    never = {theirs for ours, theirs in source.columns.items() if ours in OPTIONAL}
+    there: set[str] = set()
     table = source.is_file and Path(str(source.path)).suffix.lower() in (".csv", ".parquet")  # every row has every column
     count = 0
     for where, row in rows:
-        if isinstance(row, DataError):
+        if not isinstance(row, dict):  # the error of a line that cannot be read, or what is refused as no row
             yield where, row
             continue
         count += 1
-        has = row.keys() if isinstance(row, dict) else set()
+        has = row.keys()
         never -= has
         there |= has
         missing = [
