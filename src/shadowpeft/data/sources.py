@@ -126,7 +126,7 @@ def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool) -> I
     except ValueError as error:
         raise DataError(
             f"'{source.path}' is a single file, all {len(found)} rows of which are the split 'train', but its split is "
-            f"'{source.split}' ({shorten(error)}); leave it out or write a part such as train[:75%]"
+            f"'{source.split}' ({shorten(error).rstrip('.')}); leave it out or write a part such as train[:75%]"
         ) from error
     for part in parts:
         yield from found[part.from_ : part.to]
