@@ -261,19 +261,6 @@ def test_data_check_of_a_run_file_shows_what_that_run_would_learn(monkeypatch, c
     assert (code, "a run file says how its rows are read" in err) == (2, True)
 
 
-def test_data_check_refuses_what_the_run_would(monkeypatch, capsys, tmp_path):
-    rows, run = written(tmp_path, ".jsonl", [PAIR] * 4), tmp_path / "run.yaml"
-    content = {"base": "smollm2-135m", "training": {"max_steps": 1}}
-    for data, message in (
-        ({"train": {"path": str(rows), "split": "train[:2]"}, "streaming": True}, "its split is 'train[:2]'; leave split out"),
-        ({"train": {"path": str(rows), "split": "train[:0]"}}, "(train[:0]) holds no rows"),
-    ):
-        run.write_text(json.dumps({**content, "data": data}))
-        code, _, err = call(monkeypatch, capsys, "data", "check", run)
-        assert code == 2
-        assert message in " ".join(err.split())
-
-
 def test_what_is_learnt_has_the_colour_of_who_learns_it():
     from chatbase import chat_tokenizer
     from shadowpeft.apps.data import coloured

@@ -46,8 +46,6 @@ class Rules:
     """What the run does with longer rows; None: not known."""
     tools: Any = None
     """What rows call; None: nothing that is known."""
-    streaming: bool = False
-    """Whether training rows are read as they come."""
 
     def sequences(self, row: Any, where: str) -> tuple[Any, list[Any]]:
         """The checked row and what would be trained on.
@@ -115,8 +113,6 @@ def check(
             _print(results[part], shown, rules.tokenizer)
     if as_json:
         print(json.dumps(results.get("", results), indent=2, ensure_ascii=False))
-    if empty := [result["file"] for result in results.values() if not result["rows"]]:
-        raise DataError(f"{empty[0]} holds no rows; there must be one at least")
     refused = sum(result["refused"]["rows"] for result in results.values())
     if refused:
         rows = sum(result["rows"] for result in results.values())
@@ -141,7 +137,6 @@ def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[s
         run.task_type == "SEQ_CLS",
         data.too_long,
         tools_of_run(data.train, data.tools),
-        data.streaming,
     )
     return {part: each if packaged(each) else source_of(each) for part, each in parts_of(data).items()}, rules
 
@@ -153,8 +148,7 @@ def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, A
 
     if isinstance(given, str) and packaged(given):
         return ((f"row {n}", row) for n, row in enumerate(packaged_rows(given, part or "train", actions=rules.actions), 1))
-    source = given if isinstance(given, Source) else Source(path=given)
-    return rows_of(source, streaming=rules.streaming and part == "train", keep_damaged=True)
+    return rows_of(given if isinstance(given, Source) else Source(path=given), keep_damaged=True)
 
 
 def _examined(
