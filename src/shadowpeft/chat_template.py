@@ -9,6 +9,10 @@ from jinja2 import TemplateError
 from shadowpeft.errors import DataError
 
 
+class RefusedByTemplate(DataError):
+    """A chat template refuses the messages that it was given."""
+
+
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
     """The text up to where the assistant's answer begins, by the tokenizer's chat template.
 
@@ -42,7 +46,9 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options}))
     except TemplateError as error:
         roles = ", ".join(m["role"] for m in messages)
-        raise DataError(f"the chat template refuses messages with the roles {roles} ({error}); reorder them") from error
+        raise RefusedByTemplate(
+            f"the chat template refuses messages with the roles {roles} ({error}); reorder them"
+        ) from error
 
 
 def written_answer_ids(

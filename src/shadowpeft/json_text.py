@@ -6,6 +6,8 @@ import json
 import re
 from typing import Any
 
+from shadowpeft.messages import quote
+
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -37,3 +39,13 @@ def parse_json(content: bytes | str, **options: Any) -> Any:
             raise  # of a hook in the options
         raise ValueError("holds a number of more than 4,300 digits") from error
     return value
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As ``object_pairs_hook`` of :func:`parse_json`: an object must not name a key twice."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for n, key in enumerate(names) if key in names[:n])
+        raise ValueError(f"names the key {quote(twice)} twice, of which one would be lost; keep one")
+    return content

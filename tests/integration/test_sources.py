@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from chatbase import plain_rows, run_file, save_base, write_rows
 from commands import call
-from shadowpeft.data import sources
+from shadowpeft.data import chat, sources
+from shadowpeft.data import streamed as streaming
 from shadowpeft.data.sources import Source, rows_of
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.train import speed
@@ -119,6 +120,35 @@ def test_everything_that_a_run_names_is_asked_for(monkeypatch):
     assert asked == {"name": "a/b", "config": "en", "split": "test[:5]", "revision": "abc", "streaming": True}
 
 
+def test_a_part_of_a_single_file_is_what_its_split_names(made, tmp_path):
+    from shadowpeft.tokenizer import load_tokenizer
+
+    whole = [row for _, row in rows_of(Source(path=made["rows"]))]
+    parts = {"train": "train[:75%]", "validation": "train[75%:]"}
+    given = {part: {"path": made["rows"], "split": split} for part, split in parts.items()}
+    rows = {part: list(rows_of(Source(**source))) for part, source in given.items()}
+    assert (len(whole), len(rows["train"]), len(rows["validation"])) == (30, 22, 8)
+    assert [row for part in parts for _, row in rows[part]] == whole
+    assert rows["validation"][0][0] == f"{made['rows']}, line 23"
+    record = load_run_data(
+        run(made, tmp_path, given["train"], data={"validation": given["validation"]}), load_tokenizer(made["base"]), print
+    ).record
+    assert [record[part]["rows"] for part in parts] == [22, 8]
+    assert [record[part]["source"] for part in parts] == [f"{made['rows']} ({split})" for split in parts.values()]
+    assert record["train"]["sha256"] != record["validation"]["sha256"]
+    assert [row for _, row in rows_of(Source(path=made["rows"], split="train[-2:]+train[:1]"))] == [*whole[-2:], whole[0]]
+
+
+@pytest.mark.parametrize("split", ["test", "train[:3", "train[:3](closest)"])
+def test_a_split_that_a_single_file_does_not_have_is_refused(made, split):
+    with pytest.raises(DataError) as refused:
+        list(rows_of(Source(path=made["rows"], split=split)))
+    assert f"'{made['rows']}' is a single file, all 30 rows of which are the split 'train'" in str(refused.value)
+    assert f"but its split is '{split}'" in str(refused.value)
+    with pytest.raises(DataError, match="from its beginning to its end but its split is"):
+        next(rows_of(Source(path=made["rows"], split=split), streaming=True))
+
+
 def test_a_missing_column_names_those_there_are(made):
     with pytest.raises(DataError, match=r"row 1 has no column 'questoin' \(did you mean 'question'\?\); there are answer, id"):
         list(rows_of(Source(path=made["folder"], columns={"prompt": "questoin", "response": "answer"})))
@@ -126,9 +156,31 @@ def test_a_missing_column_names_those_there_are(made):
         list(rows_of(Source(path=made["plain"], columns={"prompt": "a"})))
 
 
+def test_a_column_that_may_be_absent_may_be_so_in_some_rows_but_not_in_all(tmp_path):
+    columns = {"prompt": "q", "response": "a", "shadow_response": "s"}
+    table, lines = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
+    table.write_text("q,a,s\nhi,yo,\nho,yu,S\n")
+    write_rows(lines, [{"q": "hi", "a": "yo"}, {"q": "ho", "a": "yu", "s": "S"}])
+    for file in (table, lines):
+        found = [chat.check_row(row, where) for where, row in rows_of(Source(path=str(file), columns=columns))]
+        assert [row["shadow_response"] for row in found] == [None, "S"]
+    columns["shadow_response"] = "ss"
+    for file, place in ((table, f"{table}, line 2"), (lines, str(lines))):
+        with pytest.raises(DataError) as refused:
+            list(rows_of(Source(path=str(file), columns=columns)))
+        assert str(refused.value) == (
+            f"{place} has no column 'ss' (did you mean 's'?); there are a, q, s, correct data's 'columns'"
+        )
+    table.write_text("q,a\nhi,yo\nho,\n")  # there is the column: the row lacks the answer
+    _, (where, row) = rows_of(Source(path=str(table), columns={"prompt": "q", "response": "a"}))
+    with pytest.raises(DataError, match=r"line 3 has the keys \['prompt'\] but needs 'messages', or 'prompt' and 'response'"):
+        chat.check_row(row, where)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"path": "c", "columns": {"prompt": "q", "paht": "a"}}, "columns has the key 'paht' (did you mean 'path'?)"),
         ({"hub": "a/b", "path": "c"}, "hub and path are both set"),
         ({"split": "train"}, "hub and path are not set"),
         ({"path": "c", "revision": "main"}, "revision and config are of a data set on the Hub"),
@@ -216,6 +268,35 @@ def test_a_changed_file_is_noticed_when_a_streamed_run_is_resumed(made, tmp_path
     write_rows(tmp_path / "rows.jsonl", plain_rows(9))
     with pytest.raises(ConfigError, match="has changed since the run"):
         train(made_run, resume=True, quiet=True)
+
+
+def test_rows_that_are_too_long_may_come_first(made, tmp_path, monkeypatch):
+    from shadowpeft.tokenizer import load_tokenizer
+
+    monkeypatch.setattr(streaming, "SAMPLE", 3)
+    long = {"prompt": "a" * 200, "response": "b"}
+    file = write_rows(tmp_path / "rows.jsonl", [*[long] * 5, *plain_rows(4)])
+    tokenizer = load_tokenizer(made["base"])
+    data = load_run_data(streamed(made, tmp_path, file, data={"too_long": "skip"}), tokenizer, print)
+    assert len(data.training) == 1
+    write_rows(tmp_path / "rows.jsonl", [long] * 5)
+    with pytest.raises(DataError, match="holds no rows that can be learnt"):
+        load_run_data(streamed(made, tmp_path, file, data={"too_long": "skip"}), tokenizer, print)
+
+
+def test_a_run_that_a_row_ended_before_its_first_checkpoint_goes_on_with_the_row_corrected(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "SAMPLE", 3)
+    file = write_rows(tmp_path / "rows.jsonl", [*plain_rows(20), {"prompt": "a"}])
+    with pytest.raises(DataError, match="line 21 has the keys"):
+        train(streamed(made, tmp_path / "run", file), quiet=True)
+    write_rows(tmp_path / "rows.jsonl", plain_rows(21))
+    with pytest.raises(ConfigError, match="is not empty; choose another output, or continue with --resume"):
+        train(streamed(made, tmp_path / "run", file), quiet=True)
+    train(streamed(made, tmp_path / "run", file), resume=True, quiet=True)
+    train(streamed(made, tmp_path / "new", file), quiet=True)
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "new"))
+    record = [json.loads((tmp_path / name / "data.json").read_text())["train"]["sha256"] for name in ("run", "new")]
+    assert record[0] == record[1]
 
 
 def test_a_streamed_run_by_time(made, tmp_path, monkeypatch):

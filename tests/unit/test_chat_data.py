@@ -11,6 +11,7 @@ from chatbase import CHATML, chat_model, chat_tokenizer, write_rows
 from shadowpeft.data import chat, chat_rows
 from shadowpeft.data.classify import ClassDataset
 from shadowpeft.errors import DataError
+from shadowpeft.train.rows import told
 
 END = 3
 PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -79,6 +80,16 @@ def test_a_shadow_response_that_begins_the_answer_needs_one_sequence(answer):
     assert tokenizer.decode(alone["input_ids"]) == PROMPT + answer + "<|im_end|>"
     assert learned(alone, "shadow_labels", tokenizer) == answer + "<|im_end|>"
     assert set(alone["labels"]) == {-100}
+
+
+@pytest.mark.parametrize(("actions", "answer"), [(False, ""), (True, "[REMOTE]")])
+def test_an_empty_shadow_response_is_an_answer_of_no_words(actions, answer):
+    """So it begins with no action; null is what is absent."""
+    row = {"prompt": "hi", "response": "[Sit()] Down.", "shadow_response": ""}
+    made = told(chat.check_row(row, "here"), actions=actions, tools=None, compact=True)
+    assert made["shadow_response"] == answer
+    made = told(chat.check_row({**row, "shadow_response": None}, "here"), actions=actions, tools=None, compact=True)
+    assert made["shadow_response"] == ("[Sit()]" if actions else None)
 
 
 def test_the_prompt_is_masked_exactly_up_to_the_generation_prompt():

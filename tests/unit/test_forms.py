@@ -53,6 +53,20 @@ def test_systems_inputs_and_several_turns_are_kept():
     found = chat.check_row(row, "here")
     assert [m["role"] for m in found["messages"]] == ["system", "user", "assistant", "user"]
     assert found["response"] == "ok"
+    found = chat.check_row({"instruction": "c", "input": "", "output": "d", "history": [["a", "b"]]}, "here")
+    assert [(m["role"], m["content"]) for m in found["messages"]] == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert found["response"] == "d"
+
+
+def test_what_a_turn_of_sharegpt_has_beside_its_text_is_that_of_its_message():
+    call = {"type": "function", "function": {"name": "sit", "arguments": "{}"}}
+    beside = {"tool_calls": [call], "reasoning_content": "a dog sits"}
+    for turns in (
+        [{"from": "human", "value": "sit"}, {"from": "gpt", "value": None, **beside}],
+        [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "", **beside}],
+    ):
+        found = chat.check_row({"conversations": turns}, "here")
+        assert (found["response"], found["answer"]) == ("", beside)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +80,30 @@ def test_systems_inputs_and_several_turns_are_kept():
         ({"prompt": "a", "response": "b", "completion": "c"}, "'completion', which training does not use"),
         ({"instruction": "a", "output": "b", "response": "c"}, "needs 'messages', or 'prompt' and 'response'"),
         ({"text": "a"}, "a form of docs/data.md"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "'history' must be a list of [question, answer]"),
+        ({**PAIR, "history": [["a", "b"]]}, "'history', which training does not use"),
+        (
+            {"instruction": "a", "output": "b", "conversations": []},
+            "has 'instruction' and 'output' and also 'conversations', which are two forms; keep one",
+        ),
+        ({**PAIR, "instruction": "a", "output": "b"}, "which are two forms"),
+        ({**PAIR, "Path": "base"}, "has the key 'Path'; did you mean 'path'?"),
+        ({"prompt": "a", " response": "b"}, "has the key ' response'; did you mean 'response'?"),
+        ({"conversations": [{"from": "human", "value": "a", "loss": 0}]}, "turn 1 of 'conversations' has the key 'loss'"),
+        (
+            {"conversations": [{"from": "human", "value": "a", "role": "user"}]},
+            "turn 1 of 'conversations' has 'from' and also 'role'; keep one",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]},
+            "the answer has weight 0",
+        ),
+        ({"conversations": [{"from": ["gpt"], "value": "b"}]}, "turn 1 of 'conversations' needs"),
+        (
+            {"messages": [{"role": "asistant", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "message 1 has the role 'asistant' (did you mean 'assistant'?); known are system, developer, user",
+        ),
+        ({"messages": [{"role": "User", "content": "a"}]}, "message 1 has the role 'User' (did you mean 'user'?)"),
     ],
 )
 def test_what_is_wrong_is_named(row, message):
@@ -107,9 +145,14 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path, suffix):
     [
         ("a.json", b'{"prompt": "a"}', "must hold a list of rows"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}', "JSON lines belong into a file that ends in .jsonl"),
-        ("a.csv", b"prompt,response\na,b,c\n", "another number of cells"),
+        ("a.csv", b"prompt,response\na,b,c\n", "line 2 has 3 cells but the header has 2 names"),
         ("a.csv", b'prompt,response\n"a,b\n', "is not valid CSV"),
-        ("a.csv", b"prompt,response\n\xff,b\n", "is not valid CSV in UTF-8"),
+        ("a.csv", b"prompt,response\na,b\n\xff,b\n", "line 3 is not valid CSV in UTF-8 (byte 0xff); save the file as UTF-8"),
+        ("a.csv", "prompt,response\na,b\n".encode("utf-16"), "line 1 is not valid CSV in UTF-8 (byte 0xff)"),
+        ("a.csv", b'prompt,response\na,b\n"c,d\ne,f\n', "lines 3 to 4 are not valid CSV in UTF-8"),
+        ("a.csv", b"prompt,response,prompt\na,b,c\n", "line 1 names the column 'prompt' twice"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b", "prompt": "c"}', "line 1 names the key 'prompt' twice"),
+        ("a.json", b'[{"prompt": "a", "response": "b", "x": {"y": 1, "y": 2}}]', "names the key 'y' twice"),
         ("a.parquet", b"PAR1 nothing", "is not a readable parquet file"),
         ("a.csv", b"prompt,response\n", "holds no rows"),
     ],
@@ -122,7 +165,33 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
     assert message in str(refused.value)
 
 
+def test_a_cell_may_be_as_long_as_a_conversation(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt,response\n{'a' * 200_000},b\n")
+    (row,) = chat.read_file(file)
+    assert len(row["messages"][0]["content"]) == 200_000
+
+
 # ------------------------------------------------------------------------------------------------------------ data check
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "refused"),
+    [
+        ("a.jsonl", '{"prompt": "a", "response": "b"}\n{"prompt"\n{"prompt": "a", "response": "b"}\n[1]\n', [2, 4]),
+        ("a.csv", 'prompt,response\na,b\na,b,c\n"a"x,b\na,b\n', [3, 4]),
+    ],
+)
+def test_data_check_goes_on_after_a_line_that_cannot_be_read(monkeypatch, capsys, tmp_path, name, content, refused):
+    (tmp_path / name).write_text(content)
+    code, out, err = call(monkeypatch, capsys, "data", "check", tmp_path / name, "--json")
+    found = json.loads(out)
+    assert (code, found["rows"], found["tokens"]["sum"] > 0) == (2, 4, True)
+    assert "2 of 4 rows are refused" in err
+    places = [f"{tmp_path / name}, line {number} " for number in refused]
+    assert all(why.startswith(place) for why, place in zip(found["refused"]["why"], places, strict=True))
+    with pytest.raises(DataError, match=f"line {refused[0]}"):  # a run stops at the first
+        chat.read_file(tmp_path / name)
 
 
 def test_data_check_shows_what_is_learnt_and_every_row_that_is_refused(monkeypatch, capsys, tmp_path):

@@ -81,6 +81,27 @@ def test_one_turn_is_as_before_and_paths_keep_their_own_answers():
     assert learnt(words, shadow, "shadow_labels") == ["[REMOTE]<|im_end|>"]
 
 
+GREETED = {
+    "conversations": [
+        {"from": speaker, "value": text}
+        for speaker, text in [("gpt", "hello"), ("human", "sit"), ("gpt", "ok"), ("human", "bye"), ("gpt", "bye!")]
+    ]
+}
+
+
+def test_an_answer_that_begins_the_conversation_is_read_but_not_learnt():
+    words = chat_tokenizer()
+    (several,) = encoded(GREETED, words)
+    assert learnt(words, several) == ["ok<|im_end|>", "bye!<|im_end|>"]
+    assert words.decode(several.ids).startswith("<|im_start|>assistant\nhello<|im_end|>")
+    (last,) = encoded({"conversations": GREETED["conversations"][:3]}, words)
+    assert learnt(words, last) == ["ok<|im_end|>"]
+    picky = "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
+    for every_turn in (True, False):
+        with pytest.raises(DataError, match=r"^here: the chat template refuses .*the user begins.*; reorder them"):
+            encoded(GREETED, chat_tokenizer(picky), every_turn=every_turn)
+
+
 FORGETS = CHATML.replace("{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% else %}...{% endif %}")
 NO_END = CHATML.replace("<|im_end|>\n", "\n")
 

@@ -148,7 +148,7 @@ def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, A
 
     if isinstance(given, str) and packaged(given):
         return ((f"row {n}", row) for n, row in enumerate(packaged_rows(given, part or "train", actions=rules.actions), 1))
-    return rows_of(given if isinstance(given, Source) else Source(path=given))
+    return rows_of(given if isinstance(given, Source) else Source(path=given), keep_damaged=True)
 
 
 def _examined(
@@ -165,6 +165,8 @@ def _examined(
     for where, row in rows:
         count += 1
         try:
+            if isinstance(row, DataError):
+                raise row
             checked, sequences = rules.sequences(row, where)
         except DataError as problem:
             problems.append(str(problem))

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowpeft.chat_template import is_special, render, render_prompt, stop_tokens, written_answer_ids
+from shadowpeft.chat_template import (
+    RefusedByTemplate,
+    is_special,
+    render,
+    render_prompt,
+    stop_tokens,
+    written_answer_ids,
+)
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.chat_rows import PATHS, ChatRow, check_row, read_file, read_jsonl, rows_digest
 from shadowpeft.data.padding import pad, pad_inputs
@@ -178,9 +185,21 @@ def _fitting(sequences: list[Sequence], max_length: int, too_long: str, where: s
 def _sequences(
     row: dict[str, Any], tokenizer: Any, system: str | None, where: str, every_turn: bool = False
 ) -> list[Sequence]:
-    """One sequence, or two if the paths have answers of their own."""
+    """One sequence, or two if the paths have answers of their own.
+
+    Raises:
+        DataError: starting with ``where``.
+    """
+    try:
+        return _rendered(row, tokenizer, system, where, every_turn)
+    except RefusedByTemplate as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _rendered(row: dict[str, Any], tokenizer: Any, system: str | None, where: str, every_turn: bool) -> list[Sequence]:
     messages, beside = with_system(row["messages"], system), row.get("answer", {})
-    learnt = [n for n, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+    # an answer that begins the conversation has no prompt
+    learnt = [n for n, m in enumerate(messages) if n and m["role"] == "assistant" and m.get("weight") != 0]
     messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
     options: dict[str, Any] = {"tools": row["tools"]} if "tools" in row else {}
     if beside.keys() - {"tool_calls"}:  # a template that closes the thinking in the prompt has no place for it

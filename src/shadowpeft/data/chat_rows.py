@@ -16,18 +16,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.forms import normal, rows_in
+from shadowpeft.data.forms import MESSAGE_KEYS, WRITTEN, normal, rows_in
 from shadowpeft.errors import DataError
-from shadowpeft.messages import quote
+from shadowpeft.messages import did_you_mean, quote
 
 PATHS = ("both", "base", "shadow")
-WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-"""Keys of a message beside its content that a chat template may write."""
-_MESSAGE_KEYS = ("role", "content", *WRITTEN, "tool_call_id", "name", "weight")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+"""Who may speak: the roles that chat templates write; the last three are names of ``tool``."""
 _KEYS = ("messages", "prompt", "response", "shadow_response", "path", "tools")
+_FOREIGN = ("completion", "instruction", "input", "output", "conversations", "system", "history")
 _UNUSED = (
     "weight",
     "system",
+    "history",
     "completion",
     "chosen",
     "rejected",
@@ -77,7 +78,12 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
-    row, form = normal(without_null(row), where)
+    row = without_null(row)
+    for key in row:
+        meant = str(key).strip().lower()
+        if meant != key and meant not in row and meant in (*_KEYS, *_FOREIGN):
+            raise DataError(f"{where} has the key {quote(key)}; did you mean '{meant}'? Rename it, or leave it out")
+    row, form = normal(row, where)
     for key in row:
         if key not in _KEYS and difflib.get_close_matches(key, ["shadow_response"], n=1, cutoff=0.85):
             raise DataError(f"{where} has the key '{key}'; did you mean 'shadow_response'?")
@@ -127,10 +133,10 @@ def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[st
         if not isinstance(message, dict):
             raise wrong
         for key in message:
-            if key not in _MESSAGE_KEYS:
+            if key not in MESSAGE_KEYS:
                 raise DataError(
                     f"{where}: message {number} has the key {quote(key)}, which nothing reads; known are "
-                    f"{', '.join(_MESSAGE_KEYS)}"
+                    f"{', '.join(MESSAGE_KEYS)}"
                 )
         calls, last = message.get("tool_calls"), number == len(messages)
         if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
@@ -138,6 +144,12 @@ def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[st
         message = {"content": "", **message} if calls else message
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise wrong
+        if message["role"] not in ROLES:
+            role = message["role"]
+            raise DataError(
+                f"{where}: message {number} has the role {quote(role)}{did_you_mean(role.lower(), list(ROLES))}; known are "
+                f"{', '.join(ROLES)}"
+            )
         weight = message.get("weight", 1 if last else 0)
         if type(weight) not in (int, float) or (last and weight != 1):
             raise DataError(

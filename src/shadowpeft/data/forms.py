@@ -7,16 +7,30 @@ A form is recognised by its keys, so a row is never read in two ways.
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shadowpeft.errors import DataError
-from shadowpeft.json_text import parse_json
+from shadowpeft.json_text import once_each, parse_json
+from shadowpeft.messages import quote
 
 OWN = ("messages", "prompt, response")
 """The forms that need no change."""
+WRITTEN = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message beside its content that a chat template may write."""
+MESSAGE_KEYS = ("role", "content", *WRITTEN, "tool_call_id", "name", "weight")
+"""Keys that a message may have."""
+_FORMS = (
+    ("messages",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("conversations",),
+)
+"""Keys by which a form is recognised."""
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -24,6 +38,7 @@ _ROLES = {
     "assistant": "assistant",
     "chatgpt": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
     "function_response": "tool",
     "observation": "tool",
@@ -36,13 +51,18 @@ def normal(row: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
 
     - ``prompt``, ``completion`` (TRL): texts, or lists of messages.
     - ``instruction``, ``input``, ``output`` (Alpaca): the input is put after the instruction, an empty line between.
-      ``system`` becomes the system message. No other words are added; the chat template is the model's.
-    - ``conversations`` of ``from`` and ``value`` (ShareGPT), and ``system``.
+      ``system`` becomes the system message, ``history`` (pairs of question and answer) the turns before. No other words are
+      added; the chat template is the model's.
+    - ``conversations`` of ``from`` and ``value`` (ShareGPT), and ``system``. What else a turn has is that of its message.
 
     Raises:
-        DataError: starting with ``where``, if a value is of the wrong type.
+        DataError: starting with ``where``, if a value is of the wrong type, or the row has two forms.
     """
     row = dict(row)
+    found = [keys for keys in _FORMS if row.keys() >= set(keys)]
+    if len(found) > 1 and found[1:] != [("prompt", "completion")]:  # both answers: the second is refused as unused
+        first, second = (" and ".join(map(repr, keys)) for keys in found[:2])
+        raise DataError(f"{where} has {first} and also {second}, which are two forms; keep one")
     if "completion" in row and "prompt" in row and "response" not in row and "messages" not in row:
         return _of_trl(row, where), "prompt, completion"
     if "instruction" in row and "output" in row and not {"prompt", "response", "messages"} & row.keys():
@@ -63,13 +83,19 @@ def _of_trl(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _of_alpaca(row: dict[str, Any], where: str) -> dict[str, Any]:
     parts = [row.pop("instruction"), row.pop("input", "")]
-    answer, system = row.pop("output"), row.pop("system", "")
+    answer, system, history = row.pop("output"), row.pop("system", ""), row.pop("history", [])
     if not all(isinstance(each, str) for each in (*parts, answer, system)):
         raise DataError(f"{where}: 'instruction', 'input', 'output' and 'system' must be strings")
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
+    ):
+        raise DataError(f"{where}: 'history' must be a list of [question, answer], both strings")
     asked = "\n\n".join(part for part in parts if part)
-    if not system:
+    if not system and not history:
         return {**row, "prompt": asked, "response": answer}
-    turns = [("system", system), ("user", asked), ("assistant", answer)]
+    turns = [("system", system)] if system else []
+    for question, reply in [*history, [asked, answer]]:
+        turns += [("user", question), ("assistant", reply)]
     return {**row, "messages": [{"role": role, "content": text} for role, text in turns]}
 
 
@@ -81,21 +107,31 @@ def _of_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
         )
     messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns, 1):
-        speaker = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
-        if speaker not in _ROLES or not isinstance(text, str):
+        names = {"role": "from" if "from" in turn else "role", "content": "value" if "value" in turn else "content"}
+        beside = {key: each for key, each in turn.items() if key not in names.values()}
+        for key in beside:
+            if key in names:
+                raise DataError(f"{where}: turn {number} of 'conversations' has '{names[key]}' and also '{key}'; keep one")
+            if key not in MESSAGE_KEYS:
+                raise DataError(
+                    f"{where}: turn {number} of 'conversations' has the key {quote(key)}, which nothing reads; known are "
+                    f"{', '.join(('from', 'value', *MESSAGE_KEYS))}"
+                )
+        speaker, text = turn.get(names["role"]), turn.get(names["content"], "" if beside.get("tool_calls") else None)
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(text, str):
             raise DataError(
                 f"{where}: turn {number} of 'conversations' needs a string 'value' and 'from', one of {', '.join(_ROLES)}; got "
-                f"from {speaker!r}"
+                f"from {quote(speaker)}"
             )
-        messages.append(
-            {"role": _ROLES[speaker], "content": text, **({"weight": turn["weight"]} if "weight" in turn else {})}
-        )
+        messages.append({"role": _ROLES[speaker], "content": text, **beside})
     return {**row, "messages": messages}
 
 
-def rows_in(path: str | Path) -> Iterator[tuple[str, Any]]:
+def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[str, Any]]:
     """Every row of a file as it is, and where it stands: ``.csv``, ``.parquet``, ``.json`` (a list), else JSON lines.
+
+    Args:
+        keep_damaged: give the error in place of a row that cannot be read, and go on, where a file can be read on after it.
 
     Raises:
         DataError: naming the file, and the place where that is known, if it is missing or damaged.
@@ -104,7 +140,10 @@ def rows_in(path: str | Path) -> Iterator[tuple[str, Any]]:
     if not file.is_file():
         raise DataError(f"data file '{file}' does not exist; check the path")
     readers = {".csv": _csv, ".parquet": _parquet, ".json": _json}
-    yield from readers.get(file.suffix.lower(), _lines)(file)
+    for where, row in readers.get(file.suffix.lower(), _lines)(file):
+        if isinstance(row, DataError) and not keep_damaged:
+            raise row
+        yield where, row
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -113,16 +152,17 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             if line.strip():
                 where = f"{file}, line {number}"
                 try:
-                    yield where, parse_json(line)
+                    yield where, parse_json(line, object_pairs_hook=once_each)
                 except ValueError as error:
-                    raise DataError(f"{where} {error}") from error
+                    yield where, DataError(f"{where} {error}")
 
 
 def _json(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        content = parse_json(file.read_bytes())
+        content = parse_json(file.read_bytes(), object_pairs_hook=once_each)
     except ValueError as error:
-        raise DataError(f"{file} {error}; JSON lines belong into a file that ends in .jsonl") from error
+        way = "; JSON lines belong into a file that ends in .jsonl" if "is not valid JSON" in str(error) else ""
+        raise DataError(f"{file} {error}{way}") from error
     if not isinstance(content, list):
         raise DataError(f"{file} holds a JSON {type(content).__name__} but must hold a list of rows")
     for number, row in enumerate(content, 1):
@@ -130,21 +170,46 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, Any]]:
-    """Empty cells are absent; a comma separates."""
-    with file.open(encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        try:
-            for row in reader:
-                where = f"{file}, line {reader.line_num}"
-                if None in row or None in row.values():
+    """Empty cells are None; a comma separates. A row that spans several lines stands where it ends."""
+    csv.field_size_limit(2**31 - 1)  # a long conversation is a long cell; the limit of the csv module is 131,072 characters
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        reader = csv.reader(handle, strict=True)
+        names: list[str] = []
+        while True:
+            begins = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                several = begins < reader.line_num
+                where = f"{file}, " + (f"lines {begins} to {reader.line_num}" if several else f"line {reader.line_num}")
+                yield where, DataError(f"{where} {'are' if several else 'is'} not valid CSV in UTF-8 ({error}); correct it")
+                continue
+            if cells is None:
+                return
+            where = f"{file}, line {reader.line_num}"
+            damage = _not_utf8(cells) if cells else None
+            if not names:
+                if damage is not None:
+                    raise DataError(f"{where} is not valid CSV in UTF-8 ({damage}); save the file as UTF-8")
+                if twice := [name for n, name in enumerate(cells) if name in cells[:n]]:
                     raise DataError(
-                        f"{where} has another number of cells than the first line has names; quote commas in texts"
+                        f"{where} names the column {quote(twice[0])} twice, of which one would be lost; give each its own name"
                     )
-                yield where, {name: cell for name, cell in row.items() if cell != ""}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{file}, line {reader.line_num} is not valid CSV in UTF-8 ({error}); correct it"
-            ) from error
+                names = cells
+            elif damage is not None:
+                yield where, DataError(f"{where} is not valid CSV in UTF-8 ({damage}); save the file as UTF-8")
+            elif cells and len(cells) != len(names):
+                yield where, DataError(
+                    f"{where} has {len(cells)} cells but the header has {len(names)} names; quote commas in texts"
+                )
+            elif cells:
+                yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
+def _not_utf8(cells: list[str]) -> str | None:
+    """The first byte that is no UTF-8, in words."""
+    found = re.search("[\udc80-\udcff]", "".join(cells))
+    return None if found is None else f"byte 0x{ord(found.group()) - 0xDC00:02x}"
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,14 @@ from typing import Any
 from shadowpeft.data.forms import rows_in
 from shadowpeft.errors import DataError
 from shadowpeft.messages import did_you_mean, shorten
+
+OPTIONAL = ("shadow_response", "path", "tools", "input", "system", "history")
+"""Our columns that a row may be without."""
+COLUMNS = (
+    *("messages", "prompt", "response", "completion", "instruction", "output", "conversations", "text", "label"),
+    *OPTIONAL,
+)
+"""Every column of ours."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Source:
     config: str | None = None
     """One of its configurations."""
     split: str = "train"
+    """One of its splits or a part of one, as ``datasets`` writes it; all rows of a single file are of ``train``."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -33,7 +42,7 @@ class Source:
         name = self.path or self.hub or ""
         revision = f"@{self.revision}" if self.revision else ""
         parts = [part for part in (self.config, self.split) if part]
-        return f"{name}{revision} ({', '.join(parts)})" if self.hub or Path(name).is_dir() else name
+        return name if self.is_file and self.split == "train" else f"{name}{revision} ({', '.join(parts)})"
 
     @property
     def is_file(self) -> bool:
@@ -41,34 +50,86 @@ class Source:
         return self.path is not None and not Path(self.path).is_dir()
 
 
-def rows_of(source: Source, *, streaming: bool = False) -> Iterator[tuple[str, Any]]:
+def rows_of(source: Source, *, streaming: bool = False, keep_damaged: bool = False) -> Iterator[tuple[str, Any]]:
     """Every row, and where it stands.
 
     Args:
         streaming: read a data set as it comes and not into the cache first. Files are always read row by row (a JSON list is
             not).
+        keep_damaged: give the error in place of a row that cannot be read, and go on.
 
     Raises:
-        DataError: if the source is missing, cannot be reached or lacks a column.
+        DataError: if the source is missing, cannot be reached or lacks the split or a column.
     """
     if source.path is not None and re.fullmatch(r"[\w-]+/[\w-]+", source.path) and not Path(source.path).exists():
         raise DataError(
             f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write data.train: "
             f"{{hub: {source.path}}}"
         )
-    rows = rows_in(str(source.path)) if source.is_file else _rows_of_datasets(source, streaming)
-    if not source.columns:
-        yield from rows
-        return
+    if source.is_file:
+        rows = _rows_of_file(source, streaming, keep_damaged)
+    else:
+        rows = _rows_of_datasets(source, streaming)
+    return _with_columns(source, rows, keep_damaged) if source.columns else rows
+
+
+def _with_columns(source: Source, rows: Iterator[tuple[str, Any]], keep_damaged: bool) -> Iterator[tuple[str, Any]]:
+    """Rows with our names of columns; what may be absent from a row may be absent from some rows, but not from all."""
+    never = {theirs for ours, theirs in source.columns.items() if ours in OPTIONAL}
+    there: set[str] = set()
+    table = source.is_file and Path(str(source.path)).suffix.lower() in (".csv", ".parquet")  # every row has every column
+    count = 0
     for where, row in rows:
-        for theirs in source.columns.values():
-            if not isinstance(row, dict) or theirs not in row:
-                there = sorted(row) if isinstance(row, dict) else []
-                raise DataError(
-                    f"{where} has no column '{theirs}'{did_you_mean(theirs, there)}; there are {', '.join(there)}, correct "
-                    "data's 'columns'"
-                )
-        yield where, {ours: row[theirs] for ours, theirs in source.columns.items()}
+        if not isinstance(row, dict):  # the error of a line that cannot be read, or what is refused as no row
+            yield where, row
+            continue
+        count += 1
+        has = row.keys()
+        never -= has
+        there |= has
+        missing = [
+            theirs for ours, theirs in source.columns.items() if theirs not in has and (table or ours not in OPTIONAL)
+        ]
+        if missing:
+            problem = DataError(f"{where} has {_no_column(missing[0], has)}")
+            if not keep_damaged:
+                raise problem
+            yield where, problem
+            continue
+        yield where, {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in has}
+    if count and never:
+        raise DataError(f"{source} has {_no_column(min(never), there)}")
+
+
+def _no_column(theirs: str, there: Collection[str]) -> str:
+    known = sorted(there)
+    return f"no column '{theirs}'{did_you_mean(theirs, known)}; there are {', '.join(known)}, correct data's 'columns'"
+
+
+def _rows_of_file(source: Source, streaming: bool, keep_damaged: bool) -> Iterator[tuple[str, Any]]:
+    """Rows of a single file, or of the part of them that the split names."""
+    rows = rows_in(str(source.path), keep_damaged=keep_damaged)
+    return rows if source.split == "train" else _part(source, rows, streaming)
+
+
+def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    if streaming:
+        raise DataError(
+            f"data.streaming reads '{source.path}' from its beginning to its end but its split is '{source.split}'; leave "
+            "split out, or make a file of each part"
+        )
+    found = list(rows)
+    try:
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": len(found)})
+    except ValueError as error:
+        raise DataError(
+            f"'{source.path}' is a single file, all {len(found)} rows of which are the split 'train', but its split is "
+            f"'{source.split}' ({shorten(error).rstrip('.')}); leave it out or write a part such as train[:75%]"
+        ) from error
+    for part in parts:
+        yield from found[part.from_ : part.to]
 
 
 def _rows_of_datasets(source: Source, streaming: bool) -> Iterator[tuple[str, Any]]:

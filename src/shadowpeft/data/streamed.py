@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from shadowpeft.data.sources import Source
 from shadowpeft.errors import DataError
 
 SAMPLE = 512
-"""Rows that are looked at before training, to estimate lengths and tokens by."""
+"""Rows that are looked at before training, to estimate lengths and tokens by; more if none of them can be learnt."""
 
 
 class StreamedRows(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -41,7 +41,11 @@ class StreamedRows(torch.utils.data.IterableDataset[dict[str, Any]]):
         Raises:
             DataError: if there is none.
         """
-        found = [sequence for row in islice(self.read(), SAMPLE) for sequence in row]
+        found: list[Any] = []
+        for number, row in enumerate(self.read(), 1):
+            found += row
+            if found and number >= SAMPLE:
+                break
         if not found:
             raise DataError("data.train holds no rows that can be learnt; see `shadowpeft data check`")
         return found

@@ -18,7 +18,7 @@ def turn_spans(
     conversation reads the same tokens.
 
     Args:
-        turns: the messages, the last one an answer. learnt: indices of the answers that are learnt, ascending.
+        turns: the messages, the last one an answer. learnt: indices of the answers that are learnt, ascending, not the first's.
         options: for the template, such as ``tools``.
 
     Raises:

@@ -141,7 +141,8 @@ def told(row: dict[str, Any], *, actions: bool, tools: Tools | None, compact: bo
 
 
 def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, Any]:
-    """The row with nothing but the action, or the calls of ``tools``, in the shadow path's answer."""
+    """The row with nothing but the action, or the calls of ``tools``, in the shadow path's answer; ``[REMOTE]`` if that begins
+    with none, such as an empty one."""
     if row["path"] == "base":
         return row
     if "tool_calls" in row.get("answer", {}):
@@ -151,7 +152,7 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
             "name the tools with data.tools, write them so, or set it to 'whole'"
         )
     key = "response" if row["path"] == "shadow" else "shadow_response"
-    text = row["shadow_response"] or row["response"]
+    text = row["response"] if row["shadow_response"] is None else row["shadow_response"]
     row[key] = only_action(text) if tools is None else only_calls(text, tools)
     return row
 

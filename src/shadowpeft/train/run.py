@@ -97,7 +97,8 @@ def train(
     ``checkpoint-N/``, ``adapter/`` and ``summary.json``.
 
     Args:
-        resume: continue from the newest checkpoint in the folder, or from the start if the run was killed before its first.
+        resume: continue from the newest checkpoint in the folder, or from the start if the run ended before its first; then
+            data and settings may have changed.
 
     Returns:
         the summary: steps, losses, parameters, seconds, and whether Ctrl-C ended the run early.
@@ -110,13 +111,15 @@ def train(
     t = run.training
     prepare_cpu(t.threads)
     folder = Path(run.output)
-    _start_or_resume(run, folder, resume)
+    last = _start_or_resume(run, folder, resume)
+    if resume and last is None:
+        console.print(f"there is no checkpoint in '{folder}' yet: the run starts from its beginning", soft_wrap=True)
     check_loggers(t.report_to)
     check_optimizer(t.optimizer)
 
     tokenizer = load_tokenizer(run.base)
     data = load_run_data(run, tokenizer, partial(console.print, soft_wrap=True))
-    if resume:
+    if last is not None:
         _check_same_data(data.record, folder)
     if t.freeze_shadow:
         training = data.training
@@ -305,6 +308,8 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
         raise ConfigError(
             f"the run in '{folder}' has ended and left no checkpoint to resume from; its adapter is in '{folder / 'adapter'}'"
         )
+    if last is None:  # nothing was learnt yet, so rows that are corrected and other settings change nothing
+        return None
     refuse_changed(
         folder,
         {"task_type": "CAUSAL_LM", **stored_record(folder / "config.yaml")},

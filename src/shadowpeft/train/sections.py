@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from shadowpeft.data.sources import Source
+from shadowpeft.data.sources import COLUMNS, Source
 from shadowpeft.errors import ConfigError
+from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import PRESETS, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings
 
@@ -42,6 +43,12 @@ class SourceSection(StrictSection):
             raise ValueError(f"hub and path are {'both' if self.hub else 'not'} set; give one of them")
         if self.hub is None and (self.revision is not None or self.config is not None):
             raise ValueError("revision and config are of a data set on the Hub but hub is not set; leave them out")
+        for ours in self.columns:
+            if ours not in COLUMNS:
+                raise ValueError(
+                    f"columns has the key '{ours}'{did_you_mean(ours, list(COLUMNS))}, which no row has; give their column to "
+                    f"one of {', '.join(COLUMNS)}"
+                )
         return self
 
     @property
