@@ -100,6 +100,13 @@ def test_eval_of_a_file(made, monkeypatch, capsys, tmp_path):
     assert "has the label 'dry', which the adapter has not learnt" in err
 
 
+def test_a_path_without_validation_rows_is_not_judged(made, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{**row, "path": "shadow"} for row in rows(6)])
+    summary = train(config(made, tmp_path / "run", data={"validation": file}), quiet=True)
+    assert summary["accuracy"].keys() == {"detached"}
+    assert "eval_task_loss" not in summary
+
+
 def test_the_shadow_first_rows_of_one_path_and_resume(made, tmp_path):
     mixed = [{**row, "path": ("both", "base", "shadow")[i % 3 if i > 8 else 0]} for i, row in enumerate(rows())]
     file = write_rows(tmp_path / "rows.jsonl", mixed)

@@ -106,12 +106,29 @@ class RunConfig(StrictSection):
                 "training.freeze_shadow and data.shadow_repeats are both set, but a frozen shadow learns nothing; keep one, or "
                 "set training.shadow_epochs, after which it is frozen"
             )
+        self._trains_the_shadow()
         if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
             raise ValueError(
                 f"shadow.shadow_loss is {self.shadow.shadow_loss} and training.label_smoothing is set; set one of them, since "
                 "a smoothed loss takes the labels away that tell which positions have a teacher"
             )
         return self
+
+    def _trains_the_shadow(self) -> None:
+        """What is of the shadow path alone needs something that trains it."""
+        t, untrained = self.training, self.shadow.auxiliary_loss_weight == 0
+        for key, value in (("training.shadow_epochs", t.shadow_epochs), ("data.shadow_repeats", self.data.shadow_repeats)):
+            if value and untrained:
+                raise ValueError(
+                    f"{key} is {value} but shadow.auxiliary_loss_weight is 0, so these rows of the shadow alone would train "
+                    f"nothing; set {key} to 0, or the weight above 0"
+                )
+        why = "shadow.auxiliary_loss_weight is 0" if untrained else "training.freeze_shadow is set"
+        if (t.load_best or t.patience) and t.best_by == "detached" and (untrained or (t.freeze_shadow and not t.shadow_epochs)):
+            raise ValueError(
+                f"training.{'load_best' if t.load_best else 'patience'} compares the detached path (training.best_by) but {why}, "
+                "so nothing trains it; set best_by: attached"
+            )
 
 
 def parse_run(content: Any, where: str) -> RunConfig:

@@ -40,6 +40,7 @@ from shadowpeft.train.config import RunConfig
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
 from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.packing import check_packing
+from shadowpeft.train.paths import check_paths, learns
 from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
 from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first
 from shadowpeft.train.sections import DataConfig, TrainingSection
@@ -118,19 +119,20 @@ def train(
     data = load_run_data(run, tokenizer, partial(console.print, soft_wrap=True))
     if resume:
         _check_same_data(data.record, folder)
+    check_paths(run, data)
     if t.freeze_shadow:
         training = data.training
-        learns = [s for s in training if s.base]
-        if not learns:
+        learnt = [s for s in training if s.base]
+        if not learnt:
             raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
-        if len(learns) < len(training):
+        if len(learnt) < len(training):
             when = " once it is frozen" if t.shadow_epochs else ""
             console.print(
-                f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out{when}",
+                f"training.freeze_shadow: {len(training) - len(learnt)} rows for the shadow alone are left out{when}",
                 soft_wrap=True,
             )
         if not t.shadow_epochs:
-            data.training = learns
+            data.training = learnt
     model = build_model(run, tokenizer, data.labels)
     if data.labels is None:
         model.peft_config["default"].draft_tokens = frequent_tokens(s.learnt for s in data.training if s.base) or None
@@ -216,9 +218,10 @@ def _train(
     save_adapter(model, tokenizer, folder / "adapter", run, summary, record)
     if validation is not None and not summary["interrupted"]:  # after saving: what fails here costs no training
         final = trainer.evaluate()
-        summary.update({key: final[key] for key in ("eval_task_loss", "eval_shadow_loss")})
+        summary.update({key: final[key] for key in BEST.values() if key in final})
         if data.labels is not None:
-            summary["accuracy"] = _accuracy(run, model, tokenizer, data.labels)
+            judged = [path for path in BEST if learns(validation, path)]
+            summary["accuracy"] = _accuracy(run, model, tokenizer, data.labels, judged)
         write_text(folder / "adapter" / "README.md", model_card(run, summary, record))
     if read_metrics(folder):
         plot_losses(folder)
@@ -258,14 +261,16 @@ def _timed(
     return t.model_copy(update={"max_steps": steps, "target_minutes": None})
 
 
-def _accuracy(run: RunConfig, model: PeftModel, tokenizer: Any, labels: list[str]) -> dict[str, float]:
-    """Share of the validation rows whose class each path finds."""
+def _accuracy(
+    run: RunConfig, model: PeftModel, tokenizer: Any, labels: list[str], paths: list[str]
+) -> dict[str, float]:
+    """Share of the validation rows whose class each of the ``paths`` finds."""
     assert run.data.validation is not None
     task = ClassRows("validation", labels, class_rows_of(run.data.validation))
     options: dict[str, Any] = {"batch_size": run.training.eval_batch_size, "max_length": run.data.max_length}
     return {
         mode: evaluate_task(model, tokenizer, task, mode=mode, progress=lambda done: None, **options)["score"]
-        for mode in ("attached", "detached")
+        for mode in paths
     }
 
 
