@@ -72,6 +72,24 @@ def test_the_labels_are_in_the_adapter_and_in_the_edge_model(made, monkeypatch, 
     assert sum(right) / 9 == pytest.approx(made["summary"]["accuracy"]["detached"])
 
 
+@pytest.mark.parametrize("edge", [False, True])
+def test_a_classifier_answers_nothing_in_words(made, monkeypatch, capsys, tmp_path, edge):
+    source = made["adapter"]
+    if edge:
+        source = tmp_path / "edge"
+        assert call(monkeypatch, capsys, "detach", made["adapter"], source)[0] == 0
+    write_rows(tmp_path / "requests.jsonl", [{"prompt": "a", "skill": "REMOTE"}])
+    commands = [("serve", f"a={source}", "--role", role, "--no-auth", "--port", "1") for role in ("cloud", "edge")]
+    commands.append(("route", "calibrate", source, "--data", tmp_path / "requests.jsonl", "--no-cloud", "--no-bound"))
+    if not edge:
+        commands += [("generate", source, "hello"), ("chat", source)]
+    for command in commands:
+        code, _, err = call(monkeypatch, capsys, *command)
+        assert code == 2
+        assert err.startswith(f"error: '{source}' is a classifier, which finds labels and answers nothing in words; "), command
+        assert err.count("\n") == 1
+
+
 def test_weights_of_other_labels_are_not_swapped_in(made, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(made["adapter"], other)
