@@ -148,6 +148,8 @@ def parse(content: Any, where: str, kind: type[Run], sections: dict[str, type[Ba
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with {needed}")
+    # a section of which all is commented out is None; it is as good as not there
+    content = {k: v for k, v in content.items() if v is not None or k not in sections or k not in kind.model_fields}
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -177,7 +179,9 @@ def overridden(content: Any, settings: Sequence[str]) -> Any:
             raise ConfigError(f"{quote(setting)} is no setting; write KEY=VALUE, such as training.epochs=2")
         place = content
         for section in sections:
-            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+            if isinstance(place, dict) and place.get(section) is None:  # not there, or all of it is commented out
+                place[section] = {}
+            place = place[section] if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ConfigError(f"{quote(name)} leads through something that has no keys; see the run file")
         try:
@@ -207,7 +211,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class RunLoader(yaml.SafeLoader):
-    """The safe subset of YAML with two corrections: ``1e-3`` is a number, and a key given twice is an error."""
+    """The safe subset of YAML with corrections: ``1e-3`` is a number, ``010`` is 10, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -219,6 +223,15 @@ class RunLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # YAML 1.1 reads 010 as 8; people mean 10, as YAML 1.2 does
+        text = str(node.value).replace("_", "")
+        if re.fullmatch(r"[-+]?0[0-9]+", text):
+            return int(text)
+        return super().construct_yaml_int(node)  # type: ignore[no-any-return, no-untyped-call]
+
+
+RunLoader.add_constructor("tag:yaml.org,2002:int", RunLoader.construct_yaml_int)
 # YAML 1.1, which PyYAML reads, wants a point in a float; people write 1e-3
 RunLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
