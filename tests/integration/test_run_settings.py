@@ -14,10 +14,12 @@ from chatbase import run_file, save_run_data, write_rows
 from shadowpeft.errors import ConfigError
 from shadowpeft.train import optimisers, speed
 from shadowpeft.train import run as run_module
+from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.optimisers import MuonWithAdamW, of_matrices
 from shadowpeft.train.progress import read_metrics
 from shadowpeft.train.run import train
+from shadowpeft.train.sections import TrainingSection
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +289,13 @@ def test_what_a_shadow_without_its_loss_cannot(made, tmp_path, shadow, training,
     with pytest.raises(ConfigError) as refused:
         start(made, tmp_path / "run", data={"validation": made["validation"], **data}, shadow=shadow, training=training)
     assert message in str(refused.value)
+
+
+def test_a_run_of_one_step_has_a_rate(made, tmp_path):
+    start(made, tmp_path / "run", training={"max_steps": None, "epochs": 0.01, "warmup": 0.01})
+    assert losses(tmp_path / "run", "learning_rate") == [0.01]
+    made_for = training_arguments(TrainingSection(warmup=0.01), tmp_path, evaluates=False)
+    assert [made_for.get_warmup_steps(steps) for steps in (1, 2, 100, 101)] == [0, 1, 1, 2]  # others have it as ever
 
 
 def of_path(file, path):
