@@ -158,15 +158,33 @@ def test_long_texts_are_refused_left_out_or_cut(made):
     assert [len(s.ids) for s in class_rows.encode(long, words, ["0", "1"], max_length=16, too_long="cut")] == [4, 9, 16]
 
 
-def test_labels_that_are_numbers_are_in_their_order():
-    found = [class_rows.check_row({"text": "a", "label": n}, "here") for n in (10, 2, "1")]
-    assert class_rows.labels_of(found) == ["1", "2", "10"]
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        ((10, 2, "1"), ["1", "2", "10"]),
+        ((10, -2, "1"), ["-2", "1", "10"]),
+        (("²", "3"), ["3", "²"]),
+        (("--5", "3", "10"), ["--5", "10", "3"]),
+        (("-", "3"), ["-", "3"]),
+        (("1" * 5000, "2"), ["1" * 5000, "2"]),
+    ],
+)
+def test_labels_that_are_numbers_are_in_their_order(given, ordered):
+    found = [class_rows.check_row({"text": "a", "label": n}, "here") for n in given]
+    assert class_rows.labels_of(found) == ordered
+
+
+def test_a_class_whose_rows_are_all_left_out_is_refused(made, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [*rows(9), {"text": "x" * 500, "label": "dry"}])
+    run = config({**made, "train": file}, tmp_path / "run", data={"too_long": "skip"})
+    with pytest.raises(DataError, match=r"every training row with the label 'dry' is longer than data\.max_length = 128 and left"):
+        train(run, quiet=True)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "needs 'text' and 'label'; name your own in data.columns"),
+        ({"text": "a"}, "needs 'text' and 'label'; rename them, or in a run file give your names"),
         ({"text": 1, "label": "a"}, "'text' must be a string"),
         ({"text": "a", "label": 0.5}, "'label' is 0.5 but must be a string or a whole number"),
         ({"text": "a", "label": True}, "'label' is True"),

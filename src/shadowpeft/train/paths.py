@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.rows import RunData
 
@@ -24,7 +24,7 @@ def check_paths(run: RunConfig, data: RunData) -> None:
     Of rows that are streamed not all are known, so what they lack is not told.
 
     Raises:
-        ConfigError: naming the setting and the rows that contradict it.
+        ConfigError, DataError: naming the setting and the rows that contradict it.
     """
     t, known = run.training, data.stream is None
     if known and run.shadow.auxiliary_loss_weight == 0 and not learns(data.training, "attached"):
@@ -32,6 +32,8 @@ def check_paths(run: RunConfig, data: RunData) -> None:
             "shadow.auxiliary_loss_weight is 0 but every row of data.train is for the shadow alone, so nothing would train; set "
             "the weight above 0, or give rows that the base path learns"
         )
+    if known and t.freeze_shadow and not learns(data.training, "attached"):
+        raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
     if not (t.load_best or t.patience) or data.validation is None:
         return
     key = "load_best" if t.load_best else "patience"

@@ -123,8 +123,6 @@ def train(
     if t.freeze_shadow:
         training = data.training
         learnt = [s for s in training if s.base]
-        if not learnt:
-            raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
         if len(learnt) < len(training):
             when = " once it is frozen" if t.shadow_epochs else ""
             console.print(
