@@ -101,7 +101,8 @@ def train(
         resume: continue from the newest checkpoint in the folder, or from the start if the run was killed before its first.
 
     Returns:
-        the summary: steps, losses, parameters, seconds, and whether Ctrl-C ended the run early.
+        the summary: steps, losses, parameters, seconds of training (of all sessions, if the run was resumed), and whether
+        Ctrl-C ended it early.
 
     Raises:
         ConfigError: if the folder already holds a run and ``resume`` is not set, or there is nothing to resume.
@@ -194,7 +195,7 @@ def _train(
         trainer.train(resume_from_checkpoint=last)
     finally:
         shown.close()
-    seconds = time.monotonic() - started
+    seconds = shown.before + time.monotonic() - started  # of all sessions of the run
 
     summary = {
         "steps": int(trainer.state.global_step),
@@ -325,7 +326,8 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
 def _check_same_data(record: dict[str, Any], folder: Path) -> None:
     stored = stored_record(folder / "data.json")
     for part, now in record.items():
-        if stored.get(part, {}).get("sha256") != now["sha256"]:
+        known = stored.get(part)
+        if not isinstance(known, dict) or known.get("sha256") != now["sha256"]:
             raise ConfigError(
                 f"the {part} data '{now['source']}' has changed since the run in '{folder}' was started; restore it or start "
                 "a new run"
