@@ -177,7 +177,7 @@ def test_labels_that_are_numbers_are_in_their_order(given, ordered):
 def test_a_class_whose_rows_are_all_left_out_is_refused(made, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [*rows(9), {"text": "x" * 500, "label": "dry"}])
     run = config({**made, "train": file}, tmp_path / "run", data={"too_long": "skip"})
-    with pytest.raises(DataError, match=r"every training row with the label 'dry' is longer than data\.max_length = 128 and left"):
+    with pytest.raises(DataError, match=r"the label 'dry' is longer than data\.max_length = 128 and left out"):
         train(run, quiet=True)
 
 

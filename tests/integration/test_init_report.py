@@ -10,7 +10,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from chatbase import chat_model, chat_tokenizer, mixed_rows, plain_rows, run_file, save_base, save_sitting_base, write_rows
+from chatbase import (
+    chat_model,
+    chat_tokenizer,
+    mixed_rows,
+    plain_rows,
+    run_file,
+    save_base,
+    save_sitting_base,
+    write_rows,
+)
 from commands import call
 from shadowpeft import generate
 from shadowpeft.apps.init import ROADS, _quoted
@@ -60,11 +69,38 @@ def test_four_questions(tmp_path, monkeypatch):
     wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "fun"], input="")
     assert "--for is 'fun' but must be one of adapter, device" in str(wrong.exception)
     wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "edge"], input="b\nd\nsoon\n")
-    assert "'soon' is no number of minutes" in str(wrong.exception)
+    assert "'soon' is no number of minutes" in wrong.output
+    assert "give --for, --base, --data and --minutes" in str(wrong.exception)  # asked again, and nobody is there
+    wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "edge", "--minutes", "nan"], input="b\nd\n")
+    assert "'nan' is no number of minutes" in str(wrong.exception)
+    wrong = CliRunner().invoke(app, ["init", "run"], input="")
+    assert "'run' does not end in .yaml" in str(wrong.exception)
     assert not Path("other.yaml").exists()
 
 
-@pytest.mark.parametrize("text", ["a b", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "#a", "~", "-"])
+def test_a_wrong_answer_is_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answered = CliRunner().invoke(app, ["init", "my run.yaml"], input="fun\nEdge\n\n\nten\n-5\n10\n")
+    assert answered.exit_code == 0, answered.output
+    assert "--for is 'fun' but must be one of adapter, device" in answered.output
+    assert "'ten' is no number of minutes" in answered.output
+    assert "shadowpeft train 'my run.yaml'" in answered.output
+    assert read_run("my run.yaml").training.target_minutes == 10
+
+
+@pytest.mark.parametrize("data", ["robot", "robot_tools"])
+def test_a_packaged_set_has_its_own_validation(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["init", "--for", "device", "--base", "b", "--data", data, "--minutes", "1"])
+    assert done.exit_code == 0, done.output
+    assert "validation: rows" not in Path("run.yaml").read_text()
+    assert read_run("run.yaml").training.eval_every == 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a b", "my 😀.jsonl", "a\u2028b\x7f\u200d", "a\udcff", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "#a", "~", "-"],
+)
 def test_texts_are_read_back_from_yaml(text):
     assert yaml.safe_load(f"key: {_quoted(text)}") == {"key": text}
 
@@ -227,7 +263,7 @@ def test_the_examples_of_rows_with_tools_are_asked_with_them(monkeypatch, capsys
     train(parse_run(content, "here"), quiet=True)
     prompts, stock = [], generate.render_prompt
     monkeypatch.setattr(generate, "render_prompt", lambda *a, **k: prompts.append(stock(*a, **k)) or prompts[-1])
-    code, _, err = call(monkeypatch, capsys, "report", tmp_path / "run", "--examples", 2, "--max-new-tokens", 4)
+    code, _, err = call(monkeypatch, capsys, "report", tmp_path / "run", "--examples", 4, "--max-new-tokens", 4)
     assert (code, err) == (0, "")
     assert prompts
     assert all(prompt.startswith("<|im_start|>system\nTOOLS ") and '"Sit"' in prompt for prompt in prompts)

@@ -281,8 +281,8 @@ def test_what_cannot_be(made, tmp_path, training, message):
             {},
             "compares the detached path (training.best_by) but shadow.auxiliary_loss_weight is 0",
         ),
-        ({"auxiliary_loss_weight": 0.0}, {"shadow_epochs": 2}, {}, "training.shadow_epochs is 2 but shadow.auxiliary_loss_weight"),
-        ({"auxiliary_loss_weight": 0.0}, {}, {"shadow_repeats": 1}, "data.shadow_repeats is 1 but shadow.auxiliary_loss_weight"),
+        ({"auxiliary_loss_weight": 0.0}, {"shadow_epochs": 2}, {}, "training.shadow_epochs is 2 but shadow.auxiliary"),
+        ({"auxiliary_loss_weight": 0.0}, {}, {"shadow_repeats": 1}, "data.shadow_repeats is 1 but shadow.auxiliary"),
     ],
 )
 def test_what_a_shadow_without_its_loss_cannot(made, tmp_path, shadow, training, data, message):

@@ -225,7 +225,7 @@ def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):
         ("text,label\n", None, {}, "holds no rows"),
         ("text,label\na,x\nb,x\n", None, {}, "have the label 'x' alone; a classifier needs two at least"),
         ("text,label\na,x\nb,y\n", "text,label\na,z\n", {}, "has the label 'z', which no training row has"),
-        ("text,label\na,x\n" + "b" * 99 + ",y\n", None, {"too_long": "skip"}, "every training row with the label 'y' is longer"),
+        ("text,label\na,x\n" + "b" * 99 + ",y\n", None, {"too_long": "skip"}, "row with the label 'y' is longer"),
         ("text,label\na,x\n" + "b " * 99 + ",y\n", None, {"too_long": "error"}, "tokens but data.max_length is 32"),
     ],
 )

@@ -167,7 +167,8 @@ def test_a_whole_number_is_what_people_read(tmp_path, text, value):
             read_run(file)
         return
     assert read_run(file).training.max_steps == value
-    assert read_run(written(tmp_path, "base: b\ndata: {train: t}\n"), [f"training.max_steps={text}"]).training.max_steps == value
+    bare = written(tmp_path, "base: b\ndata: {train: t}\n")
+    assert read_run(bare, [f"training.max_steps={text}"]).training.max_steps == value
 
 
 def test_a_section_of_which_all_is_commented_out_is_not_there(tmp_path):

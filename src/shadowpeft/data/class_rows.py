@@ -75,8 +75,8 @@ def check_learnt(labels: Sequence[str], learnt: Collection[str], max_length: int
     bare = [label for label in labels if label not in learnt]
     if bare:
         raise DataError(
-            f"every training row with the label {quote(bare[0])} is longer than data.max_length = {max_length} and left out, so "
-            "that class would never be learnt; set data.too_long to cut, raise data.max_length, or remove these rows"
+            f"every training row with the label {quote(bare[0])} is longer than data.max_length = {max_length} and left out, "
+            "so that class would never be learnt; set data.too_long to cut, raise data.max_length, or remove these rows"
         )
 
 

@@ -117,7 +117,8 @@ class RunConfig(StrictSection):
     def _trains_the_shadow(self) -> None:
         """What is of the shadow path alone needs something that trains it."""
         t, untrained = self.training, self.shadow.auxiliary_loss_weight == 0
-        for key, value in (("training.shadow_epochs", t.shadow_epochs), ("data.shadow_repeats", self.data.shadow_repeats)):
+        alone = {"training.shadow_epochs": t.shadow_epochs, "data.shadow_repeats": self.data.shadow_repeats}
+        for key, value in alone.items():
             if value and untrained:
                 raise ValueError(
                     f"{key} is {value} but shadow.auxiliary_loss_weight is 0, so these rows of the shadow alone would train "

@@ -29,8 +29,8 @@ def check_paths(run: RunConfig, data: RunData) -> None:
     t, known = run.training, data.stream is None
     if known and run.shadow.auxiliary_loss_weight == 0 and not learns(data.training, "attached"):
         raise ConfigError(
-            "shadow.auxiliary_loss_weight is 0 but every row of data.train is for the shadow alone, so nothing would train; set "
-            "the weight above 0, or give rows that the base path learns"
+            "shadow.auxiliary_loss_weight is 0 but every row of data.train is for the shadow alone, so nothing would train; "
+            "set the weight above 0, or give rows that the base path learns"
         )
     if known and t.freeze_shadow and not learns(data.training, "attached"):
         raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
@@ -42,6 +42,6 @@ def check_paths(run: RunConfig, data: RunData) -> None:
     for part, sequences in (("validation", data.validation), *([("train", data.training)] if known else [])):
         if not learns(sequences, t.best_by):
             raise ConfigError(
-                f"training.{key} compares the {t.best_by} path (training.best_by) but every row of data.{part} has path: {only}, "
-                f"so its loss says nothing; set best_by: {other}, or add rows for both paths"
+                f"training.{key} compares the {t.best_by} path (training.best_by) but every row of data.{part} has path: "
+                f"{only}, so its loss says nothing; set best_by: {other}, or add rows for both paths"
             )
