@@ -125,10 +125,12 @@ class RunConfig(StrictSection):
                     f"nothing; set {key} to 0, or the weight above 0"
                 )
         why = "shadow.auxiliary_loss_weight is 0" if untrained else "training.freeze_shadow is set"
-        if (t.load_best or t.patience) and t.best_by == "detached" and (untrained or (t.freeze_shadow and not t.shadow_epochs)):
+        compares = t.best_by == "detached" and (t.load_best or t.patience)
+        if compares and (untrained or (t.freeze_shadow and not t.shadow_epochs)):
+            key = "load_best" if t.load_best else "patience"
             raise ValueError(
-                f"training.{'load_best' if t.load_best else 'patience'} compares the detached path (training.best_by) but {why}, "
-                "so nothing trains it; set best_by: attached"
+                f"training.{key} compares the detached path (training.best_by) but {why}, so nothing trains it; set best_by: "
+                "attached"
             )
 
 
