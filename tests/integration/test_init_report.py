@@ -99,7 +99,7 @@ def test_a_packaged_set_has_its_own_validation(tmp_path, monkeypatch, data):
 
 @pytest.mark.parametrize(
     "text",
-    ["a b", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "#a", "~", "-", "😀.csv", "\u2028\x7f\u200d", "a\udcff"],
+    ["a b", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "~", "-", "😀.csv", "\u2028\x7f\u200d", "a\udcff"],
 )
 def test_texts_are_read_back_from_yaml(text):
     assert yaml.safe_load(f"key: {_quoted(text)}") == {"key": text}
