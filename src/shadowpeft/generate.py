@@ -34,9 +34,14 @@ class Answer:
     """Wall time of the batch it was made in, divided by the batch size."""
 
 
-def encode_prompts(tokenizer: Any, prompts: list[list[dict[str, str]]], device: Any) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``(B, T)`` of rendered chats, padded on the left."""
-    ids = [tokenizer(render_prompt(tokenizer, p), add_special_tokens=False).input_ids for p in prompts]
+def encode_prompts(
+    tokenizer: Any, prompts: list[list[dict[str, Any]]], device: Any, template: list[dict[str, Any]] | None = None
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``(B, T)`` of rendered chats, padded on the left; ``template``: options of each."""
+    ids = [
+        tokenizer(render_prompt(tokenizer, prompt, **told), add_special_tokens=False).input_ids
+        for prompt, told in zip(prompts, template or [{}] * len(prompts), strict=True)
+    ]
     return pad_inputs(ids, tokenizer.pad_token_id, "left", device)
 
 
@@ -51,6 +56,7 @@ def answer(
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
     actions: Actions | None = None,
+    template: list[dict[str, Any]] | None = None,
     **sampling: Any,
 ) -> list[Answer]:
     """Answers to prompts, in their order; greedy unless ``sampling`` says otherwise (``do_sample``, ``temperature``, ...).
@@ -63,6 +69,7 @@ def answer(
         prompts: user messages, or whole message lists. system: system message for prompts that bring none.
         progress: called with the number of prompts done after each batch.
         actions: each answer starts with one of these, and is free after it; a temperature applies among them.
+        template: for each prompt what its chat template is told beside the messages, such as ``tools``; None: nothing.
 
     Raises:
         ConfigError: if ``max_new_tokens`` is too low for the longest action.
@@ -71,7 +78,9 @@ def answer(
     chats = [with_system(messages_of(p), system) for p in prompts]
     if not chats:
         return []
-    lengths = [len(tokenizer(render_prompt(tokenizer, c), add_special_tokens=False).input_ids) for c in chats]
+    told = template or [{}] * len(chats)
+    prepared = [render_prompt(tokenizer, chat, **each) for chat, each in zip(chats, told, strict=True)]
+    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in prepared]
     if isinstance(actions, ActionTrie) and max_new_tokens < actions.longest:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} but an action has {actions.longest} tokens; raise it")
     check_room(model, max(lengths), max_new_tokens)
@@ -83,7 +92,7 @@ def answer(
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device)
+            inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device, [told[i] for i in chosen])
             if actions is not None:
                 among = _Among(actions, inputs["input_ids"].shape[1])
                 options["logits_processor"] = LogitsProcessorList([among])

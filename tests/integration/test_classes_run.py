@@ -72,6 +72,24 @@ def test_the_labels_are_in_the_adapter_and_in_the_edge_model(made, monkeypatch, 
     assert sum(right) / 9 == pytest.approx(made["summary"]["accuracy"]["detached"])
 
 
+@pytest.mark.parametrize("edge", [False, True])
+def test_a_classifier_answers_nothing_in_words(made, monkeypatch, capsys, tmp_path, edge):
+    source = made["adapter"]
+    if edge:
+        source = tmp_path / "edge"
+        assert call(monkeypatch, capsys, "detach", made["adapter"], source)[0] == 0
+    write_rows(tmp_path / "requests.jsonl", [{"prompt": "a", "skill": "REMOTE"}])
+    commands = [("serve", f"a={source}", "--role", role, "--no-auth", "--port", "1") for role in ("cloud", "edge")]
+    commands.append(("route", "calibrate", source, "--data", tmp_path / "requests.jsonl", "--no-cloud", "--no-bound"))
+    if not edge:
+        commands += [("generate", source, "hello"), ("chat", source)]
+    for command in commands:
+        code, _, err = call(monkeypatch, capsys, *command)
+        assert code == 2
+        assert err.startswith(f"error: '{source}' is a classifier, which finds labels and answers nothing in words; "), command
+        assert err.count("\n") == 1
+
+
 def test_weights_of_other_labels_are_not_swapped_in(made, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(made["adapter"], other)
@@ -98,6 +116,13 @@ def test_eval_of_a_file(made, monkeypatch, capsys, tmp_path):
     code, _, err = call(monkeypatch, capsys, "eval", made["adapter"], "--data", other)
     assert code == 2
     assert "has the label 'dry', which the adapter has not learnt" in err
+
+
+def test_a_path_without_validation_rows_is_not_judged(made, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{**row, "path": "shadow"} for row in rows(6)])
+    summary = train(config(made, tmp_path / "run", data={"validation": file}), quiet=True)
+    assert summary["accuracy"].keys() == {"detached"}
+    assert "eval_task_loss" not in summary
 
 
 def test_the_shadow_first_rows_of_one_path_and_resume(made, tmp_path):
@@ -133,15 +158,33 @@ def test_long_texts_are_refused_left_out_or_cut(made):
     assert [len(s.ids) for s in class_rows.encode(long, words, ["0", "1"], max_length=16, too_long="cut")] == [4, 9, 16]
 
 
-def test_labels_that_are_numbers_are_in_their_order():
-    found = [class_rows.check_row({"text": "a", "label": n}, "here") for n in (10, 2, "1")]
-    assert class_rows.labels_of(found) == ["1", "2", "10"]
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        ((10, 2, "1"), ["1", "2", "10"]),
+        ((10, -2, "1"), ["-2", "1", "10"]),
+        (("²", "3"), ["3", "²"]),
+        (("--5", "3", "10"), ["--5", "10", "3"]),
+        (("-", "3"), ["-", "3"]),
+        (("1" * 5000, "2"), ["1" * 5000, "2"]),
+    ],
+)
+def test_labels_that_are_numbers_are_in_their_order(given, ordered):
+    found = [class_rows.check_row({"text": "a", "label": n}, "here") for n in given]
+    assert class_rows.labels_of(found) == ordered
+
+
+def test_a_class_whose_rows_are_all_left_out_is_refused(made, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [*rows(9), {"text": "x" * 500, "label": "dry"}])
+    run = config({**made, "train": file}, tmp_path / "run", data={"too_long": "skip"})
+    with pytest.raises(DataError, match=r"the label 'dry' is longer than data\.max_length = 128 and left out"):
+        train(run, quiet=True)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "needs 'text' and 'label'; name your own in data.columns"),
+        ({"text": "a"}, "needs 'text' and 'label'; rename them, or in a run file give your names"),
         ({"text": 1, "label": "a"}, "'text' must be a string"),
         ({"text": "a", "label": 0.5}, "'label' is 0.5 but must be a string or a whole number"),
         ({"text": "a", "label": True}, "'label' is True"),

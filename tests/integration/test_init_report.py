@@ -10,8 +10,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from chatbase import mixed_rows, plain_rows, run_file, save_base, save_sitting_base, write_rows
+from chatbase import (
+    chat_model,
+    chat_tokenizer,
+    mixed_rows,
+    plain_rows,
+    run_file,
+    save_base,
+    save_sitting_base,
+    write_rows,
+)
 from commands import call
+from shadowpeft import generate
 from shadowpeft.apps.init import ROADS, _quoted
 from shadowpeft.cli import app
 from shadowpeft.errors import ConfigError
@@ -59,11 +69,38 @@ def test_four_questions(tmp_path, monkeypatch):
     wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "fun"], input="")
     assert "--for is 'fun' but must be one of adapter, device" in str(wrong.exception)
     wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "edge"], input="b\nd\nsoon\n")
-    assert "'soon' is no number of minutes" in str(wrong.exception)
+    assert "'soon' is no number of minutes" in wrong.output
+    assert "give --for, --base, --data and --minutes" in str(wrong.exception)  # asked again, and nobody is there
+    wrong = CliRunner().invoke(app, ["init", "other.yaml", "--for", "edge", "--minutes", "nan"], input="b\nd\n")
+    assert "'nan' is no number of minutes" in str(wrong.exception)
+    wrong = CliRunner().invoke(app, ["init", "run"], input="")
+    assert "'run' does not end in .yaml" in str(wrong.exception)
     assert not Path("other.yaml").exists()
 
 
-@pytest.mark.parametrize("text", ["a b", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "#a", "~", "-"])
+def test_a_wrong_answer_is_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answered = CliRunner().invoke(app, ["init", "my run.yaml"], input="fun\nEdge\n\n\nten\n-5\n10\n")
+    assert answered.exit_code == 0, answered.output
+    assert "--for is 'fun' but must be one of adapter, device" in answered.output
+    assert "'ten' is no number of minutes" in answered.output
+    assert "shadowpeft train 'my run.yaml'" in answered.output
+    assert read_run("my run.yaml").training.target_minutes == 10
+
+
+@pytest.mark.parametrize("data", ["robot", "robot_tools"])
+def test_a_packaged_set_has_its_own_validation(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["init", "--for", "device", "--base", "b", "--data", data, "--minutes", "1"])
+    assert done.exit_code == 0, done.output
+    assert "validation: rows" not in Path("run.yaml").read_text()
+    assert read_run("run.yaml").training.eval_every == 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a b", "owner/name", "null", "yes", "1e3", "x: y", 'say "a"', "ö", "~", "-", "😀.csv", "\u2028\x7f\u200d", "a\udcff"],
+)
 def test_texts_are_read_back_from_yaml(text):
     assert yaml.safe_load(f"key: {_quoted(text)}") == {"key": text}
 
@@ -162,6 +199,77 @@ def test_a_page_without_examples_calibration_or_an_end(made, monkeypatch, capsys
     assert (code, "holds no run of shadowpeft train" in err) == (2, True)
     code, _, err = call(monkeypatch, capsys, "report", bare, "--out", tmp_path / "no" / "page.html")
     assert (code, "does not exist; make it" in err) == (2, True)
+
+
+def test_a_page_takes_the_place_of_a_page_alone(made, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "page.html"
+    for _ in range(2):
+        code, *_ = call(monkeypatch, capsys, "report", made, "--examples", 0, "--out", out)
+        assert code == 0
+    (tmp_path / "mine.html").write_text("<!DOCTYPE html><title>mine</title>")
+    config = (made / "config.yaml").read_bytes()
+    for file in (made / "config.yaml", tmp_path / "mine.html"):
+        code, _, err = call(monkeypatch, capsys, "report", made, "--examples", 0, "--out", file)
+        assert (code, f"'{file}' exists and is no report, so it is not written over" in err) == (2, True)
+    assert (made / "config.yaml").read_bytes() == config
+    code, _, err = call(monkeypatch, capsys, "report", made, "--examples", 0, "--out", tmp_path)
+    assert (code, "is a folder; give the name of a file in it" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.json", '{"train": null}', "data.json' has None for 'train' but it must be an object; restore it"),
+        ("data.json", "{", "data.json', the record of this run, cannot be read"),
+        ("data.json", "[]", "data.json', the record of this run, is damaged; restore it"),
+        ("summary.json", '{"steps": "1"}', "summary.json' has '1' for 'steps' but it must be a number"),
+        ("summary.json", '{"accuracy": {"attached": "1"}}', "summary.json' has '1' for 'attached' but it must be a number"),
+        ("metrics.jsonl", '{"task_loss": 1}\n', "metrics.jsonl', line 1 is no record with a number 'step'"),
+        ("metrics.jsonl", "[]\n", "metrics.jsonl', line 1 is no record with a number 'step'"),
+        ("metrics.jsonl", '{"step": 1, "task_loss": "1"}\n', "metrics.jsonl' has '1' for 'task_loss' but it must be a number"),
+        ("summary.json", '{"steps": 7}', None),
+    ],
+)
+def test_the_page_of_a_damaged_run(made, monkeypatch, capsys, tmp_path, name, content, message):
+    for other in ("config.yaml", "data.json", "metrics.jsonl", "summary.json"):
+        copy(made / other, tmp_path)
+    (tmp_path / name).write_text(content)
+    code, _, err = call(monkeypatch, capsys, "report", tmp_path, "--examples", 0)
+    if message is None:  # what is not there is not shown
+        texts = Page((tmp_path / "report.html").read_text()).texts
+        assert (code, "Steps" in texts, "7" in texts, "Time" in texts) == (0, True, True, False)
+        return
+    assert (code, message in err, err.count("\n")) == (2, True, 1), err
+
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nTOOLS {{ tools|tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments|tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_examples_of_rows_with_tools_are_asked_with_them(monkeypatch, capsys, tmp_path):
+    chat_model(max_position_embeddings=1024).save_pretrained(tmp_path / "base")
+    chat_tokenizer(TEMPLATE).save_pretrained(tmp_path / "base")
+    sit = {"type": "function", "function": {"name": "Sit", "description": "d", "parameters": {"type": "object"}}}
+    calls = [{"id": "1", "type": "function", "function": {"name": "Sit", "arguments": {"x": "a"}}}]
+    asked, called = {"role": "user", "content": "down!"}, {"role": "assistant", "content": "", "tool_calls": calls}
+    done = [{"role": "tool", "content": "it sits"}, {"role": "assistant", "content": "done"}]
+    rows = [{"messages": [asked, called], "tools": [sit]}, {"messages": [asked, called, *done], "tools": [sit]}]
+    content = run_file(tmp_path / "run", str(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", rows * 2))
+    content["data"]["max_length"] = 512
+    train(parse_run(content, "here"), quiet=True)
+    prompts, stock = [], generate.render_prompt
+    monkeypatch.setattr(generate, "render_prompt", lambda *a, **k: prompts.append(stock(*a, **k)) or prompts[-1])
+    code, _, err = call(monkeypatch, capsys, "report", tmp_path / "run", "--examples", 4, "--max-new-tokens", 4)
+    assert (code, err) == (0, "")
+    assert prompts
+    assert all(prompt.startswith("<|im_start|>system\nTOOLS ") and '"Sit"' in prompt for prompt in prompts)
+    texts = Page((tmp_path / "run" / "report.html").read_text()).texts
+    assert '<call>Sit {"x": "a"}</call>' in texts  # what is expected
+    assert 'user: down!\nassistant: {"name": "Sit", "arguments": {"x": "a"}}\ntool: it sits' in texts
 
 
 def test_the_page_of_a_classifier(monkeypatch, capsys, tmp_path):

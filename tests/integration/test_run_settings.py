@@ -10,14 +10,16 @@ import yaml
 from experiments.spec import NEWEST
 from safetensors.torch import load_file
 
-from chatbase import run_file, save_run_data
+from chatbase import run_file, save_run_data, write_rows
 from shadowpeft.errors import ConfigError
 from shadowpeft.train import optimisers, speed
 from shadowpeft.train import run as run_module
+from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.optimisers import MuonWithAdamW, of_matrices
 from shadowpeft.train.progress import read_metrics
 from shadowpeft.train.run import train
+from shadowpeft.train.sections import TrainingSection
 
 
 @pytest.fixture(scope="module")
@@ -258,12 +260,76 @@ def test_the_shadows_epochs_are_part_of_the_time(made, tmp_path, monkeypatch):
         ({"load_best": True, "eval_every": 2, "save_every": 3}, "leave save_every out"),
         ({"neftune": 5.0, "cache_activations": True}, "stored activations have no noise"),
         ({"optimizer": "adam"}, "'training.optimizer' is 'adam'"),
+        (
+            {"freeze_shadow": True, "eval_every": 2, "load_best": True, "best_by": "detached"},
+            "training.freeze_shadow is set, so nothing trains it",
+        ),
     ],
 )
 def test_what_cannot_be(made, tmp_path, training, message):
     with pytest.raises(ConfigError) as refused:
         start(made, tmp_path / "run", data={"validation": made["validation"]}, training=training)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("shadow", "training", "data", "message"),
+    [
+        (
+            {"auxiliary_loss_weight": 0.0},
+            {"eval_every": 2, "load_best": True, "best_by": "detached"},
+            {},
+            "compares the detached path (training.best_by) but shadow.auxiliary_loss_weight is 0",
+        ),
+        ({"auxiliary_loss_weight": 0.0}, {"shadow_epochs": 2}, {}, "training.shadow_epochs is 2 but shadow.auxiliary"),
+        ({"auxiliary_loss_weight": 0.0}, {}, {"shadow_repeats": 1}, "data.shadow_repeats is 1 but shadow.auxiliary"),
+    ],
+)
+def test_what_a_shadow_without_its_loss_cannot(made, tmp_path, shadow, training, data, message):
+    with pytest.raises(ConfigError) as refused:
+        start(made, tmp_path / "run", data={"validation": made["validation"], **data}, shadow=shadow, training=training)
+    assert message in str(refused.value)
+
+
+def test_a_run_of_one_step_has_a_rate(made, tmp_path):
+    start(made, tmp_path / "run", training={"max_steps": None, "epochs": 0.01, "warmup": 0.01})
+    assert losses(tmp_path / "run", "learning_rate") == [0.01]
+    made_for = training_arguments(TrainingSection(warmup=0.01), tmp_path, evaluates=False)
+    assert [made_for.get_warmup_steps(steps) for steps in (1, 2, 100, 101)] == [0, 1, 1, 2]  # others have it as ever
+
+
+def of_path(file, path):
+    return write_rows(file, [{"prompt": f"say {i}", "response": "ok", "path": path} for i in range(4)])
+
+
+@pytest.mark.parametrize("key", ["load_best", "patience"])
+@pytest.mark.parametrize(("best_by", "path"), [("attached", "shadow"), ("detached", "base")])
+def test_an_evaluation_without_targets_is_not_compared(made, tmp_path, key, best_by, path):
+    file = of_path(tmp_path / "rows.jsonl", path)
+    settings = {"eval_every": 2, key: True if key == "load_best" else 1, "best_by": best_by}
+    for part, data in (("validation", {"validation": file}), ("train", {"train": file, "validation": made["validation"]})):
+        with pytest.raises(ConfigError) as refused:
+            start(made, tmp_path / "run", data=data, training=settings)
+        assert f"training.{key} compares the {best_by} path" in str(refused.value)
+        assert f"every row of data.{part} has path: {path}" in str(refused.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_path_without_targets_has_no_loss(made, tmp_path):
+    data = {"validation": of_path(tmp_path / "rows.jsonl", "shadow")}
+    summary = start(made, tmp_path / "run", data=data, training={"max_steps": 2, "eval_every": 1})
+    assert summary["eval_shadow_loss"] > 0
+    assert "eval_task_loss" not in summary
+    assert losses(tmp_path / "run", "eval_shadow_loss")
+    assert not losses(tmp_path / "run", "eval_task_loss")
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_rows_that_nothing_learns(made, tmp_path, task):
+    rows = [{"prompt": "a", "response": "b", "text": "a" * (1 + i), "label": i, "path": "shadow"} for i in range(4)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"auxiliary_loss_weight is 0 but every row of data\.train is for the shadow alone"):
+        start(made, tmp_path / "run", task_type=task, data={"train": file}, shadow={"auxiliary_loss_weight": 0.0})
 
 
 def test_a_run_that_was_started_before_these_settings_existed_resumes(made, tmp_path):

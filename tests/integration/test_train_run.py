@@ -311,6 +311,19 @@ def test_a_finished_run_that_is_resumed_takes_no_further_step(made, undisturbed,
     assert len(read_metrics(folder)) == len(read_metrics(undisturbed))
 
 
+@pytest.mark.parametrize("at", [0, 4, 6])
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(made, undisturbed, tmp_path, at):
+    folder = cut(undisturbed, tmp_path, at)
+    records = read_metrics(folder)
+    assert [r["seconds"] for r in records if "loss" in r] == sorted(r["seconds"] for r in records if "loss" in r)
+    longer = [{**r, "seconds": r["seconds"] + 1000} if "seconds" in r else r for r in records]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in longer))
+    summary = start(made, folder, resume=True, training=LONG, data={"validation": made["validation"]})
+    assert 1000 < summary["seconds"] < 1600
+    again = read_metrics(folder)[-2]
+    assert again["seconds"] > 1000  # for the session that follows
+
+
 def test_a_checkpoint_is_written_over_without_a_moment_in_which_half_of_it_is_left(
     made, undisturbed, tmp_path, monkeypatch
 ):

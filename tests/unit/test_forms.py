@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from chatbase import save_base
 from commands import call
 from shadowpeft.data import chat
 from shadowpeft.data.forms import forms_of
@@ -284,3 +285,40 @@ def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):
     assert "labels: a (1), b (1)" in out
     assert "needs 'text' and 'label'" in " ".join(out.split())
     assert "1 of 3 rows are refused" in err
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "settings", "message"),
+    [
+        ("", None, {}, "holds no rows"),
+        ("text,label\n", None, {}, "holds no rows"),
+        ("text,label\na,x\nb,x\n", None, {}, "have the label 'x' alone; a classifier needs two at least"),
+        ("text,label\na,x\nb,y\n", "text,label\na,z\n", {}, "has the label 'z', which no training row has"),
+        ("text,label\na,x\n" + "b" * 99 + ",y\n", None, {"too_long": "skip"}, "row with the label 'y' is longer"),
+        ("text,label\na,x\n" + "b " * 99 + ",y\n", None, {"too_long": "error"}, "tokens but data.max_length is 32"),
+    ],
+)
+def test_data_check_and_train_have_one_verdict(monkeypatch, capsys, tmp_path, train, validation, settings, message):
+    content = {"base": save_base(tmp_path / "base"), "task_type": "SEQ_CLS", "output": str(tmp_path / "run")}
+    content["data"] = {"train": str(tmp_path / "train.csv"), "max_length": 32, **settings}
+    (tmp_path / "train.csv").write_text(train)
+    if validation is not None:
+        (tmp_path / "validation.csv").write_text(validation)
+        content["data"]["validation"] = str(tmp_path / "validation.csv")
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    for command in (("data", "check"), ("train",)):
+        code, _, err = call(monkeypatch, capsys, *command, tmp_path / "run.yaml")
+        assert (code, message in err) == (2, True), (command, err)
+    if validation is None and not settings:  # without a run file too
+        code, _, err = call(
+            monkeypatch, capsys, "data", "check", tmp_path / "train.csv", "--base", content["base"], "--task-type", "SEQ_CLS"
+        )
+        assert (code, message in err) == (2, True)
+
+
+def test_data_check_of_a_run_that_would_train_nothing(monkeypatch, capsys, tmp_path):
+    rows = written(tmp_path, ".jsonl", [{**PAIR, "path": "shadow"}])
+    content = {"base": save_base(tmp_path / "base"), "data": {"train": str(rows)}, "shadow": {"auxiliary_loss_weight": 0.0}}
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    code, _, err = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml")
+    assert (code, "every row of data.train is for the shadow alone" in err) == (2, True)

@@ -159,6 +159,36 @@ def test_bad_yaml_names_its_line(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("1_000", 1000), ("007", 7), ("0x10", 16), ("-0", None)])
+def test_a_whole_number_is_what_people_read(tmp_path, text, value):
+    file = written(tmp_path, f"base: b\ndata: {{train: t}}\ntraining: {{max_steps: {text}}}\n")
+    if value is None:
+        with pytest.raises(ConfigError, match=r"'training\.max_steps' is 0 but"):
+            read_run(file)
+        return
+    assert read_run(file).training.max_steps == value
+    bare = written(tmp_path, "base: b\ndata: {train: t}\n")
+    assert read_run(bare, [f"training.max_steps={text}"]).training.max_steps == value
+
+
+def test_a_section_of_which_all_is_commented_out_is_not_there(tmp_path):
+    file = written(tmp_path, "base: b\ndata: {train: t}\ntraining:\n  # epochs: 3\nshadow:\n")
+    assert read_run(file) == parse_run({"base": "b", "data": {"train": "t"}}, "here")
+    assert read_run(file, ["training.epochs=2", "shadow.r=3"]).training.epochs == 2
+    with pytest.raises(ConfigError, match="key 'data' is missing"):
+        read_run(written(tmp_path, "base: b\ndata:\n"))
+    with pytest.raises(ConfigError, match="unknown key 'source'"):
+        read_run(written(tmp_path, "base: b\ndata: {train: t}\nsource:\n"))
+
+
+@pytest.mark.parametrize("key", ["seed", "data_seed"])
+def test_a_seed_is_one_that_numpy_takes(key):
+    assert getattr(parse_run(run(training={key: 2**32 - 1}), "here").training, key) == 2**32 - 1
+    for value in (-1, 2**32):
+        with pytest.raises(ConfigError, match=rf"'training\.{key}' is {value} but must be "):
+            parse_run(run(training={key: value}), "here")
+
+
 def test_not_utf8(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_bytes("base: grün".encode("latin-1"))

@@ -20,6 +20,7 @@ from shadowpeft.terminal import terminal
 
 if TYPE_CHECKING:
     from shadowpeft.data.sources import Source
+    from shadowpeft.train.config import RunConfig
 
 _SHOWN = 20
 """Problems that are listed at most."""
@@ -91,7 +92,7 @@ def check(
     if task_type not in ("CAUSAL_LM", "SEQ_CLS"):
         raise ConfigError(f"--task-type is '{task_type}' but must be CAUSAL_LM or SEQ_CLS")
     quiet_libraries()
-    parts, rules = _of_run(file, base, max_length) if file.endswith((".yaml", ".yml")) else (None, None)
+    run, parts, rules = _of_run(file, base, max_length) if file.endswith((".yaml", ".yml")) else (None, None, None)
     if parts is None or rules is None:
         from shadowpeft.tokenizer import load_tokenizer
         from shadowpeft.train.rows import system_of, tools_of_run
@@ -117,20 +118,44 @@ def check(
     if refused:
         rows = sum(result["rows"] for result in results.values())
         raise WrongRowsError(f"{refused} of {rows} rows are refused; correct them, they are named above")
+    if run is not None:
+        from shadowpeft.train.paths import check_paths
+        from shadowpeft.train.rows import load_run_data
+
+        # what is wrong with the rows as a whole is found by what training itself asks; what it would say stands above
+        check_paths(run, load_run_data(run, rules.tokenizer, lambda told: None))
+    else:
+        _check_whole(file, results[""])
 
 
-def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[str, Any], Rules]:
-    """The sources of a run file by part, and its rules."""
+def _check_whole(file: str, result: dict[str, Any]) -> None:
+    """Whether all rows together can be trained on, each of which can.
+
+    Raises:
+        DataError: if there is none, or of texts with labels there is one label alone.
+    """
+    if not result["rows"]:
+        raise DataError(f"data '{file}' holds no rows; give a file with one row at least")
+    if "labels" in result:
+        from shadowpeft.data.class_rows import labels_of
+
+        labels_of({"label": label} for label in result["labels"])
+
+
+def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[RunConfig, dict[str, Any], Rules]:
+    """The run of a file, its sources by part, and its rules."""
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.config import read_run
     from shadowpeft.train.rows import packaged, parts_of, system_of, tools_of_run
     from shadowpeft.train.sections import source_of
 
     run = read_run(file)
+    if max_length is not None:
+        run.data.max_length = max_length
     data = run.data
     rules = Rules(
         load_tokenizer(base or run.base),
-        max_length or data.max_length,
+        data.max_length,
         system_of(data.train, data.system),
         data.assistant_only_loss,
         data.learns_actions,
@@ -138,7 +163,7 @@ def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[dict[s
         data.too_long,
         tools_of_run(data.train, data.tools),
     )
-    return {part: each if packaged(each) else source_of(each) for part, each in parts_of(data).items()}, rules
+    return run, {part: each if packaged(each) else source_of(each) for part, each in parts_of(data).items()}, rules
 
 
 def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, Any]]:

@@ -27,12 +27,14 @@ def _open(
 
     import shadowpeft
     from shadowpeft.runtime import prepare_cpu
+    from shadowpeft.serve.loading import check_answers
 
     prepare_cpu()
     where = pick_device(device)
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature is {temperature} but must be a number from 0 up")
     set_seed(seed)
+    check_answers(adapter)
     tokenizer = load_tokenizer_of(adapter, base)
     model = placed(shadowpeft.load(adapter, base), where)
     return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import write_text
+
+Answer = TypeVar("Answer")
 
 ROADS = {
     "adapter": "an adapter of the base alone",
@@ -25,45 +30,63 @@ def main(
     out: Annotated[str, typer.Argument(metavar="FILE", help="Where the run file goes.")] = "run.yaml",
     road: Annotated[Optional[str], typer.Option("--for", help=f"{', '.join(ROADS)}; asked if not given.")] = None,
     base: Annotated[Optional[str], typer.Option(help="Alias, folder or Hub id; asked if not given.")] = None,
-    data: Annotated[Optional[str], typer.Option(help="Training rows: a file, or robot; asked if not given.")] = None,
+    data: Annotated[Optional[str], typer.Option(help="Training rows: a file, robot, robot_tools; asked if not given.")] = None,
     minutes: Annotated[Optional[float], typer.Option(help="How long to train; asked if not given, 0: one pass.")] = None,
     validation: Annotated[Optional[str], typer.Option(help="Rows to watch both paths on; not asked.")] = None,
 ) -> None:
     """Write a commented run file: asks what it is for, which base, which rows, how long; options answer beforehand."""
     file = Path(out)
+    if file.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"'{file}' does not end in .yaml, by which commands tell a run file from rows; name it '{file}.yaml'")
     if file.exists():
         raise ConfigError(f"'{file}' exists; choose another name, or edit it")
     if road is None:
         for name, what in ROADS.items():
             print(f"  {name}: {what}")
-        road = _asked("What is the run for?", "edge")
-    if road not in ROADS:
-        raise ConfigError(f"--for is '{road}' but must be one of {', '.join(ROADS)}")
-    base = base or _asked("Which base: an alias, a folder or a Hub id?", "smollm2-135m")
-    data = data or _asked("Which training rows: a .jsonl, .json, .csv or .parquet file?", "train.jsonl")
+        road = _asked("What is the run for?", "edge", _road)
+    road = _road(road)
+    base = base or _asked("Which base: an alias, a folder or a Hub id?", "smollm2-135m", str)
+    data = data or _asked("Which training rows: a .jsonl, .json, .csv or .parquet file?", "train.jsonl", str)
     if minutes is None:
-        answer = _asked("How many minutes may training take (0: one pass over the rows)?", "0")
-        try:
-            minutes = float(answer)
-        except ValueError:
-            raise ConfigError(f"'{answer}' is no number of minutes") from None
-    content = run_file(road, base, data, minutes, validation, str(file.with_suffix("").name))
+        minutes = _asked("How many minutes may training take (0: one pass over the rows)?", "0", _minutes)
+    content = run_file(road, base, data, _minutes(minutes), validation or None, str(file.with_suffix("").name))
     _check(content, out)
     write_text(file, content)
     print(f"wrote {file}; look at it, then run:")
-    print(f"  shadowpeft data check {file}\n  shadowpeft plan {file}\n  shadowpeft train {file}")
+    named = shlex.quote(str(file))
+    print(f"  shadowpeft data check {named}\n  shadowpeft plan {named}\n  shadowpeft train {named}")
 
 
-def _asked(question: str, default: str) -> str:
-    """The answer to a question.
+def _asked(question: str, default: str, understood: Callable[[str], Answer]) -> Answer:
+    """What is ``understood`` of the answer to a question, which is asked again after a ``ConfigError``.
 
     Raises:
         ConfigError: if nobody can answer.
     """
+    while True:
+        try:
+            return understood(str(typer.prompt(question, default=default)))
+        except typer.Abort:
+            raise ConfigError("init asks for what it is not told; give --for, --base, --data and --minutes") from None
+        except ConfigError as error:
+            print(f"  {error}")
+
+
+def _road(answer: str) -> str:
+    road = answer.strip().lower()
+    if road not in ROADS:
+        raise ConfigError(f"--for is '{answer}' but must be one of {', '.join(ROADS)}")
+    return road
+
+
+def _minutes(answer: str | float) -> float:
     try:
-        return str(typer.prompt(question, default=default))
-    except typer.Abort:
-        raise ConfigError("init asks for what it is not told; give --for, --base, --data and --minutes") from None
+        minutes = float(answer)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes < math.inf:
+        raise ConfigError(f"'{answer}' is no number of minutes; give one from 0 up, such as 10 (--minutes)")
+    return minutes
 
 
 def _check(content: str, where: str) -> None:
@@ -76,9 +99,11 @@ def _check(content: str, where: str) -> None:
 
 def run_file(road: str, base: str, data: str, minutes: float, validation: str | None, name: str) -> str:
     """The text of a run file."""
-    classes, robot, device = road == "classes", data == "robot", road == "device"
+    from shadowpeft.train.sections import PACKAGED
+
+    classes, packaged, device = road == "classes", data in PACKAGED, road == "device"
     columns = "{text: text, label: label}" if classes else "{prompt: question, response: answer}"
-    evaluated = "" if validation is not None or robot else "# "
+    evaluated = "" if validation is not None or packaged else "# "
     lines = [
         f"# A run for {ROADS[road]}.",
         "# docs/settings.md has every key. Unknown keys are refused.",
@@ -91,14 +116,14 @@ def run_file(road: str, base: str, data: str, minutes: float, validation: str | 
     ]
     if validation is not None:
         lines.append(f"  validation: {_quoted(validation)}")
-    elif not robot:
+    elif not packaged:
         lines.append(_line("# validation: rows.jsonl", "rows of the same form: both paths are evaluated on them"))
     lines.append(_line("max_length: 512", "tokens"))
     if classes:
         lines.append(_line("too_long: cut", "read the beginning of longer texts; or skip, error"))
     else:
         lines.append(_line("too_long: skip", "longer rows are left out; or error"))
-    if device and not robot:
+    if device and not packaged:
         lines.append(_line("shadow_answers: action", "the edge model learns the action alone, [REMOTE] where there is none"))
     if not classes:
         lines.append(_line('# system: "You are ..."', "for rows without a system message; give serve the same one"))
@@ -133,6 +158,8 @@ def _line(setting: str, comment: str, indent: int = 2) -> str:
 
 
 def _quoted(text: str) -> Any:
-    """A text as YAML reads it back: bare where it can be, else as JSON."""
+    """A text as YAML reads it back: bare where it can be, else in quotes, with what cannot be printed as its number."""
     plain = text and all(c.isalnum() or c in "/._-" for c in text) and text[0].isalpha()
-    return text if plain and text.lower() not in ("null", "true", "false", "yes", "no", "on", "off") else json.dumps(text)
+    if plain and text.lower() not in ("null", "true", "false", "yes", "no", "on", "off"):
+        return text
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))

@@ -42,12 +42,14 @@ def plan(run: Any) -> dict[str, Any]:
     from shadowpeft.hf.layer import find_hub
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
+    from shadowpeft.train.paths import check_paths
     from shadowpeft.train.rows import load_run_data, shadow_first
 
     t = run.training
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
     data = load_run_data(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
+    check_paths(run, data)
     sequences, classifies = data.training, data.labels is not None
     source = source_of(run.base)
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **of_labels(data.labels))

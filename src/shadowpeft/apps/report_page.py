@@ -10,10 +10,11 @@ from typing import Any
 
 from shadowpeft.apps.common import flat
 from shadowpeft.errors import ConfigError
+from shadowpeft.messages import quote
 from shadowpeft.serve.router import FILE as ROUTING
 from shadowpeft.serve.router import Calibration
 from shadowpeft.train.folder import stored_record
-from shadowpeft.train.progress import draw_losses, read_metrics
+from shadowpeft.train.progress import STYLES, draw_losses, is_number, read_metrics
 
 
 @dataclass
@@ -39,18 +40,54 @@ def read_run_folder(folder: Path) -> RunFolder:
         raise ConfigError(
             f"'{folder}' holds no run of shadowpeft train (no config.yaml and data.json); give its 'output' folder"
         )
-    optional = {name: folder / name for name in ("summary.json", "versions.json")}
-    summary, versions = (stored_record(file) if file.is_file() else {} for file in optional.values())
+    summary, versions = (
+        _record(folder / name) if (folder / name).is_file() else {} for name in ("summary.json", "versions.json")
+    )
+    _check_kinds(folder / "summary.json", summary, _SUMMARY)
+    _check_kinds(folder / "summary.json", shares := summary.get("accuracy", {}), dict.fromkeys(shares, float))
+    data = _record(folder / "data.json")
+    _check_kinds(folder / "data.json", data, {"train": dict, "validation": dict})
+    metrics = read_metrics(folder)
+    for record in metrics:
+        _check_kinds(folder / "metrics.jsonl", record, dict.fromkeys(("learning_rate", *(key for key, *_ in STYLES)), float))
     routing = folder / "adapter" / ROUTING
     return RunFolder(
         folder.resolve().name,
-        stored_record(folder / "config.yaml"),
-        stored_record(folder / "data.json"),
+        _record(folder / "config.yaml"),
+        data,
         versions,
-        read_metrics(folder),
+        metrics,
         summary,
         Calibration.load(routing) if routing.is_file() else None,
     )
+
+
+_SUMMARY: dict[str, type] = {
+    **dict.fromkeys(("steps", "planned_steps", "seconds", "trainable_parameters", "best_step"), float),
+    **dict.fromkeys(("eval_task_loss", "eval_shadow_loss"), float),
+    "accuracy": dict,
+}
+"""What the page shows of ``summary.json``; float: a number."""
+
+
+def _record(file: Path) -> dict[str, Any]:
+    return stored_record(file, "this run", "restore it")
+
+
+def _check_kinds(file: Path, record: dict[str, Any], kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if key in record and not (is_number(record[key]) if kind is float else isinstance(record[key], kind)):
+            what = "a number" if kind is float else "an object"
+            raise ConfigError(f"'{file}' has {quote(record[key])} for '{key}' but it must be {what}; restore it")
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a report, so that a newer one may take its place."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as handle:
+        begins = handle.read(1000)
+    return begins.startswith(b"<!DOCTYPE html>") and b"<title>Training run: " in begins
 
 
 def page(run: RunFolder, examples: list[dict[str, Any]], note: str) -> str:
@@ -100,15 +137,16 @@ def _facts(run: RunFolder) -> str:
     rows = train.get("rows")
     facts = {
         "Base": run.config.get("base"),
-        "Training data": f"{train.get('source')}" + (f", {rows:,} rows" if rows else ", streamed"),
+        "Training data": f"{train.get('source')}" + (f", {rows:,} rows" if is_number(rows) else ", streamed"),
         "State": _state(s),
     }
-    if s:
-        facts |= {
-            "Steps": f"{s['steps']:,} of {s['planned_steps']:,}",
-            "Time": f"{s['seconds'] / 60:.1f} minutes",
-            "Trainable parameters": f"{s['trainable_parameters']:,}",
-        }
+    if "steps" in s:
+        planned = f" of {s['planned_steps']:,}" if "planned_steps" in s else ""
+        facts["Steps"] = f"{s['steps']:,}{planned}"
+    if "seconds" in s:
+        facts["Time"] = f"{s['seconds'] / 60:.1f} minutes"
+    if "trainable_parameters" in s:
+        facts["Trainable parameters"] = f"{s['trainable_parameters']:,}"
     names = {"eval_task_loss": "Validation loss, attached", "eval_shadow_loss": "Validation loss, detached"}
     facts |= {label: f"{s[key]:.4f}" for key, label in names.items() if key in s}
     facts |= {f"Right on validation, {path}": f"{share:.1%}" for path, share in s.get("accuracy", {}).items()}

@@ -178,7 +178,7 @@ def _tokens(asked: int, actions: Any, tools: Any, side: str) -> int:
 def _backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[Any, Any]:
     import shadowpeft
     from shadowpeft.serve.backend import Attached, Detached
-    from shadowpeft.serve.loading import is_edge_folder, load_edge
+    from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
 
     if is_edge_folder(source):
         if cloud:
@@ -187,6 +187,7 @@ def _backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[A
             )
         model, tokenizer = load_edge(source)
         return Detached(placed(model, where), tokenizer, "edge"), None
+    check_answers(source)
     tokenizer = load_tokenizer_of(source, base)
     model = placed(shadowpeft.load(source, base), where)
     edge = Detached(shadowpeft.detach(model), tokenizer, "edge")

@@ -123,13 +123,14 @@ def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
 def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     import shadowpeft
     from shadowpeft.serve.backend import Detached
-    from shadowpeft.serve.loading import is_edge_folder, load_edge
+    from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
     from shadowpeft.serve.versions import own_memory
 
     name, folder = next(iter(named.items()))
     if is_edge_folder(folder):
         model, tokenizer = load_edge(folder)
         return Detached(placed(own_memory(model), where), tokenizer, name, folder)
+    check_answers(folder)
     tokenizer = load_tokenizer_of(folder, base)
     model = own_memory(shadowpeft.detach(shadowpeft.load(folder, base)))
     return Detached(placed(model, where), tokenizer, name)

@@ -6,7 +6,7 @@ learns it. Other keys are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     row = without_null(row)
     if "text" not in row or "label" not in row:
         raise DataError(
-            f"{where} has the keys {sorted(row)[:6]} but a SEQ_CLS run needs 'text' and 'label'; name your own in data.columns"
+            f"{where} has the keys {sorted(row)[:6]} but a classifier needs 'text' and 'label'; rename them, or in a run file "
+            "give your names of them in data.train.columns (data.validation.columns)"
         )
     text, label, path = row["text"], row["label"], row.get("path", "both")
     if not isinstance(text, str):
@@ -56,8 +57,27 @@ def labels_of(rows: Iterable[dict[str, Any]]) -> list[str]:
     found = {row["label"] for row in rows}
     if len(found) < 2:
         raise DataError(f"the rows have the label {quote(min(found))} alone; a classifier needs two at least")
-    numbers = all(label.lstrip("-").isdigit() for label in found)
+    numbers = all(_is_whole(label) for label in found)
     return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
+
+
+def _is_whole(label: str) -> bool:
+    """Whether ``int`` reads it; neither ``²`` nor ``--5`` nor 5,000 digits."""
+    return label.removeprefix("-").isdecimal() and len(label) < 4000
+
+
+def check_learnt(labels: Sequence[str], learnt: Collection[str], max_length: int) -> None:
+    """Whether each class has a training row that is not left out (``too_long: skip``).
+
+    Raises:
+        DataError: naming a label that has none.
+    """
+    bare = [label for label in labels if label not in learnt]
+    if bare:
+        raise DataError(
+            f"every training row with the label {quote(bare[0])} is longer than data.max_length = {max_length} and left out, "
+            "so that class would never be learnt; set data.too_long to cut, raise data.max_length, or remove these rows"
+        )
 
 
 @dataclass

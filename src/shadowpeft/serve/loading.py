@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.files.locate import CONFIG, find_file
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.layer import check_adapter_name
 
@@ -16,17 +17,39 @@ def is_edge_folder(path: str) -> bool:
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
+def check_answers(path: str) -> None:
+    """Refuse a classifier, an adapter or an edge model, where answers in words are wanted.
+
+    Raises:
+        ConfigError: if ``path`` is one. AdapterFileError: if it has no configuration, or a damaged one.
+    """
+    from shadowpeft.hf import formats
+
+    if is_edge_folder(path):
+        made = [str(name) for name in read_json(Path(path) / "config.json").get("architectures") or []]
+        classifies = any(name.endswith("ForSequenceClassification") for name in made)
+    else:  # the other formats do not say it
+        says = formats.detect(path) in (formats.OURS, formats.PEFT)
+        classifies = says and read_json(find_file(path, CONFIG)).get("task_type") == "SEQ_CLS"
+    if classifies:
+        raise ConfigError(
+            f"'{path}' is a classifier, which finds labels and answers nothing in words; judge it with shadowpeft eval, or run "
+            "the model that shadowpeft detach makes in Python"
+        )
+
+
 def load_edge(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of an edge folder.
 
     Raises:
-        ConfigError: if it has no tokenizer, or its weights are damaged or incomplete.
+        ConfigError: if it is a classifier, has no tokenizer, or its weights are damaged or incomplete.
     """
     from transformers import AutoModelForCausalLM
 
     from shadowpeft.hf.base.load import load_whole
     from shadowpeft.tokenizer import load_tokenizer
 
+    check_answers(path)
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
     model = load_whole(AutoModelForCausalLM, path, f"the edge model in '{path}'").eval()
@@ -51,6 +74,7 @@ def load_adapters(named: dict[str, str], base: str | None) -> Any:
 
     model: Any = None
     for name, folder in named.items():
+        check_answers(folder)
         if model is None:
             model = shadowpeft.load(folder, base, adapter_name=module_name(name))
         else:

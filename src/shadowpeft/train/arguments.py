@@ -16,8 +16,16 @@ BEST = {"attached": "eval_task_loss", "detached": "eval_shadow_loss"}
 """What an evaluation says of each path."""
 
 
+class RunArguments(TrainingArguments):
+    """transformers' settings, of which a run of one step has no warm-up: it would be all of it, at a rate of 0."""
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """As stock, whose first step has the rate 0 wherever there is a warm-up."""
+        return 0 if num_training_steps == 1 else int(super().get_warmup_steps(num_training_steps))
+
+
 def _arguments(t: TrainingSection | PretrainingSection, folder: Path, evaluates: bool, **own: Any) -> TrainingArguments:
-    return TrainingArguments(
+    return RunArguments(
         output_dir=str(folder),
         per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.eval_batch_size,

@@ -106,12 +106,32 @@ class RunConfig(StrictSection):
                 "training.freeze_shadow and data.shadow_repeats are both set, but a frozen shadow learns nothing; keep one, or "
                 "set training.shadow_epochs, after which it is frozen"
             )
+        self._trains_the_shadow()
         if self.shadow.shadow_loss != "ce" and self.training.label_smoothing:
             raise ValueError(
                 f"shadow.shadow_loss is {self.shadow.shadow_loss} and training.label_smoothing is set; set one of them, since "
                 "a smoothed loss takes the labels away that tell which positions have a teacher"
             )
         return self
+
+    def _trains_the_shadow(self) -> None:
+        """What is of the shadow path alone needs something that trains it."""
+        t, untrained = self.training, self.shadow.auxiliary_loss_weight == 0
+        alone = {"training.shadow_epochs": t.shadow_epochs, "data.shadow_repeats": self.data.shadow_repeats}
+        for key, value in alone.items():
+            if value and untrained:
+                raise ValueError(
+                    f"{key} is {value} but shadow.auxiliary_loss_weight is 0, so these rows of the shadow alone would train "
+                    f"nothing; set {key} to 0, or the weight above 0"
+                )
+        why = "shadow.auxiliary_loss_weight is 0" if untrained else "training.freeze_shadow is set"
+        compares = t.best_by == "detached" and (t.load_best or t.patience)
+        if compares and (untrained or (t.freeze_shadow and not t.shadow_epochs)):
+            key = "load_best" if t.load_best else "patience"
+            raise ValueError(
+                f"training.{key} compares the detached path (training.best_by) but {why}, so nothing trains it; set best_by: "
+                "attached"
+            )
 
 
 def parse_run(content: Any, where: str) -> RunConfig:
@@ -131,6 +151,8 @@ def parse(content: Any, where: str, kind: type[Run], sections: dict[str, type[Ba
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with {needed}")
+    # a section of which all is commented out is None; it is as good as not there
+    content = {k: v for k, v in content.items() if v is not None or k not in sections or k not in kind.model_fields}
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -160,7 +182,9 @@ def overridden(content: Any, settings: Sequence[str]) -> Any:
             raise ConfigError(f"{quote(setting)} is no setting; write KEY=VALUE, such as training.epochs=2")
         place = content
         for section in sections:
-            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+            if isinstance(place, dict) and place.get(section) is None:  # not there, or all of it is commented out
+                place[section] = {}
+            place = place[section] if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ConfigError(f"{quote(name)} leads through something that has no keys; see the run file")
         try:
@@ -190,7 +214,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class RunLoader(yaml.SafeLoader):
-    """The safe subset of YAML with two corrections: ``1e-3`` is a number, and a key given twice is an error."""
+    """The safe subset of YAML with corrections: ``1e-3`` is a number, ``010`` is 10, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -202,6 +226,15 @@ class RunLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        # YAML 1.1 reads 010 as 8; people mean 10, as YAML 1.2 does
+        text = str(node.value).replace("_", "")
+        if re.fullmatch(r"[-+]?0[0-9]+", text):
+            return int(text)
+        return super().construct_yaml_int(node)  # type: ignore[no-any-return, no-untyped-call]
+
+
+RunLoader.add_constructor("tag:yaml.org,2002:int", RunLoader.construct_yaml_int)
 # YAML 1.1, which PyYAML reads, wants a point in a float; people write 1e-3
 RunLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")

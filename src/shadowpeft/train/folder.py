@@ -33,14 +33,14 @@ def check_loggers(names: Sequence[str]) -> None:
             )
 
 
-def stored_record(file: Path) -> dict[str, Any]:
-    """A record of the run that is resumed (JSON is YAML, too)."""
+def stored_record(file: Path, of: str = "the run to resume", remedy: str = "start a new run") -> dict[str, Any]:
+    """A record of a run (JSON is YAML, too); messages say ``of`` which, and how to go on."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # so are numbers of 5,000 digits, and nesting
-        raise ConfigError(f"'{file}', the record of the run to resume, cannot be read ({reason(error)})") from error
+        raise ConfigError(f"'{file}', the record of {of}, cannot be read ({reason(error)}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"'{file}', the record of the run to resume, is damaged; start a new run")
+        raise ConfigError(f"'{file}', the record of {of}, is damaged; {remedy}")
     return content
 
 

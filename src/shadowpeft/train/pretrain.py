@@ -184,7 +184,7 @@ def _result(
         "perplexity_by_corpus": {
             k.removeprefix("eval_perplexity/"): v for k, v in newest.items() if k.startswith("eval_perplexity/")
         },
-        "seconds": round(seconds, 1),
+        "seconds": round(shown.before + seconds, 1),  # of all sessions; the speed is that of this one
         "resumed_from_step": shown.first,
         "tokens_per_second": round((steps - shown.first) * per_step / max(seconds, 1e-9), 1),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

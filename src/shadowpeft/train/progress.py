@@ -44,6 +44,8 @@ class RunCallback(TrainerCallback):
         self._previous: Any = None
         self._started = 0.0
         self.first = 0
+        self.before = 0.0
+        """Seconds of training before this session, as far as they were recorded."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -52,8 +54,11 @@ class RunCallback(TrainerCallback):
         self._started, self.first = time.monotonic(), state.global_step
         # a resumed run repeats what came after its checkpoint: keep only the records that the checkpoint knows
         metrics = self.folder / "metrics.jsonl"
+        records = read_metrics(self.folder)
+        known = [record["seconds"] for record in records if is_number(record.get("seconds"))]
+        self.before = max(known, default=0.0)
         if self.writes and metrics.is_file():
-            kept = read_metrics(self.folder)[: len(state.log_history)]
+            kept = records[: len(state.log_history)]
             write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
         self._watched = Watched(self.console, "training", state.max_steps, done=self.first, quiet=self.quiet)
         try:
@@ -98,6 +103,8 @@ class RunCallback(TrainerCallback):
         rate = (state.global_step - self.first) * self.tokens_per_step / max(seconds, 1e-9)
         if "loss" in record:
             record["tokens_per_second"] = round(rate, 1)
+        if "loss" in record or "train_loss" in record:
+            record["seconds"] = round(self.before + seconds, 1)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
         newest = self.newest(record)
@@ -141,10 +148,22 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     records = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
-            records += [parse_json(line)] if line else []
+            record = parse_json(line) if line else None
         except ValueError as error:
             raise ConfigError(f"'{file}', line {number} {error}; remove the line, or start a new run") from error
+        if not line:
+            continue
+        if not isinstance(record, dict) or not is_number(record.get("step")):
+            raise ConfigError(
+                f"'{file}', line {number} is no record with a number 'step'; remove the line, or start a new run"
+            )
+        records.append(record)
     return records
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 STYLES = (

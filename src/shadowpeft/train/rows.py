@@ -245,6 +245,7 @@ def _class_data(
         if encoded.skipped is not None:
             warn(f"data.{part}: {encoded.skipped}")
         if part == "train":
+            class_rows.check_learnt(labels, {labels[s.label] for s in encoded}, run.data.max_length)  # type: ignore[attr-defined]
             made.training = encoded + [s.alone() for s in encoded if s.shadow] * run.data.shadow_repeats
         else:
             made.validation = encoded

@@ -40,6 +40,7 @@ from shadowpeft.train.config import RunConfig
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
 from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.packing import check_packing
+from shadowpeft.train.paths import check_paths, learns
 from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
 from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first
 from shadowpeft.train.sections import DataConfig, TrainingSection
@@ -101,7 +102,8 @@ def train(
             data and settings may have changed.
 
     Returns:
-        the summary: steps, losses, parameters, seconds, and whether Ctrl-C ended the run early.
+        the summary: steps, losses, parameters, seconds of training (of all sessions, if the run was resumed), and whether
+        Ctrl-C ended it early.
 
     Raises:
         ConfigError: if the folder already holds a run and ``resume`` is not set, or there is nothing to resume.
@@ -121,19 +123,18 @@ def train(
     data = load_run_data(run, tokenizer, partial(console.print, soft_wrap=True))
     if last is not None:
         _check_same_data(data.record, folder)
+    check_paths(run, data)
     if t.freeze_shadow:
         training = data.training
-        learns = [s for s in training if s.base]
-        if not learns:
-            raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
-        if len(learns) < len(training):
+        learnt = [s for s in training if s.base]
+        if len(learnt) < len(training):
             when = " once it is frozen" if t.shadow_epochs else ""
             console.print(
-                f"training.freeze_shadow: {len(training) - len(learns)} rows for the shadow alone are left out{when}",
+                f"training.freeze_shadow: {len(training) - len(learnt)} rows for the shadow alone are left out{when}",
                 soft_wrap=True,
             )
         if not t.shadow_epochs:
-            data.training = learns
+            data.training = learnt
     model = build_model(run, tokenizer, data.labels)
     if data.labels is None:
         model.peft_config["default"].draft_tokens = frequent_tokens(s.learnt for s in data.training if s.base) or None
@@ -197,7 +198,7 @@ def _train(
         trainer.train(resume_from_checkpoint=last)
     finally:
         shown.close()
-    seconds = time.monotonic() - started
+    seconds = shown.before + time.monotonic() - started  # of all sessions of the run
 
     summary = {
         "steps": int(trainer.state.global_step),
@@ -219,9 +220,10 @@ def _train(
     save_adapter(model, tokenizer, folder / "adapter", run, summary, record)
     if validation is not None and not summary["interrupted"]:  # after saving: what fails here costs no training
         final = trainer.evaluate()
-        summary.update({key: final[key] for key in ("eval_task_loss", "eval_shadow_loss")})
+        summary.update({key: final[key] for key in BEST.values() if key in final})
         if data.labels is not None:
-            summary["accuracy"] = _accuracy(run, model, tokenizer, data.labels)
+            judged = [path for path in BEST if learns(validation, path)]
+            summary["accuracy"] = _accuracy(run, model, tokenizer, data.labels, judged)
         write_text(folder / "adapter" / "README.md", model_card(run, summary, record))
     if read_metrics(folder):
         plot_losses(folder)
@@ -261,14 +263,16 @@ def _timed(
     return t.model_copy(update={"max_steps": steps, "target_minutes": None})
 
 
-def _accuracy(run: RunConfig, model: PeftModel, tokenizer: Any, labels: list[str]) -> dict[str, float]:
-    """Share of the validation rows whose class each path finds."""
+def _accuracy(
+    run: RunConfig, model: PeftModel, tokenizer: Any, labels: list[str], paths: list[str]
+) -> dict[str, float]:
+    """Share of the validation rows whose class each of the ``paths`` finds."""
     assert run.data.validation is not None
     task = ClassRows("validation", labels, class_rows_of(run.data.validation))
     options: dict[str, Any] = {"batch_size": run.training.eval_batch_size, "max_length": run.data.max_length}
     return {
         mode: evaluate_task(model, tokenizer, task, mode=mode, progress=lambda done: None, **options)["score"]
-        for mode in ("attached", "detached")
+        for mode in paths
     }
 
 
@@ -327,7 +331,8 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
 def _check_same_data(record: dict[str, Any], folder: Path) -> None:
     stored = stored_record(folder / "data.json")
     for part, now in record.items():
-        if stored.get(part, {}).get("sha256") != now["sha256"]:
+        known = stored.get(part)
+        if not isinstance(known, dict) or known.get("sha256") != now["sha256"]:
             raise ConfigError(
                 f"the {part} data '{now['source']}' has changed since the run in '{folder}' was started; restore it or start "
                 "a new run"

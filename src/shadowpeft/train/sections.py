@@ -169,6 +169,10 @@ class ShadowSection(StrictSection, ShadowSettings):
         return self
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What torch and numpy take both."""
+
+
 class OptimisationSection(StrictSection):
     """What every kind of run says of its optimisation, evaluation and saving."""
 
@@ -183,7 +187,7 @@ class OptimisationSection(StrictSection):
     save_every: Count | None = None
     keep_checkpoints: Count = 2
     log_every: Count = 10
-    seed: int = 0
+    seed: Seed = 0
     threads: Count | None = None
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
@@ -217,7 +221,7 @@ class TrainingSection(OptimisationSection):
     load_best: bool = False
     """The adapter is that of the evaluation with the lowest loss of the path ``best_by``, not that of the last step."""
     best_by: Literal["attached", "detached"] = "attached"
-    data_seed: int | None = None
+    data_seed: Seed | None = None
     """Seed of the order of the rows; None: ``seed``, which is also that of new weights and dropout."""
     group_by_length: bool = True
     cache_activations: bool | str = False

@@ -268,12 +268,13 @@ class ShadowLossMixin(WholeCheckpoints):
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The stock loop; adds ``eval_task_loss`` and ``eval_shadow_loss``, each per target of its own path."""
+        """The stock loop; adds ``eval_task_loss`` and ``eval_shadow_loss``, each per target of its own path, if it has any."""
         self._eval_sums = {}
         output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", "eval")
         for key, (total, n) in self._over_processes(self._eval_sums).items():
-            output.metrics[f"{prefix}_{key}"] = total / max(n, 1.0)
+            if n:
+                output.metrics[f"{prefix}_{key}"] = total / n
         return output
 
     # ------------------------------------------------------------------------------------------------ order, optimiser

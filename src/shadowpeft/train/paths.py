@@ -1,0 +1,47 @@
+"""Whether each path of a run has what it is to learn from and to be compared by; asked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.train.config import RunConfig
+from shadowpeft.train.rows import RunData
+
+PATHS = {"attached": ("base", "shadow"), "detached": ("shadow", "base")}
+"""Of each path: what a sequence says if the path learns it, and the ``path`` of rows that it does not learn."""
+
+
+def learns(sequences: Iterable[Any], path: str) -> bool:
+    """Whether any of the sequences has a target for ``path``, "attached" or "detached"."""
+    return any(getattr(sequence, PATHS[path][0]) for sequence in sequences)
+
+
+def check_paths(run: RunConfig, data: RunData) -> None:
+    """Refuse a run that would train nothing, or that compares evaluations of a path without targets.
+
+    Of rows that are streamed not all are known, so what they lack is not told.
+
+    Raises:
+        ConfigError, DataError: naming the setting and the rows that contradict it.
+    """
+    t, known = run.training, data.stream is None
+    if known and run.shadow.auxiliary_loss_weight == 0 and not learns(data.training, "attached"):
+        raise ConfigError(
+            "shadow.auxiliary_loss_weight is 0 but every row of data.train is for the shadow alone, so nothing would train; "
+            "set the weight above 0, or give rows that the base path learns"
+        )
+    if known and t.freeze_shadow and not learns(data.training, "attached"):
+        raise DataError("training.freeze_shadow is set but every row of data.train is for the shadow alone; unset it")
+    if not (t.load_best or t.patience) or data.validation is None:
+        return
+    key = "load_best" if t.load_best else "patience"
+    other = {"attached": "detached", "detached": "attached"}[t.best_by]
+    only = PATHS[t.best_by][1]
+    for part, sequences in (("validation", data.validation), *([("train", data.training)] if known else [])):
+        if not learns(sequences, t.best_by):
+            raise ConfigError(
+                f"training.{key} compares the {t.best_by} path (training.best_by) but every row of data.{part} has path: "
+                f"{only}, so its loss says nothing; set best_by: {other}, or add rows for both paths"
+            )
