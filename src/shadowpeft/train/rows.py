@@ -147,6 +147,11 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
         return row
     if "tool_calls" in row.get("answer", {}):
         where = getattr(row, "where", "") or "a row"
+        if tools is not None:
+            raise DataError(
+                f"{where} has 'tool_calls', which the base's chat template writes in a form of its own, but data.shadow_answers is "
+                "'action', which is of the compact form; set it to 'whole'"
+            )
         raise DataError(
             f"{where} has 'tool_calls' but data.shadow_answers is 'action', which reads actions such as [Sit()] from the text; "
             "name the tools with data.tools, write them so, or set it to 'whole'"
