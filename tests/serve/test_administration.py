@@ -140,6 +140,21 @@ def test_an_adapter_that_is_deleted_twice_while_it_answers_goes_once_and_takes_n
         assert say("a").status_code == 200
 
 
+def test_a_request_whose_model_is_deleted_while_its_prompt_is_read_gets_404(folders, monkeypatch):
+    backend = cloud(folders, "a", "b")
+    with Running(serving(backend, folders)) as server, server.http(ADMIN) as admin, server.http(KEY) as http:
+        encode = CloudRole._encode
+
+        def slowly(self, asked):
+            assert admin.delete("/admin/adapters/a").status_code == 200
+            return encode(self, asked)
+
+        monkeypatch.setattr(CloudRole, "_encode", slowly)
+        answer = http.post("/v1/completions", json={"model": "a", "prompt": "sit", "max_tokens": 4})
+    assert answer.status_code == 404
+    assert "model 'a' is not loaded" in answer.json()["error"]["message"]
+
+
 def test_of_two_adapters_that_are_deleted_at_once_one_stays(folders):
     backend = cloud(folders, "a", "b")
     gated = Gated(backend)

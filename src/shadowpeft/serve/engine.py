@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from shadowpeft.data.action_trie import Choices
-from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.errors import DataError
 from shadowpeft.messages import did_you_mean
 from shadowpeft.ops.thin import thin_products
 from shadowpeft.serve.backend import Backend
@@ -31,6 +31,7 @@ from shadowpeft.serve.requests import (
     SamplingParams,
     StoppedError,
     TooLongError,
+    UnknownModelError,
 )
 from shadowpeft.serve.router import Scores
 from shadowpeft.serve.scheduling import group_by_length, join_batches, next_in_turn, next_to_read
@@ -166,7 +167,7 @@ class Engine:
         """
         limits, names = self.limits, self.backend.names
         if name not in names:
-            raise ConfigError(
+            raise UnknownModelError(
                 f"model '{name}' is not loaded{did_you_mean(name, list(names))}; there are {sorted(names)}"
             )
         if prompt == 0:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.client import CloudError, CloudRefusedError
 from shadowpeft.serve.protocol import ErrorAnswer, error
-from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError
+from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError, UnknownModelError
 
 _RETRY_SECONDS = 1
 _STATUS = {
@@ -83,6 +83,8 @@ def _of_the_package(failure: ShadowPeftError) -> Response:
         said = said if isinstance(said, dict) and isinstance(said.get("message"), str) else {"message": str(failure)}
         more = {name: said[key] for name, key in _PASSED_ON.items() if isinstance(said.get(key), str)}
         return AsciiResponse(error(said["message"], **more), failure.status)
+    if isinstance(failure, UnknownModelError):  # deleted between the request's door and the engine's
+        return _answer(404, str(failure))
     if isinstance(failure, (DataError, ConfigError)):
         return _answer(400, str(failure))
     report(failure)

@@ -12,7 +12,7 @@ import torch
 from shadowpeft.core.speculation import Gate
 from shadowpeft.data.action_trie import Choices
 from shadowpeft.decode import Decoder
-from shadowpeft.errors import DataError, ShadowPeftError
+from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.router import Scores
 
 GREEDY = 1e-307
@@ -21,6 +21,10 @@ GREEDY = 1e-307
 
 class QueueFullError(ShadowPeftError):
     """As many requests wait as may."""
+
+
+class UnknownModelError(ConfigError):
+    """No model of this name is loaded, or none any more."""
 
 
 class StoppedError(ShadowPeftError):

@@ -149,7 +149,7 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
         where = getattr(row, "where", "") or "a row"
         if tools is not None:
             raise DataError(
-                f"{where} has 'tool_calls', which the base's chat template writes in a form of its own, but data.shadow_answers is "
+                f"{where} has 'tool_calls', which the base's chat template writes in its own form, but data.shadow_answers is "
                 "'action', which is of the compact form; set it to 'whole'"
             )
         raise DataError(
