@@ -24,7 +24,7 @@ from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
 from shadowpeft.train.progress import read_metrics
 from tiny import base
 
-TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second")
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second", "seconds")
 EVAL_TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 

@@ -33,7 +33,7 @@ from shadowpeft.train.pretrain_config import parse_pretraining
 from shadowpeft.train.progress import read_metrics
 from shadowpeft.train.run import train
 
-TIMES = ("runtime", "per_second", "tokens_per_second")
+TIMES = ("runtime", "per_second", "tokens_per_second", "seconds")
 
 
 def run(made_config, **options):
