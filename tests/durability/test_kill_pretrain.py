@@ -22,7 +22,7 @@ from shadowpeft.hf.files.projected import read_projected
 from shadowpeft.train.progress import read_metrics
 
 pytestmark = pytest.mark.durability
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "per_second", "seconds")
 PLACES = {"seconds", "tokens_per_second", "resumed_from_step", "peak_memory_bytes", "shadow", "stock", "commit"}
 
 
