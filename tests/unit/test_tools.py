@@ -316,6 +316,18 @@ def test_references_are_written_out(machine):
         tools_of([{"name": "U", "parameters": parameters}])
 
 
+@pytest.mark.parametrize("wide", [1, 2])
+def test_references_that_grow_without_end_are_refused(wide):
+    """A request can bring them: forty lines would be 2 ** 40 parts, or hundreds inside one another."""
+    names = 400 if wide == 1 else 40
+    ways = [{f"p{m}": {"$ref": f"#/$defs/D{n + 1}"} for m in range(wide)} for n in range(names)]
+    definitions = {f"D{n}": {"type": "object", "properties": properties} for n, properties in enumerate(ways)}
+    definitions[f"D{names}"] = {"type": "string"}
+    parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/D0"}}, "$defs": definitions}
+    with pytest.raises(ConfigError, match="once references are written out; simplify it"):
+        tools_of([{"name": "T", "parameters": parameters}])
+
+
 def test_the_shadow_of_the_packaged_set_learns_calls_alone():
     rows = read_rows("robot_tools", "validation", actions=True, tools=TOOLS)
     for given_, made in zip(robot_tools.load("validation"), rows, strict=True):

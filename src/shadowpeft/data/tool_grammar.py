@@ -14,7 +14,7 @@ from typing import Any
 
 from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.number_patterns import DECIMALS, NOTHING, numbers
-from shadowpeft.data.tools import Tool, Tools, canonical, value_text
+from shadowpeft.data.tools import DEFINITIONS, Tool, Tools, canonical, value_text
 
 LONGEST_TEXT = 200
 """Characters of a string whose schema names no ``maxLength``."""
@@ -88,7 +88,7 @@ def _value(schema: Any, root: dict[str, Any]) -> str:
             if pattern != NOTHING:
                 return _pattern(pattern)
     options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    named = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    named = {key: root[key] for key in DEFINITIONS if key in root}
     whole = {**schema, **named, "x-guidance": options} if isinstance(schema, dict) else schema
     return f"%json {json.dumps(whole, ensure_ascii=False)}"
 

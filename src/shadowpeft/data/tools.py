@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from shadowpeft.versions import require_jsonschema
 
 _NAME = re.compile(r"[^\W\d][\w-]{0,63}")
 """Of a tool, or of an argument, as calls are written."""
+DEFINITIONS = ("$defs", "definitions")
+"""Where a schema keeps what its references name."""
+ABOUT = {"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment", *DEFINITIONS}
+"""What a schema may say without deciding which values are valid."""
+_LARGEST, _DEEPEST = 5_000, 32
+"""Parts of a schema, and references inside one another, once references are written out: a request can bring any."""
 _TOOL_KEYS, _FUNCTION_KEYS = {"type", "function"}, {"name", "description", "parameters", "strict"}
 
 
@@ -187,13 +194,14 @@ def _tool(given: Any, where: str) -> Tool:
 
 
 def _parameters(schema: Any, where: str) -> dict[str, Any]:
-    if isinstance(schema, dict) and any(key in schema for key in ("$defs", "definitions", "$ref")):
+    if isinstance(schema, dict) and any(key in schema for key in (*DEFINITIONS, "$ref")):
+        named = {key: schema[key] for key in DEFINITIONS if key in schema}
         try:
-            schema = _inlined(schema, schema)
+            schema = _inlined({key: value for key, value in schema.items() if key not in named}, schema, (), count(1))
         except ConfigError as error:
             raise ConfigError(f"{where} {error}") from error
-        if "$ref" not in json.dumps({key: value for key, value in schema.items() if key not in ("$defs", "definitions")}):
-            schema = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+        if "$ref" in json.dumps(schema):  # of one that names itself
+            schema = {**schema, **named}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise ConfigError(
             f'{where} has parameters that are no JSON schema of an object; write {{"type": "object", ...}}'
@@ -223,10 +231,7 @@ def _parameters(schema: Any, where: str) -> dict[str, Any]:
     return {"type": "object", **schema, "properties": properties}
 
 
-_SKIPPED = {
-    *("title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment", "$defs", "definitions"),
-    "nullable",
-}
+_SKIPPED = ABOUT | {"nullable"}
 _CHOICES = ("anyOf", "oneOf")
 
 
@@ -234,7 +239,7 @@ def _bare(schema: Any) -> Any:
     """A schema without what does not decide which arguments a model can write for it.
 
     That is text, defaults, the order of lists, and null: an argument that may be null need not be written
-    (:func:`as_offered` writes it where a client requires it).
+    (:meth:`shadowpeft.data.calls.CallParser.told` writes it where a client requires it).
     """
     if isinstance(schema, (list, tuple)):
         return [_bare(each) for each in schema]
@@ -286,19 +291,27 @@ def _not_null(schema: Any) -> Any:
     return kept
 
 
-def _inlined(schema: Any, root: Mapping[str, Any], inside: tuple[str, ...] = ()) -> Any:
+def _inlined(schema: Any, root: Mapping[str, Any], inside: tuple[str, ...], parts: Iterator[int]) -> Any:
     """A schema with what its references name in their place; one that names itself stays a reference.
 
+    Args:
+        inside: references that lead here. parts: counts the parts that were written.
+
     Raises:
-        ConfigError: a clause that goes on after the place, if a reference leads nowhere.
+        ConfigError: a clause that goes on after the place, if a reference leads nowhere, or to too much.
     """
     if isinstance(schema, (list, tuple)):
-        return [_inlined(each, root, inside) for each in schema]
+        return [_inlined(each, root, inside, parts) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
+    if next(parts) > _LARGEST or len(inside) > _DEEPEST:
+        raise ConfigError(
+            f"has more than {_LARGEST} parts, or {_DEEPEST} references inside one another, once references are written out; "
+            "simplify it"
+        )
     name = schema.get("$ref")
     if not isinstance(name, str) or name in inside:
-        return {key: value if key == "$defs" else _inlined(value, root, inside) for key, value in schema.items()}
+        return {key: _inlined(value, root, inside, parts) for key, value in schema.items()}
     found: Any = root
     for step in name.removeprefix("#").strip("/").split("/") if name != "#" else ():
         step = step.replace("~1", "/").replace("~0", "~")
@@ -306,8 +319,8 @@ def _inlined(schema: Any, root: Mapping[str, Any], inside: tuple[str, ...] = ())
             raise ConfigError(f"has the reference {quote(name)}, which leads nowhere; write what it names under $defs")
         found = found[step]
     beside = {key: value for key, value in schema.items() if key != "$ref"}
-    whole = _inlined(found, root, (*inside, name))
-    return {**whole, **_inlined(beside, root, inside)} if isinstance(whole, dict) else whole
+    whole = _inlined(found, root, (*inside, name), parts)
+    return {**whole, **_inlined(beside, root, inside, parts)} if isinstance(whole, dict) else whole
 
 
 def canonical(value: Any) -> Any:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from shadowpeft.data.calls import Answered, answered
 from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar
-from shadowpeft.data.tools import Tools
+from shadowpeft.data.tools import ABOUT, Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import quote
 from shadowpeft.versions import require_llguidance
 
-_KNOWN = {
-    *("type", "properties", "required", "additionalProperties"),
-    *("title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment", "$defs", "definitions"),
-}
+_KNOWN = ABOUT | {"type", "properties", "required", "additionalProperties"}
 """What the schema of a tool's arguments may say beside what it says of each argument."""
 _CALL = re.compile(r"\s*(\[\s*)?([^\W\d][\w-]*)\s*\(")
 
@@ -43,7 +39,6 @@ class Writable:
                     "to; say it in the schemas of the arguments, or leave it out"
                 )
         bytewise = LLTokenizer("byte")
-        self._first: Any = None
         for some in ([tool] for tool in tools):  # alone, so that the one which is refused can be named
             matcher = LLMatcher(bytewise, calls_grammar(Tools(some), hand_on=True), log_level=0)
             if matcher.is_error():
