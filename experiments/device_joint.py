@@ -24,8 +24,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import shadowpeft
 from experiments import device_rows as rows_of
+from experiments.device_plan import FOLDER, PLAN, WORK, Cell, read_plan, record_of
 from experiments.device_problems import shares
-from experiments.device_search import FOLDER, PLAN, WORK, Cell, read_plan, record_of
 from experiments.measuring import processor
 from experiments.spec import digest
 from shadowpeft.data import chat

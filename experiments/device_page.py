@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.device_search import FOLDER, Cell
+from experiments.device_plan import FOLDER, Cell
 from experiments.markdown import EMPTY, percent, table
 from experiments.records import read_folder
 from experiments.spec import RECORDS

@@ -189,15 +189,20 @@ class Clinc:
     def __init__(self, cell: Any) -> None:
         self.cell, self.task = cell, get_task("clinc150")
         self.tokenizer = load_tokenizer(cell.base)
-        body = detached(cell.base, cell.layers)
-        config = body.config
-        config.num_labels, config.pad_token_id = len(self.task.labels), self.tokenizer.pad_token_id
-        torch.manual_seed(cell.seed)
-        self.model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        self.model.base_model.load_state_dict(body.base_model.state_dict())
+        self.model = self.build()
         self.examples, origin = self.task.load_with_source("train")
         self.items = [rows_of.Item(class_ids(self.tokenizer, e.prompt, 64), 0) for e in self.examples]
         self.origin = {"train": {"rows": len(self.examples), "sha256": origin["fingerprint"]}}
+
+    def build(self) -> Any:
+        """The model that trains."""
+        body = detached(self.cell.base, self.cell.layers)
+        config = body.config
+        config.num_labels, config.pad_token_id = len(self.task.labels), self.tokenizer.pad_token_id
+        torch.manual_seed(self.cell.seed)
+        model: Any = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model.base_model.load_state_dict(body.base_model.state_dict())
+        return model
 
     def data(self) -> dict[str, Any]:
         """What identifies the rows of a record."""

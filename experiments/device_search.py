@@ -17,136 +17,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from experiments.device_plan import FOLDER, PLAN, WORK, Cell, read_plan, record_of, waiting
 from experiments.device_problems import PROBLEMS, freeze
 from experiments.device_rows import batches
 from experiments.measuring import processor
-from experiments.spec import RECORDS, SPECS, digest
 from shadowpeft.errors import ConfigError, NonFiniteLossError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import whole, write_json
-from shadowpeft.train.config import RunLoader
 
-PLAN = SPECS / "device" / "search.yaml"
-FOLDER = RECORDS / "device"
-WORK = Path(__file__).resolve().parents[1] / "runs" / "device-search"
 SAVE_EVERY = 180.0
 """Seconds between saved states."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One recipe; all fields but ``name`` and ``passes`` decide what a step computes."""
-
-    name: str
-    passes: int = 1
-    problem: str = "robot"
-    base: str = "smollm2-135m"
-    layers: int = 6
-    """First layers of the base that the shadow starts from."""
-    frozen_layers: int = 0
-    """Of these, how many (from the first) do not train."""
-    target: str = "action"
-    """``action``: the answer ends after its action. ``reply``: the spoken reply is learnt too."""
-    open_rows: bool = True
-    """The open prompts of the base path's rows are learnt as ``[REMOTE]``."""
-    hold_out: bool = True
-    """Part of the training rows is held out for choosing; False: all train, and the packaged validation set chooses."""
-    rate: float = 1e-3
-    batch_size: int = 16
-    warmup: int = 25
-    """Steps in which the rate rises."""
-    schedule: str = "constant"
-    """``constant``, or ``linear`` to 0 at the end of ``passes`` (such a cell cannot go on)."""
-    average: float = 0.98
-    """Share of the averaged weights that stays in each step; 0: the weights themselves are judged."""
-    weight_decay: float = 0.0
-    dropout: float = 0.0
-    """Of the embedded tokens, number by number."""
-    token_dropout: float = 0.0
-    """Of the embedded tokens, whole tokens."""
-    seed: int = 0
-    start: str = ""
-    """Another cell whose state this one starts from, so that two ways to go on can be compared; its passes count."""
-
-    def __post_init__(self) -> None:
-        if self.problem not in PROBLEMS or self.target not in ("action", "reply"):
-            raise ConfigError(f"cell '{self.name}': problem '{self.problem}' or target '{self.target}' is unknown")
-        if self.schedule not in ("constant", "linear") or self.passes < 1:
-            raise ConfigError(f"cell '{self.name}': schedule '{self.schedule}' or passes {self.passes} is impossible")
-
-    def settings(self) -> dict[str, Any]:
-        """What a record must have been made with. A constant schedule can be carried on, so its passes are left out."""
-        left_out = ("name", "passes") if self.schedule == "constant" else ("name",)
-        return {key: value for key, value in asdict(self).items() if key not in left_out}
-
-    def digest(self) -> str:
-        """sha256 of the settings that are no defaults: a setting that is added later changes no older cell."""
-        usual = {field.name: field.default for field in fields(self)}
-        return digest({key: value for key, value in self.settings().items() if value != usual[key]})
-
-
-def read_plan(file: Path = PLAN) -> list[Cell]:
-    """The cells of a plan, in order, each laid over its ``defaults``.
-
-    Raises:
-        ConfigError: if a key is unknown, or a name stands for two different recipes.
-    """
-    content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
-    known = {field.name for field in fields(Cell)}
-    cells: dict[str, Cell] = {}
-    order = []
-    for entry in content["cells"]:
-        unknown = set(entry) - known
-        if unknown:
-            raise ConfigError(f"{file.name}: cell '{entry.get('name')}' has the unknown key '{min(unknown)}'")
-        before = cells.get(entry["name"])
-        cell = replace(before, **entry) if before else Cell(**{**content.get("defaults", {}), **entry})
-        if before is not None and before.settings() != cell.settings():
-            raise ConfigError(f"{file.name}: '{cell.name}' stands for two recipes; a cell may only get more passes")
-        cells[cell.name] = cell
-        order.append(cell)
-    return order
-
-
-def record_of(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """The record of a cell, or None."""
-    file = folder / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def waiting(plan: list[Cell], folder: Path = FOLDER) -> list[Cell]:
-    """Entries of the plan whose passes are not done.
-
-    Raises:
-        ConfigError: if a record was made with other settings.
-    """
-    found = []
-    for cell in plan:
-        record = record_of(cell.name, folder)
-        if record is not None and record["settings_sha256"] != cell.digest():
-            raise ConfigError(f"the record of '{cell.name}' has other settings than the plan; give the cell a new name")
-        if record is None or (record["passes"] < cell.passes and record["ended"] is None):
-            found.append(cell)
-    return found
-
-
 class Training:
-    """A cell's model, optimiser and averaged weights, and where it stands."""
+    """A cell's model, optimiser and averaged weights, and where it stands.
 
-    def __init__(self, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> None:
+    Args:
+        cell: a :class:`Cell`, or another recipe with the same names.
+    """
+
+    def __init__(self, cell: Any, work: Path = WORK, folder: Path = FOLDER) -> None:
         self.cell, self.file, self.folder = cell, work / cell.name / "state.pt", folder
         torch.manual_seed(cell.seed)
-        self.problem = PROBLEMS[cell.problem](cell)
+        self.problem = self.make()
         self.model = self.problem.model
-        self.named = freeze(self.model, cell.frozen_layers)
+        self.named = self.trained()
         decayed = [p for _, p in self.named if p.ndim > 1]
         rest = [p for _, p in self.named if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": cell.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -168,6 +69,14 @@ class Training:
         elif cell.start:
             self._load(work / cell.start / "state.pt", None)
             self.at["begun"] = self.at["steps"]
+
+    def make(self) -> Any:
+        """The problem of the cell, with its model and rows."""
+        return PROBLEMS[self.cell.problem](self.cell)
+
+    def trained(self) -> list[tuple[str, Any]]:
+        """Names and tensors of what trains."""
+        return freeze(self.model, self.cell.frozen_layers)
 
     # ------------------------------------------------------------------------------------------------------------- state
 
@@ -255,11 +164,24 @@ class Training:
             self.at["processor"] += time.process_time() - used
             began, used = time.monotonic(), time.process_time()
 
-        while self.at["pass"] < self.cell.passes:
+        while self.going():
             order = batches(self.problem.items, self.cell.batch_size, f"{self.cell.seed}/{self.at['pass']}")
-            while self.at["step"] < len(order):
-                self.step(order[self.at["step"]], self.cell.passes * len(order))
+            marks = self.marks(len(order))
+            for batch in order[self.at["step"] :]:
+                self.step(batch, self.cell.passes * len(order))
                 self.at["step"] += 1
+                if self.at["step"] in marks:
+                    count()
+                    mean = self.at["loss"] / (self.at["step"] - max((m for m in marks if m < self.at["step"]), default=0))
+                    self.at["loss"] = 0.0
+                    if self.at["step"] == len(order):
+                        self.at.update({"pass": self.at["pass"] + 1, "step": 0})
+                    self.judge(mean)
+                    self.save()
+                    self.write(None)
+                    began, used, saved = time.monotonic(), time.process_time(), time.monotonic()
+                    if not self.going():
+                        break
                 over = is_over()
                 if over or time.monotonic() - saved > SAVE_EVERY:
                     count()
@@ -267,14 +189,15 @@ class Training:
                     saved = time.monotonic()
                 if over:
                     return False
-            count()
-            mean = self.at["loss"] / len(order)
-            self.at.update({"pass": self.at["pass"] + 1, "step": 0, "loss": 0.0})
-            self.judge(mean)
-            self.save()
-            self.write(None)
-            began, used, saved = time.monotonic(), time.process_time(), time.monotonic()
         return True
+
+    def going(self) -> bool:
+        """Whether there are steps to make."""
+        return bool(self.at["pass"] < self.cell.passes)
+
+    def marks(self, steps: int) -> set[int]:
+        """After which of the steps of a pass the model is judged."""
+        return {steps}
 
     def judge(self, loss: float) -> None:
         """Append a point to the curve; the last of the asked passes is also decoded freely."""

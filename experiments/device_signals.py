@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.device_plan import PLAN, WORK, read_plan
 from experiments.device_problems import WRONG
-from experiments.device_search import PLAN, WORK, Training, read_plan
+from experiments.device_search import Training
 from experiments.measuring import processor
 from experiments.spec import RECORDS
 from shadowpeft.constrained import choose

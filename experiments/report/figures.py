@@ -29,7 +29,14 @@ from experiments.report.records import (
 )
 from experiments.spec import MODES, Spec
 
-COLOURS = {"attached": "#1f5fa8", "detached": "#c2571a", "lora": "#4b8b3b", "dora": "#7a4fa3", "base": "#777777"}
+COLOURS = {
+    "attached": "#1f5fa8",
+    "detached": "#c2571a",
+    "lora": "#4b8b3b",
+    "dora": "#7a4fa3",
+    "rslora": "#2f9e9e",
+    "base": "#777777",
+}
 
 
 def _plain(axes: Axes, grid: Any = "both") -> None:
@@ -196,6 +203,23 @@ def depth_against_score(path: Path, shown: list[tuple[int, Score]], rival: float
         axes.legend(frameon=False)
     axes.set_xlabel("layers of the shadow")
     axes.set_ylabel("right development commands, %")
+    _save(figure, path)
+
+
+def score_curves(
+    path: Path, lines: list[tuple[str, str, list[tuple[float, float]]]], across: str, up: str
+) -> None:
+    """A line of points for each training: its name, its colour, and its points."""
+    figure, axes = _canvas()
+    used: dict[str, int] = {}
+    for name, colour, points in lines:
+        style = ("-", "--", ":", "-.")[used.get(colour, 0) % 4]
+        used[colour] = used.get(colour, 0) + 1
+        axes.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=name)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

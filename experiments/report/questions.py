@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.markdown import percent, table
 from experiments.records import read_file, read_folder
+from experiments.report import converged
 from experiments.report.records import Page
 
 Share = tuple[float, float, float]
@@ -48,7 +49,6 @@ def lora(page: Page) -> list[str]:
         return []
     header = ["cell", "what", "steps", "commands, development", "open requests: no action", "commands, test", "open, test"]
     return [
-        "### Is the attached model as good as LoRA?\n",
         "Robot commands, one pass over the same rows, one seed; LoRA's rate was not tuned, and neither has converged. "
         "The shadow was trained alone before, which the second number of the minutes counts. More in [scaled.md](scaled.md).\n",
         *table([*header, "processor minutes"], lines),
@@ -132,7 +132,10 @@ def cost(page: Page) -> list[str]:
 
 def text(page: Page) -> str:
     """The three questions, as far as records answer them."""
-    parts = [part for part in (lora(page), device(page), cost(page)) if part]
+    beside = [*converged.section(page), *lora(page)]
+    if beside:
+        beside = ["### Is the attached model as good as LoRA?\n", *beside]
+    parts = [part for part in (beside, device(page), cost(page)) if part]
     if not parts:
         return ""
     return "\n".join(["## Three questions\n", *(line for part in parts for line in part), "# The records\n"])
@@ -142,7 +145,7 @@ def figures(page: Page, folder: Path) -> list[Path]:
     """Write the figures of the questions that records answer."""
     from experiments.report.figures import bars_with_intervals, depth_against_score, ratio_bars
 
-    written = []
+    written = converged.figure(page, folder)
     cells = joint_cells(page)
     if cells:
         shown = [(r["name"], _share(r["development"]["attached"]["commands"])) for r in cells]

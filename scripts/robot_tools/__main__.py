@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from scripts.robot_tools.cloud import CLOUD, REPLIES
+from scripts.robot_tools.more import MORE_CLOUD, MORE_FRAMES, MORE_JOINS, MORE_PHRASES
 from scripts.robot_tools.phrases import FRAMES, JOINS, PHRASES
 from scripts.robot_tools.values import degrees, fill, metres
 
@@ -17,14 +18,20 @@ from shadowpeft.data import robot
 from shadowpeft.data.calls import Call, ordered
 from shadowpeft.data.robot_tools import ROWS, tools
 
-SPLITS = {"train": "T", "validation": "V", "test": "E"}
+SPLITS = {"train": "T", "train_more": "T", "validation": "V", "test": "E"}
 COUNTS = {
     "train": {"one": 800, "two": 450, "cloud": 250},
+    "train_more": {"one": 4500, "two": 2750, "cloud": 1250},
     "validation": {"one": 160, "two": 80, "cloud": 60},
     "test": {"one": 240, "two": 100, "cloud": 60},
 }
 CLOUD_SHARES = {"range": 0.3, "missing": 0.3, "unknown": 0.2, "open": 0.2}
-OPEN = {"train": "train_remote_base", "validation": "validation_remote", "test": "test_remote_large"}
+OPEN = {
+    "train": "train_remote_base",
+    "train_more": "train_remote_base",
+    "validation": "validation_remote",
+    "test": "test_remote_large",
+}
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -41,6 +48,12 @@ def phrasings(text: str) -> dict[tuple[str, str, str], list[str]]:
 
 
 COMMANDS, HANDED_ON = phrasings(PHRASES), phrasings(CLOUD)
+ALL_COMMANDS, ALL_HANDED_ON = phrasings(PHRASES + MORE_PHRASES), phrasings(CLOUD + MORE_CLOUD)
+
+
+def around(table: dict[tuple[str, str], list[str]], more: dict[str, list[str]], lang: str, split: str) -> list[str]:
+    """Frames or joins of a split."""
+    return table[lang, "train"] + more[lang] if split == "train_more" else table[lang, split]
 
 
 def command(action: str, lang: str, split: str, line: str, rng: random.Random) -> tuple[str, Call, bool]:
@@ -86,12 +99,18 @@ def rows_of(split: str) -> list[dict[str, Any]]:
     """All rows of a split."""
     rng = random.Random(f"robot tools, {split}")
     cycle, letter, seen = Cycle(rng), SPLITS[split], set()
+    more = split == "train_more"
+    commands, handed_on = (ALL_COMMANDS, ALL_HANDED_ON) if more else (COMMANDS, HANDED_ON)
+    if more:
+        seen.update(row["prompt"].lower() for row in rows_of("train"))
+    frames = {lang: around(FRAMES, MORE_FRAMES, lang, split) for lang in ("en", "zh")}
+    joins = {lang: around(JOINS, MORE_JOINS, lang, split) for lang in ("en", "zh")}
     actions = [tool.name for tool in tools()]
     rows: list[dict[str, Any]] = []
 
     def one(place: int, lang: str) -> tuple[str, Call, bool, str]:
         action = actions[place % len(actions)]
-        line = cycle.next((action, lang), COMMANDS[action, lang, letter])
+        line = cycle.next((action, lang), commands[action, lang, letter])
         return *command(action, lang, split, line, rng), f"{action}: {line}"
 
     def add(kind: str, lang: str, prompt: str, calls: list[Call], reply: str, family: str) -> bool:
@@ -120,7 +139,7 @@ def rows_of(split: str) -> list[dict[str, Any]]:
         lang = "zh" if rng.random() < 0.4 else "en"
         words, call, framed, family = one(place, lang)
         if framed and rng.random() < 0.45:
-            words = rng.choice(FRAMES[lang, split]).format(words)
+            words = rng.choice(frames[lang]).format(words)
         tries += 1
         if add("one", lang, finished(words, lang, rng), [call], spoken(call, lang), family) or tries > 25:
             place, tries = place + 1, 0
@@ -130,7 +149,7 @@ def rows_of(split: str) -> list[dict[str, Any]]:
         b, second, plain_b, family_b = one(rng.randrange(len(actions)), lang)
         if first.name == second.name or not (plain_a and plain_b):
             continue
-        join = rng.choice(JOINS[lang, split])
+        join = rng.choice(joins[lang])
         text = join.format(a=a, b=b)
         add(
             "two",
@@ -150,11 +169,11 @@ def rows_of(split: str) -> list[dict[str, Any]]:
                 row = opened.pop()
                 have += add("cloud", row["lang"], row["prompt"], [], row["response"], f"open: {row['family']}")
                 continue
-            line = cycle.next((kind, lang), HANDED_ON[kind, lang, letter])
+            line = cycle.next((kind, lang), handed_on[kind, lang, letter])
             words, _, reply = line.partition(" => ")
             text = _SLOT.sub(lambda match, lang=lang: _out(match[1], lang, rng), words)
             if rng.random() < 0.6:
-                text = rng.choice(FRAMES[lang, split]).format(text)
+                text = rng.choice(frames[lang]).format(text)
             have += add("cloud", lang, finished(text, lang, rng), [], reply, f"{kind}: {words}")
     rng.shuffle(rows)
     return [{"id": f"{split}-{n:04d}", **row} for n, row in enumerate(rows, 1)]

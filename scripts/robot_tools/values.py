@@ -359,7 +359,7 @@ def fill(slot: str, action: str, lang: str, split: str, rng: random.Random) -> t
         name, draw, say = numbers[slot]
         value = draw(rng)
         return say(value, lang, rng), {name: value}
-    new = split != "train" and rng.random() < 0.25
+    new = not split.startswith("train") and rng.random() < 0.25
     if slot == "name":
         name = rng.choice(_listed(NAMES, NEW_NAMES, MORE_NAMES, split, new, rng)[lang])
         return name, {"name": name}
@@ -380,6 +380,6 @@ def fill(slot: str, action: str, lang: str, split: str, rng: random.Random) -> t
 
 def _listed(usual: Any, unseen: Any, more: Any, split: str, new: bool, rng: random.Random) -> Any:
     """What a split's rows draw a name or a thing from."""
-    if split == "train":
+    if split.startswith("train"):
         return more if rng.random() < 0.5 else usual
     return unseen if new else usual

@@ -8,14 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from experiments.device_plan import Cell
 from experiments.device_problems import judged, shares
 from experiments.device_rows import Item, padded
-from experiments.device_search import Cell, Training
+from experiments.device_search import Training
 from faketask import Fake
 from scripts.robot_set import phrasing, seeds
 
 from chatbase import save_base
-from experiments import device_page, device_problems, device_rows, device_search
+from experiments import device_page, device_plan, device_problems, device_rows, device_search
 from shadowpeft.data import robot
 from shadowpeft.data.actions import REMOTE, written
 from shadowpeft.data.chat import prompt_ids
@@ -274,9 +275,9 @@ def test_a_cell_can_start_from_another_and_end_it_with_a_falling_rate(small, tmp
     second.at["steps"] = total - 1
     assert second.rate(total) == pytest.approx(0.01 * min(1.0, total / 25) / (total - begun))
     assert Training(other, tmp_path / "w", tmp_path / "r").run()
-    record = device_search.record_of("other", tmp_path / "r")
+    record = device_plan.record_of("other", tmp_path / "r")
     assert [point["pass"] for point in record["curve"]] == [1, 2, 3]
-    assert device_search.record_of("cell", tmp_path / "r")["passes"] == 2
+    assert device_plan.record_of("cell", tmp_path / "r")["passes"] == 2
 
 
 def test_training_lowers_the_loss_and_what_is_judged_is_the_average(small, tmp_path):
@@ -349,12 +350,12 @@ def test_the_plan_is_run_in_order_and_may_change_meanwhile(small, tmp_path, base
 
 def test_a_plan_must_make_sense(tmp_path, small):
     with pytest.raises(ConfigError, match="unknown key 'depth'"):
-        device_search.read_plan(plan_file(tmp_path, {"name": "a", "depth": 2}))
+        device_plan.read_plan(plan_file(tmp_path, {"name": "a", "depth": 2}))
     with pytest.raises(ConfigError, match="stands for two recipes"):
-        device_search.read_plan(plan_file(tmp_path, {"name": "a"}, {"name": "a", "rate": 0.5}))
+        device_plan.read_plan(plan_file(tmp_path, {"name": "a"}, {"name": "a", "rate": 0.5}))
     with pytest.raises(ConfigError, match="unknown"):
         Cell("a", target="all")
-    cells = device_search.read_plan(
+    cells = device_plan.read_plan(
         plan_file(tmp_path, {"name": "a", "rate": 0.5}, {"name": "a", "passes": 3}, layers=4)
     )
     assert [(cell.passes, cell.rate, cell.layers) for cell in cells] == [(1, 0.5, 4), (3, 0.5, 4)]
@@ -365,7 +366,7 @@ def test_a_plan_must_make_sense(tmp_path, small):
 def test_records_of_other_settings_stop_the_search(small, tmp_path):
     assert Training(small(), tmp_path / "w", tmp_path / "r").run()
     with pytest.raises(ConfigError, match="give the cell a new name"):
-        device_search.waiting([small(rate=0.02)], tmp_path / "r")
+        device_plan.waiting([small(rate=0.02)], tmp_path / "r")
 
 
 def test_the_test_rows_are_looked_at_once(small, tmp_path, monkeypatch, parts):

@@ -90,6 +90,26 @@ def test_a_classifier_answers_nothing_in_words(made, monkeypatch, capsys, tmp_pa
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_stored_activations_change_nothing(made, tmp_path, frozen):
+    """A classifier trains from stored activations as from its base; a frozen shadow keeps its head too."""
+    found = []
+    for stored in (False, True):
+        training = {"max_steps": 6, "freeze_shadow": frozen, "cache_activations": stored}
+        summary = train(config(made, tmp_path / str(stored), shadow={"last_layers": 1}, training=training), quiet=True)
+        found.append(load_file(Path(summary["adapter"]) / "adapter_model.safetensors"))
+    assert (tmp_path / "True" / "activations" / "activations.json").is_file()
+    plain, ours = found
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+    train(config(made, tmp_path / "one", shadow={"last_layers": 1}, training={**training, "max_steps": 1}), quiet=True)
+    early = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    moved = {name for name, value in ours.items() if not torch.equal(value, early[name])}
+    assert any("link" in name for name in moved)
+    assert any("hub" in name for name in moved) != frozen
+    assert any("hub" in name for name in ours)
+
+
 def test_weights_of_other_labels_are_not_swapped_in(made, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(made["adapter"], other)

@@ -275,6 +275,11 @@ def test_what_is_learnt_has_the_colour_of_who_learns_it():
     assert list(spans.values()) == ["dim", "green", "blue"]
     assert list(spans)[1].startswith("[Sit()]")
     assert list(spans)[2].endswith("<|im_end|>")
+    row = {"prompt": "坐", "response": "[Sit()]好的", "shadow_response": "[Sit()]"}
+    (sequence,) = chat.encode([chat.check_row(row, "here")], words, max_length=99)
+    shown = coloured(sequence, words).plain  # 好 is three tokens of two colours
+    assert "[Sit()]好的" in shown
+    assert "\ufffd" not in shown
 
 
 def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):

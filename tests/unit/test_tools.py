@@ -1,5 +1,6 @@
 """Tools: definitions, calls in their compact form, rows, and what a grammar lets a model say."""
 
+import itertools
 import json
 import random
 import re
@@ -337,18 +338,47 @@ def test_the_shadow_of_the_packaged_set_learns_calls_alone():
 
 
 def test_the_packaged_splits_are_what_the_card_says():
-    seen, families = {}, {}
-    for split, counts in {"train": (800, 450, 250), "validation": (160, 80, 60), "test": (240, 100, 60)}.items():
+    counted = {
+        "train": (800, 450, 250),
+        "train_more": (4500, 2750, 1250),
+        "validation": (160, 80, 60),
+        "test": (240, 100, 60),
+    }
+    card = (robot_tools.ROWS.parent / "CARD.md").read_text(encoding="utf-8")
+    prompts, parts = {}, {}
+    for split, counts in counted.items():
         rows = robot_tools.load(split)
         assert tuple(sum(r["kind"] == kind for r in rows) for kind in ("one", "two", "cloud")) == counts
         assert {c["name"] for r in rows for c in r["calls"]} == set(TOOLS.names)
-        seen[split] = {r["prompt"].lower() for r in rows}
-        families[split] = {f for r in rows if r["kind"] == "one" for f in [r["family"]]}
-        assert len(seen[split]) == len(rows)
-    for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
-        assert not families[one] & families[other]
-    card = (robot_tools.ROWS.parent / "CARD.md").read_text(encoding="utf-8")
-    assert "| `train` | 1500 |" in card
+        prompts[split] = {r["prompt"].lower() for r in rows}
+        parts[split] = {bare(part) for r in rows for part in re.split(r" \+ ", r["family"])}
+        assert len(prompts[split]) == len(rows)
+        languages = [sum(r["lang"] == lang for r in rows) for lang in ("en", "zh")]
+        line = " | ".join(str(n) for n in (len(rows), *languages, *counts))
+        assert f"| `{split}` | {line} |" in card
+    for one, other in itertools.combinations(counted, 2):
+        assert not prompts[one] & prompts[other]
+        if (one, other) != ("train", "train_more"):
+            assert not parts[one] & parts[other]
+    large = read_rows("robot_tools_large", "train", actions=True, tools=TOOLS)
+    whole = [row["prompt"] for split in ("train", "train_more") for row in robot_tools.load(split)]
+    assert [row["messages"][-1]["content"] for row in large] == whole
+
+
+def bare(part: str) -> str:
+    """A phrasing or the words of a join without case, marks and what its slots mean."""
+    return re.sub(r"[^\w{}]", "", part.partition(" | ")[0].lower())
+
+
+def test_the_words_around_commands_are_apart_too():
+    from scripts.robot_tools.more import MORE_FRAMES, MORE_JOINS
+    from scripts.robot_tools.phrases import FRAMES, JOINS
+
+    for table, more in ((FRAMES, MORE_FRAMES), (JOINS, MORE_JOINS)):
+        for lang in ("en", "zh"):
+            training = {bare(words) for words in (*table[lang, "train"], *more[lang])}
+            held = {bare(words) for split in ("validation", "test") for words in table[lang, split]}
+            assert not training & held
 
 
 # --------------------------------------------------------------------------------------------------------------- grammars

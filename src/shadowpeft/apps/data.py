@@ -245,20 +245,21 @@ def _spread(lengths: list[int]) -> dict[str, float]:
 
 
 def coloured(sequence: Any, tokenizer: Any) -> Text:
-    """A sequence as text, each token in the colour of who learns it."""
+    """A sequence as text, each token in the colour of who learns it; a character of several tokens in that of the last."""
     from itertools import groupby
 
     from shadowpeft.core.losses import IGNORE
-    from shadowpeft.decode import decode
+    from shadowpeft.decode import Decoder
 
     made = sequence.features()
     targets = zip(made["labels"], made["shadow_labels"], strict=True)
     colours = [_COLOURS[base != IGNORE, shadow != IGNORE] for base, shadow in targets]
     # a shadow that learns less than the whole answer has the end of its turn where the answer goes on
-    text = Text()
-    for colour, run in groupby(zip(sequence.ids, colours, strict=True), key=lambda pair: pair[1]):
-        text.append(decode(tokenizer, [token for token, _ in run], skip_special_tokens=False), style=colour)
-    return text
+    text, decoder = Text(), Decoder(tokenizer, skip_special_tokens=False)
+    pieces = [(decoder.push(token), colour) for token, colour in zip(sequence.ids, colours, strict=True)]
+    for colour, run in groupby((pair for pair in pieces if pair[0]), key=lambda pair: pair[1]):
+        text.append("".join(piece for piece, _ in run), style=colour)
+    return text.append(decoder.finish())
 
 
 def _print(result: dict[str, Any], shown: list[tuple[Any, Any]], tokenizer: Any) -> None:

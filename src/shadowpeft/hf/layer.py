@@ -173,6 +173,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         for adapter in self.frozen:
             for weight in self.shadow_weights(adapter).values():
                 weight.requires_grad_(False)
+            if adapter in self.shadowpeft_head:
+                self.shadowpeft_head[adapter].requires_grad_(False)
         for adapter, config in self.configs.items():
             for name in config.shadow_frozen or ():
                 self.shadowpeft_backbone[adapter].get_parameter(name).requires_grad_(False)

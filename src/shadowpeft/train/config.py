@@ -75,8 +75,6 @@ class RunConfig(StrictSection):
                     f"task_type is SEQ_CLS but shadow.shadow_loss is '{self.shadow.shadow_loss}', which has no teacher there; "
                     "use 'ce'"
                 )
-            if t.cache_activations:
-                raise ValueError("task_type is SEQ_CLS but training.cache_activations is of language models; leave it out")
         elif data.too_long == "cut":
             raise ValueError("data.too_long is 'cut', which takes an answer's end away; use 'skip', or task_type: SEQ_CLS")
         for key, value in (("packing", data.packing), ("streaming", data.streaming)):

@@ -90,12 +90,14 @@ def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dic
     """Checked rows of a packaged set; ``actions``: see :func:`robot_rows`."""
     if source == "robot":
         return robot_rows(split, actions=actions)
-    return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in robot_tools.load(split)]
+    splits = ("train", "train_more") if source == "robot_tools_large" and split == "train" else (split,)
+    rows = [row for each in splits for row in robot_tools.load(each)]
+    return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in rows]
 
 
 def tools_of_run(train: str | SourceSection, file: str | None) -> Tools | None:
-    """The tools that a run's rows call: those of ``file``, of the packaged set ``robot_tools``, or None."""
-    if train == "robot_tools":
+    """The tools that a run's rows call: those of ``file``, of a packaged set with tools, or None."""
+    if train in ("robot_tools", "robot_tools_large"):
         return robot_tools.tools()
     return None if file is None else read_tools(file)
 

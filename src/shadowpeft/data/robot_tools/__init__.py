@@ -18,7 +18,7 @@ __all__ = ["SPLITS", "SYSTEM", "calls_of_row", "chat_row", "load", "tools", "too
 
 ROWS = Path(__file__).parent / "rows"
 ACTIONS = Path(__file__).parent / "actions.json"
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "train_more", "validation", "test")
 
 
 @cache

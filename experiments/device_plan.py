@@ -1,0 +1,115 @@
+"""The plan of the device search: its cells, and which of them wait to be run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.device_problems import PROBLEMS
+from experiments.spec import RECORDS, SPECS, digest
+from shadowpeft.errors import ConfigError
+from shadowpeft.train.config import RunLoader
+
+PLAN = SPECS / "device" / "search.yaml"
+FOLDER = RECORDS / "device"
+WORK = Path(__file__).resolve().parents[1] / "runs" / "device-search"
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe; all fields but ``name`` and ``passes`` decide what a step computes."""
+
+    name: str
+    passes: int = 1
+    problem: str = "robot"
+    base: str = "smollm2-135m"
+    layers: int = 6
+    """First layers of the base that the shadow starts from."""
+    frozen_layers: int = 0
+    """Of these, how many (from the first) do not train."""
+    target: str = "action"
+    """``action``: the answer ends after its action. ``reply``: the spoken reply is learnt too."""
+    open_rows: bool = True
+    """The open prompts of the base path's rows are learnt as ``[REMOTE]``."""
+    hold_out: bool = True
+    """Part of the training rows is held out for choosing; False: all train, and the packaged validation set chooses."""
+    rate: float = 1e-3
+    batch_size: int = 16
+    warmup: int = 25
+    """Steps in which the rate rises."""
+    schedule: str = "constant"
+    """``constant``, or ``linear`` to 0 at the end of ``passes`` (such a cell cannot go on)."""
+    average: float = 0.98
+    """Share of the averaged weights that stays in each step; 0: the weights themselves are judged."""
+    weight_decay: float = 0.0
+    dropout: float = 0.0
+    """Of the embedded tokens, number by number."""
+    token_dropout: float = 0.0
+    """Of the embedded tokens, whole tokens."""
+    seed: int = 0
+    start: str = ""
+    """Another cell whose state this one starts from, so that two ways to go on can be compared; its passes count."""
+
+    def __post_init__(self) -> None:
+        if self.problem not in PROBLEMS or self.target not in ("action", "reply"):
+            raise ConfigError(f"cell '{self.name}': problem '{self.problem}' or target '{self.target}' is unknown")
+        if self.schedule not in ("constant", "linear") or self.passes < 1:
+            raise ConfigError(f"cell '{self.name}': schedule '{self.schedule}' or passes {self.passes} is impossible")
+
+    def settings(self) -> dict[str, Any]:
+        """What a record must have been made with. A constant schedule can be carried on, so its passes are left out."""
+        left_out = ("name", "passes") if self.schedule == "constant" else ("name",)
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
+
+    def digest(self) -> str:
+        """sha256 of the settings that are no defaults: a setting that is added later changes no older cell."""
+        usual = {field.name: field.default for field in fields(self)}
+        return digest({key: value for key, value in self.settings().items() if value != usual[key]})
+
+
+def read_plan(file: Path = PLAN) -> list[Cell]:
+    """The cells of a plan, in order, each laid over its ``defaults``.
+
+    Raises:
+        ConfigError: if a key is unknown, or a name stands for two different recipes.
+    """
+    content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
+    known = {field.name for field in fields(Cell)}
+    cells: dict[str, Cell] = {}
+    order = []
+    for entry in content["cells"]:
+        unknown = set(entry) - known
+        if unknown:
+            raise ConfigError(f"{file.name}: cell '{entry.get('name')}' has the unknown key '{min(unknown)}'")
+        before = cells.get(entry["name"])
+        cell = replace(before, **entry) if before else Cell(**{**content.get("defaults", {}), **entry})
+        if before is not None and before.settings() != cell.settings():
+            raise ConfigError(f"{file.name}: '{cell.name}' stands for two recipes; a cell may only get more passes")
+        cells[cell.name] = cell
+        order.append(cell)
+    return order
+
+
+def record_of(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The record of a cell, or None."""
+    file = folder / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def waiting(plan: list[Cell], folder: Path = FOLDER) -> list[Cell]:
+    """Entries of the plan whose passes are not done.
+
+    Raises:
+        ConfigError: if a record was made with other settings.
+    """
+    found = []
+    for cell in plan:
+        record = record_of(cell.name, folder)
+        if record is not None and record["settings_sha256"] != cell.digest():
+            raise ConfigError(f"the record of '{cell.name}' has other settings than the plan; give the cell a new name")
+        if record is None or (record["passes"] < cell.passes and record["ended"] is None):
+            found.append(cell)
+    return found

@@ -1,0 +1,150 @@
+"""Trainings that their validation score ends: equal for every method, exact where states are stored, killed without a loss."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from experiments.converged import Cell, Converging, final, read_cells, run, waiting
+from experiments.device_plan import Cell as Searched
+from experiments.device_search import Training
+from faketask import Fake
+from test_device_search import strip
+
+from chatbase import save_base
+from experiments import converged, device_problems
+from shadowpeft.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=4)
+
+
+@pytest.fixture
+def cell(monkeypatch, base, tmp_path):
+    """Cells on a tiny base; the shadow's start is trained first."""
+    monkeypatch.setattr(device_problems, "get_task", lambda name: Fake("classify"))
+    start = Searched(name="start", problem="clinc150", base=base, layers=2, batch_size=4, rate=0.01, passes=2)
+    monkeypatch.setattr(converged, "SEARCHED", tmp_path / "searched")
+    monkeypatch.setattr(converged, "read_plan", lambda: [start])
+    assert Training(start, tmp_path / "searched", tmp_path / "searched").run()
+    usual = {"name": "cell", "base": base, "batch_size": 4, "rate": 0.01, "most": 4, "average": 0.5, "r": 4}
+    shadow = {"method": "shadow", "shadow": "start", "last": 2}
+    return lambda method="lora", **fields: Cell(**{**usual, **(shadow if method == "shadow" else {"method": method}), **fields})
+
+
+@pytest.mark.parametrize("method", ["shadow", "lora", "dora", "rslora"])
+def test_a_killed_training_goes_on_as_if_nothing_had_been(cell, tmp_path, method):
+    whole = Converging(cell(method), tmp_path / "a", tmp_path / "ra")
+    assert whole.run()
+    kills, parts = 0, (cell(method), tmp_path / "b", tmp_path / "rb")
+    while not (part := Converging(*parts)).run(lambda part=part: part.at["steps"] % 3 == 0):
+        kills += 1
+    assert kills > 1
+    pairs = zip(whole.named, part.named, strict=True)
+    assert all(torch.equal(a, b) and name == other for (name, a), (other, b) in pairs)
+    assert strip(whole.curve) == strip(part.curve)
+    assert [point["pass"] for point in part.curve] == [0.5 * (i + 1) for i in range(len(part.curve))]
+    assert [point["steps"] for point in part.curve][:2] == [3, 6]  # 24 rows, four a step
+
+
+def scores(training, values):
+    """Judgements that find these scores, one after the other."""
+    found = iter(values)
+
+    def worth(greedy):
+        score = next(found)
+        return {"constrained": {"all": {"score": score}, "values": f"of {score}"}}
+
+    training.problem.development = lambda *, greedy: worth(greedy)
+
+
+def test_patience_ends_it_and_the_best_average_is_kept(cell, tmp_path):
+    training = Converging(cell(patience=2, most=9), tmp_path / "w", tmp_path / "r")
+    scores(training, [0.2, 0.5, 0.3, 0.4, 0.9])
+    kept = []
+    judge = training.judge
+
+    def watch(loss):
+        judge(loss)
+        kept.append([mean.clone() for mean in training.averaged])
+
+    training.judge = watch
+    assert training.run()
+    record = json.loads((tmp_path / "r" / "cell.json").read_text())
+    assert record["ended"] == "2 judgements without a new best"
+    assert [point["constrained"]["all"]["score"] for point in record["curve"]] == [0.2, 0.5, 0.3, 0.4]
+    assert record["best"]["constrained"] == {"all": {"score": 0.5}, "values": "of 0.5"}
+    assert ["values" in point["constrained"] for point in record["curve"]] == [False, True, False, False]
+    training.place_best()
+    assert all(torch.equal(p, mean) for (_, p), mean in zip(training.named, kept[1], strict=True))
+    assert not all(torch.equal(p, mean) for (_, p), mean in zip(training.named, kept[3], strict=True))
+
+
+def test_a_score_that_rises_to_the_end_is_ended_by_number(cell, tmp_path):
+    training = Converging(cell(most=3), tmp_path / "w", tmp_path / "r")
+    scores(training, [0.2, 0.5, 0.6])
+    assert training.run()
+    assert training.ended() == "3 judgements"
+
+
+def test_stored_states_change_nothing_and_the_shadow_stays(cell, tmp_path):
+    training = Converging(cell("shadow", dropout=0.0), tmp_path / "w", tmp_path / "r")
+    problem, places = training.problem, [0, 5, 11]
+    assert problem.stored is not None
+    assert not any("backbone" in name or "head" in name for name, _ in training.named)
+    assert any("injection" in name or "link" in name for name, _ in training.named)
+    training.model.train()
+    stored, problem.stored = problem.stored, None
+    gradients = []
+    for states in (stored, None):
+        problem.stored = states
+        training.model.zero_grad()
+        loss = problem.loss(places)
+        loss.backward()
+        gradients.append([loss.detach()] + [p.grad.clone() for _, p in training.named])
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-6)
+    assert sum(float(g.abs().sum()) for g in gradients[0][1:]) > 0
+
+
+def test_the_detached_half_is_the_model_that_it_started_from(cell, tmp_path):
+    attached = cell("shadow")
+    assert run(attached, lambda: False, tmp_path / "w", tmp_path / "r")
+    record = json.loads((tmp_path / "r" / "cell.json").read_text())
+    started = json.loads((tmp_path / "searched" / "start.json").read_text())["curve"][-1]["constrained"]
+    assert record["detached"]["values"] == started["values"]
+    assert record["detached"]["log_loss"] == pytest.approx(started["log_loss"], abs=1e-4)
+    assert record["test"] is None
+
+
+def test_test_rows_are_read_once_for_a_method_and_seed(cell, tmp_path):
+    work, folder = tmp_path / "w", tmp_path / "r"
+    with pytest.raises(ConfigError, match="has not ended"):
+        final(cell(), work, folder)
+    for one in (cell("shadow", most=1), cell(name="lora", most=1)):
+        assert run(one, lambda: False, work, folder)
+        found = final(one, work, folder)
+        assert found["attached"]["all"]["n"] == 12
+        assert ("detached" in found) == (one.method == "shadow")
+    other = cell("shadow", name="other", rate=0.02, most=1)
+    assert run(other, lambda: False, work, folder)
+    with pytest.raises(ConfigError, match="already been tested"):
+        final(other, work, folder)
+
+
+def test_what_the_plan_asks_for(cell, tmp_path):
+    planned = read_cells()
+    assert {one.method for one in planned.values()} >= {"shadow", "lora"}
+    one = cell(most=1)
+    assert waiting({"cell": one}, tmp_path) == [one]
+    assert run(one, lambda: False, tmp_path / "w", tmp_path)
+    assert waiting({"cell": one}, tmp_path) == []
+    with pytest.raises(ConfigError, match="other settings"):
+        waiting({"cell": cell(most=1, rate=0.02)}, tmp_path)
+    with pytest.raises(ConfigError, match="impossible"):
+        cell("lora", shadow="start")
+    with pytest.raises(ConfigError, match="does not have"):
+        Converging(cell("shadow", shadow="nowhere"), tmp_path / "w", tmp_path / "r")
