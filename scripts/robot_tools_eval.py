@@ -2,8 +2,8 @@
 
     python -m scripts.robot_tools_eval runs/robot-tools/adapter --split validation --modes detached --out record.json
 
-``detached`` is held to the tools and may hand on, as the edge does. ``attached`` answers freely, as the cloud does with
-``tool_choice: auto``.
+``detached`` is held to the tools and may hand on, as the edge does. ``attached`` may answer in words, and is held from where it
+begins a call, as the cloud does with ``tool_choice: auto``. The rival learns the rows that ``--rows`` names.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> None:
     arguments.add_argument("adapter")
     arguments.add_argument("--split", default="validation")
     arguments.add_argument("--modes", nargs="+", default=["rival", "detached"])
+    arguments.add_argument("--rows", nargs="+", default=["train", "train_more"], choices=["train", "train_more"])
     arguments.add_argument("--out", required=True)
     given = arguments.parse_args()
     quiet_libraries()
@@ -65,7 +66,8 @@ def main() -> None:
     )
     methods = record.setdefault("methods", {})
     if "rival" in given.modes:
-        found = Patterns(robot_tools.load("train")).answers([row["prompt"] for row in rows])
+        learnt = [row for part in given.rows for row in robot_tools.load(part)]
+        found = Patterns(learnt).answers([row["prompt"] for row in rows])
         judged = [judge(calls, own) for calls, own in zip(found, right, strict=True)]
         methods["rival"] = {**summary(rows, judged), "invalid": sum(calls is None for calls in found)}
     if {"detached", "attached"} & set(given.modes):
@@ -74,18 +76,19 @@ def main() -> None:
         for mode in given.modes:
             if mode == "rival":
                 continue
-            actions = None
-            if mode == "detached":
-                backend: Any = Detached(shadowpeft.detach(model), tokenizer, "edge")
-                engine = Engine(tokenizer, backend.model.config.vocab_size)
-                actions = engine.calls(robot_tools.tools(), hand_on=True)
-            else:
-                backend = Attached(model, tokenizer, {"default": given.adapter}, "base")
+            alone = mode == "detached"
+            backend: Any = (
+                Detached(shadowpeft.detach(model), tokenizer, "edge")
+                if alone
+                else Attached(model, tokenizer, {"default": given.adapter}, "base")
+            )
+            engine = Engine(tokenizer, backend.model.config.vocab_size)
+            actions = engine.calls(robot_tools.tools(), hand_on=alone, optional=not alone)
             texts, seconds = ask(backend, backend.names[0], rows, actions)
             read = [parser.found(text) for text in texts]
             # free words are no call: they answer the request themselves, as the cloud does
             invalid = sum(
-                one is None and (actions is not None or text.lstrip().startswith("["))
+                one is None and (alone or text.lstrip().startswith("["))
                 for one, text in zip(read, texts, strict=True)
             )
             calls = [

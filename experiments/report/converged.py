@@ -20,20 +20,6 @@ def ended(page: Page) -> list[dict[str, Any]]:
     return [r for r in read_folder(page.records / "converged") if r["ended"] is not None and r["best"] is not None]
 
 
-def chosen(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The cell of each method (seed 0) with the highest validation score."""
-    best: dict[str, dict[str, Any]] = {}
-    for record in records:
-        method = record["settings"]["method"]
-        if record["settings"]["seed"] == 0 and (method not in best or _score(record) > _score(best[method])):
-            best[method] = record
-    return best
-
-
-def _score(record: dict[str, Any]) -> float:
-    return float(record["best"]["constrained"]["all"]["score"])
-
-
 def section(page: Page) -> list[str]:
     """Table, paired difference on test rows, and the curves."""
     records = ended(page)

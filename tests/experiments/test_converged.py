@@ -9,6 +9,8 @@ import torch
 from experiments.converged import Cell, Converging, final, read_cells, run, waiting
 from experiments.device_plan import Cell as Searched
 from experiments.device_search import Training
+from experiments.report import converged as report
+from experiments.report.records import Page
 from faketask import Fake
 from test_device_search import strip
 
@@ -148,3 +150,48 @@ def test_what_the_plan_asks_for(cell, tmp_path):
         cell("lora", shadow="start")
     with pytest.raises(ConfigError, match="does not have"):
         Converging(cell("shadow", shadow="nowhere"), tmp_path / "w", tmp_path / "r")
+
+
+def judged(hits, n=4):
+    share = {"score": hits / n, "interval": [0.1, 0.9], "n": n}
+    values = " ".join("1" if i < hits else "0" for i in range(n))
+    return {"in_scope": share, "oos_recall": share, "all": share, "values": values}
+
+
+def a_record(name, method, scores, test=None, **settings):
+    curve = [
+        {"pass": (i + 1) / 2, "processor_seconds": 60.0 * (i + 1), "constrained": judged(hits)} for i, hits in enumerate(scores)
+    ]
+    return {
+        "id": f"converged/{name}",
+        "name": name,
+        "ended": "3 judgements without a new best",
+        "curve": curve,
+        "best": max(curve, key=lambda point: point["constrained"]["all"]["score"]),
+        "test": None if test is None else {"attached": judged(test)},
+        "started_processor_seconds": 600.0 if method == "shadow" else None,
+        "settings": {"method": method, "seed": 0, "rate": 0.001, **settings},
+    }
+
+
+def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
+    page = Page(records=tmp_path / "records", docs=tmp_path / "docs")
+    assert report.section(page) == []
+    assert report.figure(page, tmp_path) == []
+    (tmp_path / "records" / "converged").mkdir(parents=True)
+    records = [
+        a_record("ours", "shadow", [1, 3, 2], test=4),
+        a_record("theirs", "lora", [2, 2, 1], test=2),
+        a_record("slower", "lora", [1, 1, 1], rate=0.0003),
+        {**a_record("going", "dora", [1]), "ended": None},
+    ]
+    for record in records:
+        (tmp_path / "records" / "converged" / f"{record['name']}.json").write_text(json.dumps(record))
+    text = "\n".join(report.section(page))
+    assert "| shadow, attached | 0.001 | 1 of 1.5 | 2 + 10 | 75.0 [10.0, 90.0] | 100.0 [10.0, 90.0] |" in text
+    assert "| LoRA | 0.001 | 0.5 of 1.5 | 1 | 50.0 [10.0, 90.0] | 50.0 [10.0, 90.0] |" in text
+    assert "| LoRA | 0.0003 |" in text
+    assert "going" not in text
+    assert "the attached shadow is right +50.0 points more often than LoRA" in text
+    (file,) = report.figure(page, tmp_path)
+    assert file.read_bytes()[:4] == b"\x89PNG"
