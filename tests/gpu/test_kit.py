@@ -18,7 +18,7 @@ def run(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("part", [pytest.param(part, marks=[pytest.mark.slow] * (part == "decode")) for part in RATIOS])
+@pytest.mark.parametrize("part", [pytest.param(part, marks=pytest.mark.slow) for part in RATIOS])
 def test_a_part_measures_every_method(monkeypatch, capsys, tmp_path, part):
     out = tmp_path / "gpu.json"
     said = run(monkeypatch, capsys, "--part", part, "--out", out)

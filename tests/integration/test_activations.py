@@ -211,6 +211,7 @@ def test_the_shadow_trains_first_and_is_frozen_then(made, tmp_path, monkeypatch,
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 
+@pytest.mark.slow
 def test_killed_while_storing_and_resumed(made, tmp_path, small_shards):
     """A process is killed after it has written two shards and begun a third; the next one keeps the two."""
     start(made, tmp_path / "whole", cache_activations=True)
