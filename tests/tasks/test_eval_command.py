@@ -2,13 +2,17 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification
 
-from chatbase import chat_model, chat_tokenizer, save_base, write_rows
+from chatbase import chat_model, chat_tokenizer, run_file, save_base, save_sitting_base, write_rows
 from commands import call
+from shadowpeft.data.tasks.rows import Rows
+from shadowpeft.train.config import parse_run
+from shadowpeft.train.run import train
 from tiny import adapt, randomise
 
 
@@ -89,6 +93,49 @@ def test_rows_of_a_file_are_a_task_like_another(monkeypatch, capsys, tmp_path, f
         assert record["tokens"] == sum(max(i, 0) + 1 for i in range(5) if mode != "detached" or i >= 2)  # with the turn's end
         assert kept["settings"]["max_new_tokens"] == 3
     assert call(monkeypatch, capsys, *arguments)[1] == out
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory):
+    """A device that says [Sit()] to everything, of a run whose shadow learns actions and whose rows have a system message."""
+    folder = tmp_path_factory.mktemp("device")
+    rows = [{"prompt": f"sit {i}", "response": "[Sit()] Yes, I sit."} for i in range(4)]
+    file = write_rows(folder / "rows.jsonl", rows)
+    run = run_file(
+        folder / "run",
+        save_sitting_base(folder / "base"),
+        file,
+        data={"shadow_answers": "action", "system": "You are a dog."},
+        shadow={"shadow_num_hidden_layers": 1},
+        training={"max_steps": 1, "learning_rate": 1e-6},
+    )
+    return train(parse_run(run, "the test's run"), quiet=True)["adapter"], file
+
+
+def test_a_device_is_judged_by_its_actions_under_the_message_of_its_training(monkeypatch, capsys, device):
+    adapter, file = device
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    assert (config["system_message"], config["shadow_answers"]) == ("You are a dog.", "action")
+    asked = []
+    seen = Rows.chat
+    monkeypatch.setattr(Rows, "chat", lambda self, example: asked.append(seen(self, example)) or asked[-1])
+    code, out, err = call(monkeypatch, capsys, "eval", adapter, "--data", file, "--json")
+    assert (code, err) == (0, "")
+    scores = {mode: record["score"] for mode, record in json.loads(out)["modes"].items()}
+    assert scores == {"base": 0.0, "attached": 0.0, "detached": 1.0}  # [Sit()], and nothing more
+    assert {chat[0]["content"] for chat in asked} == {"You are a dog."}
+
+
+def test_what_the_table_says_of_shares_and_rows(monkeypatch, capsys, tmp_path, device):
+    adapter, _ = device
+    rows = [{"prompt": f"sit {i}", "response": "[Sit()]", **({"path": "shadow"} if i else {})} for i in range(3)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    code, out, err = call(monkeypatch, capsys, "eval", adapter, "--data", file, "--mode", "attached", "--mode", "detached")
+    assert (code, err) == (0, "")
+    assert "the modes are asked different rows: attached 1, detached 3" in " ".join(out.split())
+    assert "43.85% - 100.00%" in out  # Wilson's interval of 3 in 3
+    code, _, err = call(monkeypatch, capsys, "eval", adapter, "--data", file, "--split", "validation")
+    assert (code, "a file has no splits" in err) == (2, True)
 
 
 def test_drafts_change_no_score_and_the_record_counts_them(monkeypatch, capsys, tmp_path, folders):

@@ -18,7 +18,11 @@ from shadowpeft.terminal import terminal
 def main(
     adapter: Adapter,
     data: Annotated[
-        Optional[str], typer.Option(help="JSONL file, or 'robot' for the packaged test set. Default: robot.")
+        Optional[str],
+        typer.Option(
+            help="JSONL file, or 'robot' for the commands of the packaged test set (--task robot has its open requests too). "
+            "Default: robot."
+        ),
     ] = None,
     name: Annotated[
         Optional[str],
@@ -37,7 +41,9 @@ def main(
         Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for robot 16.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    split: Annotated[str, typer.Option(help="With --task: train, validation or test.")] = "test",
+    split: Annotated[
+        Optional[str], typer.Option(help="With --task: train, validation or test. Default: test.")
+    ] = None,
     shots: Annotated[int, typer.Option(min=0, help="With --task: worked examples before each question.")] = 0,
     method: Annotated[
         Optional[str], typer.Option(help="generate, likelihood or classify. Default: the task's.")
@@ -50,10 +56,12 @@ def main(
     speculative: Speculative = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate attached, detached and bare base on the same rows."""
+    """Evaluate attached, detached and bare base, each on the rows that its path learns."""
     if name is not None and (data is not None or max_new_tokens is not None):
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
+    if name is None and split is not None:
+        raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
     data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.evaluate import MODES, evaluate_task
@@ -65,7 +73,7 @@ def main(
             raise ConfigError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}")
     prepare_cpu()
     where = pick_device(device)
-    task, split = _task(data, name, split, max_new_tokens, adapter)
+    task, split = _task(data, name, split or "test", max_new_tokens, adapter)
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():
         task.for_path(examples, "shadow" if mode == "detached" else "base")
@@ -103,7 +111,7 @@ def main(
         }
         print(json.dumps({**about, "modes": records}, indent=2, ensure_ascii=False))
     else:
-        _print(records, data or f"{task.name}, {split}")
+        _print(records, "robot, commands" if data == "robot" else data or f"{task.name}, {split}")
 
 
 def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | None, adapter: str) -> tuple[Any, str]:
@@ -111,6 +119,7 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
     from shadowpeft.data.class_rows import ClassRows
     from shadowpeft.data.tasks import get_task
     from shadowpeft.data.tasks.rows import Rows
+    from shadowpeft.train.rows import with_action
 
     if data is None:
         return get_task(str(name)), split
@@ -118,7 +127,9 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
     if config.get("task_type") == "SEQ_CLS":
         return ClassRows(data, config.get("labels")), split
     if data != "robot":
-        return Rows(data, max_new_tokens or 64), split
+        actions = config.get("shadow_answers") == "action"
+        learnt = with_action if actions else None
+        return Rows(data, max_new_tokens or 64, system=config.get("system_message"), learnt=learnt), split
     task: Any = get_task("robot")
     task.max_new_tokens = max_new_tokens or task.max_new_tokens
     return task, "test_normal" if split == "test" else split
@@ -155,12 +166,16 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     columns = ("mode", "score", "95 % interval", "n", "tokens/s", "record", *more)
     table = Table(*columns, title=title)
     for mode, r in records.items():
-        low, high = r["interval"]
+        low, high = r.get("wilson_interval", r["interval"])  # a share's; the bootstrap's has no width where all are right
         shown = [f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"]]
         shown += [f"{r['loss']:.3f}"] if with_loss else []
         shown += [f"{r['constrained']['score']:.2%}" if "constrained" in r else ""] if chosen else []
         table.add_row(mode, *shown)
     terminal().print(table)
+    counts = {mode: r["n"] for mode, r in records.items()}
+    if len(set(counts.values())) > 1:
+        asked = ", ".join(f"{mode} {n}" for mode, n in counts.items())
+        terminal().print(f"some rows are for one path alone, so the modes are asked different rows: {asked}", soft_wrap=True)
     for record in records.values():
         if "speculation" in record:
             terminal().print(str(DraftCounts.read(record["speculation"])))

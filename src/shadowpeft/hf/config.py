@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from peft import PeftConfig
@@ -60,6 +60,10 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: the tokens that ended an answer in training; a detached model stops at them."""
     draft_tokens: list[int] | None = field(default=None, repr=False)
     """Record: the most frequent tokens of the answers in training; those that speculative decoding drafts."""
+    system_message: str | None = field(default=None, repr=False)
+    """Record: the system message of the rows in training that brought none."""
+    shadow_answers: Literal["action"] | None = None
+    """Record: ``action`` where the shadow learnt to answer with an action alone."""
     labels: Names | None = field(default=None, repr=False)
     """Record: the labels of a classifier, in the order of its classes."""
     weights_sha256: str | None = field(default=None, repr=False, compare=False)
@@ -277,9 +281,11 @@ def _required_in_files() -> set[str]:
         "labels",
         "own_shadow_head",
         "refined_layers",
+        "shadow_answers",
         "shadow_frozen",
         "shadow_loss",
         "shadow_reads_tokens",
+        "system_message",
         "trained_ends",
         KEY,
     }

@@ -54,6 +54,8 @@ _TAKEN_OVER = (
     "projection_init",
     "trained_ends",
     "draft_tokens",
+    "system_message",
+    "shadow_answers",
 )
 
 

@@ -42,7 +42,7 @@ from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.packing import check_packing
 from shadowpeft.train.paths import check_paths, learns
 from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
-from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first
+from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first, system_of
 from shadowpeft.train.sections import DataConfig, TrainingSection
 from shadowpeft.train.speed import planned_in, steps_in_time
 from shadowpeft.train.trainer import ShadowTrainer
@@ -61,6 +61,8 @@ def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None)
     config.labels = labels
     if labels is None:
         config.trained_ends = end_tokens(base, tokenizer)
+        config.system_message = system_of(run.data.train, run.data.system)
+        config.shadow_answers = "action" if run.data.learns_actions else None
     set_seed(run.training.seed)
     model = get_peft_model(base, config)
     for parameter in model.parameters():  # PEFT leaves a new head in the base's dtype, in which small steps are lost

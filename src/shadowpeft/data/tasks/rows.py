@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.chat import read_file, rows_digest
+from shadowpeft.data.chat import read_file, rows_digest, with_system
 from shadowpeft.data.tasks.base import Example, Task
 from shadowpeft.errors import DataError
 
@@ -16,13 +17,23 @@ class Rows(Task):
 
     Args:
         file: JSONL. max_new_tokens: longest answer in tokens.
+        system: the system message of rows that bring none.
+        learnt: makes of a row what the paths learn of it; None: it stays as it is.
 
     Raises:
         DataError: naming file and line, if the file is missing or empty or a row is malformed.
     """
 
-    def __init__(self, file: str | Path, max_new_tokens: int = 64) -> None:
+    def __init__(
+        self,
+        file: str | Path,
+        max_new_tokens: int = 64,
+        *,
+        system: str | None = None,
+        learnt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> None:
         self.name, self.file, self.max_new_tokens = str(file), Path(file), max_new_tokens  # type: ignore[misc]
+        self.system = system  # type: ignore[misc]
         self._rows = read_file(file)
         for row in self._rows:
             beside = [*row.get("answer", {}), *(["tools"] if "tools" in row else [])]
@@ -31,6 +42,8 @@ class Rows(Task):
                 raise DataError(
                     f"{where} has '{beside[0]}', which an evaluation by text cannot judge; leave the row out"
                 )
+        if learnt is not None:
+            self._rows = [learnt(row) for row in self._rows]
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""
@@ -58,7 +71,7 @@ class Rows(Task):
         return [e if text is None else replace(e, answer=text, gold=text) for e, text in zip(asked, own, strict=True)]
 
     def chat(self, example: Example) -> list[dict[str, str]]:
-        return list(example.meta["messages"])
+        return with_system(list(example.meta["messages"]), self.system)
 
     def per_example(self, prediction: Any, example: Example) -> float:
         return float(prediction.split() == example.gold.split())
