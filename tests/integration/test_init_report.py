@@ -250,6 +250,15 @@ TEMPLATE = (
 )
 
 
+def test_a_pretraining_run_is_called_one(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("base: b\nbackbone: {layers: first, count: 2}\n")
+    (tmp_path / "data.json").write_text('{"train": [], "validation": {"held.jsonl": 4}}')
+    code, out, err = call(monkeypatch, capsys, "report", tmp_path)
+    assert (code, out) == (2, "")
+    assert f"'{tmp_path}' is a run of shadowpeft pretrain, but report reads runs of shadowpeft train" in " ".join(err.split())
+    assert "restore" not in err
+
+
 def test_the_examples_of_rows_with_tools_are_asked_with_them(monkeypatch, capsys, tmp_path):
     chat_model(max_position_embeddings=1024).save_pretrained(tmp_path / "base")
     chat_tokenizer(TEMPLATE).save_pretrained(tmp_path / "base")
