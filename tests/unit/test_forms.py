@@ -263,7 +263,7 @@ def test_data_check_of_a_run_file_shows_what_that_run_would_learn(monkeypatch, c
     code, out, _ = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml", "data.max_length=50", "--json")
     assert (code, json.loads(out)["train"]["longer_than_max_length"]["max_length"]) == (0, 50)
     code, _, err = call(monkeypatch, capsys, "data", "check", rows, "data.max_length=50")
-    assert (code, "'data.max_length=50' is a setting of a run, but" in err) == (2, True)
+    assert (code, "'data.max_length=50' was given beside" in err) == (2, True)
 
 
 def test_what_is_learnt_has_the_colour_of_who_learns_it():

@@ -96,8 +96,8 @@ def check(
     is_run = file.endswith((".yaml", ".yml"))
     if settings and not is_run:
         raise ConfigError(
-            f"'{settings[0]}' is a setting of a run, but '{file}' is no run file (.yaml); leave it out, or use an option such as "
-            "--max-length"
+            f"'{settings[0]}' was given beside '{file}', but a run file (.yaml) alone takes settings; leave it out, or use an "
+            "option such as --max-length"
         )
     run, parts, rules = _of_run(file, settings or (), base, max_length) if is_run else (None, None, None)
     if parts is None or rules is None:

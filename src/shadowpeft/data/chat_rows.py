@@ -101,8 +101,8 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
         history, response = [{"role": "user", "content": row["prompt"]}], row["response"]
     elif "text" in row and "label" in row:
         raise DataError(
-            f"{where} has 'text' and 'label', which a classifier learns from; give a run file with task_type: SEQ_CLS (data check "
-            "of the rows alone: --task-type SEQ_CLS), or rows of a form of docs/data.md"
+            f"{where} has 'text' and 'label', which a classifier learns from; give a run file with task_type: SEQ_CLS (data "
+            "check of the rows alone: --task-type SEQ_CLS), or rows of a form of docs/data.md"
         )
     else:
         raise DataError(
