@@ -136,6 +136,24 @@ def written_whole(
         ) from error
 
 
+def require_writable(place: Path) -> None:
+    """Whether the folder ``place`` can be written to, or made and written to; asked before long work, it leaves nothing.
+
+    Raises:
+        ConfigError: saying what is in the way.
+    """
+    nearest = place
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ConfigError(f"'{nearest}' is no folder, but what is made goes into '{place}'; choose another place")
+    try:
+        with workspace(nearest):
+            pass
+    except OSError as error:
+        raise ConfigError(f"the folder '{nearest}' cannot be written to ({reason(error)}); choose another place") from error
+
+
 def is_write_error(error: BaseException) -> bool:
     """Whether one of ``WRITE_ERRORS`` is about a file: not an exhausted memory, tensors that share theirs, a lost process."""
     return not isinstance(error, RuntimeError) or any(mark in str(error) for mark in _TORCH_SAVE)
@@ -197,9 +215,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold ``folder`` against every other process that asks for it so; the lock is a file in it, which goes afterwards.
 
     Raises:
-        ConfigError: if another process holds it.
+        ConfigError: if another process holds it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder '{folder}' cannot be made ({reason(error)}); choose another place") from error
     lock = folder / LOCK
     with _removed_on_sigterm(), ExitStack() as stack:
         try:

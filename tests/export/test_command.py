@@ -115,6 +115,8 @@ def test_scores_before_and_after(folders, run, tmp_path):
         (("o", "--to", "onnx", "--evaluate", "robot"), "leave it out"),
         (("o", "--to", "hf", "--vocab-from", "nowhere.jsonl"), "does not exist"),
         ((".", "--to", "hf"), "exists"),
+        (("o", "--to", "hf", "--limit", "5"), "--limit says how many rows --evaluate scores"),
+        (("o", "--to", "hf", "--base", "somewhere"), "--base is the base of an adapter, but"),
     ],
 )
 def test_wrong_usage(arguments, says, folders, run, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """GGUF: written, loaded back by transformers and compared; the tokenizer inside splits as the source's does."""
 
+from pathlib import Path
+
 import gguf as package
 import numpy as np
 import pytest
@@ -53,6 +55,16 @@ def test_float32_is_exact(case, tmp_path):
     assert type(again) is type(source)
     assert again.config.tie_word_embeddings == source.config.tie_word_embeddings
     assert difference(source, again) < 1e-5  # the same numbers in another order of rows
+
+
+def test_the_named_file_is_read_whatever_stands_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    source = edges.model("llama")
+    gguf.write(source, edges.tokenizer(), tmp_path / "mine" / "m.gguf", "f32")
+    gguf.write(edges.model("qwen2", num_hidden_layers=1), edges.tokenizer(), tmp_path / "m.gguf", "f32")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "mine" / "m.gguf", Path("mine") / "m.gguf"):
+        assert difference(source, gguf.read(path)) < 1e-5  # the same numbers in another order of rows
 
 
 def step(weight, dtype):

@@ -104,6 +104,25 @@ def test_the_file_beside_the_gguf(tmp_path):
     assert as_go_would(template, [USER]) == render(edges.tokenizer(), [USER], add_generation_prompt=True)
 
 
+def test_another_modelfile_is_not_written_over(tmp_path, monkeypatch, capsys):
+    from commands import call
+
+    edges.model().save_pretrained(tmp_path / "edge")
+    edges.tokenizer().save_pretrained(tmp_path / "edge")
+    own, file = tmp_path / "robot.Modelfile", tmp_path / "robot.gguf"
+    own.write_text("FROM ./robot.gguf\nSYSTEM mine\n")
+    arguments = ("export", tmp_path / "edge", file, "--to", "gguf", "--no-verify")
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert f"'{own}', where the Modelfile of 'robot.gguf' goes, exists and says something else" in " ".join(err.split())
+    assert own.read_text() == "FROM ./robot.gguf\nSYSTEM mine\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edge", "robot.Modelfile"]
+    own.unlink()
+    for _ in range(2):  # its own one of before is no obstacle
+        assert call(monkeypatch, capsys, *arguments)[0] == 0
+        file.unlink()
+
+
 def test_export_writes_it_or_says_why_not(tmp_path, monkeypatch, capsys):
     from commands import call
 

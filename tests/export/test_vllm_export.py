@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import edges
 import shadowpeft
 from commands import call
+from shadowpeft.errors import ConfigError
 from shadowpeft.export import vllm
 from shadowpeft.hf.files.digests import check_sums
+from shadowpeft.serve.loading import load_edge
 from tiny import adapt, base
 
 
@@ -63,6 +65,11 @@ def test_one_folder_holds_all_that_vllm_needs(folders, run, tmp_path):
         drafted = AutoModelForCausalLM.from_pretrained(made / "edge")(input_ids=ids).logits
         assert torch.equal(drafted, AutoModelForCausalLM.from_pretrained(folders / "edge")(input_ids=ids).logits)
     check_sums(made, "the export")
+    load_edge(made / "edge")
+    wrong = json.loads((made / "edge" / "generation_config.json").read_text())
+    (made / "edge" / "generation_config.json").write_text(json.dumps({**wrong, "eos_token_id": 5}))
+    with pytest.raises(ConfigError, match=r"was saved with another generation_config\.json"):
+        load_edge(made / "edge")
 
 
 def test_another_file_system_gets_a_copy(folders, monkeypatch, tmp_path):

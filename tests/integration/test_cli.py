@@ -162,6 +162,25 @@ def test_python_m_is_the_command(argument, code):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "nothing", "--limit", "1", "--out", "file"],
+        ["route", "calibrate", "nothing", "--limit", "1", "--out", "file"],
+        ["route", "calibrate", "nothing", "--limit", "1", "--out", "file/deeper"],
+        ["init", "file/run.yaml", "--for", "edge", "--base", "b", "--data", "d.jsonl", "--minutes", "1"],
+        ["demo", "--out", "file/demo"],
+    ],
+)
+def test_a_place_for_results_that_is_none_is_one_sentence(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "error: 'file' is no folder, but what is made goes into 'file" in " ".join(err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["fly"], 2, "No such command 'fly'"),

@@ -21,7 +21,7 @@ from chatbase import (
     write_rows,
 )
 from commands import call
-from shadowpeft import generate
+from shadowpeft import generate, storage
 from shadowpeft.apps.init import ROADS, _quoted
 from shadowpeft.cli import app
 from shadowpeft.errors import ConfigError
@@ -183,6 +183,10 @@ def test_the_page_of_a_run(made, monkeypatch, capsys):
     assert not re.search(r"\b(url\(http|@import|fetch\()", text)
 
 
+def no_space(folder):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_page_without_examples_calibration_or_an_end(made, monkeypatch, capsys, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -197,6 +201,10 @@ def test_a_page_without_examples_calibration_or_an_end(made, monkeypatch, capsys
     assert "shadowpeft route calibrate makes one" in texts
     code, _, err = call(monkeypatch, capsys, "report", tmp_path)
     assert (code, "holds no run of shadowpeft train" in err) == (2, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "workspace", no_space)
+        code, _, err = call(patched, capsys, "report", bare, "--out", tmp_path / "other.html")
+    assert (code, f"the folder '{tmp_path}' cannot be written to (No space left" in " ".join(err.split())) == (2, True)
     code, _, err = call(monkeypatch, capsys, "report", bare, "--out", tmp_path / "no" / "page.html")
     assert (code, "does not exist; make it" in err) == (2, True)
 
@@ -248,6 +256,15 @@ TEMPLATE = (
     "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments|tojson }}</call>{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def test_a_pretraining_run_is_called_one(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("base: b\nbackbone: {layers: first, count: 2}\n")
+    (tmp_path / "data.json").write_text('{"train": [], "validation": {"held.jsonl": 4}}')
+    code, out, err = call(monkeypatch, capsys, "report", tmp_path)
+    assert (code, out) == (2, "")
+    assert f"'{tmp_path}' is a run of shadowpeft pretrain, but report reads runs of shadowpeft train" in " ".join(err.split())
+    assert "restore" not in err
 
 
 def test_the_examples_of_rows_with_tools_are_asked_with_them(monkeypatch, capsys, tmp_path):

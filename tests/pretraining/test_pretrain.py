@@ -30,6 +30,7 @@ from shadowpeft.train import pretrain_trainer
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.pretrain import PretrainCallback, pretrain
 from shadowpeft.train.pretrain_config import parse_pretraining
+from shadowpeft.train.pretrain_text import check_held_out
 from shadowpeft.train.progress import read_metrics
 from shadowpeft.train.run import train
 
@@ -483,6 +484,24 @@ def test_a_corpus_that_ends_early(config, made):
     assert not Path(config("short").output).exists()  # nothing is left that a corrected run would have to be moved from
     with pytest.raises(DataError, match=r"validation corpus .* is no whole sequence of 128"):
         run(config("held", text={"sequence_length": 128, "validation": [{"path": short(made)}]}))
+
+
+def test_text_that_is_trained_on_is_not_held_out(config, made, tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(made["text"])
+    folder = str(Path(made["text"]).parent)
+    hub = {"hub": "owner/name"}
+    for name, corpora, validation, said in (
+        ("same", [{"path": made["text"]}], [{"path": made["held"]}, {"path": made["text"]}], made["text"]),
+        ("link", [{"path": made["text"]}], [{"path": str(link)}], str(link)),
+        ("folder", [{"path": folder}], [{"path": made["held"]}], made["held"]),
+        ("hub", [hub], [hub], "owner/name"),
+    ):
+        text = {"corpora": corpora, "validation": validation}
+        with pytest.raises(ConfigError, match=f"text.validation names '{said}', but '.*is trained on"):
+            run(config(name, text=text))
+        assert not Path(config(name).output).exists()
+    check_held_out(config(text={"validation": [{**hub, "split": "test"}], "corpora": [hub]}))  # another part of it
 
 
 def short(made):

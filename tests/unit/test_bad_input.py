@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,9 @@ from shadowpeft.errors import (
 from shadowpeft.hf import formats
 from shadowpeft.hf.base import vocabulary
 from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.files import locate
 from shadowpeft.hf.formats.common import explicit_config
+from shadowpeft.hf.load import read_config
 from shadowpeft.tokenizer import load_tokenizer
 from tiny import adapt, adapter_config, base, small_llama, tokens
 
@@ -251,6 +254,41 @@ def test_another_methods_adapter(adapter):
 def test_no_such_adapter(where):
     with pytest.raises(AdapterFileError):
         shadowpeft.load(where, base("llama"))
+
+
+def test_a_folder_that_is_no_adapter_is_named_for_what_it_is(tmp_path, monkeypatch):
+    def said(name, read=read_config):
+        with pytest.raises(AdapterFileError) as refused:
+            read(name)
+        return str(refused.value)
+
+    monkeypatch.setattr(locate, "hf_hub_download", lambda *_: pytest.fail("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "edge/config.json": '{"model_type": "llama"}',
+        "vl/config.json": '{"model_type": "llama", "shadowpeft_adapter": "adapter"}',
+        "p1/config.yaml": "base: b\nbackbone: {count: 2, layers: first}\n",
+        "p1/shadow/config.json": '{"model_type": "causal_lm_with_hidden_projection"}',
+        "half/config.yaml": "base: b\n",
+        "run/config.yaml": "base: b\n",
+        "run/adapter/adapter_config.json": "{}",
+        "two/a/adapter_config.json": "{}",
+        "damaged/config.json": "[",
+    }
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content)
+    assert "'edge' is a model and no adapter" in said("edge")
+    assert "'damaged' is a model and no adapter" in said("damaged")
+    assert "'vl' is an export for vLLM; give its adapter, 'vl/adapter'" in said("vl")
+    assert "pretraining run, which makes no adapter; its shadow, 'p1/shadow', is what shadow.shadow_model" in said("p1")
+    assert "'p1/shadow' is a pretrained shadow, a model and no adapter" in said("p1/shadow")
+    assert "'run' is the folder of a run; give its adapter, 'run/adapter'" in said("run")
+    assert "'half' is the folder of a run that has no adapter yet" in said("half", formats.detect)
+    assert "give one of them, such as 'two/a'" in said("two")
+    for read in (read_config, formats.detect):
+        assert "the run in 'half' has no adapter yet, so there is no 'half/adapter'" in said("half/adapter", read)
+        assert "there is no 'edge/one' in the folder 'edge'; check the path" in said("edge/one", read)
 
 
 def test_unknown_keys(adapter):

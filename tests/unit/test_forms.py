@@ -260,6 +260,10 @@ def test_data_check_of_a_run_file_shows_what_that_run_would_learn(monkeypatch, c
     assert "(yellow by the shadow alone)" in words
     code, _, err = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml", "--assistant-only-loss")
     assert (code, "a run file says how its rows are read" in err) == (2, True)
+    code, out, _ = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml", "data.max_length=50", "--json")
+    assert (code, json.loads(out)["train"]["longer_than_max_length"]["max_length"]) == (0, 50)
+    code, _, err = call(monkeypatch, capsys, "data", "check", rows, "data.max_length=50")
+    assert (code, "'data.max_length=50' was given beside" in err) == (2, True)
 
 
 def test_what_is_learnt_has_the_colour_of_who_learns_it():
@@ -290,6 +294,9 @@ def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):
     assert "labels: a (1), b (1)" in out
     assert "needs 'text' and 'label'" in " ".join(out.split())
     assert "1 of 3 rows are refused" in err
+    _, out, _ = call(monkeypatch, capsys, "data", "check", file)
+    assert "line 2 has 'text' and 'label', which a classifier learns from" in " ".join(out.split())
+    assert "--task-type SEQ_CLS" in out
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import edges
 import shadowpeft
 from shadowpeft.errors import ConfigError
+from shadowpeft.export import gguf
 from shadowpeft.hf import load as checkpoint
 from shadowpeft.hf.base import aliases as bases
 from shadowpeft.hf.base.load import load_base
@@ -372,3 +374,19 @@ def test_an_alias_is_materialised_once(tmp_path, monkeypatch, there):
     assert theirs == (there == "meanwhile")
     assert (folder / "model.safetensors").stat().st_size > 1000 or theirs
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2-135m"]
+
+
+def test_an_alias_is_read_from_its_package_whatever_stands_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    packaged, other = edges.model("llama"), edges.model("llama", num_hidden_layers=1)
+    gguf.write(packaged, edges.tokenizer(), tmp_path / "package" / "x.gguf", "f32")
+    gguf.write(other, edges.tokenizer("smollm"), tmp_path / "x.gguf", "f32")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SHADOWPEFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bases, "gguf_file", lambda alias: tmp_path / "package" / "x.gguf")
+    made = bases.materialise("smollm2-135m")
+    again = AutoModelForCausalLM.from_pretrained(made).state_dict()
+    assert again.keys() == packaged.state_dict().keys()
+    assert all(torch.allclose(again[name], value, atol=1e-6) for name, value in packaged.state_dict().items())
+    tokens = AutoTokenizer.from_pretrained(made).tokenize("30 = 42")
+    assert tokens == edges.tokenizer().tokenize("30 = 42") != edges.tokenizer("smollm").tokenize("30 = 42")

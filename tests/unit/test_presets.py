@@ -45,6 +45,21 @@ def test_a_run_that_teaches_actions_takes_the_devices_settings(data):
     assert (plain.shadow.preset, plain.training.shadow_epochs) == ("tuned", 0)
 
 
+def test_a_base_with_fewer_layers_than_the_device_copies_is_told_which_setting_brings_them():
+    content = {"base": "x", "data": {"train": "rows.jsonl", "shadow_answers": "action"}}
+    run = parse_run(content, "run")
+    with pytest.raises(ConfigError) as refused:
+        run.shadow.fields_for(3)
+    said = "the preset 'device', where runs that teach actions start, sets shadow.shadow_num_hidden_layers to 6, as many"
+    assert str(refused.value).startswith(said)
+    assert str(refused.value).endswith("but the base has 3; set shadow.shadow_num_hidden_layers to 3 or less")
+    assert run.shadow.fields_for(6) == run.shadow.fields
+    own = parse_run({**content, "shadow": {"shadow_num_hidden_layers": 4}}, "run").shadow
+    with pytest.raises(ConfigError, match=r"^shadow\.shadow_num_hidden_layers is 4, as many"):
+        own.fields_for(3)
+    assert own.fields_for(4)["shadow_num_hidden_layers"] == 4
+
+
 def test_what_is_given_goes_before_a_preset():
     section = ShadowSection.model_validate({"preset": "paper", "shadow_alpha": 2.0})
     assert (section.shadow_alpha, section.shadow_dropout) == (2.0, 0.2)

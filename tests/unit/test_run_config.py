@@ -10,8 +10,15 @@ from chatbase import run_file
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.train.config import RunConfig, ShadowSection, parse_run, read_run
+from shadowpeft.train.pretrain_config import parse_pretraining
 
 BASIC = {"base": "smollm2-135m", "data": {"train": "rows.jsonl"}}
+PRETRAINING = {
+    "base": "smollm2-135m",
+    "backbone": {"layers": "first", "count": 2},
+    "text": {"corpora": [{"path": "text.jsonl"}]},
+    "training": {"max_steps": 2},
+}
 
 
 def run(**sections):
@@ -256,10 +263,24 @@ def test_a_wrong_setting_of_the_command_line_is_named(tmp_path, setting, message
     assert message in str(refused.value)
 
 
+def test_a_run_file_of_another_kind_names_the_command_that_takes_it():
+    other = {**PRETRAINING, "output": "p", "loss": "ce"}
+    with pytest.raises(ConfigError) as refused:
+        parse_run(other, "p.yaml")
+    said = "p.yaml has 'backbone' and no 'data', so it is a run file of another kind; give it to shadowpeft pretrain"
+    assert str(refused.value) == said
+    with pytest.raises(ConfigError) as refused:
+        parse_pretraining(run(shadow={"r": 8}), "run.yaml")
+    assert str(refused.value).endswith("give it to shadowpeft train, plan or data check")
+    assert parse_pretraining(other, "p.yaml").output == "p"
+    with pytest.raises(ConfigError, match="key 'data' is missing"):
+        parse_run({"base": "b"}, "here")
+
+
 def test_plan_and_train_take_settings(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(run()))
-    for command in ("plan", "train", "pretrain"):
+    for command, content in (("plan", run()), ("train", run()), ("pretrain", PRETRAINING)):
+        file.write_text(yaml.safe_dump(content))
         done = subprocess.run(
             [sys.executable, "-m", "shadowpeft", command, file, "training.nothing=1"],
             capture_output=True,

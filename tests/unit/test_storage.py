@@ -102,6 +102,27 @@ def test_a_parent_that_is_a_file_is_no_other_writer(tmp_path):
     assert content(tmp_path / "file") == b"in the way"
 
 
+def test_a_place_that_cannot_be_written_to_is_told_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for place in (tmp_path / "file", tmp_path / "file" / "a" / "b", tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match=r"is no folder, but what is made goes into"):
+            storage.require_writable(place)
+        with pytest.raises(ConfigError, match=r"cannot be made \((File exists|Not a directory)"), storage.exclusive(place):
+            pass
+    storage.require_writable(tmp_path / "new" / "one")
+    assert names(tmp_path) == ["file", "nowhere"]
+
+    def full(self, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ConfigError) as refused:
+        storage.require_writable(tmp_path / "new")
+    said = f"the folder '{tmp_path}' cannot be written to (No space left on device); choose another place"
+    assert str(refused.value) == said
+
+
 def test_a_link_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "real" / "a.json")

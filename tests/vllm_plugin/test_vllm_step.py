@@ -17,6 +17,7 @@ from shadowpeft.settings import VARIANTS
 T, D, R, M = 7, 16, 4, 6
 FACTS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 ALPHA = 0.7
+WIDTHS = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 8}
 
 
 def drawn(*shape):
@@ -122,11 +123,23 @@ def changed(folder, to, **values):
         ({"modules_to_save": ["lm_head"]}, "replaces modules of the base"),
         ({"shadow_reads_tokens": True}, "shadow_reads_tokens"),
         ({"peft_type": "LORA"}, "is a LORA adapter"),
-        ({"shadow_backbone_config": {"model_type": "gpt2"}}, "shadow is a gpt2 model but must be one of llama"),
+        ({"shadow_backbone_config": {**WIDTHS, "model_type": "gpt2"}}, "shadow is a gpt2 model but must be one of llama"),
         ({"refined_layers": [1, 9]}, "base has layers 0 to 3"),
         ({"r": 5}, r"has shape \(4, 64\) but its configuration asks for \(5, 64\)"),
         ({"use_update": False}, "configuration asks for none"),
         ({"weights_sha256": "0" * 64}, "does not hold the weights"),
+        ({"weights_sha256": 3}, "weights_sha256 is 3 but must be a text or null"),
+        ({"shadow_alpha": "x"}, "shadow_alpha is 'x' but must be a number; copy the whole folder again"),
+        ({"shadow_alpha": 10**400}, "shadow_alpha is 1000.* but must be a number"),
+        ({"shadow_alpha": None}, "shadow_alpha is None but must be a number"),
+        ({"refined_layers": "all"}, "refined_layers is 'all' but must be null, or a list of two layers"),
+        ({"refined_layers": [1]}, r"refined_layers is \[1\] but must be null, or a list of two layers"),
+        ({"variant": ["paper"]}, r"variant is \['paper'\] but must be a text"),
+        ({"format_version": "1"}, "format_version is '1' but must be a whole number"),
+        ({"use_update": "no"}, "use_update is 'no' but must be true or false"),
+        ({"r": True}, "r is True but must be a whole number"),
+        ({"shadow_backbone_config": []}, r"shadow_backbone_config is \[\] but must be an object"),
+        ({"shadow_backbone_config": None}, "lacks shadow_backbone_config"),
         ({"share_embeddings": False}, "embed_tokens.weight has shape none"),
     ],
 )
@@ -134,6 +147,25 @@ def test_what_is_not_supported_is_refused_by_name(values, message, cases, tmp_pa
     facts, folder = cases("llama")
     with pytest.raises(AdapterError, match=message):
         read_adapter(changed(folder, tmp_path / "changed", **values), facts)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("shadow_backbone_config", "hidden_size", KeyError, r"shadow_backbone_config\.hidden_size is None but must be a whole"),
+        ("shadow_backbone_config", "num_hidden_layers", "1", r"shadow_backbone_config\.num_hidden_layers is '1' but"),
+        ("shadow_backbone_config", "layer_types", [["full"]], r"layer_types is \[\['full'\]\] but must be a list of texts"),
+        ("base_fingerprint", "values", {"embedding": "0.1"}, "base_fingerprint is damaged"),
+        ("base_fingerprint", "values", {"embedding": [10**400]}, "base_fingerprint is damaged"),
+        ("base_fingerprint", "shapes", {}, "base_fingerprint is damaged"),
+    ],
+)
+def test_a_damaged_part_of_the_configuration_is_refused_by_name(section, key, value, message, cases, tmp_path):
+    facts, folder = cases("llama")
+    part = json.loads((folder / "adapter_config.json").read_text())[section]
+    part = {name: old for name, old in part.items() if name != key} | ({} if value is KeyError else {key: value})
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(changed(folder, tmp_path / "changed", **{section: part}), facts)
 
 
 @pytest.mark.parametrize("key", FACTS)

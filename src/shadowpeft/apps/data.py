@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowpeft.apps.common import quiet_libraries
-from shadowpeft.apps.options import Json, System
+from shadowpeft.apps.options import Json, Overrides, System
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
 
@@ -72,6 +72,7 @@ def check(
     file: Annotated[
         str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder, a run file (.yaml); robot, robot_tools.")
     ],
+    settings: Overrides = None,
     base: Annotated[
         Optional[str],
         typer.Option(help="Whose tokenizer and chat template: alias, folder or Hub id. Default: the run's, or smollm2-135m."),
@@ -92,7 +93,13 @@ def check(
     if task_type not in ("CAUSAL_LM", "SEQ_CLS"):
         raise ConfigError(f"--task-type is '{task_type}' but must be CAUSAL_LM or SEQ_CLS")
     quiet_libraries()
-    run, parts, rules = _of_run(file, base, max_length) if file.endswith((".yaml", ".yml")) else (None, None, None)
+    is_run = file.endswith((".yaml", ".yml"))
+    if settings and not is_run:
+        raise ConfigError(
+            f"'{settings[0]}' was given beside '{file}', but a run file (.yaml) alone takes settings; leave it out, or use an "
+            "option such as --max-length"
+        )
+    run, parts, rules = _of_run(file, settings or (), base, max_length) if is_run else (None, None, None)
     if parts is None or rules is None:
         from shadowpeft.tokenizer import load_tokenizer
         from shadowpeft.train.rows import system_of, tools_of_run
@@ -142,14 +149,16 @@ def _check_whole(file: str, result: dict[str, Any]) -> None:
         labels_of({"label": label} for label in result["labels"])
 
 
-def _of_run(file: str, base: str | None, max_length: int | None) -> tuple[RunConfig, dict[str, Any], Rules]:
-    """The run of a file, its sources by part, and its rules."""
+def _of_run(
+    file: str, settings: Sequence[str], base: str | None, max_length: int | None
+) -> tuple[RunConfig, dict[str, Any], Rules]:
+    """The run of a file with some settings laid over it, its sources by part, and its rules."""
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.config import read_run
     from shadowpeft.train.rows import packaged, parts_of, system_of, tools_of_run
     from shadowpeft.train.sections import source_of
 
-    run = read_run(file)
+    run = read_run(file, settings)
     if max_length is not None:
         run.data.max_length = max_length
     data = run.data

@@ -18,7 +18,7 @@ from rich.console import Console
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
-from shadowpeft.storage import discard, write_json
+from shadowpeft.storage import discard, require_writable, write_json
 from shadowpeft.terminal import terminal
 
 REQUESTS = (
@@ -62,6 +62,7 @@ def main(
     folder = Path(out)
     if folder.exists() and not is_earlier_demo(folder):
         raise ConfigError(f"'{folder}' holds something other than an earlier demo; choose another --out")
+    require_writable(folder)
     quiet_libraries()
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.versions import require_sklearn

@@ -12,6 +12,7 @@ from rich.table import Table
 from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
 
 
@@ -71,6 +72,8 @@ def main(
     for mode in modes or ():
         if mode not in MODES:
             raise ConfigError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}")
+    if out is not None:
+        require_writable(Path(out))
     prepare_cpu()
     where = pick_device(device)
     task, split = _task(data, name, split or "test", max_new_tokens, adapter)

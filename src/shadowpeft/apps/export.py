@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -48,8 +49,12 @@ def main(
         raise ConfigError(
             f"'{path}' does not end in {target.suffix}, but the format '{to}' is one such file; rename it"
         )
+    if limit is not None and evaluate is None:
+        raise ConfigError("--limit says how many rows --evaluate scores, which was not given; give both or neither")
     if evaluate is not None and not target.generates:
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
+    if base is not None and not is_adapter(source):
+        raise ConfigError(f"--base is the base of an adapter, but '{source}' is a model that needs none; leave it out")
     attached = None
     if to == "vllm":
         if vocab_from is not None:
@@ -140,6 +145,7 @@ def run(
 
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
+        ConfigError: if another file stands where a Modelfile would go.
     """
     from shadowpeft.ends import end_tokens
 
@@ -152,6 +158,8 @@ def run(
             small, words, kept = trim_to_rows(model, tokenizer, vocab_from)
     ends = words.convert_ids_to_tokens(end_tokens(small, words))
     report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
+    if to == "gguf":
+        refuse_another_modelfile(path, words, ends)
     is_folder, remedy = not export.FORMATS[to].suffix, "free some space or choose another folder"
     with written_whole(path, "the export", remedy, folder=is_folder, replace=False) as beside:
         with console.status(f"writing {to} {dtype}"):
@@ -173,6 +181,18 @@ def run(
     if to == "gguf":
         report["export"]["modelfile"] = write_modelfile(path, words, ends)
     return {**report, "path": str(path)}
+
+
+def refuse_another_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> None:
+    """Raise if :func:`write_modelfile` would find another file in the Modelfile's place.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    from shadowpeft.export import modelfile
+
+    with suppress(UnsupportedModelError):  # there will be none, and the report says why
+        modelfile.place(path, tokenizer, ends)
 
 
 def write_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> str:

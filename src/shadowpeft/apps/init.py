@@ -12,7 +12,7 @@ from typing import Annotated, Any, Optional, TypeVar
 import typer
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.storage import write_text
+from shadowpeft.storage import require_writable, written_whole
 
 Answer = TypeVar("Answer")
 
@@ -40,6 +40,7 @@ def main(
         raise ConfigError(f"'{file}' does not end in .yaml, by which commands tell a run file from rows; name it '{file}.yaml'")
     if file.exists():
         raise ConfigError(f"'{file}' exists; choose another name, or edit it")
+    require_writable(file.parent)
     if road is None:
         for name, what in ROADS.items():
             print(f"  {name}: {what}")
@@ -51,7 +52,8 @@ def main(
         minutes = _asked("How many minutes may training take (0: one pass over the rows)?", "0", _minutes)
     content = run_file(road, base, data, _minutes(minutes), validation or None, str(file.with_suffix("").name))
     _check(content, out)
-    write_text(file, content)
+    with written_whole(file, "the run file", "free some space or choose another place", folder=False) as beside:
+        beside.write_text(content, encoding="utf-8")
     print(f"wrote {file}; look at it, then run:")
     named = shlex.quote(str(file))
     print(f"  shadowpeft data check {named}\n  shadowpeft plan {named}\n  shadowpeft train {named}")

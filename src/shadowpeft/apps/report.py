@@ -11,7 +11,7 @@ import typer
 
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.storage import write_text
+from shadowpeft.storage import require_writable, written_whole
 from shadowpeft.terminal import terminal
 
 
@@ -35,6 +35,7 @@ def main(
         raise ConfigError(f"'{file}', where the page would go, is a folder; give the name of a file in it")
     if file.exists() and not is_page(file):
         raise ConfigError(f"'{file}' exists and is no report, so it is not written over; give --out another name")
+    require_writable(file.parent)
     answers: list[dict[str, Any]] = []
     note = "" if examples else "No examples were asked for (--examples 0)."
     if examples:
@@ -43,7 +44,8 @@ def main(
             answers, note = answered(Path(folder), examples, max_new_tokens)
         except (ConfigError, DataError) as error:  # the page is worth having without them, and says why they are not there
             note = f"The examples could not be made: {error}"
-    write_text(file, page(run, answers, note))
+    with written_whole(file, "the page", "free some space or choose another place with --out", folder=False) as beside:
+        beside.write_text(page(run, answers, note), encoding="utf-8")
     terminal().print(f"wrote {file}" + (f" ({note})" if not answers and examples else ""), soft_wrap=True)
     if show:
         webbrowser.open(file.resolve().as_uri())

@@ -40,6 +40,12 @@ def read_run_folder(folder: Path) -> RunFolder:
         raise ConfigError(
             f"'{folder}' holds no run of shadowpeft train (no config.yaml and data.json); give its 'output' folder"
         )
+    run = _record(folder / "config.yaml")
+    if "backbone" in run:
+        raise ConfigError(
+            f"'{folder}' is a run of shadowpeft pretrain, but report reads runs of shadowpeft train; its losses are in "
+            "loss.png and metrics.jsonl, its perplexities in result.json"
+        )
     summary, versions = (
         _record(folder / name) if (folder / name).is_file() else {} for name in ("summary.json", "versions.json")
     )
@@ -53,7 +59,7 @@ def read_run_folder(folder: Path) -> RunFolder:
     routing = folder / "adapter" / ROUTING
     return RunFolder(
         folder.resolve().name,
-        _record(folder / "config.yaml"),
+        run,
         data,
         versions,
         metrics,

@@ -19,6 +19,7 @@ from shadowpeft.data.actions import REMOTE, parser
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.robot_tools import tools_named
 from shadowpeft.errors import ConfigError
+from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
 
 _FREELY, _CHOOSING, _CLOUD = "device", "device, choosing", "cloud"
@@ -84,10 +85,10 @@ def calibrate(
     signal = ACTION if tools is not None else signal
     require_sklearn("route calibrate")
     folder = Path(out or source)
-    if out is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir():
+    if out is None and not folder.is_dir():
         raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
+    require_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = {"fit": read_intents(data, "fit", limit, own, tools)}
     if bound:
         require_rows([row["skill"] == REMOTE for row in rows["fit"]], target=target, level=level, signal=signal)

@@ -99,6 +99,11 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
         if not isinstance(row["prompt"], str) or not isinstance(row["response"], str):
             raise DataError(f"{where}: 'prompt' and 'response' must be strings")
         history, response = [{"role": "user", "content": row["prompt"]}], row["response"]
+    elif "text" in row and "label" in row:
+        raise DataError(
+            f"{where} has 'text' and 'label', which a classifier learns from; give a run file with task_type: SEQ_CLS (data "
+            "check of the rows alone: --task-type SEQ_CLS), or rows of a form of docs/data.md"
+        )
     else:
         raise DataError(
             f"{where} has the keys {sorted(row)[:6]} but needs 'messages', or 'prompt' and 'response', or "

@@ -314,7 +314,8 @@ def read(file: Path) -> PreTrainedModel:
     if f"{arch}.rope.scaling.type" in reader.fields:
         factor = float(reader.fields[f"{arch}.rope.scaling.factor"].contents())
         extra["rope_parameters"] = {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **extra)
+    whole = str(file.absolute())  # transformers looks for a bare name in the working directory first
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=whole, dtype=torch.float32, **extra)
     if "rope_freqs.weight" in names:
         factors = torch.from_numpy(np.array(names["rope_freqs.weight"].data))
         for module in model.modules():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.chat_template import render
-from shadowpeft.errors import DataError, UnsupportedModelError
+from shadowpeft.errors import ConfigError, DataError, UnsupportedModelError
 from shadowpeft.storage import written_whole
 
 _SYSTEM, _USER, _ASSISTANT, _SECOND = ("Qsystemq", "Quserq", "Qassistantq", "Qsecondq")
@@ -131,14 +131,34 @@ def modelfile(gguf: str, found: Pieces, ends: Sequence[str]) -> str:
     return f'FROM ./{gguf}\nTEMPLATE """{go_template(found)}"""\n{stops}PARAMETER temperature 0\n'
 
 
-def write(file: Path, tokenizer: Any, ends: Sequence[str]) -> Path:
-    """Write the Modelfile of the GGUF ``file`` beside it (``edge.gguf``: ``edge.Modelfile``) and return its path.
+def place(file: Path, tokenizer: Any, ends: Sequence[str]) -> tuple[Path, str]:
+    """Where the Modelfile of the GGUF ``file`` belongs (``edge.gguf``: ``edge.Modelfile``, beside it), and its text.
 
     Raises:
+        ConfigError: if another file stands there.
         UnsupportedModelError: if the tokenizer's chat template cannot be written for Ollama.
     """
     text = modelfile(file.name, pieces(tokenizer), ends)
     path = file.with_suffix(".Modelfile")
-    with written_whole(path, "the Modelfile", "free some space or choose another folder", folder=False) as beside:
+    if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
+        raise ConfigError(
+            f"'{path}', where the Modelfile of '{file.name}' goes, exists and says something else; move it away, or choose "
+            "another name for the export"
+        )
+    return path, text
+
+
+def write(file: Path, tokenizer: Any, ends: Sequence[str]) -> Path:
+    """Write the Modelfile of the GGUF ``file`` beside it and return its path; one that is the same is left as it is.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as :func:`place`.
+        ShadowPeftError: if it cannot be written.
+    """
+    path, text = place(file, tokenizer, ends)
+    if path.exists():
+        return path
+    remedy = "free some space or choose another folder"
+    with written_whole(path, "the Modelfile", remedy, folder=False, replace=False) as beside:
         beside.write_text(text, encoding="utf-8")
     return path

@@ -20,6 +20,7 @@ from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.export import hf
 from shadowpeft.hf import formats
 from shadowpeft.hf.base.aliases import source_of
+from shadowpeft.hf.files.digests import write_sums
 from shadowpeft.hf.files.locate import CONFIG, WEIGHTS, find_file
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.load import named_base, read_config
@@ -104,6 +105,7 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     generation_config(model, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     hf.write(model, tokenizer, folder / EDGE, dtype)
+    write_sums(folder / EDGE)  # vLLM and a device read it without the rest
     return {"loads with": "vllm and shadowpeft-vllm", "draft model": EDGE}
 
 

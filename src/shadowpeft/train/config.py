@@ -145,10 +145,14 @@ def parse(content: Any, where: str, kind: type[Run], sections: dict[str, type[Ba
     """Check the content of a file of runs of a ``kind``; ``needed`` names what such a file must at least hold.
 
     Raises:
-        ConfigError: naming the key, what it was, what it must be, and the nearest known key.
+        ConfigError: naming the key, what it was, what it must be, and the nearest known key; or the command that takes it.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{where} holds a {type(content).__name__} but must be a mapping with {needed}")
+    for key, command in _COMMANDS.items():
+        own = next(name for name in _COMMANDS if name in kind.model_fields)
+        if key in content and key != own and own not in content:
+            raise ConfigError(f"{where} has '{key}' and no '{own}', so it is a run file of another kind; give it to {command}")
     # a section of which all is commented out is None; it is as good as not there
     content = {k: v for k, v in content.items() if v is not None or k not in sections or k not in kind.model_fields}
     try:
@@ -245,6 +249,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingSection,
     "source": SourceSection,
 }
+_COMMANDS = {"data": "shadowpeft train, plan or data check", "backbone": "shadowpeft pretrain"}
+"""The section that tells the kinds of run files apart -> what takes such a file."""
 _TAGS = ("name", "source")
 """What pydantic calls the two forms of ``data.train``."""
 

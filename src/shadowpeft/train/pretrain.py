@@ -39,7 +39,7 @@ from shadowpeft.train.arguments import pretraining_arguments
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.pretrain_teacher import Lesson, make_cache
-from shadowpeft.train.pretrain_text import check_enough, end_token, hold_out, make_stream
+from shadowpeft.train.pretrain_text import check_enough, check_held_out, end_token, hold_out, make_stream
 from shadowpeft.train.pretrain_trainer import PretrainCallback, PretrainTrainer
 from shadowpeft.train.progress import plot_losses, read_metrics
 
@@ -62,7 +62,8 @@ def pretrain(
         the result: steps, tokens, seconds, speed, losses, perplexities before and after, what was read and skipped.
 
     Raises:
-        ConfigError: if the folder holds a run and ``resume`` is not set, or the run there is another.
+        ConfigError: if the folder holds a run and ``resume`` is not set, or the run there is another; if held-out text is
+            trained on.
         DataError: if a corpus is missing, empty, damaged, or too short for one step; if a teacher cache is of other text.
         BaseMismatchError: if it is of another base.
         NonFiniteLossError: if the loss became NaN.
@@ -79,6 +80,7 @@ def pretrain(
     finished = _finished(folder)
     if finished is not None:
         return finished
+    check_held_out(run)
     args.eval_on_start = last is None and bool(text.validation)
     args.distributed_state.wait_for_everyone()  # before one of them makes the folder
 

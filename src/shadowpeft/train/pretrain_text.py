@@ -44,6 +44,30 @@ def make_stream(
     return PackedStream(mixture, text.sequence_length, buffer=text.shuffle_buffer, seed=seed)
 
 
+def check_held_out(run: PretrainConfig) -> None:
+    """Whether the validation corpora are text that is not trained on, by their files or the name of a Hub data set.
+
+    Raises:
+        ConfigError: naming what is in both. DataError: if a corpus has no files.
+    """
+    trained = {part: corpus.name for corpus in run.text.corpora for part in _parts(corpus)}
+    for corpus in run.text.validation:
+        for part in _parts(corpus):
+            if part in trained:
+                what = f"'{part[0]}'" + (f" (in the corpus '{trained[part]}')" if part[0] != trained[part] else "")
+                raise ConfigError(
+                    f"text.validation names '{corpus.name}', but {what} is trained on, so its perplexity would not be that of "
+                    "held-out text; give other text, or take it out of text.corpora"
+                )
+
+
+def _parts(corpus: Corpus) -> list[tuple[str, ...]]:
+    """What a corpus reads: of every file, or of the data set, what tells it from others."""
+    if corpus.hub is not None:
+        return [(corpus.hub, corpus.config or "", corpus.split, corpus.field)]
+    return [(str(file.resolve()), corpus.field) for file in find_shards(corpus.path, corpus.builtin, corpus.split)]
+
+
 def check_enough(run: PretrainConfig, stream: PackedStream, sequences: int) -> None:
     """Read one step ahead on a stream of its own, so that text that cannot be read is refused before a folder is made.
 

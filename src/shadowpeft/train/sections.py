@@ -150,16 +150,26 @@ class ShadowSection(StrictSection, ShadowSettings):
         """The fields of ``ShadowPeftConfig`` for a base with ``num_layers`` layers.
 
         Raises:
-            ConfigError: if it has fewer layers to correct than ``last_layers``.
+            ConfigError: if it has fewer layers to correct than ``last_layers``, or to copy than the shadow takes.
         """
-        if self.last_layers is None:
-            return self.fields
         first = VARIANTS[self.variant].first_refined_layer
-        if self.last_layers > num_layers - first:
+        if self.last_layers is not None and self.last_layers > num_layers - first:
             raise ConfigError(
                 f"shadow.last_layers is {self.last_layers} but the base has {num_layers} layers, of which the variant "
                 f"'{self.variant}' corrects {num_layers - first}; give at most {num_layers - first}"
             )
+        depth = self.shadow_num_hidden_layers
+        if depth is not None and self.shadow_init.startswith("base_layers") and depth > num_layers:
+            setting = "shadow.shadow_num_hidden_layers"
+            said = f"{setting} is {depth}"
+            if depth == PRESETS[self.preset]["shadow_num_hidden_layers"]:  # nobody need have asked for it
+                said = f"the preset '{self.preset}', where runs that teach actions start, sets {setting} to {depth}"
+            raise ConfigError(
+                f"{said}, as many layers of the base as the shadow copies, but the base has {num_layers}; set {setting} to "
+                f"{num_layers} or less"
+            )
+        if self.last_layers is None:
+            return self.fields
         return {**self.fields, "refined_layers": [num_layers - self.last_layers, num_layers - 1]}
 
     @model_validator(mode="after")

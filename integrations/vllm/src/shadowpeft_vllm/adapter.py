@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from shadowpeft_vllm.values import problem_in
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT_VERSION = 1
 _log = logging.getLogger("vllm.shadowpeft")
@@ -343,6 +345,14 @@ def _refuse(config: dict[str, Any]) -> None:
         raise AdapterError(
             f"the adapter has the setting {unknown[0]}, which this shadowpeft-vllm does not know; upgrade it"
         )
+    record, fingerprint = config.get("shadow_backbone_config"), config.get("base_fingerprint")
+    if record is None or fingerprint is None:
+        raise AdapterError(
+            "the adapter lacks shadow_backbone_config or base_fingerprint; save it again with shadowpeft"
+        )
+    problem = problem_in(config)
+    if problem is not None:
+        raise AdapterError(problem)
     if config["format_version"] != FORMAT_VERSION:
         raise AdapterError(
             f"the adapter has format version {config['format_version']}, this shadowpeft-vllm reads {FORMAT_VERSION}; "
@@ -363,11 +373,6 @@ def _refuse(config: dict[str, Any]) -> None:
         raise AdapterError(
             "the layers of the adapter's shadow read tokens (shadow_reads_tokens), which is not supported"
         )
-    record, fingerprint = config.get("shadow_backbone_config"), config.get("base_fingerprint")
-    if not isinstance(record, dict) or not isinstance(fingerprint, dict):
-        raise AdapterError(
-            "the adapter lacks shadow_backbone_config or base_fingerprint; save it again with shadowpeft"
-        )
     if record.get("model_type") not in SHADOWS:
         raise AdapterError(
             f"the adapter's shadow is a {record.get('model_type')} model but must be one of {', '.join(SHADOWS)}"
@@ -382,7 +387,8 @@ def _refuse(config: dict[str, Any]) -> None:
 
 def _check_base(fingerprint: dict[str, Any], base: Mapping[str, Any]) -> None:
     shapes, values = fingerprint.get("shapes"), fingerprint.get("values")
-    if not isinstance(shapes, dict) or not isinstance(values, dict) or "num_hidden_layers" not in shapes:
+    whole = isinstance(shapes, dict) and isinstance(values, dict) and "num_hidden_layers" in shapes
+    if not whole or not all(_is_sample(sample) for sample in values.values()):
         raise AdapterError("the adapter's base_fingerprint is damaged; copy the whole folder again")
     if fingerprint.get("architecture") != base["model_type"]:
         raise AdapterError(
@@ -394,6 +400,11 @@ def _check_base(fingerprint: dict[str, Any], base: Mapping[str, Any]) -> None:
             raise AdapterError(
                 f"the adapter's base has {key} = {shapes.get(key)} but this base has {base[key]}; serve the adapter's own base"
             )
+
+
+def _is_sample(sample: Any) -> bool:
+    """Whether these are values of a tensor; JSON has whole numbers of any size, and NaN."""
+    return isinstance(sample, list) and bool(sample) and all(type(v) in (int, float) and abs(v) < 1e300 for v in sample)
 
 
 def _check_tensors(adapter: Adapter, digest: str | None) -> None:

@@ -66,8 +66,9 @@ def materialise(alias: str) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    file = str(source.absolute())  # transformers looks for a bare name in the working directory first
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=file)
     for holder, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, mark):  # the weights are plain float32 now; with the marker they could not be saved
             delattr(holder, mark)

@@ -28,12 +28,12 @@ from transformers import __version__ as transformers_version
 
 from shadowpeft.core import fold_projection
 from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.hf.files.kinds import PROJECTED as MODEL_TYPE
 from shadowpeft.hf.files.locate import find_file
 from shadowpeft.hf.files.reading import WHOLE, check_tensors, read_json, read_tensors, weight_files
 from shadowpeft.hf.files.records import config_from_record, record_of
 from shadowpeft.messages import quote
 
-MODEL_TYPE = "causal_lm_with_hidden_projection"
 CONFIG = "config.json"
 _BACKBONE, _PROJECTION, _HEAD = "shadow_model.", "shadow_hidden_projection.weight", "lm_head.weight"
 

@@ -21,7 +21,7 @@ from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.base.structure import find_decoder
-from shadowpeft.hf.files.locate import CONFIG, find_file
+from shadowpeft.hf.files.locate import CONFIG, check_not_missing, find_file
 from shadowpeft.hf.files.projected import is_projected
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.formats import authors, peft_shadow
@@ -45,6 +45,7 @@ def detect(adapter: str | Path) -> str:
     Raises:
         AdapterFileError: if it holds two formats, or none.
     """
+    check_not_missing(Path(adapter))
     own, theirs = (_path(adapter, name) for name in (CONFIG, authors.CONFIG))
     if own and theirs:
         raise AdapterFileError(f"'{adapter}' has both {CONFIG} and {authors.CONFIG}; give a folder with one adapter")
