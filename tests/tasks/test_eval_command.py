@@ -107,7 +107,7 @@ def device(tmp_path_factory):
         file,
         data={"shadow_answers": "action", "system": "You are a dog."},
         shadow={"shadow_num_hidden_layers": 1},
-        training={"max_steps": 1, "learning_rate": 1e-6},
+        training={"max_steps": 1, "shadow_epochs": 0, "learning_rate": 1e-6},
     )
     return train(parse_run(run, "the test's run"), quiet=True)["adapter"], file
 
