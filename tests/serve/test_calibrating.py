@@ -13,7 +13,9 @@ from commands import call
 from serving import ADAPTERS
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve import calibration as fitting
+from shadowpeft.serve.calibrated import distance, sketch
 from shadowpeft.serve.calibration import Sample, auroc, calibrate, choose_threshold, ece, upper_bound
+from shadowpeft.serve.loading import load_edge
 from shadowpeft.serve.router import SIGNALS, Calibration
 
 
@@ -199,6 +201,8 @@ def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_
     result = json.loads(out)
     saved = Calibration.load(adapter / kind / "routing.json")
     assert saved.threshold == result["threshold"]
+    assert saved.report["system"] == "be brief"
+    assert distance(saved.report["model"], sketch(load_edge(str(adapter / "edge"))[0])) == 0
     assert (adapter / kind / "routing.png").read_bytes().startswith(b"\x89PNG")
     # scripted: Sit for two of three, Bark for one; of those, rows 3, 9, ... are wrong
     assert result["without_confidence"]["wrong_on_device"] == sum(i % 3 == 0 and i % 6 != 0 for i in range(40))

@@ -99,6 +99,7 @@ def calibrate(
     from shadowpeft.data.robot import SKILLS
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
+    from shadowpeft.serve.calibrated import sketch
     from shadowpeft.train.rows import system_of
 
     prepare_cpu()
@@ -138,6 +139,7 @@ def calibrate(
         source=Path(source).name,
         max_new_tokens=max_new_tokens,
         system=system,
+        model=sketch(edge.model),
     )
     shown = "fit"
     if check is not None:
@@ -156,7 +158,7 @@ def calibrate(
     result = {
         "signal": calibration.signal,
         "threshold": calibration.threshold,
-        **calibration.report,
+        **{key: value for key, value in calibration.report.items() if key != "model"},
         "saved": str(folder / FILE),
     }
     if known is not None:

@@ -16,6 +16,7 @@ from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.answers import ResponseBuilder
+from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
@@ -194,6 +195,8 @@ class EdgeRole(Role):
             self.actions = self.toolbox.calls(tools, device=True)
         self.drift = Drift.of(router.calibration)
         """None without a calibration to compare with."""
+        self.calibrated = Calibrated.of(router.calibration, engine.backend)
+        """None without a calibration that says for which model it was made."""
 
     @property
     def elsewhere(self) -> int:

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
+from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
@@ -124,6 +125,8 @@ class Server:
             role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()
         if isinstance(role, EdgeRole) and role.drift is not None:
             self._watch(role.drift)
+        if isinstance(role, EdgeRole) and role.calibrated is not None:
+            self._watch_model(role.calibrated)
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
@@ -148,6 +151,8 @@ class Server:
                     content["cloud_problem"] = cloud.problem
                 if self.role.drift is not None and (problem := self.role.drift.problem()) is not None:
                     content["calibration_problem"] = problem
+                if self.role.calibrated is not None and self.role.calibrated.problem is not None:
+                    content["model_problem"] = self.role.calibrated.problem
             return AsciiResponse(content)
 
         @app.get("/metrics", responses=described(401))
@@ -189,6 +194,14 @@ class Server:
         gauge("calibration_drift", "Gap between the last decisions and the calibration's, 0 to 1.", lambda: drift.gap)
         gauge("calibration_drift_limit", "Gap from which on the decisions have moved.", lambda: drift.limit)
         gauge("calibration_moved", "1: the decisions have moved, so calibrate again.", lambda: drift.moved)
+
+    def _watch_model(self, calibrated: Calibrated) -> None:
+        self.administration.changed = calibrated.look
+        self.metrics.gauge(
+            "calibration_of_another_model",
+            "1: the calibration was made for another edge model, so calibrate again.",
+            lambda: calibrated.problem is not None,
+        )
 
     def unready(self) -> str | None:
         """Why no request is taken; None: they are."""
