@@ -484,3 +484,21 @@ def test_a_password_in_the_clouds_url_is_sent_and_never_logged(caplog):
         assert "s3" not in shown
         assert "***@cloud" in shown
     assert without_password("http://cloud:8000") == "http://cloud:8000"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loop_ends_after_one_hop(caplog, stream):
+    """An edge before itself, as through a name: what it hands on comes back once, and the device answers."""
+    with Running(edge_app("http://127.0.0.1:1", CALIBRATION)) as edge:
+        edge.app.state.server.role.cloud._http.base_url = edge.url
+        content, note, _ = say(edge, "remote", stream=stream)
+        assert content == Scripted.LINES["remote"]
+        assert (note["where"], note["reason"], note["degraded"]) == ("device", "cloud unavailable", True)
+        with edge.http(KEY) as http:
+            found = metric(http.get("/metrics").text, "shadowpeft_requests_total", path="/v1/chat/completions", status="508")
+            assert found == 1
+            body = {"model": "edge", "messages": [{"role": "user", "content": "sit"}]}
+            refused = http.post("/v1/chat/completions", json=body, headers={"x-shadow-hop": "1"})
+        assert refused.status_code == 508
+        assert "point that server's --cloud-url to one with --role cloud" in refused.json()["error"]["message"]
+    assert "the cloud answered with status 508; check --cloud-url, which leads to an edge server" in caplog.text

@@ -58,6 +58,8 @@ def folder(tmp_path_factory):
         (("--role", "cloud", "--no-auth", "--versions", "nowhere"), "'nowhere' does not exist"),
         (("--role", "cloud", "--no-auth", "--default-tokens", "600"), "--default-tokens is 600"),
         (("--role", "edge", "--no-auth", "--cloud-url", "cloud:8000"), "--cloud-url is 'cloud:8000'"),
+        (("--role", "edge", "--no-auth", "--cloud-url", "http://cloud:99999"), "must be like http://host:8000"),
+        (("--role", "edge", "--no-auth", "--cloud-url", "http://localhost:8000/v1"), "this server's own address"),
         (("--role", "cloud", "--no-auth", "--device", "tpu"), "device is 'tpu' but this machine has cpu"),
         (("--role", "edge", "--no-auth", "--routing", "none.json"), "'none.json' cannot be read"),
     ],
@@ -83,6 +85,33 @@ def test_the_options_have_the_commands_defaults():
         if field.name not in ("adapters", "role"):
             assert field.default == defaults[field.name] or defaults[field.name] is inspect.Parameter.empty, field.name
     assert [*defaults] == [field.name for field in dataclasses.fields(Options)]
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "own"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000", True),
+        ("127.0.0.1", "http://LOCALHOST:8000/v1", True),
+        ("localhost", "http://key@127.0.0.1:8000", True),
+        ("0.0.0.0", "http://127.0.0.1:8000", True),
+        ("::", "http://[::1]:8000", True),
+        ("10.0.0.1", "http://10.0.0.1:8000", True),
+        ("127.0.0.1", "http://127.0.0.1:8001", False),
+        ("127.0.0.1", "http://127.0.0.2:8000", False),
+        ("127.0.0.1", "http://10.0.0.1:8000", False),
+        ("10.0.0.1", "http://localhost:8000", False),
+        ("0.0.0.0", "http://10.0.0.1:8000", False),
+        ("127.0.0.1", "http://127.0.0.1", False),
+    ],
+)
+def test_a_server_is_not_its_own_cloud(host, url, own):
+    options = Options(adapters=["x"], role="edge", host=host, cloud_url=url)
+    if own:
+        with pytest.raises(ConfigError, match="own address") as refused:
+            options.check()
+        assert "key@" not in str(refused.value)
+    else:
+        options.check()
 
 
 def test_names_of_adapters():

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
 from shadowpeft.serve.calibrated import Calibrated
+from shadowpeft.serve.client import HOP, LoopError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
@@ -130,7 +131,8 @@ class Server:
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
-        generation = described(400, 401, 404, 408, 413, 429, 503)
+        handing_on = isinstance(self.role, EdgeRole) and self.role.cloud is not None
+        generation = described(400, 401, 404, 408, 413, 429, 503, *([508] if handing_on else []))
 
         @app.get("/healthz")
         async def healthz() -> dict[str, str]:
@@ -228,6 +230,11 @@ class Server:
 
     async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """The answer to a chat or a text."""
+        if HOP in request.headers and isinstance(self.role, EdgeRole) and self.role.cloud is not None:
+            raise LoopError(
+                "this is an edge server and the request comes from an edge server, so it would be handed on without end; point "
+                "that server's --cloud-url to one with --role cloud"
+            )
         self._known(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise DataError("stream_options is given without stream; leave one out or set both")
