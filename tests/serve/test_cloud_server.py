@@ -318,10 +318,16 @@ def test_a_client_that_leaves_stops_its_work(stream):
             assert metric(http.get("/metrics").text, "shadowpeft_disconnected_total") == 1
 
 
-def test_metrics_count_what_happened(server, client):
+@pytest.mark.parametrize("stream", [False, True])
+def test_metrics_count_what_happened(server, client, stream):
     with server.http(KEY) as http:
         before = http.get("/metrics").text
-        chat(client, "sit", max_tokens=2)
+        if stream:
+            messages = [{"role": "user", "content": "sit"}]
+            chunks = list(client.chat.completions.create(model="late", messages=messages, max_tokens=2, stream=True))
+            assert all(chunk.usage is None for chunk in chunks)
+        else:
+            chat(client, "sit", max_tokens=2)
         after = http.get("/metrics").text
 
     def grown(name, **labels):
@@ -332,6 +338,7 @@ def test_metrics_count_what_happened(server, client):
     assert grown("shadowpeft_first_token_seconds_count", where="cloud") == 1
     assert grown("shadowpeft_requests_total", path="/v1/chat/completions", status="200") == 1
     assert grown("shadowpeft_tokens_total", kind="new") == 2
+    assert grown("shadowpeft_tokens_total", kind="prompt") > 5
     assert metric(after, "shadowpeft_queue") == 0
 
 

@@ -151,6 +151,27 @@ def test_metrics_tell_the_share_on_the_device(cloud):
     assert metric(text, "shadowpeft_routed_total", where="cloud", reason="[REMOTE]") == 1
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("word", ["sit", "remote"])
+def test_the_tokens_of_a_stream_count_as_of_a_whole_answer(cloud, word, asked):
+    """Also where the client does not ask for them, which then does not see them."""
+    with Running(edge_app(cloud.url, CALIBRATION)) as server, client_of(server) as client, server.http(KEY) as http:
+
+        def counted():
+            text = http.get("/metrics").text
+            return [metric(text, "shadowpeft_tokens_total", kind=kind) for kind in ("prompt", "new")]
+
+        asking = {"model": "edge", "messages": [{"role": "user", "content": word}]}
+        usage = client.chat.completions.create(**asking).usage
+        whole = [usage.prompt_tokens, usage.completion_tokens]
+        assert counted() == whole
+        more = {"stream_options": {"include_usage": True}} if asked else {}
+        chunks = list(client.chat.completions.create(**asking, stream=True, **more))
+        assert counted() == [2 * n for n in whole]
+        assert [c.usage.completion_tokens for c in chunks if c.usage is not None] == ([whole[1]] if asked else [])
+        assert [len(c.choices) for c in chunks[-1:]] == [0 if asked else 1]
+
+
 def test_without_a_cloud_the_device_says_what_it_can_and_that_it_is_not_enough():
     with Running(edge_app(None)) as server:
         content, note, headers = say(server, "remote")

@@ -269,7 +269,7 @@ class Server:
                     closed=close,
                 )
             content = await until_gone(request.receive, reply.whole(), self.overdue)
-            self._count(reply, began, content["usage"])
+            self._count(reply, began)
             return AsciiResponse(content, headers=headers)
         except GoneError:
             gone()
@@ -278,11 +278,11 @@ class Server:
             if not handed_on:
                 close()
 
-    def _count(self, reply: Reply, began: float, counts: dict[str, int] | None = None) -> None:
+    def _count(self, reply: Reply, began: float) -> None:
         where = reply.note["where"]
         self.metrics.answered(where, reply.note["reason"], time.monotonic() - began)
         if reply.first is not None:
             self.metrics.first.labels(where).observe(reply.first)
-        if counts is not None:
-            self.metrics.tokens.labels("prompt").inc(counts["prompt_tokens"])
-            self.metrics.tokens.labels("new").inc(counts["completion_tokens"])
+        if reply.counts is not None:
+            self.metrics.tokens.labels("prompt").inc(reply.counts["prompt_tokens"])
+            self.metrics.tokens.labels("new").inc(reply.counts["completion_tokens"])
