@@ -116,6 +116,25 @@ def test_usage_finish_and_length(client):
     assert parts[-1].choices[0].finish_reason == made.choices[0].finish_reason
 
 
+def test_a_default_length_is_cut_to_the_room_and_what_is_asked_for_is_refused(backend):
+    """Each character is a token; the default is 8."""
+    window = backend.max_model_len
+    with Running(cloud(backend)) as server, server.http(KEY) as http:
+
+        def answered(room, **more):
+            body = {"model": "base", "prompt": "x" * (window - room), **more}
+            return http.post("/v1/completions", json=body)
+
+        for room in (8, 7, 1):
+            answer = answered(room)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["prompt_tokens"] == window - room
+            assert answer.json()["usage"]["completion_tokens"] <= room
+        for refused in (answered(0), answered(7, max_tokens=8)):
+            assert refused.status_code == 400
+            assert "8 more are asked for" in refused.json()["error"]["message"]
+
+
 def test_logprobs_of_chats_and_completions(client, backend):
     made = chat(client, "sit", "deep", max_tokens=3, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     backend.model.set_adapter("deep")

@@ -523,3 +523,31 @@ def test_a_loop_ends_after_one_hop(caplog, stream):
         assert refused.status_code == 508
         assert "point that server's --cloud-url to one with --role cloud" in refused.json()["error"]["message"]
     assert "the cloud answered with status 508; check --cloud-url, which leads to an edge server" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["device", "cloud"])
+def test_a_default_length_that_does_not_fit_is_no_reason_to_refuse(where):
+    """The window has 256 tokens and the default is 64: the device answers as far as it can, and the cloud as far as it can."""
+    asked = []
+
+    def reply(request):
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=ANSWER)
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(reply))) as server:
+        room = server.app.state.server.role.engine.backend.max_model_len - 30
+        text = f"{'sit' if where == 'device' else 'remote'} "
+        with client_of(server) as client:
+            messages = [{"role": "user", "content": text}]
+            usage = client.chat.completions.create(
+                model="edge", messages=messages, max_tokens=1, extra_body={"route": "device"}
+            ).usage
+        long = text + "x" * (room - usage.prompt_tokens)
+        if where == "device":
+            assert say(server, long, extra_body={"route": "device"})[0] == Scripted.LINES["sit"]
+            assert not asked
+        else:
+            assert say(server, long)[:1] == ("Rome",)
+            assert "max_tokens" not in asked[0]  # the cloud's own default fits there
+            with pytest.raises(openai.BadRequestError, match="64 more are asked for"):
+                say(server, long, max_tokens=64, extra_body={"route": "device"})
