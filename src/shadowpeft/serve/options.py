@@ -94,10 +94,14 @@ class Options:
         """
         if self.role not in ("cloud", "edge"):
             raise ConfigError(f"role is '{self.role}' but must be cloud or edge")
-        edges = self.cloud_url or self.routing or self.free_actions or self.hint
-        if self.role == "cloud" and edges:
+        to_cloud = ("cloud_model", "cloud_timeout", "cloud_delay_ms", "hint")
+        stray = self._given("cloud_url", "routing", "free_actions", "when_cloud_down", *to_cloud)
+        if self.role == "cloud" and stray:
+            raise ConfigError(f"{' and '.join(stray)}: only an edge has this; leave it out or set --role edge")
+        stray = self._given(*to_cloud)
+        if self.role == "edge" and stray and not self.cloud_url:
             raise ConfigError(
-                "--cloud-url, --routing, --hint and --free-actions belong to the edge; leave them out or set --role edge"
+                f"{' and '.join(stray)}: this is about the cloud but there is no --cloud-url; give it, or leave this out"
             )
         if self.role == "edge" and self.speculative:
             raise ConfigError(
@@ -121,6 +125,10 @@ class Options:
                 f"--default-tokens is {self.default_tokens} but --new-tokens allows {self.new_tokens}; lower one or raise the "
                 "other"
             )
+
+    def _given(self, *names: str) -> list[str]:
+        """Those of the options that are not at their default, as they are written."""
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name) != getattr(Options, name)]
 
     def _is_own(self, url: str) -> bool:
         """Whether a URL leads to this server, as far as its text tells: a loop through a name is found by the first request."""
