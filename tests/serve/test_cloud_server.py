@@ -100,6 +100,8 @@ def test_where_and_why_are_in_header_and_field(client):
     note = raw.parse().model_extra["shadowpeft"]
     assert note["where"] == "cloud"
     assert note["milliseconds"] > 0
+    bare = client.chat.completions.with_raw_response.create(model="base", messages=[{"role": "user", "content": "sit"}])
+    assert bare.headers["x-shadow-reason"] == bare.parse().model_extra["shadowpeft"]["reason"] == "base"
 
 
 def test_usage_finish_and_length(client):

@@ -105,6 +105,7 @@ def read_keys(options: Options) -> Any:
 def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     from shadowpeft.serve.backend import Attached, Detached, MultiBackend
     from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters, load_edge, load_lora
+    from shadowpeft.serve.router import DETACHED, LORA
     from shadowpeft.serve.versions import own_memory
 
     plain = {name: folder for name, folder in named.items() if is_edge_folder(folder) or is_lora(folder)}
@@ -116,7 +117,8 @@ def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     for name, folder in plain.items():
         lora = is_lora(folder)
         model, tokenizer = load_lora(folder, base) if lora else load_edge(folder)
-        members.append(Detached(placed(own_memory(model), where), tokenizer, name, None if lora else folder))
+        kind = LORA if lora else DETACHED
+        members.append(Detached(placed(own_memory(model), where), tokenizer, name, None if lora else folder, kind=kind))
     return members[0] if len(members) == 1 else MultiBackend(members)
 
 

@@ -25,7 +25,6 @@ from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Rep
 from shadowpeft.serve.requests import SamplingParams, TooLongError
 from shadowpeft.serve.router import (
     ASKED,
-    BASE_PATH,
     CLOUD,
     CLOUD_DOWN,
     DEVICE,
@@ -165,7 +164,8 @@ class CloudRole(Role):
         generation = Generation().start(
             self.engine, ids, asked.model, sampling, actions=actions, speculative=drafts
         )
-        return await _begun(LocalReply(generation, self.builder(asked, {"where": CLOUD, "reason": BASE_PATH}), began))
+        note = {"where": CLOUD, "reason": self.engine.backend.reason(asked.model)}
+        return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
 
 class EdgeRole(Role):
