@@ -117,7 +117,7 @@ def measure(
         for delay in options.delays:
             console.print(f"starting the edge, {delay:g} ms from the cloud")
             to_cloud = ["--cloud-url", cloud.url, "--cloud-model", "robot", "--cloud-delay-ms", str(delay)]
-            arguments = [f"robot={options.out / 'edge'}", *to_cloud, *known]
+            arguments = [f"robot={options.out / 'edge'}", *to_cloud, *known, "--system", task.system]
             with Server("edge", arguments, logs / f"edge-{delay:g}.log", environment) as edge:
                 edge.wait()
                 replies, side = asyncio.run(ask({"edge": edge.url, "cloud": cloud.url}, delay))

@@ -142,6 +142,7 @@ def measured(options: argparse.Namespace, rows: Sequence[dict[str, Any]], consol
         for delay in options.delays:
             to_cloud = ["--cloud-url", cloud.url, "--cloud-model", "robot", "--cloud-delay-ms", str(delay)]
             arguments = [f"robot={edge_folder}", *to_cloud, "--routing", str(options.routing)]
+            arguments += ["--system", robot_tools.SYSTEM]  # of the calibration
             with Server("edge", arguments, logs / f"edge-{delay:g}.log", environ) as edge:
                 edge.wait()
                 replies = asyncio.run(all_of({"edge": edge.url, "cloud": cloud.url}, delay))

@@ -617,6 +617,50 @@ def test_chat_in_the_terminal(monkeypatch, capsys, adapter):
     assert detached.strip() in out
 
 
+def test_a_message_that_is_too_long_does_not_end_the_conversation(monkeypatch, capsys, adapter):
+    from rich.console import Console
+
+    from shadowpeft import generate
+
+    lines = iter(["sit", "x" * 2000, "stand", "/mode", "/mode  ", "/quit"])
+    asked = []
+    real = generate.stream
+
+    def keep(runner, tokenizer, history, **options):
+        asked.append([turn["content"] for turn in history if turn["role"] == "user"])
+        return real(runner, tokenizer, history, **options)
+
+    monkeypatch.setattr(generate, "stream", keep)
+    monkeypatch.setattr(Console, "input", lambda self, *args, **options: next(lines))
+    code, out, _ = call(monkeypatch, capsys, "chat", adapter, "--max-new-tokens", 6)
+    assert code == 0
+    told = " ".join(out.split())
+    assert "shorten the prompt or lower max_new_tokens; your message was left out, and /reset begins anew" in told
+    assert asked == [["sit"], ["sit", "x" * 2000], ["sit", "stand"]]
+    assert told.count("mode is 'attached' and may be one of attached, detached, base") == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--mode", "nonsense"), "mode is 'nonsense' but must be one of attached, detached, base"),
+        (("--mode", "detached", "--speculative"), "--speculative was given for --mode detached"),
+    ],
+)
+def test_chat_refuses_what_has_no_effect_before_it_loads(monkeypatch, capsys, more, message):
+    code, _, err = call(monkeypatch, capsys, "chat", "no-such-folder", *more)
+    assert code == 2
+    assert message in err
+
+
+def test_calls_that_are_cut_are_refused(monkeypatch, capsys, adapter):
+    options = ("generate", adapter, "sit", "--mode", "detached", "--skills", "robot_tools", "--json")
+    code, out, err = call(monkeypatch, capsys, *options, "--max-new-tokens", 3)
+    assert (code, out) == (2, "")
+    assert "max_new_tokens is 3 but the calls do not end within so many tokens ('[" in err
+    assert err.rstrip().endswith("raise it")
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_command_with_a_sentence_and_resume_goes_on(tmp_path, road):
     content = yaml.safe_load((road / "run.yaml").read_text())

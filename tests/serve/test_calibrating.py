@@ -13,7 +13,9 @@ from commands import call
 from serving import ADAPTERS
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve import calibration as fitting
+from shadowpeft.serve.calibrated import distance, sketch
 from shadowpeft.serve.calibration import Sample, auroc, calibrate, choose_threshold, ece, upper_bound
+from shadowpeft.serve.loading import load_edge
 from shadowpeft.serve.router import SIGNALS, Calibration
 
 
@@ -193,12 +195,16 @@ def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     more = () if kind == "adapter" else ("--no-cloud",)
-    options = ("--data", data, "--check", data, "--target", "0.3", "--max-new-tokens", "4", "--system", "be brief")
+    fresh = tmp_path / "fresh.jsonl"
+    fresh.write_text("".join(json.dumps({**r, "prompt": f"please {r['prompt']}"}) + "\n" for r in rows))
+    options = ("--data", data, "--check", fresh, "--target", "0.3", "--max-new-tokens", "4", "--system", "be brief")
     code, out, err = call(monkeypatch, capsys, "route", "calibrate", adapter / kind, *options, "--json", *more)
     assert code == 0, err
     result = json.loads(out)
     saved = Calibration.load(adapter / kind / "routing.json")
     assert saved.threshold == result["threshold"]
+    assert saved.report["system"] == "be brief"
+    assert distance(saved.report["model"], sketch(load_edge(str(adapter / "edge"))[0])) == 0
     assert (adapter / kind / "routing.png").read_bytes().startswith(b"\x89PNG")
     # scripted: Sit for two of three, Bark for one; of those, rows 3, 9, ... are wrong
     assert result["without_confidence"]["wrong_on_device"] == sum(i % 3 == 0 and i % 6 != 0 for i in range(40))
@@ -235,6 +241,70 @@ def test_wrong_use_ends_with_2(adapter, monkeypatch, capsys, arguments, message)
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()[-1]) < 300
+
+
+def calibrated(monkeypatch, capsys, folder, rows, check=None, **more):
+    """Exit code, the saved report and what was told, of calibrating on ``rows``."""
+    files = {"--data": rows, **({} if check is None else {"--check": check})}
+    arguments = []
+    for option, part in files.items():
+        file = folder / f"{option[2:]}.jsonl"
+        file.write_text("".join(json.dumps({"prompt": p, "skill": s}) + "\n" for p, s in part))
+        arguments += [option, file]
+    arguments += [x for pair in more.items() for x in pair]
+    options = ("--target", "0.3", "--max-new-tokens", "4", "--no-cloud", "--signal", "logprob", "--out", folder / "out")
+    code, _, err = call(monkeypatch, capsys, "route", "calibrate", folder.parent / "adapter", *options, *arguments)
+    saved = folder / "out" / "routing.json"
+    return code, json.loads(saved.read_text())["report"] if saved.is_file() else None, " ".join(err.split())
+
+
+@pytest.fixture
+def place(adapter, tmp_path):
+    (tmp_path / "adapter").symlink_to(adapter / "adapter")
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+ROWS = [(f"do {i}", "Bark" if i % 3 == 0 else "Sit") for i in range(40)]
+
+
+def test_copies_of_a_row_are_no_evidence(place, monkeypatch, capsys):
+    said_by_script(monkeypatch)
+    code, _, err = calibrated(monkeypatch, capsys, place, [("do 1", "Sit")] * 100)
+    assert code == 2
+    assert "99 of 100 rows repeat a prompt; each prompt counts once" in err
+    assert "but the data has 1 commands" in err
+    code, once, _ = calibrated(monkeypatch, capsys, place, ROWS)
+    assert code == 0
+    copies = [*ROWS, (" do  7 ", "Sit"), *ROWS[:10] * 9]
+    code, often, err = calibrated(monkeypatch, capsys, place, copies)
+    assert code == 0
+    assert "91 of 131 rows" in err
+    assert (once["copies"], often["copies"]) == (0, 91)
+    for key in ("n", "tested", "auroc", "commands"):
+        assert often[key] == once[key]
+    assert sum(once["traffic"]["reasons"].values()) == 40
+    assert sum(often["traffic"]["reasons"].values()) == 131  # requests that come often come often later too
+
+
+def test_rows_of_the_fit_are_left_out_of_the_check(place, monkeypatch, capsys):
+    said_by_script(monkeypatch)
+    code, _, err = calibrated(monkeypatch, capsys, place, ROWS, ROWS[5:])
+    assert code == 2
+    assert "every prompt of --check" in err
+    assert "give rows that had no part in the fit" in err
+    code, report, err = calibrated(monkeypatch, capsys, place, ROWS, [*ROWS[5:], ("lie", "Sit"), ("lie", "Sit"), ("up", "Sit")])
+    assert code == 0
+    assert "35 of 37 prompts are among those of --data and are left out of the check" in err
+    assert (report["check"]["n"], report["check"]["seen_in_data"]) == (2, 35)
+
+
+def test_a_prompt_that_is_too_long_is_named_with_its_line(place, monkeypatch, capsys):
+    rows = [*ROWS[:20], ("long " * 300, "Sit"), *ROWS[20:]]
+    code, _, err = calibrated(monkeypatch, capsys, place, rows)
+    assert code == 2
+    assert "data.jsonl, line 21: the prompt has" in err
+    assert "shorten it" in err
 
 
 def test_rows_are_checked(tmp_path, monkeypatch, capsys, adapter):

@@ -273,7 +273,7 @@ def test_the_signal_of_a_calibration_decides(folders, tmp_path):
 
 
 def test_options_that_do_not_fit(folders):
-    with pytest.raises(ConfigError, match="--free-actions belong to the edge"):
+    with pytest.raises(ConfigError, match="--free-actions: only an edge has this"):
         command.Options(adapters=["x"], role="cloud", free_actions=True).check()
 
 

@@ -100,6 +100,8 @@ def test_where_and_why_are_in_header_and_field(client):
     note = raw.parse().model_extra["shadowpeft"]
     assert note["where"] == "cloud"
     assert note["milliseconds"] > 0
+    bare = client.chat.completions.with_raw_response.create(model="base", messages=[{"role": "user", "content": "sit"}])
+    assert bare.headers["x-shadow-reason"] == bare.parse().model_extra["shadowpeft"]["reason"] == "base"
 
 
 def test_usage_finish_and_length(client):
@@ -114,6 +116,25 @@ def test_usage_finish_and_length(client):
     assert not last.choices
     assert parts[0].choices[0].delta.role == "assistant"
     assert parts[-1].choices[0].finish_reason == made.choices[0].finish_reason
+
+
+def test_a_default_length_is_cut_to_the_room_and_what_is_asked_for_is_refused(backend):
+    """Each character is a token; the default is 8."""
+    window = backend.max_model_len
+    with Running(cloud(backend)) as server, server.http(KEY) as http:
+
+        def answered(room, **more):
+            body = {"model": "base", "prompt": "x" * (window - room), **more}
+            return http.post("/v1/completions", json=body)
+
+        for room in (8, 7, 1):
+            answer = answered(room)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["prompt_tokens"] == window - room
+            assert answer.json()["usage"]["completion_tokens"] <= room
+        for refused in (answered(0), answered(7, max_tokens=8)):
+            assert refused.status_code == 400
+            assert "8 more are asked for" in refused.json()["error"]["message"]
 
 
 def test_logprobs_of_chats_and_completions(client, backend):
@@ -318,10 +339,16 @@ def test_a_client_that_leaves_stops_its_work(stream):
             assert metric(http.get("/metrics").text, "shadowpeft_disconnected_total") == 1
 
 
-def test_metrics_count_what_happened(server, client):
+@pytest.mark.parametrize("stream", [False, True])
+def test_metrics_count_what_happened(server, client, stream):
     with server.http(KEY) as http:
         before = http.get("/metrics").text
-        chat(client, "sit", max_tokens=2)
+        if stream:
+            messages = [{"role": "user", "content": "sit"}]
+            chunks = list(client.chat.completions.create(model="late", messages=messages, max_tokens=2, stream=True))
+            assert all(chunk.usage is None for chunk in chunks)
+        else:
+            chat(client, "sit", max_tokens=2)
         after = http.get("/metrics").text
 
     def grown(name, **labels):
@@ -332,6 +359,7 @@ def test_metrics_count_what_happened(server, client):
     assert grown("shadowpeft_first_token_seconds_count", where="cloud") == 1
     assert grown("shadowpeft_requests_total", path="/v1/chat/completions", status="200") == 1
     assert grown("shadowpeft_tokens_total", kind="new") == 2
+    assert grown("shadowpeft_tokens_total", kind="prompt") > 5
     assert metric(after, "shadowpeft_queue") == 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from bisect import bisect_right
 from collections import Counter
 
@@ -96,6 +97,30 @@ def test_nothing_is_said_of_a_few_decisions():
     assert drift.moved
     share = 100 * sum(d.reason == TAGGED for d in decisions(264, 1)) / 264
     assert f"[REMOTE] 100 % (then {share:.0f} %)" in drift.problem()
+
+
+def test_the_warning_names_what_has_moved_and_nothing_else():
+    """All are unsure, then and now, by signals that are another fifth of the calibration's; or one reason alone has moved."""
+    edges = [0.1, 0.2, 0.3, 0.4]
+    unsure = {"reasons": {UNSURE: 100}, "edges": edges, "known": [20] * 5}
+    drift = after(Drift(unsure), [Decision(CLOUD, UNSURE, "Sit", 0.5, 0.15)] * 300)
+    moved = "known actions with a signal below 0.2, of all known 100 % (then 40 %)"
+    assert drift.problem() == (
+        f"the last 300 requests are not like the calibration's: {moved}; calibrate again on requests as they come now"
+    )
+    drift = after(Drift(unsure), [Decision(CLOUD, UNSURE, "Sit", 0.5, 0.9)] * 300)
+    assert "known actions with a signal below 0.4, of all known 0 % (then 80 %)" in drift.problem()
+    fifths = [Decision(CLOUD, UNSURE, "Sit", 0.5, value) for value in (0.05, 0.15, 0.25, 0.35, 0.45)]
+    drift = after(Drift(unsure), [*[NOTHING] * 200, *fifths * 20])
+    assert ": unknown answer 67 % (then 0 %)" not in drift.problem()
+    assert ": low confidence 33 % (then 100 %), unknown answer 67 % (then 0 %);" in drift.problem()
+    for seed in range(20):
+        drift = after(Drift(traffic(decisions(264, seed))), decisions(500, seed + 2000, shift=-0.6 + 0.06 * seed))
+        told = drift.problem()
+        if told is not None:
+            pairs = re.findall(r"(\d+) % \(then (\d+) %\)", told)
+            assert pairs
+            assert all(now != then for now, then in pairs)
 
 
 def test_a_calibration_counts_its_requests_and_names_none(tmp_path):

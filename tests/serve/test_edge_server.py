@@ -151,6 +151,27 @@ def test_metrics_tell_the_share_on_the_device(cloud):
     assert metric(text, "shadowpeft_routed_total", where="cloud", reason="[REMOTE]") == 1
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("word", ["sit", "remote"])
+def test_the_tokens_of_a_stream_count_as_of_a_whole_answer(cloud, word, asked):
+    """Also where the client does not ask for them, which then does not see them."""
+    with Running(edge_app(cloud.url, CALIBRATION)) as server, client_of(server) as client, server.http(KEY) as http:
+
+        def counted():
+            text = http.get("/metrics").text
+            return [metric(text, "shadowpeft_tokens_total", kind=kind) for kind in ("prompt", "new")]
+
+        asking = {"model": "edge", "messages": [{"role": "user", "content": word}]}
+        usage = client.chat.completions.create(**asking).usage
+        whole = [usage.prompt_tokens, usage.completion_tokens]
+        assert counted() == whole
+        more = {"stream_options": {"include_usage": True}} if asked else {}
+        chunks = list(client.chat.completions.create(**asking, stream=True, **more))
+        assert counted() == [2 * n for n in whole]
+        assert [c.usage.completion_tokens for c in chunks if c.usage is not None] == ([whole[1]] if asked else [])
+        assert [len(c.choices) for c in chunks[-1:]] == [0 if asked else 1]
+
+
 def test_without_a_cloud_the_device_says_what_it_can_and_that_it_is_not_enough():
     with Running(edge_app(None)) as server:
         content, note, headers = say(server, "remote")
@@ -484,3 +505,49 @@ def test_a_password_in_the_clouds_url_is_sent_and_never_logged(caplog):
         assert "s3" not in shown
         assert "***@cloud" in shown
     assert without_password("http://cloud:8000") == "http://cloud:8000"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_loop_ends_after_one_hop(caplog, stream):
+    """An edge before itself, as through a name: what it hands on comes back once, and the device answers."""
+    with Running(edge_app("http://127.0.0.1:1", CALIBRATION)) as edge:
+        edge.app.state.server.role.cloud._http.base_url = edge.url
+        content, note, _ = say(edge, "remote", stream=stream)
+        assert content == Scripted.LINES["remote"]
+        assert (note["where"], note["reason"], note["degraded"]) == ("device", "cloud unavailable", True)
+        with edge.http(KEY) as http:
+            found = metric(http.get("/metrics").text, "shadowpeft_requests_total", path="/v1/chat/completions", status="508")
+            assert found == 1
+            body = {"model": "edge", "messages": [{"role": "user", "content": "sit"}]}
+            refused = http.post("/v1/chat/completions", json=body, headers={"x-shadow-hop": "1"})
+        assert refused.status_code == 508
+        assert "point that server's --cloud-url to one with --role cloud" in refused.json()["error"]["message"]
+    assert "the cloud answered with status 508; check --cloud-url, which leads to an edge server" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["device", "cloud"])
+def test_a_default_length_that_does_not_fit_is_no_reason_to_refuse(where):
+    """The window has 256 tokens and the default is 64: the device answers as far as it can, and the cloud as far as it can."""
+    asked = []
+
+    def reply(request):
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json=ANSWER)
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(reply))) as server:
+        room = server.app.state.server.role.engine.backend.max_model_len - 30
+        text = f"{'sit' if where == 'device' else 'remote'} "
+        with client_of(server) as client:
+            messages = [{"role": "user", "content": text}]
+            usage = client.chat.completions.create(
+                model="edge", messages=messages, max_tokens=1, extra_body={"route": "device"}
+            ).usage
+        long = text + "x" * (room - usage.prompt_tokens)
+        if where == "device":
+            assert say(server, long, extra_body={"route": "device"})[0] == Scripted.LINES["sit"]
+            assert not asked
+        else:
+            assert say(server, long)[:1] == ("Rome",)
+            assert "max_tokens" not in asked[0]  # the cloud's own default fits there
+            with pytest.raises(openai.BadRequestError, match="64 more are asked for"):
+                say(server, long, max_tokens=64, extra_body={"route": "device"})

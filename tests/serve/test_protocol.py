@@ -144,6 +144,7 @@ SAID = {
     "messages.0.role": {"messages": [{"role": "robot", "content": "a"}]},
     "temperature": {"temperature": "warm"},
     "stop.0": {"stop": [""]},
+    "top_logprobs": {"top_logprobs": 2},
     "tool": {"tool": 1},
 }
 

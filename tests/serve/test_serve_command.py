@@ -51,13 +51,23 @@ def folder(tmp_path_factory):
         (("--role", "cloud"), "SHADOWPEFT_API_KEYS is not set"),
         (("--role", "cloud", "--no-auth", "--host", "0.0.0.0"), "--no-auth needs a loopback host"),
         (("--role", "robot", "--no-auth"), "role is 'robot'"),
-        (("--role", "cloud", "--no-auth", "--cloud-url", "http://x"), "belong to the edge"),
+        (("--role", "cloud", "--no-auth", "--cloud-url", "http://x"), "--cloud-url: only an edge has this"),
+        (("--role", "cloud", "--no-auth", "--cloud-model", "x"), "--cloud-model: only an edge has this; leave it out"),
+        (("--role", "cloud", "--no-auth", "--cloud-timeout", "3"), "--cloud-timeout: only an edge has this"),
+        (
+            ("--role", "cloud", "--no-auth", "--when-cloud-down", "error", "--hint"),
+            "--when-cloud-down and --hint: only an edge has this",
+        ),
+        (("--role", "edge", "--no-auth", "--cloud-model", "x"), "--cloud-model: this is about the cloud but there is no"),
+        (("--role", "edge", "--no-auth", "--hint"), "--hint: this is about the cloud but there is no --cloud-url; give it"),
         (("--role", "edge", "--no-auth", "more=two"), "an edge server has one"),
         (("--role", "cloud", "--no-auth", "two"), "two adapters are called 'default'"),
         (("--role", "edge", "--no-auth", "--when-cloud-down", "panic"), "when-cloud-down is 'panic'"),
         (("--role", "cloud", "--no-auth", "--versions", "nowhere"), "'nowhere' does not exist"),
         (("--role", "cloud", "--no-auth", "--default-tokens", "600"), "--default-tokens is 600"),
         (("--role", "edge", "--no-auth", "--cloud-url", "cloud:8000"), "--cloud-url is 'cloud:8000'"),
+        (("--role", "edge", "--no-auth", "--cloud-url", "http://cloud:99999"), "must be like http://host:8000"),
+        (("--role", "edge", "--no-auth", "--cloud-url", "http://localhost:8000/v1"), "this server's own address"),
         (("--role", "cloud", "--no-auth", "--device", "tpu"), "device is 'tpu' but this machine has cpu"),
         (("--role", "edge", "--no-auth", "--routing", "none.json"), "'none.json' cannot be read"),
     ],
@@ -83,6 +93,33 @@ def test_the_options_have_the_commands_defaults():
         if field.name not in ("adapters", "role"):
             assert field.default == defaults[field.name] or defaults[field.name] is inspect.Parameter.empty, field.name
     assert [*defaults] == [field.name for field in dataclasses.fields(Options)]
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "own"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000", True),
+        ("127.0.0.1", "http://LOCALHOST:8000/v1", True),
+        ("localhost", "http://key@127.0.0.1:8000", True),
+        ("0.0.0.0", "http://127.0.0.1:8000", True),
+        ("::", "http://[::1]:8000", True),
+        ("10.0.0.1", "http://10.0.0.1:8000", True),
+        ("127.0.0.1", "http://127.0.0.1:8001", False),
+        ("127.0.0.1", "http://127.0.0.2:8000", False),
+        ("127.0.0.1", "http://10.0.0.1:8000", False),
+        ("10.0.0.1", "http://localhost:8000", False),
+        ("0.0.0.0", "http://10.0.0.1:8000", False),
+        ("127.0.0.1", "http://127.0.0.1", False),
+    ],
+)
+def test_a_server_is_not_its_own_cloud(host, url, own):
+    options = Options(adapters=["x"], role="edge", host=host, cloud_url=url)
+    if own:
+        with pytest.raises(ConfigError, match="own address") as refused:
+            options.check()
+        assert "key@" not in str(refused.value)
+    else:
+        options.check()
 
 
 def test_names_of_adapters():

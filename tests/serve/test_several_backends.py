@@ -5,13 +5,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import shadowpeft
 from chatbase import chat_tokenizer, save_base
 from serving import ask, detached, engine_of
 from shadowpeft.apps.serve import _cloud_backend
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import MultiBackend
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.loading import load_adapters
+from shadowpeft.serve.roles import CloudRole
+from shadowpeft.serve.router import REASONS
+from shadowpeft.serve.server import Settings, build
 from tiny import adapter_config, randomise
+from webserver import Running, metric
 
 CPU = torch.device("cpu")
 NAMES = ("shadow", "lora", "dora", "base")
@@ -82,6 +90,24 @@ def test_mixed_batches_equal_each_alone(folders):
     by_name = {name: [t for t, (_, n) in zip(texts, asked, strict=True) if n == name] for name in NAMES}
     assert len({tuple(t[:3] for t in by_name[name]) for name in NAMES}) == len(NAMES), "two names answer alike"
     engine.stop()
+
+
+def test_every_kind_of_model_has_its_own_reason(folders, tmp_path):
+    shadowpeft.detach(load_adapters(named(folders, "shadow"), None)).save_pretrained(tmp_path / "edge")
+    chat_tokenizer().save_pretrained(tmp_path / "edge")
+    backend = _cloud_backend({**named(folders, "shadow", "lora", "dora"), "edge": str(tmp_path / "edge")}, None, CPU)
+    role = CloudRole(Engine(backend, EngineLimits()), system=None, default_tokens=2)
+    expected = {"shadow": "attached", "base": "base", "lora": "lora", "dora": "lora", "edge": "detached"}
+    assert set(expected.values()) <= set(REASONS)
+    with Running(build(role, Settings(Keys(None, ())))) as server, server.http() as http:
+        for name, reason in expected.items():
+            for stream in (False, True):
+                answer = http.post("/v1/completions", json={"model": name, "prompt": "sit", "stream": stream})
+                assert answer.headers["x-shadow-reason"] == reason
+                assert f'"reason":"{reason}"' in answer.text.replace(" ", "")
+        text = http.get("/metrics").text
+    counted = {reason: metric(text, "shadowpeft_routed_total", where="cloud", reason=reason) for reason in expected.values()}
+    assert counted == {"attached": 2, "base": 2, "lora": 4, "detached": 2}
 
 
 def test_a_shadow_is_swapped_among_others_and_a_lora_is_not(folders, tmp_path):

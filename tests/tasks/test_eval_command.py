@@ -154,6 +154,14 @@ def test_drafts_change_no_score_and_the_record_counts_them(monkeypatch, capsys, 
     assert drafted["attached"]["settings"]["speculative"] is True
     assert "speculation" not in drafted["detached"]
     assert "speculation" not in plain["attached"]
+    for more, message in (
+        (("--mode", "detached", "--mode", "base"), "given for --mode detached, base, but the shadow drafts for the attached"),
+        (("--task", "mmlu"), "dora' has no shadow to draft, it is a dora adapter; leave it out"),
+    ):
+        asked = arguments if "--mode" in more else ("eval", folders / "dora")
+        code, _, err = call(monkeypatch, capsys, *asked, "--speculative", *more)
+        assert code == 2
+        assert message in err
     out = call(monkeypatch, capsys, *arguments, "--speculative", "--mode", "attached")[1]
     assert "tokens a pass" in out or "did not pay" in out
 

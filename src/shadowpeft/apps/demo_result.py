@@ -22,6 +22,7 @@ from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
 from shadowpeft.runtime import environment
+from shadowpeft.serve.calibrated import sketch
 from shadowpeft.serve.calibration import Sample, calibrate
 from shadowpeft.serve.router import ACTION, FILE, KNOWN, TAGGED, UNSURE, Calibration
 
@@ -54,6 +55,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
 
     fit = robot.load("validation_normal") + robot.load("validation_remote")
     calibration = calibrate(samples(fit, decide(fit, "calibrating")), target=TARGET, level=LEVEL, signal=ACTION)
+    calibration.report.update(system=robot.SYSTEM, model=sketch(edge))
     calibration.save(folder / "edge" / FILE)
     test = robot.load("test_normal") + robot.load("test_remote_large")
     decided = decide(test, "device")

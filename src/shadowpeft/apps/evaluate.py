@@ -74,6 +74,11 @@ def main(
             raise ConfigError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}")
     if out is not None:
         require_writable(Path(out))
+    if speculative and modes and "attached" not in modes:
+        raise ConfigError(
+            f"--speculative was given for --mode {', '.join(modes)}, but the shadow drafts for the attached model; leave one "
+            "out"
+        )
     prepare_cpu()
     where = pick_device(device)
     task, split = _task(data, name, split or "test", max_new_tokens, adapter)
@@ -83,6 +88,10 @@ def main(
     model, tokenizer, fitting = _load(adapter, base, task)
     model = placed(model, where)
     if modes is None:  # the bare base of a classifier has a random head, so only generating tasks ask it
+        if speculative and "attached" not in fitting:
+            raise ConfigError(
+                f"--speculative was given but '{adapter}' has no shadow to draft, it is a {fitting[0]} adapter; leave it out"
+            )
         modes = fitting if task.kind == "classify" else ["base", *fitting]
     records: dict[str, dict[str, Any]] = {}
     for mode in modes:

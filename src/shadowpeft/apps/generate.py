@@ -9,9 +9,9 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.text import Text
 
-from shadowpeft.apps.common import in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.common import MODES, in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
 
 _GREEDY = 1e-30
@@ -38,6 +38,18 @@ def _open(
     tokenizer = load_tokenizer_of(adapter, base)
     model = placed(shadowpeft.load(adapter, base), where)
     return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}
+
+
+def _check_mode(mode: str, speculative: bool) -> None:
+    """Raises:
+    ConfigError: if there is no such mode, or nothing drafts in it.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
+    if speculative and mode != "attached":
+        raise ConfigError(
+            f"--speculative was given for --mode {mode}, but the shadow drafts for the attached model; leave one out"
+        )
 
 
 def _drafts(wanted: bool) -> dict[str, Any]:
@@ -72,10 +84,7 @@ def generate(
     from shadowpeft.data.robot_tools import tools_named
 
     known = None if skills is None else tools_named(skills)
-    if speculative and mode != "attached":
-        raise ConfigError(
-            f"--speculative was given for --mode {mode}, but the shadow drafts for the attached model; leave one out"
-        )
+    _check_mode(mode, speculative)
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.constrained import choose
     from shadowpeft.data.action_trie import ActionTrie
@@ -112,8 +121,12 @@ def generate(
         result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
     if known is not None and not known.plain:
         found = CallParser(known).found(reply.text)
-        calls = [] if found is None else [{"name": call.name, "arguments": call.arguments} for call in found.calls]
-        result |= {"action": None if found is None else found.text, "calls": calls}
+        if found is None:  # it is held to calls, so it was cut
+            raise ConfigError(
+                f"max_new_tokens is {max_new_tokens} but the calls do not end within so many tokens ({reply.text!r}); raise it"
+            )
+        calls = [{"name": call.name, "arguments": call.arguments} for call in found.calls]
+        result |= {"action": found.text, "calls": calls}
     if drafts:
         result["speculation"] = drafts["speculative"].counts.summary()
     if as_json:
@@ -138,6 +151,7 @@ def chat(
     speculative: Speculative = False,
 ) -> None:
     """Talk to the model in the terminal."""
+    _check_mode(mode, speculative)
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.generate import stream
 
@@ -155,8 +169,11 @@ def chat(
         if text == "/reset":
             history = history[:1] if system else []
             continue
-        if text.startswith("/mode "):
-            wanted = text.split(maxsplit=1)[1]
+        if text.split(maxsplit=1)[:1] == ["/mode"]:
+            wanted = text.removeprefix("/mode").strip()
+            if not wanted:
+                console.print(f"mode is '{mode}' and may be one of {', '.join(MODES)}", highlight=False)
+                continue
             try:
                 with in_mode(model, wanted):
                     mode = wanted
@@ -168,11 +185,16 @@ def chat(
         history.append({"role": "user", "content": text})
         console.print(Text(f"{mode} ", style="bold"), end="")
         pieces = []
-        with in_mode(model, mode) as runner:
-            drafts = _drafts(speculative and mode == "attached")
-            for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling, **drafts):
-                print(piece, end="", flush=True)
-                pieces.append(piece)
+        drafts = _drafts(speculative and mode == "attached")
+        try:
+            with in_mode(model, mode) as runner:
+                for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling, **drafts):
+                    print(piece, end="", flush=True)
+                    pieces.append(piece)
+        except DataError as error:  # nothing was said yet, and what was said before stays
+            console.print(f"{error}; your message was left out, and /reset begins anew", highlight=False, markup=False)
+            history.pop()
+            continue
         print()
         if drafts:
             console.print(Text(str(drafts["speculative"].counts), style="dim"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ def read_intents(
     skills: tuple[str, ...] | None = None,
     tools: Tools | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows with ``prompt`` and ``skill`` (``REMOTE`` for requests that no skill fits): a packaged set or a JSONL file.
+    """Rows with ``prompt``, ``skill`` (``REMOTE`` for requests that no skill fits) and ``where`` they stand: a packaged set, or
+    a JSONL file.
 
     Args:
         skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
@@ -44,7 +47,7 @@ def read_intents(
             "'robot' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
         )
     elif source == "robot":
-        rows = [dict(row) for split in ROBOT[part] for row in load(split)]
+        rows = [{**row, "where": f"robot, row {row['id']}"} for split in ROBOT[part] for row in load(split)]
     else:
         file = Path(source)
         if not file.is_file():
@@ -58,6 +61,20 @@ def read_intents(
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
     return rows
+
+
+def distinct(rows: list[dict[str, Any]], without: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The rows with each prompt once, the first of its copies with how often it came as ``times``; none whose prompt is in
+    ``without``. Prompts that differ in white space alone are copies.
+    """
+    elsewhere = {_said(row) for row in without}
+    times = Counter(_said(row) for row in rows)
+    first = {_said(row): row for row in reversed(rows)}
+    return [{**first[said], "times": n} for said, n in times.items() if said not in elsewhere]
+
+
+def _said(row: dict[str, Any]) -> str:
+    return " ".join(row["prompt"].split())
 
 
 def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
@@ -75,7 +92,7 @@ def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
             f"{where} has the skill {row['skill']!r}, which is none of the {len(known) - 1} known ones and not {REMOTE}; "
             "correct it, or name skills of your own with --skills FILE"
         )
-    return row  # type: ignore[no-any-return]
+    return {**row, "where": where}
 
 
 def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
@@ -91,7 +108,14 @@ def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
                 f"'robot_tools' calls '{lack}', which --skills lacks; pass rows of your own with --data FILE"
             )
         packaged = robot_tools.load(ROBOT_TOOLS[part])
-        return [{"prompt": row["prompt"], "skill": written(robot_tools.calls_of_row(row))[1:-1]} for row in packaged]
+        return [
+            {
+                "prompt": row["prompt"],
+                "skill": written(robot_tools.calls_of_row(row))[1:-1],
+                "where": f"robot_tools, row {row['id']}",
+            }
+            for row in packaged
+        ]
     return [_of_chat(row, tools, getattr(row, "where", source)) for row in read_file(source)]
 
 
@@ -106,4 +130,5 @@ def _of_chat(row: dict[str, Any], tools: Tools, where: str) -> dict[str, Any]:
     row = told(row, actions=True, tools=None if plain else tools, compact=True)
     learnt = row["shadow_response"] or row["response"]
     skill = REMOTE if row["path"] == "base" else (only_action(learnt) if plain else only_calls(learnt, tools))[1:-1]
-    return {"prompt": messages[0]["content"], "skill": skill.removesuffix("()") if tools.plain else skill}
+    skill = skill.removesuffix("()") if tools.plain else skill
+    return {"prompt": messages[0]["content"], "skill": skill, "where": where}

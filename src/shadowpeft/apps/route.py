@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
-from shadowpeft.apps.intents import read_intents
+from shadowpeft.apps.intents import distinct, read_intents
 from shadowpeft.apps.options import Base, Device, Json, System
 from shadowpeft.data.actions import REMOTE, parser
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.robot_tools import tools_named
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
 
@@ -89,22 +89,25 @@ def calibrate(
         raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
     require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    console = terminal(stderr=True)
     rows = {"fit": read_intents(data, "fit", limit, own, tools)}
+    rows["fit"], copies = _each_once(rows["fit"], data, console)
     if bound:
         require_rows([row["skill"] == REMOTE for row in rows["fit"]], target=target, level=level, signal=signal)
     if check is not None:
-        rows["check"] = read_intents(check, "check", limit, own, tools)
+        rows["check"], _ = _each_once(read_intents(check, "check", limit, own, tools), check, console)
+        rows["check"], seen = _unseen(rows["check"], rows["fit"], check, console)
     quiet_libraries()
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.call_guide import Engine
     from shadowpeft.data.robot import SKILLS
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
+    from shadowpeft.serve.calibrated import sketch
     from shadowpeft.train.rows import system_of
 
     prepare_cpu()
     where = pick_device(device)
-    console = terminal(stderr=True)
     system = system_of(data, system)
     edge, in_cloud = _backends(source, base, cloud, where)
     parse: Any = parser(own or SKILLS) if tools is None else CallParser(tools)
@@ -136,13 +139,16 @@ def calibrate(
     calibration.report.update(
         signals_auroc=_areas(by_way, range(len(rows["fit"]))),
         data=Path(data).name,
+        copies=copies,
         source=Path(source).name,
         max_new_tokens=max_new_tokens,
         system=system,
+        model=sketch(edge.model),
     )
     shown = "fit"
     if check is not None:
-        calibration.report["check"] = {"data": Path(check).name, **fitting.check(calibration, samples["check"])}
+        about = {"data": Path(check).name, "seen_in_data": seen}
+        calibration.report["check"] = {**about, **fitting.check(calibration, samples["check"])}
         shown = "check"
     calibration.report["curve"] = fitting.curve(calibration, samples[shown])
     calibration.save(folder / FILE)
@@ -157,7 +163,7 @@ def calibrate(
     result = {
         "signal": calibration.signal,
         "threshold": calibration.threshold,
-        **calibration.report,
+        **{key: value for key, value in calibration.report.items() if key != "model"},
         "saved": str(folder / FILE),
     }
     if known is not None:
@@ -167,6 +173,35 @@ def calibrate(
         return
     _print(calibration, terminal())
     console.print(f"saved: {folder / FILE}, {picture}")
+
+
+def _each_once(rows: list[dict[str, Any]], source: str, console: Console) -> tuple[list[dict[str, Any]], int]:
+    """Rows with each prompt once, and how many copies were left out: copies are no evidence of other requests."""
+    kept = distinct(rows)
+    copies = len(rows) - len(kept)
+    if copies:
+        console.print(f"'{source}': {copies} of {len(rows)} rows repeat a prompt; each prompt counts once")
+    return kept, copies
+
+
+def _unseen(
+    rows: list[dict[str, Any]], fitted: list[dict[str, Any]], source: str, console: Console
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows to measure on without those whose prompt the threshold is fitted on, and how many these were.
+
+    Raises:
+        DataError: if there are no others.
+    """
+    kept = distinct(rows, without=fitted)
+    seen = len(rows) - len(kept)
+    if not kept:
+        raise DataError(
+            f"every prompt of --check '{source}' is one of --data too, so it measures nothing new; give rows that had no part "
+            "in the fit, or leave --check out"
+        )
+    if seen:
+        console.print(f"'{source}': {seen} of {len(rows)} prompts are among those of --data and are left out of the check")
+    return kept, seen
 
 
 def _tokens(asked: int, actions: Any, tools: Any, side: str) -> int:
@@ -214,6 +249,7 @@ def _answers(
             backend,
             backend.names[0],
             [row["prompt"] for row in rows],
+            places=[row["where"] for row in rows],
             system=system,
             max_tokens=tokens,
             until=lambda pieces, _: settled(pieces, parse),  # what follows the action does not count
@@ -246,7 +282,7 @@ def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) 
         cloud_action = decisive(cloud[0], parse)[1]
         cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
     is_open, tagged = row["skill"] == REMOTE, action == REMOTE
-    return Sample(kept, kept and action == row["skill"], values, cloud_right, is_open, tagged)
+    return Sample(kept, kept and action == row["skill"], values, cloud_right, is_open, tagged, row["times"])
 
 
 def _print(calibration: Any, console: Console) -> None:

@@ -105,6 +105,7 @@ def read_keys(options: Options) -> Any:
 def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     from shadowpeft.serve.backend import Attached, Detached, MultiBackend
     from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters, load_edge, load_lora
+    from shadowpeft.serve.router import DETACHED, LORA
     from shadowpeft.serve.versions import own_memory
 
     plain = {name: folder for name, folder in named.items() if is_edge_folder(folder) or is_lora(folder)}
@@ -116,7 +117,8 @@ def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     for name, folder in plain.items():
         lora = is_lora(folder)
         model, tokenizer = load_lora(folder, base) if lora else load_edge(folder)
-        members.append(Detached(placed(own_memory(model), where), tokenizer, name, None if lora else folder))
+        kind = LORA if lora else DETACHED
+        members.append(Detached(placed(own_memory(model), where), tokenizer, name, None if lora else folder, kind=kind))
     return members[0] if len(members) == 1 else MultiBackend(members)
 
 
@@ -156,6 +158,7 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
     calibration = Calibration.load(file) if file else None
     known = given or named(SKILLS)
     if calibration is not None:
+        _check_system(options.system, calibration, file)
         fitted = named(calibration.skills or SKILLS)
         if calibration.tools is not None:
             fitted = tools_of(list(calibration.tools), f"'{file}'")
@@ -184,6 +187,22 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
     if not known.plain:
         return Router(CallParser(known), calibration), None, known
     return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None
+
+
+def _check_system(system: str | None, calibration: Any, file: Any) -> None:
+    """Requests may bring a system message of their own; this is about those that bring none.
+
+    Raises:
+        ConfigError: if the calibration was made with another one. Older calibrations do not say.
+    """
+    made = calibration.report.get("system", system)
+    if made != system:
+        given = "is not given" if system is None else f"is {system!r}"
+        remedy = "leave --system out" if made is None else f"pass --system {made!r}"
+        raise ConfigError(
+            f"the calibration '{file}' was made with {'no system message' if made is None else f'the system message {made!r}'} "
+            f"but --system {given}; {remedy}, or calibrate again with the other"
+        )
 
 
 def _tools(options: Options) -> Any:

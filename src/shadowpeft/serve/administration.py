@@ -32,6 +32,8 @@ class Administration:
     def __init__(self, engine: Engine, versions: Path | None, managed: str | None, metrics: Metrics) -> None:
         self.engine, self.versions, self.managed, self.metrics = engine, versions, managed, metrics
         self._thread = ThreadPoolExecutor(1, "shadowpeft-administration")
+        self.changed: Callable[[], None] = lambda: None
+        """Called after each change."""
 
     def add_routes(self, app: FastAPI) -> None:
         changed = described(400, 401, 404, 408, 409, 413)
@@ -104,4 +106,5 @@ class Administration:
         had = self.engine.backend.versions.get(name)
         version = had[-1].name if had else "none"
         _log.info("%s of %s: now %s", action.__name__, name, version)
+        self.changed()
         return version

@@ -25,6 +25,7 @@ from shadowpeft.hf.swap import check_fits, swap
 from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.drafting import MAX_DRAFT
 from shadowpeft.serve.loading import module_name
+from shadowpeft.serve.router import BARE, BASE_PATH, DETACHED
 from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
 from shadowpeft.serve.versions import Version, own_memory, snapshot
 from shadowpeft.tokenizer import Readable
@@ -67,6 +68,10 @@ class Backend(ABC):
     @abstractmethod
     def open(self, names: list[str]) -> Session:
         """Start a batch whose row ``i`` belongs to ``names[i]``."""
+
+    @abstractmethod
+    def reason(self, name: str) -> str:
+        """Which model of a cloud answers under ``name``: one of the router's reasons."""
 
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
         """What decides how much a shadow drafts of an answer of ``name``, which is drawn or not; None: nothing drafts there."""
@@ -191,6 +196,9 @@ class Attached(Backend):
         scope.names = rows.check_names([rows.BASE if n == self.base_name else module_name(n) for n in names], self._hub)  # type: ignore[arg-type]
         return AttachedSession(self._inner, scope, self._draft_head)
 
+    def reason(self, name: str) -> str:
+        return BARE if name == self.base_name else BASE_PATH
+
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
         if name == self.base_name:
             return None
@@ -263,14 +271,19 @@ class Attached(Backend):
 
 
 class Detached(Backend):
-    """A stock model, such as a detached shadow, under one name."""
+    """A stock model under one name: a detached shadow, or what ``kind`` says as one of the router's reasons."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, folder: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, folder: str | None = None, *, kind: str = DETACHED
+    ) -> None:
         super().__init__(model.eval(), tokenizer, {} if folder is None else {name: [Version.of(folder)]})
-        self._name = name
+        self._name, self._kind = name, kind
 
     def _all_names(self) -> tuple[str, ...]:
         return (self._name,)
+
+    def reason(self, name: str) -> str:
+        return self._kind
 
     def open(self, names: list[str]) -> Session:
         return DetachedSession(self.model)
@@ -332,6 +345,9 @@ class MultiBackend(Backend):
 
     def _all_names(self) -> tuple[str, ...]:
         return tuple(self._member)
+
+    def reason(self, name: str) -> str:
+        return self._member[name].reason(name)
 
     def open(self, names: list[str]) -> Session:
         places: dict[Backend, list[int]] = {}

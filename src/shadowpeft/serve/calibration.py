@@ -47,6 +47,8 @@ class Sample:
     """Whether no action is right for the request, so that it should be handed on."""
     tagged: bool = False
     """Whether the answer is ``[REMOTE]``."""
+    times: int = 1
+    """How often the request came. It is one answer, and counts once but for the traffic."""
 
 
 def calibrate(
@@ -176,11 +178,11 @@ def _tests(tested: Tested, target: float, level: float) -> dict[str, Any]:
 
 def _traffic(calibration: Calibration, samples: Sequence[Sample]) -> dict[str, Any]:
     """What :mod:`shadowpeft.serve.drift` compares the live requests with: counts by reason and by tenths of the signal."""
-    values = [s.signals[calibration.signal] for s in samples if s.kept]
+    values = [s.signals[calibration.signal] for s in samples if s.kept for _ in range(s.times)]
     edges = sorted({*np.quantile(values, np.linspace(0.1, 0.9, 9)).tolist()})
     tenths = Counter(bisect_right(edges, value) for value in values)
     here = [KNOWN if calibration.keeps(value) else UNSURE for value in values]
-    away = [TAGGED if s.tagged else UNKNOWN for s in samples if not s.kept]
+    away = [TAGGED if s.tagged else UNKNOWN for s in samples if not s.kept for _ in range(s.times)]
     return {"reasons": dict(Counter(here + away)), "edges": edges, "known": [tenths[i] for i in range(len(edges) + 1)]}
 
 

@@ -33,7 +33,14 @@ MAX_EXCHANGES = 128
 _GRACE = 1.0
 """Seconds beyond the answer's own limit: a cloud with the same limit cuts its answer at that time, which then has to arrive."""
 _NEWLINE = re.compile(rb"\r\n|\r|\n")
-_HINTS = {401: "the key for it", 403: "the key for it", 404: "--cloud-url and --cloud-model"}
+_HINTS = {
+    401: "the key for it",
+    403: "the key for it",
+    404: "--cloud-url and --cloud-model",
+    508: "--cloud-url, which leads to an edge server",
+}
+HOP = "x-shadow-hop"
+"""Header of what an edge hands on. An edge that would hand it on again is no cloud, and may be the same one."""
 _log = logging.getLogger("shadowpeft.serve")
 T = TypeVar("T")
 
@@ -52,6 +59,10 @@ class CloudRefusedError(ShadowPeftError):
     def __init__(self, status: int, content: Any) -> None:
         super().__init__(f"the cloud refused the request with status {status}")
         self.status, self.content = status, content
+
+
+class LoopError(ShadowPeftError):
+    """An edge server was asked as a cloud by an edge server."""
 
 
 @dataclass
@@ -196,7 +207,7 @@ class CloudClient:
         self._http = httpx.AsyncClient(
             base_url=address.copy_with(username="", password=""),
             auth=login,
-            headers={**headers, "accept-encoding": "identity", "content-type": "application/json"},
+            headers={**headers, HOP: "1", "accept-encoding": "identity", "content-type": "application/json"},
             timeout=httpx.Timeout(self.seconds, connect=connect_timeout),
             transport=transport,
             trust_env=False,

@@ -36,8 +36,9 @@ class Drift:
         _check(traffic)
         self._edges: list[float] = traffic["edges"]
         self._reasons = Counter[str](traffic["reasons"])
+        self._known: list[int] = traffic["known"]
         away = [self._reasons[UNKNOWN], self._reasons[TAGGED]]
-        self._calibrated = _rising([*away, *traffic["known"]])
+        self._calibrated = _rising([*away, *self._known])
         self._n = sum(self._reasons.values())
         self._window: deque[tuple[int, str]] = deque(maxlen=window)
 
@@ -57,11 +58,16 @@ class Drift:
     @property
     def gap(self) -> float:
         """The statistic; not a number until there are :data:`FEWEST` decisions."""
-        if len(self._window) < FEWEST:
-            return math.nan
+        return math.nan if len(self._window) < FEWEST else max(self._gaps())
+
+    def _gaps(self) -> list[float]:
+        """Between the shares of requests up to each place."""
+        return [abs(a - b) for a, b in zip(_rising(self._places()), self._calibrated, strict=True)]
+
+    def _places(self) -> list[int]:
+        """The last decisions at each place of the order."""
         places = Counter(place for place, _ in self._window)
-        live = _rising([places[i] for i in range(len(self._calibrated))])
-        return max(abs(a - b) for a, b in zip(live, self._calibrated, strict=True))
+        return [places[i] for i in range(len(self._calibrated))]
 
     @property
     def limit(self) -> float:
@@ -75,15 +81,26 @@ class Drift:
         return self.gap > self.limit
 
     def problem(self) -> str | None:
-        """What has moved, with the shares by reason; None: nothing has."""
+        """What has moved: shares by reason, and of the known actions where their signal lies; None: nothing has."""
         if not self.moved:
             return None
-        n, live, then = len(self._window), Counter(reason for _, reason in self._window), self._reasons
-        shares = ", ".join(
-            f"{reason} {100 * live[reason] / n:.0f} % (then {100 * then[reason] / self._n:.0f} %)"
-            for reason in _REASONS
+        n, live = len(self._window), Counter(reason for _, reason in self._window)
+        shares = [(reason, live[reason] / n, self._reasons[reason] / self._n) for reason in _REASONS]
+        gaps = self._gaps()
+        below = gaps.index(max(gaps)) - 1  # tenths up to the place that differs most
+        places = self._places()[2:]
+        if 0 < below < len(places) and any(places):
+            text = f"known actions with a signal below {self._edges[below - 1]:.3g}, of all known"
+            shares.append((text, sum(places[:below]) / sum(places), sum(self._known[:below]) / sum(self._known)))
+        moved = [
+            f"{what} {now:.0%} (then {then:.0%})".replace("%", " %")
+            for what, now, then in shares
+            if f"{now:.0%}" != f"{then:.0%}"
+        ]
+        return (
+            f"the last {n} requests are not like the calibration's: {', '.join(moved)}; calibrate again on requests as they "
+            "come now"
         )
-        return f"the last {n} requests are not like the calibration's: {shares}; calibrate again on requests as they come now"
 
 
 def _rising(counts: list[int]) -> list[float]:

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
-from shadowpeft.serve.client import CloudError, CloudRefusedError
+from shadowpeft.serve.client import CloudError, CloudRefusedError, LoopError
 from shadowpeft.serve.protocol import ErrorAnswer, error
 from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError, UnknownModelError
 
@@ -28,6 +28,7 @@ _STATUS = {
     413: "the body is too large",
     429: "too many requests; see Retry-After",
     503: "not ready, shutting down, no turn in time, or the cloud is needed but unavailable",
+    508: "an edge server was asked as the cloud of another one, or of itself",
 }
 _SUBJECT = re.compile(r"^\w+ (?=should )")
 """Pydantic's name for the field."""
@@ -76,6 +77,8 @@ def _of_the_package(failure: ShadowPeftError) -> Response:
         return _answer(503, str(failure), kind="not_ready")
     if isinstance(failure, OverdueError):
         return _answer(503, str(failure), kind="timeout", code="timed_out")
+    if isinstance(failure, LoopError):
+        return _answer(508, str(failure), kind="loop", code="loop")
     if isinstance(failure, CloudError):
         return _answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
     if isinstance(failure, CloudRefusedError):

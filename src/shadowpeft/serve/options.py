@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar, get_type_hints
+from urllib.parse import urlsplit
 
 import typer
 
@@ -93,10 +94,14 @@ class Options:
         """
         if self.role not in ("cloud", "edge"):
             raise ConfigError(f"role is '{self.role}' but must be cloud or edge")
-        edges = self.cloud_url or self.routing or self.free_actions or self.hint
-        if self.role == "cloud" and edges:
+        to_cloud = ("cloud_model", "cloud_timeout", "cloud_delay_ms", "hint")
+        stray = self._given("cloud_url", "routing", "free_actions", "when_cloud_down", *to_cloud)
+        if self.role == "cloud" and stray:
+            raise ConfigError(f"{' and '.join(stray)}: only an edge has this; leave it out or set --role edge")
+        stray = self._given(*to_cloud)
+        if self.role == "edge" and stray and not self.cloud_url:
             raise ConfigError(
-                "--cloud-url, --routing, --hint and --free-actions belong to the edge; leave them out or set --role edge"
+                f"{' and '.join(stray)}: this is about the cloud but there is no --cloud-url; give it, or leave this out"
             )
         if self.role == "edge" and self.speculative:
             raise ConfigError(
@@ -104,6 +109,11 @@ class Options:
             )
         if self.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.cloud_url):
             raise ConfigError(f"--cloud-url is '{without_password(self.cloud_url)}' but must be like http://host:8000")
+        if self.cloud_url and self._is_own(self.cloud_url):
+            raise ConfigError(
+                f"--cloud-url is '{without_password(self.cloud_url)}', which is this server's own address "
+                f"({self.host}:{self.port}); give the cloud's, or another --port"
+            )
         if self.role == "edge" and len(self.named) > 1:
             raise ConfigError(f"{len(self.named)} adapters were given but an edge server has one; start one for each")
         if self.when_cloud_down not in ("local", "error"):
@@ -115,6 +125,24 @@ class Options:
                 f"--default-tokens is {self.default_tokens} but --new-tokens allows {self.new_tokens}; lower one or raise the "
                 "other"
             )
+
+    def _given(self, *names: str) -> list[str]:
+        """Those of the options that are not at their default, as they are written."""
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name) != getattr(Options, name)]
+
+    def _is_own(self, url: str) -> bool:
+        """Whether a URL leads to this server, as far as its text tells: a loop through a name is found by the first request."""
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        except ValueError as error:  # no port
+            raise ConfigError(f"--cloud-url is '{without_password(url)}' but must be like http://host:8000") from error
+        host = (parts.hostname or "").lower()
+        if port != self.port:
+            return False
+        everywhere = self.host in ("0.0.0.0", "::")
+        names = ("localhost" in (host, self.host) or everywhere) and is_loopback(host)
+        return host == self.host or (names and (everywhere or self.on_loopback))
 
     @property
     def on_loopback(self) -> bool:

@@ -208,6 +208,8 @@ class ChatRequest(_Generate):
 
     @model_validator(mode="after")
     def _whole(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("is given without logprobs; send logprobs: true, or leave it out", "top_logprobs")
         if self.response_format is not None:
             if self.response_format.type == "text":
                 self.response_format = None

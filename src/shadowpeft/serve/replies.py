@@ -92,11 +92,13 @@ class Reply(ABC):
     Attributes:
         note: where the answer was made and why, and how long it took; complete at the end.
         first: seconds until its beginning was there.
+        counts: tokens read and made, once the whole answer is there; None: the cloud did not say.
     """
 
     def __init__(self, note: dict[str, Any], began: float) -> None:
         self.note, self.began = note, began
         self.first: float | None = None
+        self.counts: dict[str, Any] | None = None
 
     @abstractmethod
     async def begin(self) -> None:
@@ -130,7 +132,7 @@ class LocalReply(Reply):
     async def whole(self) -> dict[str, Any]:
         finish = await self.generation.run()
         self._time()
-        counts = usage(finish.prompt_tokens, finish.new_tokens, finish.drafted, finish.accepted)
+        self.counts = counts = _usage(finish)
         return self.builder.whole(self.generation.text, self.generation.tokens, self._reason(finish), counts)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
@@ -147,10 +149,11 @@ class LocalReply(Reply):
             await generation.next()
         self._time()
         finish = generation.finish
+        self.counts = _usage(finish)
         for chunk in [*(self.builder.chunks(finish.text, []) if finish.text else []), *self._end(finish)]:
             yield chunk
         if with_usage:
-            yield self.builder.last(usage(finish.prompt_tokens, finish.new_tokens, finish.drafted, finish.accepted))
+            yield self.builder.last(self.counts)
 
     def close(self) -> None:
         self.generation.__exit__()
@@ -170,7 +173,7 @@ class LocalReply(Reply):
 
 
 class ForwardedReply(Reply):
-    """An answer of the cloud under this server's name and note."""
+    """An answer of the cloud under this server's name and note. A stream is asked for its token counts in any case."""
 
     def __init__(
         self, cloud: CloudClient, path: str, body: dict[str, Any], model: str, note: dict[str, Any], began: float
@@ -183,6 +186,7 @@ class ForwardedReply(Reply):
 
     async def begin(self) -> None:
         if self.body.get("stream"):
+            self.body["stream_options"] = {**(self.body.get("stream_options") or {}), "include_usage": True}
             self._chunks = self.cloud.stream(self.path, self.body)
             self._head = await anext(self._chunks)
         else:
@@ -192,13 +196,18 @@ class ForwardedReply(Reply):
     async def whole(self) -> dict[str, Any]:
         assert self._whole is not None
         self.note["milliseconds"] = _ms(self.began)
+        self.counts = self._whole["usage"]
         return self._named(self._whole, note=True)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
         assert self._chunks is not None
         assert self._head is not None
-        yield self._named(self._head, note=True)
+        yield self._named(self._counted(self._head, with_usage), note=True)
         async for chunk in self._chunks:
+            bare = not chunk["choices"]
+            chunk = self._counted(chunk, with_usage)
+            if bare and not with_usage:
+                continue
             last = any(choice.get("finish_reason") for choice in chunk.get("choices", []))
             self.note["milliseconds"] = _ms(self.began)
             yield self._named(chunk, note=last)
@@ -206,9 +215,18 @@ class ForwardedReply(Reply):
     def close(self) -> None:
         """Nothing: the connection ends with the task that reads it."""
 
+    def _counted(self, chunk: dict[str, Any], with_usage: bool) -> dict[str, Any]:
+        """The chunk as the client asked for it, its counts taken down."""
+        self.counts = chunk.get("usage") or self.counts
+        return chunk if with_usage else {key: value for key, value in chunk.items() if key != "usage"}
+
     def _named(self, content: dict[str, Any], note: bool) -> dict[str, Any]:
         content = {key: value for key, value in content.items() if key != "shadowpeft"}
         return {**content, "model": self.model, **({"shadowpeft": dict(self.note)} if note else {})}
+
+
+def _usage(finish: Finish) -> dict[str, Any]:
+    return usage(finish.prompt_tokens, finish.new_tokens, finish.drafted, finish.accepted)
 
 
 def _ms(began: float) -> float:

@@ -16,6 +16,7 @@ from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.answers import ResponseBuilder
+from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
@@ -24,7 +25,6 @@ from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Rep
 from shadowpeft.serve.requests import SamplingParams, TooLongError
 from shadowpeft.serve.router import (
     ASKED,
-    BASE_PATH,
     CLOUD,
     CLOUD_DOWN,
     DEVICE,
@@ -121,10 +121,19 @@ class Role(ABC):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: self.toolbox.actions(asked, device=device))
 
-    def sampling(self, asked: Asked) -> SamplingParams:
-        """What the engine is told."""
+    def room(self, ids: list[int]) -> int:
+        """Tokens that the model can still read after a prompt; negative if it is too long."""
+        return self.engine.backend.max_model_len - len(ids)
+
+    def sampling(self, asked: Asked, room: int | None = None) -> SamplingParams:
+        """What the engine is told.
+
+        Args:
+            room: what a default length is cut to, if there is any; a length that the request names is not.
+        """
+        default = self.default_tokens if room is None or room < 1 else min(self.default_tokens, room)
         return SamplingParams(
-            max_tokens=asked.wanted_tokens or self.default_tokens,
+            max_tokens=asked.wanted_tokens or default,
             temperature=float(asked.temperature or 0.0),
             top_p=1.0 if asked.top_p is None else float(asked.top_p),
             seed=asked.seed,
@@ -151,10 +160,12 @@ class CloudRole(Role):
         ids, held = await self.prompt(asked), await self.held(asked, device=False)
         drafts = asked.speculative if held is None else False  # drafts are free text
         actions = None if held is None else held.start()
+        sampling = self.sampling(asked, self.room(ids))
         generation = Generation().start(
-            self.engine, ids, asked.model, self.sampling(asked), actions=actions, speculative=drafts
+            self.engine, ids, asked.model, sampling, actions=actions, speculative=drafts
         )
-        return await _begun(LocalReply(generation, self.builder(asked, {"where": CLOUD, "reason": BASE_PATH}), began))
+        note = {"where": CLOUD, "reason": self.engine.backend.reason(asked.model)}
+        return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
 
 class EdgeRole(Role):
@@ -194,6 +205,8 @@ class EdgeRole(Role):
             self.actions = self.toolbox.calls(tools, device=True)
         self.drift = Drift.of(router.calibration)
         """None without a calibration to compare with."""
+        self.calibrated = Calibrated.of(router.calibration, engine.backend)
+        """None without a calibration that says for which model it was made."""
 
     @property
     def elsewhere(self) -> int:
@@ -202,24 +215,26 @@ class EdgeRole(Role):
     async def answer(self, asked: Asked) -> Reply:
         began = time.monotonic()
         sampling = wanted = self.sampling(asked)
+        ids: list[int] = []
+        note: dict[str, Any]
         try:
             ids = await self.prompt(asked)
-            if (
-                self.cloud is not None and asked.route != "device"
-            ):  # what does not fit here is not refused but handed on
-                room = min(self.engine.limits.new_tokens, self.engine.backend.max_model_len - len(ids))
-                sampling = replace(wanted, max_tokens=max(1, min(wanted.max_tokens, room)))
+            room = self.room(ids)
+            if self.cloud is None or asked.route == "device":
+                sampling = wanted = self.sampling(asked, room)
+            else:  # what does not fit here is not refused but handed on
+                most = min(wanted.max_tokens, self.engine.limits.new_tokens, room)
+                sampling = replace(wanted, max_tokens=max(1, most))
             self.engine.check(len(ids), asked.model, sampling.max_tokens)
         except TooLongError:
             if self.cloud is None or asked.route == "device":
                 raise
-            return await self._forward(
-                asked, {"where": CLOUD, "reason": ASKED if asked.route == "cloud" else TOO_LONG}, began
-            )
+            note = {"where": CLOUD, "reason": ASKED if asked.route == "cloud" else TOO_LONG}
+            return await self._forward(asked, ids, note, began)
         reason = ASKED if asked.route == "cloud" else self._elsewhere(asked)
         if reason is not None and (self.cloud is not None or reason == ASKED):
             try:
-                return await self._forward(asked, {"where": CLOUD, "reason": reason}, began)
+                return await self._forward(asked, ids, {"where": CLOUD, "reason": reason}, began)
             except CloudError as error:
                 return await self._instead(asked, ids, sampling, error, {}, began)
         self.toolbox.check(asked)
@@ -234,7 +249,7 @@ class EdgeRole(Role):
         decision = router.decide(pieces, scores)
         if self.drift is not None and asked.route == "auto":
             self.drift.add(decision)
-        note: dict[str, Any] = {"where": decision.where, "reason": decision.reason, "action": decision.action}
+        note = {"where": decision.where, "reason": decision.reason, "action": decision.action}
         if calls is not None and decision.action is not None:
             n, _ = decisive(pieces, router.parse)
             note["probability"] = round(action_probability(scores.first(n)), 4)
@@ -252,7 +267,7 @@ class EdgeRole(Role):
         if note["where"] == DEVICE:
             return await _begun(LocalReply(generation, self.builder(asked, note), began))
         try:
-            return await self._forward(self._hinted(asked, note), note, began)
+            return await self._forward(self._hinted(asked, note), ids, note, began)
         except CloudError as error:
             complete = generation if finish.reason != "until" else None
             return await self._instead(asked, ids, sampling, error, note, began, complete)
@@ -287,14 +302,15 @@ class EdgeRole(Role):
         named = NamedTool(function=ToolName(name=note["hint"]))
         return asked.model_copy(update={"tool_choice": named, "parallel_tool_calls": False})
 
-    async def _forward(self, asked: Asked, note: dict[str, Any], began: float) -> Reply:
+    async def _forward(self, asked: Asked, ids: list[int], note: dict[str, Any], began: float) -> Reply:
         if self.cloud is None:
             raise CloudError(CLOUD_DOWN, "this edge server has no cloud")
         body = asked.model_dump(exclude_none=True, exclude={"route", "tools"}, by_alias=True)
         body.update(model=self.cloud_model)
         if isinstance(asked, ChatRequest) and asked.tools is not None:
             body["tools"] = asked.tools  # as they came
-        if not asked.wanted_tokens:
+        # a default that does not fit here may not fit there either, and must not be the reason of a refusal
+        if not asked.wanted_tokens and not 0 < self.room(ids) < self.default_tokens:
             body["max_tokens"] = self.default_tokens
         if asked.temperature is None:  # here that means greedy; another server, such as vLLM, would draw
             body["temperature"] = 0.0

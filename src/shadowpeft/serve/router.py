@@ -20,13 +20,15 @@ from shadowpeft.storage import write_json
 
 DEVICE, CLOUD = "device", "cloud"
 KNOWN, TAGGED, UNKNOWN, UNSURE = "known skill", "[REMOTE]", "unknown answer", "low confidence"
-ASKED, BASE_PATH = "asked for", "attached"
+ASKED = "asked for"
+BASE_PATH, BARE, LORA, DETACHED = "attached", "base", "lora", "detached"
+"""Which model of the cloud answered: a base with its shadow, the bare base, a LoRA or DoRA, or an edge model."""
 TOO_LONG = "too long for the device"
 OTHER_TOOLS, FORMAT, TOOL_RESULT = "other tools", "response format", "tool result"
 CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN = "cloud unavailable", "cloud busy", "circuit open"
 REASONS = (
-    *(KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, OTHER_TOOLS, FORMAT, TOOL_RESULT, ASKED, BASE_PATH),
-    *(CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN),
+    *(KNOWN, TAGGED, UNKNOWN, UNSURE, TOO_LONG, OTHER_TOOLS, FORMAT, TOOL_RESULT, ASKED),
+    *(BASE_PATH, BARE, LORA, DETACHED, CLOUD_DOWN, CLOUD_BUSY, CIRCUIT_OPEN),
 )
 """Every reason an answer can carry."""
 

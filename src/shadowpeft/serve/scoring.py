@@ -9,6 +9,7 @@ from typing import Any
 
 from shadowpeft.data.action_trie import Actions
 from shadowpeft.data.chat import render_prompt, with_system
+from shadowpeft.errors import DataError
 from shadowpeft.serve.backend import Backend
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.requests import Event, Failed, SamplingParams, Token
@@ -23,6 +24,7 @@ def scored_answers(
     system: str | None,
     max_tokens: int,
     rows: int = EngineLimits.max_num_seqs,
+    places: list[str] | None = None,
     until: Callable[[list[str], Scores], bool] | None = None,
     actions: Actions | None = None,
     progress: Callable[[int], None] | None = None,
@@ -30,11 +32,11 @@ def scored_answers(
     """Greedy answers to user messages: the text each token added, and what the model thought of the tokens.
 
     Args:
-        name: which of the backend's names answers. rows: requests at the same time.
+        name: which of the backend's names answers. rows: requests at the same time. places: where each prompt stands.
         until, actions: see :meth:`Engine.submit`. progress: takes the number done.
 
     Raises:
-        DataError: if a prompt does not fit the model.
+        DataError: if a prompt does not fit the model, with its place.
     """
     longest = backend.max_model_len
     limits = EngineLimits(
@@ -51,10 +53,15 @@ def scored_answers(
     def reader(tokens: list[Token]) -> Callable[[Event], None]:
         return lambda event: tokens.append(event) if isinstance(event, Token) else ends.put(event)
 
-    for prompt, tokens in zip(prompts, answers, strict=True):
+    for i, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True)):
         ids = _prompt_ids(backend.tokenizer, prompt, system)
         held = None if actions is None else actions.start()
-        engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until, held)
+        try:
+            engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until, held)
+        except DataError as error:
+            if places is None:
+                raise
+            raise DataError(f"{places[i]}: {error}") from error
     engine.start()
     try:
         for done in range(1, len(prompts) + 1):

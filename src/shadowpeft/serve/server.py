@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
+from shadowpeft.serve.calibrated import Calibrated
+from shadowpeft.serve.client import HOP, LoopError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
@@ -124,10 +126,13 @@ class Server:
             role.cloud.on_failure = lambda kind: metrics.cloud_failures.labels(kind).inc()
         if isinstance(role, EdgeRole) and role.drift is not None:
             self._watch(role.drift)
+        if isinstance(role, EdgeRole) and role.calibrated is not None:
+            self._watch_model(role.calibrated)
 
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
-        generation = described(400, 401, 404, 408, 413, 429, 503)
+        handing_on = isinstance(self.role, EdgeRole) and self.role.cloud is not None
+        generation = described(400, 401, 404, 408, 413, 429, 503, *([508] if handing_on else []))
 
         @app.get("/healthz")
         async def healthz() -> dict[str, str]:
@@ -148,6 +153,8 @@ class Server:
                     content["cloud_problem"] = cloud.problem
                 if self.role.drift is not None and (problem := self.role.drift.problem()) is not None:
                     content["calibration_problem"] = problem
+                if self.role.calibrated is not None and self.role.calibrated.problem is not None:
+                    content["model_problem"] = self.role.calibrated.problem
             return AsciiResponse(content)
 
         @app.get("/metrics", responses=described(401))
@@ -190,6 +197,14 @@ class Server:
         gauge("calibration_drift_limit", "Gap from which on the decisions have moved.", lambda: drift.limit)
         gauge("calibration_moved", "1: the decisions have moved, so calibrate again.", lambda: drift.moved)
 
+    def _watch_model(self, calibrated: Calibrated) -> None:
+        self.administration.changed = calibrated.look
+        self.metrics.gauge(
+            "calibration_of_another_model",
+            "1: the calibration was made for another edge model, so calibrate again.",
+            lambda: calibrated.problem is not None,
+        )
+
     def unready(self) -> str | None:
         """Why no request is taken; None: they are."""
         engine = self.role.engine
@@ -215,6 +230,11 @@ class Server:
 
     async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """The answer to a chat or a text."""
+        if HOP in request.headers and isinstance(self.role, EdgeRole) and self.role.cloud is not None:
+            raise LoopError(
+                "this is an edge server and the request comes from an edge server, so it would be handed on without end; point "
+                "that server's --cloud-url to one with --role cloud"
+            )
         self._known(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise DataError("stream_options is given without stream; leave one out or set both")
@@ -249,7 +269,7 @@ class Server:
                     closed=close,
                 )
             content = await until_gone(request.receive, reply.whole(), self.overdue)
-            self._count(reply, began, content["usage"])
+            self._count(reply, began)
             return AsciiResponse(content, headers=headers)
         except GoneError:
             gone()
@@ -258,11 +278,11 @@ class Server:
             if not handed_on:
                 close()
 
-    def _count(self, reply: Reply, began: float, counts: dict[str, int] | None = None) -> None:
+    def _count(self, reply: Reply, began: float) -> None:
         where = reply.note["where"]
         self.metrics.answered(where, reply.note["reason"], time.monotonic() - began)
         if reply.first is not None:
             self.metrics.first.labels(where).observe(reply.first)
-        if counts is not None:
-            self.metrics.tokens.labels("prompt").inc(counts["prompt_tokens"])
-            self.metrics.tokens.labels("new").inc(counts["completion_tokens"])
+        if reply.counts is not None:
+            self.metrics.tokens.labels("prompt").inc(reply.counts["prompt_tokens"])
+            self.metrics.tokens.labels("new").inc(reply.counts["completion_tokens"])
