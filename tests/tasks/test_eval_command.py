@@ -10,6 +10,7 @@ from transformers import LlamaForSequenceClassification
 
 from chatbase import chat_model, chat_tokenizer, run_file, save_base, save_sitting_base, write_rows
 from commands import call
+from shadowpeft import generate
 from shadowpeft.data.tasks.rows import Rows
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train
@@ -124,6 +125,18 @@ def test_a_device_is_judged_by_its_actions_under_the_message_of_its_training(mon
     scores = {mode: record["score"] for mode, record in json.loads(out)["modes"].items()}
     assert scores == {"base": 0.0, "attached": 0.0, "detached": 1.0}  # [Sit()], and nothing more
     assert {chat[0]["content"] for chat in asked} == {"You are a dog."}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "You are a dog."), ("A cat.", "A cat."), ("", None)])
+def test_a_prompt_has_the_message_of_the_training_unless_another_is_given(monkeypatch, capsys, device, given, expected):
+    adapter, _ = device
+    seen = []
+    answer = generate.answer
+    monkeypatch.setattr(generate, "answer", lambda *args, **options: seen.append(options["system"]) or answer(*args, **options))
+    more = () if given is None else ("--system", given)
+    code, out, err = call(monkeypatch, capsys, "generate", adapter, "sit", "--mode", "detached", *more)
+    assert (code, out.strip(), err) == (0, "[Sit()]", "")
+    assert seen == [expected]
 
 
 def test_what_the_table_says_of_shares_and_rows(monkeypatch, capsys, tmp_path, device):

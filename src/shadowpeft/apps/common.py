@@ -57,6 +57,25 @@ def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     return load_tokenizer(name)
 
 
+def config_of(adapter: str) -> dict[str, Any]:
+    """What the adapter's configuration says; nothing if there is none, of which whoever loads the adapter says more."""
+    from shadowpeft.hf.files.locate import CONFIG, find_file
+    from shadowpeft.hf.files.reading import read_json
+
+    try:
+        return read_json(find_file(adapter, CONFIG))
+    except AdapterFileError:
+        return {}
+
+
+def system_message(adapter: str, given: str | None) -> str | None:
+    """The system message of prompts that bring none: what was ``given`` (an empty one: none), or that of the training."""
+    if given is not None:
+        return given or None
+    trained = config_of(adapter).get("system_message")
+    return trained if isinstance(trained, str) else None
+
+
 def pick_device(name: str) -> torch.device:
     """The device that a command's models run on: ``auto`` is the first CUDA device, else the CPU.
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowpeft.apps.common import quiet_libraries
-from shadowpeft.apps.options import Json, Overrides, System
+from shadowpeft.apps.options import Json, Overrides
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
 
@@ -81,7 +81,7 @@ def check(
         Optional[int], typer.Option(min=1, help="Tokens of a row at most. Default: the run's data.max_length, or 512.")
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="So many rows in full, with what is learnt in colour.")] = 3,
-    system: System = None,
+    system: Annotated[Optional[str], typer.Option(help="System message of rows that bring none.")] = None,
     assistant_only_loss: Annotated[
         bool, typer.Option("--assistant-only-loss", help="Learn every answer of a conversation, as the run file's key.")
     ] = False,

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.table import Table
 
-from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.common import config_of, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
-from shadowpeft.errors import AdapterFileError, ConfigError
+from shadowpeft.errors import ConfigError
 from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
 
@@ -135,7 +135,7 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
 
     if data is None:
         return get_task(str(name)), split
-    config = _config_of(adapter) if data != "robot" else {}
+    config = config_of(adapter) if data != "robot" else {}
     if config.get("task_type") == "SEQ_CLS":
         return ClassRows(data, config.get("labels")), split
     if data != "robot":
@@ -145,17 +145,6 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
     task: Any = get_task("robot")
     task.max_new_tokens = max_new_tokens or task.max_new_tokens
     return task, "test_normal" if split == "test" else split
-
-
-def _config_of(adapter: str) -> dict[str, Any]:
-    """What the adapter's configuration says; nothing if there is none, of which whoever loads the adapter says more."""
-    from shadowpeft.hf.files.locate import CONFIG, find_file
-    from shadowpeft.hf.files.reading import read_json
-
-    try:
-        return read_json(find_file(adapter, CONFIG))
-    except AdapterFileError:
-        return {}
 
 
 def _with_loss(record: dict[str, Any]) -> dict[str, Any]:

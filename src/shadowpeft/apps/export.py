@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from shadowpeft import export
-from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show, system_message
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.storage import written_whole
@@ -69,7 +69,8 @@ def main(
     console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
         model, tokenizer = load_source(source, base)
-    result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console, attached)
+    system = system_message(source, None) if is_adapter(source) else None
+    result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console, attached, system)
     show(result, f"{source} as {to}", as_json)
 
 
@@ -137,11 +138,13 @@ def run(
     limit: int | None,
     console: Console,
     attached: tuple[str, str | None] | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Trim, write beside, read back, compare, rename; returns the report.
 
     Args:
         attached: adapter and base, where the format holds the attached model too.
+        system: the message of rows in ``vocab_from`` that bring none.
 
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
@@ -155,7 +158,7 @@ def run(
     small, words, kept = model, tokenizer, None
     if vocab_from is not None:
         with console.status("trimming the vocabulary"):
-            small, words, kept = trim_to_rows(model, tokenizer, vocab_from)
+            small, words, kept = trim_to_rows(model, tokenizer, vocab_from, system)
     ends = words.convert_ids_to_tokens(end_tokens(small, words))
     report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     if to == "gguf":
@@ -205,8 +208,12 @@ def write_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> str:
         return f"none: {error}"
 
 
-def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set."""
+def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str, system: str | None = None) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set.
+
+    Args:
+        system: the message of rows that bring none.
+    """
     from shadowpeft.data import chat
     from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
     from shadowpeft.export import vocab
@@ -215,7 +222,7 @@ def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str) -> tuple[Any, Any,
     if vocab_from == "robot":
         rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM
     else:
-        rows, system = chat.read_file(vocab_from), None
+        rows = chat.read_file(vocab_from)
     small = vocab.trim(model, tokenizer, vocab.needed_tokens(tokenizer, rows, system))
     return small.model, small.tokenizer, small.kept
 

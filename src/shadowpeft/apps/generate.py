@@ -9,7 +9,15 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.text import Text
 
-from shadowpeft.apps.common import MODES, in_mode, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.common import (
+    MODES,
+    in_mode,
+    load_tokenizer_of,
+    pick_device,
+    placed,
+    quiet_libraries,
+    system_message,
+)
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
@@ -84,6 +92,7 @@ def generate(
     from shadowpeft.data.robot_tools import tools_named
 
     known = None if skills is None else tools_named(skills)
+    system = system_message(adapter, system)
     _check_mode(mode, speculative)
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.constrained import choose
@@ -152,6 +161,7 @@ def chat(
 ) -> None:
     """Talk to the model in the terminal."""
     _check_mode(mode, speculative)
+    system = system_message(adapter, system)
     model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
     from shadowpeft.generate import stream
 

@@ -15,7 +15,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="In the place of the file's, such as training.learning_rate=1e-3."),
 ]
 Mode = Annotated[str, typer.Option(help="attached, detached or base.")]
-System = Annotated[Optional[str], typer.Option(help="System message.")]
+System = Annotated[Optional[str], typer.Option(help="System message. Default: that of the training; an empty one: none.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, mps; auto: cuda if there is one.")]

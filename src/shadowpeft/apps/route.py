@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries, system_message
 from shadowpeft.apps.intents import distinct, read_intents
 from shadowpeft.apps.options import Base, Device, Json, System
 from shadowpeft.data.actions import REMOTE, parser
@@ -108,7 +108,7 @@ def calibrate(
 
     prepare_cpu()
     where = pick_device(device)
-    system = system_of(data, system)
+    system = system_message(source, system_of(data, system))
     edge, in_cloud = _backends(source, base, cloud, where)
     parse: Any = parser(own or SKILLS) if tools is None else CallParser(tools)
     trie: Any = None
