@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.markdown import percent, table
+
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries
 from shadowpeft.data import robot_tools
 from shadowpeft.data.call_guide import Engine
@@ -40,6 +42,34 @@ def ask(backend: Any, name: str, rows: list[dict[str, Any]], actions: Any) -> tu
         actions=actions,
     )
     return ["".join(pieces) for pieces, _ in answers], time.process_time() - began
+
+
+ROWS = {
+    "calls": "exactly right, of {n} requests that call",
+    "one": "one call",
+    "two": "two calls",
+    "en": "English",
+    "zh": "Chinese",
+    "names": "all names right",
+    "arguments": "arguments right",
+    "calls_handed_on": "requests that call, handed on",
+    "cloud_handed_on": "{n} requests for the cloud, handed on",
+}
+TITLES = {"rival": "classifier and patterns", "detached": "device", "attached": "attached"}
+
+
+def shown(record: dict[str, Any]) -> str:
+    """Markdown: a row for each share, a column for each method."""
+    methods = {name: record["methods"][name] for name in TITLES if name in record["methods"]}
+    lines = []
+    for key, title in ROWS.items():
+        found = [method[key] for method in methods.values()]
+        cells = [percent({"score": each["accuracy"], "interval": each["interval"]}, interval=True) for each in found]
+        lines.append([title.format(n=found[0]["n"]), *cells])
+    whole = record["methods"]["rival"]["calls"]["n"] + record["methods"]["rival"]["cloud_handed_on"]["n"]
+    lines.append([f"invalid calls, of {whole} answers", *(str(method["invalid"]) for method in methods.values())])
+    header = [f"%, [95 % interval], {record['split']} rows", *(TITLES[name] for name in methods)]
+    return "\n".join(table(header, lines))
 
 
 def main() -> None:

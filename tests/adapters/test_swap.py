@@ -196,7 +196,7 @@ BROKEN = {
     "layers": (lambda f: change(f, refined_layers=[2, 3]), ConfigError, "refined_layers"),
     "task": (lambda f: change(f, task_type="SEQ_CLS"), ConfigError, "task_type"),
     "unknown key": (lambda f: change(f, shadow_alhpa=0.3), ConfigError, "shadow_alpha"),
-    "gone": (shutil.rmtree, AdapterFileError, "neither a folder"),
+    "gone": (shutil.rmtree, AdapterFileError, "there is no .* in the folder"),
 }
 
 
