@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from scripts.robot_tools_eval import shown
 
 from chatbase import save_sitting_base
 from commands import call, edit
@@ -31,6 +32,16 @@ def test_the_page_and_the_example_have_one_run_file():
     (run,) = blocks("yaml")
     own = (TOOLS / "tools.yaml").read_text(encoding="utf-8").splitlines()
     assert [line for line in own if not line.startswith("#")] == run.splitlines()
+
+
+def test_the_table_is_that_of_the_record():
+    record = json.loads((ROOT / "docs" / "records" / "robot-tools-large-validation.json").read_text(encoding="utf-8"))
+    (table,) = re.findall(r"<!-- tools -->\n(.*?)\n<!-- /tools -->", PAGE, re.DOTALL)
+    assert table == shown(record)
+    exact = {name: 100 * method["calls"]["accuracy"] for name, method in record["methods"].items()}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = f"the device has {exact['detached']:.1f} % of 240 validation requests exactly right"
+    assert f"{said}, a classifier with patterns {exact['rival']:.1f}" in readme
 
 
 def test_every_row_of_the_example_calls_its_tools():
