@@ -72,7 +72,9 @@ class Client:
         self, urls: Mapping[str, str], key: str, *, system_message: str | None, max_tokens: int, delay: float
     ) -> None:
         delays = {"edge": 0.0, "cloud": delay}
-        self._servers = {name: CloudClient(url, key, timeout=120.0, delay=delays[name]) for name, url in urls.items()}
+        self._servers = {
+            name: CloudClient(url, key, timeout=120.0, delay=delays[name], hands_on=False) for name, url in urls.items()
+        }
         self._lead = [] if system_message is None else [{"role": "system", "content": system_message}]
         self._max_tokens = max_tokens
 

@@ -119,7 +119,8 @@ def measured(options: argparse.Namespace, rows: Sequence[dict[str, Any]], consol
 
     async def all_of(urls: dict[str, str], delay: float) -> dict[str, list[dict[str, Any]]]:
         late = {"edge": 0.0, "cloud": delay / 1000}
-        clients = {name: CloudClient(url, key, timeout=120.0, delay=late[name]) for name, url in urls.items()}
+        usual = {"timeout": 120.0, "hands_on": False}
+        clients = {name: CloudClient(url, key, delay=late[name], **usual) for name, url in urls.items()}
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS}
         try:
             with bar(console, f"requests, network delay {delay:g} ms", len(rows)) as progress:

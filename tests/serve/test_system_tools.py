@@ -58,8 +58,11 @@ def test_an_adapter_without_a_calibration_is_refused(monkeypatch, tmp_path):
 @pytest.mark.timeout(600)
 def test_the_whole_script(tmp_path):
     base = save_sitting_base(tmp_path / "base", answer="[Bark()]")  # no byte twice; what follows is free
-    shadow, steps = {"last_layers": 2, "shadow_num_hidden_layers": 1}, {"max_steps": 1, "learning_rate": 1e-6}
-    run = parse_run(run_file(tmp_path / "run", base, "robot_tools", shadow=shadow, training=steps), "the test's run")
+    shadow = {"last_layers": 2, "shadow_num_hidden_layers": 1}
+    steps = {"max_steps": 1, "shadow_epochs": 0, "learning_rate": 1e-6}
+    run = parse_run(
+        run_file(tmp_path / "run", base, "robot_tools", data={"max_length": 512}, shadow=shadow, training=steps), "the test"
+    )
     adapter = Path(train(run, quiet=True)["adapter"])
     always = Calibration(ACTION, (0.0, 1.0), (1.0, 1.0), 0.0, tools=tuple(robot_tools.tools().definitions()))
     always.save(adapter / "routing.json")

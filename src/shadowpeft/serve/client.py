@@ -176,6 +176,7 @@ class CloudClient:
         url: such as ``http://host:8000``, with or without ``/v1``. key: its API key.
         timeout: seconds until a stream's first line, and between lines.
         delay: seconds to wait before each request, to stand for a network. answer_seconds: for a whole answer.
+        hands_on: requests are marked as those of an edge (:data:`HOP`); False: it asks on its own account.
 
     Attributes:
         exchanges: how many are on their way.
@@ -194,6 +195,7 @@ class CloudClient:
         answer_seconds: float = Options.answer_seconds,
         breaker: Breaker | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        hands_on: bool = True,
     ) -> None:
         self.breaker = breaker or Breaker()
         self.delay, self.timeout, self.seconds = delay, timeout, answer_seconds + _GRACE
@@ -201,13 +203,15 @@ class CloudClient:
         self.problem: str | None = None
         self.on_failure: Callable[[str], None] = lambda kind: None
         headers = {"authorization": f"Bearer {key}"} if key else {}
+        if hands_on:
+            headers[HOP] = "1"
         address = httpx.URL(re.sub(r"/v1/?$", "", url))
         # out of the address, which libraries log
         login = httpx.BasicAuth(address.username, address.password) if address.userinfo else None
         self._http = httpx.AsyncClient(
             base_url=address.copy_with(username="", password=""),
             auth=login,
-            headers={**headers, HOP: "1", "accept-encoding": "identity", "content-type": "application/json"},
+            headers={**headers, "accept-encoding": "identity", "content-type": "application/json"},
             timeout=httpx.Timeout(self.seconds, connect=connect_timeout),
             transport=transport,
             trust_env=False,
