@@ -36,9 +36,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 import shadowpeft
 from shadowpeft.hf.forward.drafting import Ahead, DraftHead
+from shadowpeft.train import baselines
 from shadowpeft.train.baselines import match_rank
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS = list(baselines.LINEARS)
 PARTS = ("tests", "decode", "passes", "train")
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {

@@ -38,11 +38,12 @@ import shadowpeft
 from benchmarks.speed_page import COMPARED, DORA_ROUNDS, DORA_TOKENS, filled, picture, slower, training_rounds
 from shadowpeft.hf.base.aliases import materialise
 from shadowpeft.storage import write_text
+from shadowpeft.train import baselines
 from shadowpeft.train.baselines import count_trainable, match_rank
 
 LENGTHS = {64: 3, 256: 3, 1024: 1}
 """New tokens, and rounds."""
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS = list(baselines.LINEARS)
 
 
 def load() -> Any:

@@ -19,43 +19,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
 
 import shadowpeft
 from experiments.device_plan import PLAN as SEARCH
 from experiments.device_plan import WORK as SEARCHED
-from experiments.device_plan import read_plan, record_of
-from experiments.device_problems import Clinc
+from experiments.device_plan import Recipe, averaged_of, own_record, read_cells, read_plan, record_of
+from experiments.device_problems import Clinc, corrected, place
 from experiments.device_search import Training
-from experiments.measuring import processor
-from experiments.spec import RECORDS, digest
+from experiments.spec import RECORDS
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.tasks import class_ids
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.evaluate.record import commit
 from shadowpeft.hf.base.load import load_base, of_labels
-from shadowpeft.hf.layer import find_hub
-from shadowpeft.runtime import environment, prepare_cpu
+from shadowpeft.runtime import prepare_cpu
 from shadowpeft.storage import whole, write_json
 from shadowpeft.train.activations import Activations, prepare
-from shadowpeft.train.config import RunLoader
+from shadowpeft.train.baselines import LINEARS, lora_config
 
 PLAN = SEARCH.with_name("converged.yaml")
 FOLDER = RECORDS / "converged"
 WORK = SEARCHED.with_name("converged")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 METHODS = ("shadow", "lora", "dora", "rslora")
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Recipe):
     """One training to its end; all fields but ``name`` decide what it computes."""
 
     name: str
@@ -93,21 +88,6 @@ class Cell:
         if self.method not in METHODS or bool(self.shadow) != (self.method == "shadow"):
             raise ConfigError(f"cell '{self.name}': method '{self.method}' with shadow '{self.shadow}' is impossible")
 
-    def settings(self) -> dict[str, Any]:
-        """What a record must have been made with."""
-        return {key: value for key, value in asdict(self).items() if key != "name"}
-
-    def digest(self) -> str:
-        """sha256 of the settings that are no defaults."""
-        usual = {field.name: field.default for field in fields(self)}
-        return digest({key: value for key, value in self.settings().items() if value != usual[key]})
-
-
-def read_cells(file: Path = PLAN) -> dict[str, Cell]:
-    """The cells of a plan by name."""
-    content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
-    return {entry["name"]: Cell(**{**content.get("defaults", {}), **entry}) for entry in content["cells"]}
-
 
 def started(cell: Cell) -> Any:
     """The cell of the search that a shadow starts from.
@@ -132,33 +112,19 @@ class Attached(Clinc):
         base.config.pad_token_id = self.tokenizer.pad_token_id
         self.stored: Activations | None = None
         if cell.method != "shadow":
-            given = {"use_dora": cell.method == "dora", "use_rslora": cell.method == "rslora"}
-            own = LoraConfig(
-                "SEQ_CLS", r=cell.r, lora_alpha=2 * cell.r, lora_dropout=cell.dropout, target_modules=list(LINEARS), **given
-            )
+            own = lora_config(base, cell.method, cell.r, target_modules=LINEARS, dropout=cell.dropout)
+            own.use_rslora = cell.method == "rslora"
             return get_peft_model(base, own)
-        layers, start = base.config.num_hidden_layers, started(cell)
-        config = shadowpeft.ShadowPeftConfig(
+        return corrected(
+            base,
+            started(cell).layers,
+            last=cell.last,
             task_type="SEQ_CLS",
             r=cell.r,
-            shadow_num_hidden_layers=start.layers,
-            shadow_init="base_layers",
             shadow_alpha=cell.alpha,
             shadow_dropout=cell.dropout,
             variant=cell.variant,
-            refined_layers=[layers - cell.last, layers - 1] if cell.last else None,
         )
-        return get_peft_model(base, config)
-
-    def place(self, averaged: dict[str, Tensor]) -> None:
-        """Put the weights of a trained stock model into the shadow, and freeze it."""
-        hub = find_hub(self.model)
-        backbone, head = dict(hub.shadowpeft_backbone["default"].named_parameters()), hub.shadowpeft_head["default"]
-        with torch.no_grad():
-            for name, mean in averaged.items():
-                own = head.weight if name == "score.weight" else backbone[name.removeprefix("model.")]
-                own.copy_(mean)
-        hub.freeze_shadow("default")
 
     def store(self, folder: Path) -> None:
         """Compute once what no step changes: the base below the first corrected layer, and the shadow."""
@@ -209,8 +175,7 @@ class Converging(Training):
     def trained(self) -> list[tuple[str, Any]]:
         """All that asks for a gradient, after a shadow was placed and frozen."""
         if self.cell.shadow:
-            state = torch.load(SEARCHED / self.cell.shadow / "state.pt", weights_only=True)
-            self.problem.place(dict(zip(state["weights"], state["averaged"], strict=True)))
+            place(self.model, averaged_of(self.cell.shadow, SEARCHED)).freeze_shadow("default")
             if self.cell.last:
                 self.problem.store(self.file.parents[1] / "activations" / f"{self.cell.shadow}-{self.cell.last}")
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -265,12 +230,7 @@ class Converging(Training):
                 "best": self.best,
                 "test": None,
                 "started_processor_seconds": began_with(self.cell),
-                "settings": self.cell.settings(),
-                "settings_sha256": self.cell.digest(),
-                "commit": commit(),
-                "versions": environment(),
-                "processor": processor(),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                **self.cell.stamp(),
             },
         )
 
@@ -289,19 +249,9 @@ def began_with(cell: Cell) -> float | None:
 
 
 def waiting(cells: dict[str, Cell], folder: Path = FOLDER) -> list[Cell]:
-    """Cells that have not ended, in order.
-
-    Raises:
-        ConfigError: if a record was made with other settings.
-    """
-    found = []
-    for cell in cells.values():
-        record = record_of(cell.name, folder)
-        if record is not None and record["settings_sha256"] != cell.digest():
-            raise ConfigError(f"the record of '{cell.name}' has other settings than the plan; give the cell a new name")
-        if record is None or record["ended"] is None:
-            found.append(cell)
-    return found
+    """Cells that have not ended, in order; raises as :func:`~experiments.device_plan.own_record`."""
+    records = ((cell, own_record(cell, folder)) for cell in cells.values())
+    return [cell for cell, record in records if record is None or record["ended"] is None]
 
 
 def run(cell: Cell, is_over: Callable[[], bool], work: Path = WORK, folder: Path = FOLDER) -> bool:
@@ -351,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     prepare_cpu(1)
     try:
-        cells = read_cells()
+        cells = read_cells(PLAN, Cell)
         unknown = [name for name in chosen.names if name not in cells]
         if unknown:
             raise ConfigError(f"{PLAN.name} has no cell '{unknown[0]}'; it has {', '.join(cells)}")

@@ -12,42 +12,35 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import shadowpeft
 from experiments import device_rows as rows_of
-from experiments.device_plan import FOLDER, PLAN, WORK, Cell, read_plan, record_of
-from experiments.device_problems import shares
-from experiments.measuring import processor
-from experiments.spec import digest
+from experiments.device_plan import FOLDER, PLAN, WORK, Cell, Recipe, averaged_of, read_cells, read_plan, record_of
+from experiments.device_problems import corrected, place, shares
 from shadowpeft.data import chat
 from shadowpeft.data.robot import SYSTEM, parse_action
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
 from shadowpeft.hf.base.load import load_base
-from shadowpeft.hf.layer import find_hub
-from shadowpeft.runtime import environment, prepare_cpu
+from shadowpeft.runtime import prepare_cpu
 from shadowpeft.storage import write_json
 from shadowpeft.tokenizer import load_tokenizer
-from shadowpeft.train.baselines import count_trainable, lora_config
-from shadowpeft.train.config import RunLoader
+from shadowpeft.train.baselines import LINEARS, count_trainable, lora_config
 from shadowpeft.train.rows import with_action
 
 JOINT = PLAN.with_name("joint.yaml")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(Recipe):
     """One way to train both paths from a trained shadow."""
 
     name: str
@@ -73,17 +66,6 @@ class Joint:
     replies: bool = True
     """The attached path learns the spoken reply too; False: the action alone."""
     seed: int = 0
-
-    def digest(self) -> str:
-        """sha256 of the settings that are no defaults."""
-        usual = {field.name: field.default for field in fields(self)}
-        return digest({key: value for key, value in asdict(self).items() if key != "name" and value != usual[key]})
-
-
-def read_joint(file: Path = JOINT) -> dict[str, Joint]:
-    """The cells of a plan by name."""
-    content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
-    return {entry["name"]: Joint(**{**content.get("defaults", {}), **entry}) for entry in content["cells"]}
 
 
 def sequences(train: list[dict[str, str]], tokenizer: Any, joint: Joint) -> list[chat.Sequence]:
@@ -114,32 +96,24 @@ class LoraTrainer(Trainer):
 def build(joint: Joint, cell: Cell, work: Path) -> Any:
     """Base and adapter, the shadow with the averaged weights of ``cell``."""
     base = load_base(cell.base)
-    layers = base.config.num_hidden_layers
     set_seed(joint.seed)
     if joint.method == "lora":
         return get_peft_model(base, lora_config(base, "lora", joint.r, target_modules=LINEARS, dropout=joint.dropout))
-    config = shadowpeft.ShadowPeftConfig(
+    model = corrected(
+        base,
+        cell.layers,
+        last=joint.last,
         task_type="CAUSAL_LM",
         r=joint.r,
-        shadow_num_hidden_layers=cell.layers,
-        shadow_init="base_layers",
         shadow_alpha=joint.alpha,
         shadow_dropout=joint.dropout,
         auxiliary_loss_weight=joint.weight,
         use_update=joint.use_update,
         variant=joint.variant,
-        refined_layers=[layers - joint.last, layers - 1] if joint.last else None,
     )
-    model = get_peft_model(base, config)
-    backbone = find_hub(model).shadowpeft_backbone["default"]
-    state = torch.load(work / cell.name / "state.pt", weights_only=True)
-    averaged = dict(zip(state["weights"], state["averaged"], strict=True))
-    own = dict(backbone.named_parameters())
-    with torch.no_grad():
-        for name, mean in averaged.items():
-            own[name.removeprefix("model.")].copy_(mean)
+    hub = place(model, averaged_of(cell.name, work))
     if not joint.ratio:
-        find_hub(model).freeze_shadow("default")
+        hub.freeze_shadow("default")
     return model
 
 
@@ -227,12 +201,8 @@ def run(joint: Joint, cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> d
         "trained_parameters": count_trainable(model),
         "development": judge(model, tokenizer, split.development),
         "start_processor_seconds": started["curve"][-1]["processor_seconds"] if started else None,
+        **joint.stamp(),
         "settings": asdict(joint),
-        "settings_sha256": joint.digest(),
-        "commit": commit(),
-        "versions": environment(),
-        "processor": processor(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     write_json(folder / "joint" / f"{joint.name}.json", record)
     return record
@@ -267,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     prepare_cpu(1)
     try:
-        plan, cells = read_joint(), {cell.name: cell for cell in read_plan()}
+        plan, cells = read_cells(JOINT, Joint), {cell.name: cell for cell in read_plan()}
         unknown = [name for name in chosen.names if name not in plan]
         if unknown:
             raise ConfigError(f"{JOINT.name} has no cell '{unknown[0]}'")

@@ -1,25 +1,58 @@
-"""The plan of the device search: its cells, and which of them wait to be run."""
+"""The plan of the device search: its cells, and which of them wait to be run; and what the plans that start from it share."""
 
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import yaml
+from torch import Tensor
 
 from experiments.device_problems import PROBLEMS
+from experiments.measuring import processor
 from experiments.spec import RECORDS, SPECS, digest
 from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.record import commit
+from shadowpeft.runtime import environment
 from shadowpeft.train.config import RunLoader
+
+Planned = TypeVar("Planned", bound="Recipe")
 
 PLAN = SPECS / "device" / "search.yaml"
 FOLDER = RECORDS / "device"
 WORK = Path(__file__).resolve().parents[1] / "runs" / "device-search"
 
+
+class Recipe:
+    """What a cell of any plan is: a frozen dataclass with a name, of which all else decides what it computes."""
+
+    def settings(self: Any) -> dict[str, Any]:
+        """What a record must have been made with."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
+
+    def digest(self: Any) -> str:
+        """sha256 of the settings that are no defaults: a setting that is added later changes no older cell."""
+        usual = {field.name: field.default for field in fields(self)}
+        return digest({key: value for key, value in self.settings().items() if value != usual[key]})
+
+    def stamp(self: Any) -> dict[str, Any]:
+        """What ends a record: the settings, and by which code, where and when it was made."""
+        return {
+            "settings": self.settings(),
+            "settings_sha256": self.digest(),
+            "commit": commit(),
+            "versions": environment(),
+            "processor": processor(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Recipe):
     """One recipe; all fields but ``name`` and ``passes`` decide what a step computes."""
 
     name: str
@@ -60,14 +93,9 @@ class Cell:
             raise ConfigError(f"cell '{self.name}': schedule '{self.schedule}' or passes {self.passes} is impossible")
 
     def settings(self) -> dict[str, Any]:
-        """What a record must have been made with. A constant schedule can be carried on, so its passes are left out."""
-        left_out = ("name", "passes") if self.schedule == "constant" else ("name",)
-        return {key: value for key, value in asdict(self).items() if key not in left_out}
-
-    def digest(self) -> str:
-        """sha256 of the settings that are no defaults: a setting that is added later changes no older cell."""
-        usual = {field.name: field.default for field in fields(self)}
-        return digest({key: value for key, value in self.settings().items() if value != usual[key]})
+        """A constant schedule can be carried on, so its passes are left out."""
+        found = super().settings()
+        return {key: value for key, value in found.items() if key != "passes" or self.schedule != "constant"}
 
 
 def read_plan(file: Path = PLAN) -> list[Cell]:
@@ -93,23 +121,41 @@ def read_plan(file: Path = PLAN) -> list[Cell]:
     return order
 
 
+def read_cells(file: Path, kind: type[Planned]) -> dict[str, Planned]:
+    """The cells of another plan by name, each laid over its ``defaults``."""
+    content = yaml.load(file.read_text(encoding="utf-8"), Loader=RunLoader)
+    return {entry["name"]: kind(**{**content.get("defaults", {}), **entry}) for entry in content["cells"]}
+
+
+def averaged_of(name: str, work: Path) -> dict[str, Tensor]:
+    """The averaged weights of a cell of the search, by name in its stock model."""
+    state = torch.load(work / name / "state.pt", weights_only=True)
+    return dict(zip(state["weights"], state["averaged"], strict=True))
+
+
 def record_of(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
     """The record of a cell, or None."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def waiting(plan: list[Cell], folder: Path = FOLDER) -> list[Cell]:
-    """Entries of the plan whose passes are not done.
+def own_record(cell: Any, folder: Path) -> dict[str, Any] | None:
+    """The record of a cell, or None.
 
     Raises:
-        ConfigError: if a record was made with other settings.
+        ConfigError: if it was made with other settings.
     """
+    record = record_of(cell.name, folder)
+    if record is not None and record["settings_sha256"] != cell.digest():
+        raise ConfigError(f"the record of '{cell.name}' has other settings than the plan; give the cell a new name")
+    return record
+
+
+def waiting(plan: list[Cell], folder: Path = FOLDER) -> list[Cell]:
+    """Entries of the plan whose passes are not done; raises as :func:`own_record`."""
     found = []
     for cell in plan:
-        record = record_of(cell.name, folder)
-        if record is not None and record["settings_sha256"] != cell.digest():
-            raise ConfigError(f"the record of '{cell.name}' has other settings than the plan; give the cell a new name")
+        record = own_record(cell, folder)
         if record is None or (record["passes"] < cell.passes and record["ended"] is None):
             found.append(cell)
     return found

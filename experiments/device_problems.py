@@ -28,6 +28,7 @@ from shadowpeft.data.tasks import class_ids, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.generate import answer, evaluating
 from shadowpeft.hf.base.load import load_base
+from shadowpeft.hf.layer import find_hub
 from shadowpeft.tokenizer import load_tokenizer
 
 WRONG = 0.03
@@ -40,6 +41,34 @@ def detached(base: str, layers: int) -> Any:
         task_type="CAUSAL_LM", shadow_num_hidden_layers=layers, shadow_init="base_layers"
     )
     return shadowpeft.detach(get_peft_model(load_base(base), config))
+
+
+def corrected(base: Any, layers: int, *, last: int, **fields: Any) -> Any:
+    """``base`` with a shadow that starts from its first ``layers`` layers and corrects its ``last`` ones (0: all).
+
+    Args:
+        fields: more of ``ShadowPeftConfig``.
+    """
+    whole = base.config.num_hidden_layers
+    config = shadowpeft.ShadowPeftConfig(
+        shadow_num_hidden_layers=layers,
+        shadow_init="base_layers",
+        refined_layers=[whole - last, whole - 1] if last else None,
+        **fields,
+    )
+    return get_peft_model(base, config)
+
+
+def place(model: Any, averaged: dict[str, Tensor]) -> Any:
+    """Put the weights of a trained stock model, of a classifier with its head, into the shadow of ``model``; its hub."""
+    hub = find_hub(model)
+    own = {f"model.{name}": p for name, p in hub.shadowpeft_backbone["default"].named_parameters()}
+    if "default" in hub.shadowpeft_head:
+        own["score.weight"] = hub.shadowpeft_head["default"].weight
+    with torch.no_grad():
+        for name, mean in averaged.items():
+            own[name].copy_(mean)
+    return hub
 
 
 def freeze(model: Any, layers: int) -> list[tuple[str, nn.Parameter]]:

@@ -25,10 +25,8 @@ import torch
 from experiments.device_plan import FOLDER, PLAN, WORK, Cell, read_plan, record_of, waiting
 from experiments.device_problems import PROBLEMS, freeze
 from experiments.device_rows import batches
-from experiments.measuring import processor
 from shadowpeft.errors import ConfigError, NonFiniteLossError
-from shadowpeft.evaluate.record import commit
-from shadowpeft.runtime import environment, prepare_cpu
+from shadowpeft.runtime import prepare_cpu
 from shadowpeft.storage import whole, write_json
 
 SAVE_EVERY = 180.0
@@ -228,12 +226,7 @@ class Training:
             "data": self.problem.data(),
             "curve": self.curve,
             "test": older.get("test"),
-            "settings": self.cell.settings(),
-            "settings_sha256": self.cell.digest(),
-            "commit": commit(),
-            "versions": environment(),
-            "processor": processor(),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **self.cell.stamp(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{self.cell.name}.json", record)

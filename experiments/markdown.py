@@ -14,8 +14,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def percent(found: Mapping[str, Any] | None, *, interval: bool = False) -> str:
-    """A share with ``score`` and ``interval`` in percent; a dash if there is none."""
-    if found is None or found["score"] is None:
+    """A share, ``score`` or ``accuracy`` with ``interval``, in percent; a dash if there is none."""
+    share = None if found is None else found["score"] if "score" in found else found["accuracy"]
+    if found is None or share is None:
         return EMPTY
     low, high = found["interval"]
-    return f"{100 * found['score']:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if interval else "")
+    return f"{100 * share:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if interval else "")

@@ -64,8 +64,7 @@ def shown(record: dict[str, Any]) -> str:
     lines = []
     for key, title in ROWS.items():
         found = [method[key] for method in methods.values()]
-        cells = [percent({"score": each["accuracy"], "interval": each["interval"]}, interval=True) for each in found]
-        lines.append([title.format(n=found[0]["n"]), *cells])
+        lines.append([title.format(n=found[0]["n"]), *(percent(each, interval=True) for each in found)])
     whole = record["methods"]["rival"]["calls"]["n"] + record["methods"]["rival"]["cloud_handed_on"]["n"]
     lines.append([f"invalid calls, of {whole} answers", *(str(method["invalid"]) for method in methods.values())])
     header = [f"%, [95 % interval], {record['split']} rows", *(TITLES[name] for name in methods)]

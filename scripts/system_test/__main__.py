@@ -9,13 +9,12 @@ import sys
 from experiments.measuring import stamp
 from rich.console import Console
 from scripts.system_test import adapters
-from scripts.system_test.options import parse
+from scripts.system_test.options import parse, run
 from scripts.system_test.servers import measure
 
 from experiments import system
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.demo import REQUESTS
-from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_json
 
@@ -31,7 +30,7 @@ def main() -> None:
     three = adapters.prepare(options, console)
     shadow = three["shadow"]["folder"]
     calibration = adapters.routing(shadow, options)
-    edge = adapters.detach(shadow, options)
+    edge = adapters.detach(shadow, options.base, options.out / "edge")
     folders = {name: part["folder"] for name, part in three.items()}
     if options.merged:
         folders |= {name: adapters.merge(name, folders[name], options) for name in ("lora", "dora")}
@@ -61,8 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ShadowPeftError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2 if isinstance(failure, ConfigError) else 1)
+    run(main)

@@ -142,10 +142,10 @@ def merge(name: str, folder: str, options: argparse.Namespace) -> str:
     return str(out)
 
 
-def detach(shadow: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The edge model, in ``edge/`` of the output folder."""
-    tokenizer = load_tokenizer_of(shadow, options.base)
-    return save_edge(shadowpeft.detach(shadowpeft.load(shadow, options.base)), tokenizer, options.out / "edge")
+def detach(shadow: str, base: str | None, folder: Path) -> dict[str, Any]:
+    """Write the edge model into ``folder``."""
+    tokenizer = load_tokenizer_of(shadow, base)
+    return save_edge(shadowpeft.detach(shadowpeft.load(shadow, base)), tokenizer, folder)
 
 
 def routing(shadow: str, options: argparse.Namespace) -> Path | None:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from scripts.system_test import __doc__ as description
 
 from experiments import system
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, ShadowPeftError
 
 METHODS = ("shadow", "lora", "dora")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; what it refuses is one line, and the exit status 2 for wrong usage, else 1."""
+    try:
+        main()
+    except ShadowPeftError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(2 if isinstance(failure, ConfigError) else 1)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,6 @@ import os
 import random
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,15 +25,15 @@ import numpy as np
 from experiments.markdown import percent, table
 from experiments.measuring import stamp
 from rich.console import Console
+from scripts.system_test import adapters
+from scripts.system_test.options import run
 from scripts.system_test.servers import Server
 
-import shadowpeft
 from experiments import system
-from shadowpeft.apps.common import bar, load_tokenizer_of, quiet_libraries
-from shadowpeft.apps.detach import save_edge
+from shadowpeft.apps.common import bar, quiet_libraries
 from shadowpeft.data import robot_tools
 from shadowpeft.data.calls import Call, calls_of
-from shadowpeft.errors import ConfigError, ShadowPeftError
+from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.calls import Judged, Patterns, judge, summary
 from shadowpeft.runtime import environment
 from shadowpeft.serve.client import CloudClient
@@ -105,11 +104,10 @@ def measured(options: argparse.Namespace, rows: Sequence[dict[str, Any]], consol
     key = secrets.token_hex(16)
     environ = {"SHADOWPEFT_API_KEYS": key, "SHADOWPEFT_CLOUD_KEY": key, "OMP_NUM_THREADS": str(options.threads)}
     edge_folder, logs = options.out.with_suffix(".edge"), options.out.with_suffix(".logs")
-    tokenizer = load_tokenizer_of(options.adapter, None)
     shutil.rmtree(edge_folder, ignore_errors=True)
-    save_edge(shadowpeft.detach(shadowpeft.load(options.adapter), tokenizer=tokenizer), tokenizer, edge_folder)
+    adapters.detach(options.adapter, None, edge_folder)
     logs.mkdir(exist_ok=True)
-    patterns = Patterns([row for split in ("train", "train_more") for row in robot_tools.load(split)])
+    patterns = Patterns(robot_tools.load_set("robot_tools_large", "train"))
     rival = []
     for row in rows:
         began = time.perf_counter()
@@ -160,8 +158,8 @@ def shown(delays: Sequence[dict[str, Any]]) -> str:
         [
             f"{delay['milliseconds']:g}",
             TITLES[name],
-            percent(scored(row["calls"]), interval=True),
-            percent(scored(row["cloud_handed_on"]), interval=True),
+            percent(row["calls"], interval=True),
+            percent(row["cloud_handed_on"], interval=True),
             str(row["invalid"]),
             f"{row['p50_ms']:.0f}",
             f"{row['p95_ms']:.0f}",
@@ -171,11 +169,6 @@ def shown(delays: Sequence[dict[str, Any]]) -> str:
         for name, row in delay["systems"].items()
     ]
     return "\n".join(table([*header, "calls made on the device"], lines)) + "\n"
-
-
-def scored(found: dict[str, Any]) -> dict[str, Any]:
-    """A share under the name that tables read."""
-    return {"score": found["accuracy"], "interval": found["interval"]}
 
 
 def main() -> None:
@@ -216,8 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ShadowPeftError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2 if isinstance(failure, ConfigError) else 1)
+    run(main)

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from experiments.converged import Cell, Converging, final, read_cells, run, waiting
+from experiments.converged import PLAN, Cell, Converging, final, run, waiting
 from experiments.device_plan import Cell as Searched
+from experiments.device_plan import read_cells
 from experiments.device_search import Training
 from experiments.report import converged as report
 from experiments.report.records import Page
@@ -138,7 +139,7 @@ def test_test_rows_are_read_once_for_a_method_and_seed(cell, tmp_path):
 
 
 def test_what_the_plan_asks_for(cell, tmp_path):
-    planned = read_cells()
+    planned = read_cells(PLAN, Cell)
     assert {one.method for one in planned.values()} >= {"shadow", "lora"}
     one = cell(most=1)
     assert waiting({"cell": one}, tmp_path) == [one]

@@ -172,7 +172,7 @@ def test_the_edge_model_and_its_calibration(tmp_path, base):
     assert report["n"] == report["known_actions"] == report["answered_on_device"] == 60
     shutil.copy(made, shadow)
     assert adapters.routing(shadow, parse(given)) == tmp_path / "shadow" / "routing.json"
-    assert adapters.detach(shadow, options)["folder"] == str(tmp_path / "edge")
+    assert adapters.detach(shadow, options.base, options.out / "edge")["folder"] == str(tmp_path / "edge")
     edge = AutoModelForCausalLM.from_pretrained(tmp_path / "edge")
     ids = chat_tokenizer()("\n[S", add_special_tokens=False, return_tensors="pt").input_ids
     assert chat_tokenizer().decode(edge(input_ids=ids).logits[0].argmax(-1)) == "[Si"

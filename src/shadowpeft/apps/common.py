@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,19 @@ def pick_device(name: str) -> torch.device:
 def placed(model: Any, device: torch.device) -> Any:
     """``model`` on ``device``; one that was loaded onto an accelerator, such as a quantised base, stays there."""
     return model.to(device) if next(model.parameters()).device.type == "cpu" else model
+
+
+def check_drafts(modes: Sequence[str]) -> None:
+    """Refuse ``--speculative`` where nothing drafts in any of ``modes``.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if "attached" not in modes:
+        raise ConfigError(
+            f"--speculative was given for --mode {', '.join(modes)}, but the shadow drafts for the attached model; leave one "
+            "out"
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.table import Table
 
-from shadowpeft.apps.common import config_of, load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.common import check_drafts, config_of, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import require_writable
@@ -74,11 +74,8 @@ def main(
             raise ConfigError(f"mode '{mode}' is unknown; choose from {', '.join(MODES)}")
     if out is not None:
         require_writable(Path(out))
-    if speculative and modes and "attached" not in modes:
-        raise ConfigError(
-            f"--speculative was given for --mode {', '.join(modes)}, but the shadow drafts for the attached model; leave one "
-            "out"
-        )
+    if speculative and modes:
+        check_drafts(modes)
     prepare_cpu()
     where = pick_device(device)
     task, split = _task(data, name, split or "test", max_new_tokens, adapter)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from shadowpeft.apps.common import (
     MODES,
+    check_drafts,
     in_mode,
     load_tokenizer_of,
     pick_device,
@@ -54,10 +55,8 @@ def _check_mode(mode: str, speculative: bool) -> None:
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
-    if speculative and mode != "attached":
-        raise ConfigError(
-            f"--speculative was given for --mode {mode}, but the shadow drafts for the attached model; leave one out"
-        )
+    if speculative:
+        check_drafts([mode])
 
 
 def _drafts(wanted: bool) -> dict[str, Any]:

@@ -39,6 +39,8 @@ from shadowpeft.train.trainer import ShadowLossMixin, ShadowTrainer
 METHODS = ("shadow", "lora", "dora")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """What the paper's LoRA and DoRA rows adapt (the paper, Table 1)."""
+LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+"""All linear layers of a decoder of Llama's kind."""
 
 
 # ------------------------------------------------------------------------------------------------------- matched budgets

@@ -90,14 +90,12 @@ def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dic
     """Checked rows of a packaged set; ``actions``: see :func:`robot_rows`."""
     if source == "robot":
         return robot_rows(split, actions=actions)
-    splits = ("train", "train_more") if source == "robot_tools_large" and split == "train" else (split,)
-    rows = [row for each in splits for row in robot_tools.load(each)]
-    return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in rows]
+    return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in robot_tools.load_set(source, split)]
 
 
 def tools_of_run(train: str | SourceSection, file: str | None) -> Tools | None:
     """The tools that a run's rows call: those of ``file``, of a packaged set with tools, or None."""
-    if train in ("robot_tools", "robot_tools_large"):
+    if train in robot_tools.SETS:
         return robot_tools.tools()
     return None if file is None else read_tools(file)
 

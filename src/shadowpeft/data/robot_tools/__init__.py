@@ -19,6 +19,8 @@ __all__ = ["SPLITS", "SYSTEM", "calls_of_row", "chat_row", "load", "tools", "too
 ROWS = Path(__file__).parent / "rows"
 ACTIONS = Path(__file__).parent / "actions.json"
 SPLITS = ("train", "train_more", "validation", "test")
+SETS = {"robot_tools": ("train",), "robot_tools_large": ("train", "train_more")}
+"""A packaged set, as run files name it -> the splits that it trains on. They share the held-out splits."""
 
 
 @cache
@@ -30,6 +32,11 @@ def tools() -> Tools:
 def load(split: str) -> list[dict[str, Any]]:
     """The rows of one split: dicts with id, split, lang, kind (one, two, cloud), family, prompt, calls and reply."""
     return read_split(ROWS, split, SPLITS)
+
+
+def load_set(name: str, split: str) -> list[dict[str, Any]]:
+    """The rows of one split of a packaged set in :data:`SETS`."""
+    return [row for each in (SETS[name] if split == "train" else (split,)) for row in load(each)]
 
 
 def calls_of_row(row: dict[str, Any]) -> tuple[Call, ...]:
