@@ -95,7 +95,7 @@ def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dic
 
 def tools_of_run(train: str | SourceSection, file: str | None) -> Tools | None:
     """The tools that a run's rows call: those of ``file``, of a packaged set with tools, or None."""
-    if train in robot_tools.SETS:
+    if isinstance(train, str) and train in robot_tools.SETS:
         return robot_tools.tools()
     return None if file is None else read_tools(file)
 
