@@ -20,6 +20,7 @@ from shadowpeft.errors import ShadowPeftError
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.serve.client import CloudClient
 from shadowpeft.serve.router import DEVICE, KNOWN, TAGGED
+from shadowpeft.train.progress import label_decades
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             text = f"{delay['milliseconds']:g}"
             axes.annotate(text, (row["p50_ms"], value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    times = [row[key] for delay in result["delays"] for row in delay["systems"].values() for key in ("p50_ms", "p95_ms")]
+    label_decades(axes.xaxis, min(times), max(times))
     axes.xaxis.set_tick_params(which="both", labelsize=8)
     axes.set_xlabel("latency of a whole answer, ms: p50 (marker) to p95 (line)")
     axes.set_ylabel("accuracy, %, with 95 % interval")

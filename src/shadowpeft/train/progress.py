@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Sequence
@@ -213,11 +214,25 @@ def draw_losses(
     axes.set_ylabel(f"{unit} (nats)")
     if shown and max(shown) > 5 * min(shown):  # a start far above the rest would flatten what follows
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        label_decades(axes.yaxis, min(shown), max(shown))
     else:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
+
+
+def label_decades(axis: Any, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis from ``low`` to ``high``, fewer the more decades there are."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    decades = math.log10(high / low)
+    axis.set_major_formatter("{x:g}")
+    if decades <= 1:
+        axis.set_minor_formatter("{x:g}")
+    elif decades <= 3:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_minor_formatter("{x:g}")
+    else:
+        axis.set_minor_formatter(NullFormatter())
 
 
 class Deadline(TrainerCallback):
