@@ -1,5 +1,6 @@
 """Every test starts from the same seed, on one thread, without network or library noise."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,3 +23,10 @@ import shadowpeft  # noqa: E402, F401  (registers the method with PEFT)
 def _seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # a run file's threads hold for the whole process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_old_is_searched_for_garbage():
+    """Trainers collect garbage often. What lives before a file's tests outlives them: imported modules, collected tests."""
+    gc.collect()
+    gc.freeze()
