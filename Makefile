@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray site notebooks wheel tutorial vllm bench-vllm clean
+.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray triton site notebooks wheel tutorial vllm bench-vllm clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +85,13 @@ $(VENV)/llamacpp: $(VENV)/dev
 
 llamacpp: $(VENV)/llamacpp  ## exported files in llama.cpp; builds it: a C++ compiler and a quarter of an hour
 	$(BIN)/python -m pytest -m llamacpp tests/export
+
+$(VENV)/triton: $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton]"
+	touch $@
+
+triton: $(VENV)/triton  ## the Triton kernels in Triton's interpreter, without a GPU; two minutes
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/gpu/test_kernels.py
 
 $(VENV)/ray: $(VENV)/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"

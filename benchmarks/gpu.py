@@ -4,7 +4,7 @@
 
 One part ends within ``--minutes``; what there was no time for is listed under ``left``. Parts add to the record, so the kit can
 run in several calls. It needs torch, transformers and peft. Beside the bare base run LoRA (r = 16 on all linear layers), DoRA,
-PEFT's shadow and ours (one layer, r = m = 16), the base in bfloat16.
+PEFT's shadow and ours (one layer, r = m = 16), the base in bfloat16; in ``train`` ours with its Triton kernels too.
 
 decode: 64 greedy tokens after 32, batch 1; as ``generate`` runs by itself, and from a static cache, for which it compiles the
 forward pass into CUDA graphs. passes: one forward over 1 to 32 tokens after 256 (what drafts cost to verify) and a drafted
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 import shadowpeft
 from shadowpeft.hf.forward.drafting import Ahead, DraftHead
+from shadowpeft.ops.fused import KERNELS
 from shadowpeft.train import baselines
 from shadowpeft.train.baselines import match_rank
 
@@ -55,6 +57,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Of Qwen3; ``tiny`` tries the kit itself."""
 ROUNDS = 5
+TRITON = "shadow_triton"
+"""Ours with the step's Triton kernels."""
 
 
 class OutOfTimeError(Exception):
@@ -177,8 +181,9 @@ class Kit:
         rank = match_rank(self.base(), "lora", trained, target_modules=LINEARS, tolerance=1.0).r
         del shadow
         found: dict[str, Any] = {"lora_rank": rank, "parameters": trained, "median_ms": {}, "above_model_mib": {}}
-        for name in ("lora", "shadow", "peft_shadow"):
-            model = self.model(name, rank).train()
+        for name in ("lora", "shadow", *((TRITON,) if self.device.type == "cuda" else ()), "peft_shadow"):
+            os.environ[KERNELS] = "triton" if name == TRITON else ""
+            model = self.model("shadow" if name == TRITON else name, rank).train()
             optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
             def step(model: Any = model, optimiser: Any = optimiser) -> None:

@@ -248,8 +248,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             label = TITLES[name] if turn_ == 0 else None
             axes.plot(row["p50_ms"], value, marker, color=colour, ms=8, label=label)
             text = f"{delay['milliseconds']:g}"
-            side = 0 if len(result["delays"]) == 1 else 8 * (2 * turn_ / (len(result["delays"]) - 1) - 1)
-            axes.annotate(text, (row["p50_ms"], value), (side, 7), textcoords="offset points", ha="center", fontsize=8)
+            aside = 0 if len(result["delays"]) == 1 else 8 * (2 * turn_ / (len(result["delays"]) - 1) - 1)
+            axes.annotate(text, (row["p50_ms"], value), (aside, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log")
     times = [row[key] for delay in result["delays"] for row in delay["systems"].values() for key in ("p50_ms", "p95_ms")]
     label_decades(axes.xaxis, min(times), max(times))

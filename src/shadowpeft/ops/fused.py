@@ -6,6 +6,8 @@ the hidden state are kept, ``h`` and ``s``; the rest is computed again from them
 
 from __future__ import annotations
 
+import importlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shadowpeft.errors import ConfigError
 from shadowpeft.ops.reference import activate, discrepancy, inject, rms
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -56,8 +59,47 @@ def step(h: Tensor, s: Tensor, weights: Weights, how: StepSettings, *, training:
     if torch.is_grad_enabled():
         out: tuple[Tensor, Tensor] = _Step.apply(h, s, how, *masks, *weights)  # type: ignore[no-untyped-call]
         return out
-    after, state, _ = _forward(h, s, how, masks, weights)
+    after, state, _ = _kernels_or_here(h, weights)[0](h, s, how, masks, weights)
     return after, s if state is None else state
+
+
+KERNELS = "SHADOWPEFT_KERNELS"
+"""Environment variable: ``triton`` computes steps on CUDA by :mod:`shadowpeft.ops.kernels`."""
+LEAST_ROWS = 256
+"""Tokens of a pass from which the kernels are taken: a program takes 16, and too few of them leave a GPU idle."""
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDEST = 128
+"""Largest rank and width of the update's nets that the kernels keep in registers."""
+
+
+def _kernels() -> Any:
+    """The Triton kernels where they are asked for, or None.
+
+    Raises:
+        ConfigError: if they are asked for and Triton is not installed, or if the variable has another value.
+    """
+    asked = os.environ.get(KERNELS, "")
+    if asked not in ("", "triton"):
+        raise ConfigError(f"{KERNELS} is '{asked}' but must be 'triton', or unset for plain PyTorch")
+    if not asked:
+        return None
+    try:
+        return importlib.import_module("shadowpeft.ops.kernels")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{KERNELS} is 'triton' but Triton is not installed; run: pip install 'shadowpeft[triton]', or unset it"
+        ) from error
+
+
+def _kernels_or_here(h: Tensor, weights: Weights) -> tuple[Any, Any]:
+    """Forward and backward of a step: the kernels' where they are asked for and take it, else those of this file."""
+    found = _kernels() if h.is_cuda else None
+    if found is None or h.numel() < LEAST_ROWS * h.shape[-1] or h.dtype not in _KERNEL_DTYPES:
+        return _forward, _backward
+    widths = (weights[0].shape[0], 0 if weights[3] is None else weights[3].shape[-1])
+    if max(widths) > _WIDEST or weights[0].dtype not in _KERNEL_DTYPES:
+        return _forward, _backward
+    return found.forward, found.backward
 
 
 def _masks(h: Tensor, weights: Weights, how: StepSettings) -> tuple[Tensor | None, Tensor | None]:
@@ -123,7 +165,8 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, how: StepSettings, m0: Any, m1: Any, *weights: Any) -> tuple[Tensor, Tensor]:
-        after, state, z = _forward(h, s, how, (m0, m1), weights)  # type: ignore[arg-type]
+        compute, ctx.differentiate = _kernels_or_here(h, weights)  # type: ignore[arg-type]
+        after, state, z = compute(h, s, how, (m0, m1), weights)
         ctx.save_for_backward(h, s, z, m0, m1, *weights)
         ctx.how = how
         return after, s.view_as(s) if state is None else state
@@ -132,17 +175,25 @@ class _Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_after: Tensor, g_state: Tensor) -> tuple[Any, ...]:
         h, s, z, m0, m1, *weights = ctx.saved_tensors
-        how, needs = ctx.how, ctx.needs_input_grad[5:]
-        grads: list[Any] = [None] * len(weights)
-        x, state, made = h.to(weights[0].dtype), s, ()
-        if weights[2] is not None:
-            state, *made = _update(x, s, how, m1, weights)  # type: ignore[assignment, arg-type]
-        g_x, g_s = _correction_backward(g_after, x, state, z, how, m0, weights, grads, needs)
-        g_s = g_state - g_s
-        if made:
-            g_s, below = _update_backward(g_s, x, s, made, how, m1, weights, grads, needs)
-            g_x += below
-        return (g_after + g_x.to(h.dtype), g_s, None, None, None, *grads)
+        needs = ctx.needs_input_grad[5:]
+        g_h, g_s, grads = ctx.differentiate(g_after, g_state, h, s, z, ctx.how, (m0, m1), weights, needs)
+        return (g_h, g_s, None, None, None, *grads)
+
+
+def _backward(
+    g_after: Tensor, g_state: Tensor, h: Tensor, s: Tensor, z: Tensor, how: StepSettings, masks: Any, weights: Any, needs: Any
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Gradients of ``h`` and ``s``, both ``(B, T, d)``, and of the weights that need one."""
+    grads: list[Any] = [None] * len(weights)
+    x, state, made = h.to(weights[0].dtype), s, ()
+    if weights[2] is not None:
+        state, *made = _update(x, s, how, masks[1], weights)  # type: ignore[assignment]
+    g_x, g_s = _correction_backward(g_after, x, state, z, how, masks[0], weights, grads, needs)
+    g_s = g_state - g_s
+    if made:
+        g_s, below = _update_backward(g_s, x, s, made, how, masks[1], weights, grads, needs)
+        g_x += below
+    return g_after + g_x.to(h.dtype), g_s, grads
 
 
 def _correction_backward(
