@@ -146,6 +146,29 @@ def test_classification_micro_batches(tmp_path):
     check(model, start, gradients, **whole(data))
 
 
+@pytest.mark.parametrize("cls", [Trainer, ShadowTrainer])
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_rows_with_several_labels_or_targets(tmp_path, problem, micro, cls):
+    """Trainer counts what labels hold, and the loss is the mean over as many."""
+    model = base("llama", task="SEQ_CLS")
+    model.config.problem_type = problem
+    start, adapted = (adapt(model, task_type="SEQ_CLS", auxiliary_loss_weight=LAMBDA) for _ in range(2))
+    goals = torch.randn(4, model.config.num_labels, generator=torch.Generator().manual_seed(1))
+    goals = goals if problem == "regression" else (goals > 0).float()
+    data = [{**row, "labels": goal} for row, goal in zip(rows(), goals, strict=True)]
+    gradients, trainer = train(cls, adapted, data, tmp_path, **in_pieces(micro))
+    given = whole([{name: row[name] for name in row if name != "labels"} for row in data])
+    found = start(**given, return_shadow=True)
+    of_rows = torch.nn.functional.mse_loss if problem == "regression" else torch.nn.functional.binary_cross_entropy_with_logits
+    loss = of_rows(found.logits, goals) + LAMBDA * of_rows(found.shadow_logits, goals)
+    loss.backward()
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, parameter in start.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("micro", [1, 4])
 def test_classes_that_the_shadow_alone_learns(tmp_path, micro):
     model = base("llama", task="SEQ_CLS")

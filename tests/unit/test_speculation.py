@@ -195,6 +195,20 @@ def test_greedy_answers_stay_what_they_are(name, kind):
             assert counts.accepted <= counts.drafted
 
 
+@pytest.mark.parametrize("settings", [always(max_draft=4), Speculation()])
+def test_positions_that_were_given_go_on_in_drafts(settings):
+    """A mask says how many tokens there are, not where they stand."""
+    model = adapt(base("llama")).double()
+    rows = (tokens(3, 7), torch.ones(3, 7, dtype=torch.long)), padded(tokens(3, 7), [0, 3, 1], "left")
+    for ids, mask in rows:
+        own = (mask.cumsum(-1) - 1).clamp(min=0)
+        for places in (own + 5, own * 2, own + torch.tensor([[0], [9], [4]])):
+            options = {"input_ids": ids, "attention_mask": mask, "position_ids": places, **GREEDY}
+            assert torch.equal(model.generate(speculative=settings, **options), model.generate(**options))
+        moved = model.generate(input_ids=ids, attention_mask=mask, position_ids=own * 2, **GREEDY)
+        assert not torch.equal(moved, model.generate(input_ids=ids, attention_mask=mask, **GREEDY))
+
+
 def test_right_drafts_save_passes(monkeypatch):
     model = alike()
     ids = tokens(4, 6)
@@ -389,6 +403,7 @@ def test_an_answer_drawn_with_a_seed_can_be_drawn_again():
     [
         ({"num_beams": 3}, "num_beams=3"),
         ({"use_cache": False}, "use_cache=False"),
+        ({"prompt_lookup_num_tokens": 3, "input_ids": tokens(1, 5)}, "assisted_generation"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"cache_implementation": "static"}, "dynamic cache"),
         ({"speculative": "yes"}, "must be True or a Speculation"),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from shadowpeft.core.speculation import Drafts, Gate, accept_greedy, accept_sampled, draw
@@ -181,8 +182,12 @@ class _Decoding:
 
     # ------------------------------------------------------------------------------------------------------------ whole
 
-    def run(self, outputs: Any, mask: Tensor | None) -> Cache:
-        """Make all answers, from the outputs of a pass over the prompts; returns the cache."""
+    def run(self, outputs: Any, mask: Tensor | None, ahead_of_mask: Tensor | int) -> Cache:
+        """Make all answers, from the outputs of a pass over the prompts; returns the cache.
+
+        Args:
+            ahead_of_mask: ``(B, 1)``, how far positions are beyond the number of tokens that the mask shows, or 0.
+        """
         cache: Any = outputs.past_key_values
         cache.activate_past_recording()
         if len(self.live) > 1:
@@ -201,7 +206,8 @@ class _Decoding:
         held = self._go_on(cache, held, ended)
         while self.live:
             shown = held if padded else None  # rows that move to the right bring padding
-            positions = held.sum(-1, keepdim=True)
+            beyond = ahead_of_mask if isinstance(ahead_of_mask, int) else ahead_of_mask[[row.place for row in self.live]]
+            positions = held.sum(-1, keepdim=True) + beyond
             ahead = self.draft(cache, shown, positions)
             held, ended = self._verify_all(cache, held, shown, ahead, positions)
             held = self._go_on(cache, held, ended)
@@ -295,10 +301,14 @@ def speculate(
     """
     _check(input_ids, generation_config, model_kwargs, streamer)
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-    mask = model_kwargs.get("attention_mask")
+    mask, given = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    beyond: Tensor | int = 0
+    if given is not None and given.ndim == 2:
+        beyond = given[:, -1:] + 1 - (input_ids.shape[1] if mask is None else mask.sum(-1, keepdim=True))
+        beyond = beyond.expand(len(input_ids), 1)
     decoding = _Decoding(model, settings, logits_processor, stopping_criteria, generation_config, streamer, input_ids)
     with thin_products(model):
-        cache = decoding.run(outputs, mask)
+        cache = decoding.run(outputs, mask, beyond)
     if streamer is not None:
         streamer.end()
     return _result(decoding, input_ids, generation_config, cache)
@@ -310,6 +320,9 @@ def _check(ids: Tensor, config: Any, kwargs: dict[str, Any], streamer: Any) -> N
 
     if config.num_beams > 1:
         refuse(f"num_beams={config.num_beams}, but drafts follow one beam", "leave num_beams out")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        refuse(f"settings of {mode.value} (prompt_lookup_num_tokens, say)", "leave speculative or those out")
     if not kwargs.get("use_cache"):
         refuse("use_cache=False, but the shadow drafts ahead in the cache", "leave use_cache out")
     if getattr(kwargs.get("past_key_values"), "is_compileable", False):

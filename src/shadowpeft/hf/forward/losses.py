@@ -301,7 +301,10 @@ def _classification_loss(model: nn.Module, logits: Tensor, labels: Tensor, items
         count = count_targets(labels, shifted=False) if items is None else items
         return token_cross_entropy(logits.view(-1, config.num_labels), labels.view(-1).to(logits.device), count)
     loss: Tensor = model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=config)  # type: ignore[operator]
-    return loss if items is None else loss * (labels.shape[0] / torch.as_tensor(items, device=loss.device))
+    if items is None:
+        return loss
+    # Trainer counts what labels hold: a row of several labels or targets counts as often
+    return loss * (count_targets(labels, shifted=False).to(loss.device) / torch.as_tensor(items, device=loss.device))
 
 
 def _keep(state: Tensor, logits_to_keep: Any) -> Tensor:
