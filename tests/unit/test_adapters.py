@@ -112,7 +112,7 @@ def test_a_base_can_be_adapted_again_and_by_another_method():
 
 def test_merging_is_refused():
     model = two()
-    for call in (model.merge_and_unload, model.merge_adapter):
+    for call in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
         with pytest.raises(ConfigError, match="merge"):
             call()
     with pytest.raises(ConfigError, match="one shadow"):

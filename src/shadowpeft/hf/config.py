@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -78,13 +79,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         for name in kwargs:
             if name not in known:
                 raise ConfigError(f"unknown key {quote(name)} for ShadowPeftConfig{did_you_mean(name[:99], known)}")
-        if "peft_type" in kwargs:  # only a configuration file names its own type
-            missing = sorted(_required_in_files() - set(kwargs))
-            if missing:
-                raise ConfigError(
-                    f"the adapter's configuration lacks the keys {missing}; every setting of the method must be in "
-                    "the file, take it from the run that made the adapter"
-                )
+        if "peft_type" in kwargs and not _IN_FILES_ALONE.isdisjoint(kwargs):  # PEFT's factories name the type too
+            check_complete(kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -92,6 +88,11 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         if task not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):  # strings compare equal to their member
             raise ConfigError(f"task_type is {task!r}; a shadow supports CAUSAL_LM and SEQ_CLS")
         super().__post_init__()
+        if isinstance(self.peft_type, PeftType):  # type: ignore[has-type]
+            # made of another configuration (dataclasses.replace, to_dict), for an adapter that is yet to be built; a file
+            # names its type by a string
+            self.base_fingerprint = self.shadow_backbone_config = self.shadow_frozen = None
+            self.shadow_reads_tokens = False
         self.peft_type = PeftType.SHADOWPEFT  # type: ignore[attr-defined]
         # Found by the tuner for each base; an attribute, not a field, since it says nothing that a file should hold.
         self.target_modules: str | None = None
@@ -266,11 +267,30 @@ def config_from_file(path: Path) -> ShadowPeftConfig:
                 f"{path} has {record} = {quote(content[record])} but every saved adapter has an object there"
             )
     try:
+        check_complete(content)
         return ShadowPeftConfig(**content)
     except ConfigError as error:
         raise type(error)(f"{path}: {shorten(error, 600)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} has a value of the wrong type ({shorten(error)})") from error
+
+
+_IN_FILES_ALONE = frozenset(("peft_version", "auto_mapping", "base_model_name_or_path", "format_version", "base_fingerprint"))
+"""Keys that every saved file has and nobody types."""
+
+
+def check_complete(content: Mapping[str, Any]) -> None:
+    """Refuse a configuration file that lacks a setting, which would be filled with a default.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    missing = sorted(_required_in_files() - set(content))
+    if missing:
+        raise ConfigError(
+            f"the adapter's configuration lacks the keys {missing}; every setting of the method must be in the file, take it "
+            "from the run that made the adapter"
+        )
 
 
 def _required_in_files() -> set[str]:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -72,6 +73,14 @@ def _where_it_is(base: nn.Module) -> Iterator[None]:
             base.hf_device_map = placed
 
 
+def _classes(config: ShadowPeftConfig, weights: Path) -> dict[str, Any]:
+    """What the base of a classifier is loaded with: the labels that the adapter records, or as many as its head has."""
+    if config.labels is not None or config.task_type != "SEQ_CLS":
+        return of_labels(config.labels)
+    heads = [entry for name, entry in read_header(weights).items() if name.endswith("shadowpeft_head.weight")]
+    return {"num_labels": heads[0].shape[0]} if heads and heads[0].shape else {}
+
+
 def load(
     adapter: str | Path,
     base: nn.Module | str | Path | None = None,
@@ -118,11 +127,12 @@ def load(
     if config.base_alias is not None and not is_alias(config.base_alias):
         raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
     task = str(getattr(config.task_type, "value", config.task_type))
+    classes = _classes(config, config.weights_file)
     if base is None:
         named, options = named_base(config)
-        base = load_base(named, task, **options, **of_labels(config.labels))
+        base = load_base(named, task, **options, **classes)
     elif not isinstance(base, nn.Module):
-        base = load_base(base, task, **of_labels(config.labels))
+        base = load_base(base, task, **classes)
     if shadow_model is not None:
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)

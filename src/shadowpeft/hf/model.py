@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.fingerprint import check_fingerprint, fingerprint
+from shadowpeft.hf.base.fingerprint import check_bare, check_fingerprint, fingerprint
 from shadowpeft.hf.base.head import HeadFacts, examine_head
 from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
@@ -63,7 +64,16 @@ class ShadowModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
         if peft_config.task_type is None:
             raise ConfigError("task_type is missing; set it to 'CAUSAL_LM' or 'SEQ_CLS'")
+        if peft_config.weights_file is not None and isinstance(self.model, PeftModel):
+            raise ConfigError(
+                "the base is a PeftModel, which holds adapters already; add this one with model.load_adapter(folder, "
+                "adapter_name), or pass the base that model.unload() gives"
+            )
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
+        check_bare(self.model)
+        if peft_config.task_type == "SEQ_CLS" and peft_config.labels is None:
+            names = self.model.config.id2label  # type: ignore[union-attr]
+            peft_config.labels = [names[i] for i in range(len(names))]
         identity = fingerprint(self.model, parts)
         if peft_config._loaded and peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, identity)
@@ -94,9 +104,7 @@ class ShadowModel(BaseTuner):
                     )
         if peft_config.weights_file is not None:
             check_file(type(self), self.model, peft_config, peft_config.weights_file)
-            peft_config.weights_file = (
-                None  # once; what is attached later by this configuration need not be in the file
-            )
+            peft_config.weights_file = None  # once; what is attached later by this configuration need not be in the file
         return peft_config
 
     def _full_names(self, endings: list[str]) -> list[str]:
@@ -318,6 +326,8 @@ class ShadowModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._check_merge_allowed()
+
+    unmerge_adapter = merge_adapter
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from shadowpeft.errors import BaseMismatchError
+from shadowpeft.errors import BaseMismatchError, UnsupportedModelError
 from shadowpeft.hf.base.structure import DecoderParts
 from shadowpeft.hf.base.weights import dense_weight
 
@@ -50,6 +51,21 @@ def fingerprint(model: nn.Module, parts: DecoderParts, read: Read = dense_weight
         "layer": hashlib.sha256(";".join(names).encode()).hexdigest()[:16],
     }
     return {"architecture": config.model_type, "shapes": shapes, "values": _sample(model, parts, read)}
+
+
+def check_bare(model: nn.Module) -> None:
+    """A shadow adapts a base that carries no other method's layers, which would be part of neither file.
+
+    Raises:
+        UnsupportedModelError: naming the method.
+    """
+    modules = {type(m).__module__ for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    found = sorted(name.split(".")[2].upper() for name in modules if name.startswith("peft.tuners."))
+    if found:
+        raise UnsupportedModelError(
+            f"the base carries {' and '.join(found)} adapters, but a shadow adapts a base that has none; merge them into it "
+            "(merge_and_unload), or unload them"
+        )
 
 
 def _sample(model: nn.Module, parts: DecoderParts, read: Read) -> dict[str, list[float]]:

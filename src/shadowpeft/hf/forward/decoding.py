@@ -304,8 +304,8 @@ def speculate(
     mask, given = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     beyond: Tensor | int = 0
     if given is not None and given.ndim == 2:
-        beyond = given[:, -1:] + 1 - (input_ids.shape[1] if mask is None else mask.sum(-1, keepdim=True))
-        beyond = beyond.expand(len(input_ids), 1)
+        shown = input_ids.shape[1] if mask is None else mask.sum(-1, keepdim=True)
+        beyond = (given[:, -1:] + 1 - shown).expand(len(input_ids), 1)
     decoding = _Decoding(model, settings, logits_processor, stopping_criteria, generation_config, streamer, input_ids)
     with thin_products(model):
         cache = decoding.run(outputs, mask, beyond)

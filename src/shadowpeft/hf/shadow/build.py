@@ -20,6 +20,7 @@ from shadowpeft.hf.shadow.mirror import copied_layers, copy_base_layers, layer_c
 from shadowpeft.hf.shadow.probe import caches_exactly, runs_from_embeddings, unreached
 from shadowpeft.hf.shadow.source import ShadowSource, check_widths
 from shadowpeft.messages import quote, shorten
+from shadowpeft.settings import WIDTHS
 
 
 class BorrowedEmbedding(nn.Module):
@@ -78,13 +79,20 @@ def build_shadow(parts: DecoderParts, config: ShadowPeftConfig, source: ShadowSo
         mirror = config.is_mirror
         shadow_config = config_from_record(config.shadow_backbone_config, type(parts.config) if mirror else None)
         shadow_class: Any = type(parts.backbone) if mirror else MODEL_MAPPING[type(shadow_config)]
+        _check_record(config, shadow_config)
         check_widths(parts.config, shadow_config, config)
         backbone = _make(parts, config, shadow_class, shadow_config, whole=mirror and config.shadow_reads_tokens)
     else:
         shadow_config, backbone, reads_tokens, frozen = _first_that_runs(parts, config, type(parts.backbone))
-        if config.copies_layers:
-            depth = len(decoder_layers(backbone))
-            copy_base_layers(parts, backbone, copied_layers(parts.config, depth, config.shadow_init))
+    if source is None and config.copies_layers and device_of(backbone).type != "meta":
+        chosen = copied_layers(parts.config, len(decoder_layers(backbone)), config.shadow_init)
+        try:
+            copy_base_layers(parts, backbone, chosen)
+        except ConfigError:
+            # a recorded shadow is copied too, since an adapter that starts anew may have a saved configuration; one that is
+            # loaded gets its weights from the file, on a quantised base as well
+            if not config.is_recorded:
+                raise
     if not config.is_recorded:
         config.shadow_reads_tokens = config.shares_embeddings and reads_tokens
         config.shadow_frozen = unreached(backbone, reads_tokens) if frozen is None else frozen
@@ -99,6 +107,22 @@ def build_shadow(parts: DecoderParts, config: ShadowPeftConfig, source: ShadowSo
     config.shadow_backbone_config = record_of(shadow_config)
     embedding = None if config.shares_embeddings else own
     return ShadowParts(backbone, embedding, None if source is None else source.projection)
+
+
+def _check_record(config: ShadowPeftConfig, recorded: PreTrainedConfig) -> None:
+    """Refuse settings of the shadow's shape that were changed after it was recorded.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for setting, names in {"shadow_num_hidden_layers": ("num_hidden_layers",), **WIDTHS}.items():
+        asked = getattr(config, setting)
+        held = [size for size in (getattr(recorded, name, None) for name in names) if isinstance(size, int)]
+        if asked is not None and held and asked not in held:
+            raise ConfigError(
+                f"{setting} is {asked} but the configuration records a shadow with {held[0]}; for another shadow make a "
+                f"configuration of its own: dataclasses.replace(config, {setting}={asked})"
+            )
 
 
 def _make(
