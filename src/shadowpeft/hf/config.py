@@ -267,12 +267,13 @@ def config_from_file(path: Path) -> ShadowPeftConfig:
                 f"{path} has {record} = {quote(content[record])} but every saved adapter has an object there"
             )
     try:
+        config = ShadowPeftConfig(**content)  # a misspelt key says more than a missing one
         check_complete(content)
-        return ShadowPeftConfig(**content)
     except ConfigError as error:
         raise type(error)(f"{path}: {shorten(error, 600)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path} has a value of the wrong type ({shorten(error)})") from error
+    return config
 
 
 _IN_FILES_ALONE = frozenset(("peft_version", "auto_mapping", "base_model_name_or_path", "format_version", "base_fingerprint"))
