@@ -40,6 +40,7 @@ def section(page: Page) -> list[str]:
                 percent((test or {}).get("oos_recall"), interval=True),
             ]
         )
+    lines += _detached(page, records)
     if not lines:
         return []
     svc = read_file("rivals/clinc150-svc", page.records)
@@ -51,12 +52,26 @@ def section(page: Page) -> list[str]:
     return [
         "CLINC150, all 15,100 training rows, SmolLM2-135M, one seed. Every training went on until three judgements in a row"
         " (one a half pass) found no new best on the 3,100 validation rows; the averaged weights of the best were kept. The "
-        "shadow was trained alone before, which the second number of the minutes counts, and stayed frozen. Test rows were "
-        "read once, by the best cell of each method.\n",
+        "shadow was trained alone before, which the second number of the minutes counts, and stayed frozen. Test rows are "
+        "read once, by the best cell of each method; a dash: not yet.\n",
         *table([*header, "out of scope, test"], lines),
         *_difference(records),
         f"\n![Validation score against training time](figures/{FIGURE})\n",
     ]
+
+
+def _detached(page: Page, records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each shadow that stayed frozen, by what it is worth alone."""
+    alone = {r["settings"]["shadow"]: r for r in records if r.get("detached")}
+    rows = []
+    for name, record in sorted(alone.items()):
+        test = (record["test"] or {}).get("detached") or {}
+        shown = [percent(test.get(key), interval=True) for key in ("in_scope", "oos_recall")]
+        first = record["started_processor_seconds"]
+        minutes = f"{first / 60:.0f}" if first else ""
+        validation = percent(record["detached"]["in_scope"], interval=True)
+        rows.append([page.link(f"device/{name}", name), "the frozen shadow, detached", "", "", minutes, validation, *shown])
+    return rows
 
 
 def _difference(records: list[dict[str, Any]]) -> list[str]:

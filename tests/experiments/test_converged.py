@@ -181,7 +181,8 @@ def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
     assert report.figure(page, tmp_path) == []
     (tmp_path / "records" / "converged").mkdir(parents=True)
     records = [
-        a_record("ours", "shadow", [1, 3, 2], test=4),
+        {**a_record("ours", "shadow", [1, 3, 2], test=4, shadow="before"), "detached": judged(2)},
+        {**a_record("gentle", "shadow", [1, 1, 1], rate=0.0001, shadow="before"), "detached": judged(2)},
         a_record("theirs", "lora", [2, 2, 1], test=2),
         a_record("slower", "lora", [1, 1, 1], rate=0.0003),
         {**a_record("going", "dora", [1]), "ended": None},
@@ -192,6 +193,7 @@ def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
     assert "| shadow, attached | 0.001 | 1 of 1.5 | 2 + 10 | 75.0 [10.0, 90.0] | 100.0 [10.0, 90.0] |" in text
     assert "| LoRA | 0.001 | 0.5 of 1.5 | 1 | 50.0 [10.0, 90.0] | 50.0 [10.0, 90.0] |" in text
     assert "| LoRA | 0.0003 |" in text
+    assert text.count("| the frozen shadow, detached |  |  | 10 | 50.0 [10.0, 90.0] | - | - |") == 1
     assert "going" not in text
     assert "the attached shadow is right +50.0 points more often than LoRA" in text
     (file,) = report.figure(page, tmp_path)
