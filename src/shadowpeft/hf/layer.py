@@ -51,8 +51,24 @@ def check_adapter_name(name: Any) -> str:
     return str(name)
 
 
+def check_one_adapter(names: str | list[str]) -> None:
+    """Shadows do not add up.
+
+    Raises:
+        ConfigError: for more than one name.
+    """
+    count = 1 if isinstance(names, str) else len(names)
+    if count > 1:
+        raise ConfigError(f"{count} adapters were given but only one shadow can be active at a time")
+
+
 class ShadowTunerLayer(BaseTunerLayer):
     """What hub and link have in common."""
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one; transformers' ``set_adapter`` comes straight to here."""
+        check_one_adapter(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def active_name(self) -> str | None:
         """The adapter that takes part in a forward now, or None if there is none or adapters are disabled."""
