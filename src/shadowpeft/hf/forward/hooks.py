@@ -247,7 +247,8 @@ def run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: d
         if kwargs.get(k) is not None and takes.accepts(k)
     }
     if takes.accepts("attention_mask"):
-        mask = shadow_mask(kwargs.get("attention_mask"), backbone.config, weights.backbone.config)
+        dtype = next(weights.backbone.parameters()).dtype
+        mask = shadow_mask(kwargs.get("attention_mask"), backbone.config, weights.backbone.config, dtype)
         passed["attention_mask"] = pick_argument(part, "attention_mask", mask, batch)
     passed.update({takes.cache: view, "use_cache": view is not None})
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
