@@ -171,6 +171,16 @@ def test_two_targets_through_the_trainer(tmp_path, micro):
     check(model, start, gradients, **whole(data))
 
 
+def test_stock_trainer_drops_shadow_labels(tmp_path):
+    """docs/running.md says so: if this fails, the page has to change."""
+    model, start, adapted = pair()
+    data = rows(shadow_labels=True)
+    gradients, _ = train(Trainer, adapted, data, tmp_path)
+    check(model, start, gradients, **{k: v for k, v in whole(data).items() if k != "shadow_labels"})
+    with pytest.raises(ConfigError, match="ShadowTrainer does"):
+        train(Trainer, adapted, data, tmp_path, remove_unused_columns=False)
+
+
 @pytest.mark.parametrize("micro", [1, 4])
 def test_rows_that_one_path_alone_learns(tmp_path, micro):
     model, start, adapted = pair()
