@@ -45,6 +45,20 @@ def test_switching_in_any_order(task):
         assert torch.equal(logits(model), first[name])
 
 
+def test_several_names_are_refused_by_transformers_way_of_setting_too():
+    model = base("llama")
+    for name in ("q", "z"):
+        model.add_adapter(adapter_config(), name)
+    with torch.no_grad():
+        model.set_adapter(["q"])
+        before = logits(model)
+        with pytest.raises(ConfigError, match="2 adapters were given but only one shadow can be active"):
+            model.set_adapter(["q", "z"])
+        assert torch.equal(logits(model), before)
+    assert model.active_adapters() == ["q"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".z." in n)
+
+
 def test_only_refined_layers_hold_an_adapter():
     _, model = made("CAUSAL_LM")
     layers = model.get_base_model().model.layers

@@ -4,6 +4,9 @@ Every test runs a trainer for one step over the whole data set, so the order of 
 gradients it hands to the optimiser.
 """
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -191,6 +194,16 @@ def test_two_targets_through_the_trainer(tmp_path, micro):
     check(model, start, gradients, **whole(data))
 
 
+def test_stock_trainer_drops_shadow_labels(tmp_path):
+    """docs/running.md says so: if this fails, the page has to change."""
+    model, start, adapted = pair()
+    data = rows(shadow_labels=True)
+    gradients, _ = train(Trainer, adapted, data, tmp_path)
+    check(model, start, gradients, **{k: v for k, v in whole(data).items() if k != "shadow_labels"})
+    with pytest.raises(ConfigError, match="ShadowTrainer does"):
+        train(Trainer, adapted, data, tmp_path, remove_unused_columns=False)
+
+
 @pytest.mark.parametrize("micro", [1, 4])
 def test_rows_that_one_path_alone_learns(tmp_path, micro):
     model, start, adapted = pair()
@@ -260,6 +273,38 @@ def test_evaluation_reports_the_task_loss_and_predictions_stay_a_tensor(tmp_path
     assert metrics["eval_rank"] == 3
     assert metrics["eval_loss"] == pytest.approx(float(out.task_loss), rel=1e-5)
     assert float(out.shadow_loss) > 0
+
+
+@pytest.mark.parametrize("again", [lambda out: out, copy.copy, lambda out: pickle.loads(pickle.dumps(out))])
+def test_both_losses_outlive_mixed_precision_and_predictions_stay_a_tensor(tmp_path, again):
+    """accelerate replaces a 16-bit output by a copy of its fields in float32."""
+    _, _, adapted = pair()
+    trainer = Trainer(
+        model=adapted,
+        args=arguments(tmp_path, per_device_eval_batch_size=4, eval_strategy="no", bf16=True),
+        eval_dataset=rows(),
+        compute_metrics=lambda p: {"rank": p.predictions.ndim},
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = adapted(**whole(rows()), return_shadow=True, use_cache=False)
+    assert plain.logits.dtype == torch.bfloat16
+    assert trainer.evaluate()["eval_rank"] == 3
+    with torch.no_grad():
+        out = again(adapted(**whole(rows()), return_shadow=True, use_cache=False))
+    assert out.logits.dtype == torch.float32
+    for name in ("loss", "task_loss", "shadow_loss", "shadow_logits", "shadow_state"):
+        assert torch.equal(getattr(out, name), getattr(plain, name)), name
+    assert list(out) == list(plain) == [name for name, _ in out.items()] == ["loss", "logits"]
+    assert len(out) == len(out.to_tuple()) == 2
+    assert out[1] is out["logits"] is out.logits
+    adapted.train()
+    trained = adapted(**whole(rows()))
+    trained.loss.backward()
+    assert trained.shadow_loss.requires_grad
+    with torch.no_grad(), adapted.disable_adapter():
+        out = adapted(**whole(rows()))
+    assert torch.equal(out.task_loss, out.loss)
+    assert out.shadow_loss is None
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals

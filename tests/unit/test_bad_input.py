@@ -10,7 +10,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import shadowpeft
 from shadowpeft import ShadowPeftConfig
@@ -79,6 +86,13 @@ def test_task_and_head_must_fit():
         adapt(base("llama"), task_type="SEQ_CLS")
     with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
         adapt(base("llama", task="SEQ_CLS"), task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_classifier_of_tokens_is_no_classifier_of_sequences(name):
+    model = AutoModelForTokenClassification.from_config(base(name).config)
+    with pytest.raises(UnsupportedModelError, match=r"classifies every token.*AutoModelForSequenceClassification"):
+        adapt(model, task_type="SEQ_CLS")
 
 
 def test_failed_attaching_leaves_the_base_clean():

@@ -145,6 +145,24 @@ def test_half_precision_bases_run_and_generate(name, dtype):
     assert adapted.generate(input_ids=ids, max_new_tokens=4, pad_token_id=0).shape == (2, 11)
 
 
+@pytest.mark.parametrize("module", ["self_attn", "mlp", "input_layernorm"])
+def test_any_module_of_a_bfloat16_base_may_train_beside_the_adapter(module):
+    """Attention is called by keyword and answers with a tuple."""
+    model = base("llama")
+    wanted = adapt(model, modules_to_save=[f"layers.2.{module}"]).train()
+    found = adapt(model.to(torch.bfloat16), modules_to_save=[f"layers.2.{module}"]).train()
+    saved = [(n, p) for n, p in found.named_parameters() if "modules_to_save" in n]
+    assert saved
+    with torch.no_grad():
+        expected = dict(wanted.named_parameters())
+        for name, parameter in saved:
+            parameter.copy_(expected[name])
+    losses = [each(**batch()).loss for each in (found, wanted)]
+    losses[0].backward()
+    assert all(p.dtype == torch.float32 and p.grad is not None for _, p in saved)
+    torch.testing.assert_close(*losses, rtol=0.03, atol=0.03, check_dtype=False)
+
+
 def test_bfloat16_is_near_float32():
     model = base("llama")
     with torch.no_grad():

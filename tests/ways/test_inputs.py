@@ -8,7 +8,7 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from naive import NaiveShadow, assert_same_gradients
-from tiny import KINDS, adapt, adapter_config, base, padded, randomise, tokens
+from tiny import KINDS, WINDOW, adapt, adapter_config, base, padded, randomise, tokens
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # float32 sums in another order
 
@@ -68,6 +68,44 @@ def test_inputs_embeds_equal_input_ids(name):
         expected = adapted(input_ids=tokens(), return_shadow=True)
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.shadow_logits, expected.shadow_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "attention", "form"),
+    [
+        ("llama", "sdpa", "added"),
+        ("llama", "sdpa", "chosen"),  # "eager" adds every mask
+        ("llama", "eager", "added"),
+        ("gemma3", "sdpa", "by layer type"),
+    ],
+)
+def test_prepared_masks_on_a_16_bit_base_equal_those_on_a_float32_base(name, attention, form, dtype):
+    """The shadow computes in float32, whatever the dtype of a mask that is added to the base's scores."""
+    model = base(name)
+    model.set_attn_implementation(attention)
+    ids, mask = padded(tokens(3, 9), [0, 4, 2], "right")
+    seen = torch.ones(9, 9, dtype=torch.bool).tril() & mask[:, None, None].bool()
+
+    def prepare(to):
+        full, window = (
+            torch.zeros(each.shape, dtype=to).masked_fill(~each, torch.finfo(to).min)
+            for each in (seen, seen & torch.ones_like(seen).triu(1 - WINDOW))
+        )
+        return {"full_attention": full, "sliding_attention": window} if form == "by layer type" else full
+
+    def run(adapted, prepared):
+        with torch.no_grad():
+            return adapted(input_ids=ids, attention_mask=prepared, use_cache=False, return_shadow=True)
+
+    exact, rounded = adapt(model, shadow_alpha=0.1), adapt(model.to(dtype), shadow_alpha=0.1)
+    wanted, plain = run(exact, prepare(torch.float32)), run(rounded, mask)
+    found = run(rounded, seen if form == "chosen" else prepare(dtype))
+    real = mask.bool()
+    for key in ("logits", "shadow_logits"):
+        of_mask, of_plain = getattr(found, key)[real].float(), getattr(plain, key)[real].float()
+        torch.testing.assert_close(of_mask, getattr(wanted, key)[real], rtol=0.05, atol=0.1)
+        torch.testing.assert_close(of_mask, of_plain, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -51,8 +52,24 @@ def check_adapter_name(name: Any) -> str:
     return str(name)
 
 
+def check_one_adapter(names: str | list[str]) -> None:
+    """Shadows do not add up.
+
+    Raises:
+        ConfigError: for more than one name.
+    """
+    count = 1 if isinstance(names, str) else len(names)
+    if count > 1:
+        raise ConfigError(f"{count} adapters were given but only one shadow can be active at a time")
+
+
 class ShadowTunerLayer(BaseTunerLayer):
     """What hub and link have in common."""
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one; transformers' ``set_adapter`` comes straight to here."""
+        check_one_adapter(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def active_name(self) -> str | None:
         """The adapter that takes part in a forward now, or None if there is none or adapters are disabled."""
@@ -202,20 +219,32 @@ def keep_in_float32(module: nn.Module) -> None:
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     if dtype in (torch.bfloat16, torch.float16):
         module.float()
-        module.register_forward_pre_hook(_to_float32)
+        module.register_forward_pre_hook(_to_float32, with_kwargs=True)
         module.register_forward_hook(partial(_to_dtype, dtype=dtype))
 
 
-def _to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+def _map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with every floating-point tensor in it, inside tuples, lists and dictionaries too, given to ``function``."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(_map_floats(function, each) for each in value)
+    if type(value) is dict:
+        return {key: _map_floats(function, each) for key, each in value.items()}
+    return value
 
 
-def _to_dtype(module: nn.Module, args: tuple[Any, ...], output: Any, *, dtype: torch.dtype) -> Any:
-    if not isinstance(output, Tensor):
-        return output
-    kind = output.device.type
-    as_the_base = torch.is_autocast_enabled(kind) and output.dtype == torch.get_autocast_dtype(kind)
-    return output if as_the_base else output.to(dtype)
+def _to_float32(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _map_floats(Tensor.float, args), _map_floats(Tensor.float, kwargs)
+
+
+def _to_dtype(module: nn.Module, args: Any, output: Any, *, dtype: torch.dtype) -> Any:
+    def back(x: Tensor) -> Tensor:
+        kind = x.device.type
+        as_the_base = torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
+        return x if as_the_base else x.to(dtype)
+
+    return _map_floats(back, output)
 
 
 class ShadowLink(nn.Module, ShadowTunerLayer):

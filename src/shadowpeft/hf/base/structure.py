@@ -107,11 +107,16 @@ CLASSIFIERS = ("score", "classifier")
 
 
 def classifier_of(model: nn.Module) -> nn.Linear:
-    """The base's own linear classifier.
+    """The base's own linear classifier of sequences.
 
     Raises:
-        UnsupportedModelError: if it has none.
+        UnsupportedModelError: if it has none, or one that classifies every token.
     """
+    if any("ForTokenClassification" in kind.__name__ for kind in type(model).__mro__):  # its head is called score as well
+        raise UnsupportedModelError(
+            f"task_type is SEQ_CLS but {type(model).__name__} classifies every token and a shadow only whole sequences; load "
+            "the base with AutoModelForSequenceClassification"
+        )
     for name in CLASSIFIERS:
         head = getattr(model, name, None)
         head = getattr(head, "original_module", head)

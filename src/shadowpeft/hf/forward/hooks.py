@@ -25,7 +25,7 @@ from shadowpeft.hf.base.weights import allow_gradients
 from shadowpeft.hf.forward import below, losses, rows
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward.cache import check_untouched, own_cache, shadow_views
-from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, read_weights
+from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, keep_beside, read_weights
 from shadowpeft.hf.forward.inputs import PACKED, pick_argument, shadow_mask, streams_axis
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step
 
@@ -156,14 +156,14 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     if call is None or not call.parts:
         if not isinstance(output, tuple):
             output.task_loss, output.shadow_loss = getattr(output, "loss", None), None
-        return output
+        return keep_beside(output)
     if not call.started:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not pass keyword arguments on to its backbone; this architecture is not supported"
         )
     hub: ShadowHub = model.get_submodule(backbone).shadow_hub  # type: ignore[assignment]
     if call.fused:
-        return losses.join_fused(model, hub, call, output)
+        return keep_beside(losses.join_fused(model, hub, call, output))
     as_tuple = isinstance(output, tuple)
     if as_tuple and call.return_shadow:
         raise ConfigError("return_shadow=True needs return_dict=True")
@@ -181,7 +181,7 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     if call.return_shadow:
         output.shadow_logits = result.shadow_logits
         output.shadow_state = rows.assemble(call.parts, [part.s0 for part in call.parts], len(logits))
-    return output
+    return keep_beside(output)
 
 
 # ------------------------------------------------------------------------------------------------------------ backbone
@@ -247,7 +247,8 @@ def run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: d
         if kwargs.get(k) is not None and takes.accepts(k)
     }
     if takes.accepts("attention_mask"):
-        mask = shadow_mask(kwargs.get("attention_mask"), backbone.config, weights.backbone.config)
+        dtype = next(weights.backbone.parameters()).dtype
+        mask = shadow_mask(kwargs.get("attention_mask"), backbone.config, weights.backbone.config, dtype)
         passed["attention_mask"] = pick_argument(part, "attention_mask", mask, batch)
     passed.update({takes.cache: view, "use_cache": view is not None})
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -31,11 +32,12 @@ def pick_argument(part: Part, name: str, value: Any, rows: int | None) -> Any:
     )
 
 
-def shadow_mask(mask: Any, base: PreTrainedConfig, shadow: PreTrainedConfig) -> Any:
-    """The mask for the shadow. Masks that generation has prepared for the base (4D, or one per layer type) fit a shadow
-    whose layers attend as the base's do; anything else is refused."""
+def shadow_mask(mask: Any, base: PreTrainedConfig, shadow: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The mask for a shadow that computes in ``dtype``. Masks that generation or the caller has prepared for the base (4D, or
+    one per layer type) fit a shadow whose layers attend as the base's do; anything else is refused."""
     if not isinstance(mask, dict) and (mask is None or mask.dim() == 2):
         return mask
+    mask = _in_dtype(mask, dtype)
     types = set(getattr(shadow, "layer_types", None) or [_only_type(shadow)])
     if isinstance(mask, dict):
         if not types <= set(mask):
@@ -50,6 +52,13 @@ def shadow_mask(mask: Any, base: PreTrainedConfig, shadow: PreTrainedConfig) -> 
             "attention_mask or use a dynamic cache"
         )
     return mask
+
+
+def _in_dtype(mask: Any, dtype: torch.dtype) -> Any:
+    """Masks that are added to scores, in the dtype of these scores; others as they are."""
+    if isinstance(mask, dict):
+        return {key: _in_dtype(each, dtype) for key, each in mask.items()}
+    return mask.to(dtype) if isinstance(mask, Tensor) and mask.is_floating_point() else mask
 
 
 def _only_type(config: PreTrainedConfig) -> str:
