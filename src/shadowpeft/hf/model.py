@@ -29,7 +29,14 @@ from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.forward.decoding import speculate
 from shadowpeft.hf.forward.speculation import Speculation
-from shadowpeft.hf.layer import ShadowHub, ShadowLink, ShadowTunerLayer, check_adapter_name, keep_in_float32
+from shadowpeft.hf.layer import (
+    ShadowHub,
+    ShadowLink,
+    ShadowTunerLayer,
+    check_adapter_name,
+    check_one_adapter,
+    keep_in_float32,
+)
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
 
@@ -297,9 +304,7 @@ class ShadowModel(BaseTuner):
         Raises:
             ConfigError: for more than one name; shadows do not add up.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if len(names) > 1:
-            raise ConfigError(f"{len(names)} adapters were given but only one shadow can be active at a time")
+        check_one_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -25,8 +25,9 @@ from shadowpeft.hf.base.weights import allow_gradients
 from shadowpeft.hf.forward import below, losses, rows
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward.cache import check_untouched, own_cache, shadow_views
-from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, keep_beside, read_weights
+from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, read_weights
 from shadowpeft.hf.forward.inputs import PACKED, pick_argument, shadow_mask, streams_axis
+from shadowpeft.hf.forward.outputs import keep_beside
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step
 
 NO_PAGES = (
