@@ -16,7 +16,7 @@ from shadowpeft.hf.layer import ShadowHub, find_hub
 
 @contextmanager
 def both_losses(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
-    """``(task_loss, shadow_loss, n)`` of every forward inside: accelerate's copy of a compiled model's output has lost the attributes.
+    """``(task_loss, shadow_loss, n)`` of every forward inside: accelerate's copy of a compiled output has lost the attributes.
 
     ``n`` is the number of targets by which TRL's fused head has divided its losses, else None.
     """
