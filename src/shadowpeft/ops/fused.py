@@ -97,7 +97,8 @@ def _kernels_or_here(h: Tensor, weights: Weights) -> tuple[Any, Any]:
     if found is None or h.numel() < LEAST_ROWS * h.shape[-1] or h.dtype not in _KERNEL_DTYPES:
         return _forward, _backward
     widths = (weights[0].shape[0], 0 if weights[3] is None else weights[3].shape[-1])
-    if max(widths) > _WIDEST or weights[0].dtype not in _KERNEL_DTYPES:
+    half_a_norm = weights[6] is not None and weights[7] is None
+    if max(widths) > _WIDEST or half_a_norm or weights[0].dtype not in _KERNEL_DTYPES:
         return _forward, _backward
     return found.forward, found.backward
 
