@@ -19,7 +19,7 @@ from shadowpeft.errors import AdapterFileError, ConfigError, UnsupportedModelErr
 from shadowpeft.hf.base.fingerprint import check_bare, check_fingerprint, fingerprint
 from shadowpeft.hf.base.head import HeadFacts, examine_head
 from shadowpeft.hf.base.signature import Signature, hands_down
-from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder
+from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder, full_names
 from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
 from shadowpeft.hf.config import ShadowPeftConfig
@@ -95,7 +95,7 @@ class ShadowModel(BaseTuner):
             )
         peft_config.target_modules = "|".join(re.escape(name) for name in targets)
         if peft_config.modules_to_save:
-            peft_config.modules_to_save = self._full_names(peft_config.modules_to_save)
+            peft_config.modules_to_save = full_names(self.model, peft_config.modules_to_save)
             for name in peft_config.modules_to_save:
                 if any(f"{target}.".startswith(f"{name}." if name else "") for target in targets):
                     raise ConfigError(
@@ -113,14 +113,6 @@ class ShadowModel(BaseTuner):
             check_file(type(self), self.model, peft_config, peft_config.weights_file)
             peft_config.weights_file = None  # once; what is attached later by this configuration need not be in the file
         return peft_config
-
-    def _full_names(self, endings: list[str]) -> list[str]:
-        """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's."""
-        names = [
-            name for name, _ in self.model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name
-        ]
-        matching = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
-        return sorted({name for group in matching for name in group})
 
     def _create_and_replace(
         self,

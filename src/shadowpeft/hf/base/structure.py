@@ -126,3 +126,10 @@ def classifier_of(model: nn.Module) -> nn.Linear:
         f"task_type is SEQ_CLS but {type(model).__name__} has no linear 'score' or 'classifier'; load the base with "
         "AutoModelForSequenceClassification"
     )
+
+
+def full_names(model: nn.Module, endings: list[str]) -> list[str]:
+    """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's."""
+    names = [name for name, _ in model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name]
+    matching = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
+    return sorted({name for group in matching for name in group})
