@@ -34,14 +34,21 @@ def test_the_page_and_the_example_have_one_run_file():
     assert [line for line in own if not line.startswith("#")] == run.splitlines()
 
 
-def test_the_table_is_that_of_the_record():
-    record = json.loads((ROOT / "docs" / "records" / "robot-tools-large-validation.json").read_text(encoding="utf-8"))
-    (table,) = re.findall(r"<!-- tools -->\n(.*?)\n<!-- /tools -->", PAGE, re.DOTALL)
-    assert table == shown(record)
-    exact = {name: 100 * method["calls"]["accuracy"] for name, method in record["methods"].items()}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = f"the device has {exact['detached']:.1f} % of 240 validation requests exactly right"
-    assert f"{said}, a classifier with patterns {exact['rival']:.1f}" in readme
+@pytest.mark.parametrize(("split", "mark"), [("test", "tools-test"), ("validation", "tools")])
+def test_the_tables_are_those_of_the_records(split, mark):
+    file = ROOT / "docs" / "records" / f"robot-tools-large-{split}.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    (table,) = re.findall(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", PAGE, re.DOTALL)
+    assert (table, record["split"]) == (shown(record), split)
+    if split == "test":
+        calls = {name: method["calls"] for name, method in record["methods"].items()}
+        exact = {name: f"{100 * share['accuracy']:.1f}" for name, share in calls.items()}
+        n = calls["detached"]["n"]
+        assert f"The device has {exact['detached']} % of the {n} test requests exactly right" in PAGE
+        assert f"The attached half has {exact['attached']} %" in PAGE
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        said = f"the device has {exact['detached']} % of {n} test requests exactly right"
+        assert f"{said}, a classifier with patterns {exact['rival']}" in readme
 
 
 def test_every_row_of_the_example_calls_its_tools():
