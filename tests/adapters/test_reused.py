@@ -63,7 +63,7 @@ def test_copies_of_a_used_configuration_start_from_the_layers_of_their_base(tmp_
 
 
 def test_pefts_factories_make_a_configuration() -> None:
-    given = {"peft_type": "SHADOWPEFT", "task_type": "CAUSAL_LM", "r": 8}
+    given = {"peft_type": "SHADOWPEFT", "task_type": "CAUSAL_LM", "r": 8, "base_model_name_or_path": "someone/base"}
     for made in (peft.get_peft_config(dict(given)), PeftConfig.from_peft_type(**given)):
         assert (type(made), made.r) == (shadowpeft.ShadowPeftConfig, 8)
         assert made.base_fingerprint is None

@@ -276,7 +276,7 @@ def config_from_file(path: Path) -> ShadowPeftConfig:
     return config
 
 
-_IN_FILES_ALONE = frozenset(("peft_version", "auto_mapping", "base_model_name_or_path", "format_version", "base_fingerprint"))
+_IN_FILES_ALONE = frozenset(("peft_version", "auto_mapping", "format_version", "base_fingerprint"))
 """Keys that every saved file has and nobody types."""
 
 
