@@ -21,9 +21,12 @@ MODES = ("attached", "detached", "base")
 
 
 def quiet_libraries() -> None:
-    """Only errors from transformers: a command prints its own messages."""
+    """Only errors from transformers, and from torchao's import where it is installed: a command prints its own messages."""
+    import logging as standard
     import warnings
 
+    for name in ("torchao", "torch.utils._pytree"):
+        standard.getLogger(name).setLevel(standard.ERROR)
     from transformers import logging
     from transformers.utils import logging as hf_logging
 
