@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from shadowpeft.core import Injection, Update, refine
 from shadowpeft.errors import ConfigError
 from shadowpeft.ops import StepSettings, fused
+from steps import weights_of_a_step
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.triton), pytest.param("cuda", marks=pytest.mark.gpu)]
 D, R, M = 72, 3, 5  # no power of two: every block has an edge
@@ -33,18 +35,7 @@ def kernels(device):
     return kernels
 
 
-def weights(update, bias, norm, device, dtype=torch.float32):
-    def random(*shape):
-        return (0.3 * torch.randn(*shape)).to(device, dtype)
-
-    of_update = [None] * 6
-    if update:
-        of_update = [random(2 * M, D), random(2, D, M), None, None, None, None]
-        if bias:
-            of_update[2:4] = random(2 * M), random(2, D)
-        if norm:
-            of_update[4:] = random(D), random(D)
-    return (random(R, D), random(D, R), *of_update)
+weights = partial(weights_of_a_step, d=D, r=R, m=M, scale=0.3)
 
 
 def compare(ours, theirs, bound):
@@ -71,7 +62,7 @@ def test_numbers_and_gradients_are_those_of_the_plain_version(
     device, kernels, update, bias, norm, gelu, normalised, first, drops
 ):
     torch.manual_seed(0)
-    w = weights(update, bias, norm, device)
+    w = weights(update, bias, norm, device=device)
     h, s, above, of_state = (2 * torch.randn(2, 11, D).to(device) for _ in range(4))
     activation, dropped = "gelu" if gelu else "silu", (0.4, 0.3) if drops else (0.0, 0.0)
     how = StepSettings(0.5, *dropped, first, normalised, 1e-5, -1.0, activation)
@@ -85,7 +76,7 @@ def test_lower_precision_is_no_further_from_float64_than_the_plain_version(
     device, kernels, of_base, of_weights, normalised
 ):
     torch.manual_seed(1)
-    w = weights(True, True, True, device, of_weights)
+    w = weights(True, True, True, device=device, dtype=of_weights)
     of_shadow = of_base if of_weights == torch.float32 else of_weights
     h, s, above, of_state = (torch.randn(40, D).to(device, dtype) for dtype in (of_base, of_shadow) * 2)
     how = StepSettings(0.5, normalised=normalised)
@@ -111,7 +102,7 @@ def test_they_are_taken_where_they_are_asked_for(device, kernels, monkeypatch):
     torch.nn.init.normal_(injection.w_up)
     taken = []
     monkeypatch.setattr(kernels, "forward", lambda *given, own=kernels.forward: taken.append(1) or own(*given))
-    for rows in (fused.LEAST_ROWS // 2 - 1, fused.LEAST_ROWS // 2):
+    for rows in (kernels.LEAST_ROWS // 2 - 1, kernels.LEAST_ROWS // 2):
         h, s = (torch.randn(2, rows, D, device=device, requires_grad=True) for _ in range(2))
         found = refine(h, s, injection, 0.5, update, norm)
         state = update(s, h, norm)

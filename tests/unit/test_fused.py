@@ -1,6 +1,7 @@
 """The step between two layers as one: numbers and gradients of the plain functions, and what it keeps for the backward pass."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,23 +10,13 @@ from shadowpeft import ops
 from shadowpeft.core import Injection, Update, refine
 from shadowpeft.core.recurrence import is_untouched
 from shadowpeft.ops import StepSettings, fused
+from steps import weights_of_a_step
 
 D, R, M = 8, 3, 4
 KINDS = list(itertools.product((True, False), (True, False), (True, False), ("silu", "gelu"), (True, False)))
 
 
-def weights(update, bias, norm, requires_grad=True):
-    def random(*shape):
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
-
-    of_update = [None] * 6
-    if update:
-        of_update = [random(2 * M, D), random(2, D, M), None, None, None, None]
-        if bias:
-            of_update[2:4] = random(2 * M), random(2, D)
-        if norm:
-            of_update[4:] = random(D), random(D)
-    return (random(R, D), random(D, R), *of_update)
+weights = partial(weights_of_a_step, d=D, r=R, m=M, dtype=torch.float64, requires_grad=True)
 
 
 def states(requires_grad=True):

@@ -65,11 +65,6 @@ def step(h: Tensor, s: Tensor, weights: Weights, how: StepSettings, *, training:
 
 KERNELS = "SHADOWPEFT_KERNELS"
 """Environment variable: ``triton`` computes steps on CUDA by :mod:`shadowpeft.ops.kernels`."""
-LEAST_ROWS = 256
-"""Tokens of a pass from which the kernels are taken: a program takes 16, and too few of them leave a GPU idle."""
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_WIDEST = 128
-"""Largest rank and width of the update's nets that the kernels keep in registers."""
 
 
 def _kernels() -> Any:
@@ -94,11 +89,7 @@ def _kernels() -> Any:
 def _kernels_or_here(h: Tensor, weights: Weights) -> tuple[Any, Any]:
     """Forward and backward of a step: the kernels' where they are asked for and take it, else those of this file."""
     found = _kernels() if h.is_cuda else None
-    if found is None or h.numel() < LEAST_ROWS * h.shape[-1] or h.dtype not in _KERNEL_DTYPES:
-        return _forward, _backward
-    widths = (weights[0].shape[0], 0 if weights[3] is None else weights[3].shape[-1])
-    half_a_norm = weights[6] is not None and weights[7] is None
-    if max(widths) > _WIDEST or half_a_norm or weights[0].dtype not in _KERNEL_DTYPES:
+    if found is None or not found.takes(h, weights):
         return _forward, _backward
     return found.forward, found.backward
 

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from shadowpeft.ops.fused import StepSettings, Weights
+from shadowpeft.ops.reference import rms
 from shadowpeft.ops.triton_step import backward_kernel, forward_kernel
 
 BLOCK_TOKENS = 16
@@ -17,6 +18,20 @@ BLOCK_TOKENS = 16
 BLOCK_WIDTH = 64
 STAGES = 1
 """Pieces that are loaded ahead. With Triton's three, float32 at rank 64 takes 205 KB of shared memory, and an A100 has 163."""
+
+LEAST_ROWS = 256
+"""Tokens of a pass from which the kernels are taken: a program takes 16, and too few of them leave a GPU idle."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 128
+"""Largest rank and width of the update's nets that are kept in registers."""
+
+
+def takes(h: Tensor, weights: Weights) -> bool:
+    """Whether the kernels compute a step of these states ``(B, T, d)`` and weights; a LayerNorm without bias they do not."""
+    w_down, _, _, w_out, _, _, norm, norm_bias = weights
+    widest = max(w_down.shape[0], 0 if w_out is None else w_out.shape[-1])
+    known = h.dtype in DTYPES and w_down.dtype in DTYPES and (norm is None) == (norm_bias is None)
+    return known and widest <= WIDEST and h.numel() >= LEAST_ROWS * h.shape[-1]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -103,7 +118,7 @@ def backward(
     if needs[1]:
         scaled = above.to(w_down.dtype)
         if how.normalised:
-            scaled = scaled * (rows.float().square().mean(-1, keepdim=True) + 1e-12).sqrt().to(w_down.dtype)
+            scaled = scaled * rms(rows.float()).to(w_down.dtype)
         grads[1] = (scaled.t() @ _rows(z)).mul_(how.alpha)
     if w_in is not None and w_out is not None:
         if needs[2]:

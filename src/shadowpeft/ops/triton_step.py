@@ -91,36 +91,76 @@ def _normed(x, mean, deviation, norm, norm_bias, columns, columns_ok, NORM: tl.c
 
 
 @triton.jit
-def _hidden(
-    h, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m,
-    NORM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr,
+def _nets(
+    h, m1, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m,
+    UPDATE: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr, MASKED: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
-    """``u`` of candidate and gate, before the activation: each ``(BN, MP)``."""
+    """Of candidate and gate ``u`` before and ``a`` after the activation, and the candidate's mask: each ``(BN, MP)``."""
     u_t = tl.zeros((BN, MP), tl.float32)
     u_g = tl.zeros((BN, MP), tl.float32)
-    for start in range(0, d, BD):
-        columns = start + tl.arange(0, BD)
-        ok = columns < d
-        y = _normed(_load(h, rows, rows_ok, columns, ok, d), mean, deviation, norm, norm_bias, columns, ok, NORM)
-        u_t += _times(y, tl.trans(_load(w_in, units, units_ok, columns, ok, d)), w_in)
-        u_g += _times(y, tl.trans(_load(w_in + m * d, units, units_ok, columns, ok, d)), w_in)
-    if BIAS:
-        u_t += tl.load(b_in + units, mask=units_ok, other=0.0).to(tl.float32)[None, :]
-        u_g += tl.load(b_in + m + units, mask=units_ok, other=0.0).to(tl.float32)[None, :]
-    return u_t, u_g
+    a_t, a_g, kept = u_t, u_g, u_t
+    if UPDATE:
+        for start in range(0, d, BD):
+            columns = start + tl.arange(0, BD)
+            ok = columns < d
+            y = _normed(_load(h, rows, rows_ok, columns, ok, d), mean, deviation, norm, norm_bias, columns, ok, NORM)
+            u_t += _times(y, tl.trans(_load(w_in, units, units_ok, columns, ok, d)), w_in)
+            u_g += _times(y, tl.trans(_load(w_in + m * d, units, units_ok, columns, ok, d)), w_in)
+        if BIAS:
+            u_t += tl.load(b_in + units, mask=units_ok, other=0.0).to(tl.float32)[None, :]
+            u_g += tl.load(b_in + m + units, mask=units_ok, other=0.0).to(tl.float32)[None, :]
+        a_t, a_g = _activate(u_t, GELU), _activate(u_g, GELU)
+        if MASKED:
+            kept = _load(m1, rows, rows_ok, units, units_ok, m)
+            a_t *= kept
+    return u_t, u_g, a_t, a_g, kept
 
 
 @triton.jit
-def _opened(
-    a_t, a_g, w_out, b_out, gate_start, columns, columns_ok, units, units_ok, d, m, BIAS: tl.constexpr
+def _place(n, r, m, BN: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr):
+    """Rows, ranks and units of the program, each with what of it there is."""
+    rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    ranks, units = tl.arange(0, RP), tl.arange(0, MP)
+    return rows, rows < n, ranks, ranks < r, units, units < m
+
+
+@triton.jit
+def _states(
+    s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, columns_ok, units, units_ok, d, m,
+    UPDATE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Candidate and gate, each a block ``(BN, BD)``."""
-    t = _times(a_t, tl.trans(_load(w_out, columns, columns_ok, units, units_ok, m)), w_out)
-    g = _times(a_g, tl.trans(_load(w_out + d * m, columns, columns_ok, units, units_ok, m)), w_out)
-    if BIAS:
-        t += tl.load(b_out + columns, mask=columns_ok, other=0.0).to(tl.float32)[None, :]
-        g += tl.load(b_out + d + columns, mask=columns_ok, other=0.0).to(tl.float32)[None, :]
-    return t, tl.sigmoid(g + gate_start)
+    """The state before, candidate, gate, and the state after, rounded as it is stored: each a block ``(BN, BD)``."""
+    before = _load(s, rows, rows_ok, columns, columns_ok, d)
+    t, g, now = before, before, before
+    if UPDATE:
+        t = _times(a_t, tl.trans(_load(w_out, columns, columns_ok, units, units_ok, m)), w_out)
+        g = _times(a_g, tl.trans(_load(w_out + d * m, columns, columns_ok, units, units_ok, m)), w_out)
+        if BIAS:
+            t += tl.load(b_out + columns, mask=columns_ok, other=0.0).to(tl.float32)[None, :]
+            g += tl.load(b_out + d + columns, mask=columns_ok, other=0.0).to(tl.float32)[None, :]
+        g = tl.sigmoid(g + gate_start)
+        now = (before + g * (t - before)).to(s.dtype.element_ty).to(tl.float32)
+        now = tl.where(columns_ok[None, :], now, 0.0)
+    return before, t, g, now
+
+
+@triton.jit
+def _through_w_down(
+    g_z, w_down, m0, rows, rows_ok, ranks, ranks_ok, columns, columns_ok, d, MASKED: tl.constexpr
+):  # fmt: skip
+    """The gradient of the discrepancy, a block ``(BN, BD)``."""
+    gradient = _times(g_z, _load(w_down, ranks, ranks_ok, columns, columns_ok, d), w_down)
+    if MASKED:
+        gradient *= _load(m0, rows, rows_ok, columns, columns_ok, d)
+    return gradient
+
+
+@triton.jit
+def _through_w_in(g_u_t, g_u_g, w_in, units, units_ok, columns, columns_ok, d, m):
+    """The gradient of what ``W_1`` and ``W_3`` read, a block ``(BN, BD)``."""
+    gradient = _times(g_u_t, _load(w_in, units, units_ok, columns, columns_ok, d), w_in)
+    return gradient + _times(g_u_g, _load(w_in + m * d, units, units_ok, columns, columns_ok, d), w_in)
 
 
 @triton.jit
@@ -131,18 +171,12 @@ def forward_kernel(
     GELU: tl.constexpr, FIRST: tl.constexpr, MASK: tl.constexpr, MASKED_CANDIDATE: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    rows_ok = rows < n
-    ranks, units = tl.arange(0, RP), tl.arange(0, MP)
-    ranks_ok, units_ok = ranks < r, units < m
+    rows, rows_ok, ranks, ranks_ok, units, units_ok = _place(n, r, m, BN, RP, MP)
     mean, deviation, size = _moments(h, rows, rows_ok, d, eps, NORM, SCALED, BD, BN)
-    if UPDATE:
-        u_t, u_g = _hidden(
-            h, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m, NORM, B_IN, BN, BD, MP
-        )
-        a_t, a_g = _activate(u_t, GELU), _activate(u_g, GELU)
-        if MASKED_CANDIDATE:
-            a_t *= _load(m1, rows, rows_ok, units, units_ok, m)
+    _, _, a_t, a_g, _ = _nets(
+        h, m1, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m,
+        UPDATE, NORM, B_IN, GELU, MASKED_CANDIDATE, BN, BD, MP,
+    )  # fmt: skip
     z = tl.zeros((BN, RP), tl.float32)
     z_state = tl.zeros((BN, RP), tl.float32)
     squares = tl.zeros((BN,), tl.float32)
@@ -150,12 +184,11 @@ def forward_kernel(
         columns = start + tl.arange(0, BD)
         ok = columns < d
         x = _load(h, rows, rows_ok, columns, ok, d)
-        now = _load(s, rows, rows_ok, columns, ok, d)
+        _, _, _, now = _states(
+            s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
+        )
         if UPDATE:
-            t, g = _opened(a_t, a_g, w_out, b_out, gate_start, columns, ok, units, units_ok, d, m, B_OUT)
-            now = (now + g * (t - now)).to(state.dtype.element_ty)
             _store(state, now, rows, rows_ok, columns, ok, d)
-            now = tl.where(ok[None, :], now.to(tl.float32), 0.0)
         down = tl.trans(_load(w_down, ranks, ranks_ok, columns, ok, d))
         left, right = x, now
         if MASK and FIRST:
@@ -191,21 +224,12 @@ def backward_kernel(
     GELU: tl.constexpr, FIRST: tl.constexpr, MASK: tl.constexpr, MASKED_CANDIDATE: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
-    rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    rows_ok = rows < n
-    ranks, units = tl.arange(0, RP), tl.arange(0, MP)
-    ranks_ok, units_ok = ranks < r, units < m
+    rows, rows_ok, ranks, ranks_ok, units, units_ok = _place(n, r, m, BN, RP, MP)
     mean, deviation, size = _moments(h, rows, rows_ok, d, eps, NORM, SCALED, BD, BN)
-    a_t = tl.zeros((BN, MP), tl.float32)
-    a_g, u_t, u_g, kept_t = a_t, a_t, a_t, a_t
-    if UPDATE:
-        u_t, u_g = _hidden(
-            h, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m, NORM, B_IN, BN, BD, MP
-        )
-        a_t, a_g = _activate(u_t, GELU), _activate(u_g, GELU)
-        if MASKED_CANDIDATE:
-            kept_t = _load(m1, rows, rows_ok, units, units_ok, m)
-            a_t *= kept_t
+    u_t, u_g, a_t, a_g, kept_t = _nets(
+        h, m1, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m,
+        UPDATE, NORM, B_IN, GELU, MASKED_CANDIDATE, BN, BD, MP,
+    )  # fmt: skip
     # through W_up: the gradient of z, and of the size that the correction is scaled back to
     z = _load(z_in, rows, rows_ok, ranks, ranks_ok, r)
     g_z = tl.zeros((BN, RP), tl.float32)
@@ -218,10 +242,9 @@ def backward_kernel(
         up = _load(w_up, columns, ok, ranks, ranks_ok, r)
         if SCALED:
             of_size += tl.sum(above * _times(z, tl.trans(up), w_up), 1)
-            now = _load(s, rows, rows_ok, columns, ok, d)
-            if UPDATE:
-                t, g = _opened(a_t, a_g, w_out, b_out, gate_start, columns, ok, units, units_ok, d, m, B_OUT)
-                now = tl.where(ok[None, :], (now + g * (t - now)).to(s.dtype.element_ty).to(tl.float32), 0.0)
+            _, _, _, now = _states(
+                s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
+            )
             squares += tl.sum(now * now, 1)
             above *= size[:, None]
         g_z += _times(above, up, w_up)
@@ -236,13 +259,10 @@ def backward_kernel(
         for start in range(0, d, BD):
             columns = start + tl.arange(0, BD)
             ok = columns < d
-            g_delta = _times(g_z, _load(w_down, ranks, ranks_ok, columns, ok, d), w_down)
-            if MASK and FIRST:
-                g_delta *= _load(m0, rows, rows_ok, columns, ok, d)
-            now = _load(s, rows, rows_ok, columns, ok, d)
-            if UPDATE:
-                t, g = _opened(a_t, a_g, w_out, b_out, gate_start, columns, ok, units, units_ok, d, m, B_OUT)
-                now = tl.where(ok[None, :], (now + g * (t - now)).to(s.dtype.element_ty).to(tl.float32), 0.0)
+            g_delta = _through_w_down(g_z, w_down, m0, rows, rows_ok, ranks, ranks_ok, columns, ok, d, MASK and FIRST)
+            _, _, _, now = _states(
+                s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
+            )
             along += tl.sum(g_delta * _load(h, rows, rows_ok, columns, ok, d), 1)
             along_state += tl.sum(g_delta * now, 1)
     # through the discrepancy and the gated update, into s, W_2 and W_4
@@ -252,24 +272,19 @@ def backward_kernel(
         columns = start + tl.arange(0, BD)
         ok = columns < d
         x = _load(h, rows, rows_ok, columns, ok, d)
-        before = _load(s, rows, rows_ok, columns, ok, d)
-        now = before
-        if UPDATE:
-            t, g = _opened(a_t, a_g, w_out, b_out, gate_start, columns, ok, units, units_ok, d, m, B_OUT)
-            now = tl.where(ok[None, :], (before + g * (t - before)).to(s.dtype.element_ty).to(tl.float32), 0.0)
+        before, t, g, now = _states(
+            s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
+        )
         delta = x - now
-        g_delta = _times(g_z, _load(w_down, ranks, ranks_ok, columns, ok, d), w_down)
-        g_x, below = g_delta, g_delta
-        if MASK and FIRST:
-            kept = _load(m0, rows, rows_ok, columns, ok, d)
-            g_x, below = g_delta * kept, g_delta * kept
+        g_x = _through_w_down(g_z, w_down, m0, rows, rows_ok, ranks, ranks_ok, columns, ok, d, MASK and FIRST)
+        below = g_x
         if SCALED:
             delta = x / size[:, None] - now / size_state[:, None]
             below = (below - now * (along_state / (d * size_state * size_state))[:, None]) / size_state[:, None]
             g_x = (g_x - x * (along / (d * size * size))[:, None]) / size[:, None]
             g_x += x * (of_size * alpha / (size * d))[:, None]
         if MASK and FIRST:
-            delta *= kept
+            delta *= _load(m0, rows, rows_ok, columns, ok, d)
         _store(delta_out, delta, rows, rows_ok, columns, ok, d)
         g_x += _load(g_after, rows, rows_ok, columns, ok, d)
         _store(g_h, g_x, rows, rows_ok, columns, ok, d)
@@ -298,8 +313,7 @@ def backward_kernel(
                 columns = start + tl.arange(0, BD)
                 ok = columns < d
                 x = _load(h, rows, rows_ok, columns, ok, d)
-                g_y = _times(g_u_t, _load(w_in, units, units_ok, columns, ok, d), w_in)
-                g_y += _times(g_u_g, _load(w_in + m * d, units, units_ok, columns, ok, d), w_in)
+                g_y = _through_w_in(g_u_t, g_u_g, w_in, units, units_ok, columns, ok, d, m)
                 weight = tl.load(norm + columns, mask=ok, other=0.0).to(tl.float32)
                 standard = (x - mean[:, None]) * deviation[:, None]
                 middle += tl.sum(g_y * weight[None, :], 1)
@@ -309,8 +323,7 @@ def backward_kernel(
             columns = start + tl.arange(0, BD)
             ok = columns < d
             x = _load(h, rows, rows_ok, columns, ok, d)
-            g_y = _times(g_u_t, _load(w_in, units, units_ok, columns, ok, d), w_in)
-            g_y += _times(g_u_g, _load(w_in + m * d, units, units_ok, columns, ok, d), w_in)
+            g_y = _through_w_in(g_u_t, g_u_g, w_in, units, units_ok, columns, ok, d, m)
             _store(y_out, _normed(x, mean, deviation, norm, norm_bias, columns, ok, NORM), rows, rows_ok, columns, ok, d)
             if NORM:
                 standard = (x - mean[:, None]) * deviation[:, None]
