@@ -173,7 +173,7 @@ def forward_kernel(
 ):  # fmt: skip
     rows, rows_ok, ranks, ranks_ok, units, units_ok = _place(n, r, m, BN, RP, MP)
     mean, deviation, size = _moments(h, rows, rows_ok, d, eps, NORM, SCALED, BD, BN)
-    _, _, a_t, a_g, _ = _nets(
+    _u_t, _u_g, a_t, a_g, _kept = _nets(
         h, m1, w_in, b_in, norm, norm_bias, mean, deviation, rows, rows_ok, units, units_ok, d, m,
         UPDATE, NORM, B_IN, GELU, MASKED_CANDIDATE, BN, BD, MP,
     )  # fmt: skip
@@ -184,7 +184,7 @@ def forward_kernel(
         columns = start + tl.arange(0, BD)
         ok = columns < d
         x = _load(h, rows, rows_ok, columns, ok, d)
-        _, _, _, now = _states(
+        _before, _t, _g, now = _states(
             s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
         )
         if UPDATE:
@@ -242,7 +242,7 @@ def backward_kernel(
         up = _load(w_up, columns, ok, ranks, ranks_ok, r)
         if SCALED:
             of_size += tl.sum(above * _times(z, tl.trans(up), w_up), 1)
-            _, _, _, now = _states(
+            _before, _t, _g, now = _states(
                 s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
             )
             squares += tl.sum(now * now, 1)
@@ -260,7 +260,7 @@ def backward_kernel(
             columns = start + tl.arange(0, BD)
             ok = columns < d
             g_delta = _through_w_down(g_z, w_down, m0, rows, rows_ok, ranks, ranks_ok, columns, ok, d, MASK and FIRST)
-            _, _, _, now = _states(
+            _before, _t, _g, now = _states(
                 s, a_t, a_g, w_out, b_out, gate_start, rows, rows_ok, columns, ok, units, units_ok, d, m, UPDATE, B_OUT
             )
             along += tl.sum(g_delta * _load(h, rows, rows_ok, columns, ok, d), 1)
