@@ -1,8 +1,10 @@
 """The step's Triton kernels beside the plain version: in Triton's interpreter on a CPU (``make triton``), and on CUDA."""
 
 import itertools
+import json
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.ops import StepSettings, fused
 from steps import weights_of_a_step
 
+ROOT = Path(__file__).parents[2]
 DEVICES = [pytest.param("cpu", marks=pytest.mark.triton), pytest.param("cuda", marks=pytest.mark.gpu)]
 D, R, M = 72, 3, 5  # no power of two: every block has an edge
 KINDS = [
@@ -123,3 +126,9 @@ def test_what_is_asked_for_and_not_there_is_said(monkeypatch):
         fused._kernels()
     monkeypatch.setenv(fused.KERNELS, "")
     assert fused._kernels() is None
+
+
+def test_the_page_says_what_the_kernels_take():
+    record = json.loads((ROOT / "docs" / "records" / "triton-compiled.json").read_text(encoding="utf-8"))
+    largest = max(max(case["shared_bytes"].values()) for case in record["compiled"] if case["capability"] == 80)
+    assert f"at most {largest / 1000:.0f} KB of shared memory" in (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
