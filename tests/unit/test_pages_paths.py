@@ -41,6 +41,7 @@ NOT_OURS = {
 WITHOUT_ITS_LIBRARY = {
     "shadowpeft.apps.ray_serve": "imports Ray, an extra that the default run goes without",
     "shadowpeft.apps.lm_eval": "imports lm-eval, an extra that the default run goes without",
+    "scripts.triton_compiled": "imports Triton, an extra that the default run goes without",
 }
 SPLITS = {"test_large", "test_normal"}
 """Of the robot set, not tests."""
