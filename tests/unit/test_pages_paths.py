@@ -23,7 +23,9 @@ EXAMPLES = [ROOT / "examples" / name for name in ("home", "radio", "tools")]
 PLACES = [ROOT, ROOT / "docs", ROOT / "tests", *EXAMPLES, PACKAGE, PACKAGE.parent]
 PLACES += [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
 """A page may leave out the folder that its subject makes plain."""
-FOLDERS = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()}
+MADE = {"runs", "demo-output", "dist", "build", "site"}
+"""What commands leave in a checkout; a fresh one has none of it."""
+FOLDERS = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()} - MADE
 _SPAN = re.compile(r"`([^`\n]+)`")
 _WITH_SUFFIX = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|toml|yaml|txt|svg|cff)(?!\w)")
 _IN_A_FOLDER = re.compile(rf"(?<![\w./-])(?:{'|'.join(sorted(FOLDERS))})(?:/[\w.-]+)+")
