@@ -104,7 +104,10 @@ def test_prepared_masks_on_a_16_bit_base_equal_those_on_a_float32_base(name, att
     real = mask.bool()
     for key in ("logits", "shadow_logits"):
         of_mask, of_plain = getattr(found, key)[real].float(), getattr(plain, key)[real].float()
-        torch.testing.assert_close(of_mask, getattr(wanted, key)[real], rtol=0.05, atol=0.1)
+        # of all logits together, at ten times the unit roundoff: how far a single one is rounded depends on the processor
+        exactly = getattr(wanted, key)[real]
+        error = (of_mask - exactly).square().mean().sqrt() / exactly.square().mean().sqrt()
+        assert float(error) < 5 * torch.finfo(dtype).eps
         torch.testing.assert_close(of_mask, of_plain, rtol=0.02, atol=0.02)
 
 
