@@ -103,10 +103,11 @@ class ShadowSettings:
     """Feed the shadow with the base's frozen embeddings. None: yes for "mirror", no for an explicit shadow."""
     auxiliary_loss_weight: Annotated[float, Field(ge=0, lt=1e9)] = 0.05
     """lambda of the joint loss (Eqs. 8-9)."""
-    shadow_loss: Literal["ce", "kl", "both"] = "ce"
+    shadow_loss: Literal["ce", "kl", "both", "lk"] = "ce"
     """The shadow path's training loss (second term of Eq. 8). "ce": cross-entropy of its targets. "kl": divergence from the
-    attached path's own logits of the same forward pass, held fixed. "both": their sum. A position whose ``shadow_labels``
-    differ from its ``labels`` has no teacher and always takes the cross-entropy, which evaluation mode reports throughout."""
+    attached path's own logits of the same forward pass, held fixed. "both": their sum. "lk": minus the logarithm of the share
+    of the shadow's drawn drafts that the attached path would accept. A position whose ``shadow_labels`` differ from its
+    ``labels`` has no teacher and always takes the cross-entropy, which evaluation mode reports throughout."""
     variant: Literal["paper", "authors", "peft", "scaled"] = "paper"
     """Whose mathematics; see :class:`Variant`."""
 

@@ -1,6 +1,7 @@
 """The shadow learns from the attached path: divergences against float64 sums, and the joint loss against the naive loop."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainingArguments
 from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowPeftConfig
 from shadowpeft.core import distillation_kl, teacher_loss, topk_kl
+from shadowpeft.core.losses import acceptance_loss
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.trainer import ShadowTrainer
@@ -39,6 +41,38 @@ def test_divergence_of_all_tokens(temperature):
     expected = temperature * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1))
     torch.testing.assert_close(student.grad, expected.detach(), rtol=1e-4, atol=1e-6)
     assert float(distillation_kl(teacher, teacher).detach().abs().max()) < 1e-6
+
+
+def naive_lk(teacher, logits):
+    """-log sum_i min(p_i, q_i) by row, one token at a time, in float64."""
+    p, q = (x.double().softmax(-1) for x in (teacher, logits))
+    return -sum(torch.minimum(p[:, i], q[:, i]) for i in range(p.shape[-1])).log()
+
+
+def test_acceptance_of_drafts():
+    torch.manual_seed(0)
+    teacher, student = 3 * torch.randn(5, 17, requires_grad=True), torch.randn(5, 17, requires_grad=True)
+    found = acceptance_loss(student, teacher)
+    expected = naive_lk(teacher.detach(), student)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0].float(), rtol=1e-4, atol=1e-6)
+    # what it stands for: the share of drawn tokens that the rule of speculative sampling keeps
+    p, q = teacher[0].softmax(-1), student[0].softmax(-1)
+    drawn = torch.multinomial(q, 40_000, replacement=True)
+    kept = torch.rand(40_000) < (p / q)[drawn]
+    assert float(kept.float().mean()) == pytest.approx(float((-found[0]).detach().exp()), abs=0.01)  # four standard errors
+    assert float(acceptance_loss(teacher, teacher).detach().abs().max()) < 1e-6
+
+
+def test_acceptance_of_almost_no_draft_has_a_gradient():
+    """Two distributions without a token in common in float32: their overlap is 0 there, its logarithm is not."""
+    teacher, student = torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 200.0]], requires_grad=True)
+    found = acceptance_loss(student, teacher)
+    assert found.item() == pytest.approx(200.0 - math.log(2.0), abs=1e-3)
+    found.sum().backward()
+    assert float(student.grad[0, 0]) < -0.4
+    assert float(student.grad[0, 1]) > 0.4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -111,16 +145,17 @@ def naive_joint(naive, kind, ids, labels, mask=None, shadow_labels=None, items=N
             count += 1
             taught = goal == int(labels[b, t + 1])
             student = out.shadow_logits[b, t]
-            if kind != "kl" or not taught:
+            teaches = {"kl": naive_kl, "both": naive_kl, "lk": naive_lk}.get(kind) if taught else None
+            if kind in ("ce", "both") or teaches is None:
                 total = total - student.log_softmax(-1)[goal]
-            if kind != "ce" and taught:
-                total = total + naive_kl(out.logits[b, t].detach()[None], student[None])[0]
+            if teaches is not None:
+                total = total + teaches(out.logits[b, t].detach()[None], student[None])[0]
     shadow = total / (shadow_items or items or max(count, 1))
     return shadow, out.task_loss + naive.config.auxiliary_loss_weight * shadow
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])  # gemma3 caps its logits
-@pytest.mark.parametrize("kind", ["ce", "kl", "both"])
+@pytest.mark.parametrize("kind", ["ce", "kl", "both", "lk"])
 def test_joint_loss_and_gradients_are_the_naive_loops(name, kind):
     model = base(name)
     adapted = adapt(model, shadow_loss=kind, auxiliary_loss_weight=0.6).train()
@@ -151,8 +186,8 @@ def test_joint_loss_and_gradients_are_the_naive_loops(name, kind):
 
 def test_evaluation_reports_the_cross_entropy_whatever_it_was_trained_with():
     model, ids = base(), tokens()
-    losses = [adapt(model, shadow_loss=kind)(input_ids=ids, labels=ids).shadow_loss for kind in ("ce", "kl", "both")]
-    assert float(losses[0]) == float(losses[1]) == float(losses[2])
+    losses = [adapt(model, shadow_loss=kind)(input_ids=ids, labels=ids).shadow_loss for kind in ("ce", "kl", "both", "lk")]
+    assert len({float(loss) for loss in losses}) == 1
 
 
 def test_nothing_to_learn_is_a_connected_zero():
@@ -177,8 +212,9 @@ def test_the_gradient_does_not_reach_the_teacher():
     assert all(gradient is None for gradient in gradients)
 
 
-def test_learning_from_the_attached_path_brings_the_paths_together():
-    adapted = adapt(base(), trained=False, shadow_loss="kl", auxiliary_loss_weight=1.0).train()
+@pytest.mark.parametrize("kind", ["kl", "lk"])
+def test_learning_from_the_attached_path_brings_the_paths_together(kind):
+    adapted = adapt(base(), trained=False, shadow_loss=kind, auxiliary_loss_weight=1.0).train()
     ids = tokens(4, 12)
     optimiser = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
     losses = []
@@ -230,7 +266,7 @@ def test_the_trainer_counts_targets_over_the_accumulated_batch(tmp_path):
 
 
 def test_what_is_refused():
-    with pytest.raises(ConfigError, match="shadow_loss is 'mse' but must be 'ce', 'kl' or 'both'"):
+    with pytest.raises(ConfigError, match="shadow_loss is 'mse' but must be 'ce', 'kl', 'both' or 'lk'"):
         ShadowPeftConfig(task_type="CAUSAL_LM", shadow_loss="mse")
     with pytest.raises(ConfigError, match="classifier's shadow"):
         ShadowPeftConfig(task_type="SEQ_CLS", shadow_loss="kl")
@@ -248,7 +284,7 @@ def test_a_run_file_says_it_too():
         ({"training": {"label_smoothing": 0.1}}, "training.label_smoothing is set; set one of them"),
         ({"shadow": {"shadow_init": "base_layers_spread", "shadow_model": "m"}}, "base_layers_spread fills a mirrored"),
         ({"shadow": {"shadow_init": "base_layers_spread", "shadow_head_dim": 8}}, "shadow.shadow_head_dim is set"),
-        ({"shadow": {"shadow_loss": "mse"}}, "'ce', 'kl' or 'both'"),
+        ({"shadow": {"shadow_loss": "mse"}}, "'ce', 'kl', 'both' or 'lk'"),
     ):
         with pytest.raises(ConfigError, match=message):
             parse_run({**run, **part}, "x")

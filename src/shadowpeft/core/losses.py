@@ -55,6 +55,24 @@ def distillation_kl(logits: Tensor, teacher: Tensor, *, temperature: float = 1.0
     return temperature * temperature * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
+def acceptance_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """``-log a`` by row, where ``a = sum_i min(p_i, q_i)`` is how often a token drawn from ``q`` stays as a draft for ``p``.
+
+    The likelihood-based LK loss (arXiv 2602.23881). ``a`` is one minus the total variation distance of ``p = softmax(teacher)``
+    and ``q = softmax(logits)``; with the logarithm a row of small ``a`` has a gradient as large as any other's. Computed from
+    logarithms, so that an ``a`` below float32's smallest number has a value and a gradient.
+
+    Args:
+        logits: the student's ``(N, V)``. teacher: ``(N, V)``; no gradient flows into it. Both are taken to float32.
+
+    Returns:
+        ``(N,)`` float32, in nats.
+    """
+    log_q = logits.float().log_softmax(-1)
+    log_p = teacher.detach().to(log_q.device).float().log_softmax(-1)
+    return -torch.minimum(log_q, log_p).logsumexp(-1)
+
+
 def topk_kl(logits: Tensor, ids: Tensor, log_probs: Tensor, *, temperature: float = 1.0) -> Tensor:
     """``t^2 KL`` by row from a teacher of which only the ``k`` most likely tokens are known.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from shadowpeft.core import count_targets, distillation_kl, head_loss, joint_loss, token_cross_entropy
-from shadowpeft.core.losses import IGNORE
+from shadowpeft.core.losses import IGNORE, acceptance_loss
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.head import lm_logits, pool_last
 from shadowpeft.hf.forward import supervision
@@ -213,7 +214,7 @@ def _targets(call: ShadowCall, hub: ShadowHub) -> Tensor:
 def _distillation(
     call: ShadowCall, hub: ShadowHub, part: Part, teacher: Tensor, targets: Tensor
 ) -> Distillation | None:
-    """What ``shadow_loss="kl"`` or "both" teaches the rows of ``part``; None for "ce".
+    """What a ``shadow_loss`` other than "ce" teaches the rows of ``part``; None for "ce".
 
     The attached path is the teacher wherever both paths are to say the same; where ``shadow_labels`` want something else of
     the shadow, it would teach the opposite.
@@ -235,7 +236,8 @@ def _distillation(
     if call.shadow_labels is not None:
         theirs = call.shift_labels if call.shift_labels is not None else shift_left(call.labels, hub)  # type: ignore[arg-type]
         taught = taught & (targets == theirs.to(targets.device))
-    return Distillation(part.pick(teacher), part.pick(taught), with_labels=kind == "both")
+    divergence = acceptance_loss if kind == "lk" else distillation_kl
+    return Distillation(part.pick(teacher), part.pick(taught), divergence, with_labels=kind == "both")
 
 
 def shift_left(labels: Tensor, hub: ShadowHub) -> Tensor:
@@ -250,6 +252,8 @@ class Distillation:
     """Logits ``(B, T, V)``, without their graph."""
     taught: Tensor
     """``(B, T)``: where the shadow is to say what the attached path is to say."""
+    divergence: Callable[[Tensor, Tensor], Tensor]
+    """Of the shadow's logits ``(N, V)`` from the teacher's, ``(N,)``."""
     with_labels: bool
     """Whether the cross-entropy counts there too."""
 
@@ -281,7 +285,7 @@ def _path_sum(
         )
         if distillation is None:
             return total
-        divergence = distillation_kl(logits, teacher[where.to(teacher.device)])
+        divergence = distillation.divergence(logits, teacher[where.to(teacher.device)])
         return total + (divergence * taught[where].to(divergence.device)).sum().to(total.device)
 
     where = torch.arange(len(rows), device=states.device)
