@@ -181,6 +181,11 @@ def test_the_shadow_alone_trains_first(made, tmp_path):
     assert not any("task_loss" in line for line in steps[:15])
     assert sum("task_loss" in line for line in steps[15:]) >= 4  # 13 of the 17 sequences are the base's
     assert steps[14]["shadow_loss"] < steps[0]["shadow_loss"]
+    assert all(line["backbone_learning_rate"] > 0 for line in steps[:-1])
+    assert not any(line["learning_rate"] for line in steps[:14])  # of all else
+    assert all(line["learning_rate"] > 0 for line in steps[16:-1])
+    shown = RunCallback(tmp_path, 1.0, None, True)
+    assert [shown.newest(line).split()[::2] for line in steps[:1] + steps[-1:]] == [["shadow"], ["task", "shadow"]]
 
 
 def test_all_but_the_backbone_begins_its_course_after_the_shadows_steps(made, tmp_path, monkeypatch):

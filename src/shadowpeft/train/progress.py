@@ -116,10 +116,8 @@ class RunCallback(TrainerCallback):
 
     def newest(self, record: dict[str, float]) -> str | None:
         """What the line shows of a record; None leaves it as it is."""
-        if "task_loss" not in record:
-            return None
-        shadow = f"  shadow {record['shadow_loss']:.3f}" if "shadow_loss" in record else ""  # LoRA has none
-        return f"task {record['task_loss']:.3f}{shadow}"
+        paths = {"task": record.get("task_loss"), "shadow": record.get("shadow_loss")}  # LoRA has no shadow
+        return "  ".join(f"{path} {loss:.3f}" for path, loss in paths.items() if loss is not None) or None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -254,7 +254,8 @@ class ShadowLossMixin(WholeCheckpoints):
                 total[1] += n
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean task and shadow loss of the optimiser steps since the last log, over all processes."""
+        """Adds the mean task and shadow loss of the optimiser steps since the last log, over all processes; and the backbone's
+        learning rate where it has one of its own, since the stock record is of the first group alone."""
         trainer: Any = self
         if "loss" in logs:
             steps = max(trainer.state.global_step - self._since, 1)
@@ -262,6 +263,9 @@ class ShadowLossMixin(WholeCheckpoints):
             share = 1.0 if self._normalised else 1.0 / trainer.accelerator.num_processes  # of one process in the mean
             logs = {**logs, **{key: total * share / steps for key, (total, _) in totals.items()}}
             self._sums = {}
+        if "learning_rate" in logs:
+            own = {g["lr"] for g in trainer.optimizer.param_groups if g.get("is_backbone")}
+            logs = {**logs, **{"backbone_learning_rate": rate for rate in own}}
         whole = mean_loss(trainer.state.log_history) if "train_loss" in logs else None
         if whole is not None:  # stock Trainer's is the mean since the last resume
             logs = {**logs, "train_loss": whole}

@@ -1,0 +1,237 @@
+"""What the shadow's loss, its weight, its depth and its answers do to drafts: ``python -m experiments.drafts run|page``.
+
+Cells stand in ``specs/drafts.yaml``: each trains both paths on the robot set, from a shadow that has learnt whole answers
+alone, trained by ``shadowpeft train`` and resumed where it stopped. Drafts are judged on validation rows by counting
+tokens, so a busy machine changes nothing: seconds follow from tokens a pass (docs/speculation.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import shadowpeft
+from experiments.device_plan import Recipe
+from experiments.markdown import table
+from experiments.spec import RECORDS
+from shadowpeft.data import robot
+from shadowpeft.data.chat import stop_tokens, with_system
+from shadowpeft.generate import encode_prompts, messages_of
+from shadowpeft.hf.forward.speculation import Speculation
+from shadowpeft.runtime import prepare_cpu
+from shadowpeft.storage import between, write_json, write_text
+from shadowpeft.tokenizer import load_tokenizer
+from shadowpeft.train.config import parse_run
+from shadowpeft.train.run import train
+
+PLAN = Path(__file__).parent / "specs" / "drafts.yaml"
+FOLDER = RECORDS / "drafts"
+WORK = Path(__file__).resolve().parents[1] / "runs" / "drafts"
+PAGE, MARKS = Path(__file__).resolve().parents[1] / "docs" / "speculation.md", ("<!-- drafts -->", "<!-- /drafts -->")
+TEXTS = {"commands": ("validation_normal", 96), "open requests": ("validation_remote", 32)}
+"""Split, and how many of its rows are asked."""
+LONGEST, BATCH = 40, 16
+
+
+@dataclass(frozen=True)
+class Cell(Recipe):
+    """One training of both paths; all fields but ``name`` decide what it computes."""
+
+    name: str
+    loss: str = "ce"
+    """``shadow_loss``."""
+    weight: float = 1.0
+    """lambda of Eq. 8."""
+    layers: int = 2
+    regenerated_by: str = ""
+    """The cell whose attached model wrote the answers that the shadow learns; "": the set's own."""
+
+
+def read_plan() -> tuple[dict[str, Any], dict[str, Any], list[Cell]]:
+    """The run files of the starts and of the cells, and the cells."""
+    plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+    return plan["start"], plan["cell"], [Cell(**cell) for cell in plan["cells"]]
+
+
+def trained(content: dict[str, Any], folder: Path) -> Path:
+    """The adapter of a run file, trained to its end in ``folder``."""
+    if not (folder / "summary.json").exists():
+        run = parse_run({**content, "output": str(folder)}, str(PLAN))
+        train(run, resume=(folder / "config.yaml").exists())
+    return folder / "adapter"
+
+
+def start(content: dict[str, Any], layers: int, work: Path = WORK) -> Path:
+    """The edge model that cells of so many layers begin with."""
+    folder = work / f"start-{layers}-edge"
+    if not folder.exists():
+        own = copy.deepcopy(content)
+        own["shadow"]["shadow_num_hidden_layers"] = layers
+        model = shadowpeft.load(trained(own, work / f"start-{layers}"))
+        shadowpeft.detach(model).save_pretrained(folder)
+        load_tokenizer(own["base"]).save_pretrained(folder)
+    return folder
+
+
+def batches(prompts: list[str], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """Prompts ``(BATCH, T)``, padded on the left."""
+    chats = [with_system(messages_of(prompt), robot.SYSTEM) for prompt in prompts]
+    for place in range(0, len(chats), BATCH):
+        yield encode_prompts(tokenizer, chats[place : place + BATCH], "cpu")
+
+
+def say(model: Any, inputs: dict[str, Tensor], tokenizer: Any, **options: Any) -> Tensor:
+    """Greedy answers ``(B, T)`` of the attached path, prompts left out."""
+    out: Tensor = model.generate(
+        **inputs,
+        max_new_tokens=LONGEST,
+        do_sample=False,
+        eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.inference_mode()
+def regenerated(adapter: Path, file: Path) -> Path:
+    """The training rows as JSONL; what both paths learn gets the attached model's own answer for the shadow."""
+    from shadowpeft.train.rows import robot_rows
+
+    if file.exists():
+        return file
+    model, tokenizer = shadowpeft.load(adapter).eval(), load_tokenizer("smollm2-135m")
+    rows = list(robot_rows("train"))
+    asked = [row for row in rows if row.get("path", "both") == "both"]
+    asked.sort(key=lambda row: len(row["prompt"]))
+    said: list[str] = []
+    for inputs in batches([row["prompt"] for row in asked], tokenizer):
+        said += tokenizer.batch_decode(say(model, inputs, tokenizer), skip_special_tokens=True)
+        print(f"{len(said)} of {len(asked)} answers", file=sys.stderr, flush=True)
+    for row, text in zip(asked, said, strict=True):
+        row["shadow_response"] = text.strip() or row["response"]
+    write_text(file, robot.json_lines(rows))
+    return file
+
+
+@torch.inference_mode()
+def judge(adapter: Path) -> dict[str, Any]:
+    """What drafts are worth on each text: agreement by token, tokens a pass, and how many commands the attached path knows."""
+    model, tokenizer = shadowpeft.load(adapter).eval(), load_tokenizer("smollm2-135m")
+    found = {}
+    for name, (split, count) in TEXTS.items():
+        drawn = robot.load(split)
+        rows = sorted(drawn[:: max(len(drawn) // count, 1)][:count], key=lambda row: len(row["prompt"]))
+        ways = {"fixed-7": Speculation(max_draft=7, adaptive=False), "gate": Speculation()}
+        said: list[str] = []
+        same = overlap = tokens = 0.0
+        for inputs in batches([row["prompt"] for row in rows], tokenizer):
+            answers = say(model, inputs, tokenizer)
+            said += tokenizer.batch_decode(answers, skip_special_tokens=True)
+            kept = answers != tokenizer.pad_token_id
+            mask = torch.cat([inputs["attention_mask"], kept.long()], dim=1)
+            ids = torch.cat([inputs["input_ids"], answers], dim=1)
+            out = model(input_ids=ids, attention_mask=mask, return_shadow=True)
+            before = slice(inputs["input_ids"].shape[1] - 1, -1)
+            p, q = out.logits[:, before][kept].softmax(-1), out.shadow_logits[:, before][kept].softmax(-1)
+            same += float((p.argmax(-1) == q.argmax(-1)).sum())
+            overlap += float(torch.minimum(p, q).sum())
+            tokens += len(p)
+            for settings in ways.values():
+                say(model, inputs, tokenizer, speculative=settings)
+        found[name] = {
+            "rows": len(rows),
+            "answer_tokens": int(tokens),
+            "agreement": round(same / tokens, 4),
+            "overlap": round(overlap / tokens, 4),
+            "drafts": {way: settings.counts.summary() for way, settings in ways.items()},
+            "right": sum(robot.parse_action(text) == row["skill"] for text, row in zip(said, rows, strict=True))
+            if name == "commands"
+            else None,
+        }
+    return found
+
+
+def run(cell: Cell) -> None:
+    """Train a cell and write its record."""
+    first, content, cells = read_plan()
+    content["shadow"] |= {
+        "shadow_model": str(start(first, cell.layers)),
+        "shadow_loss": cell.loss,
+        "auxiliary_loss_weight": cell.weight,
+    }
+    if cell.regenerated_by:
+        teacher = next(other for other in cells if other.name == cell.regenerated_by)
+        rows = regenerated(WORK / teacher.name / "adapter", WORK / f"said-by-{teacher.name}.jsonl")
+        content["data"] = {"train": str(rows), "max_length": 128, "system": robot.SYSTEM}
+    adapter = trained(content, WORK / cell.name)
+    summary = json.loads((WORK / cell.name / "summary.json").read_text(encoding="utf-8"))
+    write_json(
+        FOLDER / f"{cell.name}.json",
+        {"id": f"drafts/{cell.name}", "kind": "drafts", **asdict(cell), "texts": judge(adapter), "run": content}
+        | {"seconds": summary["seconds"], "chosen_on": "validation rows; no test row was looked at"}
+        | cell.stamp(),
+    )
+
+
+def records() -> list[dict[str, Any]]:
+    """The cells that were run, in the plan's order."""
+    files = [FOLDER / f"{cell.name}.json" for cell in read_plan()[2]]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def block(found: list[dict[str, Any]]) -> str:
+    """The table of the page."""
+    heads = ["shadow's loss", "lambda", "layers", "attached right"]
+    shown = ("same token", "kept if drawn", "tokens a pass, 7 drafts", "gate")
+    heads += [f"{text}: {what}" for text in TEXTS for what in shown]
+    rows = []
+    for record in found:
+        texts = record["texts"]
+        label = f"`{record['loss']}`" + (", the attached model's answers" if record["regenerated_by"] else "")
+        right = f"{texts['commands']['right'] / texts['commands']['rows']:.1%}"
+        row = [label, f"{record['weight']:g}", str(record["layers"]), right]
+        for text in TEXTS:
+            own = texts[text]
+            row += [f"{own['agreement']:.1%}", f"{own['overlap']:.1%}"]
+            row += [f"{own['drafts'][way]['tokens_per_pass']:.2f}" for way in ("fixed-7", "gate")]
+        rows.append(row)
+    counts = ", ".join(f"{own['rows']} {text} ({own['answer_tokens']} tokens)" for text, own in found[0]["texts"].items())
+    return "\n".join(table(heads, rows)) + f"\n\n{counts}, greedy, one seed. Records: `experiments/records/drafts`."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: done; 130: stopped, to be resumed."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.drafts", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["run", "page"])
+    parser.add_argument("names", nargs="*", help="cells; none: all that have no record")
+    chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    prepare_cpu(1)
+    if chosen.command == "run":
+        for cell in read_plan()[2]:
+            if cell.name in chosen.names or (not chosen.names and not (FOLDER / f"{cell.name}.json").exists()):
+                run(cell)
+                print(f"{cell.name}: done", flush=True)
+        return 0
+    text = between(PAGE.read_text(encoding="utf-8"), MARKS, block(records()))
+    if text is None:
+        print(f"error: '{PAGE}' lacks {MARKS[0]}", file=sys.stderr)
+        return 2
+    write_text(PAGE, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
