@@ -264,8 +264,8 @@ class ShadowLossMixin(WholeCheckpoints):
             logs = {**logs, **{key: total * share / steps for key, (total, _) in totals.items()}}
             self._sums = {}
         if "learning_rate" in logs:
-            own = {g["lr"] for g in trainer.optimizer.param_groups if g.get("is_backbone")}
-            logs = {**logs, **{"backbone_learning_rate": rate for rate in own}}
+            own = [group["lr"] for group in trainer.optimizer.param_groups if group.get("is_backbone")]
+            logs = {**logs, "backbone_learning_rate": own[0]} if own else logs
         whole = mean_loss(trainer.state.log_history) if "train_loss" in logs else None
         if whole is not None:  # stock Trainer's is the mean since the last resume
             logs = {**logs, "train_loss": whole}
