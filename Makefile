@@ -90,8 +90,8 @@ $(VENV)/triton: $(VENV)/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[triton]"
 	touch $@
 
-triton: $(VENV)/triton  ## the Triton kernels in Triton's interpreter, without a GPU; two minutes
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/gpu/test_kernels.py
+triton: $(VENV)/triton  ## the Triton kernels and Liger's loss in Triton's interpreter, without a GPU; three minutes
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/gpu/test_kernels.py tests/unit/test_liger.py
 
 $(VENV)/ray: $(VENV)/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"

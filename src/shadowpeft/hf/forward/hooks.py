@@ -12,6 +12,7 @@ threads and interleaved generations cannot mix, and a checkpointed layer that ru
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ def before_model(
             # stock classifiers return NaN for a fully masked batch and do not rescale for gradient accumulation
             kwargs.pop("labels")
         elif not call.fused:
+            if losses.needs_all_logits(call, model) and "skip_logits" in inspect.signature(model.forward).parameters:
+                kwargs.setdefault("skip_logits", False)  # Liger's forward computes its loss without them
             count = call.num_items
             if count is None:
                 count = (

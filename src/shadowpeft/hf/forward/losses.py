@@ -26,7 +26,8 @@ from shadowpeft.hf.layer import ShadowHub
 class Joined:
     """What a forward pass with a shadow gives."""
 
-    logits: Tensor
+    logits: Tensor | None
+    """None: the base's own forward gave none (Liger's fused loss)."""
     loss: Tensor | None
     """Joint in training, the task's alone otherwise; None without labels."""
     task_loss: Tensor | None
@@ -34,22 +35,35 @@ class Joined:
     shadow_logits: Tensor | None
 
 
-def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tensor, stock: Tensor | None) -> Joined:
+def join_losses(
+    model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tensor | None, stock: Tensor | None
+) -> Joined:
     """Both paths' losses and the joint one (Eqs. 8-9).
 
     Args:
-        logits: the attached path's, ``(B, T, V)`` or ``(B, C)``. stock: the loss that the base computed, or None.
+        logits: the attached path's, ``(B, T, V)`` or ``(B, C)``; None where Liger's forward
+            has computed the loss without them. stock: the loss that the base computed, or None.
+
+    Raises:
+        ConfigError: if there are no logits where the shadow is to learn from them.
     """
+    if logits is None and (stock is None or needs_all_logits(call, model)):
+        raise ConfigError(
+            f"{type(model).__name__} gave no logits but the shadow learns from them, or they were asked for; pass "
+            "skip_logits=False"
+        )
     weight = _weight(call)
     training = model.training and torch.is_grad_enabled()
     with torch.set_grad_enabled(torch.is_grad_enabled() and (weight > 0 or call.return_shadow)):
         if call.is_classifier:
             shadow_loss, shadow_logits = _classifier_path(model, call)
         else:
-            shadow_loss, shadow_logits = _lm_path(model, hub, call, logits.detach() if training else None)
+            teacher = logits.detach() if training and logits is not None else None
+            shadow_loss, shadow_logits = _lm_path(model, hub, call, teacher)
     task_loss = None
     if call.labels is not None:
         if call.is_classifier:
+            assert logits is not None
             task_loss = _classification_loss(model, logits, call.labels, call.num_items)
         elif call.last_state is not None:
             task_loss = _task_loss(model, hub, call, call.last_state)
@@ -57,11 +71,11 @@ def join_losses(model: nn.Module, hub: ShadowHub, call: ShadowCall, logits: Tens
             task_loss = stock
         else:
             assert stock is not None
-            task_loss = _recount(stock, logits, call, hub.facts.label_shift)
-    loss = task_loss
+            task_loss = _recount(stock, stock.nan_to_num() if logits is None else logits, call, hub.facts.label_shift)
+    loss, asked = task_loss, training and weight > 0 and not call.return_shadow
     if task_loss is not None and training and shadow_loss is not None:
         loss = joint_loss(task_loss, shadow_loss, weight)
-    elif task_loss is None and training and weight > 0 and not call.return_shadow and logits.requires_grad:
+    elif task_loss is None and asked and logits is not None and logits.requires_grad:
         if shadow_loss is None:
             logits = supervision.refuse_gradients(logits)
         elif shadow_loss.requires_grad:  # else the shadow is frozen
@@ -108,6 +122,12 @@ def needs_no_logits(call: ShadowCall, model: Any, hub: ShadowHub, kwargs: dict[s
     return not (teaches or routers or kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False)
 
 
+def needs_all_logits(call: ShadowCall, model: nn.Module) -> bool:
+    """Whether this pass must have the attached path's logits: a shadow learns from them, or they were asked for."""
+    teaches = any(part.weights.config.shadow_loss != "ce" for part in call.parts)
+    return call.return_shadow or (teaches and model.training and torch.is_grad_enabled())
+
+
 def _task_loss(model: Any, hub: ShadowHub, call: ShadowCall, state: Tensor) -> Tensor:
     """The attached path's loss (first term of Eq. 8) from what the base's head reads, ``(B, T, d)``."""
     assert call.labels is not None
@@ -121,12 +141,12 @@ def _mean(total: Tensor, count: Any) -> Tensor:
     return total / torch.as_tensor(count, device=total.device).clamp(min=1)
 
 
-def _recount(loss: Tensor, logits: Tensor, call: ShadowCall, shift: int) -> Tensor:
+def _recount(loss: Tensor, connected: Tensor, call: ShadowCall, shift: int) -> Tensor:
     """A mean over this batch's own targets, as some architectures compute it, as one over ``num_items_in_batch``."""
     assert call.labels is not None
     own = count_targets(call.labels, shifted=shift == 1)
     if not int(own):
-        return logits.sum() * 0.0
+        return connected.sum() * 0.0
     return loss if call.num_items is None else loss * (own / torch.as_tensor(call.num_items, device=loss.device))
 
 
