@@ -1,6 +1,6 @@
 """What the shadow's loss, its weight, its depth and its answers do to drafts: ``python -m experiments.drafts run|page``.
 
-Cells stand in ``specs/drafts.yaml``: each trains both paths on the robot set, from a shadow that has learnt whole answers
+Cells stand in ``specs/device/drafts.yaml``: each trains both paths on the robot set, from a shadow that has learnt whole answers
 alone, trained by ``shadowpeft train`` and resumed where it stopped. Drafts are judged on validation rows by counting
 tokens, so a busy machine changes nothing: seconds follow from tokens a pass (docs/speculation.md).
 """
@@ -22,6 +22,7 @@ import yaml
 from torch import Tensor
 
 import shadowpeft
+from experiments.device_plan import PLAN as SEARCH
 from experiments.device_plan import Recipe
 from experiments.markdown import table
 from experiments.spec import RECORDS
@@ -35,7 +36,7 @@ from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train
 
-PLAN = Path(__file__).parent / "specs" / "drafts.yaml"
+PLAN = SEARCH.with_name("drafts.yaml")
 FOLDER = RECORDS / "drafts"
 WORK = Path(__file__).resolve().parents[1] / "runs" / "drafts"
 PAGE, MARKS = Path(__file__).resolve().parents[1] / "docs" / "speculation.md", ("<!-- drafts -->", "<!-- /drafts -->")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, ModernBertDecoderConfig
 
 import shadowpeft
+from products import covering
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.files.projected import read_projected
 from shadowpeft.hf.formats.projected_writer import save_projected
@@ -48,8 +49,7 @@ def test_a_head_of_its_own_goes_with_the_shadow(name, shadow):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "llama_tied", "mixtral", "qwen3_next"])
+@pytest.mark.parametrize(("name", "case"), covering([*ARCHITECTURES, "llama_tied", "mixtral", "qwen3_next"], CASES))
 def test_detached_logits_are_the_shadows(name, case):
     if case == "narrow_width" and name == "gpt2":
         case = "two_layers"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from products import covering
 from shadowpeft import detach
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
 from tiny import ARCHITECTURES, KINDS, PAD, WINDOW, V, adapt, base, padded, tokens
@@ -35,8 +36,7 @@ def uncached(model, ids, mask, steps=NEW):
     return ids
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize(("name", "kind"), covering(WIDER, KINDS))
 def test_greedy_with_left_padding_and_beyond_the_window(name, kind):
     model = adapt(base(name), **KINDS[kind])
     ids, mask = prompts()
@@ -59,9 +59,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["mirror", "explicit"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize(("name", "kind", "mode"), covering(["llama", "gemma3", "mistral"], ["mirror", "explicit"], MODES))
 def test_modes_with_and_without_cache(name, kind, mode):
     model = adapt(base(name), **KINDS[kind])
     ids, mask = prompts()
@@ -74,8 +72,7 @@ def test_modes_with_and_without_cache(name, kind, mode):
     assert len(found[0]) == 3 * MODES[mode].get("num_return_sequences", 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"], KINDS))
 def test_static_cache(name, kind):
     model = adapt(base(name), **KINDS[kind])
     ids, mask = prompts()
@@ -130,8 +127,7 @@ def test_chunked_prefill(name, chunk):
     assert torch.equal(model.generate(input_ids=ids, prefill_chunk_size=chunk, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_next"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "gemma3", "gpt2", "qwen3_next"], KINDS))
 def test_continuing_from_a_returned_cache(name, kind):
     model = adapt(base(name), **KINDS[kind])
     ids = tokens(2, 7)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, Trai
 import shadowpeft
 from chatbase import run_file, save_run_data
 from commands import call
+from products import covering
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data import chat
 from shadowpeft.data.packed import PackedCollator, pack, pack_stream
@@ -75,8 +76,7 @@ def gradients(model, rows, collator, folder, size):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"], KINDS))
 def test_gradients_are_those_of_the_rows_alone(tmp_path, name, kind):
     compare(tmp_path, adapt(base(name), auxiliary_loss_weight=0.5, **KINDS[kind]))
 

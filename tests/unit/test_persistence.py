@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import edges
 import shadowpeft
+from products import covering
 from shadowpeft.errors import ConfigError
 from shadowpeft.export import gguf
 from shadowpeft.hf import load as checkpoint
@@ -59,8 +60,7 @@ def assert_same(model, adapted):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "option"), covering(["llama", "gpt2"], OPTIONS))
 def test_every_loader_is_exact(saved, name, option):
     if name == "gpt2" and option == "narrow_width":
         option = "mirror"

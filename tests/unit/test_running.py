@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from naive import NaiveShadow, assert_same_gradients
+from products import covering
 from shadowpeft.errors import UnsupportedModelError
 from tiny import ARCHITECTURES, KINDS, adapt, base, padded, tokens
 
@@ -23,9 +24,7 @@ def batch():
 # ------------------------------------------------------------------------------------------------------- checkpointing
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "mixtral", "qwen3_next"])
+@pytest.mark.parametrize(("name", "kind", "reentrant"), covering([*ARCHITECTURES, "mixtral", "qwen3_next"], KINDS, [True, False]))
 def test_checkpointing_changes_nothing(name, kind, reentrant):
     model = base(name)
     adapted = adapt(model, **KINDS[kind]).train()

@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from products import covering
 from several import several
 from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, draw
 from shadowpeft.data.frequent import frequent_tokens
@@ -180,8 +181,7 @@ def test_thin_products_leave_no_trace_and_touch_no_layer_with_a_forward_of_its_o
 # ------------------------------------------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "kind"), covering(ARCHITECTURES, KINDS))
 def test_greedy_answers_stay_what_they_are(name, kind):
     model = adapt(base(name), **KINDS[kind])
     for ids, mask in ((tokens(1, 7), torch.ones(1, 7, dtype=torch.long)), padded(tokens(3, 7), [0, 3, 1], "left")):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import shadowpeft
 from naive import NaiveShadow, assert_same_gradients
+from products import covering
 from shadowpeft.errors import ConfigError
 from tiny import KINDS, adapt, adapter_config, base, tokens
 
@@ -56,8 +57,7 @@ def test_attaching_to_an_offloaded_base(plain, tmp_path, where):
     assert torch.equal(outputs(adapted)[0], expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", MAPS)
+@pytest.mark.parametrize(("where", "kind"), covering(MAPS, KINDS))
 def test_loading_generating_and_saving_again(plain, tmp_path, where, kind):
     trained = adapt(plain, **KINDS[kind])
     trained.save_pretrained(tmp_path / "adapter")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import shadowpeft
 from naive import NaiveShadow, assert_same_gradients
+from products import covering
 from shadowpeft.errors import BaseMismatchError, ConfigError, UnsupportedModelError
 from tiny import KINDS, adapt, base, randomise, tokens
 
@@ -68,9 +69,7 @@ def dequantised(model):
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["mirror", "explicit"])
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize(("name", "kind", "dtype"), covering(QUANTISERS, ["mirror", "explicit"], [torch.float32, torch.bfloat16]))
 def test_untrained_adapter_leaves_the_quantised_base_as_it_is(folder, name, kind, dtype):
     model = quantised(folder, name, dtype)
     expected = logits(model)
@@ -165,8 +164,7 @@ def test_another_base_is_refused_behind_a_quantiser_too(tmp_path, name):
         shadowpeft.load(tmp_path / "adapter", quantised(tmp_path / "other", name))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize(("name", "kind"), covering(QUANTISERS, KINDS))
 def test_detached_from_a_quantised_base(folder, tmp_path, name, kind):
     adapted = adapt(quantised(folder, name), copy_base=False, **KINDS[kind])
     edge = shadowpeft.detach(adapted)
