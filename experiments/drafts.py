@@ -1,7 +1,7 @@
 """What the shadow's loss, its weight, its depth and its answers do to drafts: ``python -m experiments.drafts run|page``.
 
-Cells stand in ``specs/device/drafts.yaml``: each trains both paths on the robot set, from a shadow that has learnt whole answers
-alone, trained by ``shadowpeft train`` and resumed where it stopped. Drafts are judged on validation rows by counting
+Cells stand in ``specs/device/drafts.yaml``: each trains both paths on the robot set, from a shadow that has learnt whole
+answers alone, by ``shadowpeft train`` and resumed where it stopped. Drafts are judged on validation rows by counting
 tokens, so a busy machine changes nothing: seconds follow from tokens a pass (docs/speculation.md).
 """
 

@@ -69,7 +69,9 @@ def dequantised(model):
     return made
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype"), covering(QUANTISERS, ["mirror", "explicit"], [torch.float32, torch.bfloat16]))
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"), covering(QUANTISERS, ["mirror", "explicit"], [torch.float32, torch.bfloat16])
+)
 def test_untrained_adapter_leaves_the_quantised_base_as_it_is(folder, name, kind, dtype):
     model = quantised(folder, name, dtype)
     expected = logits(model)
