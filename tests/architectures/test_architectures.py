@@ -46,7 +46,23 @@ REFUSED = {
     "xlnet": "cannot run from a shadow's input",
     "prophetnet": "predicts several tokens at once",
 }
-# Of these the default run tries the class's own token ids and layer types too; `make architectures` does so for all.
+USUAL = (
+    "gpt2",
+    "bloom",
+    "cohere",
+    "gemma3n_text",
+    "gemma4_text",
+    "modernbert-decoder",
+    "trocr",
+    "whisper",
+    "mixtral",
+    "deepseek_v4",
+    "falcon_h1",
+    "qwen3_next",
+    "lfm2",
+)
+"""Those that run by default; the rest are slow (pytest -m slow)."""
+# Of these the slow run tries the class's own token ids and layer types too; `make architectures` does so for all.
 AS_PUBLISHED = (
     "llama",
     "gemma3n_text",
@@ -59,7 +75,7 @@ AS_PUBLISHED = (
 RECORD = ROOT / "docs" / "records" / "architectures.json"
 
 
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.slow) for n in SPREAD])
 def test_every_step_holds(name):
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {name}")
@@ -67,7 +83,13 @@ def test_every_step_holds(name):
     assert result.get("passed"), result
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([*zoo.PUBLISHED, *AS_PUBLISHED]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in zoo.PUBLISHED else pytest.mark.slow)
+        for name in dict.fromkeys([*zoo.PUBLISHED, *AS_PUBLISHED])
+    ],
+)
 def test_every_step_holds_with_the_fields_that_a_checkpoint_has(name):
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {name}")

@@ -38,7 +38,9 @@ def cell(monkeypatch, base, tmp_path):
     return lambda method="lora", **fields: Cell(**{**usual, **(shadow if method == "shadow" else {"method": method}), **fields})
 
 
-@pytest.mark.parametrize("method", ["shadow", "lora", "dora", "rslora"])
+@pytest.mark.parametrize(
+    "method", ["shadow", "lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "rslora"))]
+)
 def test_a_killed_training_goes_on_as_if_nothing_had_been(cell, tmp_path, method):
     whole = Converging(cell(method), tmp_path / "a", tmp_path / "ra")
     assert whole.run()

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 import shadowpeft
 from chatbase import chat_tokenizer
+from products import covering
 from serving import ADAPTERS, ask, ending_model, engine_of
 from several import each_alone, rows_of, several
 from shadowpeft import Speculation, detach
@@ -39,9 +40,7 @@ def prompts(device):
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "kind", "dtype"), covering(FAMILIES, KINDS, BOUNDS))
 def test_logits_of_both_paths_are_those_of_float64(device, name, kind, dtype):
     model = adapt(base(name), **KINDS[kind])
     ids = tokens(2, 9)

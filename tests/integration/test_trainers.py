@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from naive import NaiveShadow, assert_same_gradients
+from products import covering
 from shadowpeft import ShadowLossMixin, ShadowTrainer
 from shadowpeft.errors import ConfigError, NonFiniteLossError, UnsupervisedShadowError
 from tiny import adapt, adapter_config, base, padded, tokenizer, tokens
@@ -127,9 +128,10 @@ def test_one_step(tmp_path, cls, kind, weight):
     check(model, start, gradients, **whole(rows()))
 
 
-@pytest.mark.parametrize("cls", [Trainer, ShadowTrainer])
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("kind", [{}, {"shadow_model": "small_llama"}], ids=["mirror", "explicit"])
+@pytest.mark.parametrize(
+    ("cls", "checkpointing", "kind"),
+    covering([Trainer, ShadowTrainer], [None, True, False], [{}, {"shadow_model": "small_llama"}]),
+)
 def test_micro_batches_are_the_whole_batch(tmp_path, cls, checkpointing, kind):
     model, start, adapted = pair(**kind)
     more = {}
@@ -391,10 +393,12 @@ def plain_whole():
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-@pytest.mark.parametrize(("name", "weight"), [("llama", LAMBDA), ("llama", 100.0), ("gemma3", LAMBDA)])
-@pytest.mark.parametrize("micro", [1, 4])
-@pytest.mark.parametrize("mixin", [False, True], ids=["stock", "mixin"])
-def test_sft_trainer(tmp_path, name, weight, micro, mixin):
+@pytest.mark.parametrize(
+    ("base_and_weight", "micro", "mixin"),
+    covering([("llama", LAMBDA), ("llama", 100.0), ("gemma3", LAMBDA)], [1, 4], [False, True]),
+)
+def test_sft_trainer(tmp_path, base_and_weight, micro, mixin):
+    name, weight = base_and_weight
     from trl import SFTTrainer
 
     cls = type("Mixed", (ShadowLossMixin, SFTTrainer), {}) if mixin else SFTTrainer

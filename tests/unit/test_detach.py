@@ -189,9 +189,7 @@ def test_an_adapter_without_a_trained_head_has_the_bases():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(("name", "kind", "side"), covering(["llama", "gpt2", "qwen3"], KINDS, ["right", "left"]))
 def test_detached_classifier(name, kind, side):
     adapted = adapt(base(name, task="SEQ_CLS"), task_type="SEQ_CLS", **KINDS[kind])
     edge = shadowpeft.detach(adapted)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from naive import NaiveShadow, assert_same_gradients
+from products import covering
 from tiny import ARCHITECTURES, KINDS, adapt, base, padded, randomise, tokens
 
 # float32, four layers of width 32: the fused and the naive order of summation differ by a few units of 1e-6 per layer
@@ -36,8 +37,7 @@ def compare(model, adapted, ids, mask, labels, **extra):
 # --------------------------------------------------------------------------------------- property 1: the base's logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize(("name", "kind"), covering(WIDER, KINDS))
 def test_untrained_and_disabled_adapters_change_no_bit(name, kind):
     model = base(name)
     ids, mask, _ = batch()
@@ -135,9 +135,7 @@ def test_short_bases(layers):
     assert_same_gradients(adapted, naive)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(("name", "kind", "side"), covering(["llama", "gpt2", "qwen3"], KINDS, ["right", "left"]))
 def test_classification_equals_the_naive_loop(name, kind, side):
     model = base(name, task="SEQ_CLS")
     adapted = adapt(model, task_type="SEQ_CLS", auxiliary_loss_weight=0.3, **KINDS[kind])
@@ -327,9 +325,7 @@ def test_logits_to_keep_keeps_the_same_shadow_logits():
 # ------------------------------------------------------------------------------------------------ property 4: gradients
 
 
-@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("name", "kind", "task"), covering(["llama", "gemma3", "gpt2"], KINDS, ["CAUSAL_LM", "SEQ_CLS"]))
 def test_every_trainable_tensor_has_a_gradient_from_the_first_step(name, kind, task):
     model = base(name, task=task)
     adapted = adapt(model, trained=False, task_type=task, **KINDS[kind]).train()

@@ -105,9 +105,7 @@ def test_dropout_only_in_training():
 # ----------------------------------------------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "task", "autocast"), covering(KINDS, ["CAUSAL_LM", "SEQ_CLS"], [False, True]))
 def test_a_bfloat16_base_trains_float32_weights(kind, task, autocast):
     adapted = adapt(base("llama", task=task).bfloat16(), task_type=task, **KINDS[kind]).train()
     trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
@@ -227,6 +225,7 @@ def test_as_many_graphs_as_the_base(name, kind):
     assert graphs(adapt(model, **KINDS[kind]).get_base_model(), inputs) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("kind", ["mirror", "explicit"])
 def test_one_graph_gives_the_same_logits(kind):

@@ -8,14 +8,13 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from naive import NaiveShadow, assert_same_gradients
+from products import covering
 from tiny import KINDS, WINDOW, adapt, adapter_config, base, padded, randomise, tokens
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # float32 sums in another order
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(("name", "kind", "side"), covering(["llama", "gemma3", "gpt2"], KINDS, ["left", "right"]))
 def test_padding_on_either_side_equals_the_row_alone(name, kind, side):
     adapted = adapt(base(name), **KINDS[kind])
     ids, mask = padded(tokens(3, 9), [0, 4, 2], side)
@@ -126,10 +125,16 @@ def test_a_deep_copied_prefix_continued_twice_equals_uncached(name, kind):
     assert cache.get_seq_length() == 8
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "task", "dtype", "autocast"),
+    covering(
+        ["llama", "gemma3"],
+        ["CAUSAL_LM", "SEQ_CLS"],
+        [torch.float32, torch.bfloat16, torch.float16],
+        [False, True],
+        strength=2,
+    ),
+)
 def test_untrained_adapter_on_16_bits_and_under_autocast_gives_the_bases_bits(name, task, dtype, autocast):
     model = base(name, task=task).to(dtype)
     adapted = adapt(model, trained=False, task_type=task)

@@ -88,8 +88,7 @@ def test_training_on_an_offloaded_base_equals_the_naive_loop(plain, tmp_path, wh
     assert_same_gradients(adapted, naive)
 
 
-@pytest.mark.parametrize("kind", ["mirror", "explicit"])
-@pytest.mark.parametrize("where", MAPS)
+@pytest.mark.parametrize(("where", "kind"), covering(MAPS, ["mirror", "explicit"]))
 def test_detaching_from_an_offloaded_base(plain, tmp_path, where, kind):
     adapted = adapt(offloaded(tmp_path, where), copy_base=False, **KINDS[kind])
     edge = shadowpeft.detach(adapted)
