@@ -29,7 +29,6 @@ from experiments.spec import RECORDS
 from shadowpeft.data import robot
 from shadowpeft.data.chat import stop_tokens, with_system
 from shadowpeft.generate import encode_prompts, messages_of
-from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.runtime import prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.tokenizer import load_tokenizer
@@ -42,7 +41,7 @@ WORK = Path(__file__).resolve().parents[1] / "runs" / "drafts"
 PAGE, MARKS = Path(__file__).resolve().parents[1] / "docs" / "speculation.md", ("<!-- drafts -->", "<!-- /drafts -->")
 TEXTS = {"commands": ("validation_normal", 96), "open requests": ("validation_remote", 32)}
 """Split, and how many of its rows are asked."""
-LONGEST, BATCH = 40, 16
+LONGEST, BATCH, DRAFTS = 40, 16, (3, 7)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,21 @@ def batches(prompts: list[str], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
         yield encode_prompts(tokenizer, chats[place : place + BATCH], "cpu")
 
 
-def say(model: Any, inputs: dict[str, Tensor], tokenizer: Any, **options: Any) -> Tensor:
+def passes(agrees: list[bool], drafts: int) -> int:
+    """Attached passes that make an answer with so many drafts in each, of whose tokens ``agrees`` says what a draft would be.
+
+    While drafts stay, the shadow has read what the attached path says, so one pass over the answer tells all of them.
+    """
+    place = count = 0
+    while place < len(agrees):
+        stayed = 0
+        while stayed < drafts and place + stayed < len(agrees) and agrees[place + stayed]:
+            stayed += 1
+        place, count = place + stayed + 1, count + 1
+    return count
+
+
+def say(model: Any, inputs: dict[str, Tensor], tokenizer: Any) -> Tensor:
     """Greedy answers ``(B, T)`` of the attached path, prompts left out."""
     out: Tensor = model.generate(
         **inputs,
@@ -100,7 +113,6 @@ def say(model: Any, inputs: dict[str, Tensor], tokenizer: Any, **options: Any) -
         do_sample=False,
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        **options,
     )
     return out[:, inputs["input_ids"].shape[1] :]
 
@@ -130,33 +142,33 @@ def regenerated(adapter: Path, file: Path) -> Path:
 def judge(adapter: Path) -> dict[str, Any]:
     """What drafts are worth on each text: agreement by token, tokens a pass, and how many commands the attached path knows."""
     model, tokenizer = shadowpeft.load(adapter).eval(), load_tokenizer("smollm2-135m")
+    ids_of = torch.tensor(model.peft_config["default"].draft_tokens)
     found = {}
     for name, (split, count) in TEXTS.items():
         drawn = robot.load(split)
         rows = sorted(drawn[:: max(len(drawn) // count, 1)][:count], key=lambda row: len(row["prompt"]))
-        ways = {"fixed-7": Speculation(max_draft=7, adaptive=False), "gate": Speculation()}
         said: list[str] = []
-        same = overlap = tokens = 0.0
+        same, overlap = [], 0.0
         for inputs in batches([row["prompt"] for row in rows], tokenizer):
             answers = say(model, inputs, tokenizer)
             said += tokenizer.batch_decode(answers, skip_special_tokens=True)
-            kept = answers != tokenizer.pad_token_id
+            ends = torch.isin(answers, torch.tensor([*stop_tokens(model, tokenizer), tokenizer.pad_token_id]))
+            kept = ends.cumsum(1) <= 1  # the end is a token of the answer
             mask = torch.cat([inputs["attention_mask"], kept.long()], dim=1)
             ids = torch.cat([inputs["input_ids"], answers], dim=1)
             out = model(input_ids=ids, attention_mask=mask, return_shadow=True)
             before = slice(inputs["input_ids"].shape[1] - 1, -1)
-            p, q = out.logits[:, before][kept].softmax(-1), out.shadow_logits[:, before][kept].softmax(-1)
-            same += float((p.argmax(-1) == q.argmax(-1)).sum())
-            overlap += float(torch.minimum(p, q).sum())
-            tokens += len(p)
-            for settings in ways.values():
-                say(model, inputs, tokenizer, speculative=settings)
+            p, q = out.logits[:, before].softmax(-1), out.shadow_logits[:, before].softmax(-1)
+            drafted = ids_of[q[..., ids_of].argmax(-1)]
+            same += [row[real].tolist() for row, real in zip(drafted == answers, kept, strict=True)]
+            overlap += float(torch.minimum(p, q).sum(-1)[kept].sum())
+        tokens = sum(map(len, same))
         found[name] = {
             "rows": len(rows),
-            "answer_tokens": int(tokens),
-            "agreement": round(same / tokens, 4),
+            "answer_tokens": tokens,
+            "agreement": round(sum(map(sum, same)) / tokens, 4),
             "overlap": round(overlap / tokens, 4),
-            "drafts": {way: settings.counts.summary() for way, settings in ways.items()},
+            "tokens_a_pass": {str(k): round(tokens / sum(passes(row, k) for row in same), 3) for k in DRAFTS},
             "right": sum(robot.parse_action(text) == row["skill"] for text, row in zip(said, rows, strict=True))
             if name == "commands"
             else None,
@@ -195,7 +207,7 @@ def records() -> list[dict[str, Any]]:
 def block(found: list[dict[str, Any]]) -> str:
     """The table of the page."""
     heads = ["shadow's loss", "lambda", "layers", "attached right"]
-    shown = ("same token", "kept if drawn", "tokens a pass, 7 drafts", "gate")
+    shown = ("same token", "kept if drawn", *(f"tokens a pass, {k} drafts" for k in DRAFTS))
     heads += [f"{text}: {what}" for text in TEXTS for what in shown]
     rows = []
     for record in found:
@@ -206,7 +218,7 @@ def block(found: list[dict[str, Any]]) -> str:
         for text in TEXTS:
             own = texts[text]
             row += [f"{own['agreement']:.1%}", f"{own['overlap']:.1%}"]
-            row += [f"{own['drafts'][way]['tokens_per_pass']:.2f}" for way in ("fixed-7", "gate")]
+            row += [f"{own['tokens_a_pass'][str(k)]:.2f}" for k in DRAFTS]
         rows.append(row)
     counts = ", ".join(f"{own['rows']} {text} ({own['answer_tokens']} tokens)" for text, own in found[0]["texts"].items())
     return "\n".join(table(heads, rows)) + f"\n\n{counts}, greedy, one seed. Records: `experiments/records/drafts`."

@@ -1,0 +1,42 @@
+"""Cells of what trains drafts: what is counted is what decoding does, and the page shows the committed records."""
+
+import pytest
+import torch
+
+from experiments import drafts
+from pages import facts, marked
+from shadowpeft import Speculation
+from tiny import PAD, V, adapt, base, tokens
+
+
+@pytest.mark.parametrize(
+    ("agrees", "count", "passes"),
+    [([], 3, 0), ([False] * 4, 3, 4), ([True] * 8, 3, 2), ([True] * 9, 3, 3), ([True, True, False, True, True], 3, 2)],
+)
+def test_passes_of_an_answer(agrees, count, passes):
+    assert drafts.passes(agrees, count) == passes
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_what_is_counted_is_what_decoding_does(count):
+    """A copy of the base that was shaken agrees now and then."""
+    model = adapt(base("llama"), trained=False, shadow_init="base_layers", shadow_num_hidden_layers=4).eval()
+    for name, p in model.named_parameters():
+        if "shadowpeft_backbone." in name:
+            p.data += 0.05 * torch.randn_like(p)
+    ids = tokens(1, 5)
+    said = Speculation(max_draft=count, adaptive=False, tokens=range(V))
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    with torch.no_grad():
+        whole = model.generate(input_ids=ids, speculative=said, **options)
+        shadow = model(input_ids=whole, return_shadow=True).shadow_logits[0, 4:-1].argmax(-1)
+    agrees = (shadow == whole[0, 5:]).tolist()
+    assert 0 < sum(agrees) < len(agrees)
+    assert abs(drafts.passes(agrees, count) - said.counts.passes) <= 1  # the pass that reads the prompt gives a token, too
+
+
+def test_the_page_holds_the_numbers_of_the_records():
+    found = drafts.records()
+    assert found, "no cell was run"
+    shown = marked(drafts.PAGE, "drafts")
+    assert facts(shown) == facts(drafts.block(found)), "run `python -m experiments.drafts page`"
