@@ -6,60 +6,16 @@ parallelism has processes of its own.
 """
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
-import torch
 from vllm_cases import CASES, expected, make_case, prompts
+from vllm_runs import assert_same, job, run_engine, vllm_python
 
 import shadowpeft
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
-SAME = 2e-4
-"""Float32 on both sides, other kernels: 2.3e-5 was the largest difference of a log-probability over all families."""
 NEW = 12
 HOW = ("together", "one by one", "staggered")
-
-
-def vllm_python() -> str:
-    python = os.environ.get("SHADOWPEFT_VLLM_PYTHON")
-    if not python:
-        pytest.skip("SHADOWPEFT_VLLM_PYTHON names no Python that has vLLM; run make vllm")
-    return python
-
-
-def vllm_environment() -> dict[str, str]:
-    """What vLLM needs on a CPU: Intel's OpenMP first, no binding of threads, a small cache."""
-    library = Path(vllm_python()).parents[1] / "lib" / "libiomp5.so"
-    settings = {
-        "LD_PRELOAD": str(library) if library.exists() else "",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | settings
-
-
-def run_engine(jobs, folder):
-    """The results of ``engine.py``, by name of the job."""
-    (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
-    script = Path(__file__).with_name("engine.py")
-    command = [vllm_python(), str(script), str(folder / "jobs.json"), str(folder / "out.json")]
-    with (folder / "log.txt").open("w") as log:
-        code = subprocess.run(command, env=vllm_environment(), stdout=log, stderr=log, timeout=1400).returncode
-    assert code == 0, (folder / "log.txt").read_text()[-3000:]
-    return dict(zip(jobs, json.loads((folder / "out.json").read_text()), strict=True))
-
-
-def job(model, base, adapter, steps, **arguments):
-    kind = model.get_base_model().config.model_type
-    return {"model": str(base), "adapter": str(adapter), "model_type": kind, "steps": steps, "arguments": arguments}
 
 
 def changed(adapter, to, **values):
@@ -144,13 +100,6 @@ def window(folder):
     source = folder / "mistral-7"
     record = json.loads((source / "adapter_config.json").read_text())["shadow_backbone_config"]
     return changed(source, folder / "window", shadow_backbone_config={**record, "sliding_window": None})
-
-
-def assert_same(got, wanted):
-    """The tokens are equal, and their log-probabilities up to rounding."""
-    assert [row["tokens"] for row in got] == [row["tokens"] for row in wanted]
-    for mine, theirs in zip(got, wanted, strict=True):
-        torch.testing.assert_close(torch.tensor(mine["logprobs"]), torch.tensor(theirs["logprobs"]), rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,8 +13,8 @@ import pytest
 import shadowpeft_vllm
 import torch
 from peft import get_peft_model
-from test_vllm_engine import vllm_environment, vllm_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_runs import Server, vllm_environment, vllm_python
 
 import shadowpeft
 from chatbase import chat_tokenizer, save_base
@@ -22,7 +22,7 @@ from pages import ROOT
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.export import vllm as export
 from tiny import adapter_config, randomise
-from webserver import free_port, wait_for
+from webserver import free_port
 
 PAGE = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
 
@@ -54,35 +54,6 @@ def test_the_step_costs_what_the_record_says():
         f"{max(record['equality']['largest difference of a log-probability'].values()):.1e}".replace("e-0", "e-")
         in PAGE
     )
-
-
-class Server:
-    """A command of the page that serves until the ``with`` ends; its output goes to a file."""
-
-    def __init__(self, words, folder, ready, environment=None):
-        self.log = folder / f"{ready.rpartition(':')[2].partition('/')[0]}.log"
-        self.url = ready
-        with self.log.open("w") as log:
-            self.child = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
-
-    def ready(self):
-        assert self.child.poll() is None, self.log.read_text()[-3000:]
-        try:
-            return httpx.get(self.url, trust_env=False).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    def __enter__(self):
-        try:
-            wait_for(self.ready, 700)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self.child.terminate()
-        self.child.wait(60)
 
 
 def made_ready(words, ports, python):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shadowpeft_vllm.values import problem_in
+from shadowpeft_vllm.values import KNOWN, NOT_OF_A_BACKBONE, problem_in
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT_VERSION = 1
@@ -46,66 +46,6 @@ VARIANTS = {
 }
 SHADOWS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text", "qwen3_moe")
 """``model_type`` of the shadow backbones that there are layers for."""
-_KNOWN = frozenset(
-    [
-        "auto_mapping",
-        "auxiliary_loss_weight",
-        "base_alias",
-        "base_fingerprint",
-        "base_model_name_or_path",
-        "draft_tokens",
-        "format_version",
-        "inference_mode",
-        "labels",
-        "modules_to_save",
-        "own_shadow_head",
-        "peft_type",
-        "peft_version",
-        "projection_init",
-        "r",
-        "refined_layers",
-        "revision",
-        "shadow_alpha",
-        "shadow_answers",
-        "shadow_backbone_config",
-        "shadow_dropout",
-        "shadow_frozen",
-        "shadow_head_dim",
-        "shadow_hidden_size",
-        "shadow_init",
-        "shadow_intermediate_size",
-        "shadow_loss",
-        "shadow_model",
-        "shadow_num_attention_heads",
-        "shadow_num_hidden_layers",
-        "shadow_num_key_value_heads",
-        "shadow_reads_tokens",
-        "share_embeddings",
-        "system_message",
-        "task_type",
-        "trained_ends",
-        "update_hidden_size",
-        "use_update",
-        "variant",
-        "weights_sha256",
-    ]
-)
-_NOT_OF_A_BACKBONE = frozenset(
-    [
-        "transformers_version",
-        "architectures",
-        "quantization_config",
-        "dtype",
-        "torch_dtype",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "trust_remote_code",
-        "custom_pipelines",
-        "torchscript",
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -305,7 +245,7 @@ def read_adapter(folder: str | Path, base: Mapping[str, Any]) -> Adapter:
         layers=range(ends[0], ends[1] + 1),
         use_update=config["use_update"],
         mathematics=mathematics,
-        record={k: v for k, v in record.items() if k not in _NOT_OF_A_BACKBONE and not k.startswith(("_", "auto_"))},
+        record={k: v for k, v in record.items() if k not in NOT_OF_A_BACKBONE and not k.startswith(("_", "auto_"))},
         own_embedding=not shares,
         d=base["hidden_size"],
         fingerprint=fingerprint,
@@ -340,7 +280,7 @@ def _refuse(config: dict[str, Any]) -> None:
         raise AdapterError(
             f"the adapter's configuration lacks {missing[0]}; take the file from the run that made the adapter"
         )
-    unknown = sorted(set(config) - _KNOWN)
+    unknown = sorted(set(config) - KNOWN)
     if unknown:
         raise AdapterError(
             f"the adapter has the setting {unknown[0]}, which this shadowpeft-vllm does not know; upgrade it"

@@ -1,9 +1,71 @@
-"""What the values of an adapter's configuration must be, before anything is computed from them; without vLLM and torch."""
+"""The settings of an adapter and what their values must be, before anything is computed from them; without vLLM and torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+KNOWN = frozenset(
+    [
+        "auto_mapping",
+        "auxiliary_loss_weight",
+        "base_alias",
+        "base_fingerprint",
+        "base_model_name_or_path",
+        "draft_tokens",
+        "format_version",
+        "inference_mode",
+        "labels",
+        "modules_to_save",
+        "own_shadow_head",
+        "peft_type",
+        "peft_version",
+        "projection_init",
+        "r",
+        "refined_layers",
+        "revision",
+        "shadow_alpha",
+        "shadow_answers",
+        "shadow_backbone_config",
+        "shadow_dropout",
+        "shadow_frozen",
+        "shadow_head_dim",
+        "shadow_hidden_size",
+        "shadow_init",
+        "shadow_intermediate_size",
+        "shadow_loss",
+        "shadow_model",
+        "shadow_num_attention_heads",
+        "shadow_num_hidden_layers",
+        "shadow_num_key_value_heads",
+        "shadow_reads_tokens",
+        "share_embeddings",
+        "system_message",
+        "task_type",
+        "trained_ends",
+        "update_hidden_size",
+        "use_update",
+        "variant",
+        "weights_sha256",
+    ]
+)
+"""Settings that an adapter's configuration may have."""
+NOT_OF_A_BACKBONE = frozenset(
+    [
+        "transformers_version",
+        "architectures",
+        "quantization_config",
+        "dtype",
+        "torch_dtype",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "trust_remote_code",
+        "custom_pipelines",
+        "torchscript",
+    ]
+)
+"""What of a shadow's recorded configuration does not shape a backbone."""
 
 
 def _count(value: Any) -> bool:
