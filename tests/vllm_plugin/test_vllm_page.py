@@ -18,7 +18,7 @@ from vllm_runs import Server, vllm_environment, vllm_python
 
 import shadowpeft
 from chatbase import chat_tokenizer, save_base
-from pages import ROOT
+from pages import ROOT, facts, marked, rows, script
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.export import vllm as export
 from tiny import adapter_config, randomise
@@ -45,15 +45,20 @@ def test_the_page_has_five_commands_and_every_architecture():
     assert dict(re.findall(r"^\| `(\w+)` \| `(ShadowPeft\w+)` \|$", PAGE, flags=re.M)) == export.ARCHITECTURES
 
 
-def test_the_step_costs_what_the_record_says():
-    record = json.loads((ROOT / "docs" / "records" / "vllm.json").read_text())
-    rows = [f"| {n} | {cost['linear']} | {cost['right factors']} |" for n, cost in record["step"]["by tokens"].items()]
-    head = "| tokens in a pass | weights as `nn.Linear` has them | as the plugin has them |\n|---|---|---|\n"
-    assert "<!-- step -->\n" + head + "\n".join(rows) + "\n<!-- /step -->" in PAGE
-    assert (
-        f"{max(record['equality']['largest difference of a log-probability'].values()):.1e}".replace("e-0", "e-")
-        in PAGE
-    )
+@pytest.mark.parametrize(("mark", "path"), [("step", "benchmarks/vllm_step.py"), ("engines", "benchmarks/vllm_speed.py")])
+def test_the_tables_numbers_are_those_of_the_records(mark, path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = script(path)
+    record = json.loads(bench.RECORD.read_text(encoding="utf-8"))
+    block = marked(bench.PAGE, mark)
+    assert rows(block) == rows(bench.block(record)), f"run `python {path} --page` and commit docs/vllm.md"
+    assert facts(block) == facts(bench.block(record))
+
+
+def test_the_largest_difference_is_the_records():
+    record = json.loads((ROOT / "docs" / "records" / "vllm.json").read_text(encoding="utf-8"))
+    largest = max(record["equality"]["largest difference of a log-probability"].values())
+    assert f"{largest:.1e}".replace("e-0", "e-") in PAGE
 
 
 def made_ready(words, ports, python):

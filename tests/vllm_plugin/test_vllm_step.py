@@ -38,18 +38,16 @@ def test_a_step_is_that_of_the_reference(name):
     biases = {"b_in": drawn(2 * M), "b_out": drawn(2, D)} if variant.update_bias else {}
     norm = {"norm_weight": drawn(D), "norm_bias": drawn(D)} if variant.update_norm else {}
     rest = {"gate_start": variant.gate_start, "activation": variant.update_activation}
-    ours = step.advance(s, h, w_in.mT, w_out.mT, **biases, **norm, **rest)
-    torch.testing.assert_close(
-        ours, reference.advance(s, h, w_in, w_out, **biases, **norm, **rest), rtol=1e-12, atol=1e-12
-    )
-    corrected = reference.inject(h, reference.correction(h, ours, w_down, w_up, normalised=variant.normalised), ALPHA)
+    theirs = reference.advance(s, h, w_in, w_out, **biases, **norm, **rest)
+    corrected = reference.inject(h, reference.correction(h, theirs, w_down, w_up, normalised=variant.normalised), ALPHA)
+    parts = dict(zip(("b_t", "b_g"), biases["b_out"], strict=True)) | {"b_in": biases["b_in"]} if biases else {}
+    given = ((D,), *norm.values(), 1e-5) if norm else None
     # float64 sums in another order, and alpha inside the matrix: rounding is 1e-15 of the largest value
-    torch.testing.assert_close(
-        step.inject(h, ours, w_down.mT, ALPHA * w_up.mT, normalised=variant.normalised),
-        corrected,
-        rtol=1e-12,
-        atol=1e-12,
-    )
+    ours = step.advance(s, h, w_in.mT, *w_out.mT, **parts, norm=given, **rest)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    mine = step.inject(h, ours, w_down.mT, ALPHA * w_up.mT, normalised=variant.normalised)
+    torch.testing.assert_close(mine, corrected, rtol=1e-12, atol=1e-12)
+    assert (ours is s, mine is h) == (True, True)  # in place
 
 
 def test_the_variants_are_those_of_the_package():
@@ -77,11 +75,18 @@ def test_every_tensor_of_an_adapter_has_its_place(name, cases):
     facts, folder = cases(name)
     adapter = read_adapter(folder, facts)
     stored, mine = load_file(folder / "adapter_model.safetensors"), dict(adapter.tensors())
-    assert len(mine) == len([n for n in stored if "shadowpeft_head" not in n])
+    parts = sum(name.endswith(("w_out", "b_out")) for name in stored)  # an update's two matrices are two tensors in vLLM
+    assert len(mine) == len([n for n in stored if "shadowpeft_head" not in n]) + parts
+    for layer in adapter.layers:
+        links = {n.rpartition(".")[2]: tuple(v.shape) for n, v in mine.items() if n.startswith(f"links.{layer}.")}
+        assert links == adapter.link_shapes(layer)
     last = max(adapter.layers)
     link = f"base_model.model.model.layers.{last}.shadow_link.shadowpeft_injection"
     assert torch.equal(mine[f"links.{last}.w_down"], stored[f"{link}.w_down"].T)
     assert torch.equal(mine[f"links.{last}.w_up"], stored[f"{link}.w_up"].T * 0.7)  # alpha as recorded
+    if adapter.has_update(last):
+        update = stored[f"base_model.model.model.layers.{last}.shadow_link.shadowpeft_update.w_out"]
+        assert all(torch.equal(mine[f"links.{last}.w_{n}"], update[i].T) for i, n in enumerate("tg"))
     assert torch.equal(mine["norm.weight"], stored["base_model.model.model.shadow_hub.shadowpeft_backbone.norm.weight"])
     assert (("projection.weight" in mine), ("embed_tokens.weight" in mine)) == (
         adapter.d_s != adapter.d,

@@ -42,13 +42,14 @@ def vllm_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | settings
 
 
-def run_engine(jobs: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The results of ``engine.py``, by name of the job."""
+def run_engine(jobs: dict[str, Any], folder: Path, **environment: str) -> dict[str, Any]:
+    """The results of ``engine.py``, by name of the job; ``environment`` is set for its process."""
     (folder / "jobs.json").write_text(json.dumps(list(jobs.values())))
     script = Path(__file__).with_name("engine.py")
     command = [vllm_python(), str(script), str(folder / "jobs.json"), str(folder / "out.json")]
     with (folder / "log.txt").open("w") as log:
-        code = subprocess.run(command, env=vllm_environment(), stdout=log, stderr=log, timeout=1400).returncode
+        set_there = vllm_environment() | environment
+        code = subprocess.run(command, env=set_there, stdout=log, stderr=log, timeout=1400).returncode
     assert code == 0, (folder / "log.txt").read_text()[-3000:]
     return dict(zip(jobs, json.loads((folder / "out.json").read_text()), strict=True))
 

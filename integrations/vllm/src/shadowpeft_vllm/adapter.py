@@ -132,20 +132,33 @@ class Adapter:
             shapes["embed_tokens.weight"] = (int(self.record["vocab_size"]), self.d_s)
         return shapes
 
+    def link_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Name in a link of vLLM's model -> shape, of what the step before ``layer`` needs."""
+        shapes = {"w_down": (self.d, self.r), "w_up": (self.r, self.d)}
+        if self.has_update(layer):
+            shapes |= {"w_in": (self.d, 2 * self.m), "w_t": (self.m, self.d), "w_g": (self.m, self.d)}
+            if self.mathematics.update_bias:
+                shapes |= {"b_in": (2 * self.m,), "b_t": (self.d,), "b_g": (self.d,)}
+        return shapes
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that serving needs, by its name in vLLM's model; a link's matrices as :func:`stored` says, ``w_up``
-        times alpha, so that a step has no constant."""
+        """Every tensor that serving needs, by its name in vLLM's model. A link's matrices are right factors
+        (:mod:`shadowpeft_vllm.step`), the two output matrices of an update two tensors, and ``w_up`` has alpha in it, so that a
+        step has no constant."""
         with safe_open(str(self.folder / WEIGHTS), "pt") as file:
             for name in sorted(file.keys()):
                 mine = rename(name)
-                if mine is not None:
-                    value = file.get_tensor(name)
-                    if mine.endswith(".w_up"):
-                        value = value * self.alpha
-                    yield (
-                        mine,
-                        value.transpose(-1, -2).contiguous() if mine.startswith("links.") and ".w_" in mine else value,
-                    )
+                if mine is None:
+                    continue
+                value = file.get_tensor(name)
+                if not mine.startswith("links."):
+                    yield mine, value
+                    continue
+                link, _, kind = mine.rpartition(".")
+                value = value * self.alpha if kind == "w_up" else value
+                parts = zip(("t", "g"), value, strict=True) if kind.endswith("_out") else [(kind[2:], value)]
+                for part, own in parts:
+                    yield f"{link}.{kind[:2]}{part}", own.mT.contiguous() if kind.startswith("w_") else own
 
     def check_value(self, name: str, value: Tensor) -> bool:
         """Compare a tensor of the base, as its file calls it, with the sample that the adapter took of it in training.
@@ -180,11 +193,8 @@ class Adapter:
         return False
 
 
-def stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a link's tensor has in vLLM's model: its matrices are right factors (:mod:`shadowpeft_vllm.step`)."""
-    return (*shape[:-2], shape[-1], shape[-2]) if name.startswith("w_") else shape
-
-
+LINK = ("w_down", "w_up", "w_in", "w_t", "w_g", "b_in", "b_t", "b_g")
+"""What a link of vLLM's model may hold."""
 _LINK = re.compile(r"layers\.(\d+)\.shadow_link\.shadowpeft_(?:injection|update)\.(w_down|w_up|w_in|w_out|b_in|b_out)")
 _HUB = {
     "shadowpeft_backbone.shadow_embedding.weight": "embed_tokens.weight",

@@ -89,10 +89,11 @@ class ShadowBeside:
     ) -> Tensor:
         """Tokens ``(T,)`` to the state that the head reads, ``(T, d)``: update, inject, layer (Eqs. 2-7), for each layer."""
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        s, norm, residual = self.shadow(input_ids, positions, hidden), self.shadow.link_norm, None
+        s, norm, residual = self.shadow(input_ids, positions, hidden), self.shadow.step_norm(), None
         for link, layer in zip(self.steps, islice(self.layers, self.start_layer, self.end_layer), strict=True):
             if link is not None:  # vLLM carries a state as a sum of two, so that a layer's norm can add them
-                h, s = link(hidden if residual is None else hidden + residual, s, norm)
+                # in place in the one that vLLM keeps; the other may lie in a buffer that the next layer writes to
+                h, s = link(hidden if residual is None else residual.add_(hidden), s, norm)
                 hidden, residual = h, None
             hidden, residual = layer(positions, hidden, residual)
         hidden, _ = self.norm(hidden, residual)

@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.transformers_utils.config import patch_rope_parameters
 
 from shadowpeft_vllm import step
-from shadowpeft_vllm.adapter import Adapter, AdapterError, stored
+from shadowpeft_vllm.adapter import LINK, Adapter, AdapterError
 
 
 def _with_config(kind: Callable[..., nn.Module]) -> Callable[[VllmConfig, Any, str], nn.Module]:
@@ -54,30 +54,32 @@ class Link(nn.Module):
 
     def __init__(self, adapter: Adapter, layer: int) -> None:
         super().__init__()
-        start = f"links.{layer}."
-        for name in ("w_down", "w_up", "w_in", "w_out", "b_in", "b_out"):
-            shape = adapter.expected().get(start + name)
-            parameter = None if shape is None else nn.Parameter(torch.empty(stored(name, shape)), requires_grad=False)
+        shapes = adapter.link_shapes(layer)
+        for name in LINK:
+            parameter = nn.Parameter(torch.empty(shapes[name]), requires_grad=False) if name in shapes else None
             self.register_parameter(name, parameter)
         self.mathematics = adapter.mathematics
 
-    def forward(self, h: Tensor, s: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
-        """Base state ``h`` and shadow state ``s``, both ``(T, d)``, to the corrected state and the next shadow state."""
-        kind = self.mathematics
-        if self.w_in is not None:
+    def forward(self, h: Tensor, s: Tensor, norm: step.Norm | None) -> tuple[Tensor, Tensor]:
+        """Base state ``h`` and shadow state ``s``, both ``(T, d)``, to the corrected state and the next shadow state; both in
+        place."""
+        kind, own = self.mathematics, self._parameters  # a module's attributes are slow to look up, and a step is short
+        w_in = own["w_in"]
+        if w_in is not None:
             s = step.advance(
                 s,
                 h,
-                self.w_in,
-                self.w_out,
-                b_in=self.b_in,
-                b_out=self.b_out,
-                norm_weight=None if norm is None else norm.weight,
-                norm_bias=None if norm is None else norm.bias,
+                w_in,
+                own["w_t"],
+                own["w_g"],
+                b_in=own["b_in"],
+                b_t=own["b_t"],
+                b_g=own["b_g"],
+                norm=norm,
                 gate_start=kind.gate_start,
                 activation=kind.update_activation,
             )
-        return step.inject(h, s, self.w_down, self.w_up, normalised=kind.normalised), s
+        return step.inject(h, s, own["w_down"], own["w_up"], normalised=kind.normalised), s
 
 
 class Shadow(nn.Module):
@@ -125,6 +127,11 @@ class Shadow(nn.Module):
             hidden, residual = layer(positions, hidden, residual)
         s, _ = self.norm(hidden, residual)
         return s if self.projection is None else F.linear(s, self.projection.weight)
+
+    def step_norm(self) -> step.Norm | None:
+        """What the steps of one pass take of the norm that they share."""
+        norm = self.link_norm
+        return None if norm is None else (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill in ``adapter.tensors()``."""

@@ -1,33 +1,37 @@
 """One refinement step of ShadowPEFT (arXiv 2604.19254) as plain PyTorch, for tokens that stand in one row.
 
 Alphabet: ``T`` tokens, ``d`` base width, ``r`` rank of the injection, ``m`` hidden width of the update. Weights are stored as
-right factors, ``(in, out)``, not as ``nn.Linear`` does, and the two output matrices of the update are one batched product: for
-29 steps of SmolLM2-135M's width on one CPU thread that takes 1.2, 2.2 and 4.4 ms instead of 1.7, 2.7 and 5.1 at 1, 8 and 32
-tokens (docs/records/vllm.json). The arithmetic is that of ``shadowpeft.ops`` without dropout; a test runs both. The
-distribution does not depend on ``shadowpeft``, so it is written here once more.
+right factors, ``(in, out)``, not as ``nn.Linear`` does. Both states are changed in place, since vLLM has no other use for them.
+A step stands between two layers whose weights have just passed through the caches, so that every operation and every new tensor
+costs more than alone; ``benchmarks/vllm_step.py`` measures forms of it there. The arithmetic is that of ``shadowpeft.ops``
+without dropout; a test runs both. The distribution does not depend on ``shadowpeft``, so it is written here once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": partial(F.silu, inplace=True), "gelu": F.gelu}
+Norm = tuple[tuple[int, ...], Tensor, Tensor, float]
+"""Shape, weight, bias and epsilon of a norm."""
 
 
 def advance(
     s: Tensor,
     h: Tensor,
     w_in: Tensor,
-    w_out: Tensor,
+    w_t: Tensor,
+    w_g: Tensor,
     *,
     b_in: Tensor | None = None,
-    b_out: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
+    b_t: Tensor | None = None,
+    b_g: Tensor | None = None,
+    norm: Norm | None = None,
     gate_start: float = 0.0,
     activation: str = "silu",
 ) -> Tensor:
@@ -35,34 +39,36 @@ def advance(
     (Eqs. 5-7).
 
     Args:
-        s: shadow state ``(T, d)``. h: output of the base layer ``(T, d)``.
-        w_in: ``(d, 2m)``, columns of ``W_1`` then ``W_3``. w_out: ``(2, m, d)``, ``W_2`` then ``W_4``.
-        b_in: ``(2m,)`` and b_out: ``(2, d)``, in PEFT's variant. norm_weight: ``(d,)``; None: no norm.
+        s: shadow state ``(T, d)``, changed in place. h: output of the base layer ``(T, d)``.
+        w_in: ``(d, 2m)``, columns of ``W_1`` then ``W_3``. w_t: ``(m, d)``, ``W_2``. w_g: ``(m, d)``, ``W_4``.
+        b_in: ``(2m,)``, b_t and b_g: ``(d,)``, in PEFT's variant. norm: None: no norm.
 
     Returns:
-        the next shadow state ``(T, d)``.
+        the next shadow state, which is ``s``.
     """
-    x = h if norm_weight is None else F.layer_norm(h, norm_weight.shape, norm_weight, norm_bias, 1e-5)
-    hidden = torch.mm(x, w_in) if b_in is None else torch.addmm(b_in, x, w_in)
-    halves = ACTIVATIONS[activation](hidden).view(-1, 2, w_out.shape[1]).transpose(0, 1)
-    out = torch.bmm(halves, w_out) if b_out is None else torch.baddbmm(b_out.unsqueeze(1), halves, w_out)
-    t, g = out.unbind(0)
-    return torch.lerp(s, t, torch.sigmoid(g + gate_start if gate_start else g))
+    x = h if norm is None else torch.native_layer_norm(h, *norm)[0]
+    hidden = ACTIVATIONS[activation](torch.mm(x, w_in) if b_in is None else torch.addmm(b_in, x, w_in))
+    first, second = hidden.chunk(2, -1)
+    t = torch.mm(first, w_t) if b_t is None else torch.addmm(b_t, first, w_t)
+    g = torch.mm(second, w_g) if b_g is None else torch.addmm(b_g, second, w_g)
+    if gate_start:
+        g.add_(gate_start)
+    return s.lerp_(t, g.sigmoid_())
 
 
 def inject(h: Tensor, s: Tensor, w_down: Tensor, w_up: Tensor, *, normalised: bool = False) -> Tensor:
     """``h~ = h + W_up W_down (h - s)`` (Eqs. 2-4); ``normalised``: ``h~ = h + rms(h) W_up W_down (h / rms(h) - s / rms(s))``.
 
     Args:
-        h: ``(T, d)``. s: ``(T, d)``. w_down: ``(d, r)``. w_up: ``(r, d)``, alpha times the trained matrix.
+        h: ``(T, d)``, changed in place. s: ``(T, d)``. w_down: ``(d, r)``. w_up: ``(r, d)``, alpha times the trained matrix.
 
     Returns:
-        the corrected state ``(T, d)``.
+        the corrected state, which is ``h``.
     """
     if not normalised:
-        return torch.addmm(h, torch.mm(h - s, w_down), w_up)
+        return h.addmm_(torch.mm(h - s, w_down), w_up)
     scale = rms(h)
-    return h + scale * torch.mm(torch.mm(h / scale - s / rms(s), w_down), w_up)
+    return h.add_(torch.mm(torch.mm(h / scale - s / rms(s), w_down), w_up).mul_(scale))
 
 
 def rms(x: Tensor) -> Tensor:
