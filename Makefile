@@ -121,7 +121,7 @@ $(VLLM_VENV)/ready: integrations/vllm/requirements-cpu.txt integrations/vllm/pyp
 	touch $@
 
 vllm: $(VENV)/dev $(VLLM_VENV)/ready  ## adapters in vLLM on a CPU, in an environment of its own (Python 3.11); ten minutes
-	SHADOWPEFT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm tests/vllm_plugin
+	SHADOWPEFT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m "vllm and not slow" tests/vllm_plugin
 
 bench-vllm: $(VENV)/dev $(VLLM_VENV)/ready  ## vLLM, vLLM with a shadow, our engine, transformers; and a step alone: records and tables of docs/vllm.md
 	SHADOWPEFT_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python benchmarks/vllm_speed.py
