@@ -1,8 +1,8 @@
 """Tokens per CPU-second of vLLM's base, vLLM with a shadow, our engine and transformers, on one CPU thread.
 
 ``python benchmarks/vllm_speed.py`` makes an adapter on SmolLM2-135M (one layer, r 16, random values: speed does not depend
-on them) and measures. ``SHADOWPEFT_VLLM_PYTHON`` names the Python that has vLLM (make vllm). Every request has 64 prompt
-tokens and 32 new ones, greedy, in float32. What is timed is all requests together, from the first token read to the last
+on them) and measures. ``SHADOWPEFT_VLLM_PYTHON`` names the Python that has vLLM (make vllm). Every request has 32 prompt
+tokens and 16 new ones, greedy, in float32. What is timed is all requests together, from the first token read to the last
 written.
 
 Engines of one Python live in one process and take turns, every second round in the opposite order, after a round that is not
@@ -32,8 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "docs" / "records" / "vllm-speed.json", ROOT / "docs" / "vllm.md"
 MARKS = ("<!-- engines -->", "<!-- /engines -->")
-PROMPT, NEW = 64, 32
-ROUNDS = {1: 5, 8: 7, 32: 3}
+PROMPT, NEW = 32, 16
+ROUNDS = {1: 3, 8: 5, 32: 2}
 """Requests at once -> how often they are measured."""
 NAMES = {
     "vllm": "vLLM, base alone",

@@ -30,13 +30,13 @@ RECORD, PAGE = ROOT / "docs" / "records" / "vllm-step.json", ROOT / "docs" / "vl
 MARKS = ("<!-- step -->", "<!-- /step -->")
 TOKENS = (1, 8, 32)
 NAMES = {
-    "new tensors": "every result a new tensor, the update's two output matrices one batched product",
-    "in place": "results in place where they can be",
-    "looked up": "and parameters looked up without the module's own search",
-    "traced": "and run by TorchScript",
-    "one operator": "and behind one operator of the dispatcher",
-    "compiled": "compiled by itself, with Inductor",
-    "plugin": "and two products instead of the batched one: the plugin",
+    "new tensors": "1. every result a new tensor",
+    "in place": "2. results in place",
+    "looked up": "3. and parameters from the module's own dictionary",
+    "plugin": "4. and two products, not a batched one: the plugin",
+    "traced": "5. form 3 run by TorchScript",
+    "one operator": "6. form 3 as one operator of the dispatcher",
+    "compiled": "7. form 3 compiled by Inductor",
 }
 Form = Callable[[Any, Any, Any], tuple[Any, Any]]
 

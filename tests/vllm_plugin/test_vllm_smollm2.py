@@ -33,13 +33,13 @@ def answers(tmp_path_factory):
     ]
     base = load_base(ALIAS)
     bare = expected(base, rows, NEW)
-    torch.manual_seed(0)
     config = shadowpeft.ShadowPeftConfig(task_type="CAUSAL_LM", r=16, shadow_num_hidden_layers=1, shadow_dropout=0.0)
     model = get_peft_model(base, config).eval()
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "shadow" in name and "norm" not in name:  # about a tenth of what a layer of this base adds
-                value.normal_(std=0.02)
+            if "shadow" in name and "norm" not in name:  # with 0.02 two answers are the base's
+                value.normal_(std=0.03)
     model.save_pretrained(folder / "adapter")
     shadowpeft.detach(model).save_pretrained(folder / "edge")
     steps = [{"how": how, "prompts": rows, "new": NEW} for how in ("together", "one by one")]
