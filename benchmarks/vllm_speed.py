@@ -343,7 +343,29 @@ def block(made: dict[str, Any]) -> str:
     for engine, cells in made["engines"].items():
         shown = [f"{cells[n]['tokens_per_cpu_second']:.1f} ({cells[n]['of_base']:.2f})" for n in counts]
         lines.append(f"| {NAMES[engine]} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    equal = "; ".join(f"{same} of {all_}" for same, all_ in made["answers equal in all attached engines"].values())
+    asked, how = made["requests"], made["vllm"]
+    says = f"Each request: {asked['prompt']} prompt tokens, {asked['new']} new ones, {asked['dtype']}, vLLM {how}."
+    same = f"Answers that all attached engines gave alike: {equal}."
+    return "\n".join([*lines, "", f"{says} {same}{spread(made)} {where(made, RECORD)}"])
+
+
+def spread(made: dict[str, Any]) -> str:
+    """The sentence on how far rounds lie apart, for the number of requests that has the most rounds."""
+    if not {"vllm", "vllm+shadow"} <= set(made["engines"]):
+        return ""
+    base, shadow = made["engines"]["vllm"], made["engines"]["vllm+shadow"]
+    n = max(base, key=lambda rows: len(base[rows]["cpu_seconds"]))
+    ratios = [a / b for a, b in zip(shadow[n]["cpu_seconds"], base[n]["cpu_seconds"], strict=True)]
+    found = f"{len(ratios)} rounds of {n} requests gave the shadow {min(ratios):.2f} to {max(ratios):.2f} of the base's time"
+    return f" {found}: a ratio below 1 is noise."
+
+
+def where(made: dict[str, Any], path: Path) -> str:
+    """The sentence on machine, load and day of a record."""
+    box = made["machine"]
+    link = f"[record](records/{path.name})"
+    return f"One thread of {box['cores']} cores, {box['processor']}, {made['date']} ({link}). Beside it: {box['load']}."
 
 
 if __name__ == "__main__":

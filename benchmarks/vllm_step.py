@@ -216,7 +216,7 @@ def block(made: dict[str, Any]) -> str:
             shown = [f"{means[n][name]:.0f} ({100 * made['of_layers'][n][name]:.1f} %)" for n in counts]
             lines.append(f"| {text} | {' | '.join(shown)} |")
     layer = " | ".join(f"{means[n]['layer']:.0f}" for n in counts)
-    return "\n".join([*lines, f"| a layer of the base | {layer} |"])
+    return "\n".join([*lines, f"| a layer of the base | {layer} |", "", vllm_speed.where(made, RECORD)])
 
 
 if __name__ == "__main__":
