@@ -74,12 +74,21 @@ def whole(path: Path, *, folder: bool = False, replace: bool = True) -> Iterator
         if folder:
             beside.mkdir()
         yield beside
+        share(beside, space)
         sync_tree(beside)
         with _locked(path.parent):
             if (folder or not replace) and _identity(path) != before:
                 raise TakenError(f"another process has written '{path}' meanwhile")
             take_name(beside, path, space, replace)
         sync(path.parent)
+
+
+def share(beside: Path, space: Path) -> None:
+    """Let those read the files written in a workspace who may read the workspace: safetensors 0.8 lets the owner alone."""
+    readers = space.stat().st_mode & 0o666  # a new folder has all that the process's mask leaves
+    for part in [*beside.rglob("*"), beside]:
+        if part.is_file() and not part.is_symlink() and (mode := part.stat().st_mode) | readers != mode:
+            part.chmod(mode | readers)
 
 
 def take_name(beside: Path, path: Path, space: Path, replace: bool = True) -> None:

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from shadowpeft import storage
 from shadowpeft.data.teacher import TeacherCache
@@ -130,6 +132,24 @@ def test_a_link_stays_a_link(tmp_path):
     assert (tmp_path / "link.json").is_symlink()
     assert (tmp_path / "real" / "a.json").read_text() == "1\n"
     assert names(tmp_path / "real") == ["a.json"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_the_folder_may_read_the_weights(tmp_path, mask, mode):
+    """safetensors 0.8 writes files for their owner alone; a server of another user, as in the image, has to read them."""
+    before = os.umask(mask)
+    try:
+        with storage.written_whole(tmp_path / "edge") as beside:
+            save_file({"a": torch.zeros(2)}, beside / "model.safetensors")
+            (beside / "script").touch(0o700)
+            (beside / "link").symlink_to(tmp_path / "private")
+            (tmp_path / "private").touch(0o600)
+        storage.write_text(tmp_path / "a.json", "{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "edge").iterdir()}
+    assert modes == {"model.safetensors": mode, "script": mode | 0o700, "link": 0o600}
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == mode
 
 
 # ---------------------------------------------------------------------------------------------------- what others put there

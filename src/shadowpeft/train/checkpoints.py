@@ -21,6 +21,7 @@ from shadowpeft.storage import (
     discard,
     is_write_error,
     reason,
+    share,
     sync,
     sync_tree,
     take_name,
@@ -114,6 +115,7 @@ class WholeCheckpoints:
                         if writes:
                             trainer.state.save_to_json(str(beside / name / TRAINER_STATE_NAME))
                     if writes:
+                        share(beside / name, beside)
                         sync_tree(beside / name)
                         take_name(beside / name, run_dir / name, beside)
                         sync(run_dir)
