@@ -370,7 +370,7 @@ def test_both_losses_by_hand_are_allowed():
 
 def sft(cls, model, folder, trainer_options=None, **more):
     from datasets import Dataset
-    from trl import SFTConfig
+    SFTConfig = pytest.importorskip("trl").SFTConfig
 
     data = Dataset.from_list([{k: v.tolist() for k, v in row.items() if k == "input_ids"} for row in plain_rows()])
     options = {"processing_class": tokenizer(), **(trainer_options or {})}
@@ -399,7 +399,7 @@ def plain_whole():
 )
 def test_sft_trainer(tmp_path, base_and_weight, micro, mixin):
     name, weight = base_and_weight
-    from trl import SFTTrainer
+    SFTTrainer = pytest.importorskip("trl").SFTTrainer
 
     cls = type("Mixed", (ShadowLossMixin, SFTTrainer), {}) if mixin else SFTTrainer
     model, start, adapted = pair(name, weight)
@@ -410,7 +410,7 @@ def test_sft_trainer(tmp_path, base_and_weight, micro, mixin):
 
 
 def test_sft_trainer_with_peft_config_feels_lambda(tmp_path):
-    from trl import SFTTrainer
+    SFTTrainer = pytest.importorskip("trl").SFTTrainer
 
     found = {}
     for weight in (0.05, 100.0):
@@ -428,7 +428,7 @@ def test_sft_trainer_with_peft_config_feels_lambda(tmp_path):
 
 
 def test_sft_trainer_with_weighted_tokens_is_refused(tmp_path):
-    from trl import SFTTrainer
+    SFTTrainer = pytest.importorskip("trl").SFTTrainer
 
     _, _, adapted = pair()
     with pytest.raises(UnsupervisedShadowError, match="weights the tokens"):
@@ -437,7 +437,7 @@ def test_sft_trainer_with_weighted_tokens_is_refused(tmp_path):
 
 def test_sft_trainer_with_label_smoothing_is_refused(tmp_path):
     # it takes a second forward for its metrics and hands out neither the first one's outputs nor its graph
-    from trl import SFTTrainer
+    SFTTrainer = pytest.importorskip("trl").SFTTrainer
 
     _, _, adapted = pair()
     with pytest.raises(UnsupervisedShadowError):
@@ -448,7 +448,7 @@ def test_sft_trainer_with_label_smoothing_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("micro", [1, 4])
 def test_sft_trainer_with_label_smoothing_and_the_mixin(tmp_path, micro):
-    from trl import SFTTrainer
+    SFTTrainer = pytest.importorskip("trl").SFTTrainer
 
     cls = type("Mixed", (ShadowLossMixin, SFTTrainer), {})
     model, start, adapted = pair()
@@ -463,7 +463,7 @@ def test_sft_trainer_with_label_smoothing_and_the_mixin(tmp_path, micro):
 
 
 def test_sft_trainer_under_autocast(tmp_path):
-    from trl import SFTTrainer
+    SFTTrainer = pytest.importorskip("trl").SFTTrainer
 
     model, start, adapted = pair()
     gradients, _ = sft(SFTTrainer, adapted, tmp_path, bf16=True)

@@ -9,10 +9,6 @@ import openai
 import pytest
 import torch
 from pydantic import Field
-from pydantic_ai import Agent
-from pydantic_ai.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
-from pydantic_ai.models.openai import OpenAIChatModel
-from pydantic_ai.providers.openai import OpenAIProvider
 
 from chatbase import chat_model, chat_tokenizer
 from serving import detached
@@ -364,6 +360,12 @@ def test_another_form_of_tool_choice_is_refused_with_those_that_there_are(cloud,
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_agent_framework_runs_the_devices_call_and_gets_words_from_the_cloud(cloud, streamed):
+    pytest.importorskip("pydantic_ai", reason="pydantic-ai is not installed; it needs Python 3.11")
+    from pydantic_ai import Agent
+    from pydantic_ai.messages import RetryPromptPart, ToolCallPart, ToolReturnPart
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
     walked = []
 
     def walk(direction: Literal["left", "right"], metres: Annotated[float, Field(ge=0.1, le=9)] = 1.0) -> str:

@@ -25,7 +25,7 @@ def pretend(monkeypatch, **found):
 
 @pytest.mark.parametrize("package", versions.TESTED)
 def test_the_lower_bounds_are_those_of_the_project_file(package):
-    bounds = re.findall(rf'"{package}>=([\d.]+)"', PROJECT.read_text(encoding="utf-8"))
+    bounds = re.findall(rf'"{package}>=([\d.]+)[" ]', PROJECT.read_text(encoding="utf-8"))
     assert set(bounds) == {versions.TESTED[package].oldest}
 
 

@@ -3,20 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
 
 from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowLossMixin
@@ -24,6 +10,7 @@ from shadowpeft.errors import UnsupervisedShadowError
 from tiny import adapt, adapter_config, base, tokenizer, tokens
 from ways.data import LAMBDA, KeepGradients
 
+trl = pytest.importorskip("trl", reason="TRL 1.16 is not installed; it needs Python 3.11")
 SILENT = {
     "max_steps": 1,
     "max_grad_norm": 0.0,
@@ -65,18 +52,18 @@ def reward(completions, **kwargs):
 
 
 PREFERENCE = {
-    "DPO": (DPOTrainer, DPOConfig, "preference", {}, {"per_device_train_batch_size": 4}),
-    "KTO": (KTOTrainer, KTOConfig, "unpaired", {}, {"per_device_train_batch_size": 4}),
+    "DPO": (trl.DPOTrainer, trl.DPOConfig, "preference", {}, {"per_device_train_batch_size": 4}),
+    "KTO": (trl.KTOTrainer, trl.KTOConfig, "unpaired", {}, {"per_device_train_batch_size": 4}),
     "GRPO": (
-        GRPOTrainer,
-        GRPOConfig,
+        trl.GRPOTrainer,
+        trl.GRPOConfig,
         "prompts",
         {"reward_funcs": reward},
         {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 5},
     ),
     "RLOO": (
-        RLOOTrainer,
-        RLOOConfig,
+        trl.RLOOTrainer,
+        trl.RLOOConfig,
         "prompts",
         {"reward_funcs": reward},
         {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 5},
@@ -145,9 +132,9 @@ def test_dpo_gradients_equal_a_plain_loop(tmp_path):
 
 def test_reward_trainer_with_lambda_zero(tmp_path):
     model = base("llama", task="SEQ_CLS", labels=1)
-    made = RewardTrainer(
+    made = trl.RewardTrainer(
         model=model,
-        args=RewardConfig(str(tmp_path), per_device_train_batch_size=4, **SILENT),
+        args=trl.RewardConfig(str(tmp_path), per_device_train_batch_size=4, **SILENT),
         train_dataset=Dataset.from_list(data("implicit")),
         processing_class=tokenizer(),
         peft_config=adapter_config(task_type="SEQ_CLS", auxiliary_loss_weight=0.0),
@@ -167,7 +154,7 @@ def sft(cls, model, folder, rows, options=None, **more):
     arguments = {**SILENT, "max_length": None, "per_device_train_batch_size": 4, **more}
     made = cls(
         model=model,
-        args=SFTConfig(str(folder), **arguments),
+        args=trl.SFTConfig(str(folder), **arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         callbacks=[keep],
@@ -204,13 +191,13 @@ def pair(**fields):
 def test_sft_on_completions_only(tmp_path):
     model, start, adapted = pair()
     rows = [{**row, "completion_mask": [int(i > 1) for i in range(len(row["input_ids"]))]} for row in language_rows()]
-    _, gradients = sft(SFTTrainer, adapted, tmp_path, rows, completion_only_loss=True)
+    _, gradients = sft(trl.SFTTrainer, adapted, tmp_path, rows, completion_only_loss=True)
     check(model, start, gradients, rows)
 
 
 @pytest.mark.parametrize("micro", [1, 4])
 def test_sft_mixin_logs_both_losses_of_the_accumulated_batch(tmp_path, micro):
-    cls = type("Mixed", (ShadowLossMixin, SFTTrainer), {})
+    cls = type("Mixed", (ShadowLossMixin, trl.SFTTrainer), {})
     model, _, adapted = pair()
     options = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
     made, _ = sft(cls, adapted, tmp_path, language_rows(), **options)
@@ -229,11 +216,11 @@ def test_sft_mixin_logs_both_losses_of_the_accumulated_batch(tmp_path, micro):
 
 def test_sft_with_packing_equals_the_rows_alone(tmp_path):
     model, start, adapted = pair()
-    _, gradients = sft(SFTTrainer, adapted, tmp_path, language_rows(), packing=True, max_length=16)
+    _, gradients = sft(trl.SFTTrainer, adapted, tmp_path, language_rows(), packing=True, max_length=16)
     check(model, start, gradients, language_rows())
 
 
 def test_sft_padding_free_equals_the_rows_alone(tmp_path):
     model, start, adapted = pair()
-    _, gradients = sft(SFTTrainer, adapted, tmp_path, language_rows(), padding_free=True)
+    _, gradients = sft(trl.SFTTrainer, adapted, tmp_path, language_rows(), padding_free=True)
     check(model, start, gradients, language_rows())

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache
+from transformers import Cache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -25,6 +24,8 @@ from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
 from shadowpeft.hf.forward.cache import _NAMES, _OWNER, _VERSION, _divide
 
 _STATES = ("conv_states", "recurrent_states")
+_DUMMY: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+"""The layer that holds nothing; transformers 5.20 has none."""
 
 
 def can_join(cache: Cache) -> bool:
@@ -148,7 +149,7 @@ def _is_known(layer: Any) -> bool:
 
 def _is_plain(layer: Any) -> bool:
     """Whether all that a layer holds has rows, and columns where it has keys."""
-    kinds = (DynamicLayer, LinearAttentionLayer, DummyLayer)
+    kinds = (DynamicLayer, LinearAttentionLayer, *_DUMMY)
     return isinstance(layer, kinds) and not isinstance(layer, (DynamicIndexedLayer, QuantizedLayer))
 
 
