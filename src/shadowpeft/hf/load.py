@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def named_base(config: ShadowPeftConfig) -> tuple[str, dict[str, str]]:
         ConfigError: if it names none.
     """
     named, options = config.base_model_name_or_path, {"revision": config.revision} if config.revision else {}
-    if config.base_alias is not None and not (named and Path(named).is_dir()):
+    if config.base_alias is not None and not (named and os.path.isdir(named)):  # False where it may not be looked into
         named, options = config.base_alias, {}
     if not named:
         raise ConfigError("the adapter does not name its base; pass base=")
