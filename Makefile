@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions llamacpp ray triton site notebooks wheel tutorial vllm bench-vllm clean
+.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions pythons llamacpp ray triton site notebooks wheel tutorial vllm bench-vllm clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +78,10 @@ system-test: $(VENV)/dev  ## edge and cloud as two processes: shadow, LoRA and D
 
 versions: $(VENV)/dev  ## the tests with other releases of transformers, PEFT and TRL; half an hour
 	$(BIN)/python scripts/versions.py
+
+pythons: $(VENV)/dev  ## a part of the tests on another Python: make pythons PYTHON=python3.13 VENV=.venv-3.13; a quarter of an hour
+	$(BIN)/python -m scripts.pythons
+	$(BIN)/python scripts/versions.py --render
 
 $(VENV)/llamacpp: $(VENV)/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python

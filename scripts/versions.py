@@ -1,6 +1,6 @@
 """Run a part of the tests with other releases of transformers, PEFT and TRL, and write which of them work.
 
-    python scripts/versions.py [--only transformers-5.20] [--work build/versions]
+    python scripts/versions.py [--only transformers-5.20] [--work build/versions] [--render]
 
 Each environment is this one with one to three packages replaced: the other releases are installed without their
 dependencies into a folder of their own, which comes first on the import path. torch stays the installed one. The result of
@@ -30,6 +30,7 @@ from shadowpeft.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "docs/records/versions.json", ROOT / "docs/versions.md"
+PYTHONS = ROOT / "docs/records/pythons.json"
 CORE = ["tests/unit/test_equality.py", "tests/unit/test_generation.py", "tests/unit/test_persistence.py"]
 ADAPTERS = ["tests/unit/test_adapters.py", "tests/unit/test_detach.py"]
 TRAINERS = ["tests/integration/test_trainers.py"]
@@ -140,6 +141,29 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pythons(record: dict[str, Any]) -> str:
+    """What scripts/pythons.py recorded, as a section of the page."""
+    lines = [
+        "",
+        "## Pythons",
+        "",
+        "`make pythons PYTHON=python3.13 VENV=.venv-3.13` makes an environment of its own with the constraints' releases, runs",
+        "these parts of the tests in it, and records the result in [records/pythons.json](records/pythons.json).",
+        "",
+    ]
+    header = ["Python", "torch", "transformers", "numpy", "parts", "passed", "failed", "skipped", "date"]
+    rows = []
+    for row in record.values():
+        parts = " ".join(f"`{part}`" for part in row["tests"])
+        counts = [str(row["passed"]), str(len(row["failed"])), str(row["skipped"])]
+        found = row["versions"]
+        rows.append([row["python"], found["torch"], found["transformers"], found["numpy"], parts, *counts, row["date"]])
+    lines += table(header, rows)
+    failures = {row["python"]: [f"`{name}`" for name in row["failed"]] for row in record.values()}
+    notes = [f"- {python} failed: {', '.join(names)}" for python, names in failures.items() if names]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
 def main() -> None:
     """Run the environments and write record and page."""
     parser = argparse.ArgumentParser()
@@ -159,7 +183,7 @@ def main() -> None:
         record["environments"] = ordered
         write_text(RECORD, json.dumps(record, indent=2) + "\n")
         print(f"{name}: {result['passed']} passed, {len(result['failed'])} failed, {result['seconds']} s", flush=True)
-    write_text(PAGE, page(record))
+    write_text(PAGE, page(record) + pythons(json.loads(PYTHONS.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

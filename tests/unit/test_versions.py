@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from scripts import pythons
 
 from shadowpeft import _register, versions
 from shadowpeft.errors import VersionError
@@ -94,3 +95,12 @@ def test_an_old_release_is_refused_when_peft_is_imported():
     assert done.stdout.startswith("VersionError transformers 5.1.0 is installed but shadowpeft needs 5.20 or newer"), (
         done
     )
+
+
+def test_what_a_report_of_pytest_counts(tmp_path):
+    report = tmp_path / "report.xml"
+    cases = ["", "", "<failure/>", "<error/>", "<skipped/>"]
+    lines = "".join(f'<testcase classname="tests.unit.test_a" name="t{i}">{x}</testcase>' for i, x in enumerate(cases))
+    report.write_text(f"<testsuites><testsuite>{lines}</testsuite></testsuites>", encoding="utf-8")
+    failed = ["tests.unit.test_a::t2", "tests.unit.test_a::t3"]
+    assert pythons.counted(report) == {"passed": 2, "skipped": 1, "failed": failed}
