@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -180,14 +181,14 @@ def run(cell: Cell) -> None:
     """Train a cell and write its record."""
     first, content, cells = read_plan()
     content["shadow"] |= {
-        "shadow_model": str(start(first, cell.layers)),
+        "shadow_model": os.path.relpath(start(first, cell.layers)),
         "shadow_loss": cell.loss,
         "auxiliary_loss_weight": cell.weight,
     }
     if cell.regenerated_by:
         teacher = next(other for other in cells if other.name == cell.regenerated_by)
         rows = regenerated(WORK / teacher.name / "adapter", WORK / f"said-by-{teacher.name}.jsonl")
-        content["data"] = {"train": str(rows), "max_length": 128, "system": robot.SYSTEM}
+        content["data"] = {"train": os.path.relpath(rows), "max_length": 128, "system": robot.SYSTEM}
     adapter = trained(content, WORK / cell.name)
     summary = json.loads((WORK / cell.name / "summary.json").read_text(encoding="utf-8"))
     write_json(
@@ -206,19 +207,21 @@ def records() -> list[dict[str, Any]]:
 
 def block(found: list[dict[str, Any]]) -> str:
     """The table of the page."""
-    heads = ["shadow's loss", "lambda", "layers", "attached right"]
-    shown = ("same token", "kept if drawn", *(f"tokens a pass, {k} drafts" for k in DRAFTS))
+    varied = {"lambda": "weight", "layers": "layers"}
+    varied = {head: key for head, key in varied.items() if len({record[key] for record in found}) > 1}
+    heads = ["shadow's loss", *varied, "attached right"]
+    shown = ("same token", "kept if drawn", f"tokens a pass, {' and '.join(map(str, DRAFTS))} drafts")
     heads += [f"{text}: {what}" for text in TEXTS for what in shown]
     rows = []
     for record in found:
         texts = record["texts"]
         label = f"`{record['loss']}`" + (", the attached model's answers" if record["regenerated_by"] else "")
         right = f"{texts['commands']['right'] / texts['commands']['rows']:.1%}"
-        row = [label, f"{record['weight']:g}", str(record["layers"]), right]
+        row = [label, *(f"{record[key]:g}" for key in varied.values()), right]
         for text in TEXTS:
             own = texts[text]
             row += [f"{own['agreement']:.1%}", f"{own['overlap']:.1%}"]
-            row += [f"{own['tokens_a_pass'][str(k)]:.2f}" for k in DRAFTS]
+            row.append(", ".join(f"{own['tokens_a_pass'][str(k)]:.2f}" for k in DRAFTS))
         rows.append(row)
     counts = ", ".join(f"{own['rows']} {text} ({own['answer_tokens']} tokens)" for text, own in found[0]["texts"].items())
     return "\n".join(table(heads, rows)) + f"\n\n{counts}, greedy, one seed. Records: `experiments/records/drafts`."
