@@ -24,7 +24,7 @@ from torch import Tensor
 
 import shadowpeft
 from experiments.device_plan import PLAN as SEARCH
-from experiments.device_plan import Recipe
+from experiments.device_plan import Recipe, own_record, read_cells
 from experiments.markdown import table
 from experiments.spec import RECORDS
 from shadowpeft.data import robot
@@ -33,7 +33,8 @@ from shadowpeft.generate import encode_prompts, messages_of
 from shadowpeft.runtime import prepare_cpu
 from shadowpeft.storage import between, write_json, write_text
 from shadowpeft.tokenizer import load_tokenizer
-from shadowpeft.train.config import parse_run
+from shadowpeft.train.config import RunLoader, parse_run
+from shadowpeft.train.rows import robot_rows
 from shadowpeft.train.run import train
 
 PLAN = SEARCH.with_name("drafts.yaml")
@@ -59,10 +60,10 @@ class Cell(Recipe):
     """The cell whose attached model wrote the answers that the shadow learns; "": the set's own."""
 
 
-def read_plan() -> tuple[dict[str, Any], dict[str, Any], list[Cell]]:
-    """The run files of the starts and of the cells, and the cells."""
-    plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
-    return plan["start"], plan["cell"], [Cell(**cell) for cell in plan["cells"]]
+def run_files() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the starts, and what the cells have in common."""
+    plan = yaml.load(PLAN.read_text(encoding="utf-8"), Loader=RunLoader)
+    return plan["start"], plan["cell"]
 
 
 def trained(content: dict[str, Any], folder: Path) -> Path:
@@ -121,8 +122,6 @@ def say(model: Any, inputs: dict[str, Tensor], tokenizer: Any) -> Tensor:
 @torch.inference_mode()
 def regenerated(adapter: Path, file: Path) -> Path:
     """The training rows as JSONL; what both paths learn gets the attached model's own answer for the shadow."""
-    from shadowpeft.train.rows import robot_rows
-
     if file.exists():
         return file
     model, tokenizer = shadowpeft.load(adapter).eval(), load_tokenizer("smollm2-135m")
@@ -179,15 +178,14 @@ def judge(adapter: Path) -> dict[str, Any]:
 
 def run(cell: Cell) -> None:
     """Train a cell and write its record."""
-    first, content, cells = read_plan()
+    first, content = run_files()
     content["shadow"] |= {
         "shadow_model": os.path.relpath(start(first, cell.layers)),
         "shadow_loss": cell.loss,
         "auxiliary_loss_weight": cell.weight,
     }
     if cell.regenerated_by:
-        teacher = next(other for other in cells if other.name == cell.regenerated_by)
-        rows = regenerated(WORK / teacher.name / "adapter", WORK / f"said-by-{teacher.name}.jsonl")
+        rows = regenerated(WORK / cell.regenerated_by / "adapter", WORK / f"said-by-{cell.regenerated_by}.jsonl")
         content["data"] = {"train": os.path.relpath(rows), "max_length": 128, "system": robot.SYSTEM}
     adapter = trained(content, WORK / cell.name)
     summary = json.loads((WORK / cell.name / "summary.json").read_text(encoding="utf-8"))
@@ -200,9 +198,9 @@ def run(cell: Cell) -> None:
 
 
 def records() -> list[dict[str, Any]]:
-    """The cells that were run, in the plan's order."""
-    files = [FOLDER / f"{cell.name}.json" for cell in read_plan()[2]]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    """The cells that were run, in the plan's order; raises as :func:`~experiments.device_plan.own_record`."""
+    found = (own_record(cell, FOLDER) for cell in read_cells(PLAN, Cell).values())
+    return [record for record in found if record is not None]
 
 
 def block(found: list[dict[str, Any]]) -> str:
@@ -236,8 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     prepare_cpu(1)
     if chosen.command == "run":
-        for cell in read_plan()[2]:
-            if cell.name in chosen.names or (not chosen.names and not (FOLDER / f"{cell.name}.json").exists()):
+        for cell in read_cells(PLAN, Cell).values():
+            if cell.name in chosen.names or (not chosen.names and own_record(cell, FOLDER) is None):
                 run(cell)
                 print(f"{cell.name}: done", flush=True)
         return 0

@@ -73,7 +73,7 @@ def test_what_is_copied_is_there_and_is_not_ignored():
 
 def test_the_images_base_serves_where_the_recorded_folder_may_not_be_looked_into(monkeypatch):
     """The folder lay in the home of whoever trained; the image's user may not even ask whether it exists."""
-    home = "/root/.cache/shadowpeft/smollm2-135m"
+    home = "/home/somebody/bases/smollm2-135m"
     config = adapter_config(base_alias="smollm2-135m", base_model_name_or_path=home)
     real = os.stat
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from benchmarks.vllm_speed import vllm_process
 
 from webserver import wait_for
 
@@ -27,19 +28,9 @@ def vllm_python() -> str:
 
 
 def vllm_environment() -> dict[str, str]:
-    """What vLLM needs on a CPU: Intel's OpenMP first, no binding of threads, a small cache."""
-    library = Path(vllm_python()).parents[1] / "lib" / "libiomp5.so"
-    settings = {
-        "LD_PRELOAD": str(library) if library.exists() else "",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | settings
+    """What a process of vLLM needs on a CPU."""
+    vllm_python()
+    return vllm_process()[1]
 
 
 def run_engine(jobs: dict[str, Any], folder: Path, **environment: str) -> dict[str, Any]:

@@ -117,15 +117,18 @@ def needs_no_logits(call: ShadowCall, model: Any, hub: ShadowHub, kwargs: dict[s
     plain = call.labels is not None and call.shift_labels is None and not call.fused and not call.return_shadow
     if not plain or call.is_classifier or call.names is not None or torch.compiler.is_compiling():
         return False
-    teaches = any(part.weights.config.shadow_loss != "ce" for part in call.parts)
     routers = getattr(_text_config(model), "output_router_logits", False)
-    return not (teaches or routers or kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False)
+    return not (_teaches(call) or routers or kwargs.get("logits_to_keep") or kwargs.get("return_dict") is False)
 
 
 def needs_all_logits(call: ShadowCall, model: nn.Module) -> bool:
     """Whether this pass must have the attached path's logits: a shadow learns from them, or they were asked for."""
-    teaches = any(part.weights.config.shadow_loss != "ce" for part in call.parts)
-    return call.return_shadow or (teaches and model.training and torch.is_grad_enabled())
+    return call.return_shadow or (_teaches(call) and model.training and torch.is_grad_enabled())
+
+
+def _teaches(call: ShadowCall) -> bool:
+    """Whether a shadow of this pass learns from the attached path's logits."""
+    return any(part.weights.config.shadow_loss != "ce" for part in call.parts)
 
 
 def _task_loss(model: Any, hub: ShadowHub, call: ShadowCall, state: Tensor) -> Tensor:
