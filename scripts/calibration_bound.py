@@ -50,6 +50,12 @@ def _informative(rank: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarra
     return z, _logistic(-3 * z - 3)
 
 
+def _mislabelled(rank: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_informative`, but some rows say the opposite, whatever the confidence: a share of 0.4 times the target."""
+    z, error = _informative(rank, target)
+    return z, error + (1 - 2 * error) * 0.4 * target
+
+
 def _weak(rank: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
     z = norm.ppf(rank)
     return z, _logistic(-0.5 * z - 2.2)
@@ -83,6 +89,7 @@ class Curve:
 
 CURVES = {
     "informative": Curve("confidence informs (a fifth is wrong)", _informative, 0.15),
+    "mislabelled": Curve("confidence informs, some rows are mislabelled", _mislabelled, 0.15),
     "weak": Curve("confidence is weak (a ninth is wrong)", _weak, 0.15),
     "worst": Curve("confidence says nothing, error just above the target", _worst, None),
     "tied": Curve("three values of confidence, the surest the worst", _tied, 0.0),
@@ -268,7 +275,7 @@ def _shown(result: dict[str, Any]) -> str:
 
 def draw(record: dict[str, Any], file: Path) -> None:
     """How often the targets were missed, with the bound and without."""
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    figure = Figure(figsize=(12, 3), layout="constrained")
     panels = figure.subplots(1, len(CURVES), sharey=True)
     for axes, (curve, of_curve) in zip(panels, _grouped(record["cells"], "curve"), strict=True):
         for target, cells in _grouped(of_curve, "target"):

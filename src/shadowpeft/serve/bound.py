@@ -25,9 +25,9 @@ from shadowpeft.errors import ConfigError, DataError
 
 _TESTS = 20
 """Thresholds at even steps of rank: each is one more chance to stop by bad luck, and fewer leave larger steps."""
-_STRICTEST, _AMPLE = 0.3, 4
-"""The strictest threshold keeps this share of the tested answers, so that a few of them may be wrong; where they are many, so
-many times the fewest that can hold the target."""
+_STRICTEST, _FORGIVEN, _AT_MOST = 0.3, 2, 0.4
+"""The strictest threshold keeps this share of the tested answers. It keeps so many that one of them may be wrong, or two, where
+that takes no more than the last share: a sequence that starts where none may be wrong ends at the first wrong label."""
 _CHOOSING, _MOST_CHOOSING = 5, 200  # one row in five chooses the signal; more than 200 tell signals no better apart
 
 
@@ -44,8 +44,8 @@ class Tested:
     """Of these rows, how many the threshold keeps, and how many of those are wrong."""
 
 
-def fewest_kept(target: float, level: float) -> int:
-    """How many answers must be kept until none wrong among them holds ``target``: (1 - target)^n <= 1 - level.
+def fewest_kept(target: float, level: float, wrong: int = 0) -> int:
+    """How many answers must be kept until ``wrong`` wrong ones among them hold ``target``; none: (1 - target)^n <= 1 - level.
 
     Raises:
         ConfigError: if no number of answers can, or the level is none.
@@ -58,8 +58,12 @@ def fewest_kept(target: float, level: float) -> int:
             "off, --no-bound)"
         )
     if target >= 1.0:
-        return 1
-    return max(1, math.ceil(math.log(1.0 - level) / math.log1p(-target)))
+        return 1 + wrong
+    if not wrong:
+        return max(1, math.ceil(math.log(1.0 - level) / math.log1p(-target)))
+    from scipy.stats import nbinom
+
+    return 1 + wrong + int(nbinom.ppf(level, 1 + wrong, target))  # until one more than that is wrong
 
 
 def choosing_rows(n: int, signal: str, seed: int) -> list[int]:
@@ -95,6 +99,13 @@ def require_rows(is_open: list[bool], *, target: float, level: float, signal: st
     )
 
 
+def strictest(rows: int, target: float, level: float) -> int:
+    """How many of ``rows`` tested answers the first threshold keeps; more than there are if none can hold ``target``."""
+    forgiving = (fewest_kept(target, level, wrong) for wrong in range(1, _FORGIVEN + 1))
+    least = [n for n in forgiving if n <= _AT_MOST * rows]
+    return max(fewest_kept(target, level), math.ceil(_STRICTEST * rows), *least)
+
+
 def strictest_to_laxest(x: np.ndarray, wrong: np.ndarray, *, target: float, level: float, seed: int = 0) -> Tested:
     """Test thresholds on a signal in order and take the last that passes.
 
@@ -102,8 +113,7 @@ def strictest_to_laxest(x: np.ndarray, wrong: np.ndarray, *, target: float, leve
         x: ``(N,)`` the signal of each tested answer, the larger the surer. wrong: ``(N,)`` whether the answer is.
     """
     rows = len(x)
-    fewest = fewest_kept(target, level)
-    first = max(fewest, min(_AMPLE * fewest, math.ceil(_STRICTEST * rows)))
+    first = strictest(rows, target, level)
     if first > rows:
         return Tested(math.inf, rows, 0, 0)
     shuffled = np.random.default_rng(seed).permutation(
