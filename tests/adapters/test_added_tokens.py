@@ -142,3 +142,12 @@ def test_other_names_work(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = shadowpeft.load(tmp_path, base(), adapter_name=name)
     torch.testing.assert_close(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+def test_a_shadows_own_table_does_not_grow_with_the_bases() -> None:
+    model = adapt(base(), share_embeddings=False).eval()
+    before = model(input_ids=tokens()).logits
+    model.resize_token_embeddings(V + 4, mean_resizing=False)
+    torch.testing.assert_close(model(input_ids=tokens()).logits[..., :V], before)  # rows that no token uses do no harm
+    with pytest.raises(ConfigError, match=rf"token {V + 3} but the shadow's own embedding table has {V} rows"):
+        model(input_ids=_with_new_tokens())

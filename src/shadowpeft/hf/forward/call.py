@@ -202,7 +202,7 @@ def initial_state(
         kwargs: mask, positions and cache view for the shadow backbone.
 
     Raises:
-        ConfigError: if the shadow needs ``input_ids`` and there are none.
+        ConfigError: if the shadow needs ``input_ids`` and there are none, or its own table lacks one of them.
     """
     backbone, own, borrowed = weights.backbone, weights.embedding, weights.config.shadow_reads_tokens
     if input_ids is None and (own is not None or borrowed):
@@ -215,12 +215,24 @@ def initial_state(
     if borrowed:
         return _project(weights, backbone(input_ids=input_ids, return_dict=True, **kwargs))
     if inputs_embeds is None or own is not None:
-        inputs_embeds = (base.get_input_embeddings() if own is None else own)(input_ids)
+        table = base.get_input_embeddings()
+        if own is not None and len(table.weight) > len(own.weight):
+            _require_known(input_ids, len(own.weight), len(table.weight))
+        inputs_embeds = (table if own is None else own)(input_ids)
     inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
     if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and checkpoints(backbone):
         # a reentrant checkpoint gives its weights a gradient only if its input wants one, and embeddings are frozen
         inputs_embeds = inputs_embeds.detach().requires_grad_(True)
     return _project(weights, backbone(inputs_embeds=inputs_embeds, return_dict=True, **kwargs))
+
+
+def _require_known(ids: Any, own: int, rows: int) -> None:
+    """Refuse tokens that the base has got since a shadow with its own table was attached; rows that none uses do no harm."""
+    if not torch.compiler.is_compiling() and ids.numel() and int(ids.max()) >= own:
+        raise ConfigError(
+            f"the input has token {int(ids.max())} but the shadow's own embedding table has {own} rows, since the base's was "
+            f"resized to {rows} after attaching; resize it before attaching, or use share_embeddings=True"
+        )
 
 
 def _project(weights: AdapterWeights, output: Any) -> Tensor:
