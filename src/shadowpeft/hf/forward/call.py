@@ -204,7 +204,8 @@ def initial_state(
     Raises:
         ConfigError: if the shadow needs ``input_ids`` and there are none, or its own table lacks one of them.
     """
-    backbone, own, borrowed = weights.backbone, weights.embedding, weights.config.shadow_reads_tokens
+    backbone, borrowed = weights.backbone, weights.config.shadow_reads_tokens
+    own: Any = weights.embedding
     if input_ids is None and (own is not None or borrowed):
         raise ConfigError(
             "inputs_embeds were passed but the shadow "
