@@ -233,3 +233,39 @@ def test_what_cannot_be(made, tmp_path, sections, message):
     with pytest.raises(ConfigError) as refused:
         parse_run({**run_file(tmp_path, made["base"], made["train"], **{"task_type": "SEQ_CLS", **sections})}, "here")
     assert message in str(refused.value)
+
+
+def test_the_pad_token_of_training_stays_with_the_adapter(made, tmp_path, monkeypatch, capsys):
+    """The configuration of many bases names none; then no batch of texts could be classified after the training."""
+    base = tmp_path / "base"
+    shutil.copytree(made["base"], base)
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**content, "pad_token_id": None}))
+    adapter = train(config({**made, "base": str(base)}, tmp_path / "run", training={"max_steps": 2}), quiet=True)["adapter"]
+    tokenizer = load_tokenizer(adapter)
+    assert read_config(adapter).pad_token_id == tokenizer.pad_token_id
+    texts = ["aaaa", "zz zz z zz"]
+    batch, alone = tokenizer(texts, return_tensors="pt", padding=True), [tokenizer(t, return_tensors="pt") for t in texts]
+    model = shadowpeft.load(adapter)
+    assert call(monkeypatch, capsys, "detach", adapter, tmp_path / "edge")[0] == 0
+    edge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "edge")
+    for each in (model, shadowpeft.detach(model), edge):
+        wanted = torch.cat([each(**one).logits for one in alone])
+        torch.testing.assert_close(each(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
+    # an adapter from before has no record
+    model.get_base_model().config.pad_token_id = None
+    assert shadowpeft.detach(model).config.pad_token_id is None
+    assert shadowpeft.detach(model, tokenizer=tokenizer).config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_eval_says_what_it_cannot_read(made, tmp_path, monkeypatch, capsys):
+    edge = tmp_path / "edge"
+    assert call(monkeypatch, capsys, "detach", made["adapter"], edge)[0] == 0
+    refused = call(monkeypatch, capsys, "eval", edge, "--data", made["test"])
+    assert refused[0] == 1
+    assert "is a classifier and no adapter" in refused[2]
+    folder = call(monkeypatch, capsys, "eval", made["adapter"], "--data", tmp_path)
+    assert folder[0] == 2
+    assert "is a folder; give one file of it" in " ".join(folder[2].replace("\u2502", " ").split())
+    odd = write_rows(tmp_path / "odd.jsonl", [{"text": "aa", "label": "dry"}])
+    assert "has not learnt; it knows 'cold', 'hot', 'wet'" in call(monkeypatch, capsys, "eval", made["adapter"], "--data", odd)[2]

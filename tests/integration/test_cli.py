@@ -193,6 +193,8 @@ def test_a_place_for_results_that_is_none_is_one_sentence(monkeypatch, capsys, t
         (["info", "nothing"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
         (["generate", "nothing", "hi"], 1, "error: 'nothing' is neither a folder nor a Hub id"),
         (["generate", "nothing", "hi", "--temperature", "-1"], 2, "error: temperature is -1.0"),
+        (["generate", "nothing", "hi", "--seed", "-1"], 2, "Input should be greater than or equal to 0"),
+        (["eval", "nothing", "--seed", "-1"], 2, "Input should be greater than or equal to 0"),
         (["generate", "nothing", "hi", "--temperature", "nan"], 2, "error: temperature is nan"),
         (["generate", "nothing", "hi", "--temperature", "inf"], 2, "error: temperature is inf"),
         (["detach", "nothing", "out"], 1, "error: 'nothing' is neither a folder nor a Hub id"),

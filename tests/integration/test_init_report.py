@@ -40,6 +40,7 @@ def test_a_written_run_file_is_a_run(monkeypatch, capsys, tmp_path, road, minute
     code, out, err = call(monkeypatch, capsys, "init", file, *options, "--validation", "v.jsonl")
     assert (code, err) == (0, "")
     assert f"shadowpeft train {file}" in out
+    assert "my rows.csv is not there yet" in out
     run = read_run(file)
     assert (run.base, run.data.train, run.data.validation) == ("smollm2-135m", "my rows.csv", "v.jsonl")
     assert run.output == "runs/mine"

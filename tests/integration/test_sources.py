@@ -55,6 +55,12 @@ def same(one, other):
 # ------------------------------------------------------------------------------------------------------------ data sets
 
 
+def test_a_pattern_is_said_to_be_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="does not exist, and patterns are not read; give a file, or a folder"):
+        next(rows_of(Source(path=str(tmp_path / "*.jsonl"))))
+
+
 def test_a_folder_of_datasets_with_other_columns_trains_as_the_same_rows_of_a_file(made, tmp_path):
     given = {"path": made["folder"], "columns": COLUMNS}
     sections = {"data": {"validation": {**given, "split": "test"}}}

@@ -129,6 +129,26 @@ def test_a_damaged_shard_is_named_and_skipped_if_so_configured(tmp_path, kind):
     assert again.skipped == source.skipped
 
 
+def test_what_editors_and_systems_leave_in_files_is_no_text(tmp_path):
+    """Byte-order marks, endings in capitals, hidden files, null."""
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "A.TXT").write_bytes("\ufefffirst\n\nsecond\n".encode())
+    (folder / "b.jsonl").write_bytes('\ufeff{"text": "third"}\n{"text": null}\n{"text": "fourth"}\n'.encode())
+    (folder / ".c.txt").write_text("not this")
+    files = find_shards(str(folder), None, "train")
+    assert [file.name for file in files] == ["A.TXT", "b.jsonl"]
+    found = one_pass(FileSource("c", files, shuffle=False))
+    assert [text for text, _, _ in found] == ["first", "second", "third", "", "fourth"]
+    twice = folder / "twice.jsonl"
+    twice.write_text('{"text": "a", "text": "b"}\n')
+    with pytest.raises(DataError, match="names the key 'text' twice"):
+        FileSource("c", [twice]).next()
+    twice.write_text('{"text": 3}\n')
+    with pytest.raises(DataError, match="line 1 holds int under 'text', not text"):
+        FileSource("c", [twice]).next()
+
+
 def test_what_is_no_corpus_is_refused(tmp_path):
     with pytest.raises(DataError, match="has no files; give a file, a folder or a pattern"):
         find_shards(str(tmp_path / "*.jsonl"), None, "train")

@@ -115,6 +115,8 @@ def test_merging_is_refused():
     for call in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
         with pytest.raises(ConfigError, match="merge"):
             call()
+    with pytest.raises(ConfigError, match="a weighted sum of shadows is no shadow"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "third")
     with pytest.raises(ConfigError, match="one shadow"):
         model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ConfigError, match="return_shadow"), model.disable_adapter():

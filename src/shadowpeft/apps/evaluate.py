@@ -49,7 +49,7 @@ def main(
     method: Annotated[
         Optional[str], typer.Option(help="generate, likelihood or classify. Default: the task's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which rows --limit and --shots draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Which rows --limit and --shots draw.")] = 0,
     out: Annotated[
         Optional[str], typer.Option(help="Folder for predictions and records; continued if it is there.")
     ] = None,
@@ -61,11 +61,15 @@ def main(
     if name is not None and (data is not None or max_new_tokens is not None):
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
+    if data is not None and Path(data).is_dir():
+        raise typer.BadParameter(f"'{data}' is a folder; give one file of it", param_hint="--data")
     if name is None and split is not None:
         raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
     data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.evaluate import MODES, evaluate_task
+    from shadowpeft.hf import formats
+    from shadowpeft.hf.files.locate import CONFIG, find_file
     from shadowpeft.hf.forward.speculation import Speculation
     from shadowpeft.runtime import prepare_cpu
 
@@ -78,6 +82,8 @@ def main(
         check_drafts(modes)
     prepare_cpu()
     where = pick_device(device)
+    if Path(adapter).is_dir() and formats.detect(adapter) != formats.AUTHORS:
+        find_file(adapter, CONFIG)  # rows are read by what the adapter says, so its place is looked at first
     task, split = _task(data, name, split or "test", max_new_tokens, adapter)
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():

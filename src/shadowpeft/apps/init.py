@@ -23,6 +23,7 @@ ROADS = {
     "classes": "a classifier of texts with a label",
 }
 """What a run may be for."""
+_ROWS = (".jsonl", ".json", ".csv", ".parquet")
 _PRESETS = {"adapter": "paper", "device": "device", "edge": "tuned", "classes": "tuned"}
 
 
@@ -54,6 +55,9 @@ def main(
     _check(content, out)
     with written_whole(file, "the run file", "free some space or choose another place", folder=False) as beside:
         beside.write_text(content, encoding="utf-8")
+    for rows in (data, validation):
+        if rows and Path(rows).suffix in _ROWS and not Path(rows).exists():
+            print(f"{rows} is not there yet; put your rows into it")
     print(f"wrote {file}; look at it, then run:")
     named = shlex.quote(str(file))
     print(f"  shadowpeft data check {named}\n  shadowpeft plan {named}\n  shadowpeft train {named}")

@@ -166,7 +166,10 @@ class ClassRows(Task):
         unknown = next((row for row in self._rows if row["label"] not in self.labels), None)
         if unknown is not None:
             where = getattr(unknown, "where", file)
-            raise DataError(f"{where} has the label {quote(unknown['label'])}, which the adapter has not learnt")
+            known = ", ".join(map(quote, self.labels[:10])) + (" and more" if len(self.labels) > 10 else "")
+            raise DataError(
+                f"{where} has the label {quote(unknown['label'])}, which the adapter has not learnt; it knows {known}"
+            )
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from shadowpeft.data.tasks.source import data_folder
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.json_text import parse_json
+from shadowpeft.json_text import once_each, parse_json
 from shadowpeft.messages import shorten
 
 FORMATS = {
@@ -54,13 +54,13 @@ class _Damaged(Exception):
 
 
 def _lines(path: Path, after: int) -> Iterator[tuple[str, int]]:
-    """Lines after line ``after``, each with its number (from 1)."""
+    """Lines after line ``after``, each with its number (from 1); a byte-order mark before the first is no text."""
     row = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as handle:
             for row, line in enumerate(handle, 1):
                 if row > after:
-                    yield line.decode("utf-8"), row
+                    yield line.decode("utf-8-sig" if row == 1 else "utf-8"), row
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise _Damaged(f"after line {row}: {shorten(error)}") from error
 
@@ -70,14 +70,16 @@ def _read_jsonl(path: Path, field: str, after: int) -> Read:
         if not line.strip():
             continue
         try:
-            content = parse_json(line)
+            content = parse_json(line, object_pairs_hook=once_each)
         except ValueError as error:
             raise _Damaged(f"line {row} {error}") from error
-        text = content.get(field) if isinstance(content, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(content, dict) or field not in content:
             known = ", ".join(content) if isinstance(content, dict) else type(content).__name__
             raise _Damaged(f"line {row} has no text under '{field}' (it has: {known})")
-        yield text, row, row
+        text = content[field]
+        if text is not None and not isinstance(text, str):
+            raise _Damaged(f"line {row} holds {type(text).__name__} under '{field}', not text")
+        yield text or "", row, row  # null is an empty document, as in parquet files
 
 
 def _read_text(path: Path, field: str, after: int) -> Read:
@@ -286,7 +288,7 @@ TextSource = FileSource | HubSource
 
 
 def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]:
-    """The files of a corpus: of one file, a folder (all known formats below it), a pattern, or a packaged name.
+    """The files of a corpus: of one file, a folder (known formats below it, no hidden files), a pattern, or a packaged name.
 
     Raises:
         DataError: if there are none.
@@ -300,7 +302,7 @@ def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]
         assert path is not None
         whole = Path(path)
         if whole.is_dir():
-            files = sorted(f for f in whole.rglob("*") if f.is_file() and _suffix(f) in FORMATS)
+            files = sorted(f for f in whole.rglob("*") if f.is_file() and _suffix(f) in FORMATS and f.name[0] != ".")
         else:
             files = [whole] if whole.is_file() else sorted(Path(f) for f in glob.glob(path, recursive=True))
         advice = f"give a file, a folder or a pattern; known endings are {', '.join(FORMATS)}"
@@ -310,7 +312,8 @@ def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]
 
 
 def _suffix(file: Path) -> str:
-    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+    ending = "".join(file.suffixes[-2:]) if file.suffix.lower() == ".gz" else file.suffix
+    return ending.lower()
 
 
 def format_of(file: Path) -> str:

@@ -127,6 +127,15 @@ def _of_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {**row, "messages": messages}
 
 
+def missing(file: Path) -> str:
+    """Why a path is no file to read."""
+    if file.is_dir():
+        return f"'{file}' is a folder but one file is read here; give a file of it"
+    if any(mark in str(file) for mark in "*?["):
+        return f"data file '{file}' does not exist, and patterns are not read; give a file, or a folder that holds them all"
+    return f"data file '{file}' does not exist; check the path"
+
+
 def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[str, Any]]:
     """Every row of a file as it is, and where it stands: ``.csv``, ``.parquet``, ``.json`` (a list), else JSON lines.
 
@@ -138,7 +147,7 @@ def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[s
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"data file '{file}' does not exist; check the path")
+        raise DataError(missing(file))
     readers = {".csv": _csv, ".parquet": _parquet, ".json": _json}
     for where, row in readers.get(file.suffix.lower(), _lines)(file):
         if isinstance(row, DataError) and not keep_damaged:

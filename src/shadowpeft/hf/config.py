@@ -67,6 +67,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: ``action`` where the shadow learnt to answer with an action alone."""
     labels: Names | None = field(default=None, repr=False)
     """Record: the labels of a classifier, in the order of its classes."""
+    pad_token_id: int | None = None
+    """Record: the token that padded a classifier's texts; a base that has none gets it, and a detached model too."""
     weights_sha256: str | None = field(default=None, repr=False, compare=False)
     """Record in a saved adapter: digest of the weights beside it (:mod:`shadowpeft.hf.files.digests`)."""
     format_version: int = FORMAT_VERSION
@@ -227,6 +229,14 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
             raise ConfigError(f"refined_layers is {self.refined_layers} but the base has layers 0 to {num_layers - 1}")
         return range(first, last + 1)
 
+    def note_classes(self, base: Any) -> None:
+        """Record the labels and the pad token of a classifier's configuration; it gets the recorded one if it has none."""
+        self.labels = self.labels or [base.id2label[i] for i in range(len(base.id2label))]
+        if getattr(base, "pad_token_id", None) is None:
+            base.pad_token_id = self.pad_token_id
+        elif self.pad_token_id is None:
+            self.pad_token_id = base.pad_token_id
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; a module given as ``shadow_model`` becomes its name, since the adapter holds its weights."""
         module = self.shadow_model if isinstance(self.shadow_model, nn.Module) else None
@@ -301,6 +311,7 @@ def _required_in_files() -> set[str]:
         "draft_tokens",
         "labels",
         "own_shadow_head",
+        "pad_token_id",
         "refined_layers",
         "shadow_answers",
         "shadow_frozen",

@@ -36,7 +36,8 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
         model: a ``PeftModel`` with a shadow adapter, or a transformers model that carries one.
         adapter_name: which adapter; None: the active one.
         tokenizer: whose ends, and the end of turn of whose chat template, the model stops at too; needed only if the adapter
-            does not record the ends it was trained with (``shadowpeft train`` and ``ShadowTrainer`` do).
+            does not record the ends it was trained with (``shadowpeft train`` and ``ShadowTrainer`` do). A classifier whose
+            base has no pad token gets this one's.
 
     Returns:
         For example a ``LlamaForCausalLM``: it saves, reloads, generates and drafts without this package.
@@ -59,6 +60,8 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
+    if classifier and config.pad_token_id is None and tokenizer is not None:
+        config.pad_token_id = tokenizer.pad_token_id
     if not classifier:
         config.tie_word_embeddings = (
             projection is None

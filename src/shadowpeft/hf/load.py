@@ -82,6 +82,13 @@ def _classes(config: ShadowPeftConfig, weights: Path) -> dict[str, Any]:
     return {"num_labels": heads[0].shape[0]} if heads and heads[0].shape else {}
 
 
+def _padded(base: Any, config: ShadowPeftConfig) -> nn.Module:
+    """A base of ours pads a classifier's texts as in training, whatever its own configuration says."""
+    if config.task_type == "SEQ_CLS" and config.pad_token_id is not None:
+        base.config.pad_token_id = config.pad_token_id
+    return base  # type: ignore[no-any-return]
+
+
 def load(
     adapter: str | Path,
     base: nn.Module | str | Path | None = None,
@@ -131,9 +138,9 @@ def load(
     classes = _classes(config, config.weights_file)
     if base is None:
         named, options = named_base(config)
-        base = load_base(named, task, **options, **classes)
+        base = _padded(load_base(named, task, **options, **classes), config)
     elif not isinstance(base, nn.Module):
-        base = load_base(base, task, **classes)
+        base = _padded(load_base(base, task, **classes), config)
     if shadow_model is not None:
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)

@@ -78,9 +78,8 @@ class ShadowModel(BaseTuner):
             )
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         check_bare(self.model)
-        if peft_config.task_type == "SEQ_CLS" and peft_config.labels is None:
-            names = self.model.config.id2label  # type: ignore[union-attr]
-            peft_config.labels = [names[i] for i in range(len(names))]
+        if peft_config.task_type == "SEQ_CLS":
+            peft_config.note_classes(self.model.config)
         identity = fingerprint(self.model, parts)
         if peft_config._loaded and peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, identity)
@@ -325,6 +324,9 @@ class ShadowModel(BaseTuner):
         self._check_merge_allowed()
 
     unmerge_adapter = merge_adapter
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError("a weighted sum of shadows is no shadow; attach both, and choose with set_adapter or adapter_names")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

@@ -55,8 +55,11 @@ class RunConfig(StrictSection):
         if "preset" not in shadow and learns_actions(content["data"]):
             shadow = {"preset": "device", **shadow}
         usual = TRAINING.get(name, {}) if isinstance(name := shadow.get("preset", "tuned"), str) else {}
-        if training.get("freeze_shadow"):  # it has no epochs of its own, unless the file says so
-            usual = {key: value for key, value in usual.items() if key != "shadow_epochs"}
+        without = {  # what the file says excludes what it does not
+            "shadow_epochs": bool(training.get("freeze_shadow")),
+            "warmup": training.get("scheduler") == "constant",
+        }
+        usual = {key: value for key, value in usual.items() if not without.get(key)}
         return {**content, "shadow": shadow, "training": {**usual, **training}}
 
     @model_validator(mode="after")
@@ -255,6 +258,13 @@ _TAGS = ("name", "source")
 """What pydantic calls the two forms of ``data.train``."""
 
 
+_FORMS = {
+    "SourceSection": "the name of a file, of a folder that holds several, or a mapping such as {path: rows.csv, split: train}",
+    "Corpus": "a mapping such as {path: FILE}",
+}
+"""What a section is that is more than keys and values, by the name of its class."""
+
+
 def problems_in(error: ValidationError, whole: type[BaseModel], sections: dict[str, type[BaseModel]]) -> str:
     """What is wrong with a run file, in words; unknown keys get the nearest known one of ``whole`` or its ``sections``."""
     parts = []
@@ -275,6 +285,9 @@ def problems_in(error: ValidationError, whole: type[BaseModel], sections: dict[s
             parts.append(f"key '{place}' is missing")
         elif problem["type"] == "value_error":
             parts.append(str(problem["ctx"]["error"]))
+        elif problem["type"] == "model_type":
+            form = _FORMS.get(problem["ctx"]["class_name"], "a section of keys and values")
+            parts.append(f"'{place}' is {quote(problem['input'])} but must be {form}")
         else:
             parts.append(explain(problem, f"'{place}'", problem["input"]))
     return "; ".join(parts)

@@ -18,6 +18,7 @@ KNOWN = frozenset(
         "labels",
         "modules_to_save",
         "own_shadow_head",
+        "pad_token_id",
         "peft_type",
         "peft_version",
         "projection_init",

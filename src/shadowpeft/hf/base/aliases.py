@@ -27,6 +27,13 @@ def source_of(name: str | Path) -> str:
     return str(materialise(str(name)) if is_alias(str(name)) else name)
 
 
+def looked_up(name: str | Path) -> str:
+    """What a message adds about a name that could not be loaded: that it is no folder, if it is none."""
+    if is_alias(str(name)) or Path(name).exists():
+        return ""
+    return f"; there is no folder '{name}' here, so it was taken for a Hub id: check the name"
+
+
 def cache_folder() -> Path:
     """Where dequantised copies live: ``$SHADOWPEFT_CACHE`` or ``~/.cache/shadowpeft``."""
     return Path(os.environ.get("SHADOWPEFT_CACHE") or Path.home() / ".cache" / "shadowpeft")

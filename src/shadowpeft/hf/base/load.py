@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.aliases import source_of
+from shadowpeft.hf.base.aliases import looked_up, source_of
 from shadowpeft.hf.base.structure import CLASSIFIERS, is_layer_list
 from shadowpeft.hf.files.digests import check_sums
 from shadowpeft.messages import shorten
@@ -96,7 +96,7 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=kwargs.get("revision"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}") from error
+        raise ConfigError(f"base '{name}' could not be loaded: {shorten(error)}{looked_up(name)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"base '{name}' is an encoder-decoder model; a shadow needs a decoder-only model")
     if task_type == "SEQ_CLS":

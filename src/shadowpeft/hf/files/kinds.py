@@ -60,6 +60,8 @@ def _model(folder: Path) -> str:
             f"is a pretrained shadow, a model and no adapter (it has no {CONFIG}); name it as shadow.shadow_model in a run "
             "file, or turn it into a stock model with shadowpeft convert"
         )
+    if any(str(name).endswith("ForSequenceClassification") for name in content.get("architectures") or []):
+        return f"is a classifier and no adapter (it has no {CONFIG}); give the adapter's folder, or load it with transformers"
     return (
         f"is a model and no adapter (it has no {CONFIG}); give the adapter's folder, or the model to a command that takes one: "
         "export, route calibrate, serve"
