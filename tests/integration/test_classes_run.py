@@ -252,8 +252,9 @@ def test_the_pad_token_of_training_stays_with_the_adapter(made, tmp_path, monkey
     for each in (model, shadowpeft.detach(model), edge):
         wanted = torch.cat([each(**one).logits for one in alone])
         torch.testing.assert_close(each(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
-    # an adapter from before has no record
-    model.get_base_model().config.pad_token_id = None
+    model.get_base_model().config.pad_token_id = 0  # a base of the user's own says otherwise
+    assert shadowpeft.detach(model).config.pad_token_id == tokenizer.pad_token_id
+    model.get_base_model().config.pad_token_id = model.peft_config["default"].pad_token_id = None  # from before the record
     assert shadowpeft.detach(model).config.pad_token_id is None
     assert shadowpeft.detach(model, tokenizer=tokenizer).config.pad_token_id == tokenizer.pad_token_id
 
@@ -268,4 +269,5 @@ def test_eval_says_what_it_cannot_read(made, tmp_path, monkeypatch, capsys):
     assert folder[0] == 2
     assert "is a folder; give one file of it" in " ".join(folder[2].replace("\u2502", " ").split())
     odd = write_rows(tmp_path / "odd.jsonl", [{"text": "aa", "label": "dry"}])
-    assert "has not learnt; it knows 'cold', 'hot', 'wet'" in call(monkeypatch, capsys, "eval", made["adapter"], "--data", odd)[2]
+    err = call(monkeypatch, capsys, "eval", made["adapter"], "--data", odd)[2]
+    assert "has not learnt; it knows 'cold', 'hot', 'wet'" in err

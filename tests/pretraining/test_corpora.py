@@ -136,6 +136,8 @@ def test_what_editors_and_systems_leave_in_files_is_no_text(tmp_path):
     (folder / "A.TXT").write_bytes("\ufefffirst\n\nsecond\n".encode())
     (folder / "b.jsonl").write_bytes('\ufeff{"text": "third"}\n{"text": null}\n{"text": "fourth"}\n'.encode())
     (folder / ".c.txt").write_text("not this")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "d.txt").write_text("nor this")
     files = find_shards(str(folder), None, "train")
     assert [file.name for file in files] == ["A.TXT", "b.jsonl"]
     found = one_pass(FileSource("c", files, shuffle=False))

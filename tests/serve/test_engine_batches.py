@@ -9,6 +9,8 @@ import torch
 from serving import Reader, ask, attached, detached, engine_of
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.serve import engine as module
+from shadowpeft.serve.batch import Batch
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.requests import OverdueError, QueueFullError, SamplingParams, StoppedError
 from shadowpeft.serve.router import Scores
@@ -268,6 +270,39 @@ def test_a_failing_batch_fails_its_requests_alone(backend):
     good = ask(engine, "sit", "default", max_tokens=3)
     good.wait()
     assert [t.id for t in good.tokens] == naive(backend, "sit", "default", 3)[0]
+    assert engine.stop(20)
+
+
+def test_what_fails_beside_a_pass_fails_its_requests_and_no_others(backend, monkeypatch):
+    """Rows that cannot be tried alone either; caches that cannot be joined."""
+    engine = engine_of(backend, gather_seconds=0.2)
+    with monkeypatch.context() as broken:
+        for name in ("forward_step", "alone"):
+            broken.setattr(Batch, name, lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+        for reader in [ask(engine, "sit", "default", max_tokens=3) for _ in range(2)]:
+            with pytest.raises(RuntimeError, match="no memory"):
+                reader.wait()
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "join_batches", lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+        with pytest.raises(RuntimeError, match="no room"):
+            ask(engine, "sit", "default", max_tokens=3).wait()
+    good = ask(engine, "sit", "default", max_tokens=3)
+    good.wait()
+    assert [t.id for t in good.tokens] == naive(backend, "sit", "default", 3)[0]
+    assert engine.stop(20)
+
+
+def test_an_engine_that_breaks_tells_everybody(backend, monkeypatch, caplog):
+    engine = engine_of(backend, gather_seconds=0.2)
+    monkeypatch.setattr(engine, "step", lambda: (_ for _ in ()).throw(RuntimeError("the device is gone")))
+    readers = [ask(engine, "sit", "default", max_tokens=3) for _ in range(2)]
+    for reader in readers:
+        with pytest.raises(StoppedError, match="the engine has stopped after an error"):
+            reader.wait()
+    assert not engine.ready()
+    assert "the device is gone" in caplog.text
+    with pytest.raises(StoppedError, match="restart the server"):
+        ask(engine, "sit", "default")
     assert engine.stop(20)
 
 

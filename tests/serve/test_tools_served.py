@@ -41,6 +41,7 @@ WALK = {
 SIT = {"type": "function", "function": {"name": "Sit", "parameters": {"type": "object", "properties": {}}}}
 FLY = {"type": "function", "function": {"name": "Fly", "parameters": {"type": "object", "properties": {}}}}
 TOOLS = tools_of([WALK, SIT])
+LONG = {"type": "object", "properties": {"text": {"type": "string", "maxLength": 9000}}, "required": ["text"]}
 ASK = [{"role": "user", "content": "walk"}]
 NOBODY = Keys(None, ())
 LIMITS = EngineLimits(gather_seconds=0)
@@ -287,6 +288,26 @@ def test_a_calibration_keeps_its_tools(tmp_path):
     again = Calibration.load(tmp_path / "routing.json")
     assert again == calibration
     assert tools_of(list(again.tools)) == TOOLS
+
+
+def test_a_device_alone_is_not_held_to_calls_that_the_client_does_not_want(monkeypatch):
+    """Held to them, it would write a call into the text."""
+    role = edge_role()
+    held = []
+    start = role.engine.submit
+    monkeypatch.setattr(role.engine, "submit", lambda *a, **k: held.append((a, k)) or start(*a, **k))
+    with Running(build(role, Settings(NOBODY))) as alone:
+        ask(alone, tools=[WALK, SIT], tool_choice="none", max_tokens=4)
+        ask(alone, tools=[WALK, SIT], max_tokens=4)
+    assert [any(hasattr(each, "allowed") for each in (*a, *k.values())) for a, k in held] == [False, True]
+
+
+def test_a_call_that_is_too_long_is_text_in_one_piece_too():
+    parser = CallParser(tools_of([{"type": "function", "function": {"name": "Say", "parameters": LONG}}]))
+    for count, called in ((100, True), (parser.longest, False)):
+        text = f'[Say(text="{"a" * count}")]'
+        assert (parser.found(text) is not None) == called
+        assert (parser(text) is not None) == called
 
 
 def test_without_a_cloud_the_device_answers_all():

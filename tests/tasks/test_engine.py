@@ -295,6 +295,11 @@ def test_another_evaluation_is_not_mixed_in(tmp_path, model, tokenizer):
     for options, named in (({"mode": "base"}, "mode"), ({"seed": 1}, "seed"), ({"limit": 2}, "limit, examples")):
         with pytest.raises(ConfigError, match=f"holds an evaluation with another {named}"):
             run(model, tokenizer, folder=tmp_path, **options)
+    settings = json.loads((tmp_path / "evaluation.json").read_text())
+    (tmp_path / "evaluation.json").write_text(json.dumps({**settings, "speculative": True}))  # its times are of drafts
+    with pytest.raises(ConfigError, match="another speculative"):
+        run(model, tokenizer, folder=tmp_path)
+    (tmp_path / "evaluation.json").write_text(json.dumps(settings))
     other = adapt(chat_model())
     randomise(other, seed=9)
     with pytest.raises(ConfigError, match="another weights"):

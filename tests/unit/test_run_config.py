@@ -1,5 +1,6 @@
 """Run files: what is refused, in which words, and that nothing heavy is imported before."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ from chatbase import run_file
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.presets import TRAINING
-from shadowpeft.train.arguments import training_arguments
 from shadowpeft.train.config import RunConfig, ShadowSection, TrainingSection, parse_run, read_run
 from shadowpeft.train.pretrain_config import parse_pretraining
+from shadowpeft.train.schedule import check_warmup
 
 BASIC = {"base": "smollm2-135m", "data": {"train": "rows.jsonl"}}
 PRETRAINING = {
@@ -64,8 +65,6 @@ def test_the_papers_preset_has_the_configs_own_defaults():
         (run(training={"learning_rate": -1.0}), "'training.learning_rate' is -1.0"),
         (run(training={"precision": "int8"}), "'training.precision' is 'int8'"),
         (run(training={"report_to": ["mlflow"]}), "'training.report_to.0' is 'mlflow'"),
-        (run(training={"warmup": 1.5}), "warmup is 1.5 but must be a share of the steps below 1, or a whole number of them"),
-        (run(training={"warmup": 3, "scheduler": "constant"}), "warmup is 3 but training.scheduler is constant"),
         (run(training=5), "'training' is 5 but must be a section of keys and values"),
         (run(data={"train": ["a.jsonl", "b.jsonl"]}), "'b.jsonl'] but must be the name of a file, of a folder"),
         (run(training={"epochs": 1, "max_steps": 5}), "epochs and max_steps are both set; keep one"),
@@ -128,23 +127,28 @@ def test_possible_combinations(shadow):
     assert ShadowPeftConfig(task_type="CAUSAL_LM", **made).r == 16
 
 
-def test_a_presets_warmup_gives_way_to_a_schedule_without_one():
-    made = parse_run(run(shadow={"preset": "device"}, training={"scheduler": "constant"}), "run.yaml")
-    assert made.training.warmup != TRAINING["device"]["warmup"]
-    again = made.model_dump(mode="json")  # as the run's folder keeps it
-    assert parse_run(again, "config.yaml").training == made.training
-
-
 def test_a_corpus_is_a_mapping():
     with pytest.raises(ConfigError, match=r"'text.corpora.0' is 'a.txt' but must be a mapping such as \{path: FILE\}"):
         parse_pretraining({**PRETRAINING, "text": {"corpora": ["a.txt"]}}, "run.yaml")
 
 
-def test_a_warmup_that_never_ends_is_refused(tmp_path):
-    arguments = training_arguments(TrainingSection(warmup=10), tmp_path, evaluates=False)
-    assert arguments.get_warmup_steps(11) == 10
-    with pytest.raises(ConfigError, match=r"warmup is 10 steps but there are 10, so the learning rate is never"):
-        arguments.get_warmup_steps(10)
+@pytest.mark.parametrize(
+    ("settings", "alone", "message"),
+    [
+        ({"warmup": 3, "scheduler": "constant"}, 0, "warmup is 3 but training.scheduler is constant, which has none"),
+        ({"warmup": 1.5}, 0, "warmup is 1.5 but must be a share of the steps below 1, or a whole number of them"),
+        ({"warmup": 100}, 0, "warmup is 100 steps but there are 100 in all, so the learning rate is never reached"),
+        ({"warmup": 20}, 85, "warmup is 20 steps but there are 15 in which both paths train"),
+        ({"warmup": 14}, 85, None),
+        ({"warmup": 1}, 99, None),  # a course of one step has no warm-up
+        ({"scheduler": "constant"}, 0, None),
+        ({"warmup": TRAINING["device"]["warmup"], "scheduler": "constant"}, 0, None),  # the preset's own
+    ],
+)
+def test_a_warmup_that_a_new_run_would_not_honour_is_refused(settings, alone, message):
+    with contextlib.nullcontext() if message is None else pytest.raises(ConfigError) as refused:
+        check_warmup(TrainingSection(**settings), "device", 100, alone)
+    assert message is None or message in str(refused.value)
 
 
 def test_several_mistakes_are_told_at_once():

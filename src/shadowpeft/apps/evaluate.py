@@ -61,7 +61,7 @@ def main(
     if name is not None and (data is not None or max_new_tokens is not None):
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
-    if data is not None and Path(data).is_dir():
+    if data not in (None, "robot") and Path(str(data)).is_dir():
         raise typer.BadParameter(f"'{data}' is a folder; give one file of it", param_hint="--data")
     if name is None and split is not None:
         raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
@@ -215,8 +215,9 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
     model: Any = base
     if named and (lora or task.labels):
         model = load_base(named, wanted, **of_labels(task.labels or None))
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
+        pad = config.get("pad_token_id") if wanted == "SEQ_CLS" else None
+        if isinstance(pad, int) or getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = pad if isinstance(pad, int) else tokenizer.pad_token_id
     if not lora:
         return shadowpeft.load(adapter, model), tokenizer, ["attached", "detached"]
     method = "dora" if PeftConfig.from_pretrained(adapter).use_dora else "lora"  # type: ignore[attr-defined]

@@ -214,8 +214,9 @@ class CallParser:
         return None if found is None else found.text
 
     def found(self, text: str) -> Answered | None:
-        """The calls themselves."""
-        return answered(text, self.tools)
+        """The calls themselves, unless they end after :attr:`longest` characters: a stream has become text by then."""
+        found = answered(text, self.tools)
+        return None if found is None or found.end > self.longest else found
 
     def told(self, call: Call) -> Call:
         """The call as the client's schema wants it: null for what it requires and the model left out, and no other null."""

@@ -288,7 +288,7 @@ TextSource = FileSource | HubSource
 
 
 def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]:
-    """The files of a corpus: of one file, a folder (known formats below it, no hidden files), a pattern, or a packaged name.
+    """The files of a corpus: of one file, a folder (known formats below it, nothing hidden), a pattern, or a packaged name.
 
     Raises:
         DataError: if there are none.
@@ -302,7 +302,8 @@ def find_shards(path: str | None, builtin: str | None, split: str) -> list[Path]
         assert path is not None
         whole = Path(path)
         if whole.is_dir():
-            files = sorted(f for f in whole.rglob("*") if f.is_file() and _suffix(f) in FORMATS and f.name[0] != ".")
+            found = (f for f in whole.rglob("*") if f.is_file() and _suffix(f) in FORMATS)
+            files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(whole).parts))
         else:
             files = [whole] if whole.is_file() else sorted(Path(f) for f in glob.glob(path, recursive=True))
         advice = f"give a file, a folder or a pattern; known endings are {', '.join(FORMATS)}"

@@ -53,7 +53,7 @@ def open_folder(folder: Path, settings: dict[str, Any], resume: bool) -> dict[st
     if not resume:
         raise ConfigError(f"'{folder}' already holds an evaluation; choose another folder, or resume it")
     before = read_object(stored)
-    differing = [key for key in settings if before.get(key, "absent") != settings[key]]
+    differing = [key for key in settings | before if before.get(key, "absent") != settings.get(key, "absent")]
     if differing:
         raise ConfigError(
             f"'{folder}' holds an evaluation with another {', '.join(differing)}; choose another folder, or evaluate as it was"

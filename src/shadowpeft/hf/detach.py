@@ -60,8 +60,11 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
-    if classifier and config.pad_token_id is None and tokenizer is not None:
-        config.pad_token_id = tokenizer.pad_token_id
+    if classifier:
+        recorded = hub.configs[name].pad_token_id
+        config.pad_token_id = config.pad_token_id if recorded is None else recorded
+        if config.pad_token_id is None and tokenizer is not None:
+            config.pad_token_id = tokenizer.pad_token_id
     if not classifier:
         config.tie_word_embeddings = (
             projection is None

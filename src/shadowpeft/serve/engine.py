@@ -7,6 +7,7 @@ its own sampling state, so an answer does not depend on its neighbours (up to th
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from shadowpeft.serve.requests import (
 from shadowpeft.serve.router import Scores
 from shadowpeft.serve.scheduling import group_by_length, join_batches, next_in_turn, next_to_read
 
+_log = logging.getLogger("shadowpeft.serve")
+_BROKEN = "the engine has stopped after an error, which the server's log has; restart the server"
 _LAST_SECONDS = 5.0
 """How long a forward pass that runs on is waited for when the server shuts down."""
 _SHORTEST_PIECE = 32
@@ -110,7 +113,7 @@ class Engine:
         self._batches: list[Batch] = []
         self._changes: list[_Change] = []
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._broken = False
         self._thread = threading.Thread(target=self._run, name="shadowpeft-engine", daemon=True)
         self.beat = time.monotonic()
         self.steps = self.tokens = 0
@@ -151,8 +154,9 @@ class Engine:
             request.gate = self.backend.gate(name, sampled=request.generator is not None)
         with self._changed:
             self.check(len(ids), name, sampling.max_tokens)  # here, so that the name is not taken out in between
-            if self._stopping:
-                raise StoppedError("the server is shutting down; send the request to another one")
+            if self._stopping or self._broken:
+                why = _BROKEN if self._broken else "the server is shutting down; send the request to another one"
+                raise StoppedError(why)
             self._waiting = [r for r in self._waiting if not r.cancelled]
             # a name that has none waiting may always wait: the requests of others must not shut it out
             if len(self._waiting) >= self.limits.queue and any(r.name == name for r in self._waiting):
@@ -244,23 +248,32 @@ class Engine:
         self._thread.join(timeout)
         if not self._thread.is_alive():
             return True
+        self._fail_all(StoppedError("the server shut down before this was finished"))
+        self._thread.join(min(timeout, _LAST_SECONDS))
+        return False
+
+    def _fail_all(self, error: StoppedError) -> None:
+        """Tell all who wait for an answer or a change."""
         with self._changed:
             left = [*self._waiting, *(r for batch in list(self._batches) for r in batch.requests)]
             self._waiting.clear()
             changes, self._changes = self._changes, []
         for change in changes:
             self.backend.leaving.discard(change.without or "")
-            change.settle(StoppedError("the server shut down before the change was made"))
+            change.settle(error)
         for request in left:
-            request.fail(StoppedError("the server shut down before the answer was finished"))
-        self._thread.join(min(timeout, _LAST_SECONDS))
-        return False
+            request.fail(error)
 
     # -------------------------------------------------------------------------------------------- in the engine's thread
 
     def _run(self) -> None:
-        with thin_products(self.backend.model):
-            self._loop()
+        try:
+            with thin_products(self.backend.model):
+                self._loop()
+        except BaseException as error:  # noqa: BLE001  (everybody who waits is told; the server is not ready any more)
+            _log.critical("the engine has stopped", exc_info=error)
+            self._broken = True
+            self._fail_all(StoppedError(_BROKEN))
 
     def _loop(self) -> None:
         while True:
@@ -285,7 +298,13 @@ class Engine:
             self._pass(batch)
         ready = [batch for batch in self._batches if batch.requests and not batch.reading]
         reading = [batch for batch in self._batches if batch.requests and batch.reading]
-        self._batches = [*join_batches(ready, self.limits.batches), *reading]
+        among = [request for batch in ready for request in batch.requests]
+        try:
+            self._batches = [*join_batches(ready, self.limits.batches), *reading]
+        except BaseException as error:  # noqa: BLE001  (half-joined caches are lost; the others go on)
+            self._batches = reading
+            for request in among:
+                request.fail(error)
         self._change()
         self.beat = time.monotonic()
 
@@ -356,5 +375,9 @@ class Engine:
             if len(requests) == 1:
                 requests[0].fail(error)
             else:
-                self._batches = [*self._batches, *(batch.alone(self.backend, row) for row in range(len(requests)))]
+                for row, request in enumerate(requests):
+                    try:
+                        self._batches = [*self._batches, batch.alone(self.backend, row)]
+                    except BaseException as again:  # noqa: BLE001
+                        request.fail(again)
             batch.requests = []

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainingSection
 from shadowpeft.train.pretrain_config import PretrainConfig, PretrainingSection
 
@@ -21,20 +20,8 @@ class RunArguments(TrainingArguments):
     """transformers' settings, of which a run of one step has no warm-up: it would be all of it, at a rate of 0."""
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """As stock, whose first step has the rate 0 wherever there is a warm-up.
-
-        Raises:
-            ConfigError: if it never ends.
-        """
-        if num_training_steps == 1:
-            return 0
-        steps = int(super().get_warmup_steps(num_training_steps))
-        if steps >= num_training_steps:
-            raise ConfigError(
-                f"training.warmup is {steps} steps but there are {num_training_steps}, so the learning rate is never reached; "
-                "give fewer, or a share such as 0.1"
-            )
-        return steps
+        """As stock, whose first step has the rate 0 wherever there is a warm-up."""
+        return 0 if num_training_steps == 1 else int(super().get_warmup_steps(num_training_steps))
 
 
 def _arguments(t: TrainingSection | PretrainingSection, folder: Path, evaluates: bool, **own: Any) -> TrainingArguments:

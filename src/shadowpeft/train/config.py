@@ -55,11 +55,8 @@ class RunConfig(StrictSection):
         if "preset" not in shadow and learns_actions(content["data"]):
             shadow = {"preset": "device", **shadow}
         usual = TRAINING.get(name, {}) if isinstance(name := shadow.get("preset", "tuned"), str) else {}
-        without = {  # what the file says excludes what it does not
-            "shadow_epochs": bool(training.get("freeze_shadow")),
-            "warmup": training.get("scheduler") == "constant",
-        }
-        usual = {key: value for key, value in usual.items() if not without.get(key)}
+        if training.get("freeze_shadow"):  # it has no epochs of its own, unless the file says so
+            usual = {key: value for key, value in usual.items() if key != "shadow_epochs"}
         return {**content, "shadow": shadow, "training": {**usual, **training}}
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from shadowpeft.train.packing import check_packing
 from shadowpeft.train.paths import check_paths, learns
 from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
 from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first, system_of
+from shadowpeft.train.schedule import check_warmup
 from shadowpeft.train.sections import DataConfig, TrainingSection
 from shadowpeft.train.speed import planned_in, steps_in_time
 from shadowpeft.train.trainer import ShadowTrainer
@@ -188,7 +190,10 @@ def _train(
 
     if t.target_minutes is not None:
         t = _timed(t, training, last, model, build, pack_to, console)
-    rows, steps, alone = shadow_first(training, t, t.batch_size * t.gradient_accumulation * _processes(), pack_to)
+    batch = t.batch_size * t.gradient_accumulation * _processes()
+    rows, steps, alone = shadow_first(training, t, batch, pack_to)
+    if last is None and (steps or data.stream is None):
+        check_warmup(t, run.shadow.preset, steps or math.ceil((t.epochs or 1.0) * len(rows) / batch), alone)
     mean_tokens = sum(len(s.ids) for s in rows.sequences) / len(rows)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
     watching: list[TrainerCallback] = [shown]

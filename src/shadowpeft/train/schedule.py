@@ -11,6 +11,8 @@ from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.layer import find_hub
+from shadowpeft.presets import TRAINING
+from shadowpeft.train.sections import TrainingSection
 
 
 def two_courses(
@@ -50,6 +52,34 @@ def two_courses(
             for group in optimizer.param_groups
         ],
     )
+
+
+def check_warmup(t: TrainingSection, preset: str, steps: int, alone: int) -> None:
+    """Refuse a warm-up that a new run would not honour.
+
+    Args:
+        preset: whose own warm-up nobody need have asked for. steps: of the whole run. alone: of these, the shadow's.
+
+    Raises:
+        ConfigError: if it is no number of steps, the schedule has none, or it never ends.
+    """
+    asked = t.warmup not in (0, type(t)().warmup, TRAINING.get(preset, {}).get("warmup"))
+    if t.scheduler == "constant" and asked:
+        raise ConfigError(
+            f"training.warmup is {t.warmup:g} but training.scheduler is constant, which has none; use constant_with_warmup, or "
+            "leave warmup out"
+        )
+    if t.warmup > 1 and t.warmup % 1:
+        raise ConfigError(
+            f"training.warmup is {t.warmup:g} but must be a share of the steps below 1, or a whole number of them"
+        )
+    left = steps - alone
+    if left > 1 and t.warmup >= max(left, 1):
+        what = "in which both paths train" if alone else "in all"
+        raise ConfigError(
+            f"training.warmup is {t.warmup:g} steps but there are {left} {what}, so the learning rate is never reached; give "
+            "fewer, or a share such as 0.1"
+        )
 
 
 class FreezeShadow(TrainerCallback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from shadowpeft.data.sources import COLUMNS, Source
 from shadowpeft.errors import ConfigError
@@ -184,22 +184,13 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What torch and numpy take both."""
 
 
-WARMUP = 0.01
-
-
-def _share_or_steps(warmup: float) -> float:
-    if warmup > 1 and warmup % 1:
-        raise ValueError(f"warmup is {warmup} but must be a share of the steps below 1, or a whole number of them")
-    return warmup
-
-
 class OptimisationSection(StrictSection):
     """What every kind of run says of its optimisation, evaluation and saving."""
 
     max_steps: Count | None = None
     gradient_accumulation: Count = 1
     learning_rate: float = Field(default=1e-3, gt=0)
-    warmup: Annotated[float, AfterValidator(_share_or_steps)] = Field(default=WARMUP, ge=0)
+    warmup: float = Field(default=0.01, ge=0)
     """Share of the steps (below 1) or their number."""
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_checkpointing: bool = False
@@ -260,15 +251,6 @@ class TrainingSection(OptimisationSection):
         if self.shadow_epochs and not self.group_by_length:
             raise ValueError(
                 "shadow_epochs is set and group_by_length is off, but its sampler keeps the order; leave it on"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _warms_up(self) -> TrainingSection:
-        if self.scheduler == "constant" and self.warmup not in (0, WARMUP):
-            raise ValueError(
-                f"training.warmup is {self.warmup:g} but training.scheduler is constant, which has none; use "
-                "constant_with_warmup, or leave warmup out"
             )
         return self
 
