@@ -67,7 +67,8 @@ def _detached(page: Page, records: list[dict[str, Any]]) -> list[list[str]]:
     for name, record in sorted(alone.items()):
         test = (record["test"] or {}).get("detached") or {}
         shown = [percent(test.get(key), interval=True) for key in ("in_scope", "oos_recall")]
-        first = record["started_processor_seconds"]
+        own = read_file(f"device/{name}", page.records)  # a cell may have trained it once more, on a busier machine
+        first = record["started_processor_seconds"] if own is None else own["curve"][-1]["processor_seconds"]
         minutes = f"{first / 60:.0f}" if first else ""
         validation = percent(record["detached"]["in_scope"], interval=True)
         rows.append([page.link(f"device/{name}", name), "the frozen shadow, detached", "", "", minutes, validation, *shown])
