@@ -74,7 +74,7 @@ def check_warmup(t: TrainingSection, preset: str, steps: int, alone: int) -> Non
             f"training.warmup is {t.warmup:g} but must be a share of the steps below 1, or a whole number of them"
         )
     left = steps - alone
-    if left > 1 and t.warmup >= max(left, 1):
+    if left > 1 and t.warmup >= left:
         what = "in which both paths train" if alone else "in all"
         raise ConfigError(
             f"training.warmup is {t.warmup:g} steps but there are {left} {what}, so the learning rate is never reached; give "
