@@ -195,7 +195,7 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
 
     import shadowpeft
     from shadowpeft.hf import formats
-    from shadowpeft.hf.base.load import load_base, of_labels
+    from shadowpeft.hf.base.load import load_base, of_labels, pad_with
     from shadowpeft.hf.files.locate import find_file
     from shadowpeft.hf.files.reading import read_json
     from shadowpeft.tokenizer import load_tokenizer
@@ -215,9 +215,7 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
     model: Any = base
     if named and (lora or task.labels):
         model = load_base(named, wanted, **of_labels(task.labels or None))
-        pad = config.get("pad_token_id") if wanted == "SEQ_CLS" else None
-        if isinstance(pad, int) or getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = pad if isinstance(pad, int) else tokenizer.pad_token_id
+        pad_with(model, tokenizer, classifies=wanted == "SEQ_CLS")
     if not lora:
         return shadowpeft.load(adapter, model), tokenizer, ["attached", "detached"]
     method = "dora" if PeftConfig.from_pretrained(adapter).use_dora else "lora"  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from functools import partial
 from typing import Any
@@ -43,7 +42,7 @@ def plan(run: Any) -> dict[str, Any]:
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.paths import check_paths
-    from shadowpeft.train.rows import load_run_data, shadow_first
+    from shadowpeft.train.rows import load_run_data, shadow_first, steps_by_epochs
 
     t = run.training
     prepare_cpu(t.threads)
@@ -76,8 +75,7 @@ def plan(run: Any) -> dict[str, Any]:
     sequences = rows.sequences  # of the whole run, where the shadow has epochs of its own
     steps = steps if t.target_minutes is None else None
     if steps is None and t.target_minutes is None:
-        batches = math.ceil((packed or count) / t.batch_size)
-        steps = math.ceil((t.epochs or 1.0) * max(math.ceil(batches / t.gradient_accumulation), 1))
+        steps = steps_by_epochs(t, packed or count)
     mean = sum(len(s.ids) for s in sequences) / len(sequences)
     longest = max(len(s.ids) for s in sequences)
     through_base = sum(len(s.ids) for s in sequences if s.base) / sum(len(s.ids) for s in sequences)

@@ -298,12 +298,11 @@ class Engine:
             self._pass(batch)
         ready = [batch for batch in self._batches if batch.requests and not batch.reading]
         reading = [batch for batch in self._batches if batch.requests and batch.reading]
-        among = [request for batch in ready for request in batch.requests]
         try:
             self._batches = [*join_batches(ready, self.limits.batches), *reading]
         except BaseException as error:  # noqa: BLE001  (half-joined caches are lost; the others go on)
             self._batches = reading
-            for request in among:
+            for request in [request for batch in ready for request in batch.requests]:
                 request.fail(error)
         self._change()
         self.beat = time.monotonic()

@@ -286,10 +286,12 @@ class EdgeRole(Role):
 
     async def _choices(self, asked: Asked) -> Actions | None:
         """What the device's answer is held to: the request's tools, or what the device knows."""
-        free = isinstance(asked, ChatRequest) and asked.tools is not None
-        if free and (asked.tool_choice == "none" or asked.messages[-1].role == "tool"):  # type: ignore[union-attr]
-            return None
-        return await self.held(asked, device=True) or self.actions
+        free = (
+            isinstance(asked, ChatRequest)
+            and asked.tools is not None
+            and (asked.tool_choice == "none" or asked.messages[-1].role == "tool")
+        )
+        return None if free else await self.held(asked, device=True) or self.actions
 
     def _router(self, asked: Asked) -> Router:
         """The router of the request's tools."""

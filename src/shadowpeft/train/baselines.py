@@ -25,7 +25,7 @@ from shadowpeft.data import chat
 from shadowpeft.data.classify import ClassCollator, ClassDataset
 from shadowpeft.data.tasks import Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.base.load import load_base, of_labels
+from shadowpeft.hf.base.load import load_base, of_labels, pad_with
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.runtime import DTYPES, peak_memory_bytes, prepare_cpu, reset_peak_memory
 from shadowpeft.storage import exclusive
@@ -149,8 +149,7 @@ def load_task_base(
         base = load_base(name, "SEQ_CLS", dtype=DTYPES[precision], **of_labels(task.labels))
     else:
         base = load_base(name, dtype=DTYPES[precision])
-    if getattr(base.config, "pad_token_id", None) is None or task.kind == "classify":
-        base.config.pad_token_id = tokenizer.pad_token_id
+    pad_with(base, tokenizer, classifies=task.kind == "classify")
     return base
 
 

@@ -257,6 +257,12 @@ def _class_data(
     return made
 
 
+def steps_by_epochs(t: TrainingSection, rows: int, processes: int = 1) -> int:
+    """Steps of a run that its epochs end, as Trainer counts them."""
+    batches = math.ceil(rows / (t.batch_size * processes))
+    return math.ceil((t.epochs or 1.0) * max(math.ceil(batches / t.gradient_accumulation), 1))
+
+
 def shadow_first(
     training: list[Any], t: TrainingSection, batch: int, pack_to: int | None = None
 ) -> tuple[chat.ChatDataset, int | None, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.hf.base.aliases import is_alias
-from shadowpeft.hf.base.load import load_base, of_labels
+from shadowpeft.hf.base.load import load_base, of_labels, pad_with
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
@@ -43,7 +42,7 @@ from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.packing import check_packing
 from shadowpeft.train.paths import check_paths, learns
 from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
-from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first, system_of
+from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first, steps_by_epochs, system_of
 from shadowpeft.train.schedule import check_warmup
 from shadowpeft.train.sections import DataConfig, TrainingSection
 from shadowpeft.train.speed import planned_in, steps_in_time
@@ -54,8 +53,7 @@ def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None)
     """Base and adapter of a run; ``labels`` of a classifier."""
     set_seed(run.training.seed)  # the head of a classifier is new
     base = load_base(run.base, run.task_type, dtype=DTYPES[run.training.precision], **of_labels(labels))
-    if getattr(base.config, "pad_token_id", None) is None or labels is not None:
-        base.config.pad_token_id = tokenizer.pad_token_id
+    pad_with(base, tokenizer, classifies=labels is not None)
     if run.shadow.shadow_model != "mirror":
         shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
     config = ShadowPeftConfig(task_type=run.task_type, **run.shadow.fields_for(find_decoder(base).num_layers))
@@ -190,10 +188,9 @@ def _train(
 
     if t.target_minutes is not None:
         t = _timed(t, training, last, model, build, pack_to, console)
-    batch = t.batch_size * t.gradient_accumulation * _processes()
-    rows, steps, alone = shadow_first(training, t, batch, pack_to)
+    rows, steps, alone = shadow_first(training, t, t.batch_size * t.gradient_accumulation * _processes(), pack_to)
     if last is None and (steps or data.stream is None):
-        check_warmup(t, run.shadow.preset, steps or math.ceil((t.epochs or 1.0) * len(rows) / batch), alone)
+        check_warmup(t, run.shadow.preset, steps or steps_by_epochs(t, len(rows), _processes()), alone)
     mean_tokens = sum(len(s.ids) for s in rows.sequences) / len(rows)
     shown = RunCallback(folder, mean_tokens * t.batch_size * t.gradient_accumulation, console, quiet)
     watching: list[TrainerCallback] = [shown]

@@ -104,6 +104,12 @@ def load_base(name: str | Path, task_type: str = "CAUSAL_LM", **kwargs: Any) -> 
     return load_whole(AutoModelForCausalLM, source, f"base '{name}'", **kwargs)
 
 
+def pad_with(base: Any, tokenizer: Any, *, classifies: bool) -> None:
+    """Let a base pad as ``tokenizer`` does: where it names no pad token, and a classifier always, since it pools by it."""
+    if classifies or getattr(base.config, "pad_token_id", None) is None:
+        base.config.pad_token_id = tokenizer.pad_token_id
+
+
 def of_labels(labels: Sequence[str] | None) -> dict[str, Any]:
     """What :func:`load_base` is told of a classifier's labels; nothing if they are not known."""
     if labels is None:

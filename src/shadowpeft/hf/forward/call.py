@@ -217,8 +217,9 @@ def initial_state(
         return _project(weights, backbone(input_ids=input_ids, return_dict=True, **kwargs))
     if inputs_embeds is None or own is not None:
         table = base.get_input_embeddings()
-        if own is not None and len(table.weight) > len(own.weight):
-            _require_known(input_ids, len(own.weight), len(table.weight))
+        rows, known = (getattr(each, "num_embeddings", 0) for each in (table, own))
+        if rows > known > 0:
+            _require_known(input_ids, known, rows)
         inputs_embeds = (table if own is None else own)(input_ids)
     inputs_embeds = inputs_embeds.to(next(backbone.parameters()).dtype)
     if backbone.training and torch.is_grad_enabled() and not inputs_embeds.requires_grad and checkpoints(backbone):
