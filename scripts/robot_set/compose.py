@@ -28,7 +28,7 @@ def _build_split(split: str, seed: int, taken: set[str]) -> list[Row]:
     for lang in seeds.LANGS:
         # A string seed is hashed with SHA-512 by random.Random, so it does not depend on PYTHONHASHSEED.
         rng = random.Random(f"robot/{seed}/{split}/{lang}")
-        compose = _commands if info["kind"] == "skill" else _open_requests
+        compose = {"skill": _commands, "remote": _open_requests, "oos": _out_of_scope}[str(info["kind"])]
         rows += compose(split, lang, int(info[lang]), rng, taken)
     random.Random(f"robot/{seed}/{split}").shuffle(rows)
     return [{"id": f"{split}-{i:04d}", **row} for i, row in enumerate(rows)]
@@ -97,6 +97,18 @@ def _take(
     if len(out) < count:
         raise ValueError(f"{own[0].skill} has {len(out)} {lang} prompts, {count} are needed: write more families")
     return out
+
+
+def _out_of_scope(split: str, lang: str, count: int, rng: random.Random, taken: set[str]) -> list[Row]:
+    """``count`` requests that no skill answers: one of each family, then a second of each ..."""
+    part = split.split("_")[0]
+    own = [family for family in seeds.families(lang, "oos") if family.part == part]
+    topics = {family.id: family.skill for family in own}
+    rng.shuffle(own)
+    rows = []
+    for family, style, prompt in _take(own, lang, count, rng, taken, bare_first=False):
+        rows.append(_row(split, lang, "REMOTE", family, style, prompt, rng.choice(seeds.replies(lang, "oos")[topics[family]])))
+    return rows
 
 
 def _open_requests(split: str, lang: str, count: int, rng: random.Random, taken: set[str]) -> list[Row]:

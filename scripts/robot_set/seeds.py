@@ -14,12 +14,13 @@ LANGS = ("en", "zh")
 
 @dataclass(frozen=True)
 class Family:
-    """One core way of asking for a skill."""
+    """One core way of asking for a skill, or for something out of scope."""
 
     id: str
     part: str
     """train, validation or test"""
     skill: str
+    """or the topic of what is out of scope"""
     form: str
     """v, n, s, q, t or e"""
     style: str
@@ -56,11 +57,11 @@ def _sentence(text: str) -> str:
 
 
 @cache
-def families(lang: str) -> tuple[Family, ...]:
-    """All skill phrasing families of a language."""
+def families(lang: str, file: str = "skills") -> tuple[Family, ...]:
+    """All phrasing families of a language: of the skills, or of what is out of scope (``oos``)."""
     out: list[Family] = []
     skill = ""
-    for line in _lines(f"skills_{lang}.txt"):
+    for line in _lines(f"{file}_{lang}.txt"):
         if line.startswith("== "):
             skill, count = line[3:], dict.fromkeys(PARTS, 0)
         elif not line.startswith("R "):
@@ -69,16 +70,17 @@ def families(lang: str) -> tuple[Family, ...]:
             count[part] += 1
             if form == "n" and re.search("[,\uff0c]", core):
                 style = style or "contrast"  # "Don't sleep, stand up."
-            family_id = f"{lang}-{skill}-{PARTS[part]}{count[part]:02d}"
+            named = skill if file == "skills" else f"{file}-{skill}"
+            family_id = f"{lang}-{named}-{PARTS[part]}{count[part]:02d}"
             out.append(Family(family_id, PARTS[part], skill, form, style, core))
     return tuple(out)
 
 
 @cache
-def replies(lang: str) -> dict[str, list[str]]:
-    """The spoken replies of each skill."""
+def replies(lang: str, file: str = "skills") -> dict[str, list[str]]:
+    """The spoken replies of each skill, or of each topic that is out of scope (``oos``)."""
     out: dict[str, list[str]] = {}
-    for line in _lines(f"skills_{lang}.txt"):
+    for line in _lines(f"{file}_{lang}.txt"):
         if line.startswith("== "):
             skill = line[3:]
         elif line.startswith("R "):

@@ -168,6 +168,9 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
     assert learnt == {"", "[REMOTE]<|im_end|>", *(f"[{skill}()]<|im_end|>" for skill in SKILLS)}
     whole = config(made, tmp_path / "w", data={"train": "robot", "max_length": 512, "shadow_answers": "whole"})
     assert len(read_rows(whole.data.train, "train")) == 4447 + 9 * 47
+    assert len(read_rows("robot_oos", "train", actions=True)) == 4447 + 750
+    handed_on = read_rows("robot_oos", "train")[-750:]
+    assert all(row["shadow_response"] == f"[REMOTE] {row['response']}" for row in handed_on)
 
 
 def test_the_shadow_alone_trains_first(made, tmp_path):

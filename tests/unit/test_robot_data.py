@@ -21,7 +21,7 @@ from scripts.robot_set.compose import build
 from shadowpeft.data import robot
 from shadowpeft.data.robot import MEANINGS
 
-SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the last three remote splits are ours
+SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the validation splits, the large one and what is out of scope are ours
     "train_normal": (2074, 1326),
     "train_remote_base": (541, 459),
     "train_remote_shadow": (21, 26),
@@ -30,9 +30,12 @@ SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the last 
     "test_normal": (170, 136),
     "test_remote": (10, 8),
     "test_remote_large": (180, 140),
+    "train_oos": (420, 330),
+    "validation_oos": (66, 52),
+    "test_oos": (117, 79),
 }
 NORMAL = [split for split in SIZES if split.endswith("_normal")]
-REMOTE = [split for split in SIZES if "_remote" in split]
+REMOTE = [split for split in SIZES if split not in NORMAL]
 KEYS = ["id", "split", "lang", "kind", "skill", "family", "style", "prompt", "response"]
 MARKS = ",.?!;:\uff0c\u3002\uff1f\uff01\uff1b\uff1a"
 HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -161,10 +164,30 @@ def test_families_are_in_one_part_only(rows: list[dict[str, str]]) -> None:
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_a_core_text_is_in_one_part_and_one_skill_only(lang: str) -> None:
     owners: dict[str, set[tuple[str, str]]] = {}
-    for family in seeds.families(lang):
-        for filling in family.fillings():
-            owners.setdefault(fold(filling), set()).add((family.skill, family.part))
+    for file in ("skills", "oos"):
+        for family in seeds.families(lang, file):
+            for filling in family.fillings():
+                owners.setdefault(fold(filling), set()).add((family.skill, family.part))
     assert {core: found for core, found in owners.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize(("lang", "least"), [("en", (15, 4, 7)), ("zh", (15, 3, 5))])
+def test_what_is_out_of_scope_has_enough_families_of_each_topic(lang: str, least: tuple[int, int, int]) -> None:
+    counts = Counter((family.skill, family.part) for family in seeds.families(lang, "oos"))
+    topics = {topic for topic, _ in counts}
+    assert len(topics) == 13
+    assert topics == {family.skill for family in seeds.families("en", "oos")}
+    assert all(len(set(seeds.replies(lang, "oos")[topic])) >= 4 for topic in topics)
+    for topic in topics:
+        for part, n in zip(("train", "validation", "test"), least, strict=True):
+            assert counts[topic, part] >= n, (topic, part)
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_every_family_out_of_scope_is_asked(data: dict[str, list[dict[str, str]]], part: str) -> None:
+    asked = Counter(row["family"] for row in data[f"{part}_oos"])
+    assert set(asked) == {f.id for lang in seeds.LANGS for f in seeds.families(lang, "oos") if f.part == part}
+    assert max(asked.values()) == (1 if part != "train" else 2)
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])

@@ -17,7 +17,14 @@ from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
 
-ROBOT = {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")}
+ROBOT = {
+    "robot": {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")},
+    "robot_oos": {
+        "fit": ("validation_normal", "validation_remote", "validation_oos"),
+        "check": ("test_normal", "test_remote_large", "test_oos"),
+    },
+}
+"""A packaged set of intents, and the splits of each part."""
 ROBOT_TOOLS = {"fit": "validation", "check": "test"}
 
 
@@ -36,18 +43,18 @@ def read_intents(
         tools: actions with arguments. Rows are chats then, and ``skill`` is the calls of their answers, in one form.
 
     Raises:
-        ConfigError: if ``robot`` is asked for and ``skills`` lack some of its. DataError: naming the file and line of a row
+        ConfigError: if a packaged set is asked for and ``skills`` lack some of its. DataError: naming the file and line of a row
             that has something else.
     """
     rows: list[dict[str, Any]]
     if tools is not None:
         rows = _calling(source, part, tools)
-    elif source == "robot" and not set(SKILLS) <= set(skills or SKILLS):
+    elif source in ROBOT and not set(SKILLS) <= set(skills or SKILLS):
         raise ConfigError(
-            "'robot' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
+            f"'{source}' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
         )
-    elif source == "robot":
-        rows = [{**row, "where": f"robot, row {row['id']}"} for split in ROBOT[part] for row in load(split)]
+    elif source in ROBOT:
+        rows = [{**row, "where": f"{source}, row {row['id']}"} for split in ROBOT[source][part] for row in load(split)]
     else:
         file = Path(source)
         if not file.is_file():
@@ -97,9 +104,9 @@ def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
 
 def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
     """Rows with the calls that answer them; ``REMOTE`` for none. A row's last user message is the request."""
-    if source == "robot":
+    if source in ROBOT:
         raise ConfigError(
-            "'robot' has actions without arguments but --skills has some; pass --data FILE, or robot_tools"
+            f"'{source}' has actions without arguments but --skills has some; pass --data FILE, or robot_tools"
         )
     if source == "robot_tools":
         lack = tools.lack(robot_tools.tools())

@@ -26,13 +26,14 @@ from shadowpeft.train.sections import PACKAGED, DataConfig, SourceSection, Train
 ROBOT_REMOTE_REPEATS = 10
 
 
-def robot_rows(split: str, *, actions: bool = False) -> list[dict[str, Any]]:
+def robot_rows(split: str, *, actions: bool = False, oos: bool = False) -> list[dict[str, Any]]:
     """Rows of the packaged robot set in the form of :mod:`shadowpeft.data.chat`.
 
     ``train`` joins the three training parts: skill commands for both paths, open-domain answers for the base path, open-domain
     requests answered ``[REMOTE]`` for the shadow path (the paper, Appendix F). The last are only 47, so they are repeated
     ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions. With
     ``actions`` they are not: there the shadow path learns the 1,000 open requests of the base path too, as ``[REMOTE]``.
+    With ``oos``, so does it learn requests that are no questions and that no skill answers ("Fetch the stick").
     """
     own: dict[str, dict[str, str]] = {
         "train_remote_base": {} if actions else {"path": "base"},  # words are no action, so [REMOTE] is learnt of them
@@ -40,14 +41,19 @@ def robot_rows(split: str, *, actions: bool = False) -> list[dict[str, Any]]:
     }
     repeats = {} if actions else {"train_remote_shadow": ROBOT_REMOTE_REPEATS}
     names = {
-        "train": ["train_normal", "train_remote_base", "train_remote_shadow"],
+        "train": ["train_normal", "train_remote_base", "train_remote_shadow", *(["train_oos"] if oos else [])],
         "validation": ["validation_normal"],
     }.get(split, [split])
-    return [
-        chat.check_row({"prompt": row["prompt"], "response": row["response"], **own.get(name, {})}, row["id"])
-        for name in names
-        for row in load_robot(name) * repeats.get(name, 1)
-    ]
+    rows = []
+    for name in names:
+        for row in load_robot(name) * repeats.get(name, 1):
+            tagged = {"shadow_response": f"[REMOTE] {row['response']}"} if row["kind"] == "oos" and not actions else {}
+            rows.append(
+                chat.check_row(
+                    {"prompt": row["prompt"], "response": row["response"], **own.get(name, {}), **tagged}, row["id"]
+                )
+            )
+    return rows
 
 
 @dataclass
@@ -88,8 +94,8 @@ def parts_of(data: DataConfig) -> dict[str, str | SourceSection]:
 
 def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dict[str, Any]]:
     """Checked rows of a packaged set; ``actions``: see :func:`robot_rows`."""
-    if source == "robot":
-        return robot_rows(split, actions=actions)
+    if source in ("robot", "robot_oos"):
+        return robot_rows(split, actions=actions, oos=source == "robot_oos")
     return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in robot_tools.load_set(source, split)]
 
 

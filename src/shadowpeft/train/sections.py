@@ -12,7 +12,7 @@ from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import PRESETS, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings
 
-PACKAGED = ("robot", "robot_tools", "robot_tools_large")
+PACKAGED = ("robot", "robot_oos", "robot_tools", "robot_tools_large")
 """Sets of rows that come with this package."""
 
 
@@ -68,8 +68,8 @@ class DataConfig(StrictSection):
     """Which rows to train and to evaluate on."""
 
     train: Rows
-    """A file, a packaged set, or a :class:`SourceSection`. Packaged are ``robot``, intents, and ``robot_tools``, actions with
-    arguments; ``robot_tools_large`` has more training rows of these."""
+    """A file, a packaged set, or a :class:`SourceSection`. Packaged are ``robot``, intents, ``robot_oos``, the same with requests
+    out of scope, and ``robot_tools``, actions with arguments; ``robot_tools_large`` has more training rows of these."""
     validation: Rows | None = None
     """The same; None: no evaluation during training (a packaged set brings its own)."""
     tools: str | None = None

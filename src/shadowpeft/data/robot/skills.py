@@ -50,4 +50,7 @@ SPLITS: dict[str, dict[str, int | str]] = {
     "test_normal": {"size": 306, "en": 170, "zh": 136, "kind": "skill"},
     "test_remote": {"size": 18, "en": 10, "zh": 8, "kind": "remote"},
     "test_remote_large": {"size": 320, "en": 180, "zh": 140, "kind": "remote"},
+    "train_oos": {"size": 750, "en": 420, "zh": 330, "kind": "oos"},
+    "validation_oos": {"size": 118, "en": 66, "zh": 52, "kind": "oos"},
+    "test_oos": {"size": 196, "en": 117, "zh": 79, "kind": "oos"},
 }
