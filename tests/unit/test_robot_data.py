@@ -21,7 +21,7 @@ from scripts.robot_set.compose import build
 from shadowpeft.data import robot
 from shadowpeft.data.robot import MEANINGS
 
-SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the validation splits, the large one and what is out of scope are ours
+SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; validation, the large and the oos splits are ours
     "train_normal": (2074, 1326),
     "train_remote_base": (541, 459),
     "train_remote_shadow": (21, 26),

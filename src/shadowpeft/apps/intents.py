@@ -43,15 +43,16 @@ def read_intents(
         tools: actions with arguments. Rows are chats then, and ``skill`` is the calls of their answers, in one form.
 
     Raises:
-        ConfigError: if a packaged set is asked for and ``skills`` lack some of its. DataError: naming the file and line of a row
-            that has something else.
+        ConfigError: if a packaged set is asked for and ``skills`` lack some of its.
+        DataError: naming the file and line of a row that has something else.
     """
     rows: list[dict[str, Any]]
     if tools is not None:
         rows = _calling(source, part, tools)
     elif source in ROBOT and not set(SKILLS) <= set(skills or SKILLS):
         raise ConfigError(
-            f"'{source}' has the packaged skills but --skills names others; pass rows of your own with --data FILE (and --check)"
+            f"'{source}' has the packaged skills but --skills names others; pass rows of your own with --data FILE "
+            "(and --check)"
         )
     elif source in ROBOT:
         rows = [{**row, "where": f"{source}, row {row['id']}"} for split in ROBOT[source][part] for row in load(split)]
