@@ -34,13 +34,13 @@ def calibrate(
     data: Annotated[
         str,
         typer.Option(
-            help="JSONL file with prompt and skill, or chat rows with calls (docs/tools.md); robot or robot_tools: the "
-            "packaged validation set."
+            help="JSONL file with prompt and skill, or chat rows with calls (docs/tools.md); robot, robot_oos or robot_tools: "
+            "the packaged validation set."
         ),
     ] = "robot",
     check: Annotated[
         Optional[str],
-        typer.Option(help="Further rows to measure the choice on: a JSONL file; robot or robot_tools: the test set."),
+        typer.Option(help="Further rows to measure the choice on: a JSONL file; robot, robot_oos or robot_tools: the test set."),
     ] = None,
     base: Base = None,
     signal: Annotated[
