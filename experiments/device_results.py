@@ -37,7 +37,6 @@ def methods(result: Mapping[str, Any]) -> list[str]:
         f"{first['commands']['n']} commands: right action",
         "English / Chinese",
         f"{first['open_handed_on']['n']} open requests: no action",
-        *([f"{first['oos_handed_on']['n']} out of scope: no action"] if "oos_handed_on" in first else []),
         "commands handed on",
         "a decision, one thread",
         "parameters",
@@ -51,8 +50,7 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, title in NAMES.items():
         found = result["methods"][name]
-        asked = [key for key in ("open_handed_on", "oos_handed_on", "commands_handed_on") if key in found]
-        handed = [EMPTY if name == "routed" else share(found[key]) for key in asked]
+        handed = [EMPTY, EMPTY] if name == "routed" else [share(found["open_handed_on"]), share(found["commands_handed_on"])]
         lines.append(
             [
                 title,
@@ -72,7 +70,6 @@ def calibrated(result: Mapping[str, Any]) -> list[str]:
     lines = [
         ["commands kept on the device", share(kept["commands_kept"])],
         ["open requests kept on the device", share(kept["open_kept"])],
-        *([["requests out of scope kept on the device", share(kept["oos_kept"])]] if "oos_kept" in kept else []),
         ["wrong, of all that is kept", share(kept["wrong_of_kept"])],
         ["wrong, of the commands that are kept", share(kept["wrong_of_kept_commands"])],
         ["right, device and cloud together", share(result["methods"]["routed"]["commands"])],

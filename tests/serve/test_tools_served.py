@@ -95,7 +95,7 @@ def test_a_required_call_is_valid_whatever_the_model_knows(cloud, seed):
 
 def test_one_call_by_name_and_no_second(cloud):
     named = {"type": "function", "function": {"name": "Sit"}}
-    choice = ask(cloud, tool_choice=named, parallel_tool_calls=False).choices[0]
+    choice = ask(cloud, tool_choice=named).choices[0]
     (call,) = choice.message.tool_calls
     assert (call.function.name, call.function.arguments, call.type) == ("Sit", "{}", "function")
 

@@ -102,9 +102,9 @@ def test_what_is_measured(tmp_path, few):
     for name in ("device", "cloud"):
         found = result["methods"][name]
         assert found["commands"]["accuracy"] == pytest.approx(sits)
-        assert found["open_handed_on"]["accuracy"] == found["oos_handed_on"]["accuracy"] == 0.0
+        assert found["open_handed_on"]["accuracy"] == 0.0
     assert set(result["methods"]) == {"rival", "device", "cloud", "routed"}
-    assert result["calibrated"]["rows"] == 110 + 12 + 12
+    assert result["calibrated"]["rows"] == 110 + 12
     assert set(result["milliseconds"]) == {"rival", "device", "cloud"}
     assert [row["action"] for row in result["requests"]] == ["Sit", "Sit"]
     assert (tmp_path / "edge" / "routing.json").is_file()
@@ -118,19 +118,15 @@ def test_what_is_measured(tmp_path, few):
     json.dumps(result)
 
 
-def test_shares_are_of_commands_and_of_both_kinds_that_no_skill_answers():
-    kinds = ("skill", "skill", "skill", "remote", "remote", "oos")
-    skills = ("Sit", "Bark", "Sit", "REMOTE", "REMOTE", "REMOTE")
-    rows = [{"skill": s, "lang": "en", "kind": k} for s, k in zip(skills, kinds, strict=True)]
-    actions = ["Sit", "Sit", "REMOTE", "REMOTE", "Sit", "REMOTE"]
+def test_shares_are_of_commands_and_of_open_requests():
+    rows = [{"skill": s, "lang": "en"} for s in ("Sit", "Bark", "Sit", "REMOTE", "REMOTE")]
+    actions = ["Sit", "Sit", "REMOTE", "REMOTE", "Sit"]
     found = demo_result.worth(rows, actions)
     assert found["commands"]["accuracy"] == pytest.approx(1 / 3)
     assert found["commands_handed_on"]["accuracy"] == pytest.approx(1 / 3)
     assert found["open_handed_on"]["accuracy"] == 0.5
-    assert found["oos_handed_on"]["accuracy"] == 1.0
-    kept = demo_result.shares(rows, actions, [True, True, False, False, True, False])
+    kept = demo_result.shares(rows, actions, [True, True, False, False, True])
     assert kept["commands_kept"]["accuracy"] == pytest.approx(2 / 3)
     assert kept["open_kept"]["accuracy"] == 0.5
-    assert kept["oos_kept"]["accuracy"] == 0.0
     assert kept["wrong_of_kept"]["accuracy"] == pytest.approx(2 / 3)
     assert kept["wrong_of_kept_commands"]["accuracy"] == 0.5

@@ -32,23 +32,20 @@ REQUESTS = (
     "给大家拜个年！",
     "Could you show us a waltz?",
     "水的沸点是多少度？",
-    "Lock the front door, Rex.",
-    "帮我订一张票。",
 )
-"""Ten requests of the shape of the paper's Table 3: skills in two languages, some indirect, and open-domain questions. Two more
-ask for what no skill does."""
+"""Ten requests of the shape of the paper's Table 3: skills in two languages, some indirect, and open-domain questions."""
 
 _OWN = {"run", "edge", "result.json", "result.png"}
 """What a demo leaves in its folder, finished or not."""
 SETTINGS: dict[str, Any] = {
     "base": "smollm2-135m",
-    "data": {"train": "robot_oos", "max_length": 128},
+    "data": {"train": "robot", "max_length": 128},
     "shadow": {"last_layers": 10},
     "training": {"batch_size": 16, "shadow_epochs": 2, "log_every": 10},
 }
 """The run of the demo, chosen on development rows (docs/device-search.md); what it does not set is the preset's ("device")."""
-STEPS = 750
-"""650 of the shadow alone, and a hundred of both paths."""
+STEPS = 660
+"""556 of the shadow alone, and a hundred of both paths."""
 FULL: dict[str, Any] = {
     "shadow": {"last_layers": 10, "shadow_num_hidden_layers": 10},
     "training": {"shadow_epochs": 3, "epochs": 1.0, "backbone_lr_ratio": 0.05},

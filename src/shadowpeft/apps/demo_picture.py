@@ -18,13 +18,13 @@ NAMES = {
     "cloud": "cloud alone",
     "routed": "device, then cloud",
 }
-NO_ACTION = ("open_handed_on", "oos_handed_on")
-"""Requests that no skill answers: questions of fact, and what is out of scope."""
 COLOURS = {"rival": "#9a9a9a", "device": "#c2571a", "cloud": "#1f5fa8", "routed": "#3a8a4d"}
 
 
 def percent(share: dict[str, Any], *, interval: bool = True) -> str:
     """A share in percent with its 95 % interval."""
+    if not share["n"]:
+        return "-"
     low, high = share["interval"]
     return f"{share['accuracy']:.1%}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if interval else "")
 
@@ -32,13 +32,12 @@ def percent(share: dict[str, Any], *, interval: bool = True) -> str:
 def show_tables(result: dict[str, Any], console: Console) -> None:
     """Print what :func:`shadowpeft.apps.demo_result.measure` found."""
     methods, kept, ms = result["methods"], result["calibrated"], result["milliseconds"]
-    commands, open_, oos = (methods["device"][key]["n"] for key in ("commands", *NO_ACTION))
+    commands, open_ = methods["device"]["commands"]["n"], methods["device"]["open_handed_on"]["n"]
     table = Table(
         "",
         f"{commands} commands, right [95 %]",
         "en / zh",
         f"{open_} open requests handed on",
-        f"{oos} out of scope handed on",
         "commands handed on",
         "ms a decision",
         title="unseen requests",
@@ -46,7 +45,7 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
     for name, title in NAMES.items():
         found = methods[name]
         languages = f"{100 * found['en']['accuracy']:.0f} / {100 * found['zh']['accuracy']:.0f}"
-        handed = ["-"] * 3 if name == "routed" else [percent(found[k]) for k in (*NO_ACTION, "commands_handed_on")]
+        handed = ["-", "-"] if name == "routed" else [percent(found[k]) for k in ("open_handed_on", "commands_handed_on")]
         time = f"{ms[name]:.1f}" if name in ms else ""
         table.add_row(title, percent(found["commands"]), languages, *handed, time)
     console.print(table)
@@ -56,7 +55,6 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
     )
     table.add_row("commands kept on the device", percent(kept["commands_kept"]))
     table.add_row("open requests kept on the device", percent(kept["open_kept"]))
-    table.add_row("requests out of scope kept on the device", percent(kept["oos_kept"]))
     table.add_row("wrong, of all that is kept", percent(kept["wrong_of_kept"]))
     table.add_row("wrong, of the commands that are kept", percent(kept["wrong_of_kept_commands"]))
     console.print(table)
@@ -81,7 +79,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14.5, 4.5), layout="constrained", width_ratios=(7, 4, 3))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", width_ratios=(5, 4, 3))
     _bars(left, result["methods"])
     _who(middle, result)
     _times(right, result["milliseconds"])
@@ -99,11 +97,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axes: Any, methods: dict[str, Any]) -> None:
-    groups = {
-        "commands": "commands:\nright action",
-        "open_handed_on": "open requests:\nno action",
-        "oos_handed_on": "out of scope:\nno action",
-    }
+    groups = {"commands": "commands:\nright action", "open_handed_on": "open requests:\nno action"}
     width = 0.2
     for g, key in enumerate(groups):
         for i, (name, title) in enumerate(NAMES.items()):
@@ -120,26 +114,25 @@ def _bars(axes: Any, methods: dict[str, Any]) -> None:
     axes.set_ylim(0, 135)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("% of unseen requests, 95 % interval")
-    counts = [methods["device"][key]["n"] for key in groups]
-    axes.set_title("{} commands, {} open requests, {} out of scope".format(*counts))
+    axes.set_title(f"{methods['device']['commands']['n']} commands, {methods['device']['open_handed_on']['n']} open requests")
     axes.legend(frameon=False, ncols=2, fontsize=8, loc="upper center")
 
 
 def _who(axes: Any, result: dict[str, Any]) -> None:
     kept = result["calibrated"]
-    rows = (("commands", kept["commands_kept"]), ("open requests", kept["open_kept"]), ("out of scope", kept["oos_kept"]))
+    rows = (("commands", kept["commands_kept"]), ("open requests", kept["open_kept"]))
     for i, (_, share) in enumerate(rows):
         device = 100 * share["accuracy"]
         axes.barh(i, device, color=COLOURS["device"], label="device" if i == 0 else None)
         axes.barh(i, 100 - device, left=device, color=COLOURS["cloud"], label="cloud" if i == 0 else None)
         side = "left" if device < 50 else "right"
         axes.text(device + (2 if side == "left" else -2), i, f"{device:.0f} % on the device", va="center", ha=side, color="w")
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(2), [name for name, _ in rows])
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of requests")
     wrong = kept["wrong_of_kept"]
     axes.set_title(
-        f"who answers: at most {kept['target']:.0%} wrong on the device\nasked for, {wrong['accuracy']:.1%} found", fontsize=11
+        f"who answers: at most {kept['target']:.0%} wrong on the device\nasked for, {percent(wrong, interval=False)} found", fontsize=11
     )
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 

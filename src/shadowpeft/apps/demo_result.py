@@ -53,15 +53,15 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
             answers = answer(model, tokenizer, [row["prompt"] for row in rows], progress=progress, **options)
         return [robot.parse_action(a.text) for a in answers]
 
-    fit = robot.load("validation_normal") + robot.load("validation_remote") + robot.load("validation_oos")
+    fit = robot.load("validation_normal") + robot.load("validation_remote")
     calibration = calibrate(samples(fit, decide(fit, "calibrating")), target=TARGET, level=LEVEL, signal=ACTION)
     calibration.report.update(system=robot.SYSTEM, model=sketch(edge))
     calibration.save(folder / "edge" / FILE)
-    test = robot.load("test_normal") + robot.load("test_remote_large") + robot.load("test_oos")
+    test = robot.load("test_normal") + robot.load("test_remote_large")
     decided = decide(test, "device")
     with console.status("rival"):
         began = time.monotonic()
-        svc = rival.fit_robot(oos=True)
+        svc = rival.fit_robot()
         seconds = time.monotonic() - began
         labels = rival.predict(svc, [row["prompt"] for row in test])[0]
     spoken = say(test, "cloud")
@@ -115,7 +115,7 @@ def samples(rows: Sequence[Row], decided: Sequence[tuple[str, float]]) -> list[S
 
 
 def worth(rows: Sequence[Row], actions: Sequence[str | None]) -> dict[str, Any]:
-    """Commands with the right action; open requests, requests out of scope and commands without any; each with its interval."""
+    """Commands with the right action, open requests without any, and commands without any, each with its interval."""
     pairs = list(zip(rows, actions, strict=True))
     commands = [(row, action) for row, action in pairs if row["skill"] != REMOTE]
     idle = (REMOTE, None)
@@ -123,19 +123,17 @@ def worth(rows: Sequence[Row], actions: Sequence[str | None]) -> dict[str, Any]:
         "commands": accuracy([action == row["skill"] for row, action in commands]),
         "en": accuracy([action == row["skill"] for row, action in commands if row["lang"] == "en"]),
         "zh": accuracy([action == row["skill"] for row, action in commands if row["lang"] == "zh"]),
-        "open_handed_on": accuracy([action in idle for row, action in pairs if row["kind"] == "remote"]),
-        "oos_handed_on": accuracy([action in idle for row, action in pairs if row["kind"] == "oos"]),
+        "open_handed_on": accuracy([action in idle for row, action in pairs if row["skill"] == REMOTE]),
         "commands_handed_on": accuracy([action in idle for _, action in commands]),
     }
 
 
 def shares(rows: Sequence[Row], actions: Sequence[str], kept: Sequence[bool]) -> dict[str, Any]:
-    """What the calibrated device keeps: of commands, open requests and requests out of scope; and how much of it is wrong."""
+    """What the calibrated device keeps: of the commands, of the open requests, and how much of it is wrong."""
     triples = list(zip(rows, actions, kept, strict=True))
     return {
         "commands_kept": accuracy([k for row, _, k in triples if row["skill"] != REMOTE]),
-        "open_kept": accuracy([k for row, _, k in triples if row["kind"] == "remote"]),
-        "oos_kept": accuracy([k for row, _, k in triples if row["kind"] == "oos"]),
+        "open_kept": accuracy([k for row, _, k in triples if row["skill"] == REMOTE]),
         "wrong_of_kept": accuracy([action != row["skill"] for row, action, k in triples if k]),
         "wrong_of_kept_commands": accuracy([a != row["skill"] for row, a, k in triples if k and row["skill"] != REMOTE]),
     }

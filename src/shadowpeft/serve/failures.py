@@ -117,7 +117,8 @@ def add_handlers(app: FastAPI) -> None:
     async def malformed(_: Request, failure: RequestValidationError) -> Response:
         first = failure.errors()[0]
         context = first.get("ctx", {})
-        where = ".".join(str(part) for part in (*first["loc"][1:], *context.get("where", ())))
+        place = () if first["type"] == "json_invalid" else first["loc"][1:]  # of bad JSON it is a byte, no field
+        where = ".".join(str(part) for part in (*place, *context.get("where", ())))
         return _answer(400, _sentence(first["type"], where, str(first["msg"])), param=where or None)
 
     @app.exception_handler(HTTPException)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     StrictBool,
     StrictFloat,
@@ -52,8 +53,9 @@ def _joined(content: Any) -> Any:
 
 
 class Message(Strict):
-    """One turn."""
+    """One turn. Keys that clients add to an answer before they send it back (LiteLLM does) are not read."""
 
+    model_config = ConfigDict(extra="ignore")
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "refusal": (),
         "annotations": ([],),

@@ -90,7 +90,8 @@ class Toolbox:
             return self._grammar(["schema", form.schema_], lambda engine: engine.schema(form.schema_))
         if asked.tools is None or asked.tool_choice == "none":
             return None
-        tools, most = self._chosen(asked), 1 if asked.parallel_tool_calls is False else MOST_CALLS
+        once = asked.parallel_tool_calls is False or isinstance(asked.tool_choice, NamedTool)
+        tools, most = self._chosen(asked), 1 if once else MOST_CALLS
         return self.calls(tools, device=device, most=most, optional=not device and asked.tool_choice in (None, "auto"))
 
     def of(self, asked: ChatRequest) -> Tools | None:

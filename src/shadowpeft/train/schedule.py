@@ -15,14 +15,21 @@ from shadowpeft.presets import TRAINING
 from shadowpeft.train.sections import TrainingSection
 
 
+def kind_of(name: str) -> str:
+    """Whether a parameter is the shadow's "backbone", another of its own weights ("shadow"), or of the "rest"."""
+    if "shadowpeft_backbone." in name:
+        return "backbone"
+    return "shadow" if any(f"shadowpeft_{part}." in name for part in ("projection", "embedding", "head")) else "rest"
+
+
 def two_courses(
     args: TrainingArguments, optimizer: Any, steps: int, shadow_steps: int, *, freezes: bool = False
 ) -> LambdaLR:
     """The schedule of ``args``, warm-up included, once over ``steps`` and once over those after ``shadow_steps``.
 
     Args:
-        optimizer: whose groups say with ``is_backbone`` which course is theirs.
-        freezes: the backbone's ends at ``shadow_steps``.
+        optimizer: whose groups say with ``is_shadow`` which course is theirs.
+        freezes: the shadow's ends at ``shadow_steps``.
 
     Raises:
         ConfigError: if the schedule is none that gives a factor for each step.
@@ -48,7 +55,7 @@ def two_courses(
     return LambdaLR(
         optimizer,
         [
-            whole if group.get("is_backbone") else lambda step: rest(max(0, step - shadow_steps))
+            whole if group.get("is_shadow") else lambda step: rest(max(0, step - shadow_steps))
             for group in optimizer.param_groups
         ],
     )

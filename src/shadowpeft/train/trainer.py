@@ -33,7 +33,7 @@ from shadowpeft.train.joint import (
     split_rows,
 )
 from shadowpeft.train.sampler import EpochSampler
-from shadowpeft.train.schedule import FreezeShadow, two_courses
+from shadowpeft.train.schedule import FreezeShadow, kind_of, two_courses
 
 _LOSSES = ("task_loss", "shadow_loss")
 
@@ -82,6 +82,11 @@ class ShadowLossMixin(WholeCheckpoints):
         self._eval_sums: dict[str, list[float]] = {}
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        if trainer.args.n_gpu > 1:
+            raise ConfigError(
+                f"one process sees {trainer.args.n_gpu} GPUs and would divide each batch among them, which counts targets wrongly; "
+                "start one process a GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+            )
         words = trainer.processing_class
         words = getattr(words, "tokenizer", words)  # of a processor
         for config in getattr(trainer.model, "peft_config", {}).values():
@@ -216,6 +221,11 @@ class ShadowLossMixin(WholeCheckpoints):
 
     # --------------------------------------------------------------------------------------------------- both reported
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; nothing of an earlier training is in the first record."""
+        self._sums = {}
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
     def _add(self, key: str, value: Tensor | None) -> None:
         if not self._sums:  # the first since the last log, or since the run was resumed
             self._since = int(self.state.global_step)  # type: ignore[attr-defined]
@@ -299,15 +309,15 @@ class ShadowLossMixin(WholeCheckpoints):
         is_new = trainer.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if is_new and (self.backbone_lr_ratio != 1.0 or self.shadow_steps):
-            backbone = {id(p) for n, p in trainer.model.named_parameters() if "shadowpeft_backbone." in n}
+            kinds = {id(p): kind_of(name) for name, p in trainer.model.named_parameters()}
             groups = []
             for group in optimizer.param_groups:
-                for inside in (False, True):
-                    chosen = [p for p in group["params"] if (id(p) in backbone) == inside]
+                for kind in ("rest", "backbone", "shadow"):
+                    chosen = [p for p in group["params"] if kinds[id(p)] == kind]
                     if chosen:
-                        factor = self.backbone_lr_ratio if inside else 1.0
-                        own = {"params": chosen, "lr": group["lr"] * factor, "is_backbone": inside}
-                        groups.append({**group, **own})
+                        factor = self.backbone_lr_ratio if kind == "backbone" else 1.0
+                        own = {"is_backbone": kind == "backbone", "is_shadow": kind != "rest"}
+                        groups.append({**group, "params": chosen, "lr": group["lr"] * factor, **own})
             optimizer.param_groups = groups
         return optimizer
 
