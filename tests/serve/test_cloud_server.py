@@ -224,6 +224,8 @@ def test_other_refusals(server, client):
         assert http.get("/v1/chat/completions").status_code == 405
         plain = http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
         assert plain.status_code == 400
+        cut = http.post("/v1/chat/completions", content=b'{"model":', headers={"content-type": "application/json"})
+        assert (cut.status_code, cut.json()["error"]["param"]) == (400, None)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def test_the_message_of_every_answer_may_come_back():
     plain = ChatRequest(**{**ASK, "messages": [own]}).messages
     for back in ({**own, **dict.fromkeys(fields)}, {**own, "annotations": [], "tool_calls": []}):
         assert ChatRequest(**{**ASK, "messages": [back]}).messages == plain
+    added = {"provider_specific_fields": {"refusal": None}, "reasoning_content": "so", "id": "m1"}  # LiteLLM and others
+    assert ChatRequest(**{**ASK, "messages": [{**own, **added}]}).messages == plain
     told = refused(ChatRequest, {**ASK, "messages": [{**own, "refusal": "no"}]})
     assert told["ctx"]["where"] == ("refusal",)
 

@@ -130,3 +130,7 @@ def test_shares_are_of_commands_and_of_open_requests():
     assert kept["open_kept"]["accuracy"] == 0.5
     assert kept["wrong_of_kept"]["accuracy"] == pytest.approx(2 / 3)
     assert kept["wrong_of_kept_commands"]["accuracy"] == 0.5
+
+
+def test_a_share_of_nothing_is_no_number():
+    assert demo_picture.percent({"n": 0, "accuracy": float("nan"), "interval": [0.0, 1.0]}) == "-"

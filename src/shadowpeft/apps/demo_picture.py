@@ -130,9 +130,9 @@ def _who(axes: Any, result: dict[str, Any]) -> None:
     axes.set_yticks(range(2), [name for name, _ in rows])
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of requests")
-    wrong = kept["wrong_of_kept"]
+    wrong = percent(kept["wrong_of_kept"], interval=False)
     axes.set_title(
-        f"who answers: at most {kept['target']:.0%} wrong on the device\nasked for, {percent(wrong, interval=False)} found", fontsize=11
+        f"who answers: at most {kept['target']:.0%} wrong on the device\nasked for, {wrong} found", fontsize=11
     )
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 

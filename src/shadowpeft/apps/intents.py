@@ -17,7 +17,7 @@ from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
 
-ROBOT = {
+ROBOT: dict[str, dict[str, tuple[str, ...]]] = {
     "robot": {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")},
     "robot_oos": {
         "fit": ("validation_normal", "validation_remote", "validation_oos"),

@@ -40,7 +40,7 @@ def calibrate(
     ] = "robot",
     check: Annotated[
         Optional[str],
-        typer.Option(help="Further rows to measure the choice on: a JSONL file; robot, robot_oos or robot_tools: the test set."),
+        typer.Option(help="Further rows to measure the choice on: a JSONL file; robot, robot_oos, robot_tools: the test set."),
     ] = None,
     base: Base = None,
     signal: Annotated[

@@ -84,8 +84,8 @@ class ShadowLossMixin(WholeCheckpoints):
         trainer: Any = self
         if trainer.args.n_gpu > 1:
             raise ConfigError(
-                f"one process sees {trainer.args.n_gpu} GPUs and would divide each batch among them, which counts targets wrongly; "
-                "start one process a GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+                f"one process sees {trainer.args.n_gpu} GPUs and would divide each batch, which counts targets wrongly; start "
+                "one process a GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
             )
         words = trainer.processing_class
         words = getattr(words, "tokenizer", words)  # of a processor
