@@ -58,3 +58,14 @@ def test_a_swap_needs_no_new_graph(model, tmp_path):
         expected = (other if name == "new" else adapt(base("llama")))(input_ids=ids).logits
         torch.testing.assert_close(compiled(input_ids=ids).logits, expected)
         assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_a_symbolic_lambda_compiles():
+    """With ``dynamic=True`` the compiler knows lambda as a symbol."""
+    model, ids = adapt(base(), auxiliary_loss_weight=0.3).train(), tokens()
+    torch._dynamo.reset()
+    out = torch.compile(model, backend="eager", dynamic=True)(input_ids=ids, labels=ids)
+    torch.testing.assert_close(out.loss, model(input_ids=ids, labels=ids).loss)
+    out.shadow_loss.backward()
+    assert any(p.grad is not None for n, p in model.named_parameters() if "shadowpeft_backbone" in n)

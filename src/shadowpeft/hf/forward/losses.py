@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,9 @@ def join_losses(
         )
     weight = _weight(call)
     training = model.training and torch.is_grad_enabled()
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (weight > 0 or call.return_shadow)):
+    # no set_grad_enabled: a compiler may know lambda as a symbol, which is no constant
+    learns = torch.is_grad_enabled() and (weight > 0 or call.return_shadow)
+    with nullcontext() if learns else torch.no_grad():
         if call.is_classifier:
             shadow_loss, shadow_logits = _classifier_path(model, call)
         else:
