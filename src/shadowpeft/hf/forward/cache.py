@@ -201,6 +201,7 @@ def _mixed_with(mixin: Any, kind: Any) -> Any:
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
+@torch.compiler.disable  # a compiler that starts again must not find the class made already
 def _divide(layer: Any, names: tuple[str, ...]) -> Any:
     """``layer``, not yet used, as one that holds the rows of its owner in a batch whose rows belong to ``names``."""
     kind = _mixed_with(_Divided, type(layer))  # type: ignore[arg-type]
