@@ -14,11 +14,15 @@ from shadowpeft.apps.demo_picture import NAMES
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import between, write_text
 
-RECORDS = {"demo": ROOT / "docs" / "records" / "demo.json", "full": ROOT / "docs" / "records" / "demo-full.json"}
+RECORDS = {
+    "demo": ROOT / "docs" / "records" / "demo.json",
+    "full": ROOT / "docs" / "records" / "demo-full.json",
+    "oos": ROOT / "docs" / "records" / "demo-oos.json",
+}
 FRONTIER = ROOT / "docs" / "records" / "device-frontier.json"
 PAGES = {
     ROOT / "README.md": ("demo",),
-    ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "frontier"),
+    ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "oos", "frontier"),
     ROOT / "docs" / "scaled.md": ("joint",),
 }
 
@@ -37,6 +41,7 @@ def methods(result: Mapping[str, Any]) -> list[str]:
         f"{first['commands']['n']} commands: right action",
         "English / Chinese",
         f"{first['open_handed_on']['n']} open requests: no action",
+        *([f"{first['oos_handed_on']['n']} out of scope: no action"] if "oos_handed_on" in first else []),
         "commands handed on",
         "a decision, one thread",
         "parameters",
@@ -50,7 +55,8 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, title in NAMES.items():
         found = result["methods"][name]
-        handed = [EMPTY, EMPTY] if name == "routed" else [share(found["open_handed_on"]), share(found["commands_handed_on"])]
+        asked = [key for key in ("open_handed_on", "oos_handed_on", "commands_handed_on") if key in found]
+        handed = [EMPTY if name == "routed" else share(found[key]) for key in asked]
         lines.append(
             [
                 title,
@@ -153,6 +159,8 @@ def tables() -> dict[str, list[str]]:
     made = {"frontier": frontier(cells, costs), "joint": joint(read_folder(FOLDER / "joint"))}
     if "demo" in results:
         made |= {"demo": methods(results["demo"]), "calibrated": calibrated(results["demo"])}
+    if "oos" in results:
+        made["oos"] = methods(results["oos"])
     if "full" in results:
         made["full"] = [*methods(results["full"]), "", *calibrated(results["full"])]
     return made

@@ -69,3 +69,13 @@ def test_a_symbolic_lambda_compiles():
     torch.testing.assert_close(out.loss, model(input_ids=ids, labels=ids).loss)
     out.shadow_loss.backward()
     assert any(p.grad is not None for n, p in model.named_parameters() if "shadowpeft_backbone" in n)
+
+
+@pytest.mark.slow
+def test_a_swap_to_another_lambda_compiles(tmp_path):
+    model, other = (adapt(base(), auxiliary_loss_weight=weight).train() for weight in (0.05, 0.5))
+    other.save_pretrained(tmp_path)
+    compiled, ids = torch.compile(model, backend="eager"), tokens()
+    compiled(input_ids=ids, labels=ids)
+    shadowpeft.swap(model, tmp_path)
+    torch.testing.assert_close(compiled(input_ids=ids, labels=ids).loss, other(input_ids=ids, labels=ids).loss)

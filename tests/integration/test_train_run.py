@@ -177,11 +177,10 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
 def test_all_of_the_shadow_trains_in_its_own_epochs(made, tmp_path, freeze):
     """The projection is the shadow path's (Eq. 9), so it learns before the base is there, with a warm-up too."""
     shadow = {"preset": "paper", "shadow_hidden_size": 16, "share_embeddings": False}
-    options = {"max_steps": 7, "shadow_epochs": 1, "batch_size": 3, "learning_rate": 1e-2, "warmup": 0.3}
+    options = {"max_steps": 7, "shadow_epochs": 1, "batch_size": 3, "warmup": 0.3, "freeze_shadow": freeze}
     weights = []
     for rate in (1e-2, 1e-12):
-        own = {**options, "learning_rate": rate, "freeze_shadow": freeze}
-        run = config(made, tmp_path / str(rate), shadow=shadow, training=own)
+        run = config(made, tmp_path / str(rate), shadow=shadow, training={**options, "learning_rate": rate})
         train(run, quiet=True)
         weights.append(tensors(tmp_path / str(rate) / "adapter"))
     for part in ("backbone", "projection"):
@@ -796,6 +795,18 @@ def test_lambda_zero_still_reports_the_shadows_loss(tmp_path):
     trainer.train()
     (logged,) = [r for r in trainer.state.log_history if "shadow_loss" in r]
     assert logged["shadow_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("head", [{"task_type": "SEQ_CLS"}, {"own_shadow_head": True}], ids=["classes", "own"])
+def test_the_shadows_head_is_of_its_own_epochs(tmp_path, head):
+    task = head.get("task_type", "CAUSAL_LM")
+    model = adapt(base(task=task), **head).train()
+    trainer = ShadowTrainer(model, TrainingArguments(str(tmp_path), report_to=[]), train_dataset=[], shadow_steps=3)
+    own = {id(p) for g in trainer.create_optimizer().param_groups if g["is_shadow"] for p in g["params"]}
+    names = {n for n, p in model.named_parameters() if id(p) in own}
+    parts = ("shadowpeft_backbone", "shadowpeft_projection", "shadowpeft_head")
+    assert names == {n for n, p in model.named_parameters() if p.requires_grad and any(part in n for part in parts)}
+    assert any("shadowpeft_head" in n for n in names)
 
 
 def test_the_backbones_learning_rate(tmp_path):

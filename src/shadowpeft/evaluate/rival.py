@@ -56,9 +56,7 @@ def predict(model: Pipeline, texts: Sequence[str]) -> tuple[list[Any], list[floa
     return [classes[i] for i in values.argmax(1)], (two[:, 1] - two[:, 0]).tolist()
 
 
-def fit_robot(*, oos: bool = False) -> Pipeline:
-    """Fitted on what the edge model of the robot set learns: its commands, and all open requests as ``REMOTE``; with ``oos``
-    those that are out of scope too (``robot_oos``)."""
-    names = ["train_normal", "train_remote_base", "train_remote_shadow", *(["train_oos"] if oos else [])]
-    rows = [row for name in names for row in robot.load(name)]
+def fit_robot(source: str = "robot") -> Pipeline:
+    """Fitted on what the edge model of a packaged set (``robot.SETS``) learns: its commands, and all else as ``REMOTE``."""
+    rows = [row for name in robot.SETS[source] for row in robot.load(name)]
     return fit([row["prompt"] for row in rows], [row["skill"] for row in rows], ROBOT_C)

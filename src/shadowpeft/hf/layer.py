@@ -180,6 +180,11 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         modules = [(i, container[adapter]) for i, container in enumerate(containers) if adapter in container]
         return {f"{i}.{name}": value for i, module in modules for name, value in module.state_dict(keep_vars=True).items()}
 
+    def shadow_path(self, adapter: str) -> list[Tensor]:
+        """The adapter's own weights of the shadow path: :meth:`shadow_weights`, and its head if it has one."""
+        head = self.shadowpeft_head[adapter].parameters() if adapter in self.shadowpeft_head else ()
+        return [*self.shadow_weights(adapter).values(), *head]
+
     def freeze_shadow(self, adapter: str) -> None:
         """Train the injections and updates of ``adapter`` only, also after it was activated anew."""
         self.frozen.add(adapter)
@@ -188,10 +193,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
     def freeze_unreached(self) -> None:
         """Tensors that no gradient can reach must not ask for one: DDP would wait for it, a saved optimiser hold it."""
         for adapter in self.frozen:
-            for weight in self.shadow_weights(adapter).values():
+            for weight in self.shadow_path(adapter):
                 weight.requires_grad_(False)
-            if adapter in self.shadowpeft_head:
-                self.shadowpeft_head[adapter].requires_grad_(False)
         for adapter, config in self.configs.items():
             for name in config.shadow_frozen or ():
                 self.shadowpeft_backbone[adapter].get_parameter(name).requires_grad_(False)

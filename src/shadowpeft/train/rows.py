@@ -13,6 +13,7 @@ from shadowpeft.data.calls import only_calls
 from shadowpeft.data.classify import ClassCollator
 from shadowpeft.data.forms import OWN, forms_of
 from shadowpeft.data.packed import PackedCollator, pack
+from shadowpeft.data.robot import SETS as ROBOT_SETS
 from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
 from shadowpeft.data.robot import load as load_robot
 from shadowpeft.data.sources import Source, rows_of
@@ -26,34 +27,28 @@ from shadowpeft.train.sections import PACKAGED, DataConfig, SourceSection, Train
 ROBOT_REMOTE_REPEATS = 10
 
 
-def robot_rows(split: str, *, actions: bool = False, oos: bool = False) -> list[dict[str, Any]]:
-    """Rows of the packaged robot set in the form of :mod:`shadowpeft.data.chat`.
+def robot_rows(split: str, *, actions: bool = False, source: str = "robot") -> list[dict[str, Any]]:
+    """Rows of a packaged robot set (``source``) in the form of :mod:`shadowpeft.data.chat`.
 
     ``train`` joins the three training parts: skill commands for both paths, open-domain answers for the base path, open-domain
     requests answered ``[REMOTE]`` for the shadow path (the paper, Appendix F). The last are only 47, so they are repeated
     ``ROBOT_REMOTE_REPEATS`` times: they cost almost nothing, and a shadow that never learns to defer executes questions. With
     ``actions`` they are not: there the shadow path learns the 1,000 open requests of the base path too, as ``[REMOTE]``.
-    With ``oos``, so does it learn requests that are no questions and that no skill answers ("Fetch the stick").
+    So does it learn what ``robot_oos`` has beside them: requests that are no questions and that no skill answers.
     """
     own: dict[str, dict[str, str]] = {
         "train_remote_base": {} if actions else {"path": "base"},  # words are no action, so [REMOTE] is learnt of them
         "train_remote_shadow": {"path": "shadow"},
     }
     repeats = {} if actions else {"train_remote_shadow": ROBOT_REMOTE_REPEATS}
-    names = {
-        "train": ["train_normal", "train_remote_base", "train_remote_shadow", *(["train_oos"] if oos else [])],
-        "validation": ["validation_normal"],
-    }.get(split, [split])
-    rows = []
-    for name in names:
-        for row in load_robot(name) * repeats.get(name, 1):
-            tagged = {"shadow_response": f"[REMOTE] {row['response']}"} if row["kind"] == "oos" and not actions else {}
-            rows.append(
-                chat.check_row(
-                    {"prompt": row["prompt"], "response": row["response"], **own.get(name, {}), **tagged}, row["id"]
-                )
-            )
-    return rows
+
+    def chat_row(row: dict[str, str]) -> dict[str, Any]:
+        tagged = {"shadow_response": f"[REMOTE] {row['response']}"} if row["kind"] == "oos" and not actions else {}
+        content = {"prompt": row["prompt"], "response": row["response"], **own.get(row["split"], {}), **tagged}
+        return chat.check_row(content, row["id"])
+
+    names = {"train": ROBOT_SETS[source], "validation": ("validation_normal",)}.get(split, (split,))
+    return [chat_row(row) for name in names for row in load_robot(name) * repeats.get(name, 1)]
 
 
 @dataclass
@@ -94,8 +89,8 @@ def parts_of(data: DataConfig) -> dict[str, str | SourceSection]:
 
 def packaged_rows(source: str, split: str, *, actions: bool = False) -> list[dict[str, Any]]:
     """Checked rows of a packaged set; ``actions``: see :func:`robot_rows`."""
-    if source in ("robot", "robot_oos"):
-        return robot_rows(split, actions=actions, oos=source == "robot_oos")
+    if source in ROBOT_SETS:
+        return robot_rows(split, actions=actions, source=source)
     return [chat.check_row(robot_tools.chat_row(row), row["id"]) for row in robot_tools.load_set(source, split)]
 
 

@@ -15,13 +15,6 @@ from shadowpeft.presets import TRAINING
 from shadowpeft.train.sections import TrainingSection
 
 
-def kind_of(name: str) -> str:
-    """Whether a parameter is the shadow's "backbone", another of its own weights ("shadow"), or of the "rest"."""
-    if "shadowpeft_backbone." in name:
-        return "backbone"
-    return "shadow" if any(f"shadowpeft_{part}." in name for part in ("projection", "embedding", "head")) else "rest"
-
-
 def two_courses(
     args: TrainingArguments, optimizer: Any, steps: int, shadow_steps: int, *, freezes: bool = False
 ) -> LambdaLR:

@@ -33,7 +33,7 @@ from shadowpeft.train.joint import (
     split_rows,
 )
 from shadowpeft.train.sampler import EpochSampler
-from shadowpeft.train.schedule import FreezeShadow, kind_of, two_courses
+from shadowpeft.train.schedule import FreezeShadow, two_courses
 
 _LOSSES = ("task_loss", "shadow_loss")
 
@@ -309,16 +309,17 @@ class ShadowLossMixin(WholeCheckpoints):
         is_new = trainer.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if is_new and (self.backbone_lr_ratio != 1.0 or self.shadow_steps):
-            kinds = {id(p): kind_of(name) for name, p in trainer.model.named_parameters()}
-            groups = []
-            for group in optimizer.param_groups:
-                for kind in ("rest", "backbone", "shadow"):
-                    chosen = [p for p in group["params"] if kinds[id(p)] == kind]
-                    if chosen:
-                        factor = self.backbone_lr_ratio if kind == "backbone" else 1.0
-                        own = {"is_backbone": kind == "backbone", "is_shadow": kind != "rest"}
-                        groups.append({**group, "params": chosen, "lr": group["lr"] * factor, **own})
-            optimizer.param_groups = groups
+            hub = find_hub(trainer.model)
+            backbone = {id(p) for p in hub.shadowpeft_backbone.parameters()}
+            shadow = {id(p) for adapter in hub.configs for p in hub.shadow_path(adapter)}
+            groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
+            for n, group in enumerate(optimizer.param_groups):
+                for p in group["params"]:
+                    inside, own = id(p) in backbone, id(p) in shadow
+                    rate = group["lr"] * (self.backbone_lr_ratio if inside else 1.0)
+                    made = {**group, "params": [], "lr": rate, "is_backbone": inside, "is_shadow": own}
+                    groups.setdefault((n, inside, own), made)["params"].append(p)
+            optimizer.param_groups = [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from shadowpeft.data.actions import parser
 from shadowpeft.data.robot.skills import MEANINGS, SKILLS, SPLITS
 
-__all__ = ["MEANINGS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "read_split", "write_jsonl"]
+__all__ = ["MEANINGS", "SETS", "SKILLS", "SPLITS", "SYSTEM", "Row", "load", "parse_action", "read_split", "write_jsonl"]
 
 Row = dict[str, str]
 
@@ -26,6 +26,12 @@ ROWS = Path(__file__).parent / "rows"
 
 SYSTEM = "You are a robot dog."
 """System message of the set: short, so that prompts stay short, and the same for training and use."""
+
+SETS = {
+    "robot": ("train_normal", "train_remote_base", "train_remote_shadow"),
+    "robot_oos": ("train_normal", "train_remote_base", "train_remote_shadow", "train_oos"),
+}
+"""A packaged set, as run files name it -> the splits that it trains on."""
 
 _parse = parser(SKILLS)
 
