@@ -138,7 +138,7 @@ def test_half_characters_are_refused_wherever_they_are(text):
 SAID = {
     "tools": {"tools": [{"type": "function"}]},
     "n": {"n": 2},
-    "response_format": {"response_format": {"type": "json_object"}},
+    "response_format": {"response_format": {"type": "grammar"}},
     "messages.0.content.1": {
         "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]
     },

@@ -154,6 +154,10 @@ def test_results_of_tools_are_later_messages(cloud):
     assert "<|im_start|>tool\ndone<|im_end|>" in text
 
 
+def schema_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+
+
 def test_a_json_schema_holds_the_whole_answer(cloud):
     schema = {
         "type": "object",
@@ -173,10 +177,20 @@ REFUSED = [
     ({"tools": openai.NOT_GIVEN, "tool_choice": "required"}, "tool_choice asks for a call but there are no tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "Fly"}}}, "names 'Fly', which is none of the tools"),
     (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
-        "hold the answer in two ways",
+        {"tools": [{**SIT, "function": {**SIT["function"], "parameters": LONG}}]},
+        "'Sit' with other arguments than this server's model was trained for",
     ),
-    ({"response_format": {"type": "json_object"}}, "send"),
+    ({"response_format": {"type": "json_object", "json_schema": {"name": "a", "schema": {}}}}, "belongs to the type"),
+    ({"response_format": {"type": "json_schema"}}, "is missing; send the schema"),
+    ({"response_format": {"type": "grammar"}}, "has the type 'grammar' but there are text, json_schema, json_object"),
+    (
+        {
+            "tools": openai.NOT_GIVEN,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"uniqueItems": True}}},
+        },
+        r"refuses the schema \(failed to compile JSON schema: Unimplemented keys: \["
+        r"\"uniqueItems\"\]\); simplify it",
+    ),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "holds no list of tools"),
 ]
 
@@ -203,6 +217,26 @@ def saying(answer):
         for before, after in pairwise(said):
             made.lm_head.weight[after] += 3 * rows[before]
     return Detached(made, chat_tokenizer(), "edge")
+
+
+@pytest.mark.parametrize("choice", [None, "auto", "none", "required"])
+@pytest.mark.parametrize("begins", ["{}", "[Sit()]"])
+@pytest.mark.parametrize("form", [{"type": "json_object"}, schema_of({"type": "object"})])
+def test_tools_and_a_form_hold_the_answer_together(choice, begins, form):
+    role = CloudRole(Engine(saying(begins), LIMITS), system=None, default_tokens=300, tools=TOOLS)
+    with Running(build(role, Settings(NOBODY))) as server:
+        said = ask(server, response_format=form, tool_choice=choice, temperature=0).choices[0]
+        bare = ask(server, tools=openai.NOT_GIVEN, response_format=form, temperature=0).choices[0]
+    calls = choice == "required" or (choice in (None, "auto") and begins == "[Sit()]")
+    assert (said.finish_reason == "tool_calls") == calls
+    if calls:
+        assert said.message.tool_calls[0].function.name in ("Sit", "Walk")
+        assert said.message.content is None or begins == "{}"  # a call that has to be made may be followed by text
+    elif begins == "{}":
+        assert (said.message.content, said.finish_reason) == ("{}", "stop")
+    else:
+        assert said.message.content.startswith("{")
+    assert bare.message.content.startswith("{")
 
 
 def walking(cloud):

@@ -4,6 +4,7 @@ all that decoding asks (:mod:`shadowpeft.data.action_trie` is the special case o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,9 +50,9 @@ class Engine:
         """
         return Grammar(self, calls_grammar(tools, hand_on=hand_on, calls=most), optional=optional)
 
-    def schema(self, schema: dict[str, Any]) -> Grammar:
-        """One JSON value of a schema and nothing more; raises as :meth:`calls`."""
-        return Grammar(self, schema_grammar(schema), closed=self._end)
+    def schema(self, schema: dict[str, Any], tools: Tools | None = None, most: int = MOST_CALLS) -> Grammar:
+        """One JSON value of a schema, or up to ``most`` calls of ``tools``, and nothing more; raises as :meth:`calls`."""
+        return Grammar(self, schema_grammar(schema, tools, calls=most), closed=self._end)
 
 
 class Grammar:
@@ -119,4 +120,6 @@ class Guide:
 
 
 def _clause(text: str) -> str:
-    return " ".join(text.split())[:200]
+    """What the engine says is wrong, without the place in a grammar that the client has never seen."""
+    what = re.sub(r"^at \d+\(\d+\): ", "", re.split(r"\n *\d+ \|", text)[0])
+    return " ".join(what.split())[:200]

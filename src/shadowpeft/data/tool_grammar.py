@@ -28,7 +28,11 @@ _CHARACTER = r'[^"\\\x00-\x1f\x7f]|\\["\\]'
 
 def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS) -> str:
     """One to ``calls`` calls of ``tools``; with ``hand_on`` also ``[REMOTE]``."""
-    lines = [f"start: {_text('[' + REMOTE + ']')} | calls" if hand_on else "start: calls"]
+    return _rules("start: " + (f"{_text('[' + REMOTE + ']')} | calls" if hand_on else "calls"), tools, calls)
+
+
+def _rules(start: str, tools: Tools, calls: int) -> str:
+    lines = [start]
     more = f" ({_text(', ')} call){{0,{calls - 1}}}" if calls > 1 else ""
     lines.append(f"calls: {_text('[')} call{more} {_text(']')}")
     lines.append("call: " + " | ".join(f"t{n}" for n in range(len(tools))))
@@ -37,10 +41,11 @@ def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS) -> st
     return "\n".join(lines) + "\n"
 
 
-def schema_grammar(schema: dict[str, Any]) -> str:
-    """One JSON value of a schema, without needless white space."""
+def schema_grammar(schema: dict[str, Any], tools: Tools | None = None, *, calls: int = MOST_CALLS) -> str:
+    """One JSON value of a schema, without needless white space; or one to ``calls`` calls of ``tools``."""
     options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    return f"start: %json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}\n"
+    value = f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}\n"
+    return f"start: {value}" if tools is None else _rules("start: value | calls", tools, calls) + f"value: {value}"
 
 
 def _tool(rule: str, tool: Tool) -> list[str]:

@@ -203,7 +203,7 @@ class ChatRequest(_Generate):
     )
     parallel_tool_calls: Optional[StrictBool] = Field(default=None, description="false: one call at most.")
     response_format: Annotated[Optional[ResponseFormat], BeforeValidator(checked_format)] = Field(
-        default=None, description="text, or a JSON schema."
+        default=None, description="text, a JSON schema, or any JSON object. With tools: of an answer that calls none."
     )
     safety_identifier: Optional[Text] = Field(default=None, description="Accepted, not used.")
     prompt_cache_key: Optional[Text] = Field(default=None, description="Accepted, not used.")
@@ -215,10 +215,10 @@ class ChatRequest(_Generate):
         if self.response_format is not None:
             if self.response_format.type == "text":
                 self.response_format = None
-            elif self.response_format.json_schema is None:
-                raise invalid("is missing; send the schema", "response_format", "json_schema")
-            elif self.tools:
-                raise invalid("and tools hold the answer in two ways; leave it out", "response_format")
+            elif (self.response_format.type == "json_schema") != (self.response_format.json_schema is not None):
+                named = self.response_format.type == "json_schema"
+                problem = "is missing; send the schema" if named else "belongs to the type json_schema; leave it out"
+                raise invalid(problem, "response_format", "json_schema")
         if self.tools is None:
             if self.tool_choice not in (None, "none", "auto"):
                 raise invalid("asks for a call but there are no tools; send tools", "tool_choice")

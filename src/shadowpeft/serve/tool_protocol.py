@@ -67,19 +67,28 @@ class JsonSchema(Strict):
     strict: Optional[StrictBool] = Field(default=None, description="Accepted; every answer is held to its schema.")
 
 
-class ResponseFormat(Strict):
-    """A form of answers: a JSON schema, or plain text."""
+FORMATS = ("text", "json_schema", "json_object")
 
-    type: Literal["text", "json_schema"]
+
+class ResponseFormat(Strict):
+    """A form of answers: a JSON schema, any JSON object, or plain text."""
+
+    type: Literal["text", "json_schema", "json_object"]
     json_schema: Optional[JsonSchema] = None
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        """The JSON schema of the answer."""
+        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
 def checked_format(given: Any) -> Any:
     """A form that there is."""
     kind = given.get("type") if isinstance(given, dict) else None
-    if given is not None and kind not in ("text", "json_schema"):
+    if given is not None and kind not in FORMATS:
         raise invalid(
-            'asks for a form that there is none of; send {"type": "json_schema", "json_schema": {"schema": ...}}'
+            f"has the type {quote(kind)} but there are {', '.join(FORMATS)}; "
+            'send {"type": "json_schema", "json_schema": {"schema": ...}}'
         )
     return given
 

@@ -46,6 +46,12 @@ class Toolbox:
         """
         lacks = self.lacks(asked)
         if lacks is not None:
+            if self.known is not None and lacks in self.known.names:
+                own = json.dumps(self.known.by_name[lacks].parameters, ensure_ascii=False)
+                raise DataError(
+                    f"tools has '{lacks}' with other arguments than this server's model was trained for; send its parameters "
+                    f"as {own[:700]}, or leave it out"
+                )
             known = "none" if self.known is None else ", ".join(self.known.names)
             raise DataError(
                 f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}); send what it "
@@ -84,15 +90,15 @@ class Toolbox:
         """
         if not isinstance(asked, ChatRequest):
             return None
-        if asked.response_format is not None:
-            form = asked.response_format.json_schema
-            assert form is not None
-            return self._grammar(["schema", form.schema_], lambda engine: engine.schema(form.schema_))
+        form = None if asked.response_format is None else asked.response_format.schema_
         if asked.tools is None or asked.tool_choice == "none":
-            return None
+            return None if form is None else self._grammar(["schema", form], lambda engine: engine.schema(form))
         once = asked.parallel_tool_calls is False or isinstance(asked.tool_choice, NamedTool)
-        tools, most = self._chosen(asked), 1 if once else MOST_CALLS
-        return self.calls(tools, device=device, most=most, optional=not device and asked.tool_choice in (None, "auto"))
+        tools, most, free = self._chosen(asked), 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
+        if form is not None and free:
+            key = ["calls or schema", tools.definitions(), most, form]
+            return self._grammar(key, lambda engine: engine.schema(form, tools=tools, most=most))
+        return self.calls(tools, device=device, most=most, optional=not device and free)
 
     def of(self, asked: ChatRequest) -> Tools | None:
         """The request's tools with the schemas that the model was trained for, so with their order of arguments.
