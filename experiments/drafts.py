@@ -125,8 +125,9 @@ def regenerated(adapter: Path, file: Path) -> Path:
     if file.exists():
         return file
     model, tokenizer = shadowpeft.load(adapter).eval(), load_tokenizer("smollm2-135m")
-    rows = list(robot_rows("train"))
-    asked = [row for row in rows if row.get("path", "both") == "both"]
+    checked = [{**row, "prompt": row["messages"][-1]["content"]} for row in robot_rows("train")]
+    rows = [{key: value for key, value in row.items() if key != "messages" and value is not None} for row in checked]
+    asked = [row for row in rows if row["path"] == "both"]
     asked.sort(key=lambda row: len(row["prompt"]))
     said: list[str] = []
     for inputs in batches([row["prompt"] for row in asked], tokenizer):

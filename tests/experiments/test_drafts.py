@@ -1,11 +1,16 @@
 """Cells of what trains drafts: what is counted is what decoding does, and the page shows the committed records."""
 
+import json
+
 import pytest
 import torch
 
+from chatbase import chat_tokenizer
 from experiments import drafts
 from pages import facts, marked
 from shadowpeft import Speculation
+from shadowpeft.data.chat import check_row
+from shadowpeft.train.rows import robot_rows
 from tiny import PAD, V, adapt, base, tokens
 
 
@@ -33,6 +38,19 @@ def test_what_is_counted_is_what_decoding_does(count):
     agrees = (shadow == whole[0, 5:]).tolist()
     assert 0 < sum(agrees) < len(agrees)
     assert abs(drafts.passes(agrees, count) - said.counts.passes) <= 1  # the pass that reads the prompt gives a token, too
+
+
+def test_the_shadow_gets_the_attached_models_own_answers_and_the_rest_stays(tmp_path, monkeypatch):
+    rows = list(robot_rows("train"))
+    drawn = [next(row for row in rows if row["path"] == path) for path in ("both", "base", "shadow")]
+    monkeypatch.setattr(drafts, "robot_rows", lambda split: drawn)
+    monkeypatch.setattr(drafts.shadowpeft, "load", lambda folder: torch.nn.Identity())
+    monkeypatch.setattr(drafts, "load_tokenizer", lambda name: chat_tokenizer())
+    said = chat_tokenizer()(["[Sit()] ok"], return_tensors="pt").input_ids
+    monkeypatch.setattr(drafts, "say", lambda *_: said)
+    file = drafts.regenerated(tmp_path / "adapter", tmp_path / "said.jsonl")
+    read = [check_row(json.loads(line), str(file)) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert read == [{**drawn[0], "shadow_response": "[Sit()] ok"}, *drawn[1:]]
 
 
 def test_the_page_holds_the_numbers_of_the_records():
