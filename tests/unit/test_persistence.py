@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import edges
 import shadowpeft
 from products import covering
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import CacheMismatchError, ConfigError
 from shadowpeft.export import gguf
 from shadowpeft.hf import load as checkpoint
 from shadowpeft.hf.base import aliases as bases
@@ -84,6 +84,30 @@ def test_loading_into_a_model_that_has_an_adapter(saved):
     assert torch.equal(outputs(other)[0], before[0])
     other.set_adapter("second")
     assert_same(other, adapted)
+
+
+@pytest.mark.parametrize("where", ["loaded", "attached"])
+def test_an_adapter_that_describes_no_model_leaves_the_others_as_they_are(saved, where):
+    _, adapted, folder = saved()
+    other = shadowpeft.load(folder) if where == "loaded" else adapted
+    before = outputs(other)[0]
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"rope_type": "default"', '"rope_type": "de&ault"'))
+    with pytest.raises(ConfigError, match="describes no model that can be built"):
+        other.load_adapter(folder, "second")
+    assert torch.equal(outputs(other)[0], before)
+    assert list(other.peft_config) == ["default"]
+
+
+def test_weights_loaded_over_an_adapter_do_not_go_on_from_its_cache(saved):
+    _, adapted, folder = saved()
+    model = adapt(base("llama"))
+    ids = tokens(2, 6)
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    model.load_adapter(folder, "default")
+    with pytest.raises(CacheMismatchError, match="were replaced after this cache was filled"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+    assert_same(model, adapted)
 
 
 @pytest.mark.parametrize("name", ["default", "shadowpeft_backbone", "w_up", "weight", "модель"])

@@ -22,6 +22,7 @@ from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.digests import check_weights_digest
 from shadowpeft.hf.files.reading import BUILD_ERRORS, FLOATS, check_dtypes, check_tensors, check_values, read_header
 from shadowpeft.hf.files.records import check_numbers
+from shadowpeft.hf.layer import HANDLES
 from shadowpeft.messages import quote, shorten
 
 SPARE_BYTES = 64 * 2**20
@@ -34,11 +35,13 @@ def skeleton(model: nn.Module) -> Any:
     """A copy of ``model`` whose parameters and buffers are on the meta device.
 
     Modules and their containers are new, so that the copy can be changed; every other attribute is shared, since it may be
-    large (the weights that accelerate offloaded) or not copyable. The configurations of other adapters are left out.
+    large (the weights that accelerate offloaded) or not copyable. The configurations of other adapters are left out, and so
+    is what would take their hooks out of ``model`` if the copy turned out to be impossible.
     """
     bare = _clone(model, {})
-    if hasattr(bare, "peft_config"):
-        del bare.peft_config
+    for name in ("peft_config", HANDLES):
+        if hasattr(bare, name):
+            delattr(bare, name)
     return bare
 
 

@@ -29,6 +29,8 @@ from shadowpeft.messages import quote
 STRUCTURE = threading.RLock()
 """Held while the weights of an adapter are collected or replaced, so that nobody collects half of a replacement."""
 _versions = itertools.count(1)
+HANDLES = "_shadowpeft_hook_handles"
+"""Attribute of an adapted model: what takes its hooks out."""
 
 Step = tuple[Injection, Update | None, float]
 """What happens before one base layer: injection, update (None at the first refined layer and in the ablation), alpha."""

@@ -30,18 +30,19 @@ from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.forward.decoding import speculate
 from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.hf.layer import (
+    HANDLES,
     ShadowHub,
     ShadowLink,
     ShadowTunerLayer,
     check_adapter_name,
     check_one_adapter,
     keep_in_float32,
+    new_version,
 )
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
 
 PREFIX = "shadowpeft_"
-_HANDLES = "_shadowpeft_hook_handles"
 
 
 class ShadowModel(BaseTuner):
@@ -204,7 +205,7 @@ class ShadowModel(BaseTuner):
         for index, (layer, signature) in enumerate(zip(parts.layers, layers, strict=True)):
             refine = hook(hooks.before_layer, hidden=signature.names[0], index=index)
             handles.append(layer.register_forward_pre_hook(refine, with_kwargs=True))
-        setattr(self.model, _HANDLES, handles)
+        setattr(self.model, HANDLES, handles)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -367,6 +368,9 @@ class ShadowModel(BaseTuner):
             check_value(key, value, expected[key].dtype, "the file")
         hub = next((module for module in model.modules() if isinstance(module, ShadowHub)), None)
         take(new_rows(tables, stored, others=sorted(set(hub.configs if hub else ()) - {adapter_name})))
+        if hub is not None:
+            hub.versions[adapter_name] = new_version()  # caches that were filled with the weights before cannot go on
+            hub.records.pop(adapter_name, None)
         return mapped
 
 
@@ -384,9 +388,9 @@ def clean_on_failure(model: nn.Module) -> Iterator[None]:
 
 def remove(model: nn.Module) -> None:
     """Take hub, links, hooks and ``modules_to_save`` of every adapter out of ``model``; its own modules never changed."""
-    for handle in getattr(model, _HANDLES, []):
+    for handle in getattr(model, HANDLES, []):
         handle.remove()
-    for name in (_HANDLES, "peft_config"):
+    for name in (HANDLES, "peft_config"):
         if hasattr(model, name):
             delattr(model, name)
     for name, module in list(model.named_modules()):

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers import (
+    Cache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -107,7 +114,9 @@ class _Decoding:
         self.settings.counts.tokens += 1
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        return not bool(self.criteria(row.ids(), None).all())
+        asked = self.config.return_dict_in_generate and self.config.output_scores
+        scored = tuple(each[None] for each in row.scores) if asked else None
+        return not bool(self.criteria(row.ids(), scored).all())
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
@@ -269,7 +278,17 @@ def _for_row(processor: Any, place: int, rows: int) -> Any:
         raise ConfigError(
             "speculative=True was passed with guidance_scale, which runs the model on its own; leave one out"
         )
+    if isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
+        raise ConfigError(
+            "speculative=True was passed with a SynthID watermark, which would count drafts among the tokens; leave one out"
+        )
     if rows == 1:
+        return processor
+    if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
+        return EncoderRepetitionPenaltyLogitsProcessor(1 / processor.penalty, processor.encoder_input_ids[place : place + 1])
+    if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        processor = copy.copy(processor)
+        processor.generated_ngrams, processor.batch_size = processor.generated_ngrams[place : place + 1], 1
         return processor
     ignored = getattr(processor, "prompt_ignore_length", None)
     if isinstance(ignored, Tensor) and len(ignored) == rows:
