@@ -6,7 +6,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+)
 
 from products import covering
 from several import several
@@ -395,6 +400,41 @@ def test_an_answer_drawn_with_a_seed_can_be_drawn_again():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("options", [{"encoder_repetition_penalty": 1.7}, {"encoder_no_repeat_ngram_size": 1}])
+def test_what_is_said_of_the_prompt_is_said_of_each_rows_own(options):
+    model = alike()
+    ids, mask = padded(tokens(3, 7), [2, 0, 1], "left")
+    options = {"input_ids": ids, "attention_mask": mask, **GREEDY, **options}
+    expected = model.generate(**options)
+    free = model.generate(**{"input_ids": ids, "attention_mask": mask, **GREEDY})
+    assert not torch.equal(expected, free)
+    settings = always()
+    assert torch.equal(model.generate(speculative=settings, **options), expected)
+    assert settings.counts.accepted > 0
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_criteria_see_the_scores_that_they_see_without_drafts(scores):
+    model = alike()
+    options = {**GREEDY, "return_dict_in_generate": True, "output_scores": scores}
+    seen = {True: [], False: []}
+
+    def ended(drafting):
+        def criterion(input_ids, given, **_):
+            seen[drafting].append(None if given is None else (len(given), given[-1].shape))
+            return torch.tensor([given is not None and len(given) >= 5])
+
+        return criterion
+
+    for drafting in (False, True):
+        criteria = StoppingCriteriaList([ended(drafting)])
+        model.generate(
+            input_ids=tokens(1, 6), stopping_criteria=criteria, speculative=always() if drafting else False, **options
+        )
+    assert seen[True] == seen[False]
+    assert (seen[True][-1] == (5, (1, V))) == scores
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -407,6 +447,7 @@ def test_an_answer_drawn_with_a_seed_can_be_drawn_again():
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"cache_implementation": "static"}, "dynamic cache"),
         ({"speculative": "yes"}, "must be True or a Speculation"),
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=2, keys=[1, 2, 3])}, "a SynthID watermark"),
     ],
 )
 def test_what_cannot_be_drafted_is_refused(options, message):
