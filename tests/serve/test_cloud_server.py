@@ -1,5 +1,6 @@
 """The cloud's server through the official client and raw HTTP: answers, streams, errors, keys, limits, swaps, shutdown."""
 
+import gzip
 import json
 import logging
 import socket
@@ -115,6 +116,8 @@ def test_usage_finish_and_length(client):
     assert last.usage == made.usage
     assert not last.choices
     assert parts[0].choices[0].delta.role == "assistant"
+    assert parts[0].choices[0].delta.content is not None
+    assert all(part.usage is None and "usage" in part.model_fields_set for part in parts)
     assert parts[-1].choices[0].finish_reason == made.choices[0].finish_reason
 
 
@@ -132,9 +135,11 @@ def test_a_default_length_is_cut_to_the_room_and_what_is_asked_for_is_refused(ba
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["prompt_tokens"] == window - room
             assert answer.json()["usage"]["completion_tokens"] <= room
-        for refused in (answered(0), answered(7, max_tokens=8)):
+        for refused, more in ((answered(0), 1), (answered(7, max_tokens=8), 8)):
             assert refused.status_code == 400
-            assert "8 more are asked for" in refused.json()["error"]["message"]
+            told = refused.json()["error"]
+            assert f"{more} more are asked for" in told["message"]
+            assert (told["code"], told["param"]) == ("context_length_exceeded", "prompt")
 
 
 def test_logprobs_of_chats_and_completions(client, backend):
@@ -151,6 +156,69 @@ def test_logprobs_of_chats_and_completions(client, backend):
     assert plain.logprobs.text_offset[0] == 0
     assert len(plain.logprobs.top_logprobs[0]) <= 2
     assert chat(client, "sit", max_tokens=2).choices[0].logprobs is None
+
+
+def test_several_answers_are_those_of_requests_of_their_own(client):
+    tokens = [chat_tokenizer()(text).input_ids for text in PROMPTS[:2]]
+    ask = {"model": "late", "max_tokens": 6, "logprobs": 1}
+    alone = [client.completions.create(prompt=text, **ask) for text in PROMPTS[:2]]
+    for prompts in (PROMPTS[:2], tokens):
+        made = client.completions.create(prompt=prompts, **ask)
+        assert [c.text for c in made.choices] == [one.choices[0].text for one in alone]
+        assert [c.logprobs.text_offset for c in made.choices] == [one.choices[0].logprobs.text_offset for one in alone]
+        assert [c.index for c in made.choices] == [0, 1]
+        assert made.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone)
+        assert made.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+        assert made.shadowpeft["where"] == "cloud"
+    assert client.completions.create(prompt=tokens[0], **ask).choices[0].text == alone[0].choices[0].text
+    parts = list(client.completions.create(prompt=PROMPTS[:2], stream=True, stream_options={"include_usage": True}, **ask))
+    assert parts[-1].usage == made.usage
+    assert len({part.id for part in parts}) == 1
+    for n, one in enumerate(alone):
+        own = [c for part in parts for c in part.choices if c.index == n]
+        assert "".join(c.text for c in own) == one.choices[0].text
+        assert own[-1].finish_reason == one.choices[0].finish_reason
+
+
+def test_n_answers_are_drawn_with_seeds_of_their_own(client):
+    options = {"max_tokens": 8, "temperature": 1.5}
+    made = chat(client, "sit", n=3, seed=5, **options)
+    alone = [chat(client, "sit", seed=seed, **options) for seed in (5, 6, 7)]
+    assert [c.message.content for c in made.choices] == [one.choices[0].message.content for one in alone]
+    assert made.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert made.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+    assert len({c.message.content for c in chat(client, "sit", n=4, **options).choices}) > 1
+    texts = dict.fromkeys(range(3), "")
+    for part in chat(client, "sit", n=3, seed=5, stream=True, **options):
+        for choice in part.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert list(texts.values()) == [c.message.content for c in made.choices]
+
+
+NOT_PROMPTS = {
+    "no text": (7, "is no text, no list of tokens"),
+    "empty": ("", "nothing empty"),
+    "none": ([], "nothing empty"),
+    "one empty": (["a", ""], "nothing empty"),
+    "mixed": ([1, "a"], "is no text, no list of tokens"),
+    "truth": ([True], "is no text, no list of tokens"),
+    "token": ([1, 99999], "prompt has the token 99999 but the model has those from 0 to"),
+    "many": (["a"] * 65, "asks for 65 answers but one request may have 64"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PROMPTS)
+def test_what_is_no_prompt_is_refused(client, kind):
+    prompt, message = NOT_PROMPTS[kind]
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.completions.create(model="late", prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+def test_when_one_of_several_fails_the_others_are_given_up(server, client):
+    with pytest.raises(openai.BadRequestError, match="prompt has the token 99999"):
+        client.completions.create(model="late", prompt=[[5, 6], [99999]], max_tokens=400)
+    wait_for(lambda: server.app.state.server.role.engine.running == 0)
 
 
 def test_completions_stream_and_stop(client):
@@ -205,6 +273,22 @@ BAD = {
 }
 
 
+UNREADABLE = {
+    "gzip": (415, {"content-encoding": "gzip"}, gzip.compress(b"{}"), "the body is compressed (gzip); send it as it is"),
+    "latin": (400, {}, '{"model": "é"}'.encode("latin-1"), "the body is not in UTF-8; send JSON in UTF-8"),
+    "deep": (400, {}, b'{"a": ' + b"[" * 200_000, "the body is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_bodies_that_cannot_be_read_are_named(server, kind):
+    status, headers, body, message = UNREADABLE[kind]
+    with server.http(KEY) as http:
+        response = http.post("/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_malformed_requests_get_400_and_a_sentence(server, kind):
     body = BAD[kind] if isinstance(BAD[kind], bytes) else json.dumps(BAD[kind]).encode()
@@ -217,11 +301,27 @@ def test_malformed_requests_get_400_and_a_sentence(server, kind):
 
 
 def test_other_refusals(server, client):
-    with pytest.raises(openai.NotFoundError, match="model 'none' is not loaded"):
-        chat(client, "sit", "none")
+    for send in (lambda: chat(client, "sit", "none"), lambda: client.models.retrieve("none")):
+        with pytest.raises(openai.NotFoundError, match="model 'none' is not loaded") as caught:
+            send()
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="longer than the model's context length") as caught:
+        chat(client, "sit", max_tokens=600)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError, match="may be 4096; lower it") as caught:
+        chat(client, "sit", max_tokens=5000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, "sit", extra_body={"route": "device"})
+    assert caught.value.param == "route"
     with server.http(KEY) as http:
-        assert http.get("/v1/nothing").status_code == 404
-        assert http.get("/v1/chat/completions").status_code == 405
+        nothing = http.post("/v1/responses", json={})
+        assert (nothing.status_code, nothing.json()["error"]["code"]) == (404, "unknown_url")
+        assert "there is no /v1/responses on this server; there are /healthz, " in nothing.json()["error"]["message"]
+        assert "/v1/chat/completions" in nothing.json()["error"]["message"]
+        got = http.get("/v1/chat/completions")
+        assert (got.status_code, got.headers["allow"]) == (405, "POST")
+        assert got.json()["error"]["message"] == "GET is not possible at /v1/chat/completions; send POST"
         plain = http.post("/v1/chat/completions", content=b"{}", headers={"content-type": "text/plain"})
         assert plain.status_code == 400
         cut = http.post("/v1/chat/completions", content=b'{"model":', headers={"content-type": "application/json"})
@@ -238,7 +338,7 @@ def test_every_route_but_health_needs_a_key(server, header):
         assert len(paths) >= 10
         for method, path in paths:
             status = http.request(method, path.replace("{name}", "late")).status_code
-            assert status == (200 if path in ("/healthz", "/readyz") else 401), path
+            assert status == (200 if path in ("/health", "/healthz", "/readyz") else 401), path
         assert http.get("/no/such/path").status_code == 401
 
 
@@ -363,6 +463,26 @@ def test_metrics_count_what_happened(server, client, stream):
     assert grown("shadowpeft_tokens_total", kind="new") == 2
     assert grown("shadowpeft_tokens_total", kind="prompt") > 5
     assert metric(after, "shadowpeft_queue") == 0
+
+
+def test_a_head_is_a_get_without_a_body(server):
+    with server.http(KEY) as http:
+        for path in ("/health", "/healthz", "/readyz", "/v1/models", "/v1/models/late"):
+            head, got = http.head(path), http.get(path)
+            assert (head.status_code, head.content) == (200, b""), path
+            assert head.headers["content-length"] == str(len(got.content)), path
+        assert http.head("/v1/chat/completions").status_code == 405
+
+
+def test_every_answer_has_a_number_that_the_log_has_too(server, client, caplog):
+    with caplog.at_level("INFO", "shadowpeft.serve"):
+        answer = chat(client, "sit", max_tokens=2)
+        with pytest.raises(openai.NotFoundError) as caught:
+            chat(client, "sit", "none")
+    assert answer._request_id.startswith("req_")
+    assert answer._request_id != caught.value.request_id
+    assert answer._request_id in caplog.text
+    assert caught.value.request_id in caplog.text
 
 
 def test_health_and_readiness(backend):

@@ -244,12 +244,12 @@ def test_sizes_are_checked(engine):
         ask(engine, "sit", "defualt")
     with pytest.raises(DataError, match="no tokens"):
         ask(engine, "", "default")
-    with pytest.raises(DataError, match="max_tokens is 513 but may be 512"):
-        ask(engine, "sit", "default", max_tokens=513)
-    with pytest.raises(DataError, match="the model reads 256"):
+    with pytest.raises(DataError, match="max_tokens is 4097 but may be 4096"):
+        ask(engine, "sit", "default", max_tokens=4097)
+    with pytest.raises(DataError, match="longer than the model's context length of 256"):
         ask(engine, "x" * 250, "default", max_tokens=7)
-    with pytest.raises(DataError, match="2049 tokens but may have 2048"):
-        ask(engine, "x" * 2049, "default", max_tokens=7)
+    with pytest.raises(DataError, match="4097 tokens but may have 4096"):
+        ask(engine, "x" * 4097, "default", max_tokens=7)
 
 
 def test_a_failing_batch_fails_its_requests_alone(backend):

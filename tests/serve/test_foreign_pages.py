@@ -4,15 +4,21 @@ import asyncio
 import base64
 import json
 
+import httpx
 import pytest
 
+from serving import attached
+from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import Metrics
+from shadowpeft.serve.roles import CloudRole
+from shadowpeft.serve.server import Settings, build
+from webserver import Running
 
 KEY = "user-key-0123456789"
 
 
-def status(keys, method="POST", path="/v1/chat/completions", **headers):
+def status(keys, method="POST", path="/v1/chat/completions", origins=(), **headers):
     """What the guard answers, 200 if it lets the request through."""
     sent = []
 
@@ -27,7 +33,7 @@ def status(keys, method="POST", path="/v1/chat/completions", **headers):
 
     scope = {"type": "http", "method": method, "path": path}
     scope["headers"] = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    guard = Guard(behind, keys=keys, max_body=1000, body_seconds=5.0, metrics=Metrics(), known=lambda path: path)
+    guard = Guard(behind, keys=keys, max_body=1000, body_seconds=5.0, metrics=Metrics(), known=str, origins=origins)
     asyncio.run(guard(scope, receive, send))
     if sent[0]["status"] != 200:
         assert json.loads(sent[1]["body"])["error"]["message"]
@@ -80,3 +86,31 @@ def test_what_a_browser_remembers_is_taken_from_this_servers_page_only():
     assert status(keys, host="edge.example", authorization=basic, origin="https://edge.example") == 200
     assert status(keys, host="edge.example", authorization=basic, origin="https://evil.example") == 403
     assert status(keys, host="edge.example", authorization=f"Bearer {KEY}", origin="https://app.example") == 200
+
+
+def test_pages_that_the_operator_names_may_ask():
+    host, page = "localhost:8000", "https://app.example"
+    for keys in (Keys(None, ()), Keys((KEY,), ())):
+        wrong = 200 if keys.open else 401  # a page that is let in needs a key all the same
+        assert status(keys, host=host, origin=page) == 403
+        assert status(keys, host=host, origin=page, origins=(page,)) == wrong
+        assert status(keys, host=host, origin="https://app.example.evil", origins=(page,)) == 403
+    assert status(Keys(None, ()), host="evil.example", origin=page, origins=(page,)) == 403
+
+
+def test_a_browser_learns_which_pages_may_ask():
+    page = "https://app.example"
+    role = CloudRole(Engine(attached(), EngineLimits()), system=None, default_tokens=4)
+    with (
+        Running(build(role, Settings(Keys((KEY,), ()), origins=(page,)))) as running,
+        httpx.Client(base_url=running.url, trust_env=False) as http,
+    ):
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+        for origin, let in ((page, True), ("https://evil.example", False)):
+            before = http.options("/v1/chat/completions", headers={"origin": origin, **asks})
+            assert before.is_success == let
+            assert (before.headers.get("access-control-allow-origin") == origin) == let
+            got = http.get("/v1/models", headers={"origin": origin, "authorization": f"Bearer {KEY}"})
+            assert (got.headers.get("access-control-allow-origin") == origin) == let
+        refused = http.get("/v1/models", headers={"origin": page})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, page)

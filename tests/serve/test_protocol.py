@@ -135,7 +135,20 @@ def test_half_characters_are_refused_wherever_they_are(text):
         assert "half a surrogate pair" in refused(ChatRequest, {**ASK, "messages": calls})["msg"]
 
 
+def test_what_says_more_about_a_request_is_accepted(client):
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    answer = client.chat.completions.create(
+        model="default",
+        messages=[*ASK["messages"], refusal, *ASK["messages"]],
+        metadata={"app": "x"},
+        max_tokens=2,
+    )
+    assert answer.choices
+    assert ChatRequest(**{**ASK, "messages": [refusal]}).messages[0].content == "no"
+
+
 SAID = {
+    "stream_options": {"stream_options": {"include_usage": True}},
     "tools": {"tools": [{"type": "function"}]},
     "n": {"n": 2},
     "response_format": {"response_format": {"type": "grammar"}},

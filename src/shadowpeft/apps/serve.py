@@ -73,6 +73,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         + options.queue
         + len(backend.names),  # beyond the queue each name may have one that waits
         drain_seconds=options.drain_seconds,
+        origins=tuple(options.allow_origin or ()),
         **more,
     )
     return build(role, settings)

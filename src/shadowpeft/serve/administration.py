@@ -36,7 +36,7 @@ class Administration:
         """Called after each change."""
 
     def add_routes(self, app: FastAPI) -> None:
-        changed = described(400, 401, 404, 408, 409, 413)
+        changed = described(400, 401, 404, 408, 409, 413, 415)
 
         @app.get("/admin/adapters", responses=described(401))
         async def versions() -> dict[str, list[str]]:

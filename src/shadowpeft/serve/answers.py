@@ -88,7 +88,8 @@ class ResponseBuilder:
 
     def _chunk(self, delta: dict[str, Any], tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
         """One chunk; the first one says who answers, and why."""
-        delta = {**({"role": "assistant"} if self._first else {}), **delta}
+        if self._first:  # whoever adds up the pieces begins with a text, or with calls
+            delta = {"role": "assistant", "content": None if CALLED in delta else "", **delta}
         text, reason = delta.get("content", ""), CALLED if reason is not None and self._called else reason
         said = {"delta": delta} if self.chat else {"text": text}
         choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}

@@ -182,8 +182,8 @@ class Engine:
             raise TooLongError(f"max_tokens is {max_tokens} but may be {limits.new_tokens}; lower it")
         if prompt + max_tokens > self.backend.max_model_len:
             raise TooLongError(
-                f"the prompt has {prompt} tokens and {max_tokens} more are asked for, but the model reads "
-                f"{self.backend.max_model_len}; shorten the prompt or lower max_tokens"
+                f"the prompt has {prompt} tokens and {max_tokens} more are asked for, which is longer than the model's context "
+                f"length of {self.backend.max_model_len}; shorten the prompt or lower max_tokens"
             )
 
     def add(self, name: str, folder: str) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import traceback
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,8 +16,8 @@ from starlette.exceptions import HTTPException
 
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.client import CloudError, CloudRefusedError, LoopError
-from shadowpeft.serve.protocol import ErrorAnswer, error
-from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError, UnknownModelError
+from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ErrorAnswer, error
+from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError, TooLongError, UnknownModelError
 
 _RETRY_SECONDS = 1
 _STATUS = {
@@ -26,6 +27,7 @@ _STATUS = {
     408: "the body did not arrive in time",
     409: "the new weights do not fit, or there is nothing to go back to",
     413: "the body is too large",
+    415: "the body is compressed",
     429: "too many requests; see Retry-After",
     503: "not ready, shutting down, no turn in time, or the cloud is needed but unavailable",
     508: "an edge server was asked as the cloud of another one, or of itself",
@@ -70,7 +72,13 @@ def _answer(status: int, message: str, **more: Any) -> JSONResponse:
     return AsciiResponse(error(message, **more), status, headers)
 
 
-def _of_the_package(failure: ShadowPeftError) -> Response:
+def _field(message: str) -> str | None:
+    """The field that a sentence of this package is about: it begins with its name."""
+    word = message.partition(" ")[0]
+    return word if word in (ChatRequest.model_fields | CompletionRequest.model_fields) else None
+
+
+def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
     if isinstance(failure, QueueFullError):
         return _answer(429, str(failure), kind="rate_limit_error", code="queue_full")
     if isinstance(failure, StoppedError):
@@ -86,10 +94,14 @@ def _of_the_package(failure: ShadowPeftError) -> Response:
         said = said if isinstance(said, dict) and isinstance(said.get("message"), str) else {"message": str(failure)}
         more = {name: said[key] for name, key in _PASSED_ON.items() if isinstance(said.get(key), str)}
         return AsciiResponse(error(said["message"], **more), failure.status)
-    if isinstance(failure, UnknownModelError):  # deleted between the request's door and the engine's
-        return _answer(404, str(failure))
+    field = _field(str(failure))
+    if isinstance(failure, UnknownModelError):
+        return _answer(404, str(failure), param=field, code="model_not_found")
+    if isinstance(failure, TooLongError):
+        prompt = "messages" if path == "/v1/chat/completions" else "prompt"
+        return _answer(400, str(failure), param=field or prompt, code="context_length_exceeded")
     if isinstance(failure, (DataError, ConfigError)):
-        return _answer(400, str(failure))
+        return _answer(400, str(failure), param=field)
     report(failure)
     return _answer(500, "the answer could not be made", kind="server_error")
 
@@ -110,6 +122,22 @@ def _sentence(kind: str, where: str, problem: str) -> str:
     return f"{where} {wanted}; change it or leave it out"
 
 
+def _refused(request: Request, failure: HTTPException) -> Response:
+    """What FastAPI refuses by itself has only the name of its status; what this package refuses has a sentence."""
+    path, status = request.url.path, failure.status_code
+    if status == 404 and failure.detail == HTTPStatus.NOT_FOUND.phrase:
+        there = ", ".join(route.path for route in request.app.routes if getattr(route, "include_in_schema", False))
+        return _answer(404, f"there is no {path[:200]} on this server; there are {there}", code="unknown_url")
+    if status == 405 and failure.detail == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
+        allowed = (failure.headers or {}).get("Allow", "another method")
+        return _answer(405, f"{request.method} is not possible at {path[:200]}; send {allowed}")
+    if status == 400 and isinstance(failure.__cause__, UnicodeDecodeError):
+        return _answer(400, "the body is not in UTF-8; send JSON in UTF-8")
+    if status == 400 and isinstance(failure.__cause__, RecursionError):
+        return _answer(400, "the body is nested too deeply; send JSON with fewer levels")
+    return _answer(status, str(failure.detail))
+
+
 def add_handlers(app: FastAPI) -> None:
     """Give every failure its answer."""
 
@@ -122,14 +150,14 @@ def add_handlers(app: FastAPI) -> None:
         return _answer(400, _sentence(first["type"], where, str(first["msg"])), param=where or None)
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, failure: HTTPException) -> Response:
-        response = _answer(failure.status_code, str(failure.detail))
+    async def refused(request: Request, failure: HTTPException) -> Response:
+        response = _refused(request, failure)
         response.headers.update(failure.headers or {})
         return response
 
     @app.exception_handler(ShadowPeftError)
-    async def of_the_package(_: Request, failure: ShadowPeftError) -> Response:
-        return _of_the_package(failure)
+    async def of_the_package(request: Request, failure: ShadowPeftError) -> Response:
+        return _of_the_package(failure, request.url.path)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, failure: Exception) -> Response:

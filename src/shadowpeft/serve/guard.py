@@ -9,6 +9,7 @@ import hmac
 import json
 import logging
 import time
+import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
-OPEN_PATHS = ("/healthz", "/readyz")
+OPEN_PATHS = ("/health", "/healthz", "/readyz")
 """What needs no key."""
 _FORM = b"application/x-www-form-urlencoded"
 """What ``curl -d`` says of a body that is JSON; so is one without a header, since nothing else is read here."""
@@ -67,7 +68,7 @@ def _key(header: bytes | None) -> bytes:
     return b""
 
 
-def _foreign(headers: dict[bytes, bytes], without_key: bool) -> str | None:
+def _foreign(headers: dict[bytes, bytes], without_key: bool, origins: tuple[str, ...]) -> str | None:
     """Why a request may come from a web page of somebody else, as a sentence; None if it does not.
 
     Without keys any page could ask whose name was bound to this machine; with HTTP Basic a browser sends what it remembers.
@@ -76,8 +77,11 @@ def _foreign(headers: dict[bytes, bytes], without_key: bool) -> str | None:
     if without_key and not is_loopback(_hostname(host)):
         return "the Host header names another machine; ask for localhost or 127.0.0.1, or start the server with keys"
     remembered = not headers.get(b"authorization", b"").lower().startswith(b"bearer ")
-    if origin and remembered and origin.partition("://")[2] != host:
-        return "the Origin header names another page; open this server's own page, or send the key as a Bearer token"
+    if origin and remembered and origin.partition("://")[2] != host and origin not in origins:
+        return (
+            "the Origin header names another page; open this server's own page, send the key as a Bearer token, or start the "
+            "server with --allow-origin"
+        )
     return None
 
 
@@ -95,8 +99,9 @@ class Guard:
     Args:
         keys: who may pass. max_body: bytes. known: path -> the label it has in metrics and log.
         body_seconds: until a body must have arrived. The application gets a whole body, or none.
+        origins: pages of others that may ask.
 
-    The log has method, label, status and time of a request, and nothing of its content.
+    The log has number (the answer's ``x-request-id``), method, label, status and time of a request, and nothing of its content.
     """
 
     def __init__(
@@ -108,27 +113,29 @@ class Guard:
         metrics: Metrics,
         known: Callable[[str], str],
         body_seconds: float,
+        origins: tuple[str, ...] = (),
     ) -> None:
         self.app, self.keys, self.max_body, self.metrics, self.known = app, keys, max_body, metrics, known
-        self.body_seconds = body_seconds
+        self.body_seconds, self.origins = body_seconds, tuple(origin.lower() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began, status = time.monotonic(), 0
-        label = self.known(scope["path"])
+        label, method, number = self.known(scope["path"]), scope["method"], f"req_{uuid.uuid4().hex}"
 
         async def counted(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 self.metrics.requests.labels(label, str(status)).inc()
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", number.encode())]}
             await send(message)
 
         headers = dict(scope["headers"])
         try:
-            foreign = _foreign(headers, self.keys.open)
+            foreign = _foreign(headers, self.keys.open, self.origins)
             if foreign is not None:
                 await _refuse(counted, 403, foreign, "foreign_page")
                 return
@@ -137,6 +144,12 @@ class Guard:
                     counted, 401, "a valid API key is needed; send it as 'Authorization: Bearer KEY'", "invalid_api_key"
                 )
                 return
+            packed = headers.get(b"content-encoding", b"identity").decode("latin-1")
+            if packed.lower() != "identity":
+                await _refuse(counted, 415, f"the body is compressed ({packed[:50]}); send it as it is", "compressed_body")
+                return
+            if method == "HEAD":  # its answer is that of GET, without the body, which the server leaves out
+                scope = {**scope, "method": "GET"}
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.max_body:
                 await _refuse(
@@ -157,7 +170,7 @@ class Guard:
                 scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
             await self.app(scope, _replay(body, receive), counted)
         finally:
-            _log.info("%s %s %d %.3fs", scope["method"], label, status, time.monotonic() - began)
+            _log.info("%s %s %s %d %.3fs", number, method, label, status, time.monotonic() - began)
 
     async def _read(self, receive: Receive) -> bytes:
         """A body of unknown length, up to one byte more than allowed."""
@@ -188,7 +201,7 @@ async def _refuse(send: Send, status: int, message: str, code: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b'Basic realm="shadowpeft", charset="UTF-8"'))
-    if status in (408, 413):
+    if status in (408, 413, 415):
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -41,6 +41,10 @@ class Options:
     auth: Annotated[
         bool, typer.Option(help="Take keys from SHADOWPEFT_API_KEYS; --no-auth works on a loopback host only.")
     ] = True
+    allow_origin: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Web pages that may ask, like https://app.example; may be given several times."),
+    ] = None
     cloud_url: Annotated[Optional[str], typer.Option(help="Edge: the cloud server.")] = None
     cloud_model: Annotated[str, typer.Option(help="Edge: the model's name there.")] = "default"
     cloud_timeout: Annotated[
@@ -71,9 +75,12 @@ class Options:
         int, typer.Option(min=1, help="Forward passes a step, where rows differ so much in length that one is slower.")
     ] = 4
     queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused with 429.")] = 64
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 2048
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512
-    default_tokens: Annotated[int, typer.Option(min=1, help="Answer's length where a request names none.")] = 64
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 4096
+    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 4096
+    default_tokens: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Longest answer where a request names no length. Default: as --new-tokens."),
+    ] = None
     answer_seconds: Annotated[
         float, typer.Option(min=0.1, help="Time from a request to the end of its answer; then it is cut, and says so.")
     ] = 120.0
@@ -107,6 +114,11 @@ class Options:
             raise ConfigError(
                 "--speculative belongs to the cloud, whose shadows draft; leave it out or set --role cloud"
             )
+        for origin in self.allow_origin or []:
+            if not re.fullmatch(r"https?://[^/\s*]+", origin):
+                raise ConfigError(
+                    f"--allow-origin is '{origin}' but must be one page's scheme, host and port, like https://app.example:8443"
+                )
         if self.cloud_url and not re.fullmatch(r"https?://[^/\s]+(/.*)?", self.cloud_url):
             raise ConfigError(f"--cloud-url is '{without_password(self.cloud_url)}' but must be like http://host:8000")
         if self.cloud_url and self._is_own(self.cloud_url):
@@ -120,7 +132,7 @@ class Options:
             raise ConfigError(f"when-cloud-down is '{self.when_cloud_down}' but must be local or error")
         if self.versions and not Path(self.versions).is_dir():
             raise ConfigError(f"the --versions folder '{self.versions}' does not exist")
-        if self.default_tokens > self.new_tokens:
+        if self.default_tokens is not None and self.default_tokens > self.new_tokens:
             raise ConfigError(
                 f"--default-tokens is {self.default_tokens} but --new-tokens allows {self.new_tokens}; lower one or raise the "
                 "other"

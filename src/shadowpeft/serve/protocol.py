@@ -31,6 +31,8 @@ from shadowpeft.serve.tool_protocol import (
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
 _SEED = 2**63
+MOST_ANSWERS = 64
+"""Of one request: what a server with its default queue has room for."""
 
 
 class TextPart(Strict):
@@ -46,9 +48,10 @@ def _joined(content: Any) -> Any:
         return content
     texts = []
     for number, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):  # a refusal was the assistant's
             raise invalid('is no text, and only text is read; send {"type": "text", "text": ...}', str(number))
-        texts.append(part["text"])
+        texts.append(part[kind])
     return "\n".join(texts)
 
 
@@ -97,13 +100,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _only(value: Any) -> Any:
-    """The one text of a list."""
-    if not isinstance(value, list):
-        return value
-    if len(value) != 1 or not isinstance(value[0], str):
-        raise invalid("has to be one text; send a request for each, and no tokens")
-    return value[0]
+def _prompts(value: Any) -> Any:
+    """Prompts, each a text or tokens, from one or a list of them."""
+    several = value if isinstance(value, list) and any(isinstance(each, (str, list)) for each in value) else [value]
+    for each in several:
+        if not (each and (isinstance(each, str) or (isinstance(each, list) and all(type(t) is int for t in each)))):
+            raise invalid("is no text, no list of tokens, and no list of these; send one of them, and nothing empty")
+    return several
 
 
 class _Generate(Strict):
@@ -112,13 +115,15 @@ class _Generate(Strict):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "frequency_penalty": (0,),
         "logit_bias": ({},),
-        "n": (1,),
         "presence_penalty": (0,),
     }
     model: Annotated[StrictStr, Field(min_length=1, max_length=200)]
     max_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
     temperature: Optional[Annotated[StrictFloat, Field(ge=0, le=2)]] = Field(
         default=None, description="0, the default, is greedy."
+    )
+    n: Optional[Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)]] = Field(
+        default=None, description="Answers to each prompt, drawn apart."
     )
     top_p: Optional[Annotated[StrictFloat, Field(gt=0, le=1)]] = None
     seed: Optional[Annotated[StrictInt, Field(ge=-_SEED, lt=_SEED)]] = None
@@ -155,6 +160,15 @@ class _Generate(Strict):
                 raise invalid("holds half a surrogate pair; send whole characters", *where)
         return content
 
+    @model_validator(mode="after")
+    def _consistent(self) -> _Generate:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("is given without stream; send stream: true, or leave it out", "stream_options")
+        if (self.n or 1) > 1 and not self.temperature:
+            raise invalid(f"is {self.n} but all answers would be alike at temperature 0; send a temperature too", "n")
+        self.n = None if self.n == 1 else self.n
+        return self
+
     @property
     def stops(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
@@ -177,7 +191,6 @@ class ChatRequest(_Generate):
         "audio": (),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "metadata": ({},),
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
@@ -205,6 +218,7 @@ class ChatRequest(_Generate):
     response_format: Annotated[Optional[ResponseFormat], BeforeValidator(checked_format)] = Field(
         default=None, description="text, a JSON schema, or any JSON object. With tools: of an answer that calls none."
     )
+    metadata: Optional[dict[StrictStr, StrictStr]] = Field(default=None, description="Accepted, not used.")
     safety_identifier: Optional[Text] = Field(default=None, description="Accepted, not used.")
     prompt_cache_key: Optional[Text] = Field(default=None, description="Accepted, not used.")
 
@@ -216,9 +230,9 @@ class ChatRequest(_Generate):
             if self.response_format.type == "text":
                 self.response_format = None
             elif (self.response_format.type == "json_schema") != (self.response_format.json_schema is not None):
-                named = self.response_format.type == "json_schema"
-                problem = "is missing; send the schema" if named else "belongs to the type json_schema; leave it out"
-                raise invalid(problem, "response_format", "json_schema")
+                wanted = self.response_format.type == "json_schema"
+                why = "is missing; send the schema" if wanted else "belongs to the type json_schema; leave it out"
+                raise invalid(why, "response_format", "json_schema")
         if self.tools is None:
             if self.tool_choice not in (None, "none", "auto"):
                 raise invalid("asks for a call but there are no tools; send tools", "tool_choice")
@@ -254,11 +268,17 @@ class CompletionRequest(_Generate):
         "suffix": ("",),
     }
     prompt: Annotated[
-        StrictStr,
-        BeforeValidator(_only, json_schema_input_type=Union[str, list[str]]),
-        Field(min_length=1, max_length=200_000),
-    ]
+        list[Union[Text, list[StrictInt]]],
+        BeforeValidator(_prompts, json_schema_input_type=Union[str, list[str], list[int], list[list[int]]]),
+    ] = Field(description="One or several, each a text or its tokens; several are answered like requests of their own.")
     logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=5)]] = None
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> CompletionRequest:
+        wanted = len(self.prompt) * (self.n or 1)
+        if wanted > MOST_ANSWERS:
+            raise invalid(f"asks for {wanted} answers but one request may have {MOST_ANSWERS}; send several", "prompt")
+        return self
 
     @property
     def wanted_logprobs(self) -> int | None:

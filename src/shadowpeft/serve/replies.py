@@ -100,6 +100,11 @@ class Reply(ABC):
         self.first: float | None = None
         self.counts: dict[str, Any] | None = None
 
+    @property
+    def parts(self) -> list[Reply]:
+        """The replies that are counted, each an answer of its own."""
+        return [self]
+
     @abstractmethod
     async def begin(self) -> None:
         """Wait until it is certain that there is an answer; raises otherwise."""
@@ -143,7 +148,7 @@ class LocalReply(Reply):
                 given += 1
                 if token.text or self.builder.top is not None or given == 1:
                     for chunk in self.builder.chunks(token.text, [token]):
-                        yield chunk
+                        yield _uncounted(chunk, with_usage)
             if generation.finish is not None:
                 break
             await generation.next()
@@ -151,7 +156,7 @@ class LocalReply(Reply):
         finish = generation.finish
         self.counts = _usage(finish)
         for chunk in [*(self.builder.chunks(finish.text, []) if finish.text else []), *self._end(finish)]:
-            yield chunk
+            yield _uncounted(chunk, with_usage)
         if with_usage:
             yield self.builder.last(self.counts)
 
@@ -223,6 +228,11 @@ class ForwardedReply(Reply):
     def _named(self, content: dict[str, Any], note: bool) -> dict[str, Any]:
         content = {key: value for key, value in content.items() if key != "shadowpeft"}
         return {**content, "model": self.model, **({"shadowpeft": dict(self.note)} if note else {})}
+
+
+def _uncounted(chunk: dict[str, Any], with_usage: bool) -> dict[str, Any]:
+    """A chunk before the counts, of a stream that ends with them."""
+    return {**chunk, "usage": None} if with_usage else chunk
 
 
 def _usage(finish: Finish) -> dict[str, Any]:

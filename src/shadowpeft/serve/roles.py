@@ -14,7 +14,7 @@ from shadowpeft.data.action_trie import Actions, ActionTrie
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.answers import ResponseBuilder
 from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import CloudClient, CloudError
@@ -49,14 +49,15 @@ class Role(ABC):
     """Makes an answer to a request.
 
     Args:
-        system: system message for chats that bring none. default_tokens: length of an answer where the request names none.
+        system: system message for chats that bring none. default_tokens: longest answer where the request names no
+            length; None: the engine's longest.
         tools: what the model was trained to call.
     """
 
     name: str
 
     def __init__(
-        self, engine: Engine, *, system: str | None, default_tokens: int, tools: Tools | None = None
+        self, engine: Engine, *, system: str | None, default_tokens: int | None = None, tools: Tools | None = None
     ) -> None:
         self.engine, self.system, self.default_tokens = engine, system, default_tokens
         self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
@@ -91,7 +92,7 @@ class Role(ABC):
             TooLongError: if it has so many characters that it must have too many tokens; it is not tokenized then.
         """
         texts = (
-            [asked.prompt]
+            [prompt for prompt in asked.prompt if isinstance(prompt, str)]
             if isinstance(asked, CompletionRequest)
             else [m.content + str(m.tool_calls or "") for m in asked.messages]
         )
@@ -105,13 +106,23 @@ class Role(ABC):
 
     def _encode(self, asked: Asked) -> list[int]:
         if isinstance(asked, CompletionRequest):
-            text = asked.prompt
+            (text,) = asked.prompt
+            if not isinstance(text, str):
+                return self._checked(text)
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
             turns = with_system(turns, self.system)
             text = prompt_text(self._tokenizer, turns, self.toolbox.of(asked))
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
+        return ids
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """Tokens that a client sent, if the model has them."""
+        rows = self.engine.backend.model.config.get_text_config().vocab_size
+        wrong = next((token for token in ids if not 0 <= token < rows), None)
+        if wrong is not None:
+            raise DataError(f"prompt has the token {wrong} but the model has those from 0 to {rows - 1}; send these")
         return ids
 
     async def held(self, asked: Asked, *, device: bool) -> Actions | None:
@@ -131,7 +142,9 @@ class Role(ABC):
         Args:
             room: what a default length is cut to, if there is any; a length that the request names is not.
         """
-        default = self.default_tokens if room is None or room < 1 else min(self.default_tokens, room)
+        default = self.default_tokens or self.engine.limits.new_tokens
+        if room is not None:
+            default = max(1, min(default, room))
         return SamplingParams(
             max_tokens=asked.wanted_tokens or default,
             temperature=float(asked.temperature or 0.0),
@@ -189,7 +202,7 @@ class EdgeRole(Role):
         cloud_model: str,
         *,
         system: str | None,
-        default_tokens: int,
+        default_tokens: int | None = None,
         when_down: str = "local",
         actions: ActionTrie | None = None,
         tools: Tools | None = None,
@@ -314,12 +327,15 @@ class EdgeRole(Role):
         if isinstance(asked, ChatRequest) and asked.tools is not None:
             body["tools"] = asked.tools  # as they came
         # a default that does not fit here may not fit there either, and must not be the reason of a refusal
-        if not asked.wanted_tokens and not 0 < self.room(ids) < self.default_tokens:
-            body["max_tokens"] = self.default_tokens
+        default = self.default_tokens
+        if not asked.wanted_tokens and default is not None and not 0 < self.room(ids) < default:
+            body["max_tokens"] = default
         if asked.temperature is None:  # here that means greedy; another server, such as vLLM, would draw
             body["temperature"] = 0.0
         if isinstance(asked, ChatRequest):
             body["messages"] = with_system(body["messages"], self.system)
+        else:
+            (body["prompt"],) = asked.prompt
         sent = time.monotonic()
         path = PATHS[isinstance(asked, ChatRequest)]
         reply = await _begun(ForwardedReply(self.cloud, path, body, asked.model, note, began))

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
-from starlette.exceptions import HTTPException
 
-from shadowpeft.errors import DataError
 from shadowpeft.serve.administration import Administration
 from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import HOP, LoopError
@@ -25,8 +24,9 @@ from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
 from shadowpeft.serve.options import Options
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
-from shadowpeft.serve.requests import QueueFullError
+from shadowpeft.serve.requests import QueueFullError, UnknownModelError
 from shadowpeft.serve.roles import CloudRole, EdgeRole, Role
+from shadowpeft.serve.several import SeveralReplies, answer_all, single
 from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, once, until_gone
 
 PAGE = Path(__file__).with_name("page.html")
@@ -44,6 +44,7 @@ class Settings:
         drain_seconds: how long running requests may take after a shutdown was asked for.
         managed: who changes adapters instead of the ``/admin`` routes, as a sentence for those who try; None: the routes do.
         replica: this server's name among several behind one address, for a header and a label; None: it is alone.
+        origins: web pages of others that may ask, as browsers name them.
     """
 
     keys: Keys
@@ -54,6 +55,7 @@ class Settings:
     drain_seconds: float = Options.drain_seconds
     managed: str | None = None
     replica: str | None = None
+    origins: tuple[str, ...] = ()
 
 
 def build(role: Role, settings: Settings) -> FastAPI:
@@ -92,7 +94,16 @@ def build(role: Role, settings: Settings) -> FastAPI:
         body_seconds=settings.body_seconds,
         metrics=metrics,
         known=label,
+        origins=settings.origins,
     )
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("retry-after", "x-request-id", "x-shadow-where", "x-shadow-reason"),
+        )
     for operations in app.openapi()["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI describes it, but it is never sent here
@@ -132,8 +143,9 @@ class Server:
     def add_routes(self, app: FastAPI) -> None:
         """All but those of the administration."""
         handing_on = isinstance(self.role, EdgeRole) and self.role.cloud is not None
-        generation = described(400, 401, 404, 408, 413, 429, 503, *([508] if handing_on else []))
+        generation = described(400, 401, 404, 408, 413, 415, 429, 503, *([508] if handing_on else []))
 
+        @app.get("/health", include_in_schema=False)  # where other servers have it
         @app.get("/healthz")
         async def healthz() -> dict[str, str]:
             """The process answers."""
@@ -214,7 +226,7 @@ class Server:
 
     def _known(self, name: str) -> str:
         if name not in self.role.engine.backend.names:
-            raise HTTPException(404, f"model '{name}' is not loaded; see /v1/models")
+            raise UnknownModelError(f"model '{name}' is not loaded; see /v1/models")
         return name
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -236,8 +248,6 @@ class Server:
                 "that server's --cloud-url to one with --role cloud"
             )
         self._known(asked.model)
-        if asked.stream_options is not None and not asked.stream:
-            raise DataError("stream_options is given without stream; leave one out or set both")
         here = self.in_flight - self.role.elsewhere  # a slow cloud must not fill this server
         if here >= self.settings.requests:
             raise QueueFullError(f"{here} requests are on their way already; try again later")
@@ -253,7 +263,7 @@ class Server:
                 reply.close()
 
         try:
-            reply = await until_gone(request.receive, self.role.answer(asked), self.overdue)
+            reply = await until_gone(request.receive, self._reply(asked, began), self.overdue)
             headers = {"x-shadow-where": reply.note["where"], "x-shadow-reason": reply.note["reason"]}
             if self.settings.replica is not None:
                 headers["x-shadow-replica"] = self.settings.replica
@@ -278,7 +288,18 @@ class Server:
             if not handed_on:
                 close()
 
+    async def _reply(self, asked: ChatRequest | CompletionRequest, began: float) -> Reply:
+        """What was asked for: one answer, or several."""
+        wanted = single(asked)
+        if len(wanted) == 1:
+            return await self.role.answer(wanted[0])
+        return SeveralReplies(await answer_all(self.role.answer, wanted), asked.n or 1, began)
+
     def _count(self, reply: Reply, began: float) -> None:
+        for part in reply.parts:
+            self._count_one(part, began)
+
+    def _count_one(self, reply: Reply, began: float) -> None:
         where = reply.note["where"]
         self.metrics.answered(where, reply.note["reason"], time.monotonic() - began)
         if reply.first is not None:
