@@ -90,6 +90,13 @@ def test_matching_leaves_the_base_alone(wide):
 # -------------------------------------------------------------------------------------------------------- equal conditions
 
 
+@pytest.mark.parametrize("setting", [{"shadow_epochs": 1}, {"freeze_shadow": True}, {"cache_activations": True}])
+def test_settings_that_it_does_not_know_are_refused(tmp_path, setting):
+    (key,) = setting
+    with pytest.raises(ConfigError, match=f"training.{key} is set, but"):
+        baselines.train_task(None, None, None, TrainingSection(max_steps=1, **setting), tmp_path)
+
+
 def trained(method, task, folder, *, seed=0, steps=5, deadline=None, lr=0.01, save_every=None, alpha=0.7):
     tokenizer = chat_tokenizer()
     if task.kind == "classify":

@@ -231,6 +231,23 @@ def test_completions_stream_and_stop(client):
     assert cut.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("place", range(5))
+def test_log_probabilities_are_those_of_the_text_without_its_stop(client, stream, place):
+    ask = {"model": "late", "prompt": PROMPTS[1], "max_tokens": 12, "logprobs": 1}
+    free = client.completions.create(**ask).choices[0]
+    stop = free.text[place : place + 2]
+    at = free.text.index(stop)
+    made = client.completions.create(**ask, stop=stop, stream=stream)
+    parts = [part.choices[0] for part in made] if stream else [made.choices[0]]
+    assert "".join(part.text for part in parts) == free.text[:at]
+    found = [token for part in parts if part.logprobs for token in part.logprobs.tokens]
+    offsets = [offset for part in parts if part.logprobs for offset in part.logprobs.text_offset]
+    count = sum(offset < at for offset in free.logprobs.text_offset)
+    assert found == free.logprobs.tokens[:count]
+    assert offsets == free.logprobs.text_offset[:count]
+
+
 def test_temperature_and_seed(client):
     def drawn(seed):
         return chat(client, "sit", max_tokens=8, temperature=1.5, seed=seed).choices[0].message.content

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable
+from itertools import accumulate
 from typing import Any
 
 from shadowpeft.data.action_trie import Choices
@@ -138,16 +140,19 @@ class LocalReply(Reply):
         finish = await self.generation.run()
         self._time()
         self.counts = counts = _usage(finish)
-        return self.builder.whole(self.generation.text, self.generation.tokens, self._reason(finish), counts)
+        text, tokens = self.generation.text, self.generation.tokens
+        return self.builder.whole(text, _within(tokens, len(text)), self._reason(finish), counts)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
-        generation, given = self.generation, 0
+        generation, seen, given, characters = self.generation, 0, 0, 0
         while True:
-            while given < len(generation.tokens):
-                token = generation.tokens[given]
-                given += 1
-                if token.text or self.builder.top is not None or given == 1:
-                    for chunk in self.builder.chunks(token.text, [token]):
+            while seen < len(generation.tokens):
+                token = generation.tokens[seen]
+                seen, characters = seen + 1, characters + len(token.text)
+                if token.text or seen == 1:  # a token of which nothing is certain yet may be part of a stop text
+                    ready = _within(generation.tokens[:seen], characters)[given:]
+                    given += len(ready)
+                    for chunk in self.builder.chunks(token.text, ready):
                         yield _uncounted(chunk, with_usage)
             if generation.finish is not None:
                 break
@@ -155,7 +160,8 @@ class LocalReply(Reply):
         self._time()
         finish = generation.finish
         self.counts = _usage(finish)
-        for chunk in [*(self.builder.chunks(finish.text, []) if finish.text else []), *self._end(finish)]:
+        rest = _within(generation.tokens, characters + len(finish.text))[given:]
+        for chunk in [*(self.builder.chunks(finish.text, rest) if finish.text or rest else []), *self._end(finish)]:
             yield _uncounted(chunk, with_usage)
         if with_usage:
             yield self.builder.last(self.counts)
@@ -228,6 +234,12 @@ class ForwardedReply(Reply):
     def _named(self, content: dict[str, Any], note: bool) -> dict[str, Any]:
         content = {key: value for key, value in content.items() if key != "shadowpeft"}
         return {**content, "model": self.model, **({"shadowpeft": dict(self.note)} if note else {})}
+
+
+def _within(tokens: list[Token], characters: int) -> list[Token]:
+    """The tokens of so many characters of an answer: all of them, unless a stop text has cut it, or may."""
+    starts = [0, *accumulate(len(token.piece) for token in tokens)]
+    return tokens if starts[-1] <= characters else tokens[: bisect_left(starts, characters)]
 
 
 def _uncounted(chunk: dict[str, Any], with_usage: bool) -> dict[str, Any]:

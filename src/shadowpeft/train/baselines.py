@@ -300,6 +300,7 @@ def train_task(
 
     Raises:
         ConfigError: if ``training.group_by_length`` is off; only that sampler's order is independent of what was built before.
+            If ``training`` has what other methods cannot do, or what only ``shadowpeft train`` does.
         NonFiniteLossError: if the gradient became NaN or infinite; it never reaches a weight.
     """
     if not training.group_by_length:
@@ -309,6 +310,9 @@ def train_task(
     for key in ("target_minutes", "patience", "load_best"):
         if getattr(training, key):
             raise ConfigError(f"training.{key} is set, but every method is trained for the same steps; leave it out")
+    for key in ("shadow_epochs", "freeze_shadow", "cache_activations"):
+        if getattr(training, key):
+            raise ConfigError(f"training.{key} is set, but only shadowpeft train knows it; leave it out")
     check_optimizer(training.optimizer)
     prepare_cpu(training.threads)
     shadow = any(isinstance(c, ShadowPeftConfig) for c in model.peft_config.values())
