@@ -10,6 +10,7 @@ import pytest
 
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
+from shadowpeft.serve import roles
 from shadowpeft.serve.client import Breaker, CloudClient, CloudError
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
@@ -117,6 +118,42 @@ def test_without_calibration_the_unsure_action_is_kept(cloud):
         content, note, _ = say(server, "unsure")
     assert (content, note["reason"]) == (Scripted.LINES["unsure"], "known skill")
     assert "confidence" not in note
+
+
+def test_a_device_that_does_not_end_hands_on_where_no_length_is_asked_for(cloud, monkeypatch):
+    monkeypatch.setattr(roles, "DEVICE_TOKENS", 10)
+    for link, n in ((CloudClient(cloud.url, KEY), 8), (None, 10)):
+        engine = Engine(Scripted(detached()), EngineLimits())
+        role = EdgeRole(engine, Router(parse_action, None), link, "late", system=None)
+        with Running(build(role, Settings(Keys((KEY,), ())))) as server:
+            for stream in (False, True):
+                content, note, _ = say(server, "sit", stream)
+                if link is None:
+                    assert (content, note["where"]) == (Scripted.LINES["sit"][:n], "device")
+                else:
+                    assert (note["where"], note["reason"]) == ("cloud", "too long for the device")
+                    assert content == cloud_says(cloud, "sit", n)
+            assert say(server, "sit", max_tokens=60)[0] == Scripted.LINES["sit"]
+
+
+def test_several_answers_come_from_where_each_one_would(cloud, edge):
+    options = {"n": 2, "temperature": 1.5, "seed": 3, "max_tokens": 20}
+    with client_of(edge) as client:
+        for text, where in (("sit", "device"), ("remote", "cloud")):
+            ask = {"model": "edge", "messages": [{"role": "user", "content": text}]}
+            alone = [client.chat.completions.create(**{**ask, **options, "n": 1, "seed": seed}) for seed in (3, 4)]
+            made = client.chat.completions.with_raw_response.create(**ask, **options)
+            assert made.headers["x-shadow-where"] == where
+            made = made.parse()
+            assert [c.message.content for c in made.choices] == [one.choices[0].message.content for one in alone]
+            assert [c.shadowpeft["where"] for c in made.choices] == [where, where]
+            assert made.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
+            texts = ["", ""]
+            for part in client.chat.completions.create(**ask, **options, stream=True, stream_options={"include_usage": True}):
+                for choice in part.choices:
+                    texts[choice.index] += choice.delta.content or ""
+            assert texts == [c.message.content for c in made.choices]
+            assert part.usage.completion_tokens == made.usage.completion_tokens
 
 
 def test_the_client_may_choose(cloud, edge):

@@ -79,7 +79,10 @@ class Options:
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 4096
     default_tokens: Annotated[
         Optional[int],
-        typer.Option(min=1, help="Longest answer where a request names no length. Default: as --new-tokens."),
+        typer.Option(
+            min=1,
+            help="Longest answer where a request names no length. Default: as --new-tokens; on the device 256, then the cloud.",
+        ),
     ] = None
     answer_seconds: Annotated[
         float, typer.Option(min=0.1, help="Time from a request to the end of its answer; then it is cut, and says so.")

@@ -150,7 +150,8 @@ class LocalReply(Reply):
                 token = generation.tokens[seen]
                 seen, characters = seen + 1, characters + len(token.text)
                 if token.text or seen == 1:  # a token of which nothing is certain yet may be part of a stop text
-                    ready = _within(generation.tokens[:seen], characters)[given:]
+                    told = generation.tokens[:seen] if self.builder.top is not None else []
+                    ready = _within(told, characters)[given:]
                     given += len(ready)
                     for chunk in self.builder.chunks(token.text, ready):
                         yield _uncounted(chunk, with_usage)

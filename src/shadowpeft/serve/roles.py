@@ -41,6 +41,8 @@ from shadowpeft.serve.router import (
 from shadowpeft.serve.tool_protocol import NamedTool, ToolName
 from shadowpeft.serve.toolbox import Toolbox, call_probabilities, prompt_text
 
+DEVICE_TOKENS = 256
+"""Longest answer of a device where nobody names a length: a small model that does not come to an end asks the cloud then."""
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 Asked = ChatRequest | CompletionRequest
 
@@ -233,6 +235,8 @@ class EdgeRole(Role):
         try:
             ids = await self.prompt(asked)
             room = self.room(ids)
+            if not asked.wanted_tokens and self.default_tokens is None:
+                room = min(room, DEVICE_TOKENS)
             if self.cloud is None or asked.route == "device":
                 sampling = wanted = self.sampling(asked, room)
             else:  # what does not fit here is not refused but handed on

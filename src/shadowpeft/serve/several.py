@@ -68,7 +68,7 @@ class SeveralReplies(Reply):
         head: dict[str, Any] = {}
         for n, reply in enumerate(self.replies):
             async for chunk in reply.chunks(False):
-                head = head or {key: chunk[key] for key in ("id", "created", "model", "object")}
+                head = head or {key: chunk[key] for key in ("id", "created", "model", "object") if key in chunk}
                 choices = [_numbered(choice, n, chunk) for choice in chunk["choices"]]
                 rest = {key: value for key, value in chunk.items() if key not in ("choices", "shadowpeft")}
                 yield {**rest, **head, "choices": choices, **({"usage": None} if with_usage else {})}
