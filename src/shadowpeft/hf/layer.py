@@ -205,6 +205,11 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.freeze_unreached()
 
+    def renew(self, adapter: str) -> None:
+        """The adapter's weights are others now: caches that the earlier ones have filled cannot go on."""
+        self.versions[adapter] = new_version()
+        self.records.pop(adapter, None)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.frozen.discard(adapter_name)

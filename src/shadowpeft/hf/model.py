@@ -37,7 +37,6 @@ from shadowpeft.hf.layer import (
     check_adapter_name,
     check_one_adapter,
     keep_in_float32,
-    new_version,
 )
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
@@ -369,8 +368,7 @@ class ShadowModel(BaseTuner):
         hub = next((module for module in model.modules() if isinstance(module, ShadowHub)), None)
         take(new_rows(tables, stored, others=sorted(set(hub.configs if hub else ()) - {adapter_name})))
         if hub is not None:
-            hub.versions[adapter_name] = new_version()  # caches that were filled with the weights before cannot go on
-            hub.records.pop(adapter_name, None)
+            hub.renew(adapter_name)
         return mapped
 
 
