@@ -126,7 +126,8 @@ def _refused(request: Request, failure: HTTPException) -> Response:
     """What FastAPI refuses by itself has only the name of its status; what this package refuses has a sentence."""
     path, status = request.url.path, failure.status_code
     if status == 404 and failure.detail == HTTPStatus.NOT_FOUND.phrase:
-        there = ", ".join(route.path for route in request.app.routes if getattr(route, "include_in_schema", False))
+        routes = (route.path for route in request.app.routes if getattr(route, "include_in_schema", False))
+        there = ", ".join(dict.fromkeys(routes))  # a path once, whatever methods it has
         return _answer(404, f"there is no {path[:200]} on this server; there are {there}", code="unknown_url")
     if status == 405 and failure.detail == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
         allowed = (failure.headers or {}).get("Allow", "another method")
