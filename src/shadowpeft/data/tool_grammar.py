@@ -20,6 +20,8 @@ LONGEST_TEXT = 200
 """Characters of a string whose schema names no ``maxLength``."""
 MOST_CALLS = 4
 """Calls of one answer."""
+_SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+"""JSON as training writes it, without needless white space."""
 _ABOUT = {"type", "description", "title", "default", "examples"}
 _STRING = _ABOUT | {"minLength", "maxLength"}
 _NUMBER = _ABOUT | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
@@ -43,8 +45,7 @@ def _rules(start: str, tools: Tools, calls: int) -> str:
 
 def schema_grammar(schema: dict[str, Any], tools: Tools | None = None, *, calls: int = MOST_CALLS) -> str:
     """One JSON value of a schema, without needless white space; or one to ``calls`` calls of ``tools``."""
-    options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-    value = f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}\n"
+    value = f"%json {json.dumps({**schema, 'x-guidance': _SPACING}, ensure_ascii=False)}\n"
     return f"start: {value}" if tools is None else _rules("start: value | calls", tools, calls) + f"value: {value}"
 
 
@@ -92,9 +93,8 @@ def _value(schema: Any, root: dict[str, Any]) -> str:
             pattern = _number(schema, 0 if kind == "integer" else DECIMALS)
             if pattern != NOTHING:
                 return _pattern(pattern)
-    options = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
     named = {key: root[key] for key in DEFINITIONS if key in root}
-    whole = {**schema, **named, "x-guidance": options} if isinstance(schema, dict) else schema
+    whole = {**schema, **named, "x-guidance": _SPACING} if isinstance(schema, dict) else schema
     return f"%json {json.dumps(whole, ensure_ascii=False)}"
 
 

@@ -207,7 +207,7 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
 
     def renew(self, adapter: str) -> None:
         """The adapter's weights are others now: caches that the earlier ones have filled cannot go on."""
-        self.versions[adapter] = new_version()
+        self.versions[adapter] = next(_versions)
         self.records.pop(adapter, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -217,11 +217,6 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.signatures.pop(adapter_name, None)
         self.versions.pop(adapter_name, None)
         self.records.clear()
-
-
-def new_version() -> int:
-    """A number that no weights have had in this process."""
-    return next(_versions)
 
 
 def keep_in_float32(module: nn.Module) -> None:

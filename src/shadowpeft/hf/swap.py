@@ -29,7 +29,7 @@ from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import check_tensors, check_value
 from shadowpeft.hf.files.records import plain_record
 from shadowpeft.hf.forward.rows import collect
-from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, ShadowTunerLayer, new_version
+from shadowpeft.hf.layer import STRUCTURE, ShadowHub, ShadowLink, ShadowTunerLayer
 from shadowpeft.hf.load import check_weights, read_config
 from shadowpeft.hf.model import ShadowModel
 from shadowpeft.messages import did_you_mean, quote
@@ -205,7 +205,7 @@ def _publish(base: nn.Module, hub: ShadowHub, adapter: str, slots: list[_Slot], 
             for slot in slots:
                 slot.container[adapter] = slot.new
             _set_config(hub, links, peft_configs, adapter, config)
-            hub.versions[adapter] = new_version()
+            hub.renew(adapter)
             hub.records[adapter] = collect(hub, base, adapter)
         except BaseException:
             for slot in slots:

@@ -166,7 +166,6 @@ class _Generate(Strict):
             raise invalid("is given without stream; send stream: true, or leave it out", "stream_options")
         if (self.n or 1) > 1 and not self.temperature:
             raise invalid(f"is {self.n} but all answers would be alike at temperature 0; send a temperature too", "n")
-        self.n = None if self.n == 1 else self.n
         return self
 
     @property

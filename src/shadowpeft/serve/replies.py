@@ -141,17 +141,18 @@ class LocalReply(Reply):
         self._time()
         self.counts = counts = _usage(finish)
         text, tokens = self.generation.text, self.generation.tokens
-        return self.builder.whole(text, _within(tokens, len(text)), self._reason(finish), counts)
+        starts = [0, *accumulate(len(token.piece) for token in tokens)]
+        return self.builder.whole(text, tokens[: _within(starts, len(text))], self._reason(finish), counts)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
-        generation, seen, given, characters = self.generation, 0, 0, 0
+        generation, seen, given, characters, starts = self.generation, 0, 0, 0, [0]
         while True:
             while seen < len(generation.tokens):
                 token = generation.tokens[seen]
                 seen, characters = seen + 1, characters + len(token.text)
+                starts.append(starts[-1] + len(token.piece))
                 if token.text or seen == 1:  # a token of which nothing is certain yet may be part of a stop text
-                    told = generation.tokens[:seen] if self.builder.top is not None else []
-                    ready = _within(told, characters)[given:]
+                    ready = generation.tokens[given : _within(starts, characters)]
                     given += len(ready)
                     for chunk in self.builder.chunks(token.text, ready):
                         yield _uncounted(chunk, with_usage)
@@ -161,7 +162,7 @@ class LocalReply(Reply):
         self._time()
         finish = generation.finish
         self.counts = _usage(finish)
-        rest = _within(generation.tokens, characters + len(finish.text))[given:]
+        rest = generation.tokens[given : _within(starts, characters + len(finish.text))]
         for chunk in [*(self.builder.chunks(finish.text, rest) if finish.text or rest else []), *self._end(finish)]:
             yield _uncounted(chunk, with_usage)
         if with_usage:
@@ -237,10 +238,13 @@ class ForwardedReply(Reply):
         return {**content, "model": self.model, **({"shadowpeft": dict(self.note)} if note else {})}
 
 
-def _within(tokens: list[Token], characters: int) -> list[Token]:
-    """The tokens of so many characters of an answer: all of them, unless a stop text has cut it, or may."""
-    starts = [0, *accumulate(len(token.piece) for token in tokens)]
-    return tokens if starts[-1] <= characters else tokens[: bisect_left(starts, characters)]
+def _within(starts: list[int], characters: int) -> int:
+    """How many tokens so many characters of an answer have: all of them, unless a stop text has cut it, or may.
+
+    Args:
+        starts: where each token's text starts, and where the last one's ends.
+    """
+    return len(starts) - 1 if starts[-1] <= characters else bisect_left(starts, characters)
 
 
 def _uncounted(chunk: dict[str, Any], with_usage: bool) -> dict[str, Any]:

@@ -50,7 +50,6 @@ class SeveralReplies(Reply):
     def __init__(self, replies: list[Reply], each: int, began: float) -> None:
         super().__init__({key: _joined(replies, key) for key in ("where", "reason")}, began)
         self.replies, self.each = replies, each
-        self.first = min((reply.first for reply in replies if reply.first is not None), default=None)
 
     @property
     def parts(self) -> list[Reply]:
@@ -72,9 +71,8 @@ class SeveralReplies(Reply):
                 choices = [_numbered(choice, n, chunk) for choice in chunk["choices"]]
                 rest = {key: value for key, value in chunk.items() if key not in ("choices", "shadowpeft")}
                 yield {**rest, **head, "choices": choices, **({"usage": None} if with_usage else {})}
-        counts = self._count()
         if with_usage:
-            yield {**head, "choices": [], "usage": counts, "shadowpeft": self.note}
+            yield {**head, "choices": [], "usage": self._count(), "shadowpeft": self.note}
 
     def close(self) -> None:
         for reply in self.replies:
@@ -82,17 +80,15 @@ class SeveralReplies(Reply):
 
     def _count(self) -> dict[str, Any] | None:
         """Tokens of all answers; a prompt that was answered several times counts once. None: a cloud did not say."""
-        counts = [reply.counts for reply in self.replies]
-        if any(count is None for count in counts):
+        known = [reply.counts for reply in self.replies if reply.counts is not None]
+        if len(known) < len(self.replies):
             return None
-        known = [count for count in counts if count is not None]
         details = [count.get("completion_tokens_details") or {} for count in known]
         accepted, rejected = (
             sum(detail.get(f"{kind}_prediction_tokens") or 0 for detail in details) for kind in ("accepted", "rejected")
         )
         prompt = sum(count["prompt_tokens"] for count in known[:: self.each])
-        self.counts = usage(prompt, sum(c["completion_tokens"] for c in known), accepted + rejected, accepted)
-        return self.counts
+        return usage(prompt, sum(count["completion_tokens"] for count in known), accepted + rejected, accepted)
 
 
 def _numbered(choice: dict[str, Any], n: int, answer: dict[str, Any]) -> dict[str, Any]:

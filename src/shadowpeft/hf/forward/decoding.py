@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import (
     Cache,
     EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -35,6 +34,8 @@ from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.ops.thin import thin_products
 
 _PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
+_OF_EACH_ROW = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
+"""What processors of transformers hold of a batch, row by row."""
 
 
 class _Row:
@@ -46,6 +47,7 @@ class _Row:
         self.length = len(ids)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
+        """``(1, V)`` of each token, where they were asked for."""
         self.drafts = Drafts(None, 0)
 
     def ids(self, with_drafts: int = 0) -> Tensor:
@@ -108,15 +110,13 @@ class _Decoding:
         row.append(token)
         if self.config.return_dict_in_generate:
             if self.config.output_scores:
-                row.scores.append(scores)
+                row.scores.append(scores[None])
             if self.config.output_logits:
-                row.logits.append(logits)
+                row.logits.append(logits[None])
         self.settings.counts.tokens += 1
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        asked = self.config.return_dict_in_generate and self.config.output_scores
-        scored = tuple(each[None] for each in row.scores) if asked else None
-        return not bool(self.criteria(row.ids(), scored).all())
+        return not bool(self.criteria(row.ids(), tuple(row.scores) or None).all())
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
@@ -284,16 +284,13 @@ def _for_row(processor: Any, place: int, rows: int) -> Any:
         )
     if rows == 1:
         return processor
-    if isinstance(processor, EncoderRepetitionPenaltyLogitsProcessor):
-        return EncoderRepetitionPenaltyLogitsProcessor(1 / processor.penalty, processor.encoder_input_ids[place : place + 1])
+    held = {name: getattr(processor, name, None) for name in _OF_EACH_ROW}
+    own = {name: each for name, each in held.items() if isinstance(each, (Tensor, list)) and len(each) == rows}
+    if own:
+        processor = copy.copy(processor)
+        vars(processor).update({name: each[place : place + 1] for name, each in own.items()})
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
-        processor = copy.copy(processor)
-        processor.generated_ngrams, processor.batch_size = processor.generated_ngrams[place : place + 1], 1
-        return processor
-    ignored = getattr(processor, "prompt_ignore_length", None)
-    if isinstance(ignored, Tensor) and len(ignored) == rows:
-        processor = copy.copy(processor)
-        processor.prompt_ignore_length = ignored[place : place + 1]
+        processor.batch_size = 1
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(place, ids), 1)
@@ -375,7 +372,7 @@ def _result(decoding: _Decoding, ids: Tensor, config: Any, cache: Cache) -> Any:
             return None
         blank = torch.zeros_like(next(each for each in lists if each)[0])
         steps = range(longest - ids.shape[1])
-        return tuple(torch.stack([each[n] if n < len(each) else blank for each in lists]) for n in steps)
+        return tuple(torch.cat([each[n] if n < len(each) else blank for each in lists]) for n in steps)
 
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
