@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def detached(name: str = "edge", **overrides: Any) -> Detached:
     """The first adapter's detached shadow."""
     model = several(ending_model(**overrides), ADAPTERS)
     return Detached(shadowpeft.detach(model), chat_tokenizer(), name)
+
+
+def saying(answer: str, name: str = "edge") -> Detached:
+    """A model that answers with ``answer``, no byte of which comes twice."""
+    made = chat_model(max_position_embeddings=512)
+    said = [*chat_tokenizer()("\n" + answer, add_special_tokens=False).input_ids, 3]
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-4)
+            layer.mlp.down_proj.weight.mul_(1e-4)
+        rows = torch.nn.functional.normalize(made.model.embed_tokens.weight, dim=-1)
+        made.lm_head.weight.zero_()
+        for before, after in pairwise(said):
+            made.lm_head.weight[after] += 3 * rows[before]
+    return Detached(made, chat_tokenizer(), name)
 
 
 class Reader:

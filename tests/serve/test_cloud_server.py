@@ -332,9 +332,9 @@ def test_other_refusals(server, client):
         chat(client, "sit", extra_body={"route": "device"})
     assert caught.value.param == "route"
     with server.http(KEY) as http:
-        nothing = http.post("/v1/responses", json={})
+        nothing = http.post("/v1/threads", json={})
         assert (nothing.status_code, nothing.json()["error"]["code"]) == (404, "unknown_url")
-        assert "there is no /v1/responses on this server; there are /healthz, " in nothing.json()["error"]["message"]
+        assert "there is no /v1/threads on this server; there are /healthz, " in nothing.json()["error"]["message"]
         assert "/v1/chat/completions" in nothing.json()["error"]["message"]
         got = http.get("/v1/chat/completions")
         assert (got.status_code, got.headers["allow"]) == (405, "POST")

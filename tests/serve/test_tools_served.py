@@ -2,19 +2,16 @@
 
 import asyncio
 import json
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import openai
 import pytest
-import torch
 from pydantic import Field
 
-from chatbase import chat_model, chat_tokenizer
-from serving import detached
+from chatbase import chat_tokenizer
+from serving import detached, saying
 from shadowpeft.data.calls import CallParser, answered
 from shadowpeft.data.tools import tools_of
-from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.client import CloudClient
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
@@ -202,21 +199,6 @@ def test_what_cannot_be_held_is_refused_by_name(cloud, more, problem):
         return
     with pytest.raises(openai.BadRequestError, match=problem):
         ask(cloud, **more)
-
-
-def saying(answer):
-    """A model that answers with ``answer``, no byte of which comes twice."""
-    made = chat_model(max_position_embeddings=512)
-    said = [*chat_tokenizer()("\n" + answer, add_special_tokens=False).input_ids, 3]
-    with torch.no_grad():
-        for layer in made.model.layers:
-            layer.self_attn.o_proj.weight.mul_(1e-4)
-            layer.mlp.down_proj.weight.mul_(1e-4)
-        rows = torch.nn.functional.normalize(made.model.embed_tokens.weight, dim=-1)
-        made.lm_head.weight.zero_()
-        for before, after in pairwise(said):
-            made.lm_head.weight[after] += 3 * rows[before]
-    return Detached(made, chat_tokenizer(), "edge")
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "none", "required"])

@@ -18,6 +18,8 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.client import CloudError, CloudRefusedError, LoopError
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ErrorAnswer, error
 from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError, TooLongError, UnknownModelError
+from shadowpeft.serve.responses import PATH as RESPONSES
+from shadowpeft.serve.responses import ResponsesRequest
 
 _RETRY_SECONDS = 1
 _STATUS = {
@@ -32,6 +34,9 @@ _STATUS = {
     503: "not ready, shutting down, no turn in time, or the cloud is needed but unavailable",
     508: "an edge server was asked as the cloud of another one, or of itself",
 }
+_PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", RESPONSES: "input"}
+"""Where a request to a path has its prompt."""
+_FIELDS = {name for kind in (ChatRequest, CompletionRequest, ResponsesRequest) for name in kind.model_fields}
 _SUBJECT = re.compile(r"^\w+ (?=should )")
 """Pydantic's name for the field."""
 _PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
@@ -75,7 +80,7 @@ def _answer(status: int, message: str, **more: Any) -> JSONResponse:
 def _field(message: str) -> str | None:
     """The field that a sentence of this package is about: it begins with its name."""
     word = message.partition(" ")[0]
-    return word if word in (ChatRequest.model_fields | CompletionRequest.model_fields) else None
+    return word if word in _FIELDS else None
 
 
 def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
@@ -90,18 +95,20 @@ def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
     if isinstance(failure, CloudError):
         return _answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
     if isinstance(failure, CloudRefusedError):
-        said = failure.content.get("error") if isinstance(failure.content, dict) else None
-        said = said if isinstance(said, dict) and isinstance(said.get("message"), str) else {"message": str(failure)}
-        more = {name: said[key] for name, key in _PASSED_ON.items() if isinstance(said.get(key), str)}
-        return AsciiResponse(error(said["message"], **more), failure.status)
-    field = _field(str(failure))
+        given = failure.content.get("error") if isinstance(failure.content, dict) else None
+        given = given if isinstance(given, dict) and isinstance(given.get("message"), str) else {"message": str(failure)}
+        more = {name: given[key] for name, key in _PASSED_ON.items() if isinstance(given.get(key), str)}
+        return AsciiResponse(error(given["message"], **more), failure.status)
+    said = str(failure)
+    if path == RESPONSES:
+        said = re.sub(r"\bmax_tokens\b", "max_output_tokens", said)  # as the field is called there
+    field = _field(said)
     if isinstance(failure, UnknownModelError):
-        return _answer(404, str(failure), param=field, code="model_not_found")
+        return _answer(404, said, param=field, code="model_not_found")
     if isinstance(failure, TooLongError):
-        prompt = "messages" if path == "/v1/chat/completions" else "prompt"
-        return _answer(400, str(failure), param=field or prompt, code="context_length_exceeded")
+        return _answer(400, said, param=field or _PROMPTS.get(path), code="context_length_exceeded")
     if isinstance(failure, (DataError, ConfigError)):
-        return _answer(400, str(failure), param=field)
+        return _answer(400, said, param=field)
     report(failure)
     return _answer(500, "the answer could not be made", kind="server_error")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
@@ -30,6 +32,7 @@ from shadowpeft.serve.tool_protocol import (
 )
 
 Text = Annotated[StrictStr, Field(max_length=200_000)]
+Length = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
 _SEED = 2**63
 MOST_ANSWERS = 64
 """Of one request: what a server with its default queue has room for."""
@@ -42,16 +45,22 @@ class TextPart(Strict):
     text: Text
 
 
-def _joined(content: Any) -> Any:
-    """Text that may come in parts."""
+PARTS = {"text": "text", "refusal": "refusal"}
+"""Parts of a message's content that are read, and where each holds its text. A refusal was the assistant's."""
+
+
+def joined(content: Any, parts: Mapping[str, str] = PARTS, *where: str) -> Any:
+    """Text that may come in ``parts``; ``where``: the field that holds it, seen from the one that is validated."""
     if not isinstance(content, list):
         return content
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):  # a refusal was the assistant's
-            raise invalid('is no text, and only text is read; send {"type": "text", "text": ...}', str(number))
-        texts.append(part[kind])
+        text = part.get(parts[kind]) if isinstance(kind, str) and kind in parts else None
+        if not isinstance(text, str):
+            wanted = json.dumps({"type": next(iter(parts)), "text": "..."})
+            raise invalid(f"is no text, and only text is read; send {wanted}", *where, str(number))
+        texts.append(text)
     return "\n".join(texts)
 
 
@@ -68,7 +77,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="A developer's message is a system message."
     )
-    content: Annotated[Text, BeforeValidator(_joined, json_schema_input_type=Union[Text, list[TextPart]])] = Field(
+    content: Annotated[Text, BeforeValidator(joined, json_schema_input_type=Union[Text, list[TextPart]])] = Field(
         default="", description="Only the assistant's may be left out."
     )
     name: Optional[Annotated[StrictStr, Field(max_length=64)]] = Field(default=None, description="Accepted, not used.")
@@ -109,33 +118,15 @@ def _prompts(value: Any) -> Any:
     return several
 
 
-class _Generate(Strict):
-    """What both endpoints take."""
+class Ask(Strict):
+    """What all endpoints take."""
 
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-        "presence_penalty": (0,),
-    }
     model: Annotated[StrictStr, Field(min_length=1, max_length=200)]
-    max_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
     temperature: Optional[Annotated[StrictFloat, Field(ge=0, le=2)]] = Field(
         default=None, description="0, the default, is greedy."
     )
-    n: Optional[Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)]] = Field(
-        default=None, description="Answers to each prompt, drawn apart."
-    )
     top_p: Optional[Annotated[StrictFloat, Field(gt=0, le=1)]] = None
-    seed: Optional[Annotated[StrictInt, Field(ge=-_SEED, lt=_SEED)]] = None
-    stop: Optional[
-        Annotated[
-            list[Annotated[StrictStr, Field(min_length=1, max_length=100)]],
-            BeforeValidator(_listed, json_schema_input_type=Union[str, list[str]]),
-            Field(max_length=4),
-        ]
-    ] = Field(default=None, description="At most 4 texts of 1 to 100 characters.")
     stream: Optional[StrictBool] = None
-    stream_options: Optional[StreamOptions] = None
     user: Optional[Annotated[StrictStr, Field(max_length=200)]] = Field(default=None, description="Accepted, not used.")
     route: Literal["auto", "device", "cloud"] = Field(
         default="auto", description="Edge only: let the router decide, or say who answers."
@@ -159,6 +150,29 @@ class _Generate(Strict):
             elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
                 raise invalid("holds half a surrogate pair; send whole characters", *where)
         return content
+
+
+class _Generate(Ask):
+    """What the endpoints of texts and of chats take."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "presence_penalty": (0,),
+    }
+    max_tokens: Optional[Length] = None
+    n: Optional[Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)]] = Field(
+        default=None, description="Answers to each prompt, drawn apart."
+    )
+    seed: Optional[Annotated[StrictInt, Field(ge=-_SEED, lt=_SEED)]] = None
+    stop: Optional[
+        Annotated[
+            list[Annotated[StrictStr, Field(min_length=1, max_length=100)]],
+            BeforeValidator(_listed, json_schema_input_type=Union[str, list[str]]),
+            Field(max_length=4),
+        ]
+    ] = Field(default=None, description="At most 4 texts of 1 to 100 characters.")
+    stream_options: Optional[StreamOptions] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> _Generate:
@@ -202,7 +216,7 @@ class ChatRequest(_Generate):
         "web_search_options": (),
     }
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
-    max_completion_tokens: Optional[Annotated[StrictInt, Field(ge=1, le=1 << 20)]] = None
+    max_completion_tokens: Optional[Length] = None
     logprobs: Optional[StrictBool] = None
     top_logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=20)]] = None
     tools: Annotated[Optional[list[dict[str, Any]]], BeforeValidator(checked_tools)] = Field(

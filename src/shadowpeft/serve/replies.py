@@ -16,6 +16,7 @@ from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.answers import ResponseBuilder, usage
 from shadowpeft.serve.client import CloudClient
 from shadowpeft.serve.engine import Engine
+from shadowpeft.serve.protocol import error
 from shadowpeft.serve.requests import Event, Failed, Finish, Request, SamplingParams, Token
 from shadowpeft.serve.router import Scores
 
@@ -97,6 +98,9 @@ class Reply(ABC):
         counts: tokens read and made, once the whole answer is there; None: the cloud did not say.
     """
 
+    named_events = False
+    """Whether the chunks of a stream are events with names (their ``type``), of which the last says that it is the last."""
+
     def __init__(self, note: dict[str, Any], began: float) -> None:
         self.note, self.began = note, began
         self.first: float | None = None
@@ -122,6 +126,10 @@ class Reply(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give up what is not finished."""
+
+    def broken(self, message: str) -> dict[str, Any]:
+        """What ends a stream that cannot be finished."""
+        return error(message, "server_error", "incomplete")
 
 
 class LocalReply(Reply):

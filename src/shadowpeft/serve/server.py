@@ -25,6 +25,9 @@ from shadowpeft.serve.options import Options
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import QueueFullError, UnknownModelError
+from shadowpeft.serve.response_reply import ResponsesReply
+from shadowpeft.serve.responses import PATH as RESPONSES
+from shadowpeft.serve.responses import ResponsesRequest
 from shadowpeft.serve.roles import CloudRole, EdgeRole, Role
 from shadowpeft.serve.several import SeveralReplies, answer_all, single
 from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, once, until_gone
@@ -194,6 +197,11 @@ class Server:
             """Continue a text."""
             return await self.complete(asked, request)
 
+        @app.post(RESPONSES, responses=generation)
+        async def responses(asked: ResponsesRequest, request: Request) -> Response:
+            """Answer a chat in OpenAI's newer form; nothing is kept."""
+            return await self.complete(asked.chat, request, asked)
+
         if isinstance(self.role, EdgeRole):
 
             @app.get("/", response_class=HTMLResponse, responses=described(401))
@@ -240,8 +248,14 @@ class Server:
             await asyncio.sleep(0.02)
         self.overdue.set()
 
-    async def complete(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
-        """The answer to a chat or a text."""
+    async def complete(
+        self, asked: ChatRequest | CompletionRequest, request: Request, form: ResponsesRequest | None = None
+    ) -> Response:
+        """The answer to a chat or a text.
+
+        Args:
+            form: the request that the chat was sent as, and in whose form it is answered; None: in a chat's.
+        """
         if HOP in request.headers and isinstance(self.role, EdgeRole) and self.role.cloud is not None:
             raise LoopError(
                 "this is an edge server and the request comes from an edge server, so it would be handed on without end; point "
@@ -264,6 +278,8 @@ class Server:
 
         try:
             reply = await until_gone(request.receive, self._reply(asked, began), self.overdue)
+            if form is not None:
+                reply = ResponsesReply(form, reply)
             headers = {"x-shadow-where": reply.note["where"], "x-shadow-reason": reply.note["reason"]}
             if self.settings.replica is not None:
                 headers["x-shadow-replica"] = self.settings.replica

@@ -11,7 +11,6 @@ from fastapi import Response
 
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.serve.failures import report
-from shadowpeft.serve.protocol import error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import StoppedError
 
@@ -65,22 +64,25 @@ class EventStream(Response):
                 return
             except ShadowPeftError as failure:
                 report(failure)
-                await _event(send, json.dumps(error("the answer could not be finished", "server_error", "incomplete")))
+                await _event(send, self.reply.broken("the answer could not be finished"), self.reply.named_events)
             await send({"type": "http.response.body", "body": b""})
         finally:
             self._closed()
 
     async def _send_chunks(self, send: Any) -> None:
         async for chunk in self.reply.chunks(self.with_usage):
-            await _event(send, json.dumps(chunk))
+            await _event(send, chunk, self.reply.named_events)
         await _room(send)
         self._sent()
-        await _event(send, "[DONE]")
-        await _room(send)
+        if not self.reply.named_events:
+            await _event(send, "[DONE]")
+            await _room(send)
 
 
-async def _event(send: Any, data: str) -> None:
-    await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+async def _event(send: Any, content: dict[str, Any] | str, named: bool = False) -> None:
+    data = content if isinstance(content, str) else json.dumps(content)
+    name = f"event: {content['type']}\n" if named and isinstance(content, dict) else ""
+    await send({"type": "http.response.body", "body": f"{name}data: {data}\n\n".encode(), "more_body": True})
 
 
 async def _room(send: Any) -> None:

@@ -84,6 +84,8 @@ class ResponseFormat(Strict):
 
 def checked_format(given: Any) -> Any:
     """A form that there is."""
+    if isinstance(given, ResponseFormat):
+        return given
     kind = given.get("type") if isinstance(given, dict) else None
     if given is not None and kind not in FORMATS:
         raise invalid(
