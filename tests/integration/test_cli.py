@@ -476,7 +476,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_generate_and_detach(monkeypatch, capsys, tmp_path, adapter, fresh, dtype):
     code, out, err = call(monkeypatch, capsys, "detach", adapter, tmp_path / "new" / "edge", "--dtype", dtype, "--json")
     record = json.loads(out)
@@ -731,40 +731,31 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import shadowpeft\nassert 'peft' not in sys.modules",
-        "import peft\nimport shadowpeft",
-        "import shadowpeft\nfrom peft import PeftModel",
-        "import shadowpeft, importlib.util\nassert importlib.util.find_spec('peft').origin.endswith('__init__.py')\n"
-        "assert importlib.util.find_spec('peft').name == 'peft'\nassert 'peft' not in sys.modules",
-        "import shadowpeft, importlib\nimportlib.reload(shadowpeft)\nimport shadowpeft",
-        "import shadowpeft, importlib, shadowpeft._register\nimportlib.reload(shadowpeft._register)\n"
-        "importlib.reload(shadowpeft)",
-        "import shadowpeft\n[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('shadowpeft')]\n"
-        "import shadowpeft",
-        "import shadowpeft, importlib, peft\nimportlib.reload(peft)\nimportlib.reload(shadowpeft)",
-        "import shadowpeft\nshadowpeft.ShadowPeftConfig\n"
-        "[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('shadowpeft')]\nimport shadowpeft",
-        "import shadowpeft, importlib.util\nspec = importlib.util.find_spec('peft')\n"
-        "assert spec.loader.get_source('peft').startswith('#') and spec.submodule_search_locations",
-    ],
-    ids=[
-        "alone",
-        "peft first",
-        "peft after",
-        "asked where peft is",
-        "reloaded",
-        "hook reloaded",
-        "imported anew",
-        "peft reloaded",
-        "imported anew after use",
-        "loader is whole",
-    ],
-)
-def test_peft_knows_the_method(fresh, first):
-    assert fresh("import sys\n" + first + "\n" + KNOWS) == "ok\n"
+ORDERS = {
+    "alone": "import shadowpeft\nassert 'peft' not in sys.modules",
+    "peft first": "import peft\nimport shadowpeft",
+    "peft after": "import shadowpeft\nfrom peft import PeftModel",
+    "asked where peft is": "import shadowpeft, importlib.util\n"
+    "assert importlib.util.find_spec('peft').origin.endswith('__init__.py')\n"
+    "assert importlib.util.find_spec('peft').name == 'peft'\nassert 'peft' not in sys.modules",
+    "reloaded": "import shadowpeft, importlib\nimportlib.reload(shadowpeft)\nimport shadowpeft",
+    "hook reloaded": "import shadowpeft, importlib, shadowpeft._register\nimportlib.reload(shadowpeft._register)\n"
+    "importlib.reload(shadowpeft)",
+    "imported anew": "import shadowpeft\n[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('shadowpeft')]\n"
+    "import shadowpeft",
+    "peft reloaded": "import shadowpeft, importlib, peft\nimportlib.reload(peft)\nimportlib.reload(shadowpeft)",
+    "imported anew after use": "import shadowpeft\nshadowpeft.ShadowPeftConfig\n"
+    "[sys.modules.pop(n) for n in list(sys.modules) if n.startswith('shadowpeft')]\nimport shadowpeft",
+    "loader is whole": "import shadowpeft, importlib.util\nspec = importlib.util.find_spec('peft')\n"
+    "assert spec.loader.get_source('peft').startswith('#') and spec.submodule_search_locations",
+}
+"""Ways in which this package and PEFT may be imported."""
+USUAL = ("alone", "peft first", "peft after")
+
+
+@pytest.mark.parametrize("order", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.slow) for n in ORDERS])
+def test_peft_knows_the_method(fresh, order):
+    assert fresh("import sys\n" + ORDERS[order] + "\n" + KNOWS) == "ok\n"
 
 
 def test_the_import_alone_brings_nothing_heavy():
@@ -792,7 +783,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("how", [pytest.param(n, marks=[pytest.mark.slow] * (n != "peft")) for n in LOADERS])
 def test_every_loader_works_after_the_import_alone(road, adapter, fresh, how):
     code = (
         "import sys, shadowpeft\n" + LOADERS[how] + "\n"

@@ -70,7 +70,9 @@ def load(folder, plain, kind=None, weight=0.3, **options):
     return ours
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in ("mistral", "explicit-gpt2", "qwen3-narrow"))) for c in CASES]
+)
 def test_logits_losses_and_tokens_are_theirs(tmp_path, case):
     name, config, kind = CASES[case]
     plain, theirs = produce(tmp_path, name, config, kind)

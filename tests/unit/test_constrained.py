@@ -65,7 +65,7 @@ def test_probabilities_are_the_naive_loops_and_add_up_to_one(adapted, mode):
     ("exact", "name"),
     [
         (True, "mistral"),
-        (False, "qwen3_next"),
+        pytest.param(False, "qwen3_next", marks=pytest.mark.slow),
         pytest.param(True, "gemma3", marks=pytest.mark.slow),
         pytest.param(False, "gemma3", marks=pytest.mark.slow),
         pytest.param(False, "mistral", marks=pytest.mark.slow),

@@ -238,7 +238,8 @@ def test_one_graph_gives_the_same_logits(kind):
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_training_equals_the_naive_loop(backend):
     model = base("llama")
     adapted = adapt(model, auxiliary_loss_weight=0.5).train()

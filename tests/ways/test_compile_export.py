@@ -55,8 +55,9 @@ def test_as_many_graphs_with_a_cache_as_the_base(name, cache, kind):
     assert torch.equal(compiled, eager[:, 6:])
 
 
-@pytest.mark.parametrize("kind", ["mirror", pytest.param("explicit", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mirror", "explicit"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_generation_with_a_compiled_step_and_a_static_cache(name, kind):
     adapted = adapt(base(name), **KINDS[kind])
     ids, mask = padded(tokens(3, 7), [0, 3, 1], "left")

@@ -107,10 +107,19 @@ def build(role: Role, settings: Settings) -> FastAPI:
             allow_headers=("*",),
             expose_headers=("retry-after", "x-request-id", "x-shadow-where", "x-shadow-reason"),
         )
-    for operations in app.openapi()["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI describes it, but it is never sent here
+    app.openapi = lambda: _description(app)  # type: ignore[method-assign]
     return app
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description, made when it is first asked for."""
+    new = app.openapi_schema is None
+    made: dict[str, Any] = FastAPI.openapi(app)
+    if new:
+        for operations in made["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)  # FastAPI describes it, but it is never sent here
+    return made
 
 
 class Server:
