@@ -133,4 +133,7 @@ def test_shares_are_of_commands_and_of_open_requests():
 
 
 def test_a_share_of_nothing_is_no_number():
-    assert demo_picture.percent({"n": 0, "accuracy": float("nan"), "interval": [0.0, 1.0]}) == "-"
+    kept = demo_result.shares([{"skill": "Sit", "lang": "en"}], ["Sit"], [False])
+    assert kept["wrong_of_kept"]["accuracy"] is None
+    assert demo_picture.percent(kept["wrong_of_kept"]) == "-"
+    json.dumps(kept, allow_nan=False)

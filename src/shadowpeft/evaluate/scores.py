@@ -23,10 +23,10 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 def accuracy(hits: list[bool]) -> dict[str, Any]:
-    """``accuracy``, its 95 % interval, and ``n``."""
+    """``accuracy`` (None of nothing), its 95 % interval, and ``n``."""
     low, high = wilson(sum(hits), len(hits))
     return {
-        "accuracy": sum(hits) / len(hits) if hits else float("nan"),
+        "accuracy": sum(hits) / len(hits) if hits else None,
         "interval": [round(low, 4), round(high, 4)],
         "n": len(hits),
     }
