@@ -58,6 +58,8 @@ class Cell(Recipe):
     layers: int = 2
     regenerated_by: str = ""
     """The cell whose attached model wrote the answers that the shadow learns; "": the set's own."""
+    epochs: float = 0.3
+    """Passes of both paths."""
 
 
 def run_files() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -185,6 +187,7 @@ def run(cell: Cell) -> None:
         "shadow_loss": cell.loss,
         "auxiliary_loss_weight": cell.weight,
     }
+    content["training"]["epochs"] = cell.epochs
     if cell.regenerated_by:
         rows = regenerated(WORK / cell.regenerated_by / "adapter", WORK / f"said-by-{cell.regenerated_by}.jsonl")
         content["data"] = {"train": os.path.relpath(rows), "max_length": 128, "system": robot.SYSTEM}
@@ -206,7 +209,8 @@ def records() -> list[dict[str, Any]]:
 
 def block(found: list[dict[str, Any]]) -> str:
     """The table of the page."""
-    varied = {"lambda": "weight", "layers": "layers"}
+    found = [{"epochs": Cell.epochs, **record} for record in found]  # which the first records do not say
+    varied = {"lambda": "weight", "layers": "layers", "passes": "epochs"}
     varied = {head: key for head, key in varied.items() if len({record[key] for record in found}) > 1}
     heads = ["shadow's loss", *varied, "attached right"]
     shown = ("same token", "kept if drawn", f"tokens a pass, {' and '.join(map(str, DRAFTS))} drafts")
