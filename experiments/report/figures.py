@@ -209,9 +209,15 @@ def depth_against_score(path: Path, shown: list[tuple[int, Score]], rival: float
 def score_curves(
     path: Path, lines: list[tuple[str, str, list[tuple[float, float]]]], across: str, up: str
 ) -> None:
-    """A line of points for each training: its name, its colour, and its points."""
+    """A line of points for each training: its name, its colour, and its points.
+
+    The axis begins a little below the worst training's median, so that a first point far below does not flatten the rest; how
+    many lie below is written there.
+    """
     figure, axes = _canvas()
     used: dict[str, int] = {}
+    floor = min(statistics.median(value for _, value in points) for _, _, points in lines) - 2.0
+    below = sum(value < floor for _, _, points in lines for _, value in points)
     for name, colour, points in lines:
         style = ("-", "--", ":", "-.")[used.get(colour, 0) % 4]
         used[colour] = used.get(colour, 0) + 1
@@ -219,6 +225,10 @@ def score_curves(
     axes.set_xlim(left=0)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
+    if below:
+        axes.set_ylim(bottom=floor)
+        told = "1 point lies" if below == 1 else f"{below} points lie"
+        axes.text(0.01, 0.02, f"{told} below", transform=axes.transAxes, fontsize=8, color="#555555")
     axes.legend(frameon=False)
     _save(figure, path)
 

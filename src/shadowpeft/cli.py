@@ -13,6 +13,7 @@ import typer
 
 from shadowpeft import __version__
 from shadowpeft.apps import (
+    answer_rows,
     convert,
     data,
     demo,
@@ -89,6 +90,7 @@ def _rows() -> None:
 
 
 rows.command("check")(data.check)
+rows.command("answer")(answer_rows.main)
 
 
 @app.command()

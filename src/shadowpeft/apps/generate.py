@@ -27,7 +27,7 @@ _GREEDY = 1e-30
 """Below it a logit divided by the temperature is beyond float32; the likeliest token is all that could be drawn."""
 
 
-def _open(
+def opened(
     adapter: str, base: str | None, device: str, temperature: float, seed: int
 ) -> tuple[Any, Any, dict[str, Any]]:
     """The adapted model on its device, its tokenizer, and how to sample."""
@@ -49,7 +49,7 @@ def _open(
     return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}
 
 
-def _check_mode(mode: str, speculative: bool) -> None:
+def check_mode(mode: str, speculative: bool) -> None:
     """Raises:
     ConfigError: if there is no such mode, or nothing drafts in it.
     """
@@ -59,7 +59,7 @@ def _check_mode(mode: str, speculative: bool) -> None:
         check_drafts([mode])
 
 
-def _drafts(wanted: bool) -> dict[str, Any]:
+def drafts_of(wanted: bool) -> dict[str, Any]:
     """What ``generate`` is told, with counts of its own."""
     if not wanted:
         return {}
@@ -92,8 +92,8 @@ def generate(
 
     known = None if skills is None else tools_named(skills)
     system = system_message(adapter, system)
-    _check_mode(mode, speculative)
-    model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
+    check_mode(mode, speculative)
+    model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
     from shadowpeft.constrained import choose
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.actions import parser
@@ -106,7 +106,7 @@ def generate(
     if known is not None and not known.plain:
         rows = model.config.get_text_config().vocab_size
         actions = Engine(tokenizer, rows).calls(known, hand_on=True)
-    drafts = _drafts(speculative)
+    drafts = drafts_of(speculative)
     with in_mode(model, mode) as runner:
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -159,9 +159,9 @@ def chat(
     speculative: Speculative = False,
 ) -> None:
     """Talk to the model in the terminal."""
-    _check_mode(mode, speculative)
+    check_mode(mode, speculative)
     system = system_message(adapter, system)
-    model, tokenizer, sampling = _open(adapter, base, device, temperature, seed)
+    model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
     from shadowpeft.generate import stream
 
     console = terminal()
@@ -194,7 +194,7 @@ def chat(
         history.append({"role": "user", "content": text})
         console.print(Text(f"{mode} ", style="bold"), end="")
         pieces = []
-        drafts = _drafts(speculative and mode == "attached")
+        drafts = drafts_of(speculative and mode == "attached")
         try:
             with in_mode(model, mode) as runner:
                 for piece in stream(runner, tokenizer, history, max_new_tokens=max_new_tokens, **sampling, **drafts):
