@@ -193,8 +193,9 @@ def test_usage_and_metrics_say_what_was_drafted(eager, stream):
         with server.http(KEY) as http:
             said = http.get("/metrics").text
     drafted = details.accepted_prediction_tokens + details.rejected_prediction_tokens
-    assert metric(said, "shadowpeft_drafted_tokens") == drafted
-    assert metric(said, "shadowpeft_accepted_tokens") == details.accepted_prediction_tokens
+    assert "# TYPE shadowpeft_drafted_tokens_total counter" in said
+    assert metric(said, "shadowpeft_drafted_tokens_total") == drafted
+    assert metric(said, "shadowpeft_accepted_tokens_total") == details.accepted_prediction_tokens
     assert metric(said, "shadowpeft_tokens_per_pass") >= 1.0
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -51,6 +53,10 @@ class Metrics:
         """A gauge that is read when it is asked for."""
         self._new(Gauge, name, text).set_function(value)
 
+    def total(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A count that is read when it is asked for; its name ends with ``_total``, as every counter's."""
+        self.registry.register(_Total(f"shadowpeft_{name}", text, value))
+
     def answered(self, where: str, reason: str, seconds: float) -> None:
         """Count one finished answer."""
         self.routed.labels(where, reason).inc()
@@ -69,3 +75,14 @@ class Metrics:
             labelled = copy.copy(family)
             labelled.samples = [s._replace(labels={**s.labels, **self.everywhere}) for s in family.samples]
             yield labelled
+
+
+class _Total(Collector):
+    """A counter whose value somebody else keeps."""
+
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self.name, self.help, self.value = name, text, value
+
+    def collect(self) -> Iterator[Metric]:
+        """The one family."""
+        yield CounterMetricFamily(self.name, self.help, value=self.value())

@@ -141,8 +141,8 @@ class Server:
         metrics.gauge("in_flight", "Answers on their way.", lambda: self.in_flight)
         if isinstance(role, CloudRole):
             drafts = role.engine.backend.drafts
-            metrics.gauge("drafted_tokens", "Tokens that shadows drafted.", lambda: drafts.drafted)
-            metrics.gauge("accepted_tokens", "Drafted tokens that stayed.", lambda: drafts.accepted)
+            metrics.total("drafted_tokens", "Tokens that shadows drafted.", lambda: drafts.drafted)
+            metrics.total("accepted_tokens", "Drafted tokens that stayed.", lambda: drafts.accepted)
             metrics.gauge("tokens_per_pass", "Tokens a pass of the answers that draft.", lambda: drafts.tokens_per_pass)
         if isinstance(role, EdgeRole) and role.cloud is not None:
             metrics.gauge("cloud_exchanges", "Answers that wait for the cloud or read from it.", lambda: role.elsewhere)
