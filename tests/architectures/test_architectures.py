@@ -83,13 +83,8 @@ def test_every_step_holds(name):
     assert result.get("passed"), result
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in zoo.PUBLISHED else pytest.mark.slow)
-        for name in dict.fromkeys([*zoo.PUBLISHED, *AS_PUBLISHED])
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dict.fromkeys([*zoo.PUBLISHED, *AS_PUBLISHED]))
 def test_every_step_holds_with_the_fields_that_a_checkpoint_has(name):
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {name}")

@@ -363,7 +363,15 @@ def test_frequent_tokens_are_the_most_frequent():
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("settings", [always(), always(tokens=range(2, V, 3)), Speculation(max_draft=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(always(), marks=pytest.mark.slow),
+        pytest.param(always(tokens=range(2, V, 3)), marks=pytest.mark.slow),
+        Speculation(max_draft=2),
+    ],
+    ids=str,
+)
 def test_drawn_answers_have_the_distribution_of_the_attached_model(settings):
     """The first three tokens of 3,000 answers against the probabilities that the model gives them."""
     model = adapt(base("llama"), trained=True)

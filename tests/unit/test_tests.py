@@ -1,6 +1,7 @@
 """Every test can fail: it asserts, expects an error or a warning, or calls a helper of the tests that does."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,18 @@ def called(function: ast.AST) -> set[str]:
     return {n.attr if isinstance(n, ast.Attribute) else n.id for n in names if isinstance(n, ast.Attribute | ast.Name)}
 
 
+@functools.cache
+def looked_at(function: ast.AST) -> tuple[bool, set[str]]:
+    """Whether ``function`` has an assertion of its own, and what it calls."""
+    names = called(function)
+    own = any(isinstance(node, ast.Assert) for node in ast.walk(function))
+    return own or bool(names & EXPECTS) or any(name.startswith("assert_") for name in names), names
+
+
 def asserts(function: ast.AST, helpers: set[str]) -> bool:
     """Whether ``function`` has an assertion of its own, or calls one of ``helpers``."""
-    names = called(function)
-    return (
-        any(isinstance(node, ast.Assert) for node in ast.walk(function))
-        or bool(names & (EXPECTS | helpers))
-        or any(name.startswith("assert_") for name in names)
-    )
+    own, names = looked_at(function)
+    return own or bool(names & helpers)
 
 
 def without_assertion(trees: dict[str, ast.Module]) -> list[str]:
