@@ -32,6 +32,8 @@ class Answer:
     tokens: int
     seconds: float
     """Wall time of the batch it was made in, divided by the batch size."""
+    ended: bool = True
+    """Whether the model has ended it; False: it was cut at its longest."""
 
 
 def encode_prompts(
@@ -107,7 +109,9 @@ def answer(
             share = (time.perf_counter() - began) / len(chosen)
             for i, row in zip(chosen, out[:, inputs["input_ids"].shape[1] :], strict=True):
                 kept = row[: _length(row.tolist(), ends)]
-                answers[i] = Answer(decode(tokenizer, kept.tolist()).strip(), int(kept.numel()), share)
+                tokens = kept.tolist()
+                ended = bool(tokens) and tokens[-1] in ends
+                answers[i] = Answer(decode(tokenizer, tokens).strip(), len(tokens), share, ended)
             if progress is not None:
                 progress(start + len(chosen))
     return [a for a in answers if a is not None]

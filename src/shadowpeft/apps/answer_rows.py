@@ -10,10 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from shadowpeft.apps.common import bar, in_mode, system_message
-from shadowpeft.apps.generate import check_mode, drafts_of, opened
+from shadowpeft.apps.generate import GREEDY, check_mode, drafts_of, opened
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.storage import discard, exclusive, require_writable, whole, write_json
+from shadowpeft.storage import (
+    LOCK,
+    discard,
+    exclusive,
+    is_write_error,
+    reason,
+    require_writable,
+    whole,
+    write_json,
+    write_text,
+)
 from shadowpeft.terminal import terminal
 
 _CHUNK = 64
@@ -22,11 +32,28 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of the file in normal form."""
+    """A row of the file, as it stands there."""
 
+    where: str
     row: dict[str, Any]
-    asks: bool
-    """Whether the model answers it; other rows are written as they are."""
+    prompt: list[dict[str, Any]] | None
+    """What the model is asked; None: the row stays as it is."""
+    bare: bool = False
+    """Whether it has no answer of its own."""
+
+    def line(self, text: str | None = None) -> str:
+        """The row as it is written, with an answer if there is one.
+
+        Raises:
+            DataError: if JSON cannot hold it.
+        """
+        row = self.row
+        if text is not None:
+            row = {**_answered_with(row, text), "path": "shadow"} if self.bare else {**row, "shadow_response": text}
+        try:
+            return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.where} cannot be written as JSON ({error}); give its values as text or numbers") from error
 
 
 def read(file: str) -> list[_Row]:
@@ -39,58 +66,75 @@ def read(file: str) -> list[_Row]:
     from shadowpeft.data.sources import Source, rows_of
     from shadowpeft.train.rows import packaged, packaged_rows
 
-    rows = []
+    rows: list[_Row] = []
     if packaged(file):
-        given: Any = ((f"row {n}", row) for n, row in enumerate(packaged_rows(file, "train"), 1))
+        for n, checked in enumerate(packaged_rows(file, "train"), 1):
+            rows.append(_row(f"row {n}", _own_form(checked), checked, bare=False))
     else:
-        given = rows_of(Source(path=file))
-    for where, row in given:
-        bare = False
-        if not packaged(file):
-            row = without_null(row) if isinstance(row, dict) else row
-            bare = _asks_alone(row)
-            row = check_row(_with_answer(row) if bare else row, where)
-        if "tools" in row or "answer" in row or any("tool_calls" in message for message in row["messages"]):
-            raise DataError(f"{where} has tools or calls, and answers alone are written here; leave such rows out of this file")
-        written: dict[str, Any] = {"messages": row["messages"], "response": None if bare else row["response"]}
-        if row["shadow_response"] is not None:
-            written["shadow_response"] = row["shadow_response"]
-        if bare or row["path"] != "both":
-            written["path"] = "shadow" if bare else row["path"]
-        rows.append(_Row(written, bare or (row["path"] == "both" and row["shadow_response"] is None)))
-    if not any(row.asks for row in rows):
+        for where, row in rows_of(Source(path=file)):
+            present = without_null(row) if isinstance(row, dict) else row
+            bare = isinstance(row, dict) and _is_bare(present)
+            if bare and ("shadow_response" in present or present.get("path", "shadow") != "shadow"):
+                raise DataError(
+                    f"{where} has no answer, so the model's is for the shadow alone; leave 'shadow_response' and 'path' out"
+                )
+            checked = check_row(_answered_with(present, "") if bare else row, where, every_turn=True)
+            rows.append(_row(where, present if bare else row, checked, bare=bare))
+    if all(row.prompt is None for row in rows):
         raise DataError(f"'{file}' has no row that both paths learn and no prompt without an answer, so nothing is asked")
     return rows
 
 
-def _asks_alone(row: Any) -> bool:
-    """Whether a row has a prompt and no answer."""
-    if not isinstance(row, dict):
-        return False
-    if isinstance(row.get("messages"), list) and row["messages"]:
-        last = row["messages"][-1]
-        return isinstance(last, dict) and last.get("role") == "user"
-    return "prompt" in row and not {"response", "completion", "shadow_response"} & row.keys()
+def _row(where: str, row: dict[str, Any], checked: dict[str, Any], *, bare: bool) -> _Row:
+    """A row with what is asked of it.
+
+    Raises:
+        DataError: if it has tools.
+    """
+    messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in checked["messages"]]
+    if "tools" in checked or any("tool_calls" in turn for turn in (*messages, checked.get("answer", {}))):
+        raise DataError(f"{where} has tools or calls, and answers alone are written here; leave such rows out of this file")
+    if bare and messages and messages[-1]["role"] == "assistant":
+        raise DataError(f"{where} has a prompt that ends with an answer; let it end with the user, or give the answer apart")
+    asks = bare or (checked["path"] == "both" and checked["shadow_response"] is None)
+    return _Row(where, row, messages if asks else None, bare)
 
 
-def _with_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """Such a row with an empty answer, so that the rest of it can be checked."""
-    if "messages" in row:
-        return {**row, "messages": [*row["messages"], {"role": "assistant", "content": ""}]}
-    if isinstance(row["prompt"], list):
-        return {**row, "completion": [{"role": "assistant", "content": ""}]}
-    return {**row, "response": ""}
-
-
-def _line(row: dict[str, Any]) -> str:
-    """A row as training reads it."""
-    messages, response = row["messages"], row["response"]
-    rest = {key: value for key, value in row.items() if key not in ("messages", "response")}
+def _own_form(checked: dict[str, Any]) -> dict[str, Any]:
+    """A checked row in the form of a file."""
+    messages, response = checked["messages"], checked["response"]
+    rest = {key: checked[key] for key in ("shadow_response",) if checked[key] is not None}
+    rest |= {"path": checked["path"]} if checked["path"] != "both" else {}
     if len(messages) == 1 and messages[0]["role"] == "user":
-        said: dict[str, Any] = {"prompt": messages[0]["content"], "response": response}
-    else:
-        said = {"messages": [*messages, {"role": "assistant", "content": response}]}
-    return json.dumps({**said, **rest}, ensure_ascii=False) + "\n"
+        return {"prompt": messages[0]["content"], "response": response, **rest}
+    return {"messages": [*messages, {"role": "assistant", "content": response}], **rest}
+
+
+def _is_bare(row: dict[str, Any]) -> bool:
+    """Whether a row, in any form of docs/data.md, has a prompt and no answer."""
+    turns = row.get("messages", row.get("conversations"))
+    if isinstance(turns, list) and turns:
+        last = turns[-1]
+        return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+    if "instruction" in row:
+        return "output" not in row
+    return "prompt" in row and not {"response", "completion"} & row.keys()
+
+
+def _answered_with(row: dict[str, Any], text: str) -> dict[str, Any]:
+    """Such a row with an answer, in its own form."""
+    if "messages" in row:
+        return {**row, "messages": [*row["messages"], {"role": "assistant", "content": text}]}
+    if "conversations" in row:
+        last = row["conversations"][-1]
+        speaker, said = "from" if "from" in last else "role", "value" if "value" in last else "content"
+        turn = {speaker: "gpt" if speaker == "from" else "assistant", said: text}
+        return {**row, "conversations": [*row["conversations"], turn]}
+    if "instruction" in row:
+        return {**row, "output": text}
+    if isinstance(row["prompt"], list):
+        return {**row, "completion": [{"role": "assistant", "content": text}]}
+    return {**row, "response": text}
 
 
 @dataclass
@@ -105,19 +149,63 @@ class _Counts:
     """Answers that did not end: the row keeps its own, and a prompt that has none is left out."""
     empty: int = 0
 
-    def add(self, row: _Row, text: str | None) -> str:
-        """The line of a row; ``text``: the answer, None of one that was cut."""
+    def add(self, row: _Row, found: Any) -> str:
+        """The line of a row; ``found``: its answer, None where nothing was asked."""
         self.rows += 1
-        if not row.asks:
+        if found is None:
             self.kept += 1
-        elif text:
-            self.answered += 1
-            return _line({**row.row, "shadow_response" if row.row["response"] is not None else "response": text})
-        elif text is None:
+        elif not found.ended:
             self.cut += 1
-        else:
+        elif not found.text:
             self.empty += 1
-        return "" if row.row["response"] is None else _line(row.row)
+        else:
+            self.answered += 1
+            return row.line(found.text)
+        return "" if row.bare else row.line()
+
+
+def _stored(file: Path) -> Any:
+    """The settings of an earlier command; None: there are none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+class _Begun:
+    """The folder of what is answered so far: two files for each chunk of rows, and what they were made with."""
+
+    def __init__(self, target: Path) -> None:
+        self.folder = target.with_name(target.name + ".begun")
+        self.settings = self.folder / "settings.json"
+
+    def files(self, number: int) -> tuple[Path, Path]:
+        """The lines of a chunk, and the counts up to its end, which are written after them."""
+        return self.folder / f"{number:06d}.jsonl", self.folder / f"{number:06d}.json"
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Whether what is there may be gone on with.
+
+        Raises:
+            ConfigError: if it is no folder of this command, or was begun with other rows, another model or other settings.
+        """
+        if not self.folder.exists():
+            return
+        before = _stored(self.settings)
+        if not isinstance(before, dict):
+            if self.folder.is_dir() and not any(path.name != LOCK for path in self.folder.iterdir()):
+                return
+            raise ConfigError(f"'{self.folder}' is not what this command has begun; choose another --out, or move it away")
+        other = [key for key, value in settings.items() if before.get(key) != value]
+        if other:
+            raise ConfigError(
+                f"'{self.folder}' was begun with other {', '.join(other)}; delete that folder to begin anew, or choose another "
+                "--out"
+            )
+
+    def lines(self, chunks: int) -> str:
+        """The lines of all chunks."""
+        return "".join(self.files(number)[0].read_text(encoding="utf-8") for number in range(chunks))
 
 
 def main(
@@ -141,37 +229,60 @@ def main(
     for the shadow alone. All other rows stay as they are. The command can be stopped and given again.
     """
     target = Path(out)
-    if target.exists():
-        raise ConfigError(f"'{out}' exists; choose another --out")
+    if Path(file).is_dir() and target.resolve().is_relative_to(Path(file).resolve()):
+        raise ConfigError(f"'{out}' lies in the folder '{file}', whose files are the rows; choose another --out")
     require_writable(target.parent)
     check_mode(mode, speculative)
     rows = read(file)
-    system = system_message(adapter, system)
-    model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
-    from shadowpeft.data.chat import rows_digest
-    from shadowpeft.evaluate.record import weights_digest
+    from shadowpeft.data.chat_rows import rows_digest
+    from shadowpeft.train.rows import system_of
 
-    settings = {
-        "rows": rows_digest([row.row for row in rows]),
-        "model": weights_digest(model),
+    system = system_of(file, system_message(adapter, system))
+    greedy = temperature < GREEDY
+    settings: dict[str, Any] = {
+        "rows": rows_digest([{"row": row.row, "prompt": row.prompt} for row in rows]),
         "mode": mode,
         "system": system,
         "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
         "temperature": temperature,
-        "seed": seed if sampling else None,
-        "speculative": speculative and bool(sampling),  # greedy answers are the same
+        # drafts and batches change no greedy answer but by rounding
+        "drawn": None if greedy else {"seed": seed, "batch_size": batch_size, "speculative": speculative},
     }
-    begun = target.with_name(target.name + ".begun")
+    begun, chunks = _Begun(target), -(-len(rows) // _CHUNK)
+    begun.check(settings)
+    if target.exists():
+        _finish(target, begun, chunks)
+        return
+    model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
+    from shadowpeft.evaluate.record import weights_digest
+
+    settings["model"] = weights_digest(model)
+    begun.check(settings)
     console = terminal(stderr=True)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "system": system, **sampling}
-    options |= drafts_of(speculative)
-    with exclusive(begun), in_mode(model, mode) as runner:
-        counts = _answered(rows, runner, tokenizer, begun, settings, options, seed, console)
-        with whole(target, replace=False) as beside, beside.open("w", encoding="utf-8") as written:
-            for part in _parts(begun):
-                written.write(part.read_text(encoding="utf-8"))
-    discard(begun)
+    with in_mode(model, mode) as runner:
+        _check_room(rows, runner, tokenizer, system, max_new_tokens)
+        with exclusive(begun.folder):
+            try:
+                if not begun.settings.exists():
+                    write_json(begun.settings, settings)
+                counts = _answer_all(rows, runner, tokenizer, begun, {**options, **drafts_of(speculative)}, seed, console)
+                with whole(target, replace=False) as beside:
+                    beside.write_text(begun.lines(chunks), encoding="utf-8")
+            except OSError as error:
+                if not is_write_error(error):
+                    raise
+                raise ConfigError(
+                    f"'{begun.folder}' or '{out}' cannot be written ({reason(error)}); what was answered is kept there: give "
+                    "the command again when it can"
+                ) from error
+    discard(begun.folder)
+    if not counts.answered:
+        target.unlink()
+        raise DataError(
+            f"no answer ended within {max_new_tokens} tokens, so nothing is written; raise --max-new-tokens, or ask a model "
+            "that was trained on such rows"
+        )
     result = {**asdict(counts), "out": out, "system": system}
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -185,61 +296,63 @@ def main(
     console.print(f"saved: {target}")
 
 
-def _parts(begun: Path) -> list[Path]:
-    return sorted(begun.glob("*.jsonl"))
-
-
-def _answered(
-    rows: list[_Row],
-    runner: Any,
-    tokenizer: Any,
-    begun: Path,
-    settings: dict[str, Any],
-    options: dict[str, Any],
-    seed: int,
-    console: Any,
-) -> _Counts:
-    """Answer what ``begun`` does not hold yet, a file for each chunk of rows.
+def _finish(target: Path, begun: _Begun, chunks: int) -> None:
+    """What is left to do where the file is there already: if this very command has made it, remove what it had begun.
 
     Raises:
-        ConfigError: if it was begun with other rows, another model or other settings.
+        ConfigError: if it is another file.
     """
+    parts = [begun.files(number)[0].is_file() for number in range(chunks)]
+    if not begun.settings.is_file() or not all(parts) or target.read_text(encoding="utf-8") != begun.lines(chunks):
+        raise ConfigError(f"'{target}' exists; choose another --out")
+    discard(begun.folder)
+    terminal(stderr=True).print(f"'{target}' was complete already")
+
+
+def _check_room(rows: list[_Row], runner: Any, tokenizer: Any, system: str | None, new: int) -> None:
+    """Whether every prompt can be asked, before the first is.
+
+    Raises:
+        DataError: naming the first row that the chat template refuses, or that does not fit the model with its answer.
+    """
+    from shadowpeft.data.chat import render_prompt, with_system
+    from shadowpeft.generate import check_room
+
+    for row in rows:
+        if row.prompt is not None:
+            try:
+                text = render_prompt(tokenizer, with_system(row.prompt, system))
+                check_room(runner, len(tokenizer(text, add_special_tokens=False).input_ids), new)
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}") from error
+
+
+def _answer_all(
+    rows: list[_Row], runner: Any, tokenizer: Any, begun: _Begun, options: dict[str, Any], seed: int, console: Any
+) -> _Counts:
+    """Answer what ``begun`` does not hold yet."""
     from transformers import set_seed
 
     from shadowpeft.generate import answer
 
-    told = begun / "settings.json"
-    if told.exists():
-        before = json.loads(told.read_text(encoding="utf-8"))
-        other = [key for key, value in settings.items() if before.get(key) != value]
-        if other:
-            raise ConfigError(
-                f"'{begun}' was begun with other {', '.join(other)}; delete that folder to begin anew, or choose another --out"
-            )
-    else:
-        write_json(told, settings)
     counts = _Counts()
     with bar(console, "answering", len(rows)) as done:
         for number, start in enumerate(range(0, len(rows), _CHUNK)):
             chunk = rows[start : start + _CHUNK]
-            part, state = begun / f"{number:06d}.jsonl", begun / f"{number:06d}.json"
-            if state.exists():  # written after its rows
+            lines, state = begun.files(number)
+            if state.exists():
                 counts = _Counts(**json.loads(state.read_text(encoding="utf-8")))
             else:
 
                 def further(n: int, start: int = start) -> None:
                     done(start + n)
 
-                prompts = [row.row["messages"] for row in chunk if row.asks]
-                set_seed((seed + number) % 2**32)  # so that a stopped command draws what one that was not would have drawn
-                said = iter(answer(runner, tokenizer, prompts, progress=further, **options))
-                lines = ""
-                for row in chunk:
-                    found = next(said) if row.asks else None
-                    cut = found is not None and found.tokens >= options["max_new_tokens"]
-                    lines += counts.add(row, None if found is None or cut else found.text)
-                with whole(part) as beside:
-                    beside.write_text(lines, encoding="utf-8")
+                prompts = [row.prompt for row in chunk if row.prompt is not None]
+                # a stopped command draws what one that was not stopped would have drawn; no two chunks of two seeds are alike
+                set_seed((seed * 1_000_003 + number) % 2**32)
+                found = iter(answer(runner, tokenizer, prompts, progress=further, **options))
+                text = "".join(counts.add(row, None if row.prompt is None else next(found)) for row in chunk)
+                write_text(lines, text)
                 write_json(state, asdict(counts))
             done(start + len(chunk))
     return counts

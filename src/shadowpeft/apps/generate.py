@@ -23,7 +23,7 @@ from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
 
-_GREEDY = 1e-30
+GREEDY = 1e-30
 """Below it a logit divided by the temperature is beyond float32; the likeliest token is all that could be drawn."""
 
 
@@ -46,7 +46,7 @@ def opened(
     check_answers(adapter)
     tokenizer = load_tokenizer_of(adapter, base)
     model = placed(shadowpeft.load(adapter, base), where)
-    return model, tokenizer, {} if temperature < _GREEDY else {"do_sample": True, "temperature": temperature}
+    return model, tokenizer, {} if temperature < GREEDY else {"do_sample": True, "temperature": temperature}
 
 
 def check_mode(mode: str, speculative: bool) -> None:
