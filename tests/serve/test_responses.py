@@ -4,6 +4,7 @@ import asyncio
 import json
 from typing import Annotated, Literal, get_type_hints
 
+import httpx
 import openai
 import pytest
 from openai.types.responses import Response
@@ -71,6 +72,14 @@ def raw(server, body):
     content = json.dumps({**ASK, **body}).encode()  # half characters too
     with server.http() as http:
         return http.post("/v1/responses", content=content, headers={"content-type": "application/json"})
+
+
+TURNS = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "y"},
+    {"type": "function_call", "call_id": "1", "name": "Sit", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "1", "output": "z"},
+]
 
 
 def test_an_answer_is_the_chats_in_another_form(server):
@@ -211,7 +220,14 @@ def test_a_form_holds_the_answer(server):
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0", "is no text"),
         ({"input": [{"role": "user", "content": [{"type": ["text"]}]}]}, "input.0.content.0", "is no text"),
         ({"input": [{"role": "user"}]}, "input.0.content", "is no text and no list of texts"),
-        ({"input": [{"type": "reasoning", "summary": []}]}, "input.0", "has the type 'reasoning' but there are message"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "has no item that is read"),
+        ({"input": [{"type": "web_search_call"}]}, "input.0", "has the type 'web_search_call' but there are message"),
+        ({"input": ["hello"]}, "input.0", "is 'hello' but must be an item"),
+        ({"input": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "input.0.tool_calls", "as an item of the type"),
+        ({"input": [{"role": "user", "content": "x", "images": ["y"]}]}, "input.0.images", "is no field of this item"),
+        ({"input": [*TURNS, {"role": "user", "content": "x" * 200_001}]}, "input.4.content", "at most 200000 characters"),
+        ({"input": [*TURNS[:3], {**TURNS[3], "output": "x" * 200_001}]}, "input.3.output", "at most 200000 characters"),
+        ({"input": [{**TURNS[2], "arguments": "{no"}]}, "input.0.arguments", "is no JSON object"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0", "nothing is kept here"),
         ({"input": [{"type": ["x"]}]}, "input.0", "has the type"),
         ({"input": [{"type": "function_call", "name": "Sit", "call_id": "1"}]}, "input.0.arguments", "is None but must be"),
@@ -220,10 +236,15 @@ def test_a_form_holds_the_answer(server):
         ({"tools": [{"type": "web_search"}]}, "tools.0", "has the type 'web_search' but only functions are called here"),
         ({"tools": [5]}, "tools.0", "but only functions are called here"),
         ({"tools": [{"type": "function", "parameters": {}}]}, "tools", "holds no list of tools"),
+        ({"tools": [{**SIT, "defer_loading": True}]}, "tools.0.defer_loading", "is true but all tools are read at once"),
+        ({"tools": [SIT], "tool_choice": {"type": "function"}}, "tool_choice", '{"type": "function", "name": "..."}'),
+        ({"tools": [SIT], "tool_choice": {"type": "function", "name": 5}}, "tool_choice", "must be none, auto, required, or"),
+        ({"tools": [SIT], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "must be none, auto, required, or"),
         ({"tool_choice": "required"}, "tool_choice", "asks for a call but there are no tools"),
         ({"tools": [SIT], "tool_choice": {"type": "function", "name": "Fly"}}, "tool_choice.function.name", "names 'Fly'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "is missing; send the schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format", "has the type 'xml'"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}, "strict": 1}}}, "text.format.strict", "is 1 but must"),
         ({"text": {"verbosity": "high"}}, "text.verbosity", "leave it out"),
         ({"include": ["file_search_call.results"]}, "include", "asks for 'file_search_call.results'"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "leave it out"),
@@ -231,7 +252,7 @@ def test_a_form_holds_the_answer(server):
         ({"input": "a " * 5000}, "input", "tokens"),
         ({"model": "nobody"}, "model", "is not loaded"),
         ({"n": 2}, "n", "is no field of this request"),
-        ({"input": [{"role": "user", "content": "x"}] * 300}, "input", "at most 256"),
+        ({"input": [{"role": "user", "content": "x"}] * 300}, "input", "at most 255"),
         ({"input": "\ud800x"}, "input", "half a surrogate pair"),
     ],
 )
@@ -286,7 +307,7 @@ def test_answers_are_counted_and_metadata_comes_back(server):
     assert read() == before + 2
 
 
-def test_a_stream_that_breaks_ends_with_an_error_event(server, monkeypatch):
+def test_a_stream_that_breaks_says_that_it_failed(server, monkeypatch):
     chunks = LocalReply.chunks
 
     async def breaking(self, with_usage):
@@ -297,8 +318,8 @@ def test_a_stream_that_breaks_ends_with_an_error_event(server, monkeypatch):
     monkeypatch.setattr(LocalReply, "chunks", breaking)
     lines = raw(server, {"stream": True}).text.splitlines()
     last = json.loads(lines[-2].removeprefix("data: "))
-    assert lines[-3] == "event: error"
-    assert (last["type"], last["message"]) == ("error", "the answer could not be finished")
+    assert lines[-3] == "event: response.failed"
+    assert (last["response"]["status"], last["response"]["error"]["message"]) == ("failed", "the answer could not be finished")
     assert last["sequence_number"] == sum(line.startswith("data: ") for line in lines) - 1
 
 
@@ -319,6 +340,96 @@ def test_the_edge_hands_on_and_answers_in_this_form(edge, calling, stream):
     assert answer.model == "edge"
     assert answer.output_text == ask(calling, tools=[WALK, SIT], tool_choice="none").output_text
     assert answer.usage.input_tokens > 0
+
+
+def test_what_clients_send_back_beside_an_items_text_is_not_read(server):
+    plain = ask(server, input=TURNS).usage.input_tokens
+    beside = {"id": "x", "status": "completed", "phase": "final_answer", "provider_data": {"a": 1}, "name": None}
+    reasoning = {"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"}
+    items = [{**beside, **turn} for turn in TURNS]
+    assert ask(server, input=[reasoning, {**items[0], "type": None}, *items[1:]]).usage.input_tokens == plain
+    odd = {**SIT, "defer_loading": False, "allowed_callers": ["direct"], "output_schema": None}
+    assert ask(server, tools=[odd], tool_choice="none", extra_body={"client_metadata": {"a": "b"}}).usage
+
+
+def test_text_after_a_call_is_the_same_whole_and_streamed():
+    said = saying("[Sit()] ok", "default")
+    with Running(build(cloud_role(said), Settings(Keys(None, ())))) as server:
+        more = {"tools": [SIT], "include": ["message.output_text.logprobs"]}
+        whole, last = ask(server, **more), ask(server, stream=True, **more)[-1].response
+    for answer in (whole, last):
+        assert [item.type for item in answer.output] == ["function_call", "message"]
+        assert answer.output_text == "ok"
+        assert "".join(entry.token for entry in answer.output[1].content[0].logprobs).strip() == "ok"
+
+
+def cloud_of(whole, chunks):
+    """An edge whose cloud says this."""
+
+    def reply(request):
+        if json.loads(request.content).get("stream"):
+            body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+            return httpx.Response(200, text=body)
+        return httpx.Response(200, json=whole)
+
+    client = CloudClient("http://cloud", transport=httpx.MockTransport(reply))
+    engine, router = Engine(saying("Who "), LIMITS), Router(CallParser(TOOLS))
+    return Running(build(EdgeRole(engine, router, client, "m", system=None), Settings(Keys(None, ()))))
+
+
+def streamed(*deltas, reason="tool_calls"):
+    ends = [None] * (len(deltas) - 1) + [reason]
+    return [{"choices": [{"index": 0, "delta": d, "finish_reason": r}]} for d, r in zip(deltas, ends, strict=True)]
+
+
+def piece(index=None, ident=None, name=None, arguments=None):
+    told = {"index": index, "id": ident, "function": {"name": name, "arguments": arguments}}
+    return {"tool_calls": [{key: value for key, value in told.items() if value is not None}]}
+
+
+USED = {"prompt_tokens": 1, "completion_tokens": 2, "completion_tokens_details": "odd"}
+TWO = [("A", '{"a":1}'), ("B", '{"b":2}')]
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [piece(0, "1", "A", ""), piece(0, None, None, '{"a"'), piece(0, None, None, ":1}"), piece(1, "2", "B", '{"b":2}')],
+        [piece(0, "1", "A", '{"a"'), piece(0, "1", "A", ":1}"), piece(1, "2", "B", '{"b":2}')],
+        [piece(0, "1", "A"), piece(1, "2", "B"), piece(0, None, None, '{"a":1}'), piece(1, None, None, '{"b":2}')],
+        [piece(0, None, "A", '{"a":1}'), piece(1, "", "B", '{"b":2}')],
+        [piece(None, "1", "A", '{"a"'), piece(None, "1", None, ":1}"), piece(None, "2", "B", '{"b":2}')],
+    ],
+)
+def test_calls_of_other_clouds_are_put_together_by_their_places(deltas):
+    calls = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in TWO]  # and no id
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    whole = {"choices": [{"index": 0, "message": message, "finish_reason": "tool_calls", "logprobs": "odd"}], "usage": USED}
+    with cloud_of(whole, streamed(*deltas)) as edge:
+        for answer in (ask(edge, model="edge"), ask(edge, model="edge", stream=True)[-1].response):
+            assert [(call.name, call.arguments) for call in calls_of(answer)] == TWO
+            assert len({call.call_id for call in calls_of(answer)} - {""}) == 2
+
+
+def test_refusals_and_filtered_answers_of_a_cloud_say_so():
+    message = {"role": "assistant", "content": None, "refusal": "No."}
+    whole = {"choices": [{"index": 0, "message": message, "finish_reason": "content_filter"}], "usage": USED}
+    with cloud_of(whole, streamed({"refusal": "N"}, {"refusal": "o."}, None, reason="content_filter")) as edge:
+        events = ask(edge, model="edge", stream=True)
+        for answer in (ask(edge, model="edge"), events[-1].response):
+            assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "content_filter")
+            assert [(part.type, part.refusal) for item in answer.output for part in item.content] == [("refusal", "No.")]
+    assert [event.delta for event in events if event.type == "response.refusal.delta"] == ["N", "o."]
+
+
+def test_calls_that_are_none_are_the_clouds_fault():
+    message = {"role": "assistant", "content": None, "tool_calls": [5]}
+    whole = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": USED}
+    with cloud_of(whole, streamed({"tool_calls": "x"})) as edge:
+        with pytest.raises(openai.InternalServerError, match="tool calls that are none") as caught:
+            ask(edge, model="edge")
+        assert caught.value.status_code == 503
+        assert ask(edge, model="edge", stream=True)[-1].type == "response.failed"
 
 
 @pytest.mark.parametrize("streamed", [False, True])

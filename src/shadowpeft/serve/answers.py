@@ -34,7 +34,7 @@ class ResponseBuilder:
         self, chat: bool, model: str, top: int | None, note: dict[str, Any], parser: CallParser | None = None
     ) -> None:
         self.chat, self.top, self.note, self.parser = chat, top, note, parser
-        self._called = False
+        self._called = self._spoken = False
         self._held, self._held_tokens = "", list[Token]()
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
@@ -62,6 +62,9 @@ class ResponseBuilder:
     def chunks(self, text: str, tokens: list[Token], reason: str | None = None) -> list[dict[str, Any]]:
         """What a piece of a stream adds: text that may become calls is held back, and whole calls are given as such."""
         if self.parser is None:
+            if self._called and not self._spoken:  # as in a whole answer
+                text = text.lstrip()
+            self._spoken = self._spoken or bool(text)
             return [self._chunk({"content": text} if text else {}, tokens, reason)]
         text, tokens = self._held + text, self._held_tokens + tokens
         self._held, self._held_tokens = "", []
@@ -76,6 +79,7 @@ class ResponseBuilder:
                 deltas.append({"index": n, "function": {"arguments": arguments}})
             chunks = [self._chunk({CALLED: [each]}, tokens if not n else []) for n, each in enumerate(deltas)]
             rest = text[found.end :].lstrip()
+            self._spoken = bool(rest)
             return [*chunks, *([self._chunk({"content": rest} if rest else {}, [], reason)] if rest or reason else [])]
         if found is None and reason is None and self.parser.may_begin(text):
             self._held, self._held_tokens = text, tokens

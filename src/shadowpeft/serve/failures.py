@@ -36,7 +36,14 @@ _STATUS = {
 }
 _PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", RESPONSES: "input"}
 """Where a request to a path has its prompt."""
-_FIELDS = {name for kind in (ChatRequest, CompletionRequest, ResponsesRequest) for name in kind.model_fields}
+_CHAT_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+_RENAMED = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
+"""Fields of a chat by their names in ``/v1/responses``."""
 _SUBJECT = re.compile(r"^\w+ (?=should )")
 """Pydantic's name for the field."""
 _PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
@@ -77,10 +84,10 @@ def _answer(status: int, message: str, **more: Any) -> JSONResponse:
     return AsciiResponse(error(message, **more), status, headers)
 
 
-def _field(message: str) -> str | None:
+def _field(message: str, path: str) -> str | None:
     """The field that a sentence of this package is about: it begins with its name."""
     word = message.partition(" ")[0]
-    return word if word in _FIELDS else None
+    return word if word in (ResponsesRequest.model_fields if path == RESPONSES else _CHAT_FIELDS) else None
 
 
 def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
@@ -98,11 +105,13 @@ def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
         given = failure.content.get("error") if isinstance(failure.content, dict) else None
         given = given if isinstance(given, dict) and isinstance(given.get("message"), str) else {"message": str(failure)}
         more = {name: given[key] for name, key in _PASSED_ON.items() if isinstance(given.get(key), str)}
+        if path == RESPONSES and "param" in more:
+            more["param"] = _RENAMED.get(more["param"], more["param"])
         return AsciiResponse(error(given["message"], **more), failure.status)
     said = str(failure)
     if path == RESPONSES:
         said = re.sub(r"\bmax_tokens\b", "max_output_tokens", said)  # as the field is called there
-    field = _field(said)
+    field = _field(said, path)
     if isinstance(failure, UnknownModelError):
         return _answer(404, said, param=field, code="model_not_found")
     if isinstance(failure, TooLongError):

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
 
+from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
 from shadowpeft.serve.protocol import Ask, ChatRequest, Length, Message, Text, joined
 from shadowpeft.serve.strict import Strict, invalid
-from shadowpeft.serve.tool_protocol import NamedTool, ResponseFormat, checked_choice, checked_format, checked_tools
+from shadowpeft.serve.tool_protocol import CHOICES, FORMATS, NamedTool, ResponseFormat, checked_tools
 
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _ROLES = ("user", "assistant", "system", "developer")
 PATH = "/v1/responses"
-_KEPT_NOWHERE = "names what was kept of an earlier answer, and nothing is kept here; send the whole conversation as input"
+_KEPT_NOWHERE = (
+    "names what was kept of an earlier answer, and nothing is kept here; send the whole conversation as input (some clients "
+    "need store: false for it)"
+)
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 """What ``include`` may name: of reasoning there is none, so nothing of it is left out."""
+_BESIDE = {"id", "status", "phase", "annotations", "caller", "namespace", "name", "provider_data", "provider_specific_fields"}
+"""Keys of items that clients send back with them and that say nothing of the text."""
+_READ = {
+    "message": {"type", "role", "content"},
+    "function_call": {"type", "call_id", "name", "arguments"},
+    "function_call_output": {"type", "call_id", "output"},
+}
 
 
 def _text(item: dict[str, Any], key: str, number: int) -> str:
@@ -29,30 +41,66 @@ def _text(item: dict[str, Any], key: str, number: int) -> str:
     return str(item[key])
 
 
+def _joined(item: dict[str, Any], key: str, number: int) -> str:
+    """A field of an item that is text or a list of texts."""
+    text = joined(item.get(key), _PARTS, str(number), key)
+    if not isinstance(text, str):
+        raise invalid("is no text and no list of texts; send one of them", str(number), key)
+    return text
+
+
 def _message(item: dict[str, Any], number: int) -> dict[str, Any]:
     if item.get("role") not in _ROLES:
         problem = f"is {quote(item.get('role'))} but there are {', '.join(_ROLES)}; send one of them"
         raise invalid(problem, str(number), "role")
-    content = joined(item.get("content"), _PARTS, str(number), "content")
-    if not isinstance(content, str):
-        raise invalid("is no text and no list of texts; send one of them", str(number), "content")
-    return {"role": item["role"], "content": content}
+    return {"role": item["role"], "content": _joined(item, "content", number)}
 
 
 def _call(item: dict[str, Any], number: int) -> dict[str, Any]:
     function = {"name": _text(item, "name", number), "arguments": _text(item, "arguments", number)}
+    try:
+        given = parse_json(function["arguments"])
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise invalid("is no JSON object; send the arguments as the text of one", str(number), "arguments")
     calls = [{"id": _text(item, "call_id", number), "type": "function", "function": function}]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _result(item: dict[str, Any], number: int) -> dict[str, Any]:
-    output = joined(item.get("output"), _PARTS, str(number), "output")
-    if not isinstance(output, str):
-        raise invalid("is no text and no list of texts; send one of them", str(number), "output")
-    return {"role": "tool", "tool_call_id": _text(item, "call_id", number), "content": output}
+    return {"role": "tool", "tool_call_id": _text(item, "call_id", number), "content": _joined(item, "output", number)}
 
 
 _ITEMS = {"message": _message, "function_call": _call, "function_call_output": _result}
+
+
+def _turn(item: Any, number: int) -> dict[str, Any] | None:
+    """The turn that an item is, if it is one that chats have too; None of another model's reasoning, which is not read."""
+    if not isinstance(item, dict):
+        raise invalid(f"is {quote(item)} but must be an item; send objects, or one text as input", str(number))
+    kind = item.get("type") or "message"
+    if kind == "reasoning":
+        return None
+    if kind == "item_reference":
+        raise invalid(_KEPT_NOWHERE, str(number))
+    if not isinstance(kind, str) or kind not in _ITEMS:
+        problem = f"has the type {quote(kind)} but there are {', '.join(_ITEMS)}; leave it out or send one of them"
+        raise invalid(problem, str(number))
+    for key, value in item.items():
+        if value not in (None, [], {}) and key not in _READ[kind] | _BESIDE:
+            called = key == "tool_calls"
+            remedy = "send each call as an item of the type function_call" if called else "leave it out"
+            raise invalid(f"is no field of this item; {remedy}", str(number), key)
+    turn = _ITEMS[kind](item, number)
+    try:
+        Message(**turn)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ["output" if kind == "function_call_output" and part == "content" else str(part) for part in first["loc"]]
+        problem = re.sub(r"^\w+ (?=should )", "", first["msg"])
+        raise invalid(f"{problem}; change it or leave it out", str(number), *where) from error
+    return turn
 
 
 def turns(given: Any) -> Any:
@@ -63,48 +111,54 @@ def turns(given: Any) -> Any:
         raise invalid("is no text and no list of items; send one of them, and nothing empty")
     found: list[dict[str, Any]] = []
     for number, item in enumerate(given):
-        if isinstance(item, Message):
-            return given  # read already
-        kind = item.get("type", "message") if isinstance(item, dict) else None
-        if kind == "item_reference":
-            raise invalid(_KEPT_NOWHERE, str(number))
-        if not isinstance(kind, str) or kind not in _ITEMS:
-            problem = f"has the type {quote(kind)} but there are {', '.join(_ITEMS)}; leave it out or send one of them"
-            raise invalid(problem, str(number))
-        turn = _ITEMS[kind](item, number)
+        turn = _turn(item, number)
+        if turn is None:
+            continue
         before = found[-1] if found else {}
-        if kind == "function_call" and before.get("role") == "assistant":
+        if turn.get("tool_calls") and before.get("role") == "assistant":
             before.setdefault("tool_calls", []).extend(turn["tool_calls"])
         elif turn["role"] == "assistant" and "tool_calls" in before and not before["content"]:
             before["content"] = turn["content"]
         else:
             found.append(turn)
+    if not found:
+        raise invalid("has no item that is read; send a message")
     return found
+
+
+_UNUSED = ("allowed_callers", "async", "async_", "defer_loading", "output_schema")
+"""Of a function, what says nothing about the call that is made here."""
 
 
 def _tools(given: Any) -> Any:
     """Definitions of functions as chats have them; here the function's fields stand beside its type."""
     if not isinstance(given, list):
         return checked_tools(given)
+    nested = []
     for number, tool in enumerate(given):
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind != "function":
             problem = f"has the type {quote(kind)} but only functions are called here; send the type function"
             raise invalid(problem, str(number))
-    return checked_tools(
-        [
-            tool
-            if isinstance(tool.get("function"), dict)
-            else {"type": "function", "function": {k: v for k, v in tool.items() if k != "type" and v is not None}}
-            for tool in given
-        ]
-    )
+        if tool.get("defer_loading"):
+            raise invalid("is true but all tools are read at once; leave it out", str(number), "defer_loading")
+        own = {key: value for key, value in tool.items() if key not in ("type", *_UNUSED) and value is not None}
+        nested.append(tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": own})
+    return checked_tools(nested)
 
 
 def _choice(given: Any) -> Any:
     """The choice of a tool as chats have it."""
-    flat = isinstance(given, dict) and given.get("type") == "function" and "function" not in given
-    return checked_choice({"type": "function", "function": {"name": given.get("name")}} if flat else given)
+    if given is None or given in CHOICES or isinstance(given, NamedTool):
+        return given
+    named = given if isinstance(given, dict) and given.get("type") == "function" else {}
+    name = named.get("name", named["function"].get("name") if isinstance(named.get("function"), dict) else None)
+    if not isinstance(name, str):
+        raise invalid(
+            f"is {quote(given)} but must be {', '.join(CHOICES)}, or "
+            '{"type": "function", "name": "..."}; name the choice in one of these ways'
+        )
+    return {"type": "function", "function": {"name": name}}
 
 
 def _included(given: Any) -> Any:
@@ -116,12 +170,22 @@ def _included(given: Any) -> Any:
 
 def _format(given: Any) -> Any:
     """The form of an answer as chats have it; here the schema's fields stand beside its type."""
-    given = checked_format(given)
-    if isinstance(given, dict) and given["type"] == "json_schema" and "json_schema" not in given:
-        if not isinstance(given.get("schema"), dict):
-            raise invalid("is missing; send the schema", "schema")
-        return {"type": "json_schema", "json_schema": {key: v for key, v in given.items() if key != "type"}}
-    return given
+    if given is None or isinstance(given, ResponseFormat):
+        return given
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind not in FORMATS:
+        raise invalid(
+            f"has the type {quote(kind)} but there are {', '.join(FORMATS)}; "
+            'send {"type": "json_schema", "name": "...", "schema": ...}'
+        )
+    if kind != "json_schema" or isinstance(given.get("json_schema"), dict):
+        return given
+    own = {key: value for key, value in given.items() if key != "type"}
+    if not isinstance(own.get("schema"), dict):
+        raise invalid("is missing; send the schema", "schema")
+    if not isinstance(own.get("strict"), (bool, type(None))):
+        raise invalid(f"is {quote(own['strict'])} but must be true or false; change it or leave it out", "strict")
+    return {"type": kind, "json_schema": own}
 
 
 class TextOptions(Strict):
@@ -145,6 +209,7 @@ class ResponseStream(Strict):
     """What a stream carries."""
 
     include_obfuscation: Optional[StrictBool] = Field(default=None, description="Accepted; nothing is padded.")
+    include_usage: Optional[StrictBool] = Field(default=None, description="Accepted; the last event always has it.")
 
 
 class ResponsesRequest(Ask):
@@ -164,7 +229,9 @@ class ResponsesRequest(Ask):
     }
     input: Annotated[
         list[Message], BeforeValidator(turns, json_schema_input_type=Union[Text, list[dict[str, Any]]])
-    ] = Field(description="A text, or messages, function_call and function_call_output items: the whole conversation.")
+    ] = Field(
+        max_length=255, description="A text, or messages, function_call and function_call_output items: the whole conversation."
+    )
     instructions: Optional[Text] = Field(default=None, description="A system message before the input.")
     max_output_tokens: Optional[Length] = None
     previous_response_id: Optional[StrictStr] = Field(default=None, description="Refused: nothing is kept.")
@@ -180,6 +247,7 @@ class ResponsesRequest(Ask):
     reasoning: Optional[Reasoning] = None
     max_tool_calls: Optional[StrictInt] = Field(default=None, description="Of built-in tools, of which there are none.")
     metadata: Optional[dict[StrictStr, StrictStr]] = Field(default=None, description="Given back, not used.")
+    client_metadata: Optional[dict[str, Any]] = Field(default=None, description="Accepted, not used.")
     safety_identifier: Optional[Text] = Field(default=None, description="Accepted, not used.")
     prompt_cache_key: Optional[Text] = Field(default=None, description="Accepted, not used.")
 
