@@ -295,6 +295,12 @@ def test_every_field_of_the_official_client_is_accepted_at_null_and_as_clients_s
             ResponsesRequest(**ASK, **{name: {"x": 1}})
 
 
+@pytest.mark.parametrize("effort", ["none", "minimal", "low", "medium"])
+def test_little_reasoning_is_what_there_is(effort):
+    plain = ResponsesRequest(**ASK).chat.model_dump()
+    assert ResponsesRequest(**ASK, reasoning={"effort": effort}).chat.model_dump() == plain
+
+
 def test_answers_are_counted_and_metadata_comes_back(server):
     def read():
         with server.http() as http:

@@ -209,7 +209,7 @@ class ChatRequest(_Generate):
         "prediction": (),
         "prompt_cache_options": ({}, {"mode": "implicit"}, {"mode": "implicit", "ttl": "30m"}),
         "prompt_cache_retention": ("in_memory", "24h"),
-        "reasoning_effort": ("none", "medium"),
+        "reasoning_effort": ("none", "minimal", "low", "medium"),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "verbosity": ("medium",),

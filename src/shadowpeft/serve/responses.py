@@ -199,7 +199,7 @@ class Reasoning(Strict):
     """What is asked of reasoning, of which there is none."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "effort": ("none", "medium"),
+        "effort": ChatRequest.neutral["reasoning_effort"],
         "summary": ("auto",),
         "generate_summary": ("auto",),
     }
