@@ -240,7 +240,7 @@ def main(
     system = system_of(file, system_message(adapter, system))
     greedy = temperature < GREEDY
     settings: dict[str, Any] = {
-        "rows": rows_digest([{"row": row.row, "prompt": row.prompt} for row in rows]),
+        "rows": rows_digest([row.row for row in rows]),
         "mode": mode,
         "system": system,
         "max_new_tokens": max_new_tokens,
@@ -267,8 +267,9 @@ def main(
                 if not begun.settings.exists():
                     write_json(begun.settings, settings)
                 counts = _answer_all(rows, runner, tokenizer, begun, {**options, **drafts_of(speculative)}, seed, console)
-                with whole(target, replace=False) as beside:
-                    beside.write_text(begun.lines(chunks), encoding="utf-8")
+                if counts.answered:
+                    with whole(target, replace=False) as beside:
+                        beside.write_text(begun.lines(chunks), encoding="utf-8")
             except OSError as error:
                 if not is_write_error(error):
                     raise
@@ -278,7 +279,6 @@ def main(
                 ) from error
     discard(begun.folder)
     if not counts.answered:
-        target.unlink()
         raise DataError(
             f"no answer ended within {max_new_tokens} tokens, so nothing is written; raise --max-new-tokens, or ask a model "
             "that was trained on such rows"

@@ -13,6 +13,11 @@ CALLED = "tool_calls"
 """Why an answer with calls has ended."""
 
 
+def call_id() -> str:
+    """A name for a call, by which its result comes back."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 def usage(prompt: int, new: int, drafted: int = 0, accepted: int = 0) -> dict[str, Any]:
     """Token counts; of drafted ones under the names that the API has for predictions."""
     counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
@@ -88,7 +93,7 @@ class ResponseBuilder:
         return [self._chunk({"content": text} if text else {}, tokens, reason)]
 
     def _openai(self, calls: tuple[Call, ...], parser: CallParser) -> list[dict[str, Any]]:
-        return [parser.told(call).openai(f"call_{uuid.uuid4().hex[:24]}") for call in calls]
+        return [parser.told(call).openai(call_id()) for call in calls]
 
     def _chunk(self, delta: dict[str, Any], tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
         """One chunk; the first one says who answers, and why."""

@@ -18,8 +18,9 @@ from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.serve.client import CloudError, CloudRefusedError, LoopError
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, ErrorAnswer, error
 from shadowpeft.serve.requests import OverdueError, QueueFullError, StoppedError, TooLongError, UnknownModelError
+from shadowpeft.serve.responses import NAMES, ResponsesRequest
 from shadowpeft.serve.responses import PATH as RESPONSES
-from shadowpeft.serve.responses import ResponsesRequest
+from shadowpeft.serve.strict import remedy
 
 _RETRY_SECONDS = 1
 _STATUS = {
@@ -37,15 +38,6 @@ _STATUS = {
 _PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", RESPONSES: "input"}
 """Where a request to a path has its prompt."""
 _CHAT_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
-_RENAMED = {
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-    "messages": "input",
-    "response_format": "text.format",
-}
-"""Fields of a chat by their names in ``/v1/responses``."""
-_SUBJECT = re.compile(r"^\w+ (?=should )")
-"""Pydantic's name for the field."""
 _PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
 """What of a cloud's refusal is told beside its message."""
 _log = logging.getLogger("shadowpeft.serve")
@@ -106,11 +98,11 @@ def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
         given = given if isinstance(given, dict) and isinstance(given.get("message"), str) else {"message": str(failure)}
         more = {name: given[key] for name, key in _PASSED_ON.items() if isinstance(given.get(key), str)}
         if path == RESPONSES and "param" in more:
-            more["param"] = _RENAMED.get(more["param"], more["param"])
+            more["param"] = NAMES.get(more["param"], more["param"])
         return AsciiResponse(error(given["message"], **more), failure.status)
     said = str(failure)
     if path == RESPONSES:
-        said = re.sub(r"\bmax_tokens\b", "max_output_tokens", said)  # as the field is called there
+        said = re.sub(r"\bmax_tokens\b", NAMES["max_tokens"], said)
     field = _field(said, path)
     if isinstance(failure, UnknownModelError):
         return _answer(404, said, param=field, code="model_not_found")
@@ -134,8 +126,7 @@ def _sentence(kind: str, where: str, problem: str) -> str:
         return f"{where} is missing; send it"
     if kind == "extra_forbidden":
         return f"{where} is no field of this request; leave it out"
-    wanted = _SUBJECT.sub("", problem).replace(" after validation", "")
-    return f"{where} {wanted}; change it or leave it out"
+    return f"{where} {remedy(problem)}"
 
 
 def _refused(request: Request, failure: HTTPException) -> Response:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from shadowpeft.serve.answers import CALLED
+from shadowpeft.serve.answers import CALLED, call_id
 from shadowpeft.serve.client import CloudError
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.responses import ResponsesRequest
@@ -70,6 +70,9 @@ def _string(holder: dict[str, Any], key: str) -> str:
 class _Message:
     """A message that grows; ``kind``: of its one part, ``output_text`` or ``refusal``."""
 
+    ended: dict[str, Any] | None = None
+    """The item as it ended; None: it still grows."""
+
     def __init__(self, kind: str = "output_text", text: str = "") -> None:
         self.id, self.kind, self.text = f"msg_{uuid.uuid4().hex}", kind, text
         self.logprobs = list[dict[str, Any]]()
@@ -88,8 +91,10 @@ class _Message:
 class _Call:
     """A call that grows."""
 
+    ended: dict[str, Any] | None = None
+
     def __init__(self, call: dict[str, Any], arguments: str = "") -> None:
-        self.id, self.call_id = f"fc_{uuid.uuid4().hex}", _string(call, "id") or f"call_{uuid.uuid4().hex[:24]}"
+        self.id, self.call_id = f"fc_{uuid.uuid4().hex}", _string(call, "id") or call_id()
         self.name, self.arguments = _string(call["function"], "name"), arguments
 
     def item(self, status: str) -> dict[str, Any]:
@@ -153,7 +158,7 @@ class ResponsesReply(Reply):
                 yield event
         for event in growing.close("incomplete" if reason in _CUT else "completed"):
             yield event
-        response = self._response(reason, growing.done)
+        response = self._response(reason, [item.ended for item in growing.items if item.ended is not None])
         yield self._event(f"response.{response['status']}", response=response)
 
     def close(self) -> None:
@@ -187,10 +192,7 @@ class _Growing:
     def __init__(self, reply: ResponsesReply) -> None:
         self._event = reply._event
         self.items = list[_Message | _Call]()
-        self.done = list[dict[str, Any]]()
-        """The items as they ended, in their order; complete after :meth:`close`."""
         self._calls: dict[int, _Call] = {}
-        self._ended: dict[str, dict[str, Any]] = {}
 
     def takes_logprobs(self, delta: dict[str, Any]) -> bool:
         """Whether log-probabilities without text belong to a message: those of a call are told nowhere."""
@@ -238,9 +240,8 @@ class _Growing:
     def close(self, status: str) -> Iterator[dict[str, Any]]:
         """All items end, the last with ``status``."""
         for item in self.items:
-            if item.id not in self._ended:
+            if item.ended is None:
                 yield from self._end(item, status if item is self.items[-1] else "completed")
-        self.done = [self._ended[item.id] for item in self.items]
 
     def _end(self, item: _Message | _Call, status: str) -> Iterator[dict[str, Any]]:
         place = self._place(item)
@@ -251,7 +252,5 @@ class _Growing:
             told = {"refusal": item.text} if item.kind == "refusal" else {"text": item.text, "logprobs": item.logprobs}
             yield self._event(f"response.{item.kind}.done", **place, **told)
             yield self._event("response.content_part.done", **place, part=item.part)
-        self._ended[item.id] = item.item(status)
-        yield self._event(
-            "response.output_item.done", output_index=place["output_index"], item=self._ended[item.id]
-        )
+        item.ended = item.item(status)
+        yield self._event("response.output_item.done", output_index=place["output_index"], item=item.ended)

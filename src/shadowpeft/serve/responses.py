@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
+from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from fastapi.exceptions import RequestValidationError
@@ -12,12 +12,19 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, V
 from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
 from shadowpeft.serve.protocol import Ask, ChatRequest, Length, Message, Text, joined
-from shadowpeft.serve.strict import Strict, invalid
-from shadowpeft.serve.tool_protocol import CHOICES, FORMATS, NamedTool, ResponseFormat, checked_tools
+from shadowpeft.serve.strict import Strict, invalid, remedy
+from shadowpeft.serve.tool_protocol import CHOICES, FORMATS, NamedTool, ResponseFormat
 
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _ROLES = ("user", "assistant", "system", "developer")
 PATH = "/v1/responses"
+NAMES = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
+"""Fields of a chat by their names here."""
 _KEPT_NOWHERE = (
     "names what was kept of an earlier answer, and nothing is kept here; send the whole conversation as input (some clients "
     "need store: false for it)"
@@ -75,7 +82,7 @@ def _result(item: dict[str, Any], number: int) -> dict[str, Any]:
 _ITEMS = {"message": _message, "function_call": _call, "function_call_output": _result}
 
 
-def _turn(item: Any, number: int) -> dict[str, Any] | None:
+def _turn(item: Any, number: int) -> Message | None:
     """The turn that an item is, if it is one that chats have too; None of another model's reasoning, which is not read."""
     if not isinstance(item, dict):
         raise invalid(f"is {quote(item)} but must be an item; send objects, or one text as input", str(number))
@@ -89,36 +96,29 @@ def _turn(item: Any, number: int) -> dict[str, Any] | None:
         raise invalid(problem, str(number))
     for key, value in item.items():
         if value not in (None, [], {}) and key not in _READ[kind] | _BESIDE:
-            called = key == "tool_calls"
-            remedy = "send each call as an item of the type function_call" if called else "leave it out"
-            raise invalid(f"is no field of this item; {remedy}", str(number), key)
-    turn = _ITEMS[kind](item, number)
+            what = "send each call as an item of the type function_call" if key == "tool_calls" else "leave it out"
+            raise invalid(f"is no field of this item; {what}", str(number), key)
     try:
-        Message(**turn)
+        return Message(**_ITEMS[kind](item, number))
     except ValidationError as error:
         first = error.errors()[0]
         where = ["output" if kind == "function_call_output" and part == "content" else str(part) for part in first["loc"]]
-        problem = re.sub(r"^\w+ (?=should )", "", first["msg"])
-        raise invalid(f"{problem}; change it or leave it out", str(number), *where) from error
-    return turn
+        raise invalid(remedy(first["msg"]), str(number), *where) from error
 
 
 def turns(given: Any) -> Any:
     """The turns of a chat that an ``input`` holds: calls belong to the assistant's turn before them."""
     if isinstance(given, str):
-        return [{"role": "user", "content": given}]
+        return [{"role": "user", "content": given}]  # which is judged as any text
     if not isinstance(given, list) or not given:
         raise invalid("is no text and no list of items; send one of them, and nothing empty")
-    found: list[dict[str, Any]] = []
-    for number, item in enumerate(given):
-        turn = _turn(item, number)
-        if turn is None:
-            continue
-        before = found[-1] if found else {}
-        if turn.get("tool_calls") and before.get("role") == "assistant":
-            before.setdefault("tool_calls", []).extend(turn["tool_calls"])
-        elif turn["role"] == "assistant" and "tool_calls" in before and not before["content"]:
-            before["content"] = turn["content"]
+    found: list[Message] = []
+    for turn in filter(None, map(_turn, given, count())):
+        before = found[-1] if found and found[-1].role == "assistant" else None
+        if before is not None and turn.tool_calls:
+            before.tool_calls = [*(before.tool_calls or []), *turn.tool_calls]
+        elif before is not None and turn.role == "assistant" and before.tool_calls and not before.content:
+            before.content = turn.content
         else:
             found.append(turn)
     if not found:
@@ -131,9 +131,9 @@ _UNUSED = ("allowed_callers", "async", "async_", "defer_loading", "output_schema
 
 
 def _tools(given: Any) -> Any:
-    """Definitions of functions as chats have them; here the function's fields stand beside its type."""
+    """Definitions of functions as chats have them, which judge them; here the function's fields stand beside its type."""
     if not isinstance(given, list):
-        return checked_tools(given)
+        return given
     nested = []
     for number, tool in enumerate(given):
         kind = tool.get("type") if isinstance(tool, dict) else None
@@ -144,7 +144,7 @@ def _tools(given: Any) -> Any:
             raise invalid("is true but all tools are read at once; leave it out", str(number), "defer_loading")
         own = {key: value for key, value in tool.items() if key not in ("type", *_UNUSED) and value is not None}
         nested.append(tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": own})
-    return checked_tools(nested)
+    return nested
 
 
 def _choice(given: Any) -> Any:
@@ -186,6 +186,14 @@ def _format(given: Any) -> Any:
     if not isinstance(own.get("strict"), (bool, type(None))):
         raise invalid(f"is {quote(own['strict'])} but must be true or false; change it or leave it out", "strict")
     return {"type": kind, "json_schema": own}
+
+
+def _renamed(error: Any) -> dict[str, Any]:
+    """What is wrong with a chat, by the names of this request."""
+    context = dict(error.get("ctx", {}))
+    if "where" in context:
+        context["where"] = tuple(NAMES.get(part, part) for part in context["where"])
+    return {**error, "loc": ("body", *(NAMES.get(str(part), part) for part in error["loc"])), "ctx": context}
 
 
 class TextOptions(Strict):
@@ -257,6 +265,11 @@ class ResponsesRequest(Ask):
             raise invalid(_KEPT_NOWHERE, "previous_response_id")
         return self
 
+    @property
+    def form(self) -> ResponseFormat | None:
+        """What the text of the answer is held to."""
+        return None if self.text is None else self.text.format
+
     @cached_property
     def chat(self) -> ChatRequest:
         """The chat that this is.
@@ -266,7 +279,6 @@ class ResponsesRequest(Ask):
         """
         shared = {name: getattr(self, name) for name in Ask.model_fields if name != "stream"}
         first = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
-        form = None if self.text is None or self.text.format is None else self.text.format
         wants_logprobs = bool(self.top_logprobs) or LOGPROBS in (self.include or ())
         try:
             return ChatRequest(
@@ -278,22 +290,16 @@ class ResponsesRequest(Ask):
                 tools=self.tools,
                 tool_choice=self.tool_choice,
                 parallel_tool_calls=self.parallel_tool_calls,
-                response_format=form,
+                response_format=self.form,
                 stream=self.stream,
             )
         except ValidationError as error:
-            names = {"messages": "input", "response_format": "text"}
-            raise RequestValidationError(
-                [
-                    {**each, "loc": ("body", *(names.get(str(part), part) for part in each["loc"]))}
-                    for each in error.errors()
-                ]
-            ) from error
+            raise RequestValidationError([_renamed(each) for each in error.errors()]) from error
 
     def told(self) -> dict[str, Any]:
         """What an answer says of its request."""
         functions = [{"parameters": None, "strict": None, **tool["function"]} for tool in self.tools or ()]
-        form = self.text.format if self.text is not None and self.text.format is not None else None
+        form = self.form
         schema = {} if form is None or form.json_schema is None else form.json_schema.model_dump(by_alias=True)
         choice = self.tool_choice or "auto"
         return {

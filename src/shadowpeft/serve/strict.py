@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -36,6 +37,15 @@ class Strict(BaseModel):
         schema = handler.resolve_ref_schema(handler(core))
         schema["properties"] |= {name: {"enum": [None, *values]} for name, values in cls.neutral.items()}
         return schema
+
+
+_SUBJECT = re.compile(r"^\w+ (?=should )")
+"""Pydantic's name for the field."""
+
+
+def remedy(problem: str) -> str:
+    """What pydantic says of a value, in our words: without its subject, and with what to do."""
+    return _SUBJECT.sub("", problem).replace(" after validation", "") + "; change it or leave it out"
 
 
 def invalid(problem: str, *where: str) -> PydanticCustomError:
