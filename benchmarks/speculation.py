@@ -5,7 +5,7 @@
 ADAPTER: a shadow trained on the robot set whose shadow path learns whole answers (``data.shadow_answers: whole``); RUN: the run
 file that made it, kept in the record. Greedy, one prompt at a time: commands and open-domain requests of the validation set.
 Every way makes the same number of tokens for a prompt; the ways take turns, and each ratio is of the times of one turn, summed
-over prompts. Writes docs/records/speculation.json, and from it the table of docs/speculation.md and a figure.
+over prompts: once of whole answers, and once of what comes after the first token, which reading the prompt brings. Writes docs/records/speculation.json, and from it the table of docs/speculation.md and a figure.
 """
 
 from __future__ import annotations
@@ -86,19 +86,20 @@ class Bench:
         )
         return out[0, inputs["input_ids"].shape[1] :]
 
-    def turn(self, way: str) -> tuple[float, Speculation | None]:
-        """Seconds for all prompts, and what was drafted; the tokens must be the attached model's."""
-        settings, spent = settings_of(way), 0.0
+    def turn(self, way: str) -> tuple[float, float, Speculation | None]:
+        """Seconds for all answers, for their first tokens alone, and what was drafted; the tokens must be the attached model's."""
+        settings, spent, first = settings_of(way), 0.0, 0.0
         for inputs, answer in zip(self.inputs, self.answers, strict=True):
             options = {} if settings is None else {"speculative": settings}
             found: list[torch.Tensor] = []
             model = self.bare if way == "base" else self.model
             spent += seconds(lambda: found.append(self.generate(model, inputs, len(answer), **options)))  # noqa: B023
+            first += seconds(lambda: self.generate(model, inputs, 1))  # noqa: B023
             if way != "base" and not torch.equal(found[0], answer):
                 raise AssertionError(
                     f"'{way}' says {found[0].tolist()} where the attached model says {answer.tolist()}"
                 )
-        return spent, settings
+        return spent, first, settings
 
 
 @torch.inference_mode()
@@ -135,15 +136,20 @@ def measure(adapter: str, run: str | None, rows: int, rounds: int, threads: int)
         bench = Bench(adapter, split, rows)
         tokens = sum(map(len, bench.answers))
         spent: dict[str, list[float]] = {way: [] for way in WAYS}
+        later: dict[str, list[float]] = {way: [] for way in WAYS}
         drafted: dict[str, Any] = {}
         for number in range(rounds + 1):
             for way in WAYS:
-                own, settings = bench.turn(way)
+                own, first, settings = bench.turn(way)
                 if number:  # the first round warms up
                     spent[way].append(own)
+                    later[way].append(own - first)
                     drafted[way] = None if settings is None else settings.counts.summary()
             print(f"{name}: round {number} of {rounds}", file=sys.stderr, flush=True)
-        ratios = {way: [base / own for base, own in zip(spent["base"], spent[way], strict=True)] for way in WAYS}
+        ratios, ratios_later = (
+            {way: [base / own for base, own in zip(times["base"], times[way], strict=True)] for way in WAYS}
+            for times in (spent, later)
+        )
         texts[name] = {
             "prompts": len(bench.answers),
             "tokens": tokens,
@@ -152,6 +158,8 @@ def measure(adapter: str, run: str | None, rows: int, rounds: int, threads: int)
                     "tokens_per_second": round(tokens / statistics.median(spent[way]), 2),
                     "of_base": round(statistics.median(ratios[way]), 3),
                     "range": [round(min(ratios[way]), 3), round(max(ratios[way]), 3)],
+                    "of_base_after_the_first": round(statistics.median(ratios_later[way]), 3),
+                    "range_after_the_first": [round(min(ratios_later[way]), 3), round(max(ratios_later[way]), 3)],
                     "drafts": drafted[way],
                 }
                 for way in WAYS
@@ -183,11 +191,10 @@ def block(record: dict[str, Any]) -> str:
             own = text["ways"][way]
             drafts = own["drafts"]
             gained = "" if drafts is None else f"{drafts['tokens_per_pass']:.2f} ({drafts['acceptance']:.0%})"
-            row += [f"{own['tokens_per_second']:.1f}", f"{own['of_base']:.2f}", gained]
+            row += [f"{own['tokens_per_second']:.1f}", f"{own['of_base']:.2f}", f"{own['of_base_after_the_first']:.2f}", gained]
         rows.append(row)
-    heads = [
-        f"{name}, {what}" for name in record["texts"] for what in ("tokens/s", "of the base", "tokens a pass (stayed)")
-    ]
+    columns = ("tokens/s", "of the base", "of the base, after the first token", "tokens a pass (stayed)")
+    heads = [f"{name}, {what}" for name in record["texts"] for what in columns]
     counts = list(record["pass_ms"]["torch"])
     lines = {"torch": "torch's products", "thin": "thin products up to four rows"}
     costs = table(
