@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from jinja2 import TemplateError
 
 from shadowpeft.errors import DataError
+from shadowpeft.json_text import parse_json
+
+_PROBE = {"probe": 1}
+_WANT_OBJECTS: dict[str, bool] = {}
+"""Whether a chat template wants the arguments of a call as an object."""
 
 
 class RefusedByTemplate(DataError):
@@ -42,6 +48,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
             f"the tokenizer has the chat templates {', '.join(sorted(named))} but none is called 'default'; set "
             f"tokenizer.chat_template = tokenizer.chat_template['{min(named)}'], or another of them, and save the tokenizer"
         )
+    messages = _with_arguments(tokenizer, messages)
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options}))
     except TemplateError as error:
@@ -49,6 +56,52 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
         raise RefusedByTemplate(
             f"the chat template refuses messages with the roles {roles} ({error}); reorder them"
         ) from error
+
+
+def _with_arguments(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of calls as the template wants them: as an object, or as its JSON text.
+
+    OpenAI's API has a text, and most templates write ``arguments | tojson``, which would quote it once more.
+    """
+    if not any(message.get("tool_calls") for message in messages):
+        return messages
+    key = str(tokenizer.chat_template)
+    if key not in _WANT_OBJECTS:
+        _WANT_OBJECTS[key] = _wants_objects(tokenizer)
+    return [
+        {**message, "tool_calls": [_wanted(call, as_object=_WANT_OBJECTS[key]) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _wanted(call: Any, *, as_object: bool) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return {**call, "function": _wanted(call["function"], as_object=as_object)}
+    arguments = call.get("arguments")
+    if as_object and isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments or "{}")
+        except ValueError:
+            return call  # which is refused where calls are checked
+    elif not as_object and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return {**call, "arguments": arguments} if "arguments" in call else call
+
+
+def _wants_objects(tokenizer: Any) -> bool:
+    """Whether the template can write arguments that are an object, or else wants their text."""
+    function = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": _PROBE}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, tools=[{"type": "function", "function": function}])
+    except (TemplateError, TypeError):
+        return False
+    return str(_PROBE) not in str(text)  # as Python would show it
 
 
 def written_answer_ids(

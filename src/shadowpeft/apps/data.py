@@ -47,6 +47,8 @@ class Rules:
     """What the run does with longer rows; None: not known."""
     tools: Any = None
     """What rows call; None: nothing that is known."""
+    compact: bool = True
+    """How calls of ``tools`` are written (``data.call_form``)."""
 
     def sequences(self, row: Any, where: str) -> tuple[Any, list[Any]]:
         """The checked row and what would be trained on.
@@ -55,15 +57,13 @@ class Rules:
             DataError: saying what is wrong.
         """
         from shadowpeft.data import chat, class_rows
-        from shadowpeft.data.tool_rows import writes_calls
         from shadowpeft.train.rows import told
 
         if self.classes:
             checked = class_rows.check_row(row, where)
             return checked, class_rows.encode([checked], self.tokenizer, [checked["label"]], max_length=1 << 30)
         checked = row if isinstance(row, chat.ChatRow) else chat.check_row(row, where, every_turn=self.every_turn)
-        compact = self.tools is None or not writes_calls(self.tokenizer)
-        checked = told(checked, actions=self.actions, tools=self.tools, compact=compact)
+        checked = told(checked, actions=self.actions, tools=self.tools, compact=self.compact)
         options: dict[str, Any] = {"max_length": 1 << 30, "system": self.system, "every_turn": self.every_turn}
         return checked, chat.encode([checked], self.tokenizer, **options)
 
@@ -101,13 +101,17 @@ def check(
         )
     run, parts, rules = _of_run(file, settings or (), base, max_length) if is_run else (None, None, None)
     if parts is None or rules is None:
+        from shadowpeft.data.tool_rows import writes_calls
         from shadowpeft.tokenizer import load_tokenizer
         from shadowpeft.train.rows import system_of, tools_of_run
 
         system = system_of(file, system)
         tokenizer = load_tokenizer(base or "smollm2-135m")
         classes, known = task_type == "SEQ_CLS", tools_of_run(file, tools)
-        rules = Rules(tokenizer, max_length or 512, system, assistant_only_loss, classes=classes, tools=known)
+        compact = known is None or not writes_calls(tokenizer)
+        rules = Rules(
+            tokenizer, max_length or 512, system, assistant_only_loss, classes=classes, tools=known, compact=compact
+        )
         parts = {"": file}
     elif system is not None or assistant_only_loss or task_type != "CAUSAL_LM" or tools is not None:
         raise ConfigError(
@@ -155,22 +159,24 @@ def _of_run(
     """The run of a file with some settings laid over it, its sources by part, and its rules."""
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train.config import read_run
-    from shadowpeft.train.rows import packaged, parts_of, system_of, tools_of_run
+    from shadowpeft.train.rows import compact_calls, packaged, parts_of, system_of, tools_of_run
     from shadowpeft.train.sections import source_of
 
     run = read_run(file, settings)
     if max_length is not None:
         run.data.max_length = max_length
     data = run.data
+    tokenizer, tools = load_tokenizer(base or run.base), tools_of_run(data.train, data.tools)
     rules = Rules(
-        load_tokenizer(base or run.base),
+        tokenizer,
         data.max_length,
         system_of(data.train, data.system),
         data.assistant_only_loss,
         data.learns_actions,
         run.task_type == "SEQ_CLS",
         data.too_long,
-        tools_of_run(data.train, data.tools),
+        tools,
+        compact_calls(data, tools, tokenizer),
     )
     return run, {part: each if packaged(each) else source_of(each) for part, each in parts_of(data).items()}, rules
 

@@ -90,15 +90,14 @@ def answered(folder: Path, count: int, max_new_tokens: int) -> tuple[list[dict[s
 def _rows(run: Any, count: int, tokenizer: Any) -> tuple[list[Any], str]:
     from itertools import islice
 
-    from shadowpeft.data.tool_rows import writes_calls
-    from shadowpeft.train.rows import class_rows_of, parts_of, read_rows, told, tools_of_run
+    from shadowpeft.train.rows import class_rows_of, compact_calls, parts_of, read_rows, told, tools_of_run
     from shadowpeft.train.sections import source_of
 
     data = run.data
     part, given = [*parts_of(data).items()][-1]
     which = f"rows of the {'training' if part == 'train' else 'validation'} data"
     tools = tools_of_run(data.train, data.tools)
-    compact = tools is None or not writes_calls(tokenizer)
+    compact = compact_calls(data, tools, tokenizer)
     if run.task_type == "SEQ_CLS":
         rows = class_rows_of(given)
     elif data.streaming and part == "train":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shadowpeft.data.call_form import COMPACT, CallForm
 from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar, schema_grammar
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
@@ -42,17 +43,30 @@ class Engine:
                 f"llguidance cannot read the tokenizer ({str(error).splitlines()[0]}); use a fast one"
             ) from error
 
-    def calls(self, tools: Tools, *, hand_on: bool, most: int = MOST_CALLS, optional: bool = False) -> Grammar:
+    def calls(
+        self,
+        tools: Tools,
+        *,
+        hand_on: bool,
+        most: int = MOST_CALLS,
+        optional: bool = False,
+        form: CallForm = COMPACT,
+    ) -> Grammar:
         """Calls of ``tools``; see :func:`~shadowpeft.data.tool_grammar.calls_grammar`, and :class:`Grammar`.
 
         Raises:
             ConfigError: if an argument's schema says what the engine does not know.
         """
-        return Grammar(self, calls_grammar(tools, hand_on=hand_on, calls=most), optional=optional)
+        grammar = calls_grammar(tools, hand_on=hand_on, calls=most, form=form)
+        if form is COMPACT:
+            return Grammar(self, grammar, optional=optional)
+        return Grammar(self, grammar, optional=optional, closed=self._end, trigger=form.trigger if form.words else None)
 
-    def schema(self, schema: dict[str, Any], tools: Tools | None = None, most: int = MOST_CALLS) -> Grammar:
+    def schema(
+        self, schema: dict[str, Any], tools: Tools | None = None, most: int = MOST_CALLS, form: CallForm = COMPACT
+    ) -> Grammar:
         """One JSON value of a schema, or up to ``most`` calls of ``tools``, and nothing more; raises as :meth:`calls`."""
-        return Grammar(self, schema_grammar(schema, tools, calls=most), closed=self._end)
+        return Grammar(self, schema_grammar(schema, tools, calls=most, form=form), closed=self._end)
 
 
 class Grammar:
@@ -60,31 +74,48 @@ class Grammar:
 
     Args:
         optional: whether an answer may do without it: then it is held from the first token that the grammar could begin with.
-        closed: the token that ends an answer which is nothing but a text of the grammar; None: what follows is free.
+        closed: the token that ends an answer behind a text of the grammar; None: what follows is free.
+        trigger: of an optional one: the token from which on an answer is held, wherever it stands; None: the first.
 
     Raises:
         ConfigError: if the engine refuses it.
     """
 
-    def __init__(self, engine: Engine, grammar: str, *, optional: bool = False, closed: int | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        grammar: str,
+        *,
+        optional: bool = False,
+        closed: int | None = None,
+        trigger: int | None = None,
+    ) -> None:
         from llguidance import LLMatcher
 
-        self.optional, self.closed = optional, closed
+        self.optional, self.closed, self.trigger = optional, closed, trigger
         self._first = LLMatcher(engine.tokenizer, grammar, log_level=0)
         if self._first.is_error():
             raise ConfigError(f"the engine refuses the schema ({_clause(self._first.get_error())}); simplify it")
 
     def start(self) -> Guide:
         """What one answer is held to."""
-        return Guide(self._first.deep_copy(), optional=self.optional, closed=self.closed)
+        return Guide(self._first.deep_copy(), optional=self.optional, closed=self.closed, trigger=self.trigger)
 
 
 class Guide:
     """How far one answer is in a grammar. It follows the tokens that it is shown; an answer read again may be shorter."""
 
-    def __init__(self, matcher: Any, *, optional: bool, closed: int | None) -> None:
-        self._matcher, self._optional, self._closed = matcher, optional, closed
+    def __init__(self, matcher: Any, *, optional: bool, closed: int | None, trigger: int | None) -> None:
+        self._matcher, self._optional, self._closed, self._trigger = matcher, optional, closed, trigger
         self._read: list[int] = []
+
+    def _held(self, path: Sequence[int]) -> Sequence[int] | None:
+        """The tokens that the grammar is about; None: it has not begun."""
+        if not self._optional:
+            return path
+        if self._trigger is None:
+            return path or None
+        return path[path.index(self._trigger) :] if self._trigger in path else None
 
     def _at(self, path: Sequence[int]) -> bool:
         """Move to after ``path``; whether the grammar goes on there."""
@@ -105,18 +136,18 @@ class Guide:
 
     def allowed(self, path: Sequence[int]) -> list[int] | Tensor:
         """Tokens that may follow the first tokens of an answer; empty: any may."""
-        if self._optional and not path:
+        held = self._held(path)
+        if held is None:
             return []
-        if not self._at(path):
-            return [self._closed] if self._closed is not None else []
+        if not self._at(held):  # an answer of which the grammar knows nothing has done without it
+            return [self._closed] if self._closed is not None and (self._read or not self._optional) else []
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.flatnonzero(np.unpackbits(bits, bitorder="little")))
 
     def forced(self, path: Sequence[int]) -> list[int]:
         """Tokens that must follow."""
-        if self._optional and not path:
-            return []
-        return list(self._matcher.compute_ff_tokens()) if self._at(path) else []
+        held = self._held(path)
+        return list(self._matcher.compute_ff_tokens()) if held is not None and self._at(held) else []
 
 
 def _clause(text: str) -> str:

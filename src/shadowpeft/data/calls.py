@@ -59,13 +59,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Answered:
-    """What an answer begins with."""
+    """The calls of an answer, and where they stand."""
 
     calls: tuple[Call, ...]
     """None of them: ``[REMOTE]``."""
     end: int
     """Where the rest of the text begins."""
     parts: tuple[Part, ...] = ()
+    start: int = 0
+    """Where the calls begin; what stands before are words."""
 
     @property
     def text(self) -> str:
@@ -172,7 +174,7 @@ def answered(text: str, tools: Tools) -> Answered | None:
             if key is None or key[1] in arguments:
                 return None
             try:
-                arguments[key[1]], at = _JSON.raw_decode(text, key.end())
+                arguments[key[1]], at = json_at(text, key.end())
             except (ValueError, RecursionError):
                 return None
             parts.append(Part(len(calls), key[1], start, at))
@@ -194,6 +196,15 @@ def answered(text: str, tools: Tools) -> Answered | None:
         at += 2
 
 
+def json_at(text: str, place: int) -> tuple[Any, int]:
+    """The JSON value that starts at ``place``, and where it ends.
+
+    Raises:
+        ValueError, RecursionError: if there is none.
+    """
+    return _JSON.raw_decode(text, place)
+
+
 class CallParser:
     """A function from a text to the calls it begins with, in their one form; ``"REMOTE"``, or None: what a router asks.
 
@@ -202,9 +213,11 @@ class CallParser:
 
     Attributes:
         longest: characters after which an answer has no call any more.
+        waits: whether all calls are certain only once the answer has ended.
     """
 
     longest = LONGEST
+    waits = False
 
     def __init__(self, tools: Tools, offered: Tools | None = None) -> None:
         self.tools, self.offered = tools, tools if offered is None else offered
@@ -224,10 +237,10 @@ class CallParser:
         kept = {n: v for n, v in call.arguments.items() if v is not None or takes_null(tool.properties.get(n))}
         return Call(call.name, kept | {name: None for name in tool.properties if name in tool.required and name not in kept})
 
-    def may_begin(self, text: str) -> bool:
-        """Whether ``text`` may yet become an answer with calls."""
+    def words(self, text: str) -> int:
+        """How many characters ``text`` begins with that are no calls, and will be none when text is added."""
         start = text.lstrip()
-        return (not start or start.startswith("[")) and len(text) <= self.longest
+        return 0 if (not start or start.startswith("[")) and len(text) <= self.longest else len(text)
 
 
 def only_calls(text: str, tools: Tools) -> str:

@@ -1,4 +1,4 @@
-"""The grammar of the calls that tools allow, in the compact form, as ``llguidance`` reads it (a dialect of Lark).
+"""The grammar of the calls that tools allow, as ``llguidance`` reads it (a dialect of Lark).
 
 Every text of it parses and is valid: names, required arguments, types, enumerations, lengths and ranges. Arguments stand in
 the schema's order, as training sees them. Strings and numbers have an end (:data:`LONGEST_TEXT`, ``number_patterns``), so that
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from decimal import Decimal
 from typing import Any
 
 from shadowpeft.data.actions import REMOTE
+from shadowpeft.data.call_form import COMPACT, CallForm
 from shadowpeft.data.number_patterns import DECIMALS, NOTHING, numbers
 from shadowpeft.data.tools import DEFINITIONS, Tool, Tools, canonical, value_text
 
@@ -28,39 +30,41 @@ _NUMBER = _ABOUT | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"
 _CHARACTER = r'[^"\\\x00-\x1f\x7f]|\\["\\]'
 
 
-def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS) -> str:
-    """One to ``calls`` calls of ``tools``; with ``hand_on`` also ``[REMOTE]``."""
-    return _rules("start: " + (f"{_text('[' + REMOTE + ']')} | calls" if hand_on else "calls"), tools, calls)
+def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS, form: CallForm = COMPACT) -> str:
+    """One to ``calls`` calls of ``tools`` as ``form`` writes them; with ``hand_on`` also ``[REMOTE]``."""
+    return _rules("start: " + (f"{_text('[' + REMOTE + ']')} | calls" if hand_on else "calls"), tools, calls, form)
 
 
-def _rules(start: str, tools: Tools, calls: int) -> str:
+def _rules(start: str, tools: Tools, calls: int, form: CallForm) -> str:
     lines = [start]
-    more = f" ({_text(', ')} call){{0,{calls - 1}}}" if calls > 1 else ""
-    lines.append(f"calls: {_text('[')} call{more} {_text(']')}")
+    more = f" ({_piece(form.between, form)} call){{0,{calls - 1}}}" if calls > 1 and form.between is not None else ""
+    lines.append(f"calls: {_piece(form.begin, form)} call{more} {_piece(form.end, form)}")
     lines.append("call: " + " | ".join(f"t{n}" for n in range(len(tools))))
     for n, tool in enumerate(tools):
-        lines += _tool(f"t{n}", tool)
+        lines += _tool(f"t{n}", tool, form)
     return "\n".join(lines) + "\n"
 
 
-def schema_grammar(schema: dict[str, Any], tools: Tools | None = None, *, calls: int = MOST_CALLS) -> str:
+def schema_grammar(
+    schema: dict[str, Any], tools: Tools | None = None, *, calls: int = MOST_CALLS, form: CallForm = COMPACT
+) -> str:
     """One JSON value of a schema, without needless white space; or one to ``calls`` calls of ``tools``."""
     value = f"%json {json.dumps({**schema, 'x-guidance': _SPACING}, ensure_ascii=False)}\n"
-    return f"start: {value}" if tools is None else _rules("start: value | calls", tools, calls) + f"value: {value}"
+    return f"start: {value}" if tools is None else _rules("start: value | calls", tools, calls, form) + f"value: {value}"
 
 
-def _tool(rule: str, tool: Tool) -> list[str]:
+def _tool(rule: str, tool: Tool, form: CallForm) -> list[str]:
     """Rules of one call. ``<rule>_3f``: arguments from the fourth on, where none has been written; ``_3m``: where one has."""
     properties = list(tool.properties.items())
-    lines = [f"{rule}: {_text(tool.name + '(')} {rule}_0f"]
+    lines = [f"{rule}: {_piece(tool.name + form.opens, form)} {rule}_0f"]
     for n, (name, schema) in enumerate(properties):
         lines.append(f"{rule}_v{n}: {_value(schema, tool.parameters)}")
         for written in (False, True) if n else (False,):
             separator = _text(", ") + " " if written else ""
-            some = f"{separator}{_text(name + '=')} {rule}_v{n} {rule}_{n + 1}m"
+            some = f"{separator}{_text(form.key(name))} {rule}_v{n} {rule}_{n + 1}m"
             none = "" if name in tool.required else f" | {rule}_{n + 1}{'m' if written else 'f'}"
             lines.append(f"{rule}_{n}{'m' if written else 'f'}: {some}{none}")
-    lines += [f"{rule}_{len(properties)}{way}: {_text(')')}" for way in ("fm" if properties else "f")]
+    lines += [f"{rule}_{len(properties)}{way}: {_text(form.closes)}" for way in ("fm" if properties else "f")]
     reached = _reached(lines)
     return [line for line in lines if line.partition(":")[0] in reached]
 
@@ -128,6 +132,15 @@ def _number(schema: dict[str, Any], decimals: int) -> str:
 
 def _floor(value: float, decimals: int) -> Decimal:
     return Decimal(math.floor(Decimal(str(value)).scaleb(decimals))).scaleb(-decimals)
+
+
+def _piece(text: str, form: CallForm) -> str:
+    """A text as the engine reads it, to which a token of its own is no text."""
+    if not form.tokens:
+        return _text(text)
+    ids = dict(form.tokens)
+    parts = re.split("|".join(f"({re.escape(each)})" for each in sorted(ids, key=len, reverse=True)), text)
+    return " ".join(f"<[{ids[part]}]>" if part in ids else _text(part) for part in parts if part)
 
 
 def _text(text: str) -> str:

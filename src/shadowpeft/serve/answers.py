@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from itertools import accumulate
 from typing import Any
 
 from shadowpeft.data.calls import Call, CallParser
@@ -57,7 +58,7 @@ class ResponseBuilder:
         if found is not None and found.calls:
             assert self.parser is not None
             calls = self._openai(found.calls, self.parser)
-            message |= {"content": text[found.end :].lstrip() or None, CALLED: calls}
+            message |= {"content": text[: found.start].rstrip() + text[found.end :].lstrip() or None, CALLED: calls}
             reason = CALLED
         said = {"message": message} if self.chat else {"text": text}
         choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
@@ -73,24 +74,29 @@ class ResponseBuilder:
             return [self._chunk({"content": text} if text else {}, tokens, reason)]
         text, tokens = self._held + text, self._held_tokens + tokens
         self._held, self._held_tokens = "", []
-        found = self.parser.found(text)
+        over = reason is not None
+        found = self.parser.found(text) if over or not self.parser.waits else None
         if found is not None and found.calls:
             calls = self._openai(found.calls, self.parser)
             self.parser, self._called = None, True
+            words = text[: found.start].rstrip()
             deltas: list[dict[str, Any]] = []
             for n, call in enumerate(calls):
                 arguments = call["function"].pop("arguments")
                 deltas.append({"index": n, **call, "function": {**call["function"], "arguments": ""}})
                 deltas.append({"index": n, "function": {"arguments": arguments}})
-            chunks = [self._chunk({CALLED: [each]}, tokens if not n else []) for n, each in enumerate(deltas)]
+            before = [self._chunk({"content": words}, [])] if words else []
+            chunks = before + [self._chunk({CALLED: [each]}, tokens if not n else []) for n, each in enumerate(deltas)]
             rest = text[found.end :].lstrip()
             self._spoken = bool(rest)
             return [*chunks, *([self._chunk({"content": rest} if rest else {}, [], reason)] if rest or reason else [])]
-        if found is None and reason is None and self.parser.may_begin(text):
-            self._held, self._held_tokens = text, tokens
-            return []
-        self.parser = None
-        return [self._chunk({"content": text} if text else {}, tokens, reason)]
+        free = self.parser.words(text)
+        if over or found is not None or (free and not self.parser.waits):
+            self.parser = None
+            return [self._chunk({"content": text} if text else {}, tokens, reason)]
+        ready = sum(end <= free for end in accumulate(len(token.piece) for token in tokens))
+        self._held, self._held_tokens = text[free:], tokens[ready:]
+        return [self._chunk({"content": text[:free]}, tokens[:ready])] if free else []
 
     def _openai(self, calls: tuple[Call, ...], parser: CallParser) -> list[dict[str, Any]]:
         return [parser.told(call).openai(call_id()) for call in calls]

@@ -39,7 +39,7 @@ from shadowpeft.serve.router import (
     decisive,
 )
 from shadowpeft.serve.tool_protocol import NamedTool, ToolName
-from shadowpeft.serve.toolbox import Toolbox, call_probabilities, prompt_text
+from shadowpeft.serve.toolbox import Toolbox, call_probabilities
 
 DEVICE_TOKENS = 256
 """Longest answer of a device where nobody names a length: a small model that does not come to an end asks the cloud then."""
@@ -57,13 +57,16 @@ class Role(ABC):
     """
 
     name: str
+    reads_tools = False
+    """Whether its prompts have room for the tools of a request."""
 
     def __init__(
         self, engine: Engine, *, system: str | None, default_tokens: int | None = None, tools: Tools | None = None
     ) -> None:
         self.engine, self.system, self.default_tokens = engine, system, default_tokens
         self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
-        self.toolbox = Toolbox(self._tokenizer, engine.backend.model.config.get_text_config().vocab_size, tools)
+        vocabulary = engine.backend.model.config.get_text_config().vocab_size
+        self.toolbox = Toolbox(self._tokenizer, vocabulary, tools, template=self.reads_tools)
         self._threads = ThreadPoolExecutor(2, "shadowpeft-tokenizing")  # nothing that takes long may hold these up
         longest = max(map(len, self._tokenizer.get_vocab()), default=1)
         self.prompt_characters = longest * engine.limits.prompt_tokens
@@ -114,7 +117,7 @@ class Role(ABC):
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
             turns = with_system(turns, self.system)
-            text = prompt_text(self._tokenizer, turns, self.toolbox.of(asked))
+            text = self.toolbox.prompt(turns, asked)
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
         return ids
@@ -166,6 +169,7 @@ class CloudRole(Role):
     """Answers with the attached model, or its base."""
 
     name = "cloud"
+    reads_tools = True
 
     async def answer(self, asked: Asked) -> Reply:
         if asked.route == "device":

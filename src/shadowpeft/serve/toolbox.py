@@ -6,13 +6,14 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 from shadowpeft.chat_template import render_prompt
 from shadowpeft.data.action_trie import Actions
+from shadowpeft.data.call_form import COMPACT, CallForm, template_form
 from shadowpeft.data.call_guide import Engine, Grammar
 from shadowpeft.data.calls import CallParser
+from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tool_grammar import MOST_CALLS
 from shadowpeft.data.tool_rows import compact_messages, writes_calls
 from shadowpeft.data.tools import Tools
@@ -28,24 +29,27 @@ _KEPT = 32
 
 
 class Toolbox:
-    """The tools that a server's model was trained to call, and the engine that holds answers to them.
+    """The tools that a server's model can call, and the engine that holds answers to them.
 
     Args:
-        tokenizer: the model's. vocabulary: rows of its head. known: None: its model was trained for none.
+        tokenizer: the model's. vocabulary: rows of its head.
+        known: what its model was trained to call in the compact form; None: nothing.
+        template: whether other tools are written into the prompt, and called, as the model's chat template does it.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, known: Tools | None) -> None:
-        self.known, self._tokenizer, self._vocabulary = known, tokenizer, vocabulary
+    def __init__(self, tokenizer: Any, vocabulary: int, known: Tools | None, *, template: bool) -> None:
+        self.known, self._tokenizer, self._vocabulary, self._template = known, tokenizer, vocabulary, template
+        self._own_form = template_form(tokenizer) if template else None
         self._engine: Engine | None = None
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, asked: ChatRequest | CompletionRequest) -> None:
         """Raises:
-        DataError: if the request has tools that the model was not trained for, so that it could not know them.
+        DataError: if the request has tools that the model was not trained for, and that its chat template cannot tell it.
         """
         lacks = self.lacks(asked)
-        if lacks is not None:
+        if lacks is not None and self.form(asked) is COMPACT:
             if self.known is not None and lacks in self.known.names:
                 own = json.dumps(self.known.by_name[lacks].parameters, ensure_ascii=False)
                 raise DataError(
@@ -54,18 +58,23 @@ class Toolbox:
                 )
             known = "none" if self.known is None else ", ".join(self.known.names)
             raise DataError(
-                f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}); send what it "
-                "knows, or leave it out"
-            )
-        if isinstance(asked, ChatRequest) and asked.tools is not None and self._has_own_form:
-            raise DataError(
-                "tools are read in the compact form of docs/tools.md, but this model's chat template has its own; leave "
-                "it out, or serve a model whose template writes no calls"
+                f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}), and "
+                f"{self._why_not()}; send what it knows, or leave it out"
             )
 
-    @cached_property
-    def _has_own_form(self) -> bool:
-        return writes_calls(self._tokenizer)
+    def _why_not(self) -> str:
+        """Why the chat template does not tell the model of other tools."""
+        if not self._template:
+            return "a device has no room for tools in its prompt"
+        if writes_calls(self._tokenizer):
+            return "its chat template writes calls in a form that this server does not read"
+        return "its chat template writes no calls"
+
+    def form(self, asked: ChatRequest | CompletionRequest) -> CallForm:
+        """How the calls of an answer are written."""
+        if self.lacks(asked) is None or self._own_form is None:
+            return COMPACT
+        return self._own_form
 
     def lacks(self, asked: ChatRequest | CompletionRequest) -> str | None:
         """The first of the request's tools that the model was not trained for."""
@@ -77,7 +86,10 @@ class Toolbox:
         """What reads the calls of an answer to ``asked``; None: it may have none."""
         if not isinstance(asked, ChatRequest) or asked.tools is None or asked.tool_choice == "none":
             return None
-        return CallParser(self._chosen(asked), asked.offered)
+        form = self.form(asked)
+        if form is COMPACT:
+            return CallParser(self._chosen(asked), asked.offered)
+        return TemplateCalls(self._chosen(asked), form, asked.offered)
 
     def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool) -> Actions | None:
         """What an answer to ``asked`` is held to; None: to nothing. Compiling takes up to a second, so not in the event loop.
@@ -95,10 +107,11 @@ class Toolbox:
             return None if form is None else self._grammar(["schema", form], lambda engine: engine.schema(form))
         once = asked.parallel_tool_calls is False or isinstance(asked.tool_choice, NamedTool)
         tools, most, free = self._chosen(asked), 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
+        written = self.form(asked)
         if form is not None and free:
-            key = ["calls or schema", tools.definitions(), most, form]
-            return self._grammar(key, lambda engine: engine.schema(form, tools=tools, most=most))
-        return self.calls(tools, device=device, most=most, optional=not device and free)
+            key = ["calls or schema", tools.definitions(), most, form, written == COMPACT]
+            return self._grammar(key, lambda engine: engine.schema(form, tools=tools, most=most, form=written))
+        return self.calls(tools, device=device, most=most, optional=not device and free, form=written)
 
     def of(self, asked: ChatRequest) -> Tools | None:
         """The request's tools with the schemas that the model was trained for, so with their order of arguments.
@@ -115,10 +128,22 @@ class Toolbox:
         assert tools is not None
         return tools.some([asked.tool_choice.function.name]) if isinstance(asked.tool_choice, NamedTool) else tools
 
-    def calls(self, tools: Tools, *, device: bool, most: int = MOST_CALLS, optional: bool = False) -> Grammar:
+    def calls(
+        self, tools: Tools, *, device: bool, most: int = MOST_CALLS, optional: bool = False, form: CallForm = COMPACT
+    ) -> Grammar:
         """Calls of ``tools``, or on a device ``[REMOTE]``."""
         options: dict[str, Any] = {"hand_on": device, "most": most, "optional": optional}
-        return self._grammar([tools.definitions(), options], lambda engine: engine.calls(tools, **options))
+        key = [tools.definitions(), options, form == COMPACT]
+        return self._grammar(key, lambda engine: engine.calls(tools, **options, form=form))
+
+    def prompt(self, turns: list[dict[str, Any]], asked: ChatRequest) -> str:
+        """The prompt of a chat; raises as :func:`prompt_text`."""
+        form = self.form(asked)
+        if form is COMPACT or asked.offered is None:
+            return prompt_text(self._tokenizer, turns, self.of(asked))
+        if asked.tool_choice == "none":  # nothing would hold the answer
+            return prompt_text(self._tokenizer, turns, None)
+        return render_prompt(self._tokenizer, turns, tools=asked.offered.definitions())
 
     def _grammar(self, key: Any, make: Callable[[Engine], Grammar]) -> Grammar:
         text = json.dumps(key, sort_keys=False)

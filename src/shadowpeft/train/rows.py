@@ -101,6 +101,21 @@ def tools_of_run(train: str | SourceSection, file: str | None) -> Tools | None:
     return None if file is None else read_tools(file)
 
 
+def compact_calls(data: DataConfig, tools: Tools | None, tokenizer: Any) -> bool:
+    """Whether a run writes the calls of its tools in the compact form (``data.call_form``).
+
+    Raises:
+        ConfigError: if they are to be written by a chat template that writes none.
+    """
+    form = data.call_form or ("compact" if data.learns_actions else None)
+    if tools is None or form == "compact":
+        return True
+    writes = writes_calls(tokenizer)
+    if form == "template" and not writes:
+        raise ConfigError("data.call_form is 'template' but the base's chat template writes no calls; set it to 'compact'")
+    return not writes
+
+
 def read_rows(
     source: str | SourceSection,
     split: str,
@@ -148,11 +163,6 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
         return row
     if "tool_calls" in row.get("answer", {}):
         where = getattr(row, "where", "") or "a row"
-        if tools is not None:
-            raise DataError(
-                f"{where} has 'tool_calls', which the base's chat template writes in its own form, but data.shadow_answers is "
-                "'action', which is of the compact form; set it to 'whole'"
-            )
         raise DataError(
             f"{where} has 'tool_calls' but data.shadow_answers is 'action', which reads actions such as [Sit()] from the text; "
             "name the tools with data.tools, write them so, or set it to 'whole'"
@@ -184,7 +194,7 @@ def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -
         "actions": data.learns_actions,
         "every_turn": data.assistant_only_loss,
         "tools": tools,
-        "compact": tools is None or not writes_calls(tokenizer),
+        "compact": compact_calls(data, tools, tokenizer),
     }
     stream = _stream(run, tokenizer, options, reading) if data.streaming else None
     made = RunData([] if stream is None else stream.sample(), None, {}, stream=stream)

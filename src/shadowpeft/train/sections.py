@@ -74,6 +74,10 @@ class DataConfig(StrictSection):
     """The same; None: no evaluation during training (a packaged set brings its own)."""
     tools: str | None = None
     """File of the tools that rows call (docs/tools.md); None: rows bring their own, for a chat template that writes them."""
+    call_form: Literal["template", "compact"] | None = None
+    """How calls of ``tools`` are written: as the chat template writes them, or in the compact form, which a device needs
+    (docs/tools.md). null: "compact" where the shadow path learns actions alone or the template writes no calls, else
+    "template"."""
     max_length: int = Field(default=512, ge=8)
     """Longest sequence in tokens."""
     too_long: Literal["error", "skip", "cut"] = "error"
@@ -105,6 +109,11 @@ class DataConfig(StrictSection):
             raise ValueError(
                 "data.assistant_only_loss learns every answer but data.shadow_answers is 'action', which is of the last one; "
                 "keep one"
+            )
+        if self.call_form == "template" and self.learns_actions:
+            raise ValueError(
+                "data.call_form is 'template' but the shadow path learns actions alone, which are of the compact form; set "
+                "data.shadow_answers to 'whole', or leave call_form out"
             )
         if self.streaming and self.train in PACKAGED:
             raise ValueError(f"data.streaming is set but '{self.train}' is packaged and in memory; leave it out")
