@@ -5,14 +5,19 @@ import json
 import openai
 import pytest
 
-from chatbase import calling_tokenizer
+from chatbase import calling_tokenizer, run_file, save_base, write_rows
 from serving import ending_model
+from shadowpeft.apps import serve as command
 from shadowpeft.data.tools import tools_of
+from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.options import Options
 from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.train.config import parse_run
+from shadowpeft.train.run import train
 from webserver import Running
 
 STRING, WHOLE = {"type": "string", "maxLength": 8}, {"type": "integer", "minimum": 0, "maximum": 100}
@@ -77,7 +82,8 @@ def test_tools_that_nobody_was_trained_for_are_called_by_their_schemas(cloud, na
 
 def test_one_call_where_the_client_wants_no_more(cloud):
     def calls(seed, **more):
-        return ask(cloud, tools=HOME[3:], tool_choice="required", temperature=2, seed=seed, **more).choices[0].message.tool_calls
+        given = {"tools": HOME[3:], "tool_choice": "required", "temperature": 2, "seed": seed}
+        return ask(cloud, **given, **more).choices[0].message.tool_calls
 
     several = [seed for seed in range(12) if len(calls(seed)) > 1]
     assert several
@@ -171,3 +177,19 @@ def test_a_form_that_is_not_read_is_refused_by_name():
         with pytest.raises(openai.BadRequestError, match="writes calls in a form that this server does not read"):
             ask(server)
         assert ask(server, tools=openai.NOT_GIVEN, max_tokens=3).choices[0].message.content
+
+
+def test_an_adapter_that_learnt_its_templates_calls_is_not_held_to_the_compact_form(tmp_path):
+    base = save_base(tmp_path / "base", vocab_size=261, max_position_embeddings=1024)
+    calling_tokenizer().save_pretrained(base)
+    (tmp_path / "actions.json").write_text(json.dumps([SIT]))
+    call = {"id": "1", "type": "function", "function": {"name": "Sit", "arguments": '{"seconds": 5}'}}
+    turns = [*ASK, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}] * 4)
+    for form in ("template", "compact"):
+        data = {"tools": str(tmp_path / "actions.json"), "call_form": form, "max_length": 1024}
+        train(parse_run(run_file(tmp_path / form, base, rows, data=data, training={"max_steps": 1}), "run"))
+    options = {"role": "cloud", "skills": str(tmp_path / "actions.json"), "auth": False, "device": "cpu"}
+    assert command.application(Options(adapters=[str(tmp_path / "compact" / "adapter")], **options), Keys(None, ()))
+    with pytest.raises(ConfigError, match="has learnt to call tools as its base's chat template writes them but --skills"):
+        command.application(Options(adapters=[str(tmp_path / "template" / "adapter")], **options), Keys(None, ()))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatbase import chat_model, chat_tokenizer
+from chatbase import calling_tokenizer, chat_model, chat_tokenizer, run_file, write_rows
 from edges import tokenizer as byte_pairs
 from shadowpeft.data import chat, robot, robot_tools
 from shadowpeft.data.call_guide import Engine
@@ -25,7 +25,9 @@ from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.calls import Patterns, judge, summary, with_digits
 from shadowpeft.generate import answer
-from shadowpeft.train.rows import read_rows
+from shadowpeft.train.config import parse_run
+from shadowpeft.train.rows import compact_calls, load_run_data, read_rows
+from shadowpeft.train.sections import DataConfig
 
 TOOLS = robot_tools.tools()
 
@@ -210,6 +212,53 @@ def test_a_template_that_knows_calls_writes_them_and_others_get_the_compact_form
     (one,) = chat.encode([whole], chat_tokenizer(template=WRITES), max_length=20_000)
     assert chat_tokenizer().decode(one.ids[one.start :]) == "Ok.CALL Sit<|im_end|>"
     assert '"name": "SetTimer"' in chat_tokenizer().decode(one.ids[: one.start])
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize(
+    ("data", "compact"),
+    [
+        ({"train": "rows.jsonl"}, None),
+        ({"train": "rows.jsonl", "shadow_answers": "action"}, True),
+        ({"train": "rows.jsonl", "call_form": "compact"}, True),
+        ({"train": "robot_tools"}, True),
+        ({"train": "robot_tools", "shadow_answers": "whole"}, None),
+        ({"train": "rows.jsonl", "call_form": "template"}, False),
+    ],
+)
+def test_which_form_a_run_trains(data, compact, writes):
+    tokenizer = chat_tokenizer(template=WRITES) if writes else chat_tokenizer()
+    section = DataConfig(**data)
+    if compact is False and not writes:
+        with pytest.raises(ConfigError, match=r"data\.call_form is 'template' but the base's chat template writes no calls"):
+            compact_calls(section, TOOLS, tokenizer)
+    else:
+        assert compact_calls(section, TOOLS, tokenizer) is (not writes if compact is None else compact)
+    assert compact_calls(section, None, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("data", "learnt"),
+    [
+        ({"shadow_answers": "action"}, "[Sit(seconds=5)]<|im_end|>"),
+        ({"call_form": "compact"}, "[Sit(seconds=5)] Ok.<|im_end|>"),
+        ({}, 'Ok.\n<call>{"name": "Sit", "arguments": {"seconds": 5}}</call><|im_end|>'),
+    ],
+)
+def test_a_device_learns_the_compact_form_on_a_base_whose_template_writes_calls(tmp_path, data, learnt):
+    turns = [{"role": "user", "content": "sit"}, {"role": "assistant", "content": "Ok.", "tool_calls": CALL}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}] * 2)
+    (tmp_path / "actions.json").write_text(json.dumps(TOOLS.definitions()))
+    made = run_file(tmp_path / "run", "base", rows, data={"tools": str(tmp_path / "actions.json"), "max_length": 8192, **data})
+    tokenizer = calling_tokenizer()
+    (row, *_) = load_run_data(parse_run(made, "run"), tokenizer, lambda told: None).training
+    assert tokenizer.decode(row.shadow_answer or row.learnt) == learnt
+    assert ("SetTimer" in tokenizer.decode(row.ids[: row.start])) is (not data)
+
+
+def test_actions_alone_are_of_the_compact_form():
+    with pytest.raises(ValueError, match=r"data\.call_form is 'template' but the shadow path learns actions alone"):
+        DataConfig(train="robot_tools", call_form="template")
 
 
 def test_rows_with_other_tools_or_arguments_are_refused_by_line():

@@ -48,6 +48,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     logging.getLogger("shadowpeft.serve").setLevel(logging.INFO)
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve.engine import Engine, EngineLimits
+    from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.server import Settings, build
 
     prepare_cpu()
@@ -62,6 +63,9 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     )
     router, skills, tools = _router(options) if options.role == "edge" else (None, None, _tools(options))
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
+    if tools is not None and not tools.plain:
+        for folder in options.named.values():
+            check_calls(folder)
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))

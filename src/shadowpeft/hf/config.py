@@ -65,6 +65,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: the system message of the rows in training that brought none."""
     shadow_answers: Literal["action"] | None = None
     """Record: ``action`` where the shadow learnt to answer with an action alone."""
+    call_form: Literal["template"] | None = None
+    """Record: ``template`` where calls of tools were learnt as the base's chat template writes them."""
     labels: Names | None = field(default=None, repr=False)
     """Record: the labels of a classifier, in the order of its classes."""
     pad_token_id: int | None = None
@@ -308,6 +310,7 @@ def _required_in_files() -> set[str]:
     own = {f.name for f in fields(ShadowPeftConfig)} - {f.name for f in fields(PeftConfig)}
     return (own | {"task_type"}) - {
         "base_alias",
+        "call_form",
         "draft_tokens",
         "labels",
         "own_shadow_head",

@@ -56,6 +56,7 @@ _TAKEN_OVER = (
     "draft_tokens",
     "system_message",
     "shadow_answers",
+    "call_form",
     "pad_token_id",
 )
 

@@ -38,6 +38,23 @@ def check_answers(path: str) -> None:
         )
 
 
+def check_calls(path: str) -> None:
+    """Refuse an adapter that has learnt calls in its template's form, where it would be held to the compact one.
+
+    Raises:
+        ConfigError: if ``path`` is one. AdapterFileError: if it has no configuration, or a damaged one.
+    """
+    from shadowpeft.hf import formats
+
+    if is_edge_folder(path) or formats.detect(path) != formats.OURS:
+        return
+    if read_json(find_file(path, CONFIG)).get("call_form") == "template":
+        raise ConfigError(
+            f"'{path}' has learnt to call tools as its base's chat template writes them but --skills is of the compact form; "
+            "leave --skills out, or train with data.call_form: compact"
+        )
+
+
 def load_edge(path: str) -> tuple[Any, Any]:
     """Model and tokenizer of an edge folder.
 

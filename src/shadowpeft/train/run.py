@@ -42,7 +42,16 @@ from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.packing import check_packing
 from shadowpeft.train.paths import check_paths, learns
 from shadowpeft.train.progress import EarlyStopping, RunCallback, plot_losses, read_metrics
-from shadowpeft.train.rows import RunData, class_rows_of, load_run_data, shadow_first, steps_by_epochs, system_of
+from shadowpeft.train.rows import (
+    RunData,
+    class_rows_of,
+    compact_calls,
+    load_run_data,
+    shadow_first,
+    steps_by_epochs,
+    system_of,
+    tools_of_run,
+)
 from shadowpeft.train.schedule import check_warmup
 from shadowpeft.train.sections import DataConfig, TrainingSection
 from shadowpeft.train.speed import planned_in, steps_in_time
@@ -63,6 +72,8 @@ def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None)
         config.trained_ends = end_tokens(base, tokenizer)
         config.system_message = system_of(run.data.train, run.data.system)
         config.shadow_answers = "action" if run.data.learns_actions else None
+        tools = tools_of_run(run.data.train, run.data.tools)
+        config.call_form = None if compact_calls(run.data, tools, tokenizer) else "template"
     set_seed(run.training.seed)
     model = get_peft_model(base, config)
     for parameter in model.parameters():  # PEFT leaves a new head in the base's dtype, in which small steps are lost
