@@ -1,16 +1,16 @@
 """Calls in the form of a chat template: read off from the template, held by a grammar, found in an answer."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from chatbase import CALLING, calling_tokenizer, chat_tokenizer
 from shadowpeft.chat_template import render, render_prompt
 from shadowpeft.data import chat
-from shadowpeft.data.call_form import COMPACT, CallForm, template_form
+from shadowpeft.data.call_form import CallForm, template_form
 from shadowpeft.data.call_guide import Engine
 from shadowpeft.data.calls import Call
 from shadowpeft.data.template_calls import TemplateCalls
@@ -38,23 +38,40 @@ ASKED = [{"role": "user", "content": "walk"}]
 CALLS = (
     [Call("Sit", {})],
     [Call("Walk", {"direction": "left", "metres": 2})],
-    [Call("Walk", {"direction": "上", "note": 'a"\\{}'}), Call("Sit", {}), Call("Walk", {"direction": "right", "metres": 0.5})],
+    [
+        Call("Walk", {"direction": "上", "note": 'a"\\\n{}'}),
+        Call("Sit", {}),
+        Call("Walk", {"direction": "right", "metres": 0.5}),
+    ],
 )
 HERMES = {
     "begin": '<tool_call>\n{"name": "',
     "opens": '", "arguments": {',
     "between": '}\n</tool_call>\n<tool_call>\n{"name": "',
     "end": "}\n</tool_call>",
+    "key_begin": '"',
 }
 LLAMA = {"begin": '{"name": "', "opens": '", "parameters": {', "between": None, "end": "}"}
+TAGS = {
+    "begin": "<tool_call>\n<function=",
+    "opens": ">\n",
+    "key_begin": "<parameter=",
+    "key_end": ">\n",
+    "value_end": "\n</parameter>\n",
+    "between": "</function>\n</tool_call>\n<tool_call>\n<function=",
+    "end": "</function>\n</tool_call>",
+}
 PRODUCERS = {
     "qwen2_5": HERMES,
     "qwen3": HERMES,
     "qwen3_instruct_2507": HERMES,
     "llama3_1": LLAMA,
     "llama3_2": LLAMA,
-    "qwen3_5_think": None,  # argument by argument
-    "glm4moe": None,
+    "qwen3_5_think": TAGS,
+    "qwen3_8": TAGS,
+    "nemotron_3_nano": {**TAGS, "end": "</function>\n</tool_call>\n"},
+    "glm4moe": {"begin": "<tool_call>", "opens": "\n", "between": "</tool_call>\n<tool_call>", "end": "</tool_call>"},
+    "lfm2_2_5": None,  # with special tokens
     "gptoss": None,  # with special tokens
     "gemma3": None,  # no calls
 }
@@ -87,7 +104,7 @@ def test_the_form_is_read_off_from_the_producers_template(name):
         assert found is None
         return
     assert {key: getattr(found, key) for key in expected} == expected
-    assert (found.closes, found.words) == ("}", expected is HERMES)
+    assert (found.raw, found.words) == (expected not in (HERMES, LLAMA), expected is not LLAMA)
 
 
 @pytest.mark.parametrize("name", [name for name, form in PRODUCERS.items() if form is not None])
@@ -103,7 +120,7 @@ def test_what_a_template_writes_is_found_again(name, content, calls):
     text = said(tokenizer, content, calls)
     found = TemplateCalls(TOOLS, form).found(text)
     assert list(found.calls) == calls
-    assert text[: found.start].rstrip() == content
+    assert text[: found.start].strip() == content
 
 
 def test_a_template_without_a_form_has_none():
@@ -137,16 +154,25 @@ def test_arguments_are_written_once_whether_they_come_as_an_object_or_as_text(ar
 # ------------------------------------------------------------------------------------------------------------ the grammar
 
 
-@pytest.fixture(scope="module")
-def machine():
-    tokenizer = calling_tokenizer()
-    return tokenizer, template_form(tokenizer), Engine(tokenizer, 261)
+@pytest.fixture(scope="module", params=["a template of ours", "qwen3", "qwen3_5_think", "glm4moe"])
+def machine(request):
+    if request.param in PRODUCERS:
+        tokenizer = producers(request.param)
+        tokenizer.add_tokens([AddedToken(each, special=False, normalized=False) for each in ("<tool_call>", "</tool_call>")])
+        if request.param == "glm4moe":
+            tags = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+            tokenizer.add_tokens([AddedToken(each, special=False, normalized=False) for each in tags])
+    else:
+        tokenizer = calling_tokenizer()
+    form = template_form(tokenizer)
+    assert form.trigger == 260
+    return tokenizer, form, Engine(tokenizer, 261)
 
 
 def drawn(grammar, path, seed, longest=2000):
     """The path gone on with by an untrained model that is held to a grammar, up to where it ends."""
     rng, guide = np.random.default_rng(seed), grammar.start()
-    likes = rng.random(261)  # an untrained model's numbers are noise
+    likes = rng.random(270)  # an untrained model's numbers are noise
     while len(path) < longest:
         if forced := guide.forced(path):
             path += forced
@@ -164,13 +190,13 @@ def drawn(grammar, path, seed, longest=2000):
 def test_an_untrained_model_makes_no_invalid_call(machine, words):
     tokenizer, form, engine = machine
     parser, grammar = TemplateCalls(TOOLS, form), engine.calls(TOOLS, hand_on=False, optional=bool(words), form=form)
-    for seed in range(60):
+    for seed in range(40):
         start = tokenizer(words, add_special_tokens=False).input_ids + ([260] if words else [])
         path = drawn(grammar, start, seed)
         text = tokenizer.decode(path)
         found = parser.found(text)
         assert found is not None, text
-        assert text[: found.start] == words
+        assert text[: found.start].rstrip() == words.rstrip()
         assert 1 <= len(found.calls) <= 4
 
 
@@ -181,9 +207,10 @@ def test_what_a_template_writes_may_follow(machine, optional):
     for calls in CALLS:
         ids = tokenizer(said(tokenizer, "", calls), add_special_tokens=False).input_ids
         guide = grammar.start()
+        begins = ids.index(260) + 1 if optional else 0
         for place, token in enumerate([*ids, 3]):
             allowed = guide.allowed(ids[:place])
-            assert len(allowed) == 0 if optional and not place else token in allowed
+            assert token in allowed if place >= begins else len(allowed) == 0
 
 
 def test_words_are_free_until_a_call_begins(machine):
@@ -191,7 +218,7 @@ def test_words_are_free_until_a_call_begins(machine):
     guide = engine.calls(TOOLS, hand_on=False, optional=True, form=form).start()
     words = tokenizer('I think {"name": "Sit"} <cal', add_special_tokens=False).input_ids
     assert all(len(guide.allowed(words[:n])) == 0 and not guide.forced(words[:n]) for n in range(len(words)))
-    assert tokenizer.decode(guide.forced([*words, 260])).startswith('{"name": "')
+    assert form.begin.startswith(tokenizer.decode([260, *guide.forced([*words, 260])]))
 
 
 def test_a_form_without_words_is_held_from_its_first_token():
@@ -209,10 +236,11 @@ def test_a_form_without_words_is_held_from_its_first_token():
 FORM = CallForm(
     begin='<call>{"name": "',
     opens='", "arguments": {',
+    key_begin='"',
+    key_end='": ',
     closes="}",
     between='}</call>\n<call>{"name": "',
     end="}</call>",
-    quoted=True,
     words=True,
 )
 ONE = '<call>{"name": "Sit", "arguments": {}}</call>'
@@ -260,6 +288,3 @@ def test_words_come_before_the_end_of_the_answer():
     assert sent == "Ok, I sit."
 
 
-def test_the_compact_form_is_the_default():
-    assert (COMPACT.key("a"), FORM.key("a")) == ("a=", '"a": ')
-    assert json.loads("{" + FORM.key('"') + "1}") == {'"': 1}

@@ -6,31 +6,39 @@ A template's form is read off from what it writes for calls of two probes, so no
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from shadowpeft.chat_template import render, render_prompt
 from shadowpeft.errors import DataError
 
-_NAMES = ("probe_first", "probe_second")
+_NAMES, _KEYS, _VALUES = ("probe_first", "probe_second"), ("key_first", "key_second"), (7301, 7302)
 _IDS = ("call00001", "call00002")
-_ARGUMENTS = '{"key": 1}'
-_SCHEMA = {"type": "object", "properties": {"key": {"type": "integer"}}}
+_SCHEMA = {"type": "object", "properties": {key: {"type": "integer"} for key in _KEYS}}
 _TOOLS = [{"type": "function", "function": {"name": n, "description": "", "parameters": _SCHEMA}} for n in _NAMES]
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """The fixed pieces of calls: ``begin name opens key value, key value closes [between name ...] end``."""
+    """The fixed pieces of calls: ``begin call [between call ...] end``. A call is ``name opens [argument joint argument ...]
+    closes``, and an argument ``key_begin key key_end value value_end``."""
 
+    lead: str = ""
+    """White space that may stand before all of it."""
     begin: str = "["
     opens: str = "("
+    key_begin: str = ""
+    key_end: str = "="
+    value_end: str = ""
+    joint: str = ", "
     closes: str = ")"
     between: str | None = ", "
     """None: an answer has one call at most."""
     end: str = "]"
-    quoted: bool = False
-    """Whether arguments are one JSON object; else they are ``name=value``."""
+    raw: bool = False
+    """Whether a text is written as it is; else every value is JSON."""
     words: bool = False
     """Whether words may stand before the calls."""
     tokens: tuple[tuple[str, int], ...] = ()
@@ -41,9 +49,11 @@ class CallForm:
         """The token that calls begin with, if it is one that no words have."""
         return next((token for text, token in self.tokens if self.begin.startswith(text)), None)
 
-    def key(self, name: str) -> str:
-        """What stands before the value of an argument."""
-        return f"{json.dumps(name, ensure_ascii=False)}: " if self.quoted else f"{name}="
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The fixed texts."""
+        between = self.between or ""
+        return (self.begin, self.opens, self.key_begin, self.key_end, self.value_end, self.closes, between, self.end)
 
 
 COMPACT = CallForm()
@@ -52,50 +62,80 @@ COMPACT = CallForm()
 def template_form(tokenizer: Any) -> CallForm | None:
     """How the tokenizer's chat template writes the calls of an answer.
 
-    None: it writes none, or in a way that is not a name with a JSON object of arguments between fixed texts: with an identity
-    in it, key by key, or with special tokens, which no text shows.
+    None: it writes none, or neither as a name with a JSON object of arguments nor argument by argument, between fixed texts:
+    with an identity in it, or with special tokens, which no text shows.
     """
-    plain, one, two, words = (
-        _tail(tokenizer, content, count) for content, count in (("b", 0), ("", 1), ("", 2), ("b", 1))
-    )
+    plain, one = _tail(tokenizer, "b"), _tail(tokenizer, "", [1])
     if plain is None or one is None:
         return None
     closing = plain.partition("b")[2]
     begin, named, rest = one.partition(_NAMES[0])
-    middle, found, end = rest.partition(_ARGUMENTS)
-    if not named or not found or not end.endswith(closing) or not begin.strip() or any(i in one for i in _IDS):
+    if not named or not rest.endswith(closing) or not begin.strip() or any(identity in one for identity in _IDS):
         return None
-    end = end[: len(end) - len(closing)]
+    form = _as_object(rest, closing) or _by_argument(tokenizer, begin, rest, closing)
+    if form is None:
+        return None
+    two, words = _tail(tokenizer, "", [1, 1]), _tail(tokenizer, "b", [1])
+    call = rest[: len(rest) - len(closing) - len(form.end)]  # what stands between a name and the end
     between = None
     if two is not None:
-        first = f"{begin}{_NAMES[0]}{middle}{_ARGUMENTS}"
-        between = two[len(first) :].partition(_NAMES[1])[0]
-        if two != f"{first}{between}{_NAMES[1]}{middle}{_ARGUMENTS}{end}{closing}":
+        between = two[len(begin + _NAMES[0] + call) :].partition(_NAMES[1])[0]
+        if two != f"{begin}{_NAMES[0]}{call}{between}{_NAMES[1]}{rest}":
             between = None
-    pieces = (begin, middle, between or "", end)
-    added = {
-        token: each for token, each in tokenizer.added_tokens_decoder.items() if any(each.content in p for p in pieces)
-    }
+    may_speak = words is not None and words.lstrip().startswith("b")
+    bare = begin.lstrip()
+    form = replace(form, lead=begin[: len(begin) - len(bare)], begin=bare, between=between, words=may_speak)
+    added = {t: a for t, a in tokenizer.added_tokens_decoder.items() if any(a.content in piece for piece in form.pieces)}
     if any(each.special for each in added.values()):
         return None
+    return replace(form, tokens=tuple((each.content, token) for token, each in added.items()))
+
+
+def _as_object(rest: str, closing: str) -> CallForm | None:
+    """The form of a call whose arguments are a JSON object, from what follows its name; None: they are none."""
+    middle, found, end = rest.partition(json.dumps({_KEYS[0]: _VALUES[0]}))
+    if not found:
+        return None
+    end = end[: len(end) - len(closing)]
+    return CallForm(opens=middle + "{", key_begin='"', key_end='": ', closes="}", end=end)
+
+
+def _by_argument(tokenizer: Any, begin: str, one: str, closing: str) -> CallForm | None:
+    """The form of a call whose arguments have texts around each key and value; None: it has another."""
+    zero, two = _tail(tokenizer, "", [0]), _tail(tokenizer, "", [2])
+    head = begin + _NAMES[0]
+    if zero is None or two is None or not zero.startswith(head) or not two.startswith(head):
+        return None
+    before, _, rest = one.partition(_KEYS[0])
+    key_end, _, after = rest.partition(str(_VALUES[0]))
+    zero, two = zero[len(head) :], two[len(head) :]
+    opens = before[: next(n for n, pair in enumerate(zip_longest(before, zero)) if pair[0] != pair[1])]
+    if opens.rfind("<") > opens.rfind(">"):  # the next tags begin alike
+        opens = opens[: opens.rfind("<")]
+    key_begin, rest = before[len(opens) :], zero[len(opens) :]
+    value_end = after[: len(after) - len(rest)]
+    arguments = (f"{key_begin}{key}{key_end}{value}{value_end}" for key, value in zip(_KEYS, _VALUES, strict=True))
+    if not value_end.strip() or not key_begin or two != f"{opens}{''.join(arguments)}{rest}":
+        return None
+    end = rest[: len(rest) - len(closing)]
     return CallForm(
-        begin.lstrip(),
-        middle + "{",
-        "}",
-        between,
-        end,
-        quoted=True,
-        words=words is not None and words.startswith("b"),
-        tokens=tuple((each.content, token) for token, each in added.items()),
+        opens=opens,
+        key_begin=key_begin,
+        key_end=key_end,
+        value_end=value_end,
+        joint="",
+        closes="",
+        end=end,
+        raw=True,
     )
 
 
-def _tail(tokenizer: Any, content: str, count: int) -> str | None:
-    """What the template writes for an answer with so many calls; None: it refuses them, or rewrites the prompt."""
-    asked = [{"role": "user", "content": "a"}]
+def _tail(tokenizer: Any, content: str, arguments: Iterable[int] = ()) -> str | None:
+    """What the template writes for an answer whose calls have so many arguments; None: it refuses, or rewrites the prompt."""
+    asked, pairs = [{"role": "user", "content": "a"}], [*zip(_KEYS, _VALUES, strict=True)]
     calls = [
-        {"id": identity, "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
-        for identity, name in zip(_IDS[:count], _NAMES, strict=False)
+        {"id": identity, "type": "function", "function": {"name": name, "arguments": dict(pairs[:count])}}
+        for identity, name, count in zip(_IDS, _NAMES, arguments, strict=False)
     ]
     answer = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
     try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from shadowpeft.data.call_form import CallForm
 from shadowpeft.data.calls import Answered, Call, CallParser, json_at, ordered
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
+
+_PYTHONS = {"True": True, "False": False, "None": None}
+"""What templates write that show a value in Python's way."""
 
 
 class TemplateCalls(CallParser):
@@ -30,20 +35,38 @@ class TemplateCalls(CallParser):
             opening = text.find(form.opens, at)
             if opening < 0:
                 return None
-            name = text[at:opening]
+            name, at = text[at:opening], opening + len(form.opens)
             try:
-                arguments, at = json_at(text, opening + len(form.opens) - 1)
+                arguments, at = self._by_argument(name, text, at) if form.raw else json_at(text, at - 1)
                 calls.append(ordered(Call(name, arguments), self.tools))
             except (ValueError, RecursionError, ConfigError):
                 return None
-            if form.between is not None and text.startswith(form.between, at):
-                at += len(form.between)
-            else:
+            if form.between is None or not text.startswith(form.between, at):
                 break
+            at += len(form.between)
         end = form.end.rstrip()
         if not text.startswith(end, at) or text[at + len(end) :].strip():
             return None
         return Answered(tuple(calls), len(text), start=start)
+
+    def _by_argument(self, name: str, text: str, at: int) -> tuple[dict[str, Any], int]:
+        """Arguments that stand one by one, and where they end.
+
+        Raises:
+            ValueError: if one is not whole, or there twice.
+        """
+        form, arguments = self.form, dict[str, Any]()
+        schemas = self.tools.by_name[name].properties if name in self.tools.by_name else {}
+        while text.startswith(form.key_begin, at):
+            at += len(form.key_begin)
+            value = text.index(form.key_end, at)
+            end = text.index(form.value_end, value)
+            key = text[at:value]
+            if key in arguments:
+                raise ValueError(f"{key} is there twice")
+            arguments[key] = _value(text[value + len(form.key_end) : end], schemas.get(key))
+            at = end + len(form.value_end)
+        return arguments, at
 
     def _start(self, text: str) -> int | None:
         """Where the calls begin; None: nowhere yet."""
@@ -60,3 +83,18 @@ class TemplateCalls(CallParser):
                 return 0 if begin.startswith(text.lstrip()) else len(text)
             start = len(text) - next(n for n in range(len(begin) - 1, -1, -1) if text.endswith(begin[:n]))
         return len(text[:start].rstrip())  # white space between words and calls is nobody's
+
+
+def _value(text: str, schema: Any) -> Any:
+    """What an argument's text means: a text where its schema knows nothing else, else JSON if it is some."""
+    schema = schema if isinstance(schema, dict) else {}
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if schema.get("type") == "string" or (values is not None and text in values):
+        return text
+    if text in _PYTHONS:
+        return _PYTHONS[text]
+    try:
+        value, end = json_at(text, 0)
+    except (ValueError, RecursionError):
+        return text
+    return value if end == len(text) else text

@@ -38,7 +38,8 @@ def calls_grammar(tools: Tools, *, hand_on: bool, calls: int = MOST_CALLS, form:
 def _rules(start: str, tools: Tools, calls: int, form: CallForm) -> str:
     lines = [start]
     more = f" ({_piece(form.between, form)} call){{0,{calls - 1}}}" if calls > 1 and form.between is not None else ""
-    lines.append(f"calls: {_piece(form.begin, form)} call{more} {_piece(form.end, form)}")
+    lead = f"{_text(form.lead)}? " if form.lead else ""
+    lines.append(f"calls: {lead}{_piece(form.begin, form)} call{more} {_piece(form.end, form)}")
     lines.append("call: " + " | ".join(f"t{n}" for n in range(len(tools))))
     for n, tool in enumerate(tools):
         lines += _tool(f"t{n}", tool, form)
@@ -58,10 +59,12 @@ def _tool(rule: str, tool: Tool, form: CallForm) -> list[str]:
     properties = list(tool.properties.items())
     lines = [f"{rule}: {_piece(tool.name + form.opens, form)} {rule}_0f"]
     for n, (name, schema) in enumerate(properties):
-        lines.append(f"{rule}_v{n}: {_value(schema, tool.parameters)}")
+        value = (_raw if form.raw else _value)(schema, tool.parameters, form)
+        lines.append(f"{rule}_v{n}: {value}")
         for written in (False, True) if n else (False,):
-            separator = _text(", ") + " " if written else ""
-            some = f"{separator}{_text(form.key(name))} {rule}_v{n} {rule}_{n + 1}m"
+            before = (form.joint if written else "") + form.key_begin + name + form.key_end
+            after = f"{_piece(form.value_end, form)} " if form.value_end else ""
+            some = f"{_piece(before, form)} {rule}_v{n} {after}{rule}_{n + 1}m"
             none = "" if name in tool.required else f" | {rule}_{n + 1}{'m' if written else 'f'}"
             lines.append(f"{rule}_{n}{'m' if written else 'f'}: {some}{none}")
     lines += [f"{rule}_{len(properties)}{way}: {_text(form.closes)}" for way in ("fm" if properties else "f")]
@@ -80,8 +83,8 @@ def _reached(lines: list[str]) -> set[str]:
     return found
 
 
-def _value(schema: Any, root: dict[str, Any]) -> str:
-    """What an argument may be; ``root`` has what references name."""
+def _value(schema: Any, root: dict[str, Any], form: CallForm) -> str:
+    """What an argument may be; ``root`` has what references name. Texts are short and of one line in the compact form alone."""
     if isinstance(schema, dict):
         values = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if values is not None and not (schema.keys() - _ABOUT - {"enum", "const"}) and values:
@@ -90,7 +93,7 @@ def _value(schema: Any, root: dict[str, Any]) -> str:
         kind = schema.get("type")
         if kind == "boolean" and not (schema.keys() - _ABOUT):
             return '"true" | "false"'
-        if kind == "string" and not (schema.keys() - _STRING):
+        if kind == "string" and not (schema.keys() - _STRING) and form == COMPACT:
             least, most = schema.get("minLength", 0), schema.get("maxLength", LONGEST_TEXT)
             return _pattern(f'"({_CHARACTER}){{{least},{max(least, most)}}}"')
         if kind in ("integer", "number") and not (schema.keys() - _NUMBER):
@@ -100,6 +103,25 @@ def _value(schema: Any, root: dict[str, Any]) -> str:
     named = {key: root[key] for key in DEFINITIONS if key in root}
     whole = {**schema, **named, "x-guidance": _SPACING} if isinstance(schema, dict) else schema
     return f"%json {json.dumps(whole, ensure_ascii=False)}"
+
+
+def _raw(schema: Any, root: dict[str, Any], form: CallForm) -> str:
+    """What an argument may be where a text is written as it is: one without the character that its end begins with."""
+    if not isinstance(schema, dict):
+        return _value(schema, root, form)
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return " | ".join(f"({_raw({**schema, 'type': each}, root, form)})" for each in kind)
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if values:
+        texts = [each if isinstance(each, str) else value_text(each) for each in values if _is(each, kind)]
+        return " | ".join(map(_text, texts))
+    if kind == "boolean":  # templates in Python's way write True
+        return '"true" | "false" | "True" | "False"'
+    if kind == "string":
+        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        return _pattern(rf"[^{re.escape(form.value_end.strip()[0])}\x00-\x08\x7f]{{{least},{most}}}")
+    return _value(schema, root, form)
 
 
 def _is(value: Any, kind: Any) -> bool:
