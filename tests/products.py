@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 
 
+def usual(values: Iterable[Any], kept: Iterable[Any]) -> list[Any]:
+    """The values as parameters, of which all but ``kept`` have the marker ``slow``."""
+    kept = list(kept)
+    return [pytest.param(value, marks=[] if value in kept else pytest.mark.slow) for value in values]
+
+
 def covering(*axes: Iterable[Any], strength: int | None = None) -> list[Any]:
     """All combinations of values as parameters, of which those beyond a covering array have the marker ``slow``.
 

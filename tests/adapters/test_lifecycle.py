@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import shadowpeft
+from products import covering
 from several import ADAPTERS, BASE, classifiers, each_alone, rows_of, several
 from shadowpeft.errors import CacheMismatchError, ConfigError
 from tiny import adapt, adapter_config, base, randomise, tokens
@@ -68,8 +69,7 @@ def test_only_refined_layers_hold_an_adapter():
     assert held["default"] == held["explicit"] == held["deep"] == [False, True, True, True]
 
 
-@pytest.mark.parametrize("gone", list(ADAPTERS))
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "gone"), covering(TASKS, list(ADAPTERS)))
 def test_deleting_one_leaves_the_others_to_the_bit(task, gone):
     """Active or not, whichever layers it refines."""
     plain, model = made(task)

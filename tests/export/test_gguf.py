@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import edges
 import tiny
+from products import covering
 from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.export import gguf
 
@@ -76,8 +77,7 @@ def step(weight, dtype):
     return largest * (half + 2.0**-11) + 1e-6  # the scale itself is a f16
 
 
-@pytest.mark.parametrize("dtype", ["f16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("arch", "dtype"), covering(["llama", "qwen2", "qwen3"], ["f16", "q8_0", "q4_0"]))
 def test_rounded_types(arch, dtype, tmp_path):
     source = edges.model(arch)
     report = gguf.write(source, edges.tokenizer(), tmp_path / "m.gguf", dtype)

@@ -57,8 +57,7 @@ def test_logits_of_both_paths_are_those_of_float64(device, name, kind, dtype):
         assert float(error) < BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "checkpointed"), covering(FAMILIES, [False, True]))
 def test_losses_and_gradients_are_those_of_float64(device, name, checkpointed):
     model = adapt(base(name)).train()
     ids = tokens(2, 9)

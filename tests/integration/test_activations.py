@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import shadowpeft
 from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
+from products import usual
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.data.chat import read_file
 from shadowpeft.data.padding import pad_inputs
@@ -76,9 +77,10 @@ def small_shards(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize(
-    "extra", [{}, {"gradient_accumulation": 2, "group_by_length": False}, {"label_smoothing": 0.1}]
-)
+MORE = [{}, {"gradient_accumulation": 2, "group_by_length": False}, {"label_smoothing": 0.1}]
+
+
+@pytest.mark.parametrize("extra", usual(MORE, MORE[1:2]))
 def test_a_run_with_stored_activations_ends_as_one_without(made, tmp_path, extra, monkeypatch):
     plain = start(made, tmp_path / "plain", **extra)
     ran = []

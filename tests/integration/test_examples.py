@@ -43,7 +43,7 @@ def test_there_are_three():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "sft_trainer")) for name in NAMES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "trainer")) for name in NAMES]
 )
 def test_an_example(tmp_path, run, name):
     before, after = losses(run(name))

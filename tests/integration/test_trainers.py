@@ -151,9 +151,15 @@ def test_classification_micro_batches(tmp_path):
     check(model, start, gradients, **whole(data))
 
 
-@pytest.mark.parametrize("cls", [Trainer, ShadowTrainer])
-@pytest.mark.parametrize("micro", [1, 4])
-@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+@pytest.mark.parametrize(
+    ("problem", "micro", "cls"),
+    covering(
+        ["multi_label_classification", "regression"],
+        [1, 4],
+        [Trainer, ShadowTrainer],
+        strength=1,
+    ),
+)
 def test_rows_with_several_labels_or_targets(tmp_path, problem, micro, cls):
     """Trainer counts what labels hold, and the loss is the mean over as many."""
     model = base("llama", task="SEQ_CLS")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import shadowpeft
 from foreign import TOLERANCE, assert_gradients, greedy, labels_for, lm_batch, parts_of, train_steps
+from products import covering, usual
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.hf import formats
 from shadowpeft.hf.formats import common, peft_shadow, table
@@ -30,6 +31,9 @@ CASES = {
     "index-that-peft-ignores": ("llama", {"layers_to_transform": [0, 1], "layers_pattern": "layers"}),
     "excluded": ("llama", {"target_modules": r".*\.layers\.\d+", "exclude_modules": r".*\.layers\.3"}),
 }
+
+
+USUAL = ("llama", "qwen3-narrow", "gpt2", "own-table-gpt2", "explicit", "some-layers")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def trained_state(theirs):
 
 
 @pytest.mark.filterwarnings("ignore:.*adapts layers 0 to 2 of 4")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", usual(CASES, USUAL))
 def test_logits_losses_and_tokens_are_theirs(tmp_path, small, case):
     plain, theirs = produce(tmp_path, small, *CASES[case])
     ours = shadowpeft.load(tmp_path, copy.deepcopy(plain))
@@ -93,7 +97,7 @@ def test_logits_losses_and_tokens_are_theirs(tmp_path, small, case):
 
 
 @pytest.mark.filterwarnings("ignore:.*adapts layers 0 to 2 of 4")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", usual(CASES, USUAL))
 def test_gradients_are_theirs(tmp_path, small, case):
     plain, theirs = produce(tmp_path, small, *CASES[case])
     ours = shadowpeft.load(tmp_path, copy.deepcopy(plain), is_trainable=True)
@@ -136,8 +140,7 @@ def test_settings_come_from_their_file(tmp_path, small):
     assert (ours.auxiliary_loss_weight, ours.refined_layers) == (0.3, None)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize(("name", "side"), covering(["llama", "qwen3"], ["left", "right"]))
 def test_classifiers(tmp_path, small, name, side):
     plain, theirs = produce(tmp_path, small, name, task="SEQ_CLS")
     ours = shadowpeft.load(tmp_path, copy.deepcopy(plain))
@@ -170,7 +173,7 @@ def test_saved_modules(tmp_path, small):
 
 
 @pytest.mark.filterwarnings("ignore:.*adapts layers 0 to 2 of 4")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", usual(CASES, USUAL))
 def test_written_back_it_runs_in_peft_and_returns_to_the_bit(tmp_path, small, case):
     plain, theirs = produce(tmp_path / "theirs", small, *CASES[case])
     ours = shadowpeft.load(tmp_path / "theirs", copy.deepcopy(plain))

@@ -214,7 +214,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(plan=OPERATIONS)
 def test_whatever_is_done_at_once_the_names_say_what_their_versions_say(folders, expected, plan):
     backend = cloud(folders, "a", "b")
@@ -461,7 +461,7 @@ def one(folders):
     engine.stop()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(damage=damages(), action=st.sampled_from(["add", "swap"]))
 def test_damaged_versions_are_refused_in_one_way_and_leave_nothing_behind(
     one, folders, expected, tmp_path_factory, damage, action

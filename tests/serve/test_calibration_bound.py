@@ -28,7 +28,7 @@ def unlikely(runs):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "curve", [pytest.param(c, marks=[pytest.mark.slow] * (c not in ("worst", "informative"))) for c in CURVES]
+    "curve", [pytest.param(c, marks=[pytest.mark.slow] * (c != "worst")) for c in CURVES]
 )
 def test_the_true_error_exceeds_the_target_in_one_calibration_of_twenty_at_most(curve, target):
     world = World(curve, target)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from products import covering
 from shadowpeft.serve import client as module
 from shadowpeft.serve.client import Breaker, CloudClient, CloudError, CloudRefusedError
 
@@ -220,8 +221,7 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("kind", SLOW)
+@pytest.mark.parametrize(("kind", "stream"), covering(SLOW, [False, True]))
 def test_a_cloud_that_trickles_is_given_up(kind, stream, monkeypatch):
     monkeypatch.setattr(module, "_GRACE", 0.0)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from chatbase import chat_tokenizer
+from products import covering
 from serving import ask, attached, detached, engine_of
 from shadowpeft.data.chat import render_prompt
 from shadowpeft.serve.engine import Engine, EngineLimits
@@ -231,8 +232,7 @@ def test_completions_stream_and_stop(client):
     assert cut.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize(("place", "stream"), covering(range(5), [False, True]))
 def test_log_probabilities_are_those_of_the_text_without_its_stop(client, stream, place):
     ask = {"model": "late", "prompt": PROMPTS[1], "max_tokens": 12, "logprobs": 1}
     free = client.completions.create(**ask).choices[0]

@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import uvicorn
 
+from products import covering
 from serving import attached
 from shadowpeft.serve.connections import ConnectionLimits, DrainingServer, TimelyProtocol, quiet
 from shadowpeft.serve.engine import Engine, EngineLimits
@@ -186,8 +187,7 @@ def talkative():
     return app
 
 
-@pytest.mark.parametrize("leaves", [False, True])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("stream", "leaves"), covering([False, True], [False, True]))
 def test_a_client_that_stops_reading_is_counted_once(stream, leaves):
     """Whether it stays and reads nothing, or closes with most of the answer unread."""
     app = talkative()
@@ -206,8 +206,7 @@ def test_a_client_that_stops_reading_is_counted_once(stream, leaves):
         raw.close()
 
 
-@pytest.mark.parametrize("seen", ["by reading", "by writing"])
-@pytest.mark.parametrize("part", ["head", "body", "end"])
+@pytest.mark.parametrize(("part", "seen"), covering(["head", "body", "end"], ["by reading", "by writing"]))
 def test_a_client_that_leaves_before_a_part_of_the_answer_is_counted_once(part, seen):
     """Whatever the server does when the connection ends: it waits and reads that it was reset, or it writes and fails."""
     connected, left, done = threading.Event(), threading.Event(), threading.Event()

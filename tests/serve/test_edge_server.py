@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from products import covering
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
 from shadowpeft.serve import roles
@@ -188,8 +189,7 @@ def test_metrics_tell_the_share_on_the_device(cloud):
     assert metric(text, "shadowpeft_routed_total", where="cloud", reason="[REMOTE]") == 1
 
 
-@pytest.mark.parametrize("asked", [False, True])
-@pytest.mark.parametrize("word", ["sit", "remote"])
+@pytest.mark.parametrize(("word", "asked"), covering(["sit", "remote"], [False, True]))
 def test_the_tokens_of_a_stream_count_as_of_a_whole_answer(cloud, word, asked):
     """Also where the client does not ask for them, which then does not see them."""
     with Running(edge_app(cloud.url, CALIBRATION)) as server, client_of(server) as client, server.http(KEY) as http:
@@ -505,8 +505,7 @@ def test_a_slow_cloud_does_not_fill_the_edge():
         assert app.state.server.role.elsewhere == 0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("text", ["\u2028\u2029\u0085", "\U0001f600 站"])
+@pytest.mark.parametrize(("text", "stream"), covering(["\u2028\u2029\u0085", "\U0001f600 站"], [False, True]))
 def test_separators_in_a_clouds_answer_are_text(cloud, text, stream):
     whole = json.loads(json.dumps(ANSWER).replace("Rome", "X"))
     whole["choices"][0]["message"]["content"] = text

@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from chatbase import chat_tokenizer
+from products import covering
 from serving import detached, saying
 from shadowpeft.data.calls import CallParser, answered
 from shadowpeft.data.tools import tools_of
@@ -201,9 +202,15 @@ def test_what_cannot_be_held_is_refused_by_name(cloud, more, problem):
         ask(cloud, **more)
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "none", "required"])
-@pytest.mark.parametrize("begins", ["{}", "[Sit()]"])
-@pytest.mark.parametrize("form", [{"type": "json_object"}, schema_of({"type": "object"})])
+@pytest.mark.parametrize(
+    ("form", "begins", "choice"),
+    covering(
+        [{"type": "json_object"}, schema_of({"type": "object"})],
+        ["{}", "[Sit()]"],
+        [None, "auto", "none", "required"],
+        strength=1,
+    ),
+)
 def test_tools_and_a_form_hold_the_answer_together(choice, begins, form):
     role = CloudRole(Engine(saying(begins), LIMITS), system=None, default_tokens=300, tools=TOOLS)
     with Running(build(role, Settings(NOBODY))) as server:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 import tiny
+from products import covering
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.forward import below
 from shadowpeft.hf.layer import adapted_base, find_hub
@@ -100,8 +101,7 @@ def test_passed_embeddings_keep_their_gradient():
 # ------------------------------------------------------------------------------------------- a pass that starts above
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, "mixtral"])
+@pytest.mark.parametrize(("name", "side"), covering([*tiny.ARCHITECTURES, "mixtral"], ["right", "left"]))
 def test_stored_states_give_the_same_loss_and_gradients(name, side):
     model = adapt(base(name), **LAST).train()
     inputs = batch(side)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from products import covering
 from shadowpeft import ops
 from shadowpeft.core import Injection, Update, refine
 from shadowpeft.core.recurrence import is_untouched
@@ -53,8 +54,7 @@ def test_numbers_and_gradients_are_the_equations(update, bias, norm, activation,
         torch.testing.assert_close(ops.step(*one, w, how), plain(*one, w, how), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dropout_first", [True, False])
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(("normalised", "dropout_first"), covering([True, False], [True, False]))
 def test_gradients_with_dropout_are_those_of_differences(dropout_first, normalised):
     torch.manual_seed(1)
     w, (h, s) = weights(True, True, True), states()

@@ -8,6 +8,7 @@ import torch
 
 import shadowpeft
 from chatbase import chat_model, chat_tokenizer, write_rows
+from products import covering
 from shadowpeft.apps.common import in_mode
 from shadowpeft.data import chat
 from shadowpeft.data.tasks import get_task
@@ -120,8 +121,7 @@ def test_a_prompt_that_does_not_fit(model, tokenizer, how):
     assert ask(256 - 20 - frame)
 
 
-@pytest.mark.parametrize("mode", ["attached", "detached", "base"])
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize(("ends", "mode"), covering([False, True], ["attached", "detached", "base"]))
 def test_streamed_is_answered(model, tokenizer, mode, ends):
     model = ending(tokenizer) if ends else model
     with in_mode(model, mode) as runner:

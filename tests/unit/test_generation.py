@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from products import covering
+from products import covering, usual
 from shadowpeft import detach
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
 from tiny import ARCHITECTURES, KINDS, PAD, WINDOW, V, adapt, base, padded, tokens
@@ -100,8 +100,7 @@ def test_assisted_by_the_edge_model_is_greedy(name):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["mirror", "explicit"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "gemma3", "mistral"], ["mirror", "explicit"]))
 def test_assisted_beyond_the_window_by_another_model(name, kind):
     model = adapt(base(name), **KINDS[kind])
     ids = tokens(1, 9)
@@ -118,8 +117,7 @@ def test_prompt_lookup_is_greedy(name):
     assert torch.equal(model.generate(input_ids=ids, prompt_lookup_num_tokens=3, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(("chunk", "name"), covering([1, 3], ["llama", "gemma3", "gpt2"]))
 def test_chunked_prefill(name, chunk):
     model = adapt(base(name))
     ids = tokens(2, 8)
@@ -263,7 +261,7 @@ def test_cache_of_another_adapter_is_refused():
 # ------------------------------------------------------------------------------------------------------ hidden states
 
 
-@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize("name", usual(WIDER, ("llama", "gemma3", "gpt2", "qwen3_next")))
 def test_as_many_hidden_states_as_the_base(name):
     plain = base(name)
     ids = tokens(2, 6)

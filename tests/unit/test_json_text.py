@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from products import covering
 from shadowpeft.apps.route import read_intents
 from shadowpeft.data import chat
 from shadowpeft.data.actions import read_skills
@@ -92,8 +93,7 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("wrong", BAD)
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("reader", "wrong"), covering(READERS, BAD))
 def test_every_reader_names_what_it_cannot_read(tmp_path, reader, wrong):
     read, place = READERS[reader]
     (tmp_path / "state").mkdir()
@@ -118,7 +118,7 @@ def test_any_bytes_are_a_value_or_one_clause(content):
         assert "\n" not in clause
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.recursive(
         st.none()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from products import covering
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.trainer import ShadowTrainer
 from tiny import adapt, base, tokens
@@ -56,8 +57,7 @@ def passed(model, **given):
     return out, losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("items", [None, 40])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "items"), covering(KINDS, [None, 40]))
 def test_losses_and_gradients_are_those_with_logits(patch, kind, items):
     given = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
     patched = base()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from products import covering
 from shadowpeft import ShadowLossMixin, ShadowTrainer
 from shadowpeft.hf.layer import adapted_base
 from tiny import adapt, base, padded, tokens
@@ -23,8 +24,13 @@ def step(model, rows, **options):
     return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"])
-@pytest.mark.parametrize("items", [None, 40])
+@pytest.mark.parametrize(
+    ("items", "name"),
+    covering(
+        [None, 40],
+        ["llama", "llama_tied", "qwen3", "gemma3", "mistral", "gpt2", "mixtral"],
+    ),
+)
 def test_losses_and_gradients_are_those_with_logits(name, items):
     model = adapt(base(name), auxiliary_loss_weight=0.7).train()
     options = {} if items is None else {"num_items_in_batch": torch.tensor(items)}

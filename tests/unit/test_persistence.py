@@ -170,8 +170,7 @@ def test_a_module_given_as_shadow_is_copied():
     assert list(before) == list(source.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "gpt2"], KINDS))
 def test_classification_with_trained_heads(saved, name, kind):
     _, adapted, folder = saved(name, "SEQ_CLS", **KINDS[kind])
     tensors = load_file(folder / "adapter_model.safetensors")

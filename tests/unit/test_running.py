@@ -128,8 +128,13 @@ def test_a_bfloat16_base_trains_float32_weights(kind, task, autocast):
         assert float(moved) > 0.99, name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_next", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    covering(
+        ["llama", "gemma3", "gpt2", "qwen3_next", "mixtral"],
+        [torch.bfloat16, torch.float16],
+    ),
+)
 def test_half_precision_bases_run_and_generate(name, dtype):
     model = base(name).to(dtype)
     ids = tokens(2, 7)

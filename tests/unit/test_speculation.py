@@ -234,8 +234,7 @@ def test_right_drafts_save_passes(monkeypatch):
     assert torch.equal(model.generate(input_ids=ids, speculative=True, **GREEDY), expected)
 
 
-@pytest.mark.parametrize("drafts", [always, Speculation])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "drafts"), covering([1, 3], [always, Speculation]))
 def test_rows_end_one_by_one_as_without_drafts(rows, drafts):
     model = alike()
     ids = tokens(rows, 6)
@@ -259,8 +258,7 @@ class _Alternating(LogitsProcessor):
         return scores.masked_fill(barred.scatter(1, input_ids[:, -1:], True), -math.inf)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("tokens_", [None, range(2, V)])
+@pytest.mark.parametrize(("tokens_", "rows"), covering([None, range(2, V)], [1, 3]))
 def test_processors_see_every_row_with_its_own_text(rows, tokens_):
     model = alike()
     ids, mask = padded(tokens(rows, 7), [2, 0, 1][:rows], "left")

@@ -8,7 +8,7 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from naive import NaiveShadow, assert_same_gradients
-from products import covering
+from products import covering, usual
 from tiny import KINDS, WINDOW, adapt, adapter_config, base, padded, randomise, tokens
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # float32 sums in another order
@@ -33,8 +33,7 @@ def flattened():
     return rows, DataCollatorWithFlattening(return_tensors="pt")(features)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "gemma3", "qwen3"], KINDS))
 def test_packed_sequences_equal_the_rows_alone(name, kind):
     adapted = adapt(base(name), **KINDS[kind])
     rows, packed = flattened()
@@ -69,7 +68,7 @@ def test_inputs_embeds_equal_input_ids(name):
     assert torch.equal(found.shadow_logits, expected.shadow_logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", usual([torch.bfloat16, torch.float16], [torch.bfloat16]))
 @pytest.mark.parametrize(
     ("name", "attention", "form"),
     [
@@ -110,8 +109,7 @@ def test_prepared_masks_on_a_16_bit_base_equal_those_on_a_float32_base(name, att
         torch.testing.assert_close(of_mask, of_plain, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize(("name", "kind"), covering(["llama", "gemma3", "mistral"], KINDS))
 def test_a_deep_copied_prefix_continued_twice_equals_uncached(name, kind):
     adapted = adapt(base(name), **KINDS[kind])
     prefix, cache = tokens(2, 8), DynamicCache(config=adapted.config)

@@ -99,8 +99,13 @@ def test_gradients_are_those_of_the_dequantised_base(folder, name, evaluated):
     assert_same_gradients(adapted, naive, tolerance=0.05 if rounded else 2e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [n for n in QUANTISERS if n != "torchao_int4"])  # transformers' Trainer refuses those
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    covering(
+        [n for n in QUANTISERS if n != "torchao_int4"],
+        [torch.float32, torch.bfloat16],
+    ),
+)
 def test_trainer_moves_every_float32_weight(folder, tmp_path, name, dtype):
     model = prepare_model_for_kbit_training(quantised(folder, name, dtype), use_gradient_checkpointing=False)
     adapted = adapt(model, copy_base=False, auxiliary_loss_weight=0.5)
