@@ -113,8 +113,11 @@ def drafts(record: dict[str, Any]) -> str:
     parts = []
     for text, found in record["texts"].items():
         ways = found["ways"]
-        gate, without = ways["gate"]["of_base"], ways["attached"]["of_base"]
-        parts.append(f"{text} {gate:.2f} of the bare base's tokens per second with drafts, {without:.2f} without")
+        gate, without = ways["gate"], ways["attached"]
+        parts.append(
+            f"{text} {gate['of_base']:.2f} of the bare base's tokens per second with drafts ({gate['of_base_after_the_first']:.2f} "
+            f"after the first token, which reading the prompt brings), {without['of_base']:.2f} without"
+        )
     return (
         f"With free drafts (`make bench-speculation`, {record['date']}, record [speculation.json](records/speculation.json), "
         f"another adapter: two layers, trained on the robot set): {'; '.join(parts)}. More in [speculation.md](speculation.md)."
