@@ -5,7 +5,8 @@
 ADAPTER: a shadow trained on the robot set whose shadow path learns whole answers (``data.shadow_answers: whole``); RUN: the run
 file that made it, kept in the record. Greedy, one prompt at a time: commands and open-domain requests of the validation set.
 Every way makes the same number of tokens for a prompt; the ways take turns, and each ratio is of the times of one turn, summed
-over prompts: once of whole answers, and once of what comes after the first token, which reading the prompt brings. Writes docs/records/speculation.json, and from it the table of docs/speculation.md and a figure.
+over prompts: once of whole answers, and once of what comes after the first token, which reading the prompt brings. Writes
+docs/records/speculation.json, and from it the table of docs/speculation.md and a figure.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Bench:
         return out[0, inputs["input_ids"].shape[1] :]
 
     def turn(self, way: str) -> tuple[float, float, Speculation | None]:
-        """Seconds for all answers, for their first tokens alone, and what was drafted; the tokens must be the attached model's."""
+        """Seconds for all answers, for their first tokens alone, and what was drafted; the tokens must be the model's."""
         settings, spent, first = settings_of(way), 0.0, 0.0
         for inputs, answer in zip(self.inputs, self.answers, strict=True):
             options = {} if settings is None else {"speculative": settings}

@@ -115,8 +115,9 @@ def drafts(record: dict[str, Any]) -> str:
         ways = found["ways"]
         gate, without = ways["gate"], ways["attached"]
         parts.append(
-            f"{text} {gate['of_base']:.2f} of the bare base's tokens per second with drafts ({gate['of_base_after_the_first']:.2f} "
-            f"after the first token, which reading the prompt brings), {without['of_base']:.2f} without"
+            f"{text} {gate['of_base']:.2f} of the bare base's tokens per second with drafts "
+            f"({gate['of_base_after_the_first']:.2f} after the first token, which reading the prompt brings), "
+            f"{without['of_base']:.2f} without"
         )
     return (
         f"With free drafts (`make bench-speculation`, {record['date']}, record [speculation.json](records/speculation.json), "
