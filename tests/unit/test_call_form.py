@@ -73,6 +73,7 @@ PRODUCERS = {
     "glm4moe": {"begin": "<tool_call>", "opens": "\n", "between": "</tool_call>\n<tool_call>", "end": "</tool_call>"},
     "lfm2_2_5": None,  # with special tokens
     "gptoss": None,  # with special tokens
+    "muse_glimmer": None,  # each name twice
     "gemma3": None,  # no calls
 }
 

@@ -63,14 +63,14 @@ def template_form(tokenizer: Any) -> CallForm | None:
     """How the tokenizer's chat template writes the calls of an answer.
 
     None: it writes none, or neither as a name with a JSON object of arguments nor argument by argument, between fixed texts:
-    with an identity in it, or with special tokens, which no text shows.
+    with an identity or the name a second time in it, or with special tokens, which no text shows.
     """
     plain, one = _tail(tokenizer, "b"), _tail(tokenizer, "", [1])
     if plain is None or one is None:
         return None
     closing = plain.partition("b")[2]
     begin, named, rest = one.partition(_NAMES[0])
-    if not named or not rest.endswith(closing) or not begin.strip() or any(identity in one for identity in _IDS):
+    if not named or not rest.endswith(closing) or not begin.strip() or any(each in begin + rest for each in (*_NAMES, *_IDS)):
         return None
     form = _as_object(rest, closing) or _by_argument(tokenizer, begin, rest, closing)
     if form is None:
