@@ -1,6 +1,7 @@
 """How calls are written into an answer: the compact form of :mod:`shadowpeft.data.calls`, or the form of a chat template.
 
-A template's form is read off from what it writes for calls of two probes, so no model's is listed here.
+A template's form is read off from what it writes for calls of two probes, so no model's is listed here. By hand, since the
+``parse_response`` of transformers needs a description that few tokenizers bring, and no grammar can be made from that.
 """
 
 from __future__ import annotations
