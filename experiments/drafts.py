@@ -207,6 +207,10 @@ def records() -> list[dict[str, Any]]:
     return [record for record in found if record is not None]
 
 
+_LEARNT = {"ce": ", the attached model's answers", "regenerated-whole": ", the answers of the row above"}
+"""What the shadow learns, by the cell that wrote it."""
+
+
 def block(found: list[dict[str, Any]]) -> str:
     """The table of the page."""
     found = [{"epochs": Cell.epochs, **record} for record in found]  # which the first records do not say
@@ -218,7 +222,7 @@ def block(found: list[dict[str, Any]]) -> str:
     rows = []
     for record in found:
         texts = record["texts"]
-        label = f"`{record['loss']}`" + (", the attached model's answers" if record["regenerated_by"] else "")
+        label = f"`{record['loss']}`" + _LEARNT.get(record["regenerated_by"], "")
         right = f"{texts['commands']['right'] / texts['commands']['rows']:.1%}"
         row = [label, *(f"{record[key]:g}" for key in varied.values()), right]
         for text in TEXTS:
