@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from shadowpeft.errors import DataError
 from shadowpeft.json_text import parse_json
+from shadowpeft.messages import quote
 
 _PROBE = {"probe": 1}
 _WANT_OBJECTS: dict[str, bool] = {}
@@ -40,7 +41,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
     """The text of a whole chat.
 
     Raises:
-        DataError: if the tokenizer has only named templates, or its template refuses the messages.
+        DataError: if the tokenizer has only named templates, its template refuses the messages, or a call has no object of
+            arguments.
     """
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named and not (options.get("tools") and "tool_use" in named):
@@ -77,19 +79,29 @@ def _with_arguments(tokenizer: Any, messages: list[dict[str, Any]]) -> list[dict
 
 
 def _wanted(call: Any, *, as_object: bool) -> Any:
+    """Raises:
+    DataError: if the arguments are no object.
+    """
     if not isinstance(call, dict):
         return call
     if "function" in call:
         return {**call, "function": _wanted(call["function"], as_object=as_object)}
-    arguments = call.get("arguments")
-    if as_object and isinstance(arguments, str):
+    given = arguments = call.get("arguments")
+    if isinstance(given, str):
         try:
-            arguments = parse_json(arguments or "{}")
+            arguments = parse_json(given or "{}")
         except ValueError:
-            return call  # which is refused where calls are checked
-    elif not as_object and isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "arguments": arguments} if "arguments" in call else call
+            arguments = None
+    if not isinstance(arguments, dict):
+        if given is None:
+            return call
+        raise DataError(
+            f"a call of {call.get('name')} has the arguments {quote(given)}, which are no JSON object; give an object, or its "
+            "text"
+        )
+    if not as_object:
+        arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "arguments": arguments}
 
 
 def _wants_objects(tokenizer: Any) -> bool:

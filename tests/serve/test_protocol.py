@@ -203,6 +203,8 @@ def test_calls_of_earlier_turns_are_written_by_the_template_or_refused(server, c
         assert "arguments" in chat_tokenizer().decode(role._encode(asked))
         of_objects = line.replace("m.tool_calls or ''", "m.tool_calls[0].function.arguments | items | list if m.tool_calls")
         role._tokenizer.chat_template = of_objects
+        assert "[]" in chat_tokenizer().decode(role._encode(asked))  # of a call without arguments
+        role._tokenizer.chat_template = line.replace("m.tool_calls or ''", "1 + m.content if m.tool_calls")
         with pytest.raises(DataError, match="cannot be written"):
             role._encode(asked)
     finally:

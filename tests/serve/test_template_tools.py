@@ -1,5 +1,6 @@
 """Tools of a request that stand in the prompt: a cloud whose chat template writes tools and calls answers in that form."""
 
+import asyncio
 import json
 
 import openai
@@ -8,12 +9,18 @@ import pytest
 from chatbase import calling_tokenizer, run_file, save_base, write_rows
 from serving import ending_model
 from shadowpeft.apps import serve as command
+from shadowpeft.data.call_form import template_form
+from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tools import tools_of
 from shadowpeft.errors import ConfigError
+from shadowpeft.serve.answers import ResponseBuilder, usage
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.options import Options
+from shadowpeft.serve.requests import Token
+from shadowpeft.serve.response_reply import ResponsesReply
+from shadowpeft.serve.responses import ResponsesRequest
 from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from shadowpeft.train.config import parse_run
@@ -168,6 +175,50 @@ def test_what_a_model_was_trained_for_is_called_in_the_compact_form_and_other_to
     assert first[1].startswith('<call>{"name"')
     assert own.choices[0].message.tool_calls[0].function.name == "Sit"
     assert other.choices[0].message.tool_calls
+
+
+def test_earlier_calls_stand_in_the_form_that_training_wrote():
+    call = {"id": "1", "type": "function", "function": {"name": "Sit", "arguments": '{"seconds": 5}'}}
+    turns = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "done"},
+    ]
+    with Running(build(cloud_role(calling_tokenizer(), tools_of([SIT])), Settings(Keys(None, ())))) as server:
+        answer = ask(server, messages=turns, tools=[SIT], max_tokens=2)
+    written = [*ASK, {"role": "assistant", "content": "[Sit(seconds=5)]"}, {"role": "tool", "content": "done"}]
+    prompt = calling_tokenizer().apply_chat_template(written, add_generation_prompt=True)["input_ids"]
+    assert answer.usage.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize("arguments", ["not json", '{"a": ', "5", "null", '["a"]'])
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_earlier_calls_without_an_object_of_arguments_are_refused_by_name(cloud, arguments, choice):
+    call = {"id": "1", "type": "function", "function": {"name": "GetLiveContext", "arguments": arguments}}
+    turns = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, *ASK]
+    with pytest.raises(openai.BadRequestError, match=r"a call of GetLiveContext has the arguments .*, which are no JSON object"):
+        ask(cloud, messages=turns, tool_choice=choice)
+
+
+@pytest.mark.parametrize("words", ["Let me see.", ""])
+def test_items_of_a_response_stand_in_the_order_of_the_answer(words):
+    form = template_form(calling_tokenizer())
+    text = f'{words}\n<call>{{"name": "GetLiveContext", "arguments": {{}}}}</call>'
+    tokens = [Token(n, each, each, each.encode(), 0.0, 0.0, 0.0) for n, each in enumerate(text)]
+    made = ResponseBuilder(True, "edge", 0, {}, TemplateCalls(tools_of(HOME), form)).whole(text, tokens, "stop", usage(3, 9))
+
+    class Whole:
+        note, began, counts, parts = {}, 0.0, made["usage"], ()
+
+        async def whole(self):
+            return made
+
+    asked = ResponsesRequest(model="edge", input="a", include=["message.output_text.logprobs"])
+    items = asyncio.run(ResponsesReply(asked, Whole()).whole())["output"]
+    assert [item["type"] for item in items] == (["message"] if words else []) + ["function_call"]
+    if words:
+        (part,) = items[0]["content"]
+        assert part["text"] == words == "".join(entry["token"] for entry in part["logprobs"])
 
 
 def test_a_form_that_is_not_read_is_refused_by_name():

@@ -1,6 +1,7 @@
 """Calls in the form of a chat template: read off from the template, held by a grammar, found in an answer."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from shadowpeft.chat_template import render, render_prompt
 from shadowpeft.data import chat
 from shadowpeft.data.call_form import CallForm, template_form
 from shadowpeft.data.call_guide import Engine
-from shadowpeft.data.calls import Call
+from shadowpeft.data.calls import Call, CallParser
 from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tools import tools_of
 from shadowpeft.serve.answers import ResponseBuilder
@@ -131,6 +132,10 @@ def test_a_template_without_a_form_has_none():
     assert template_form(chat_tokenizer(template=with_id)) is None
     as_python = CALLING.replace("c.function.arguments | tojson", "c.function.arguments.keys() | list")
     assert template_form(chat_tokenizer(template=as_python)) is None
+    quoted = CALLING.replace('"arguments": {{ c.function.arguments | tojson }}', "{% for k, v in c.function.arguments.items() %}<p={{ k }}>{{ v | tojson }}</p>{% endfor %}")  # noqa: E501
+    assert template_form(chat_tokenizer(template=quoted)) is None
+    counted = template_form(chat_tokenizer(template=CALLING.replace("<call>", "<call {{ loop.index }}>")))
+    assert (counted.begin, counted.between) == ('<call 1>{"name": "', None)
     special = CALLING.replace("<call>", "<eos>")
     assert template_form(chat_tokenizer(template=special)) is None
 
@@ -214,6 +219,43 @@ def test_what_a_template_writes_may_follow(machine, optional):
             assert token in allowed if place >= begins else len(allowed) == 0
 
 
+ODD = {
+    "text": {"type": "string"},
+    "short": {"type": "string", "maxLength": 40},
+    "maybe": {"type": ["string", "null"]},
+    "either": {"anyOf": [{"type": "integer"}, {"type": "string"}, {"type": "null"}]},
+    "anything": {},
+    "flag": {"type": "boolean"},
+    "choice": {"enum": ["a b", 5, True, None]},
+    "many": {"type": "array", "items": {"type": "string"}},
+    "inner": {"type": "object", "properties": {"x": {"type": "number"}}, "additionalProperties": False},
+}
+VALUES = {
+    "text": ["hello", "", "a\nb\n", 'x "y"', "上", "true", "5", "None"],
+    "short": ["hello", "a\nb"],
+    "maybe": ["hello", "5", None],
+    "either": [7, "words", None],
+    "anything": ["hello", 5, None],
+    "flag": [True, False],
+    "choice": ["a b", 5, True, None],
+    "many": [[], ["a", "b\nc"]],
+    "inner": [{}, {"x": 1.5}],
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_any_value_that_a_template_writes_may_follow_and_is_read(machine, key):
+    tokenizer, form, engine = machine
+    tools = tools_of([{"name": "Say", "parameters": {"type": "object", "properties": {key: ODD[key]}, "required": [key]}}])
+    grammar = engine.calls(tools, hand_on=False, form=form)
+    for value in VALUES[key]:
+        text = said(tokenizer, "", [Call("Say", {key: value})])
+        ids, guide = tokenizer(text, add_special_tokens=False).input_ids, grammar.start()
+        for place, token in enumerate([*ids, 3]):
+            assert token in guide.allowed(ids[:place]), (value, tokenizer.decode(ids[:place]))
+        assert TemplateCalls(tools, form).found(text).calls == (Call("Say", {key: value}),)
+
+
 def test_words_are_free_until_a_call_begins(machine):
     tokenizer, form, engine = machine
     guide = engine.calls(TOOLS, hand_on=False, optional=True, form=form).start()
@@ -258,19 +300,22 @@ ANSWERS = {
 }
 
 
-def builder():
-    return ResponseBuilder(True, "m", 0, {}, TemplateCalls(TOOLS, FORM))
+def builder(form=FORM):
+    return ResponseBuilder(True, "m", 0, {}, TemplateCalls(TOOLS, form))
 
 
+@pytest.mark.parametrize("form", [FORM, replace(FORM, words=False)], ids=["words", "no words"])
 @pytest.mark.parametrize("text", ANSWERS)
-def test_a_stream_is_the_whole_answer_however_it_is_cut(text):
+def test_a_stream_is_the_whole_answer_however_it_is_cut(text, form):
     content, names = ANSWERS[text]
-    whole = builder().whole(text, [], "stop", {})["choices"][0]
+    if content and names and not form.words:
+        content, names = text, []
+    whole = builder(form).whole(text, [], "stop", {})["choices"][0]
     message = whole["message"]
     assert (message["content"], [call["function"]["name"] for call in message.get("tool_calls", [])]) == (content, names)
     assert whole["finish_reason"] == ("tool_calls" if names else "stop")
     for size in range(1, len(text) + 1):
-        pieces, made = [text[n : n + size] for n in range(0, len(text), size)], builder()
+        pieces, made = [text[n : n + size] for n in range(0, len(text), size)], builder(form)
         tokens = [Token(n, piece, piece, piece.encode(), 0.0, 0.0, 0.0) for n, piece in enumerate(pieces)]
         chunks = [chunk for token in tokens for chunk in made.chunks(token.text, [token])] + made.chunks("", [], "stop")
         choices = [chunk["choices"][0] for chunk in chunks]
@@ -280,6 +325,21 @@ def test_a_stream_is_the_whole_answer_however_it_is_cut(text):
         assert [call["function"]["name"] for call in called] == names
         assert choices[-1]["finish_reason"] == whole["finish_reason"]
         assert sum(len(choice["logprobs"]["content"]) for choice in choices) == len(tokens)
+
+
+@pytest.mark.parametrize("parser", [TemplateCalls(TOOLS, FORM), CallParser(TOOLS)], ids=["template", "compact"])
+@pytest.mark.parametrize("text", ["上x", f"上 {ONE}", "[Sit()] 上"])
+def test_tokens_that_are_part_of_a_character_keep_their_log_probabilities(text, parser):
+    made = ResponseBuilder(True, "m", 0, {}, parser)
+    tokens, read = [], b""
+    for n, byte in enumerate(text.encode()):
+        read += bytes([byte])
+        piece = read.decode("utf-8", "ignore")
+        read = b"" if piece else read
+        tokens.append(Token(n, piece, piece, bytes([byte]), 0.0, 0.0, 0.0))
+    chunks = [chunk for token in tokens for chunk in made.chunks(token.text, [token])] + made.chunks("", [], "stop")
+    entries = [entry for chunk in chunks for entry in chunk["choices"][0]["logprobs"]["content"]]
+    assert bytes(byte for entry in entries for byte in entry["bytes"]) == text.encode()
 
 
 def test_words_come_before_the_end_of_the_answer():

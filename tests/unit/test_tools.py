@@ -234,7 +234,11 @@ def test_which_form_a_run_trains(data, compact, writes):
             compact_calls(section, TOOLS, tokenizer)
     else:
         assert compact_calls(section, TOOLS, tokenizer) is (not writes if compact is None else compact)
-    assert compact_calls(section, None, tokenizer)
+    if section.call_form is None:
+        assert compact_calls(section, None, tokenizer)
+    else:
+        with pytest.raises(ConfigError, match=r"data\.call_form is '.*' but data\.tools names no tools"):
+            compact_calls(section, None, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     )
     router, skills, tools = _router(options) if options.role == "edge" else (None, None, _tools(options))
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
-    if tools is not None and not tools.plain:
+    if tools is not None:
         for folder in options.named.values():
             check_calls(folder)
     # links are followed once, so that configuration and weights are of one version whatever happens to the link

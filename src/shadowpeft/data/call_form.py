@@ -15,9 +15,9 @@ from typing import Any
 from shadowpeft.chat_template import render, render_prompt
 from shadowpeft.errors import DataError
 
-_NAMES, _KEYS, _VALUES = ("probe_first", "probe_second"), ("key_first", "key_second"), (7301, 7302)
-_IDS = ("call00001", "call00002")
-_SCHEMA = {"type": "object", "properties": {key: {"type": "integer"} for key in _KEYS}}
+_NAMES, _IDS = ("probe_first", "probe_second", "probe_third"), ("call00001", "call00002", "call00003")
+_KEYS, _VALUES = ("key_first", "key_second"), (7301, "some words")
+_SCHEMA = {"type": "object", "properties": dict(zip(_KEYS, ({"type": "integer"}, {"type": "string"}), strict=True))}
 _TOOLS = [{"type": "function", "function": {"name": n, "description": "", "parameters": _SCHEMA}} for n in _NAMES]
 
 
@@ -73,15 +73,18 @@ def template_form(tokenizer: Any) -> CallForm | None:
     begin, named, rest = one.partition(_NAMES[0])
     if not named or not rest.endswith(closing) or not begin.strip() or any(each in begin + rest for each in (*_NAMES, *_IDS)):
         return None
-    form = _as_object(rest, closing) or _by_argument(tokenizer, begin, rest, closing)
+    form = _as_object(tokenizer, rest, closing) or _by_argument(tokenizer, begin, rest, closing)
     if form is None:
         return None
-    two, words = _tail(tokenizer, "", [1, 1]), _tail(tokenizer, "b", [1])
+    two, three = _tail(tokenizer, "", [1, 1]), _tail(tokenizer, "", [1, 1, 1])
+    words = _tail(tokenizer, "b", [1])
     call = rest[: len(rest) - len(closing) - len(form.end)]  # what stands between a name and the end
     between = None
     if two is not None:
         between = two[len(begin + _NAMES[0] + call) :].partition(_NAMES[1])[0]
-        if two != f"{begin}{_NAMES[0]}{call}{between}{_NAMES[1]}{rest}":
+        joined = [f"{between}{name}{call}" for name in _NAMES[1:]]
+        last = f"{form.end}{closing}"
+        if (two, three) != tuple(f"{begin}{_NAMES[0]}{call}{''.join(joined[:n])}{last}" for n in (1, 2)):
             between = None
     may_speak = words is not None and words.lstrip().startswith("b")
     bare = begin.lstrip()
@@ -92,10 +95,11 @@ def template_form(tokenizer: Any) -> CallForm | None:
     return replace(form, tokens=tuple((each.content, token) for token, each in added.items()))
 
 
-def _as_object(rest: str, closing: str) -> CallForm | None:
+def _as_object(tokenizer: Any, rest: str, closing: str) -> CallForm | None:
     """The form of a call whose arguments are a JSON object, from what follows its name; None: they are none."""
     middle, found, end = rest.partition(json.dumps({_KEYS[0]: _VALUES[0]}))
-    if not found:
+    both = json.dumps(dict(zip(_KEYS, _VALUES, strict=True)))
+    if not found or f"{middle}{both}{end}" not in (_tail(tokenizer, "", [2]) or ""):
         return None
     end = end[: len(end) - len(closing)]
     return CallForm(opens=middle + "{", key_begin='"', key_end='": ', closes="}", end=end)

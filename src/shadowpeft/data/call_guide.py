@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,10 @@ class Engine:
         Raises:
             ConfigError: if an argument's schema says what the engine does not know.
         """
+        if optional:  # white space is the beginning of words too
+            form = replace(form, lead="")
         grammar = calls_grammar(tools, hand_on=hand_on, calls=most, form=form)
-        if form is COMPACT:
+        if form == COMPACT:
             return Grammar(self, grammar, optional=optional)
         return Grammar(self, grammar, optional=optional, closed=self._end, trigger=form.trigger if form.words else None)
 

@@ -214,10 +214,11 @@ class CallParser:
     Attributes:
         longest: characters after which an answer has no call any more.
         waits: whether all calls are certain only once the answer has ended.
+        later: whether calls may stand behind words.
     """
 
     longest = LONGEST
-    waits = False
+    waits = later = False
 
     def __init__(self, tools: Tools, offered: Tools | None = None) -> None:
         self.tools, self.offered = tools, tools if offered is None else offered

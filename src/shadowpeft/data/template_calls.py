@@ -6,7 +6,7 @@ from typing import Any
 
 from shadowpeft.data.call_form import CallForm
 from shadowpeft.data.calls import Answered, Call, CallParser, json_at, ordered
-from shadowpeft.data.tools import Tools
+from shadowpeft.data.tools import DEFINITIONS, Tools
 from shadowpeft.errors import ConfigError
 
 _PYTHONS = {"True": True, "False": False, "None": None}
@@ -23,7 +23,7 @@ class TemplateCalls(CallParser):
 
     def __init__(self, tools: Tools, form: CallForm, offered: Tools | None = None) -> None:
         super().__init__(tools, offered)
-        self.form = form
+        self.form, self.later = form, form.words
 
     def found(self, text: str) -> Answered | None:
         """The calls, if all of them are whole and valid, and nothing but white space stands behind them."""
@@ -56,7 +56,8 @@ class TemplateCalls(CallParser):
             ValueError: if one is not whole, or there twice.
         """
         form, arguments = self.form, dict[str, Any]()
-        schemas = self.tools.by_name[name].properties if name in self.tools.by_name else {}
+        tool = self.tools.by_name.get(name)
+        schemas, root = ({}, {}) if tool is None else (tool.properties, tool.parameters)
         while text.startswith(form.key_begin, at):
             at += len(form.key_begin)
             value = text.index(form.key_end, at)
@@ -64,7 +65,7 @@ class TemplateCalls(CallParser):
             key = text[at:value]
             if key in arguments:
                 raise ValueError(f"{key} is there twice")
-            arguments[key] = _value(text[value + len(form.key_end) : end], schemas.get(key))
+            arguments[key] = _value(text[value + len(form.key_end) : end], schemas.get(key, {}), root)
             at = end + len(form.value_end)
         return arguments, at
 
@@ -85,16 +86,18 @@ class TemplateCalls(CallParser):
         return len(text[:start].rstrip())  # white space between words and calls is nobody's
 
 
-def _value(text: str, schema: Any) -> Any:
-    """What an argument's text means: a text where its schema knows nothing else, else JSON if it is some."""
-    schema = schema if isinstance(schema, dict) else {}
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if schema.get("type") == "string" or (values is not None and text in values):
+def _value(text: str, schema: Any, root: dict[str, Any]) -> Any:
+    """What an argument's text means: JSON, or a value in Python's way, if its schema takes that; else the text."""
+    import jsonschema_rs
+
+    if not isinstance(schema, dict) or schema.get("type") == "string":
         return text
-    if text in _PYTHONS:
-        return _PYTHONS[text]
     try:
-        value, end = json_at(text, 0)
+        value, end = (_PYTHONS[text], len(text)) if text in _PYTHONS else json_at(text, 0)
     except (ValueError, RecursionError):
         return text
-    return value if end == len(text) else text
+    if end != len(text):
+        return text
+    named = {key: root[key] for key in DEFINITIONS if key in root}
+    takes = jsonschema_rs.validator_for({**named, **schema}).is_valid
+    return value if takes(value) or not takes(text) else text

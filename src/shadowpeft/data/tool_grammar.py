@@ -63,8 +63,7 @@ def _tool(rule: str, tool: Tool, form: CallForm) -> list[str]:
         lines.append(f"{rule}_v{n}: {value}")
         for written in (False, True) if n else (False,):
             before = (form.joint if written else "") + form.key_begin + name + form.key_end
-            after = f"{_piece(form.value_end, form)} " if form.value_end else ""
-            some = f"{_piece(before, form)} {rule}_v{n} {after}{rule}_{n + 1}m"
+            some = f"{_piece(before, form)} {rule}_v{n} {rule}_{n + 1}m"
             none = "" if name in tool.required else f" | {rule}_{n + 1}{'m' if written else 'f'}"
             lines.append(f"{rule}_{n}{'m' if written else 'f'}: {some}{none}")
     lines += [f"{rule}_{len(properties)}{way}: {_text(form.closes)}" for way in ("fm" if properties else "f")]
@@ -106,22 +105,42 @@ def _value(schema: Any, root: dict[str, Any], form: CallForm) -> str:
 
 
 def _raw(schema: Any, root: dict[str, Any], form: CallForm) -> str:
-    """What an argument may be where a text is written as it is: one without the character that its end begins with."""
+    """What an argument may be where a text is written as it is, and its end."""
+    exact, texts = _options(schema, root, form)
+    rules = [f"({' | '.join(dict.fromkeys(exact))}) {_piece(form.value_end, form)}"] if exact else []
+    for least, most in texts:  # in one piece with what ends it, of which the engine would read the beginning as the text's
+        places = [form.value_end.index(each) for each, _ in form.tokens if each in form.value_end]
+        head = form.value_end[: min(places, default=len(form.value_end))]
+        closing = "".join("\\n" if each == "\n" else re.escape(each) for each in head)
+        body = rf"[^{re.escape(form.value_end.strip()[0])}\x00-\x08\x7f]{{{least},{most}}}"
+        rules.append(f"{_pattern(body + closing)} {_piece(form.value_end[len(head) :], form)}".rstrip())
+    return " | ".join(rules)
+
+
+def _options(schema: Any, root: dict[str, Any], form: CallForm) -> tuple[list[str], list[tuple[int, int | str]]]:
+    """What an argument may be beside a text; and the least and the most characters of texts, "" for any number."""
     if not isinstance(schema, dict):
-        return _value(schema, root, form)
-    kind = schema.get("type")
-    if isinstance(kind, list):
-        return " | ".join(f"({_raw({**schema, 'type': each}, root, form)})" for each in kind)
+        return [], [(0, "")]
+    kind, several = schema.get("type"), schema.get("anyOf") or schema.get("oneOf")
+    if several or isinstance(kind, list):
+        rest = {key: value for key, value in schema.items() if key not in ("anyOf", "oneOf", "type")}
+        ways = [one if isinstance(one, dict) else {} for one in several] if several else [{"type": one} for one in kind or ()]
+        found = [_options({**rest, **way}, root, form) for way in ways]
+        return [one for exact, _ in found for one in exact], [one for _, texts in found for one in texts]
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if values:
-        texts = [each if isinstance(each, str) else value_text(each) for each in values if _is(each, kind)]
-        return " | ".join(map(_text, texts))
+    if values is not None:
+        known = [each for each in values if _is(each, kind)]
+        plain = [each if isinstance(each, str) else value_text(each) for each in known]
+        pythons = [str(each) for each in known if each is None or isinstance(each, bool)]
+        return [_text(each) for each in [*plain, *pythons]], []
     if kind == "boolean":  # templates in Python's way write True
-        return '"true" | "false" | "True" | "False"'
-    if kind == "string":
+        return ['"true"', '"false"', '"True"', '"False"'], []
+    if kind == "null":
+        return ['"null"', '"None"'], []
+    if kind == "string" or (kind is None and "$ref" not in schema):
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        return _pattern(rf"[^{re.escape(form.value_end.strip()[0])}\x00-\x08\x7f]{{{least},{most}}}")
-    return _value(schema, root, form)
+        return [], [(least, most if most == "" else max(least, most))]
+    return [_value(schema, root, form)], []
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -58,10 +58,12 @@ class ResponseBuilder:
         if found is not None and found.calls:
             assert self.parser is not None
             calls = self._openai(found.calls, self.parser)
-            message |= {"content": text[: found.start].rstrip() + text[found.end :].lstrip() or None, CALLED: calls}
-            reason = CALLED
-        said = {"message": message} if self.chat else {"text": text}
-        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens), **said}
+            words, rest = text[: found.start].rstrip(), text[found.end :].lstrip()
+            said, reason = {"content": words or rest or None}, CALLED
+            # keys stand in the order of the answer, by which ``/v1/responses`` orders its items
+            message = {"role": "assistant", **(said if words else {}), CALLED: calls, **said, "refusal": None}
+        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(tokens)}
+        choice |= {"message": message} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else self._chunk_kind
         return {**self._head, "object": kind, "choices": [choice], "usage": counts, "shadowpeft": self.note}
 
@@ -91,10 +93,10 @@ class ResponseBuilder:
             self._spoken = bool(rest)
             return [*chunks, *([self._chunk({"content": rest} if rest else {}, [], reason)] if rest or reason else [])]
         free = self.parser.words(text)
-        if over or found is not None or (free and not self.parser.waits):
+        if over or found is not None or (free and not self.parser.later):
             self.parser = None
             return [self._chunk({"content": text} if text else {}, tokens, reason)]
-        ready = sum(end <= free for end in accumulate(len(token.piece) for token in tokens))
+        ready = sum(end <= free for end in accumulate(len(token.piece) for token in tokens)) if free else 0
         self._held, self._held_tokens = text[free:], tokens[ready:]
         return [self._chunk({"content": text[:free]}, tokens[:ready])] if free else []
 

@@ -41,6 +41,15 @@ def _logprobs(choice: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in content if isinstance(each, dict)] if isinstance(content, list) else []
 
 
+def _of_the_beginning(logprobs: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Those of the tokens that begin with ``text``, behind which calls stand."""
+    left, place = len(text), 0
+    while place < len(logprobs) and left > 0:
+        left -= len(str(logprobs[place].get("token", "")))
+        place += 1
+    return logprobs[:place]
+
+
 def _of_the_end(logprobs: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     """Those of the tokens that end with ``text``, which stands after calls."""
     left, place = len(text), len(logprobs)
@@ -128,8 +137,10 @@ class ResponsesReply(Reply):
         text, refusal = said.get("content") or "", _string(said, "refusal")
         if text or not (items or refusal):
             message = _Message(text=text)
-            message.logprobs = _of_the_end(_logprobs(choice), text) if items else _logprobs(choice)
-            items.append(message)
+            before = bool(items) and [*said].index("content") < [*said].index(CALLED)
+            part = _of_the_beginning if before else _of_the_end
+            message.logprobs = part(_logprobs(choice), text) if items else _logprobs(choice)
+            items.insert(0 if before else len(items), message)
         if refusal:
             items.append(_Message("refusal", refusal))
         done = [item.item("completed") for item in items[:-1]]

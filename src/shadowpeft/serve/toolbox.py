@@ -140,10 +140,15 @@ class Toolbox:
         """The prompt of a chat; raises as :func:`prompt_text`."""
         form = self.form(asked)
         if form is COMPACT or asked.offered is None:
+            if self.known is not None:  # as its training wrote them
+                turns = compact_messages(turns, self.known, "messages", strict=False)
             return prompt_text(self._tokenizer, turns, self.of(asked))
-        if asked.tool_choice == "none":  # nothing would hold the answer
+        if asked.tool_choice == "none" and not any("tool_calls" in turn for turn in turns):  # nothing would hold the answer
             return prompt_text(self._tokenizer, turns, None)
-        return render_prompt(self._tokenizer, turns, tools=asked.offered.definitions())
+        try:
+            return render_prompt(self._tokenizer, turns, tools=asked.offered.definitions())
+        except TypeError as error:
+            raise DataError("messages and tools cannot be written by the model's chat template; leave the tools out") from error
 
     def _grammar(self, key: Any, make: Callable[[Engine], Grammar]) -> Grammar:
         text = json.dumps(key, sort_keys=False)

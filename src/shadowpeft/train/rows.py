@@ -105,8 +105,13 @@ def compact_calls(data: DataConfig, tools: Tools | None, tokenizer: Any) -> bool
     """Whether a run writes the calls of its tools in the compact form (``data.call_form``).
 
     Raises:
-        ConfigError: if they are to be written by a chat template that writes none.
+        ConfigError: if they are to be written by a chat template that writes none, or no tools are named.
     """
+    if tools is None and data.call_form is not None:
+        raise ConfigError(
+            f"data.call_form is '{data.call_form}' but data.tools names no tools, and those of rows are written by the chat "
+            "template; name them, or leave call_form out"
+        )
     form = data.call_form or ("compact" if data.learns_actions else None)
     if tools is None or form == "compact":
         return True
