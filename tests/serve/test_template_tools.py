@@ -196,7 +196,7 @@ def test_earlier_calls_stand_in_the_form_that_training_wrote():
 def test_earlier_calls_without_an_object_of_arguments_are_refused_by_name(cloud, arguments, choice):
     call = {"id": "1", "type": "function", "function": {"name": "GetLiveContext", "arguments": arguments}}
     turns = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}, *ASK]
-    with pytest.raises(openai.BadRequestError, match=r"a call of GetLiveContext has the arguments .*, which are no JSON object"):
+    with pytest.raises(openai.BadRequestError, match=r"GetLiveContext has the arguments .*, which are no JSON object"):
         ask(cloud, messages=turns, tool_choice=choice)
 
 
