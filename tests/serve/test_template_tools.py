@@ -9,6 +9,7 @@ import pytest
 from chatbase import calling_tokenizer, run_file, save_base, write_rows
 from serving import ending_model
 from shadowpeft.apps import serve as command
+from shadowpeft.apps.detach import main as detach_command
 from shadowpeft.data.call_form import template_form
 from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tools import tools_of
@@ -242,5 +243,9 @@ def test_an_adapter_that_learnt_its_templates_calls_is_not_held_to_the_compact_f
         train(parse_run(run_file(tmp_path / form, base, rows, data=data, training={"max_steps": 1}), "run"))
     options = {"role": "cloud", "skills": str(tmp_path / "actions.json"), "auth": False, "device": "cpu"}
     assert command.application(Options(adapters=[str(tmp_path / "compact" / "adapter")], **options), Keys(None, ()))
-    with pytest.raises(ConfigError, match="has learnt to call tools as its base's chat template writes them but --skills"):
-        command.application(Options(adapters=[str(tmp_path / "template" / "adapter")], **options), Keys(None, ()))
+    adapter, edge = tmp_path / "template" / "adapter", tmp_path / "edge"
+    detach_command(str(adapter), str(edge))
+    for folder, role in ((adapter, "cloud"), (adapter, "edge"), (edge, "cloud"), (edge, "edge")):
+        given = Options(adapters=[str(folder)], **{**options, "role": role})
+        with pytest.raises(ConfigError, match="has learnt to call tools as its base's chat template writes them but --skills"):
+            command.application(given, Keys(None, ()))

@@ -68,6 +68,7 @@ def calibrate(
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     from shadowpeft.serve.bound import choosing_rows, require_rows
+    from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.router import ACTION, FILE, SIGNALS
     from shadowpeft.versions import require_sklearn
 
@@ -83,6 +84,8 @@ def calibrate(
             f"signal is '{signal}' but actions with arguments are always chosen; leave it out, or set it to {ACTION}"
         )
     signal = ACTION if tools is not None else signal
+    if known is not None:
+        check_calls(source)
     require_sklearn("route calibrate")
     folder = Path(out or source)
     if out is None and not folder.is_dir():

@@ -60,6 +60,8 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
+    if hub.configs[name].call_form is not None:  # a record, for those who serve it
+        config.call_form = hub.configs[name].call_form
     if classifier:
         recorded = hub.configs[name].pad_token_id
         config.pad_token_id = config.pad_token_id if recorded is None else recorded

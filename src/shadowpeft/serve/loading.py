@@ -39,16 +39,18 @@ def check_answers(path: str) -> None:
 
 
 def check_calls(path: str) -> None:
-    """Refuse an adapter that has learnt calls in its template's form, where it would be held to the compact one.
+    """Refuse an adapter, or its edge model, that has learnt calls in its template's form, where the compact one is wanted.
 
     Raises:
         ConfigError: if ``path`` is one. AdapterFileError: if it has no configuration, or a damaged one.
     """
     from shadowpeft.hf import formats
 
-    if is_edge_folder(path) or formats.detect(path) != formats.OURS:
-        return
-    if read_json(find_file(path, CONFIG)).get("call_form") == "template":
+    if is_edge_folder(path):
+        content = read_json(Path(path) / "config.json")
+    else:  # the other formats do not say it
+        content = read_json(find_file(path, CONFIG)) if formats.detect(path) == formats.OURS else {}
+    if content.get("call_form") == "template":
         raise ConfigError(
             f"'{path}' has learnt to call tools as its base's chat template writes them but --skills is of the compact form; "
             "leave --skills out, or train with data.call_form: compact"
