@@ -61,9 +61,8 @@ class Engine:
         if optional:  # white space is the beginning of words too
             form = replace(form, lead="")
         grammar = calls_grammar(tools, hand_on=hand_on, calls=most, form=form)
-        if form == COMPACT:
-            return Grammar(self, grammar, optional=optional)
-        return Grammar(self, grammar, optional=optional, closed=self._end, trigger=form.trigger if form.words else None)
+        closed, trigger = None if form == COMPACT else self._end, form.trigger if form.words else None
+        return Grammar(self, grammar, optional=optional, closed=closed, trigger=trigger)
 
     def schema(
         self, schema: dict[str, Any], tools: Tools | None = None, most: int = MOST_CALLS, form: CallForm = COMPACT

@@ -107,13 +107,14 @@ def _value(schema: Any, root: dict[str, Any], form: CallForm) -> str:
 def _raw(schema: Any, root: dict[str, Any], form: CallForm) -> str:
     """What an argument may be where a text is written as it is, and its end."""
     exact, texts = _options(schema, root, form)
-    rules = [f"({' | '.join(dict.fromkeys(exact))}) {_piece(form.value_end, form)}"] if exact else []
-    for least, most in texts:  # in one piece with what ends it, of which the engine would read the beginning as the text's
-        places = [form.value_end.index(each) for each, _ in form.tokens if each in form.value_end]
-        head = form.value_end[: min(places, default=len(form.value_end))]
-        closing = "".join("\\n" if each == "\n" else re.escape(each) for each in head)
-        body = rf"[^{re.escape(form.value_end.strip()[0])}\x00-\x08\x7f]{{{least},{most}}}"
-        rules.append(f"{_pattern(body + closing)} {_piece(form.value_end[len(head) :], form)}".rstrip())
+    end = form.value_end
+    rules = [f"({' | '.join(dict.fromkeys(exact))}) {_piece(end, form)}"] if exact else []
+    # a text is in one piece with what ends it, of which the engine would read the beginning as the text's
+    head = end[: min((end.index(each) for each, _ in form.tokens if each in end), default=len(end))]
+    closing = "".join("\\n" if each == "\n" else re.escape(each) for each in head)
+    body = rf"[^{re.escape(end.strip()[0])}\x00-\x08\x7f]"
+    for least, most in texts:
+        rules.append(f"{_pattern(f'{body}{{{least},{most}}}{closing}')} {_piece(end[len(head) :], form)}".rstrip())
     return " | ".join(rules)
 
 

@@ -57,6 +57,11 @@ class Tool:
         """Arguments that every call has."""
         return frozenset(self.parameters.get("required", ()))
 
+    @cached_property
+    def bare(self) -> Any:
+        """The parameters without what does not decide which arguments a model can write; a request asks for them often."""
+        return _bare(self.parameters)
+
     def problem(self, arguments: Any) -> str | None:
         """Why these are no arguments of the tool; None if they are."""
         for error in self.validator.iter_errors(arguments):
@@ -128,7 +133,7 @@ class Tools(Sequence[Tool]):
         """
         for tool in other:
             own = self.by_name.get(tool.name)
-            if own is None or _bare(own.parameters) != _bare(tool.parameters):
+            if own is None or own.bare != tool.bare:
                 return tool.name
         return None
 

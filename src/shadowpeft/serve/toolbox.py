@@ -138,13 +138,14 @@ class Toolbox:
 
     def prompt(self, turns: list[dict[str, Any]], asked: ChatRequest) -> str:
         """The prompt of a chat; raises as :func:`prompt_text`."""
-        form = self.form(asked)
-        if form is COMPACT or asked.offered is None:
-            if self.known is not None:  # as its training wrote them
-                turns = compact_messages(turns, self.known, "messages", strict=False)
-            return prompt_text(self._tokenizer, turns, self.of(asked))
-        if asked.tool_choice == "none" and not any("tool_calls" in turn for turn in turns):  # nothing would hold the answer
-            return prompt_text(self._tokenizer, turns, None)
+        called = any("tool_calls" in turn for turn in turns)
+        if self.form(asked) is COMPACT or asked.offered is None:
+            tools = self.known or asked.offered
+            if called and tools is not None and (self.known is not None or not writes_calls(self._tokenizer)):
+                turns = compact_messages(turns, tools, "messages", strict=False)  # as training writes them
+            return prompt_text(self._tokenizer, turns)
+        if asked.tool_choice == "none" and not called:  # nothing would hold the answer
+            return prompt_text(self._tokenizer, turns)
         try:
             return render_prompt(self._tokenizer, turns, tools=asked.offered.definitions())
         except TypeError as error:
@@ -185,25 +186,19 @@ def call_probabilities(
     return told, told[0]["name"] if sure else None
 
 
-def prompt_text(tokenizer: Any, turns: list[dict[str, Any]], tools: Tools | None) -> str:
-    """The prompt of a chat, its calls in the compact form where the chat template writes none.
-
-    Args:
-        tools: what earlier turns may have called, for the compact form.
+def prompt_text(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
+    """The prompt of a chat without tools.
 
     Raises:
-        DataError: if the template does not write the calls of a turn, and ``tools`` do not say what they mean.
+        DataError: if the template does not write the calls of a turn.
     """
-    called = any("tool_calls" in turn for turn in turns)
-    if called and tools is not None and not writes_calls(tokenizer):
-        turns, called = compact_messages(turns, tools, "messages", strict=False), False
     try:
         text = render_prompt(tokenizer, turns)
     except TypeError as error:  # of a template that wants the arguments of a call in another form
         raise DataError(
             "tool_calls of a message cannot be written by the model's chat template; leave them out"
         ) from error
-    if called:
+    if any("tool_calls" in turn for turn in turns):
         bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
         if text == render_prompt(tokenizer, bare):
             raise DataError("tool_calls of a message are not written by the model's chat template; leave them out")
