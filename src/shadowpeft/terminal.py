@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from shadowpeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that prints text as it is: ``[red]`` is no colour and ``:dog:`` no picture."""
+    from rich.console import Console  # a command's --help does not need it
+
     return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 EVERY = 60.0
 """Seconds between two lines, where there is no terminal."""
@@ -21,9 +23,12 @@ class Watched:
         self._first, self._began = done, time.monotonic()
         self._printed = self._began
         if not quiet and (console.is_terminal or console.is_jupyter):
-            done_so_far = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            to_come = (TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
-            self._bar = Progress(*done_so_far, *to_come, console=console, refresh_per_second=2)
+            from rich import progress as rich
+
+            text, elapsed, left = rich.TextColumn, rich.TimeElapsedColumn(), rich.TimeRemainingColumn()
+            done_so_far = (text(label, markup=False), rich.BarColumn(), rich.MofNCompleteColumn(), elapsed)
+            to_come = (text("eta"), left, text("{task.fields[note]}", markup=False))
+            self._bar = rich.Progress(*done_so_far, *to_come, console=console, refresh_per_second=2)
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=done, note="")
 

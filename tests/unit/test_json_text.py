@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from products import covering
-from shadowpeft.apps.route import read_intents
+from shadowpeft.apps.intents import read_intents
 from shadowpeft.data import chat
 from shadowpeft.data.actions import read_skills
 from shadowpeft.data.corpora import FileSource

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from shadowpeft import ShadowPeftConfig, __version__
-from shadowpeft.apps.route import read_intents
+from shadowpeft.apps.intents import read_intents
 from shadowpeft.data.chat import check_row
 from shadowpeft.presets import PRESETS
 from shadowpeft.train.config import DataConfig, RunConfig, ShadowSection, TrainingSection

@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
 from shadowpeft.errors import AdapterFileError, ConfigError
 from shadowpeft.terminal import one_line, terminal
-from shadowpeft.watching import Watched
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 MODES = ("attached", "detached", "base")
 
@@ -137,6 +134,8 @@ def show(result: dict[str, Any], title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
         return
+    from rich.table import Table
+
     table = Table(show_header=False)
     for key, value in flat(result).items():
         table.add_row(one_line(key.replace("_", " ")), one_line(value))
@@ -172,5 +171,7 @@ def in_words(value: Any) -> str:
 @contextmanager
 def bar(console: Console, label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A progress bar with ETA, without a terminal a line a minute; yields a function that takes the number done."""
+    from shadowpeft.watching import Watched
+
     with Watched(console, label, total, quiet=quiet) as watched:
         yield watched.update

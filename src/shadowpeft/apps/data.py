@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.options import Json, Overrides
@@ -19,6 +17,8 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from shadowpeft.data.sources import Source
     from shadowpeft.train.config import RunConfig
 
@@ -263,6 +263,8 @@ def coloured(sequence: Any, tokenizer: Any) -> Text:
     """A sequence as text, each token in the colour of who learns it; a character of several tokens in that of the last."""
     from itertools import groupby
 
+    from rich.text import Text
+
     from shadowpeft.core.losses import IGNORE
     from shadowpeft.decode import Decoder
 
@@ -278,6 +280,9 @@ def coloured(sequence: Any, tokenizer: Any) -> Text:
 
 
 def _print(result: dict[str, Any], shown: list[tuple[Any, Any]], tokenizer: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     console = terminal()
     for row, sequence in shown:
         if "label" in row:

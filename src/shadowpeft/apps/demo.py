@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.options import Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.storage import discard, require_writable, write_json
 from shadowpeft.terminal import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REQUESTS = (
     "Stand up, please!",

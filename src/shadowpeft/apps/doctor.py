@@ -6,11 +6,9 @@ import json
 import platform
 import sys
 import warnings
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from shadowpeft import versions
 from shadowpeft.apps.checks import FAILED, OK, WARNING, Check, Report
@@ -18,6 +16,9 @@ from shadowpeft.apps.common import has_tokenizer
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.terminal import one_line, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _COLOURS = {OK: "green", WARNING: "yellow", FAILED: "red"}
 
@@ -63,6 +64,8 @@ def diagnose(report: Report, adapter: str | None, base: str | None) -> None:
 
 
 def _print(console: Console, check: Check) -> None:
+    from rich.text import Text
+
     state = Text(f"{check.state:<8}", style=_COLOURS[check.state])
     console.print(state, f"{check.name}: {one_line(check.text)}", soft_wrap=True)
     if check.fix:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.table import Table
 
 from shadowpeft.apps.common import check_drafts, config_of, load_tokenizer_of, pick_device, placed, quiet_libraries
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
@@ -162,6 +161,8 @@ def _with_loss(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print(records: dict[str, dict[str, Any]], title: str) -> None:
+    from rich.table import Table
+
     from shadowpeft.hf.forward.speculation import DraftCounts
 
     with_loss = any("loss" in record for record in records.values())

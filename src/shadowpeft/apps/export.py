@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from shadowpeft import export
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show, system_message
@@ -15,6 +14,9 @@ from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.storage import written_whole
 from shadowpeft.terminal import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(

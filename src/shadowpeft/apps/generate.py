@@ -7,7 +7,6 @@ import math
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.text import Text
 
 from shadowpeft.apps.common import (
     MODES,
@@ -162,6 +161,8 @@ def chat(
     check_mode(mode, speculative)
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
+    from rich.text import Text
+
     from shadowpeft.generate import stream
 
     console = terminal()

@@ -6,21 +6,19 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from shadowpeft.apps.common import bar, load_tokenizer_of, pick_device, placed, quiet_libraries, system_message
-from shadowpeft.apps.intents import distinct, read_intents
 from shadowpeft.apps.options import Base, Device, Json, System
 from shadowpeft.data.actions import REMOTE, parser
-from shadowpeft.data.calls import CallParser
-from shadowpeft.data.robot_tools import tools_named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _FREELY, _CHOOSING, _CLOUD = "device", "device, choosing", "cloud"
 """Who is asked: the device answers freely, or chooses among the known actions."""
@@ -67,6 +65,8 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
+    from shadowpeft.apps.intents import read_intents
+    from shadowpeft.data.robot_tools import tools_named
     from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.router import ACTION, FILE, SIGNALS
@@ -103,6 +103,7 @@ def calibrate(
     quiet_libraries()
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.call_guide import Engine
+    from shadowpeft.data.calls import CallParser
     from shadowpeft.data.robot import SKILLS
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
@@ -180,6 +181,8 @@ def calibrate(
 
 def _each_once(rows: list[dict[str, Any]], source: str, console: Console) -> tuple[list[dict[str, Any]], int]:
     """Rows with each prompt once, and how many copies were left out: copies are no evidence of other requests."""
+    from shadowpeft.apps.intents import distinct
+
     kept = distinct(rows)
     copies = len(rows) - len(kept)
     if copies:
@@ -195,6 +198,8 @@ def _unseen(
     Raises:
         DataError: if there are no others.
     """
+    from shadowpeft.apps.intents import distinct
+
     kept = distinct(rows, without=fitted)
     seen = len(rows) - len(kept)
     if not kept:
@@ -289,6 +294,8 @@ def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) 
 
 
 def _print(calibration: Any, console: Console) -> None:
+    from rich.table import Table
+
     report = calibration.report
     check = report.get("check", {})
     table = Table("", "fit", "check" if check else "", title=_kept_from(calibration))
