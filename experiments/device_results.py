@@ -10,7 +10,7 @@ from typing import Any
 from experiments.device_page import FOLDER, ROOT
 from experiments.markdown import EMPTY, percent, table
 from experiments.records import read_folder
-from shadowpeft.apps.demo_picture import NAMES
+from shadowpeft.apps.demo_picture import KEPT, NAMES
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import between, write_text
 
@@ -52,8 +52,12 @@ def methods(result: Mapping[str, Any]) -> list[str]:
         "device": f"{size['edge_parameters'] / 1e6:.0f}M",
         "cloud": f"{(size['base_parameters'] + size['adapter_parameters']) / 1e6:.0f}M",
     }
+    if "opinion_parameters" in size:
+        sizes["second"] = f"{(size['edge_parameters'] + size['opinion_parameters']) / 1e6:.0f}M"
     lines = []
     for name, title in NAMES.items():
+        if name not in result["methods"]:  # a record from before there were second opinions
+            continue
         found = result["methods"][name]
         asked = [key for key in ("open_handed_on", "oos_handed_on", "commands_handed_on") if key in found]
         handed = [EMPTY if name == "routed" else share(found[key]) for key in asked]
@@ -73,16 +77,14 @@ def methods(result: Mapping[str, Any]) -> list[str]:
 def calibrated(result: Mapping[str, Any]) -> list[str]:
     """What the calibrated device keeps of the test rows."""
     kept = result["calibrated"]
-    lines = [
-        ["commands kept on the device", share(kept["commands_kept"])],
-        ["open requests kept on the device", share(kept["open_kept"])],
-        ["wrong, of all that is kept", share(kept["wrong_of_kept"])],
-        ["wrong, of the commands that are kept", share(kept["wrong_of_kept_commands"])],
-        ["right, device and cloud together", share(result["methods"]["routed"]["commands"])],
-        ["right, always cloud", share(result["methods"]["cloud"]["commands"])],
-    ]
+    ways = {"device alone": kept.get("alone", kept)}
+    ways |= {"with a second opinion": kept} if "alone" in kept else {}
+    lines = [[label, *(share(way[key]) for way in ways.values())] for key, label in KEPT.items()]
+    rest = [EMPTY] * (len(ways) - 1)
+    lines.append(["right, device and cloud together", *rest, share(result["methods"]["routed"]["commands"])])
+    lines.append(["right, always cloud", *rest, share(result["methods"]["cloud"]["commands"])])
     asked = f"at most {100 * kept['target']:g} % wrong, level {100 * kept['level']:g} %, {kept['rows']} rows"
-    return table([asked, "% [95 % interval]"], lines)
+    return table([f"{asked}: % [95 % interval]", *ways], lines)
 
 
 def frontier(cells: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> list[str]:

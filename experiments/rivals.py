@@ -26,10 +26,11 @@ from experiments.device_problems import shares
 from experiments.measuring import processor
 from experiments.spec import RECORDS, digest
 from shadowpeft.data.chat import rows_digest
+from shadowpeft.data.second_opinion import features
 from shadowpeft.data.tasks import Example, Task, get_task
 from shadowpeft.evaluate import wilson
 from shadowpeft.evaluate.record import bootstrap, commit
-from shadowpeft.evaluate.rival import classifier, features, fit, predict
+from shadowpeft.evaluate.rival import classifier, fit, predict
 from shadowpeft.storage import write_json
 
 GRID = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

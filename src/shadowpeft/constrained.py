@@ -1,7 +1,8 @@
 """Which of the known actions a model answers with, and how likely each is: a softmax at every branch of their tokens' tree.
 
 A branch's softmax is over the tokens that may follow there and no others, at temperature 1. What must follow has probability
-one and costs nothing. So the probabilities of all actions add up to one.
+one and costs nothing. So the probabilities of all actions add up to one. Where the actions have a second opinion, it leans
+the softmax of each branch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from shadowpeft.data.action_trie import ActionTrie, Path
+from shadowpeft.data.action_trie import ActionTrie, Choices, Path
 from shadowpeft.data.chat import prompt_ids, with_system
 from shadowpeft.errors import ConfigError
-from shadowpeft.generate import check_room, evaluating, messages_of
+from shadowpeft.generate import check_room, evaluating, messages_of, request_of
 from shadowpeft.hf.forward.joining import can_continue, select_rows
 
 _ROWS = 128
@@ -65,7 +66,8 @@ def choose(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
-    rows = [prompt_ids(tokenizer, with_system(messages_of(p), system)) for p in prompts]
+    chats = [with_system(messages_of(p), system) for p in prompts]
+    rows = [prompt_ids(tokenizer, chat) for chat in chats]
     if not rows:
         return []
     check_room(model, max(map(len, rows)), actions.longest)
@@ -78,7 +80,8 @@ def choose(
         for places in equal_lengths([len(row) for row in rows], batch_size):
             tails = [rows[i][len(start.rows[0]) :] + list(actions.stem) for i in places]
             read = start.further([0] * len(places), tails)
-            chosen.update(zip(places, (_exact if exact else _greedy)(read, actions), strict=True))
+            held = [actions.start(request_of(chats[i])) for i in places]
+            chosen.update(zip(places, (_exact if exact else _greedy)(read, actions, held), strict=True))
             if progress is not None:
                 progress(len(chosen))
     return [chosen[i] for i in range(len(rows))]
@@ -98,7 +101,7 @@ def _common(rows: list[list[int]]) -> int:
     return next((i for i in range(shortest) if low[i] != high[i]), shortest)
 
 
-def _exact(read: _Read, actions: ActionTrie) -> list[Chosen]:
+def _exact(read: _Read, actions: ActionTrie, held: Sequence[Choices]) -> list[Chosen]:
     """Every branch of every row: one pass for all that are equally deep, as many rows at a time as :data:`_ROWS`."""
     size, stem = len(read.rows), len(actions.stem)
     states = [read.logits]
@@ -109,7 +112,7 @@ def _exact(read: _Read, actions: ActionTrie) -> list[Chosen]:
             some = paths[start : start + step]
             further = read.further([b for b in range(size) for _ in some], some * size)
             states += further.logits.unflatten(0, (size, len(some))).unbind(1)
-    logs = [_log_softmax(state, after) for state, after in zip(states, actions.branches.values(), strict=True)]
+    logs = [_log_softmax(state, held, [path] * size) for state, path in zip(states, actions.branches, strict=True)]
     total = torch.stack([torch.stack([logs[n][:, child] for n, child in steps]).sum(0) for steps in actions.steps], 1)
     best = []
     for row in total.exp().tolist():
@@ -118,7 +121,7 @@ def _exact(read: _Read, actions: ActionTrie) -> list[Chosen]:
     return best
 
 
-def _greedy(read: _Read, actions: ActionTrie) -> list[Chosen]:
+def _greedy(read: _Read, actions: ActionTrie, held: Sequence[Choices]) -> list[Chosen]:
     """The likeliest token at each branch; rows that have their action drop out."""
     names = {ids: name for name, ids in actions.tokens.items()}
     chosen: dict[int, Chosen] = {}
@@ -127,7 +130,7 @@ def _greedy(read: _Read, actions: ActionTrie) -> list[Chosen]:
         tails: list[list[int]] = []
         for n, state in enumerate(read.logits):
             after = actions.allowed(path[n])
-            log_p = _log_softmax(state, after)
+            (log_p,) = _log_softmax(state[None], [held[rows[n]]], [path[n]])
             child = int(log_p.argmax())
             tail = [after[child], *actions.forced([*path[n], after[child]])]
             tails.append(tail)
@@ -146,9 +149,13 @@ def _greedy(read: _Read, actions: ActionTrie) -> list[Chosen]:
     return [chosen[row] for row in range(size)]
 
 
-def _log_softmax(logits: Tensor, tokens: list[int]) -> Tensor:
-    """Log-probabilities ``(..., C)`` of ``tokens`` among themselves, from logits ``(..., V)``."""
-    return logits[..., tokens].double().log_softmax(-1)
+def _log_softmax(logits: Tensor, held: Sequence[Choices], paths: Sequence[Path]) -> Tensor:
+    """Log-probabilities ``(B, C)`` of the tokens that may follow each row's path, which are the same ones, from ``(B, V)``."""
+    own = logits[:, held[0].allowed(paths[0])].double()
+    leanings = [each.leaning(path) for each, path in zip(held, paths, strict=True)]
+    if leanings[0] is not None:
+        own = own + torch.tensor(leanings, dtype=torch.float64, device=own.device)
+    return own.log_softmax(-1)
 
 
 class _Read:

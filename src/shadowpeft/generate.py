@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def answer(
             chosen = order[start : start + batch_size]
             inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device, [told[i] for i in chosen])
             if actions is not None:
-                among = _Among(actions, inputs["input_ids"].shape[1])
+                among = _Among(actions, inputs["input_ids"].shape[1], [request_of(chats[i]) for i in chosen])
                 options["logits_processor"] = LogitsProcessorList([among])
             began = time.perf_counter()
             out = model.generate(  # type: ignore[operator]
@@ -120,12 +120,14 @@ def answer(
 class _Among(LogitsProcessor):
     """For ``generate``: while an answer has no action, the tokens that may follow; temperatures come after it."""
 
-    def __init__(self, actions: Actions, prompt: int) -> None:
-        self.actions, self.prompt = actions, prompt
+    def __init__(self, actions: Actions, prompt: int, requests: Sequence[str]) -> None:
+        self.actions, self.prompt, self.requests = actions, prompt, requests
         self._held: list[Choices] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._held += [self.actions.start() for _ in range(len(input_ids) - len(self._held))]
+        if len(self._held) < len(input_ids):  # several answers to a request stand side by side
+            each = len(input_ids) // len(self.requests)
+            self._held = [self.actions.start(request) for request in self.requests for _ in range(each)]
         rows = input_ids[:, self.prompt :].tolist()
         allowed = [held.allowed(row) for held, row in zip(self._held, rows, strict=False)]
         barred = torch.zeros_like(scores, dtype=torch.bool)
@@ -133,7 +135,11 @@ class _Among(LogitsProcessor):
             if len(tokens):
                 barred[row] = True
                 barred[row, tokens] = False
-        return scores.masked_fill(barred, -torch.inf)
+        held_to = scores.masked_fill(barred, -torch.inf)
+        for row, (held, path) in enumerate(zip(self._held, rows, strict=False)):
+            if (leaning := held.leaning(path)) is not None:
+                held_to[row, allowed[row]] += torch.tensor(leaning, dtype=scores.dtype, device=scores.device)
+        return held_to
 
 
 @contextmanager
@@ -167,6 +173,11 @@ def _length(row: list[int], ends: list[int]) -> int:
 def messages_of(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
     """A prompt as a message list."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def request_of(messages: list[dict[str, str]]) -> str:
+    """The request of a message list: its last user message; empty without one."""
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
 
 
 class _Tokens(BaseStreamer):

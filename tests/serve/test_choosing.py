@@ -339,3 +339,104 @@ def test_a_calibration_may_take_longer_than_an_answer(edge, monkeypatch):
 
     monkeypatch.setattr(engine_module, "time", Hasty())
     assert len(scored_answers(edge, "edge", PROMPTS, system=None, max_tokens=12, rows=1, actions=TRIE)) == len(PROMPTS)
+
+
+# --------------------------------------------------------------------------------------------------------- second opinion
+
+
+@pytest.fixture(scope="module")
+def second(folders, tmp_path_factory):
+    """The untrained edge, calibrated with a second opinion: its folder, and what the command said."""
+    folder = tmp_path_factory.mktemp("second")
+    learnt = [("brighter", "LampOn"), ("light up", "LampOn"), ("darker", "LampOff"), ("lights out", "LampOff")]
+    rows = [{"prompt": f"{words} {n}", "skill": name} for words, name in learnt for n in range(3)]
+    rows += [{"prompt": f"why is that so {n}", "skill": REMOTE} for n in range(6)]
+    write_rows(folder / "learnt.jsonl", rows)
+    asked = [{"prompt": f"{words}, the {n}th", "skill": name} for words, name in learnt for n in range(20)]
+    asked += [{"prompt": f"why is that so, the {n}th", "skill": REMOTE} for n in range(8)]
+    write_rows(folder / "asked.jsonl", [*asked, rows[0]])
+    return folder
+
+
+def opinionated(monkeypatch, capsys, folders, second, *more):
+    return call(
+        monkeypatch,
+        capsys,
+        *("route", "calibrate", folders / "random", "--no-cloud", "--skills", folders / "skills.txt", "--json"),
+        *("--data", second / "asked.jsonl", "--target", "0.2", "--out", second, *more),
+    )
+
+
+def test_calibrated_with_a_second_opinion_and_served_with_it(folders, second, monkeypatch, capsys):
+    code, out, err = opinionated(monkeypatch, capsys, folders, second, "--second-opinion", second / "learnt.jsonl")
+    assert code == 0, err
+    assert "1 of 89 prompts are among those of --second-opinion and are left out" in " ".join(err.split())
+    result = json.loads(out)
+    assert (result["n"], result["signal"]) == (88, ACTION)
+    about = result["second_opinion"]
+    assert about["rows"] == 18
+    assert about["without"]["right"] < 60  # an untrained model guesses
+    assert result["commands_kept"] > 0.9
+    assert result["wrong_on_device"] == 0
+    edge = options(folders / "random", routing=str(second / "routing.json"))
+    with Running(command.application(edge, NOBODY)) as server, server.http() as http:
+
+        def ask(text, **more):
+            body = {"model": "default", "messages": [{"role": "user", "content": text}], "route": "auto", **more}
+            return http.post("/v1/chat/completions", json=body).json()
+
+        for text, action in (("light up, please", "LampOn"), ("lights out, please", "LampOff")):
+            note = ask(text)["shadowpeft"]
+            assert (note["where"], note["action"]) == ("device", action)
+            tools = [{"type": "function", "function": {"name": name}} for name in ("LampOn", "LampOff")]
+            answer = ask(text, tools=tools)
+            (made,) = answer["choices"][0]["message"]["tool_calls"]
+            assert made["function"]["name"] == action
+            assert answer["shadowpeft"]["probability"] == note["probability"]
+            (named,) = ask(text, tools=tools, tool_choice=tools[0])["choices"][0]["message"]["tool_calls"]
+            assert named["function"]["name"] == "LampOn"
+        text = http.post("/v1/completions", json={"model": "default", "prompt": "lights out, please", "max_tokens": 24}).json()
+        assert text["shadowpeft"]["action"] == "LampOff"
+        assert ask("why is that so, tell me")["shadowpeft"]["action"] == REMOTE
+
+
+def test_without_its_file_a_calibration_is_not_served(folders, second, monkeypatch, capsys, tmp_path):
+    code, _, err = opinionated(
+        monkeypatch, capsys, folders, second, "--second-opinion", second / "learnt.jsonl", "--out", tmp_path
+    )
+    assert code == 0, err
+    edge = options(folders / "random", routing=str(tmp_path / "routing.json"))
+    file = tmp_path / "second_opinion.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(ConfigError, match="is not the one of its calibration"):
+        command.application(edge, NOBODY)
+    file.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        command.application(edge, NOBODY)
+    file.write_bytes(whole)
+    code, _, err = opinionated(monkeypatch, capsys, folders, second, "--target", "0.9", "--out", tmp_path)
+    assert code == 0, err
+    assert not file.exists()  # the new calibration is without one
+    assert Calibration.load(tmp_path / "routing.json").opinion is None
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--signal", "logprob", "--second-opinion", "learnt.jsonl"), "weighs chosen actions but --signal is logprob"),
+        (("--skills", "robot_tools", "--second-opinion", "learnt.jsonl"), "knows nothing of arguments"),
+        (("--second-opinion", "none.jsonl"), "does not exist"),
+        (("--second-opinion", "asked.jsonl"), "every prompt of"),
+        (("--second-opinion", "robot"), "'robot' has the packaged skills"),
+        (("--second-opinion", "commands.jsonl"), "does not know 'REMOTE'"),
+        (("--second-opinion", "one.jsonl"), "1 action but need two"),
+    ],
+)
+def test_second_opinions_that_do_not_fit(folders, second, monkeypatch, capsys, more, said):
+    write_rows(second / "commands.jsonl", [{"prompt": n, "skill": n} for n in ("LampOn", "LampOff")])
+    write_rows(second / "one.jsonl", [{"prompt": "a", "skill": "LampOn"}])
+    more = [second / word if word.endswith(".jsonl") else word for word in more]
+    code, _, err = opinionated(monkeypatch, capsys, folders, second, *more)
+    assert code == 2
+    assert said in err

@@ -12,7 +12,9 @@ import shadowpeft
 from chatbase import save_sitting_base
 from shadowpeft.apps import demo, demo_picture, demo_result
 from shadowpeft.data import robot
+from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.errors import ConfigError
+from shadowpeft.serve.router import Calibration
 from shadowpeft.storage import LOCK, temporary_name
 from shadowpeft.terminal import terminal
 from shadowpeft.tokenizer import load_tokenizer
@@ -90,6 +92,9 @@ def few(monkeypatch):
 
     monkeypatch.setattr(robot, "load", load)
     monkeypatch.setattr(demo_result, "TARGET", 0.9)
+    learnt = [{"prompt": name, "skill": name} for name in (*robot.SKILLS, "REMOTE")]
+    learnt += [{"prompt": row["prompt"], "skill": "Sit"} for row in load("test_normal")]
+    monkeypatch.setattr(demo_result, "rows_to_learn", lambda source: learnt)
 
 
 def test_what_is_measured(tmp_path, few):
@@ -99,15 +104,18 @@ def test_what_is_measured(tmp_path, few):
     model.save_pretrained(tmp_path / "run" / "adapter")
     result = demo_result.measure(model, load_tokenizer(base), tmp_path, ["sit down", "why?"], terminal(stderr=True))
     sits = sum(row["skill"] == "Sit" for row in robot.load("test_normal")) / 12
-    for name in ("device", "cloud"):
+    for name in ("device", "second", "cloud"):
         found = result["methods"][name]
         assert found["commands"]["accuracy"] == pytest.approx(sits)
         assert found["open_handed_on"]["accuracy"] == 0.0
-    assert set(result["methods"]) == {"rival", "device", "cloud", "routed"}
+    assert set(result["methods"]) == {"rival", "device", "second", "cloud", "routed"}
     assert result["calibrated"]["rows"] == 110 + 12
-    assert set(result["milliseconds"]) == {"rival", "device", "cloud"}
+    assert set(result["milliseconds"]) == {"rival", "device", "second", "cloud"}
     assert [row["action"] for row in result["requests"]] == ["Sit", "Sit"]
-    assert (tmp_path / "edge" / "routing.json").is_file()
+    digest = Calibration.load(tmp_path / "edge" / "routing.json").opinion
+    opinion = SecondOpinion.load(tmp_path / "edge" / "second_opinion.safetensors", digest)
+    assert result["size"]["opinion_parameters"] == opinion.parameters
+    assert result["calibrated"]["alone"].keys() < result["calibrated"].keys()
     demo_picture.draw(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     console = Console(record=True, width=200)
@@ -115,6 +123,7 @@ def test_what_is_measured(tmp_path, few):
     shown = console.export_text()
     assert "TF-IDF and LinearSVC" in shown
     assert "commands kept on the device" in shown
+    assert "device with a second opinion" in shown
     json.dumps(result)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from rich.console import Console
 
 import shadowpeft
 from shadowpeft.apps.common import bar
+from shadowpeft.apps.demo_picture import NAMES
 from shadowpeft.apps.detach import save_edge
+from shadowpeft.apps.intents import rows_to_learn
 from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, written
+from shadowpeft.data.second_opinion import FILE as OPINION
+from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
@@ -37,14 +42,18 @@ Row = dict[str, str]
 
 def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], console: Console) -> dict[str, Any]:
     """Detach, calibrate on the validation rows, score the test rows, answer ``requests``; writes ``folder/edge``."""
-    trie = ActionTrie.of(tokenizer, robot.SKILLS)
     edge = shadowpeft.detach(model)
     files = save_edge(edge, tokenizer, folder / "edge")
+    learnt = rows_to_learn("robot")
+    with console.status("second opinion"):
+        opinion = SecondOpinion.fit([row["prompt"] for row in learnt], [row["skill"] for row in learnt])
+    tries = {"device": ActionTrie.of(tokenizer, robot.SKILLS)}
+    tries["second"] = ActionTrie.of(tokenizer, robot.SKILLS, opinion)
 
-    def decide(rows: Sequence[Row], label: str) -> list[tuple[str, float]]:
-        with bar(console, label, len(rows)) as progress:
+    def decide(rows: Sequence[Row], name: str, label: str) -> list[tuple[str, float]]:
+        with bar(console, f"{label}, {NAMES[name]}", len(rows)) as progress:
             prompts = [row["prompt"] for row in rows]
-            found = choose(edge, tokenizer, prompts, trie, exact=False, system=robot.SYSTEM, progress=progress)
+            found = choose(edge, tokenizer, prompts, tries[name], exact=False, system=robot.SYSTEM, progress=progress)
         return [(c.action, c.probability) for c in found]
 
     def say(rows: Sequence[Row], label: str) -> list[str | None]:
@@ -54,25 +63,23 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
         return [robot.parse_action(a.text) for a in answers]
 
     fit = robot.load("validation_normal") + robot.load("validation_remote")
-    calibration = calibrate(samples(fit, decide(fit, "calibrating")), target=TARGET, level=LEVEL, signal=ACTION)
+    options: dict[str, Any] = {"target": TARGET, "level": LEVEL, "signal": ACTION}
+    calibrations = {name: calibrate(samples(fit, decide(fit, name, "calibrating")), **options) for name in tries}
+    calibration = replace(calibrations["second"], opinion=opinion.save(folder / "edge" / OPINION))
     calibration.report.update(system=robot.SYSTEM, model=sketch(edge))
     calibration.save(folder / "edge" / FILE)
     test = robot.load("test_normal") + robot.load("test_remote_large")
-    decided = decide(test, "device")
+    decided = {name: decide(test, name, "test") for name in tries}
     with console.status("rival"):
         began = time.monotonic()
         svc = rival.fit_robot()
         seconds = time.monotonic() - began
         labels = rival.predict(svc, [row["prompt"] for row in test])[0]
     spoken = say(test, "cloud")
-    kept = [action != REMOTE and calibration.keeps(p) for action, p in decided]
-    routed = [action if k else other for (action, _), other, k in zip(decided, spoken, kept, strict=True)]
-    methods = {
-        "rival": labels,
-        "device": [action for action, _ in decided],
-        "cloud": spoken,
-        "routed": routed,
-    }
+    kept = {name: [a != REMOTE and calibrations[name].keeps(p) for a, p in decided[name]] for name in tries}
+    actions = {name: [action for action, _ in decided[name]] for name in tries}
+    routed = [a if k else other for a, other, k in zip(actions["second"], spoken, kept["second"], strict=True)]
+    methods = {"rival": labels, **actions, "cloud": spoken, "routed": routed}
     size = {
         "base_parameters": sum(p.numel() for n, p in model.named_parameters() if "shadowpeft_" not in n),
         "adapter_parameters": sum(p.numel() for n, p in model.named_parameters() if "shadowpeft_" in n),
@@ -80,6 +87,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
         "edge_parameters": files["parameters"],
         "edge_bytes": files["bytes"],
         "rival_parameters": int(svc.steps[-1][1].coef_.size),
+        "opinion_parameters": opinion.parameters,
     }
     return {
         "methods": {name: worth(test, actions) for name, actions in methods.items()},
@@ -88,12 +96,13 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
             "level": LEVEL,
             "signal": calibration.signal,
             "rows": len(fit),
-            **shares(test, [action for action, _ in decided], kept),
+            **shares(test, actions["second"], kept["second"]),
+            "alone": shares(test, actions["device"], kept["device"]),
         },
         "rival_seconds": round(seconds, 1),
-        "milliseconds": times(svc, edge, model, tokenizer, trie, test),
+        "milliseconds": times(svc, edge, model, tokenizer, tries, test),
         "size": size,
-        "requests": [one(request, edge, model, tokenizer, trie, calibration) for request in requests],
+        "requests": [one(request, edge, model, tokenizer, tries["second"], calibration) for request in requests],
         "machine": environment(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -139,10 +148,15 @@ def shares(rows: Sequence[Row], actions: Sequence[str], kept: Sequence[bool]) ->
     }
 
 
-def times(svc: Any, edge: Any, model: Any, tokenizer: Any, trie: ActionTrie, rows: Sequence[Row]) -> dict[str, float]:
+def times(
+    svc: Any, edge: Any, model: Any, tokenizer: Any, tries: Mapping[str, ActionTrie], rows: Sequence[Row]
+) -> dict[str, float]:
     """Median milliseconds of one decision, one request at a time, on one thread."""
     prompts = [row["prompt"] for row in rows[:: max(1, len(rows) // TIMED)]][:TIMED]
     threads = torch.get_num_threads()
+
+    def decision(trie: ActionTrie) -> float:
+        return median(lambda p: choose(edge, tokenizer, [p], trie, exact=False, system=robot.SYSTEM), prompts)
 
     def median(ask: Callable[[str], Any], asked: Sequence[str]) -> float:
         ask(asked[0])
@@ -157,7 +171,7 @@ def times(svc: Any, edge: Any, model: Any, tokenizer: Any, trie: ActionTrie, row
     try:
         return {
             "rival": median(lambda p: rival.predict(svc, [p]), prompts),
-            "device": median(lambda p: choose(edge, tokenizer, [p], trie, exact=False, system=robot.SYSTEM), prompts),
+            **{name: decision(trie) for name, trie in tries.items()},
             "cloud": median(
                 lambda p: answer(model, tokenizer, [p], system=robot.SYSTEM, max_new_tokens=WORDS), prompts[::4]
             ),

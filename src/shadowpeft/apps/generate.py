@@ -93,6 +93,7 @@ def generate(
     system = system_message(adapter, system)
     check_mode(mode, speculative)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
+    from shadowpeft.apps.second_opinion import beside
     from shadowpeft.constrained import choose
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.actions import parser
@@ -100,7 +101,9 @@ def generate(
     from shadowpeft.data.calls import CallParser
     from shadowpeft.generate import answer
 
-    trie = None if known is None or not known.plain else ActionTrie.of(tokenizer, known.names)
+    chooses = known is not None and known.plain
+    opinion = beside(adapter, known.names) if known is not None and chooses and mode == "detached" else None
+    trie = ActionTrie.of(tokenizer, known.names, opinion) if known is not None and chooses else None
     actions: Any = trie
     if known is not None and not known.plain:
         rows = model.config.get_text_config().vocab_size
@@ -126,6 +129,7 @@ def generate(
         probabilities = chosen.probabilities or {}
         action = parser(known.names)(reply.text)
         result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
+        result |= {} if opinion is None else {"second_opinion": True}
     if known is not None and not known.plain:
         found = CallParser(known).found(reply.text)
         if found is None:  # it is held to calls, so it was cut

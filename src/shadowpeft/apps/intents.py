@@ -12,7 +12,7 @@ from shadowpeft.data import robot_tools
 from shadowpeft.data.actions import REMOTE, only_action
 from shadowpeft.data.calls import only_calls, written
 from shadowpeft.data.chat_rows import check_row, read_file
-from shadowpeft.data.robot import SKILLS, load
+from shadowpeft.data.robot import SETS, SKILLS, load
 from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
@@ -71,6 +71,14 @@ def read_intents(
     return rows
 
 
+def rows_to_learn(source: str, skills: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    """The rows of a packaged set, or of a file, that a device learns its actions from; form and errors of
+    :func:`read_intents`."""
+    if source not in ROBOT or not set(SKILLS) <= set(skills or SKILLS):
+        return read_intents(source, "fit", None, skills)
+    return [{**row, "where": f"{source}, row {row['id']}"} for split in SETS[source] for row in load(split)]
+
+
 def distinct(rows: list[dict[str, Any]], without: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """The rows with each prompt once, the first of its copies with how often it came as ``times``; none whose prompt is in
     ``without``. Prompts that differ in white space alone are copies.
@@ -79,6 +87,12 @@ def distinct(rows: list[dict[str, Any]], without: Iterable[dict[str, Any]] = ())
     times = Counter(_said(row) for row in rows)
     first = {_said(row): row for row in reversed(rows)}
     return [{**first[said], "times": n} for said, n in times.items() if said not in elsewhere]
+
+
+def without_prompts_of(rows: list[dict[str, Any]], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows whose prompt none of ``others`` has; prompts that differ in white space alone are the same."""
+    elsewhere = {_said(row) for row in others}
+    return [row for row in rows if _said(row) not in elsewhere]
 
 
 def _said(row: dict[str, Any]) -> str:

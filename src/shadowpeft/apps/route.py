@@ -20,8 +20,8 @@ from shadowpeft.terminal import terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FREELY, _CHOOSING, _CLOUD = "device", "device, choosing", "cloud"
-"""Who is asked: the device answers freely, or chooses among the known actions."""
+_FREELY, _CHOOSING, _ALONE, _CLOUD = "device", "device, choosing", "device alone", "cloud"
+"""Who is asked: the device answers freely, or chooses among the known actions, with a second opinion or without it."""
 LONGEST_CALLS = 96
 """Tokens of an answer that calls tools; what is longer counts as no call."""
 
@@ -62,11 +62,21 @@ def calibrate(
             "packaged 34; robot_tools: the packaged 20 with arguments."
         ),
     ] = None,
+    second_opinion: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Rows that the device was trained on: a JSONL file, robot or robot_oos. A linear classifier learns them; its "
+            "chances weigh the device's (docs/routing.md)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
-    from shadowpeft.apps.intents import read_intents
+    quiet_libraries()
+    from shadowpeft.apps import second_opinion as second
+    from shadowpeft.apps.intents import read_intents, rows_to_learn
     from shadowpeft.data.robot_tools import tools_named
+    from shadowpeft.data.second_opinion import FILE as OPINION
     from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.router import ACTION, FILE, SIGNALS
@@ -79,6 +89,12 @@ def calibrate(
     known = None if skills in (None, "robot") else tools_named(str(skills))
     tools = None if known is None or known.plain else known
     own = None if known is None or tools is not None else known.names
+    if second_opinion is not None:
+        if tools is not None:
+            raise ConfigError("--second-opinion knows nothing of arguments but the actions of --skills have some; leave it out")
+        if signal not in ("auto", ACTION):
+            raise ConfigError(f"--second-opinion weighs chosen actions but --signal is {signal}; leave one of them out")
+        signal = ACTION
     if tools is not None and signal not in ("auto", ACTION):
         raise ConfigError(
             f"signal is '{signal}' but actions with arguments are always chosen; leave it out, or set it to {ACTION}"
@@ -95,12 +111,14 @@ def calibrate(
     console = terminal(stderr=True)
     rows = {"fit": read_intents(data, "fit", limit, own, tools)}
     rows["fit"], copies = _each_once(rows["fit"], data, console)
+    learnt = [] if second_opinion is None else rows_to_learn(second_opinion, own)
+    rows["fit"] = second.not_learnt(rows["fit"], learnt, data, console)
     if bound:
         require_rows([row["skill"] == REMOTE for row in rows["fit"]], target=target, level=level, signal=signal)
     if check is not None:
         rows["check"], _ = _each_once(read_intents(check, "check", limit, own, tools), check, console)
         rows["check"], seen = _unseen(rows["check"], rows["fit"], check, console)
-    quiet_libraries()
+        rows["check"] = second.not_learnt(rows["check"], learnt, check, console)
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.call_guide import Engine
     from shadowpeft.data.calls import CallParser
@@ -122,6 +140,10 @@ def calibrate(
         trie = ActionTrie.of(edge.tokenizer, own or SKILLS)
     asked: dict[str, tuple[Any, Any]] = {} if signal == ACTION else {_FREELY: (edge, None)}
     asked |= {} if trie is None else {_CHOOSING: (edge, trie)}
+    opinion = None
+    if second_opinion is not None:
+        opinion = second.fitted(learnt, second_opinion, console)
+        asked = {_CHOOSING: (edge, ActionTrie.of(edge.tokenizer, own or SKILLS, opinion)), _ALONE: (edge, trie)}
     by_way: dict[str, dict[str, list[Any]]] = {way: {} for way in asked}
     asked |= {} if in_cloud is None else {_CLOUD: (in_cloud, None)}
     for name, part in rows.items():
@@ -134,12 +156,18 @@ def calibrate(
             in_the_cloud = texts.get(_CLOUD, [None] * len(part))
             triples = zip(part, texts[way], in_the_cloud, strict=True)
             parts[name] = [_sample(row, answer, other, way, parse) for row, answer, other in triples]
+    alone = by_way.pop(_ALONE, None)
     # rows that choose between the two ways are not tested
     compared = choosing_rows(len(rows["fit"]), signal, 0) if bound else range(len(rows["fit"]))
     best = fitting.best_signal(_areas(by_way, compared)) if signal == "auto" else signal
     samples = by_way[_CHOOSING if best == ACTION else _FREELY]
     fitted = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound, level=level)
     calibration = replace(fitted, skills=own, tools=None if tools is None else tuple(tools.definitions()))
+    (folder / OPINION).unlink(missing_ok=True)  # of an earlier calibration
+    if opinion is not None and alone is not None:
+        calibration = replace(calibration, opinion=opinion.save(folder / OPINION))
+        about = {"rows": len(learnt), "parameters": opinion.parameters}
+        calibration.report["second_opinion"] = {**about, "without": second.without(alone["fit"], target, bound, level)}
     calibration.report.update(
         signals_auroc=_areas(by_way, range(len(rows["fit"]))),
         data=Path(data).name,
@@ -284,7 +312,7 @@ def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) 
     n, action = decisive(pieces, parse)
     kept = action not in (None, REMOTE)
     own = scores.first(n)
-    values = {ACTION: action_probability(own)} if way == _CHOOSING else signals(own)
+    values = signals(own) if way == _FREELY else {ACTION: action_probability(own)}
     cloud_right = None
     if cloud is not None:
         cloud_action = decisive(cloud[0], parse)[1]
@@ -322,6 +350,9 @@ def _print(calibration: Any, console: Console) -> None:
     console.print(table)
     if report["bound"]:
         console.print(_tested(report))
+    kept = report.get("second_opinion", {}).get("without", {}).get("commands_kept")
+    if kept is not None:
+        console.print(f"Without the second opinion the device would keep {100 * kept:.1f} % of the commands.")
 
 
 def _kept_from(calibration: Any) -> str:

@@ -46,6 +46,7 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("shadowpeft.serve").setLevel(logging.INFO)
+    from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve.engine import Engine, EngineLimits
     from shadowpeft.serve.loading import check_calls
@@ -61,7 +62,8 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         answer_seconds=options.answer_seconds,
         speculative=options.speculative,
     )
-    router, skills, tools = _router(options) if options.role == "edge" else (None, None, _tools(options))
+    edge = options.role == "edge"
+    router, skills, tools, opinion = _router(options) if edge else (None, None, _tools(options), None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
     if tools is not None:
         for folder in options.named.values():
@@ -69,7 +71,8 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))
-    role = _role(options, router, Engine(backend, limits), skills, tools)
+    actions = None if skills is None else ActionTrie.of(backend.tokenizer, skills, opinion)
+    role = _role(options, router, Engine(backend, limits), actions, tools)
     settings = Settings(
         keys=keys,
         versions=Path(options.versions) if options.versions else None,
@@ -143,8 +146,9 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     return Detached(placed(model, where), tokenizer, name)
 
 
-def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
-    """The edge's router; the skills among which the device chooses, or None; the tools that it was trained to call, or None.
+def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
+    """The edge's router; the skills among which the device chooses; the tools that it was trained to call; the second
+    opinion of its calibration. All but the first may be None.
 
     The calibration names the actions; without one ``--skills`` does, or they are the packaged. The device chooses where the
     calibration says so (its signal is ``action``), and without one where ``--skills`` names them: otherwise the model may be
@@ -154,6 +158,7 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
     from shadowpeft.data.calls import CallParser
     from shadowpeft.data.robot import SKILLS
     from shadowpeft.data.tools import named, tools_of
+    from shadowpeft.serve.loading import opinion_of
     from shadowpeft.serve.router import ACTION, FILE, Calibration, Router
 
     given = _tools(options)
@@ -161,6 +166,7 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
     beside = Path(next(iter(options.named.values()))) / FILE
     file = Path(options.routing) if options.routing else beside if beside.is_file() else None
     calibration = Calibration.load(file) if file else None
+    opinion = opinion_of(calibration, file)
     known = given or named(SKILLS)
     if calibration is not None:
         _check_system(options.system, calibration, file)
@@ -187,11 +193,12 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any]:
         )
     chooses = chooses and not options.free_actions
     cloud = without_password(options.cloud_url) if options.cloud_url else None
-    facts = {"calibration": str(file) if file else None, "skills": len(known), "chooses": chooses, "cloud": cloud}
+    facts: dict[str, Any] = {"calibration": str(file) if file else None, "second_opinion": opinion is not None}
+    facts |= {"skills": len(known), "chooses": chooses, "cloud": cloud}
     logging.getLogger("shadowpeft.serve").info("edge %s", json.dumps(facts))
     if not known.plain:
-        return Router(CallParser(known), calibration), None, known
-    return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None
+        return Router(CallParser(known), calibration), None, known, None
+    return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None, opinion
 
 
 def _check_system(system: str | None, calibration: Any, file: Any) -> None:
@@ -217,8 +224,7 @@ def _tools(options: Options) -> Any:
     return None if options.skills is None else tools_named(options.skills)
 
 
-def _role(options: Options, router: Any, engine: Any, skills: tuple[str, ...] | None, tools: Any) -> Any:
-    from shadowpeft.data.action_trie import ActionTrie
+def _role(options: Options, router: Any, engine: Any, actions: Any, tools: Any) -> Any:
     from shadowpeft.serve.client import CloudClient
     from shadowpeft.serve.roles import CloudRole, EdgeRole
 
@@ -240,7 +246,7 @@ def _role(options: Options, router: Any, engine: Any, skills: tuple[str, ...] | 
         cloud,
         options.cloud_model,
         when_down=options.when_cloud_down,
-        actions=None if skills is None else ActionTrie.of(engine.backend.tokenizer, skills),
+        actions=actions,
         hint=options.hint,
         **shared,
     )

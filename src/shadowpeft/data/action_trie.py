@@ -9,17 +9,22 @@ a call has arguments, whose schema is no finite list; it stands behind ``allowed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shadowpeft.data.actions import REMOTE, checked, written
 from shadowpeft.data.chat import answer_ids
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from shadowpeft.data.second_opinion import SecondOpinion
+
 Path = tuple[int, ...]
+_LEAST = 1e-12  # a chance: no action is ruled out by an opinion alone
 
 
 class Choices(Protocol):
@@ -31,16 +36,22 @@ class Choices(Protocol):
     def forced(self, path: Sequence[int]) -> list[int]:
         """Tokens that must follow."""
 
+    def leaning(self, path: Sequence[int]) -> list[float] | None:
+        """What is added to the logits of the tokens that may follow, in their order; None: nothing."""
+
 
 class Actions(Protocol):
     """What answers may begin with."""
 
-    def start(self) -> Choices:
-        """Of one answer."""
+    def start(self, prompt: str = "") -> Choices:
+        """Of one answer to a request, the user's last message."""
 
 
 class ActionTrie:
     """Actions and the tokens of each, from the first of the answer on.
+
+    Args:
+        opinion: a classifier whose chances weigh the model's, where the request is known.
 
     Attributes:
         actions: their names, in order.
@@ -52,7 +63,7 @@ class ActionTrie:
         ConfigError: if there are fewer than two actions, or the tokens of one begin with all those of another.
     """
 
-    def __init__(self, tokens: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, tokens: Mapping[str, Sequence[int]], opinion: SecondOpinion | None = None) -> None:
         if len(tokens) < 2:
             raise ConfigError(f"there is {len(tokens)} action to choose from; name at least two")
         self.tokens: dict[str, Path] = {name: tuple(ids) for name, ids in tokens.items()}
@@ -66,7 +77,7 @@ class ActionTrie:
                     f"the tokens of the action '{other}' begin with all those of '{one}', which could never be chosen; rename "
                     "one of them"
                 )
-        self.actions = tuple(self.tokens)
+        self.actions, self.opinion = tuple(self.tokens), opinion
         self.longest = max(map(len, self.tokens.values()))
         following: dict[Path, set[int]] = {}
         for ids in self.tokens.values():
@@ -78,16 +89,18 @@ class ActionTrie:
         self.stem = min(self.branches, key=len)
 
     @classmethod
-    def of(cls, tokenizer: Any, skills: Iterable[str]) -> ActionTrie:
+    def of(cls, tokenizer: Any, skills: Iterable[str], opinion: SecondOpinion | None = None) -> ActionTrie:
         """The trie of ``[Skill()]`` for each of ``skills``, and ``[REMOTE]``, as ``tokenizer`` writes them in an answer.
 
         Raises:
-            ConfigError: as the class; or if a name is none, the tokens of an action do not read as it, or they change with what
-                follows the action before it is told from the others.
+            ConfigError: as the class; if the opinion is about other actions; if a name is none; if the tokens of an action do
+                not read as it, or change with what follows the action before it is told from the others.
         """
         turn = [{"role": "user", "content": "a"}]
         texts = {name: written(name) for name in (*checked(skills, "the list of actions"), REMOTE)}
-        trie = cls({name: answer_ids(tokenizer, turn, text, closed=False) for name, text in texts.items()})
+        if opinion is not None:
+            opinion.check(tuple(texts))
+        trie = cls({name: answer_ids(tokenizer, turn, text, closed=False) for name, text in texts.items()}, opinion)
         for name, text in texts.items():
             ids = trie.tokens[name]
             read = decode(tokenizer, ids).strip()
@@ -105,9 +118,18 @@ class ActionTrie:
                 )
         return trie
 
-    def start(self) -> ActionTrie:
-        """What one answer is held to: the trie has no state."""
-        return self
+    def some(self, names: Iterable[str]) -> ActionTrie:
+        """The same of these actions and ``[REMOTE]`` alone."""
+        kept = {*names, REMOTE}
+        return ActionTrie({name: ids for name, ids in self.tokens.items() if name in kept}, self.opinion)
+
+    def start(self, prompt: str = "") -> Choices:
+        """What one answer is held to: the trie has no state; with an opinion, it leans as the opinion of ``prompt`` says."""
+        return self if self.opinion is None else _Leaning(self, self.opinion.chances(prompt))
+
+    def leaning(self, path: Sequence[int]) -> None:
+        """Nothing: without an opinion the model decides alone."""
+        return None
 
     def allowed(self, path: Sequence[int]) -> list[int]:
         """Tokens that may follow the first tokens of an answer; empty once an action is complete."""
@@ -131,3 +153,29 @@ class ActionTrie:
             ]
             for ids in self.tokens.values()
         ]
+
+
+class _Leaning:
+    """A trie whose branches lean to what an opinion finds likely.
+
+    The share of a token is the sum of the chances of the actions that go on with it.
+    """
+
+    def __init__(self, trie: ActionTrie, chances: Mapping[str, float]) -> None:
+        self._trie, self._chances = trie, chances
+
+    def allowed(self, path: Sequence[int]) -> list[int]:
+        return self._trie.allowed(path)
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        return self._trie.forced(path)
+
+    def leaning(self, path: Sequence[int]) -> list[float] | None:
+        after = self._trie.allowed(path)
+        if len(after) < 2:
+            return None
+        shares, depth = dict.fromkeys(after, 0.0), len(path)
+        for name, ids in self._trie.tokens.items():
+            if ids[:depth] == tuple(path):
+                shares[ids[depth]] += self._chances[name]
+        return [math.log(max(_LEAST, share)) for share in shares.values()]

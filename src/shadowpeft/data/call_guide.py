@@ -99,8 +99,8 @@ class Grammar:
         if self._first.is_error():
             raise ConfigError(f"the engine refuses the schema ({_clause(self._first.get_error())}); simplify it")
 
-    def start(self) -> Guide:
-        """What one answer is held to."""
+    def start(self, prompt: str = "") -> Guide:
+        """What one answer is held to, whatever the request."""
         return Guide(self._first.deep_copy(), optional=self.optional, closed=self.closed, trigger=self.trigger)
 
 
@@ -150,6 +150,10 @@ class Guide:
         """Tokens that must follow."""
         held = self._held(path)
         return list(self._matcher.compute_ff_tokens()) if held is not None and self._at(held) else []
+
+    def leaning(self, path: Sequence[int]) -> None:
+        """Nothing: the model decides alone."""
+        return None
 
 
 def _clause(text: str) -> str:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowpeft.data import robot
+from shadowpeft.data.second_opinion import features
 
 if TYPE_CHECKING:
-    from sklearn.pipeline import FeatureUnion, Pipeline
+    from sklearn.pipeline import Pipeline
     from sklearn.svm import LinearSVC
 
 TITLE = "TF-IDF and LinearSVC"
@@ -21,16 +22,6 @@ ITERATIONS = 5_000
 """The usual 1,000 are too few for a C of 30."""
 ROBOT_C = 1.0
 """Of commands and all open rows, chosen on development rows (experiments/records/rivals/robot-svc-open.json)."""
-
-
-def features() -> FeatureUnion:
-    """Words and pairs of words; character n-grams of 2 to 5, since Chinese has no spaces and a typo changes few of them."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.pipeline import FeatureUnion
-
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5))
-    return FeatureUnion([("words", words), ("characters", characters)])
 
 
 def classifier(c: float) -> LinearSVC:

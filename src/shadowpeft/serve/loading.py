@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.files.locate import CONFIG, find_file
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.layer import check_adapter_name
+from shadowpeft.serve.router import Calibration
+
+if TYPE_CHECKING:
+    from shadowpeft.data.second_opinion import SecondOpinion
 
 
 def is_edge_folder(path: str) -> bool:
@@ -73,6 +77,15 @@ def load_edge(path: str) -> tuple[Any, Any]:
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
     model = load_whole(AutoModelForCausalLM, path, f"the edge model in '{path}'").eval()
     return model, load_tokenizer(path)
+
+
+def opinion_of(calibration: Calibration | None, file: Path | None) -> SecondOpinion | None:
+    """The second opinion that a calibration in ``file`` was made with; raises as :meth:`SecondOpinion.load`."""
+    if calibration is None or calibration.opinion is None or file is None:
+        return None
+    from shadowpeft.data.second_opinion import FILE, SecondOpinion
+
+    return SecondOpinion.load(file.with_name(FILE), calibration.opinion)
 
 
 def module_name(name: str) -> str:

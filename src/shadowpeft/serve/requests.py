@@ -147,6 +147,10 @@ class Request:
         """Tokens that may come after those, a list or a tensor; empty: any."""
         return [] if self.actions is None else self.actions.allowed(self.new + self.ahead())
 
+    def leaning(self) -> list[float] | None:
+        """What is added to the logits of those; None: nothing."""
+        return None if self.actions is None else self.actions.leaning(self.new + self.ahead())
+
     def fail(self, error: BaseException) -> None:
         """Tell the reader that there will be no more, unless it has left."""
         if not self.cancelled:

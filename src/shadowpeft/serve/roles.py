@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from shadowpeft.data.action_trie import Actions, ActionTrie
+from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
+from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.answers import ResponseBuilder
 from shadowpeft.serve.calibrated import Calibrated
@@ -259,11 +260,10 @@ class EdgeRole(Role):
             except CloudError as error:
                 return await self._instead(asked, ids, sampling, error, {}, began)
         self.toolbox.check(asked)
-        calls, router = await self._choices(asked), self._router(asked)
+        held, router = await self._held_to(asked), self._router(asked)
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
         with Generation() as generation:
             until = router.lost if reachable else None
-            held = None if calls is None else calls.start()
             generation.start(self.engine, ids, asked.model, sampling, until, held)
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
@@ -271,7 +271,7 @@ class EdgeRole(Role):
         if self.drift is not None and asked.route == "auto":
             self.drift.add(decision)
         note = {"where": decision.where, "reason": decision.reason, "action": decision.action}
-        if calls is not None and decision.action is not None:
+        if held is not None and decision.action is not None:
             n, _ = decisive(pieces, router.parse)
             note["probability"] = round(action_probability(scores.first(n)), 4)
             if isinstance(router.parse, CallParser):
@@ -307,12 +307,29 @@ class EdgeRole(Role):
 
     async def _choices(self, asked: Asked) -> Actions | None:
         """What the device's answer is held to: the request's tools, or what the device knows."""
-        free = (
-            isinstance(asked, ChatRequest)
-            and asked.tools is not None
-            and (asked.tool_choice == "none" or asked.messages[-1].role == "tool")
-        )
-        return None if free else await self.held(asked, device=True) or self.actions
+        if not isinstance(asked, ChatRequest):
+            return self.actions
+        if asked.tools is not None and (asked.tool_choice == "none" or asked.messages[-1].role == "tool"):
+            return None
+        weighed = isinstance(self.actions, ActionTrie) and self.actions.opinion is not None and self.actions
+        if weighed and asked.offered is not None and asked.response_format is None and self.toolbox.lacks(asked) is None:
+            return weighed.some(self.toolbox.chosen(asked).names)  # the calibration is about one action, weighed
+        return await self.held(asked, device=True) or self.actions
+
+    async def _held_to(self, asked: Asked, *, own: bool = False) -> Choices | None:
+        """What one answer of the device is held to; ``own``: to what the device knows, whatever the request brings."""
+        actions = self.actions if own else await self._choices(asked)
+        if actions is None:
+            return None
+        prompt = self._request(asked)  # a second opinion on it takes some milliseconds
+        return await asyncio.get_running_loop().run_in_executor(self._threads, actions.start, prompt)
+
+    def _request(self, asked: Asked) -> str:
+        """The last user message; of a completion its prompt."""
+        if isinstance(asked, ChatRequest):
+            return next((m.content for m in reversed(asked.messages) if m.role == "user"), "")
+        (prompt,) = asked.prompt
+        return prompt if isinstance(prompt, str) else decode(self._tokenizer, prompt)
 
     def _router(self, asked: Asked) -> Router:
         """The router of the request's tools."""
@@ -366,11 +383,8 @@ class EdgeRole(Role):
         wanted = {"wanted": note["reason"]} if note else {}
         note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
         if generation is None:
-            known = self.toolbox.lacks(asked) is None
-            calls = await self._choices(asked) if known else self.actions
-            generation = Generation().start(
-                self.engine, ids, asked.model, sampling, actions=None if calls is None else calls.start()
-            )
+            held = await self._held_to(asked, own=self.toolbox.lacks(asked) is not None)
+            generation = Generation().start(self.engine, ids, asked.model, sampling, actions=held)
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
 

@@ -112,6 +112,8 @@ class Calibration:
     """Least value of the signal that is kept, where a bound was tested on the signal itself; None: the chance decides."""
     tools: tuple[dict[str, Any], ...] | None = None
     """The actions with arguments that it was made for, in OpenAI's form."""
+    opinion: str | None = None
+    """SHA-256 of the second opinion that weighed the probabilities, a file beside it; None: the model decided alone."""
 
     def __post_init__(self) -> None:
         if self.signal not in (*SIGNALS, ACTION):
@@ -133,6 +135,8 @@ class Calibration:
             checked(self.skills, "a calibration")
         if self.tools is not None and self.skills is not None:
             raise ConfigError("a calibration has skills and also tools; calibrate again")
+        if self.opinion is not None and (self.signal != ACTION or self.tools is not None):
+            raise ConfigError("a calibration has a second opinion but is not for chosen actions; calibrate again")
 
     def confidence(self, scores: Scores) -> float:
         """The chance that an action with these scores (of its own tokens) is right."""
@@ -181,7 +185,7 @@ class Calibration:
         if (
             not isinstance(content, dict)
             or content.get("format") != _FORMAT
-            or content.keys() - {"skills", "least", "tools"} != {"format", *kept}
+            or content.keys() - {"skills", "least", "tools", "opinion"} != {"format", *kept}
         ):
             raise ConfigError(f"'{file}' is no calibration of format {_FORMAT}; calibrate again")
         lists = [content["values"], content["chances"], [content["threshold"], content.get("least", 0.0)]]
@@ -195,10 +199,13 @@ class Calibration:
         tools = content.get("tools")
         if "tools" in content and not isinstance(tools, list):
             raise ConfigError(f"'{file}' has tools that are no list; calibrate again")
+        opinion = content.get("opinion")
+        if "opinion" in content and not isinstance(opinion, str):
+            raise ConfigError(f"'{file}' has an opinion that is no digest; calibrate again")
         content.update(values=tuple(content["values"]), chances=tuple(content["chances"]))
         numbers = {name: content[name] for name in kept}
         known = {name: None if given is None else tuple(given) for name, given in {"skills": skills, "tools": tools}.items()}
-        return Calibration(**numbers, **known, least=content.get("least"))  # type: ignore[arg-type]
+        return Calibration(**numbers, **known, least=content.get("least"), opinion=opinion)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
 
 def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
     """One of ``tokens`` ``(C,)``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
-    own = logits[tokens.to(logits.device)]
+    own, leaning = logits[tokens.to(logits.device)], request.leaning()
+    if leaning is not None:
+        own = own.double() + torch.tensor(leaning, dtype=torch.float64, device=own.device)
     log_p = own.double().log_softmax(-1)
     place = int(log_p.argmax()) if request.generator is None else sample_token(own, request.sampling, request.generator)
     sure = log_p.topk(min(len(tokens), max(2, request.sampling.top_logprobs)))

@@ -55,7 +55,7 @@ def scored_answers(
 
     for i, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True)):
         ids = _prompt_ids(backend.tokenizer, prompt, system)
-        held = None if actions is None else actions.start()
+        held = None if actions is None else actions.start(prompt)
         try:
             engine.submit(ids, name, SamplingParams(max_tokens=max_tokens), reader(tokens), until, held)
         except DataError as error:

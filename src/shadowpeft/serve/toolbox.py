@@ -88,8 +88,8 @@ class Toolbox:
             return None
         form = self.form(asked)
         if form is COMPACT:
-            return CallParser(self._chosen(asked), asked.offered)
-        return TemplateCalls(self._chosen(asked), form, asked.offered)
+            return CallParser(self.chosen(asked), asked.offered)
+        return TemplateCalls(self.chosen(asked), form, asked.offered)
 
     def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool) -> Actions | None:
         """What an answer to ``asked`` is held to; None: to nothing. Compiling takes up to a second, so not in the event loop.
@@ -106,7 +106,7 @@ class Toolbox:
         if asked.tools is None or asked.tool_choice == "none":
             return None if form is None else self._grammar(["schema", form], lambda engine: engine.schema(form))
         once = asked.parallel_tool_calls is False or isinstance(asked.tool_choice, NamedTool)
-        tools, most, free = self._chosen(asked), 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
+        tools, most, free = self.chosen(asked), 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
         written = self.form(asked)
         if form is not None and free:
             key = ["calls or schema", tools.definitions(), most, form, written == COMPACT]
@@ -122,7 +122,7 @@ class Toolbox:
             return asked.offered or self.known
         return asked.offered if self.lacks(asked) is not None else self.known.some(asked.offered.names)
 
-    def _chosen(self, asked: ChatRequest) -> Tools:
+    def chosen(self, asked: ChatRequest) -> Tools:
         """The tools that an answer may call."""
         tools = self.of(asked)
         assert tools is not None

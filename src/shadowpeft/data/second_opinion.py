@@ -1,0 +1,206 @@
+"""A second opinion on the action: a linear classifier of the request's words, whose chances weigh the device's.
+
+The two read a request in different ways, so they seldom fail together. What both find likely is taken: the chance of an action
+is in proportion to the product of the model's and the classifier's, a product of experts (Hinton, 2002). The model is asked
+token by token, so the product is formed at every branch of the actions' tokens: the chance of a token there is in proportion to
+the model's times the classifier's sum over the actions that go on with it.
+
+The classifier is TF-IDF and multinomial logistic regression of scikit-learn. Its file holds numbers and texts and no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowpeft.data.actions import REMOTE, checked
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.json_text import parse_json
+from shadowpeft.storage import whole
+from shadowpeft.versions import require_sklearn
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import FeatureUnion
+
+FILE = "second_opinion.safetensors"
+"""Name of a saved one, beside the calibration that was made with it."""
+C = 100.0
+"""Inverse strength of the penalty, chosen on development rows (experiments/records/rivals/second-opinion.json)."""
+_ITERATIONS = 300
+_FORMAT = 1
+_PARTS = ("words", "characters")
+
+
+def features() -> FeatureUnion:
+    """Words and pairs of words; character n-grams of 2 to 5, since Chinese has no spaces and a typo changes few of them."""
+    from sklearn.pipeline import FeatureUnion
+
+    return FeatureUnion([(part, _vectorizer(part)) for part in _PARTS])
+
+
+def _vectorizer(part: str, **options: Any) -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    if part == "words":
+        return TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), **options)
+    return TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(2, 5), **options)
+
+
+class SecondOpinion:
+    """A fitted classifier.
+
+    Attributes:
+        actions: what it knows, ``REMOTE`` among them.
+
+    Args:
+        texts: of ``words`` and of ``characters``, the features in order. rarity: ``(F_part,)`` of each, inverse document
+            frequencies. weights: ``(A, F)``. bias: ``(A,)``.
+    """
+
+    def __init__(
+        self,
+        actions: Sequence[str],
+        texts: Sequence[Sequence[str]],
+        rarity: Sequence[np.ndarray],
+        weights: np.ndarray,
+        bias: np.ndarray,
+    ) -> None:
+        self.actions = tuple(actions)
+        self._texts, self._rarity = [list(part) for part in texts], list(rarity)
+        self._weights, self._bias = np.ascontiguousarray(weights), bias  # a file holds rows
+        self._vectorizers = []
+        for part, words, idf in zip(_PARTS, self._texts, self._rarity, strict=True):
+            vectorizer = _vectorizer(part, vocabulary={word: n for n, word in enumerate(words)})
+            vectorizer.idf_ = idf
+            self._vectorizers.append(vectorizer)
+
+    @classmethod
+    def fit(cls, prompts: Sequence[str], actions: Sequence[str], c: float = C) -> SecondOpinion:
+        """Fitted on requests and the right action of each, ``REMOTE`` where none is; deterministic.
+
+        Raises:
+            ConfigError: if scikit-learn is not installed. DataError: if there are not two actions.
+        """
+        require_sklearn("a second opinion")
+        from sklearn.linear_model import LogisticRegression
+
+        names = sorted(set(actions))
+        if len(names) < 2:
+            raise DataError(f"the rows of the second opinion have {len(names)} action but need two; give rows of several")
+        union = features()
+        x = union.fit_transform(prompts)
+        fitted = LogisticRegression(C=c, max_iter=_ITERATIONS).fit(x, actions)
+        weights, bias = fitted.coef_, fitted.intercept_
+        if len(names) == 2:  # one row of numbers says how much likelier the second is
+            weights, bias = np.vstack([0 * weights, weights]), np.append(0.0, bias)
+        parts = [vectorizer for _, vectorizer in union.transformer_list]
+        texts = [part.get_feature_names_out().tolist() for part in parts]
+        rarity = [part.idf_.astype(np.float32) for part in parts]
+        return cls(fitted.classes_.tolist(), texts, rarity, weights.astype(np.float32), bias.astype(np.float32))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the classifier; the inverse document frequencies are not counted."""
+        return int(self._weights.size + self._bias.size)
+
+    def chances(self, prompt: str) -> dict[str, float]:
+        """The chance of every action for a request; they add up to one."""
+        from scipy.sparse import hstack
+
+        x: csr_matrix = hstack([part.transform([prompt]) for part in self._vectorizers], format="csr")
+        logits = (x @ self._weights.T).ravel().astype(np.float64) + self._bias
+        chances = np.exp(logits - logits.max())
+        return dict(zip(self.actions, (chances / chances.sum()).tolist(), strict=True))
+
+    def check(self, actions: Sequence[str]) -> None:
+        """
+        Raises:
+            ConfigError: if these, with ``REMOTE``, are not the actions that it knows.
+        """
+        differing = sorted(set(self.actions) ^ {*actions, REMOTE})
+        if differing:
+            lacks = "does not know" if differing[0] in {*actions, REMOTE} else "also knows"
+            raise ConfigError(
+                f"the second opinion {lacks} '{differing[0]}', so it is about other actions than the device; fit it on rows of "
+                "all of its actions, and of requests without one"
+            )
+
+    def save(self, file: Path) -> str:
+        """Write it whole, in safetensors; the SHA-256 of the file."""
+        from safetensors.numpy import save
+
+        about = {"format": _FORMAT, "actions": self.actions, "texts": self._texts}
+        told = np.frombuffer(json.dumps(about, ensure_ascii=False).encode(), dtype=np.uint8)
+        arrays = {"about": told, "weights": self._weights, "bias": self._bias}
+        arrays |= {f"rarity.{part}": idf for part, idf in zip(_PARTS, self._rarity, strict=True)}
+        content = save(arrays)
+        with whole(file) as beside:
+            beside.write_bytes(content)
+        return sha256(content).hexdigest()
+
+    @classmethod
+    def load(cls, file: Path, digest: str | None = None) -> SecondOpinion:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            digest: what it returned; None: any file will do.
+
+        Raises:
+            ConfigError: if the file is missing, damaged, another one or of another format, or scikit-learn is not installed.
+        """
+        require_sklearn("a second opinion")
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            content = file.read_bytes()
+            if digest not in (None, sha256(content).hexdigest()):
+                raise ConfigError(f"the second opinion '{file}' is not the one of its calibration; calibrate again")
+            arrays = load(content)
+        except OSError as error:
+            raise ConfigError(f"the second opinion '{file}' cannot be read ({error.strerror}); calibrate again") from error
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ConfigError(f"the second opinion '{file}' is damaged ({error}); calibrate again") from error
+        problem = _problem(arrays)
+        if problem is not None:
+            raise ConfigError(f"'{file}' is no second opinion of format {_FORMAT}: {problem}; calibrate again")
+        about = parse_json(arrays["about"].tobytes())
+        rarity = [arrays[f"rarity.{part}"] for part in _PARTS]
+        return cls(about["actions"], about["texts"], rarity, arrays["weights"], arrays["bias"])
+
+
+def _problem(arrays: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with a file's content."""
+    names = {"about", "weights", "bias", *(f"rarity.{part}" for part in _PARTS)}
+    if arrays.keys() != names:
+        return f"it has {', '.join(sorted(arrays)) or 'nothing'}"
+    about = arrays.pop("about")
+    if about.dtype != np.uint8 or any(a.dtype != np.float32 or not np.isfinite(a).all() for a in arrays.values()):
+        return "its numbers are of other kinds, or not finite"
+    arrays["about"] = about
+    try:
+        content = parse_json(about.tobytes())
+    except ValueError as error:
+        return f"what it says of itself {error}"
+    if not isinstance(content, dict) or content.keys() != {"format", "actions", "texts"} or content["format"] != _FORMAT:
+        return "what it says of itself is something else"
+    lists = [content["actions"], *content["texts"]] if isinstance(content["texts"], list) else []
+    if len(lists) != 1 + len(_PARTS) or not all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in lists):
+        return "its actions or texts are no lists of texts"
+    if any(len(set(x)) != len(x) for x in lists):
+        return "a text is there twice"
+    actions, *texts = lists
+    try:
+        checked([name for name in actions if name != REMOTE], "a second opinion")
+    except ConfigError as error:
+        return str(error)
+    sizes = [arrays[f"rarity.{part}"].shape for part in _PARTS] == [(len(part),) for part in texts]
+    fits = arrays["weights"].shape == (len(actions), sum(map(len, texts))) and arrays["bias"].shape == (len(actions),)
+    return None if sizes and fits else "its arrays do not fit its texts"

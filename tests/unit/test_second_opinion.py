@@ -1,0 +1,198 @@
+"""A second opinion: a product at every branch, as a naive loop says; the same wherever actions are chosen; files that hold."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from chatbase import chat_tokenizer
+from serving import detached
+from shadowpeft.constrained import choose
+from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.actions import REMOTE, parser
+from shadowpeft.data.second_opinion import SecondOpinion, features
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.generate import answer
+from shadowpeft.serve.router import Scores, action_probability, decisive
+from shadowpeft.serve.scoring import scored_answers
+
+SKILLS = ("Sit", "Stand", "StandUp", "SitDown", "Bark", "开灯")
+PARSE = parser(SKILLS)
+SAID = ("sit", "stand still", "stand up", "sit down", "bark", "开灯吧", "why is that")
+WORDS = dict(zip((*SKILLS, REMOTE), SAID, strict=True))
+ROWS = [(f"{lead} {words}", name) for name, words in WORDS.items() for lead in ("please", "now", "oh dog", "快")]
+PROMPTS = ["sit", "stand up, will you?", "why is the sky blue?", "开灯吧", "x"]
+
+
+@pytest.fixture(scope="module")
+def opinion():
+    return SecondOpinion.fit(*map(list, zip(*ROWS, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return ActionTrie.of(chat_tokenizer(), SKILLS)
+
+
+@pytest.fixture(scope="module")
+def weighed(opinion):
+    return ActionTrie.of(chat_tokenizer(), SKILLS, opinion)
+
+
+@pytest.fixture(scope="module")
+def edge():
+    return detached()
+
+
+def product(own, chances, tokens):
+    """From both judges' chances of each action: at each token of an action, the shares of what begins like it."""
+    result = {}
+    for name, ids in tokens.items():
+        whole = 1.0
+        for depth in range(len(ids)):
+            shares = {}
+            for other, its in tokens.items():
+                if its[:depth] == ids[:depth]:
+                    both = shares.setdefault(its[depth], [0.0, 0.0])
+                    both[0] += own[other]
+                    both[1] += chances[other]
+            total = sum(model * classifier for model, classifier in shares.values())
+            whole *= math.prod(shares[ids[depth]]) / total
+        result[name] = whole
+    return result
+
+
+def test_probabilities_are_the_product_at_every_branch(edge, plain, weighed, opinion):
+    alone = choose(edge.model, edge.tokenizer, PROMPTS, plain)
+    both = choose(edge.model, edge.tokenizer, PROMPTS, weighed)
+    for prompt, one, other in zip(PROMPTS, alone, both, strict=True):
+        expected = product(one.probabilities, opinion.chances(prompt), plain.tokens)
+        assert other.probabilities == pytest.approx(expected, rel=1e-9)
+        assert sum(other.probabilities.values()) == pytest.approx(1.0, abs=1e-12)
+    assert [one.action for one in alone] != [one.action for one in both]
+    assert [one.action for one in both][:4] == ["Sit", "StandUp", REMOTE, "开灯"]  # an untrained model is led
+
+
+def test_a_server_and_generate_choose_what_choose_chooses(edge, weighed):
+    expected = choose(edge.model, edge.tokenizer, PROMPTS, weighed, exact=False)
+    said = [reply.text for reply in answer(edge.model, edge.tokenizer, PROMPTS, max_new_tokens=24, actions=weighed)]
+    served = scored_answers(edge, "edge", PROMPTS, system=None, max_tokens=24, actions=weighed)
+    for one, text, (pieces, scores) in zip(expected, said, served, strict=True):
+        n, action = decisive(pieces, PARSE)
+        assert PARSE(text) == action == one.action
+        assert action_probability(Scores(scores.logprob, scores.margin, scores.entropy).first(n)) == pytest.approx(
+            one.probability, rel=1e-4
+        )  # float32 logits of another batch
+
+
+def test_several_drawn_answers_lean_each_to_their_own_request(edge, weighed):
+    options = {"max_new_tokens": 24, "do_sample": True, "temperature": 0.2}
+    texts = [reply.text for reply in answer(edge.model, edge.tokenizer, ["bark", "开灯吧"], actions=weighed, **options)]
+    assert [PARSE(text) for text in texts] == ["Bark", "开灯"]
+
+
+def test_the_last_user_message_is_the_request(edge, weighed):
+    chat = [{"role": "system", "content": "bark"}, {"role": "user", "content": "bark"}, {"role": "user", "content": "sit"}]
+    assert choose(edge.model, edge.tokenizer, [chat], weighed)[0].action == "Sit"
+
+
+def test_some_of_the_actions(edge, weighed):
+    some = weighed.some(["Bark", "Sit"])
+    assert set(some.actions) == {"Bark", "Sit", REMOTE}
+    chosen = choose(edge.model, edge.tokenizer, ["stand up"], some)[0]
+    assert chosen.probabilities.keys() == {"Bark", "Sit", REMOTE}
+    assert sum(chosen.probabilities.values()) == pytest.approx(1.0)
+
+
+def test_chances_are_those_of_scikit_learn(opinion):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    prompts, actions = zip(*ROWS, strict=True)
+    theirs = make_pipeline(features(), LogisticRegression(C=100.0, max_iter=300)).fit(prompts, actions)
+    for prompt, row in zip(PROMPTS, theirs.predict_proba(PROMPTS), strict=True):
+        expected = dict(zip(theirs.classes_.tolist(), row.tolist(), strict=True))
+        assert opinion.chances(prompt) == pytest.approx(expected, rel=1e-3, abs=1e-6)  # ours are kept in float32
+
+
+def test_two_actions_are_enough_and_one_is_not():
+    opinion = SecondOpinion.fit(["sit down", "why", "sit", "who"], ["Sit", REMOTE, "Sit", REMOTE])
+    assert opinion.chances("sit")["Sit"] > 0.9 > 0.1 > opinion.chances("why")["Sit"]
+    with pytest.raises(DataError, match="1 action but need two"):
+        SecondOpinion.fit(["sit", "down"], ["Sit", "Sit"])
+
+
+def test_a_file_gives_the_same_chances(opinion, tmp_path):
+    file = tmp_path / "second.safetensors"
+    digest = opinion.save(file)
+    assert opinion.save(tmp_path / "again.safetensors") == digest
+    read = SecondOpinion.load(file, digest)
+    for prompt in (*PROMPTS, "", "\u2028 \x00"):
+        assert read.chances(prompt) == opinion.chances(prompt)
+    assert read.parameters == opinion.parameters > 0
+    with pytest.raises(ConfigError, match="is not the one of its calibration; calibrate again"):
+        SecondOpinion.load(file, "0" * 64)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SecondOpinion.load(tmp_path / "none.safetensors")
+
+
+def changed_about(arrays, **changes):
+    about = json.loads(arrays["about"].tobytes()) | changes
+    return {**arrays, "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)}
+
+
+DAMAGES = {
+    "a number that is none": lambda a: {**a, "weights": np.full_like(a["weights"], np.nan)},
+    "float64": lambda a: {**a, "bias": a["bias"].astype(np.float64)},
+    "too few weights": lambda a: {**a, "weights": a["weights"][:, 1:].copy()},
+    "a bias too few": lambda a: {**a, "bias": a["bias"][1:].copy()},
+    "rarities of other words": lambda a: {**a, "rarity.words": a["rarity.characters"]},
+    "another array": lambda a: {**a, "more": a["bias"]},
+    "no description": lambda a: {k: v for k, v in a.items() if k != "about"},
+    "a description that is no JSON": lambda a: {**a, "about": np.frombuffer(b"{", dtype=np.uint8)},
+    "a list": lambda a: {**a, "about": np.frombuffer(b"[]", dtype=np.uint8)},
+    "another format": lambda a: changed_about(a, format=2),
+    "an action that is none": lambda a: changed_about(a, actions=["rm -rf", *SKILLS[1:], REMOTE]),
+    "actions that are numbers": lambda a: changed_about(a, actions=[1] * 7),
+    "an action twice": lambda a: changed_about(a, actions=["Sit"] * 7),
+    "texts that are none": lambda a: changed_about(a, texts=[["a"], None]),
+    "one list of texts": lambda a: changed_about(a, texts=["a"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused(opinion, tmp_path, damage):
+    file = tmp_path / "second.safetensors"
+    opinion.save(file)
+    save_file(DAMAGES[damage](load_file(file)), file)
+    with pytest.raises(ConfigError, match=r"is no second opinion of format 1: .*; calibrate again"):
+        SecondOpinion.load(file)
+
+
+@pytest.mark.parametrize("end", [0, 7, 40, -1])
+def test_cut_files_are_refused(opinion, tmp_path, end):
+    file = tmp_path / "second.safetensors"
+    opinion.save(file)
+    file.write_bytes(file.read_bytes()[:end])
+    with pytest.raises(ConfigError, match="is damaged"):
+        SecondOpinion.load(file)
+
+
+def test_an_opinion_about_other_actions_is_refused(opinion):
+    for skills, said in ((("Sit", "Stand"), "also knows 'Bark'"), ((*SKILLS, "Roll"), "does not know 'Roll'")):
+        with pytest.raises(ConfigError, match=said):
+            ActionTrie.of(chat_tokenizer(), skills, opinion)
+    rows = [(prompt, name) for prompt, name in ROWS if name != REMOTE]
+    with pytest.raises(ConfigError, match="does not know 'REMOTE'"):
+        ActionTrie.of(chat_tokenizer(), SKILLS, SecondOpinion.fit(*map(list, zip(*rows, strict=True))))
+
+
+def test_words_alone_rule_nothing_out(weighed, plain):
+    held = weighed.start("sit")
+    held._chances = {**dict.fromkeys(held._chances, 0.0), "Sit": 1.0}
+    assert all(math.isfinite(x) for path in plain.branches for x in held.leaning(path))
+    whole = plain.tokens["Sit"]
+    assert held.leaning(whole) is None
+    assert (held.allowed(whole), held.forced(whole)) == ([], [])
