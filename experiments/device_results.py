@@ -19,11 +19,13 @@ RECORDS = {
     "full": ROOT / "docs" / "records" / "demo-full.json",
     "oos": ROOT / "docs" / "records" / "demo-oos.json",
 }
+SECOND = {name: ROOT / "docs" / "records" / f"second-opinion-{name}.json" for name in ("robot", "oos")}
 FRONTIER = ROOT / "docs" / "records" / "device-frontier.json"
 PAGES = {
     ROOT / "README.md": ("demo",),
     ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "oos", "frontier"),
     ROOT / "docs" / "scaled.md": ("joint",),
+    ROOT / "docs" / "routing.md": ("second",),
 }
 
 
@@ -153,6 +155,30 @@ def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return table(head, lines)
 
 
+def second(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a second opinion is worth on validation rows: without requests out of scope, and with a device that learnt them."""
+    head = [
+        "validation rows, %", "commands right", "open requests, no action", "out of scope, no action", "AUROC",
+        "commands kept at 3 %", "at 5 %",
+    ]  # fmt: skip
+    lines = []
+    for name, key in (("robot", "robot"), ("oos", "robot_oos")):
+        part = records[name]["validation"][key]
+        for way in ("device", "classifier", "product at every branch"):
+            found = part["ways"][way]
+            shares = [found.get(f"{what}_handed_on") for what in ("remote", "oos")]
+            lines.append(
+                [
+                    f"{part['n']} of `{key}`: {way}",
+                    f"{100 * found['commands_right']:.1f}",
+                    *(EMPTY if share is None else f"{100 * share:.1f}" for share in shares),
+                    f"{found['auroc']:.3f}",
+                    *(f"{100 * found[f'at_{target:g}']['commands_kept']:.1f}" for target in (0.03, 0.05)),
+                ]
+            )
+    return table(head, lines)
+
+
 def tables() -> dict[str, list[str]]:
     """Every table whose records are there."""
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in RECORDS.items() if file.is_file()}
@@ -165,6 +191,8 @@ def tables() -> dict[str, list[str]]:
         made["oos"] = methods(results["oos"])
     if "full" in results:
         made["full"] = [*methods(results["full"]), "", *calibrated(results["full"])]
+    if all(file.is_file() for file in SECOND.values()):
+        made["second"] = second({name: json.loads(file.read_text(encoding="utf-8")) for name, file in SECOND.items()})
     return made
 
 

@@ -177,7 +177,10 @@ def messages_of(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
 
 def request_of(messages: list[dict[str, str]]) -> str:
     """The request of a message list: its last user message; empty without one."""
-    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+    content: Any = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("type") == "text")  # parts, as OpenAI's API has them
 
 
 class _Tokens(BaseStreamer):

@@ -20,9 +20,11 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.serve import engine as engine_module
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.calibration import best_signal
+from shadowpeft.serve.client import CloudError
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.requests import SamplingParams
+from shadowpeft.serve.roles import EdgeRole
 from shadowpeft.serve.router import ACTION, SIGNALS, Calibration, Scores, action_probability, decisive
 from shadowpeft.serve.scoring import scored_answers
 from tiny import base
@@ -372,7 +374,7 @@ def test_calibrated_with_a_second_opinion_and_served_with_it(folders, second, mo
     assert code == 0, err
     assert "1 of 89 prompts are among those of --second-opinion and are left out" in " ".join(err.split())
     result = json.loads(out)
-    assert (result["n"], result["signal"]) == (88, ACTION)
+    assert (result["n"], result["signal"], result["learnt_already"]) == (88, ACTION, 1)
     about = result["second_opinion"]
     assert about["rows"] == 18
     assert about["without"]["right"] < 60  # an untrained model guesses
@@ -393,11 +395,49 @@ def test_calibrated_with_a_second_opinion_and_served_with_it(folders, second, mo
             (made,) = answer["choices"][0]["message"]["tool_calls"]
             assert made["function"]["name"] == action
             assert answer["shadowpeft"]["probability"] == note["probability"]
-            (named,) = ask(text, tools=tools, tool_choice=tools[0])["choices"][0]["message"]["tool_calls"]
+            (named,) = ask(text, tools=tools, tool_choice=tools[0], route="device")["choices"][0]["message"]["tool_calls"]
             assert named["function"]["name"] == "LampOn"
         text = http.post("/v1/completions", json={"model": "default", "prompt": "lights out, please", "max_tokens": 24}).json()
         assert text["shadowpeft"]["action"] == "LampOff"
         assert ask("why is that so, tell me")["shadowpeft"]["action"] == REMOTE
+
+
+def test_what_a_request_does_not_offer_is_handed_on_and_has_no_calibrated_confidence(
+    folders, second, monkeypatch, capsys, tmp_path
+):
+    """The calibration is about a choice among all actions. Among fewer another one looks surer than it is."""
+    code, _, err = opinionated(
+        monkeypatch, capsys, folders, second, "--second-opinion", second / "learnt.jsonl", "--out", tmp_path
+    )
+    assert code == 0, err
+    tools = [{"type": "function", "function": {"name": name}} for name in ("LampOn", "LampOff")]
+    routing = {"routing": str(tmp_path / "routing.json")}
+
+    def called(app, text, **more):
+        choice, note = say(app, text, **more)
+        return [call["function"]["name"] for call in choice["message"]["tool_calls"]], note
+
+    alone = command.application(options(folders / "random", **routing), NOBODY)
+    names, note = called(alone, "light up, please", tools=tools)
+    assert (names, note["reason"], note["confidence"]) == (["LampOn"], "known skill", pytest.approx(1.0))
+    for more in ({"tools": tools[1:]}, {"tools": tools, "tool_choice": tools[1]}):
+        alone = command.application(options(folders / "random", **routing), NOBODY)
+        names, note = called(alone, "light up, please", **more)  # there is no cloud that could do better
+        assert (names, note["where"]) == (["LampOff"], "device")
+        assert "confidence" not in note
+
+    async def away(self, asked, ids, note, began):
+        handed_on.append((note["reason"], note["action"]))
+        raise CloudError("cloud unavailable", "it is away")
+
+    monkeypatch.setattr(EdgeRole, "_forward", away)
+    for more, expected in (({"tools": tools}, []), ({"tools": tools[1:]}, [("unknown answer", None)])):
+        handed_on = []
+        edge = options(folders / "random", cloud_url="http://127.0.0.1:9", cloud_model="m", **routing)
+        names, note = called(command.application(edge, NOBODY), "light up, please", **more)
+        assert handed_on == expected
+        assert names == [more["tools"][0]["function"]["name"]]  # never what was not offered
+        assert note.get("degraded", False) is bool(expected)
 
 
 def test_without_its_file_a_calibration_is_not_served(folders, second, monkeypatch, capsys, tmp_path):
@@ -406,7 +446,7 @@ def test_without_its_file_a_calibration_is_not_served(folders, second, monkeypat
     )
     assert code == 0, err
     edge = options(folders / "random", routing=str(tmp_path / "routing.json"))
-    file = tmp_path / "second_opinion.safetensors"
+    (file,) = tmp_path.glob("second_opinion-*")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + b"x")
     with pytest.raises(ConfigError, match="is not the one of its calibration"):
@@ -430,13 +470,66 @@ def test_without_its_file_a_calibration_is_not_served(folders, second, monkeypat
         (("--second-opinion", "asked.jsonl"), "every prompt of"),
         (("--second-opinion", "robot"), "'robot' has the packaged skills"),
         (("--second-opinion", "commands.jsonl"), "does not know 'REMOTE'"),
-        (("--second-opinion", "one.jsonl"), "1 action but need two"),
+        (("--second-opinion", "one.jsonl"), "does not know 'LampOff'"),
+        (("--second-opinion", "other.jsonl"), "has LampOff for the same prompt; correct one of them"),
     ],
 )
 def test_second_opinions_that_do_not_fit(folders, second, monkeypatch, capsys, more, said):
     write_rows(second / "commands.jsonl", [{"prompt": n, "skill": n} for n in ("LampOn", "LampOff")])
     write_rows(second / "one.jsonl", [{"prompt": "a", "skill": "LampOn"}])
+    differing = {"prompt": "brighter, the 0th", "skill": "LampOff"}  # in asked.jsonl it is LampOn
+    write_rows(second / "other.jsonl", [differing, *({"prompt": n, "skill": n} for n in ("LampOn", "LampOff", REMOTE))])
     more = [second / word if word.endswith(".jsonl") else word for word in more]
     code, _, err = opinionated(monkeypatch, capsys, folders, second, *more)
     assert code == 2
     assert said in err
+
+
+def test_rows_to_train_on_may_be_whole_chats(folders, second, monkeypatch, capsys, tmp_path):
+    rows = [json.loads(line) for line in (second / "learnt.jsonl").read_text().splitlines()]
+    said = {"LampOn": "[LampOn()] On.", "LampOff": "[LampOff()] Off.", REMOTE: "[REMOTE] Let me ask."}
+    turns = (("system", "a lamp"), ("user", "hm"), ("assistant", "Yes?"))
+    before = [{"role": role, "content": text} for role, text in turns]
+    write_rows(
+        second / "chats.jsonl",
+        [
+            {
+                "messages": [
+                    *before,
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": said[row["skill"]]},
+                ]
+            }
+            for row in rows
+        ],
+    )
+    found = {}
+    for name in ("learnt", "chats"):
+        code, out, err = opinionated(
+            monkeypatch, capsys, folders, second, "--second-opinion", second / f"{name}.jsonl", "--out", tmp_path / name
+        )
+        assert code == 0, err
+        found[name] = json.loads(out)
+    assert found["chats"]["commands_kept"] == found["learnt"]["commands_kept"]
+    assert Calibration.load(tmp_path / "chats" / "routing.json").opinion == Calibration.load(
+        tmp_path / "learnt" / "routing.json"
+    ).opinion
+
+
+def test_a_calibration_that_cannot_be_saved_leaves_the_old_one_whole(folders, second, monkeypatch, capsys, tmp_path):
+    with_one = ("--second-opinion", second / "learnt.jsonl", "--out", tmp_path)
+    code, _, err = opinionated(monkeypatch, capsys, folders, second, *with_one)
+    assert code == 0, err
+    before = Calibration.load(tmp_path / "routing.json")
+    write_rows(second / "more.jsonl", [json.loads(line) for line in (second / "learnt.jsonl").read_text().splitlines()][:-1])
+
+    def full(self, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Calibration, "save", full)
+    code, _, err = opinionated(monkeypatch, capsys, folders, second, *with_one[2:], "--second-opinion", second / "more.jsonl")
+    assert code == 1
+    assert "No space left" in err
+    edge = options(folders / "random", routing=str(tmp_path / "routing.json"))
+    assert say(command.application(edge, NOBODY), "light up, please")[1]["action"] == "LampOn"
+    assert Calibration.load(tmp_path / "routing.json") == before

@@ -14,10 +14,12 @@ from shadowpeft.constrained import choose, equal_lengths
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, parser
 from shadowpeft.data.chat import prompt_ids, with_system
+from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import get_task
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.generate import answer
+from shadowpeft.serve.router import ACTION, Calibration
 from tiny import adapt, adapter_config, base
 
 PROMPTS = ["sit", "a much longer request, please", "x", "站起来", "say", "another one of middle length"]
@@ -197,6 +199,29 @@ def test_the_command(sitting, monkeypatch, capsys):
         code, _, err = call(monkeypatch, capsys, *ask, skills)
         assert code == 2
         assert message in err
+
+
+def test_the_command_takes_the_second_opinion_of_the_calibration(sitting, monkeypatch, capsys):
+    opinion = SecondOpinion.fit(["sit down", "bark!", "why?"], ["Sit", "Bark", REMOTE])
+    digest = opinion.save(sitting / "adapter")
+    Calibration(ACTION, (0.0,), (1.0,), 0.5, skills=("Sit", "Bark"), opinion=digest).save(sitting / "adapter" / "routing.json")
+    (sitting / "more.txt").write_text("Sit\nBark\nRoll\n")
+    found = {}
+    for mode, skills in (("detached", "skills.txt"), ("attached", "skills.txt"), ("detached", "more.txt")):
+        ask = ("generate", sitting / "adapter", "bark!", "--mode", mode, "--skills", sitting / skills)
+        code, out, err = call(monkeypatch, capsys, *ask, "--json")
+        assert code == 0, err
+        found[mode, skills] = json.loads(out)
+    both, attached, other = found.values()
+    assert both["second_opinion"] is True
+    assert "second_opinion" not in attached  # the cloud's path
+    assert "second_opinion" not in other  # it is about other actions
+    alone, chances = attached["probabilities"], opinion.chances("bark!")  # both paths say the same here
+    odds = alone["Bark"] / alone["Sit"] * chances["Bark"] / chances["Sit"]  # two actions that differ from the first token on
+    assert both["probabilities"]["Bark"] / both["probabilities"]["Sit"] == pytest.approx(odds, rel=1e-3)
+    code, _, err = call(monkeypatch, capsys, *ask[:-2], "--skills", sitting / "skills.txt")
+    assert "with the second opinion of its calibration" in err
+    (sitting / "adapter" / "routing.json").unlink()
 
 
 def test_the_record_of_a_device_has_the_constrained_score_beside_the_free_one(adapted):

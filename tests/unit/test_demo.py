@@ -113,7 +113,7 @@ def test_what_is_measured(tmp_path, few):
     assert set(result["milliseconds"]) == {"rival", "device", "second", "cloud"}
     assert [row["action"] for row in result["requests"]] == ["Sit", "Sit"]
     digest = Calibration.load(tmp_path / "edge" / "routing.json").opinion
-    opinion = SecondOpinion.load(tmp_path / "edge" / "second_opinion.safetensors", digest)
+    opinion = SecondOpinion.load(tmp_path / "edge", digest)
     assert result["size"]["opinion_parameters"] == opinion.parameters
     assert result["calibrated"]["alone"].keys() < result["calibrated"].keys()
     demo_picture.draw(result, tmp_path / "x.png")

@@ -2,20 +2,22 @@
 
 import json
 import math
+from hashlib import sha256
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from chatbase import chat_tokenizer
 from serving import detached
 from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, parser
-from shadowpeft.data.second_opinion import SecondOpinion, features
+from shadowpeft.data.second_opinion import SecondOpinion, discard_others, features, file_of
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.generate import answer
-from shadowpeft.serve.router import Scores, action_probability, decisive
+from shadowpeft.generate import answer, request_of
+from shadowpeft.serve.loading import opinion_of
+from shadowpeft.serve.router import ACTION, Calibration, Scores, action_probability, decisive
 from shadowpeft.serve.scoring import scored_answers
 
 SKILLS = ("Sit", "Stand", "StandUp", "SitDown", "Bark", "开灯")
@@ -95,7 +97,11 @@ def test_several_drawn_answers_lean_each_to_their_own_request(edge, weighed):
 
 def test_the_last_user_message_is_the_request(edge, weighed):
     chat = [{"role": "system", "content": "bark"}, {"role": "user", "content": "bark"}, {"role": "user", "content": "sit"}]
-    assert choose(edge.model, edge.tokenizer, [chat], weighed)[0].action == "Sit"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "bark"}]}]
+    chosen = choose(edge.model, edge.tokenizer, [chat], weighed)[0]
+    assert chosen.action == "Sit"
+    assert request_of(parts) == "bark"
+    assert request_of([{"role": "assistant", "content": "bark"}]) == ""
 
 
 def test_some_of_the_actions(edge, weighed):
@@ -122,20 +128,45 @@ def test_two_actions_are_enough_and_one_is_not():
     assert opinion.chances("sit")["Sit"] > 0.9 > 0.1 > opinion.chances("why")["Sit"]
     with pytest.raises(DataError, match="1 action but need two"):
         SecondOpinion.fit(["sit", "down"], ["Sit", "Sit"])
+    with pytest.raises(DataError, match="no word of two letters"):
+        SecondOpinion.fit(["开", "关"], ["Sit", REMOTE])
 
 
 def test_a_file_gives_the_same_chances(opinion, tmp_path):
-    file = tmp_path / "second.safetensors"
-    digest = opinion.save(file)
-    assert opinion.save(tmp_path / "again.safetensors") == digest
-    read = SecondOpinion.load(file, digest)
+    digest = opinion.save(tmp_path)
+    assert opinion.save(tmp_path) == digest
+    (file,) = tmp_path.iterdir()
+    assert file == file_of(tmp_path, digest)
+    read = SecondOpinion.load(tmp_path, digest)
     for prompt in (*PROMPTS, "", "\u2028 \x00"):
         assert read.chances(prompt) == opinion.chances(prompt)
     assert read.parameters == opinion.parameters > 0
     with pytest.raises(ConfigError, match="is not the one of its calibration; calibrate again"):
-        SecondOpinion.load(file, "0" * 64)
+        SecondOpinion.load(tmp_path, digest[:12] + "0" * 52)
     with pytest.raises(ConfigError, match="cannot be read"):
-        SecondOpinion.load(tmp_path / "none.safetensors")
+        SecondOpinion.load(tmp_path, "0" * 64)
+
+
+def test_a_new_one_leaves_the_old_one_until_it_is_discarded(opinion, tmp_path):
+    old = opinion.save(tmp_path)
+    new = SecondOpinion.fit(["sit down", "why", "sit", "who"], ["Sit", REMOTE, "Sit", REMOTE]).save(tmp_path)
+    (tmp_path / "second_opinion.md").write_text("mine")
+    assert SecondOpinion.load(tmp_path, old).actions == opinion.actions
+    discard_others(tmp_path, new)
+    assert sorted(tmp_path.iterdir()) == sorted([file_of(tmp_path, new), tmp_path / "second_opinion.md"])
+    discard_others(tmp_path, None)
+    assert [file.name for file in tmp_path.iterdir()] == ["second_opinion.md"]
+
+
+def test_beside_a_link_or_where_it_points_to(opinion, tmp_path):
+    digest = opinion.save(tmp_path)
+    file = tmp_path / "routing.json"
+    calibration = Calibration(ACTION, (0.0,), (1.0,), 0.5, skills=SKILLS, opinion=digest)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "routing.json").symlink_to(file)
+    for place in (file, tmp_path / "elsewhere" / "routing.json"):
+        assert opinion_of(calibration, place).actions == opinion.actions
+    assert opinion_of(None, None) is None
 
 
 def changed_about(arrays, **changes):
@@ -159,25 +190,29 @@ DAMAGES = {
     "an action twice": lambda a: changed_about(a, actions=["Sit"] * 7),
     "texts that are none": lambda a: changed_about(a, texts=[["a"], None]),
     "one list of texts": lambda a: changed_about(a, texts=["a"]),
+    "no texts": lambda a: changed_about(a, texts=[[], []]),
 }
+
+
+def write(folder, content):
+    """A file under the name that belongs to its content."""
+    digest = sha256(content).hexdigest()
+    file_of(folder, digest).write_bytes(content)
+    return digest
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_refused(opinion, tmp_path, damage):
-    file = tmp_path / "second.safetensors"
-    opinion.save(file)
-    save_file(DAMAGES[damage](load_file(file)), file)
+    digest = write(tmp_path, save(DAMAGES[damage](load_file(file_of(tmp_path, opinion.save(tmp_path))))))
     with pytest.raises(ConfigError, match=r"is no second opinion of format 1: .*; calibrate again"):
-        SecondOpinion.load(file)
+        SecondOpinion.load(tmp_path, digest)
 
 
 @pytest.mark.parametrize("end", [0, 7, 40, -1])
 def test_cut_files_are_refused(opinion, tmp_path, end):
-    file = tmp_path / "second.safetensors"
-    opinion.save(file)
-    file.write_bytes(file.read_bytes()[:end])
+    digest = write(tmp_path, file_of(tmp_path, opinion.save(tmp_path)).read_bytes()[:end])
     with pytest.raises(ConfigError, match="is damaged"):
-        SecondOpinion.load(file)
+        SecondOpinion.load(tmp_path, digest)
 
 
 def test_an_opinion_about_other_actions_is_refused(opinion):

@@ -21,7 +21,6 @@ from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, written
-from shadowpeft.data.second_opinion import FILE as OPINION
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
@@ -65,7 +64,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
     fit = robot.load("validation_normal") + robot.load("validation_remote")
     options: dict[str, Any] = {"target": TARGET, "level": LEVEL, "signal": ACTION}
     calibrations = {name: calibrate(samples(fit, decide(fit, name, "calibrating")), **options) for name in tries}
-    calibration = replace(calibrations["second"], opinion=opinion.save(folder / "edge" / OPINION))
+    calibration = replace(calibrations["second"], opinion=opinion.save(folder / "edge"))
     calibration.report.update(system=robot.SYSTEM, model=sketch(edge))
     calibration.save(folder / "edge" / FILE)
     test = robot.load("test_normal") + robot.load("test_remote_large")

@@ -147,7 +147,8 @@ def generate(
     if drafts:
         terminal(stderr=True).print(str(drafts["speculative"].counts), highlight=False)
     if chosen is not None:
-        terminal(stderr=True).print(f"{result['action']}: probability {result['probability']:.4f}", highlight=False)
+        weighed = "" if opinion is None else ", with the second opinion of its calibration"
+        terminal(stderr=True).print(f"{result['action']}: probability {result['probability']:.4f}{weighed}", highlight=False)
 
 
 def chat(

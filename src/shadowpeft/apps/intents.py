@@ -34,6 +34,8 @@ def read_intents(
     limit: int | None,
     skills: tuple[str, ...] | None = None,
     tools: Tools | None = None,
+    *,
+    whole_chats: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows with ``prompt``, ``skill`` (``REMOTE`` for requests that no skill fits) and ``where`` they stand: a packaged set, or
     a JSONL file.
@@ -41,6 +43,7 @@ def read_intents(
     Args:
         skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
         tools: actions with arguments. Rows are chats then, and ``skill`` is the calls of their answers, in one form.
+        whole_chats: a row to train on may have more than one message; the last user message is the request.
 
     Raises:
         ConfigError: if a packaged set is asked for and ``skills`` lack some of its.
@@ -63,7 +66,7 @@ def read_intents(
         rows = []
         for number, line in enumerate(file.read_bytes().splitlines(), 1):
             if line.strip():
-                rows.append(_checked(line, f"{file}, line {number}", {*(skills or SKILLS), REMOTE}))
+                rows.append(_checked(line, f"{file}, line {number}", {*(skills or SKILLS), REMOTE}, whole_chats))
         if not rows:
             raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
     if limit is not None and limit < len(rows):
@@ -73,9 +76,9 @@ def read_intents(
 
 def rows_to_learn(source: str, skills: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
     """The rows of a packaged set, or of a file, that a device learns its actions from; form and errors of
-    :func:`read_intents`."""
+    :func:`read_intents`. The request of a longer chat is its last user message."""
     if source not in ROBOT or not set(SKILLS) <= set(skills or SKILLS):
-        return read_intents(source, "fit", None, skills)
+        return read_intents(source, "fit", None, skills, whole_chats=True)
     return [{**row, "where": f"{source}, row {row['id']}"} for split in SETS[source] for row in load(split)]
 
 
@@ -89,23 +92,29 @@ def distinct(rows: list[dict[str, Any]], without: Iterable[dict[str, Any]] = ())
     return [{**first[said], "times": n} for said, n in times.items() if said not in elsewhere]
 
 
-def without_prompts_of(rows: list[dict[str, Any]], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows whose prompt none of ``others`` has; prompts that differ in white space alone are the same."""
-    elsewhere = {_said(row) for row in others}
-    return [row for row in rows if _said(row) not in elsewhere]
+def without_prompts_of(
+    rows: list[dict[str, Any]], others: Iterable[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]] | None]:
+    """The rows whose prompt none of ``others`` has (prompts that differ in white space alone are the same), and the first row
+    and other with the same prompt but another skill.
+    """
+    elsewhere = {_said(row): row for row in others}
+    differing = ((row, elsewhere[_said(row)]) for row in rows if _said(row) in elsewhere)
+    first = next(((row, other) for row, other in differing if row["skill"] != other["skill"]), None)
+    return [row for row in rows if _said(row) not in elsewhere], first
 
 
 def _said(row: dict[str, Any]) -> str:
     return " ".join(row["prompt"].split())
 
 
-def _checked(line: bytes, where: str, known: set[str]) -> dict[str, Any]:
+def _checked(line: bytes, where: str, known: set[str], whole_chats: bool) -> dict[str, Any]:
     try:
         row = parse_json(line)
     except ValueError as error:
         raise DataError(f"{where} {error}; write one JSON object a line") from error
     if isinstance(row, dict) and "skill" not in row and ("messages" in row or "response" in row):
-        row = _of_chat(check_row(row, where), named(known - {REMOTE}), where)
+        row = _of_chat(check_row(row, where), named(known - {REMOTE}), where, whole_chats)
     good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)
     if not good:
         raise DataError(f"{where} must have the strings 'prompt' and 'skill', or be a row to train on (docs/data.md)")
@@ -141,16 +150,17 @@ def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
     return [_of_chat(row, tools, getattr(row, "where", source)) for row in read_file(source)]
 
 
-def _of_chat(row: dict[str, Any], tools: Tools, where: str) -> dict[str, Any]:
+def _of_chat(row: dict[str, Any], tools: Tools, where: str, whole_chats: bool = False) -> dict[str, Any]:
     """The request of a checked row, and the action or calls that the device would learn of it."""
     from shadowpeft.train.rows import told  # torch, which a command's --help does not need
 
     messages = row["messages"]
-    if [message["role"] for message in messages] != ["user"]:
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    if not asked if whole_chats else [message["role"] for message in messages] != ["user"]:
         raise DataError(f"{where} has {len(messages)} messages before its answer but must have one, the user's; shorten it")
     plain = tools.plain and "answer" not in row
     row = told(row, actions=True, tools=None if plain else tools, compact=True)
     learnt = row["shadow_response"] or row["response"]
     skill = REMOTE if row["path"] == "base" else (only_action(learnt) if plain else only_calls(learnt, tools))[1:-1]
     skill = skill.removesuffix("()") if tools.plain else skill
-    return {"prompt": messages[0]["content"], "skill": skill, "where": where}
+    return {"prompt": asked[-1], "skill": skill, "where": where}

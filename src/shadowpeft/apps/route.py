@@ -74,9 +74,8 @@ def calibrate(
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     quiet_libraries()
     from shadowpeft.apps import second_opinion as second
-    from shadowpeft.apps.intents import read_intents, rows_to_learn
+    from shadowpeft.apps.intents import read_intents
     from shadowpeft.data.robot_tools import tools_named
-    from shadowpeft.data.second_opinion import FILE as OPINION
     from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.router import ACTION, FILE, SIGNALS
@@ -111,14 +110,18 @@ def calibrate(
     console = terminal(stderr=True)
     rows = {"fit": read_intents(data, "fit", limit, own, tools)}
     rows["fit"], copies = _each_once(rows["fit"], data, console)
-    learnt = [] if second_opinion is None else rows_to_learn(second_opinion, own)
-    rows["fit"] = second.not_learnt(rows["fit"], learnt, data, console)
+    learnt = [] if second_opinion is None else second.learning_rows(second_opinion, own)
+    rows["fit"], left_out = second.not_learnt(rows["fit"], learnt, data, console)
+    about_data: dict[str, Any] = {"data": Path(data).name, "copies": copies}
+    about_data |= {} if second_opinion is None else {"learnt_already": left_out}
     if bound:
         require_rows([row["skill"] == REMOTE for row in rows["fit"]], target=target, level=level, signal=signal)
     if check is not None:
         rows["check"], _ = _each_once(read_intents(check, "check", limit, own, tools), check, console)
         rows["check"], seen = _unseen(rows["check"], rows["fit"], check, console)
-        rows["check"] = second.not_learnt(rows["check"], learnt, check, console)
+        rows["check"], left_out = second.not_learnt(rows["check"], learnt, check, console)
+        about_check: dict[str, Any] = {"data": Path(check).name, "seen_in_data": seen}
+        about_check |= {} if second_opinion is None else {"learnt_already": left_out}
     from shadowpeft.data.action_trie import ActionTrie
     from shadowpeft.data.call_guide import Engine
     from shadowpeft.data.calls import CallParser
@@ -140,10 +143,9 @@ def calibrate(
         trie = ActionTrie.of(edge.tokenizer, own or SKILLS)
     asked: dict[str, tuple[Any, Any]] = {} if signal == ACTION else {_FREELY: (edge, None)}
     asked |= {} if trie is None else {_CHOOSING: (edge, trie)}
-    opinion = None
-    if second_opinion is not None:
-        opinion = second.fitted(learnt, second_opinion, console)
-        asked = {_CHOOSING: (edge, ActionTrie.of(edge.tokenizer, own or SKILLS, opinion)), _ALONE: (edge, trie)}
+    opinion = None if second_opinion is None else second.fitted(learnt, second_opinion, console)
+    if opinion is not None:
+        asked |= {_CHOOSING: (edge, ActionTrie.of(edge.tokenizer, own or SKILLS, opinion)), _ALONE: (edge, trie)}
     by_way: dict[str, dict[str, list[Any]]] = {way: {} for way in asked}
     asked |= {} if in_cloud is None else {_CLOUD: (in_cloud, None)}
     for name, part in rows.items():
@@ -163,15 +165,12 @@ def calibrate(
     samples = by_way[_CHOOSING if best == ACTION else _FREELY]
     fitted = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound, level=level)
     calibration = replace(fitted, skills=own, tools=None if tools is None else tuple(tools.definitions()))
-    (folder / OPINION).unlink(missing_ok=True)  # of an earlier calibration
     if opinion is not None and alone is not None:
-        calibration = replace(calibration, opinion=opinion.save(folder / OPINION))
         about = {"rows": len(learnt), "parameters": opinion.parameters}
         calibration.report["second_opinion"] = {**about, "without": second.without(alone["fit"], target, bound, level)}
     calibration.report.update(
+        about_data,
         signals_auroc=_areas(by_way, range(len(rows["fit"]))),
-        data=Path(data).name,
-        copies=copies,
         source=Path(source).name,
         max_new_tokens=max_new_tokens,
         system=system,
@@ -179,11 +178,13 @@ def calibrate(
     )
     shown = "fit"
     if check is not None:
-        about = {"data": Path(check).name, "seen_in_data": seen}
-        calibration.report["check"] = {**about, **fitting.check(calibration, samples["check"])}
+        calibration.report["check"] = {**about_check, **fitting.check(calibration, samples["check"])}
         shown = "check"
     calibration.report["curve"] = fitting.curve(calibration, samples[shown])
+    if opinion is not None:
+        calibration = replace(calibration, opinion=opinion.save(folder))
     calibration.save(folder / FILE)
+    second.discard_others(folder, calibration.opinion)
     card = Path(source) / "README.md"
     if out is None and card.is_file():  # of an adapter
         from shadowpeft.storage import write_text

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowpeft.apps.intents import without_prompts_of
-from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.second_opinion import SecondOpinion
+from shadowpeft.apps.intents import rows_to_learn, without_prompts_of
+from shadowpeft.data.robot import SKILLS
+from shadowpeft.data.second_opinion import SecondOpinion, check_actions, discard_others
 from shadowpeft.errors import DataError
 from shadowpeft.serve import calibration as fitting
 from shadowpeft.serve.loading import opinion_of
@@ -17,22 +17,38 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+__all__ = ["beside", "discard_others", "fitted", "learning_rows", "not_learnt", "without"]
+
+
+def learning_rows(source: str, skills: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The rows that a second opinion is fitted on; raises as :func:`rows_to_learn` and :func:`check_actions`."""
+    rows = rows_to_learn(source, skills)
+    check_actions({row["skill"] for row in rows}, skills or SKILLS)
+    return rows
+
+
 def not_learnt(
     rows: list[dict[str, Any]], learnt: list[dict[str, Any]], source: str, console: Console
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], int]:
     """Rows without those that the second opinion learns, which would be no evidence.
 
     Raises:
-        DataError: if there are no others.
+        DataError: if there are no others, or one of them is learnt with another action.
     """
-    kept = without_prompts_of(rows, learnt)
+    kept, other = without_prompts_of(rows, learnt)
+    if other is not None:
+        row, taught = other
+        raise DataError(
+            f"{row['where']} has the skill {row['skill']} but {taught['where']}, of --second-opinion, has {taught['skill']} "
+            "for the same prompt; correct one of them"
+        )
     if not kept:
         raise DataError(f"every prompt of '{source}' is one of --second-opinion too; give rows that nothing was trained on")
     if len(kept) < len(rows):
         console.print(
             f"'{source}': {len(rows) - len(kept)} of {len(rows)} prompts are among those of --second-opinion and are left out"
         )
-    return kept
+    return kept, len(rows) - len(kept)
 
 
 def fitted(learnt: list[dict[str, Any]], source: str, console: Console) -> Any:
@@ -45,8 +61,10 @@ def fitted(learnt: list[dict[str, Any]], source: str, console: Console) -> Any:
 def beside(adapter: str, skills: tuple[str, ...]) -> SecondOpinion | None:
     """The second opinion of the calibration in the folder of a device; None without one, or if it is about other actions."""
     file = Path(adapter) / FILE
-    opinion = opinion_of(Calibration.load(file), file) if file.is_file() else None
-    return opinion if opinion is not None and set(opinion.actions) == {*skills, REMOTE} else None
+    calibration = Calibration.load(file) if file.is_file() else None
+    if calibration is None or set(calibration.skills or SKILLS) != set(skills):
+        return None
+    return opinion_of(calibration, file)
 
 
 def without(samples: list[Any], target: float, bound: bool, level: float) -> dict[str, Any]:

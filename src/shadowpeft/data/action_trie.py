@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from shadowpeft.data.actions import REMOTE, checked, written
 from shadowpeft.data.chat import answer_ids
+from shadowpeft.data.second_opinion import check_actions
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError
 
@@ -99,7 +100,7 @@ class ActionTrie:
         turn = [{"role": "user", "content": "a"}]
         texts = {name: written(name) for name in (*checked(skills, "the list of actions"), REMOTE)}
         if opinion is not None:
-            opinion.check(tuple(texts))
+            check_actions(opinion.actions, texts)
         trie = cls({name: answer_ids(tokenizer, turn, text, closed=False) for name, text in texts.items()}, opinion)
         for name, text in texts.items():
             ids = trie.tokens[name]

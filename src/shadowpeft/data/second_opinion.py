@@ -11,7 +11,7 @@ The classifier is TF-IDF and multinomial logistic regression of scikit-learn. It
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import FeatureUnion
 
-FILE = "second_opinion.safetensors"
-"""Name of a saved one, beside the calibration that was made with it."""
+_NAME = "second_opinion-{}.numbers"  # not .safetensors, which servers of models take for weights
 C = 100.0
-"""Inverse strength of the penalty, chosen on development rows (experiments/records/rivals/second-opinion.json)."""
+"""Inverse strength of the penalty: of the packaged rows with requests out of scope, held-out families are likeliest
+(docs/records/second-opinion-oos.json)."""
 _ITERATIONS = 300
 _FORMAT = 1
 _PARTS = ("words", "characters")
@@ -86,7 +86,7 @@ class SecondOpinion:
         """Fitted on requests and the right action of each, ``REMOTE`` where none is; deterministic.
 
         Raises:
-            ConfigError: if scikit-learn is not installed. DataError: if there are not two actions.
+            ConfigError: if scikit-learn is not installed. DataError: if there are not two actions, or no words.
         """
         require_sklearn("a second opinion")
         from sklearn.linear_model import LogisticRegression
@@ -95,7 +95,12 @@ class SecondOpinion:
         if len(names) < 2:
             raise DataError(f"the rows of the second opinion have {len(names)} action but need two; give rows of several")
         union = features()
-        x = union.fit_transform(prompts)
+        try:
+            x = union.fit_transform(prompts)
+        except ValueError as error:
+            raise DataError(
+                f"the rows of the second opinion have no word of two letters ({error}); give rows in words, or do without it"
+            ) from error
         fitted = LogisticRegression(C=c, max_iter=_ITERATIONS).fit(x, actions)
         weights, bias = fitted.coef_, fitted.intercept_
         if len(names) == 2:  # one row of numbers says how much likelier the second is
@@ -115,25 +120,12 @@ class SecondOpinion:
         from scipy.sparse import hstack
 
         x: csr_matrix = hstack([part.transform([prompt]) for part in self._vectorizers], format="csr")
-        logits = (x @ self._weights.T).ravel().astype(np.float64) + self._bias
+        logits = self._weights[:, x.indices] @ x.data + self._bias  # the few features of a request, in float64
         chances = np.exp(logits - logits.max())
         return dict(zip(self.actions, (chances / chances.sum()).tolist(), strict=True))
 
-    def check(self, actions: Sequence[str]) -> None:
-        """
-        Raises:
-            ConfigError: if these, with ``REMOTE``, are not the actions that it knows.
-        """
-        differing = sorted(set(self.actions) ^ {*actions, REMOTE})
-        if differing:
-            lacks = "does not know" if differing[0] in {*actions, REMOTE} else "also knows"
-            raise ConfigError(
-                f"the second opinion {lacks} '{differing[0]}', so it is about other actions than the device; fit it on rows of "
-                "all of its actions, and of requests without one"
-            )
-
-    def save(self, file: Path) -> str:
-        """Write it whole, in safetensors; the SHA-256 of the file."""
+    def save(self, folder: Path) -> str:
+        """Write it whole, in the form of safetensors, under a name of its own; the SHA-256 of the file."""
         from safetensors.numpy import save
 
         about = {"format": _FORMAT, "actions": self.actions, "texts": self._texts}
@@ -141,16 +133,14 @@ class SecondOpinion:
         arrays = {"about": told, "weights": self._weights, "bias": self._bias}
         arrays |= {f"rarity.{part}": idf for part, idf in zip(_PARTS, self._rarity, strict=True)}
         content = save(arrays)
-        with whole(file) as beside:
+        digest = sha256(content).hexdigest()
+        with whole(file_of(folder, digest)) as beside:
             beside.write_bytes(content)
-        return sha256(content).hexdigest()
+        return digest
 
     @classmethod
-    def load(cls, file: Path, digest: str | None = None) -> SecondOpinion:
+    def load(cls, folder: Path, digest: str) -> SecondOpinion:
         """Read what :meth:`save` wrote.
-
-        Args:
-            digest: what it returned; None: any file will do.
 
         Raises:
             ConfigError: if the file is missing, damaged, another one or of another format, or scikit-learn is not installed.
@@ -159,9 +149,10 @@ class SecondOpinion:
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
+        file = file_of(folder, digest)
         try:
             content = file.read_bytes()
-            if digest not in (None, sha256(content).hexdigest()):
+            if digest != sha256(content).hexdigest():
                 raise ConfigError(f"the second opinion '{file}' is not the one of its calibration; calibrate again")
             arrays = load(content)
         except OSError as error:
@@ -174,6 +165,33 @@ class SecondOpinion:
         about = parse_json(arrays["about"].tobytes())
         rarity = [arrays[f"rarity.{part}"] for part in _PARTS]
         return cls(about["actions"], about["texts"], rarity, arrays["weights"], arrays["bias"])
+
+
+def check_actions(known: Collection[str], actions: Iterable[str]) -> None:
+    """
+    Raises:
+        ConfigError: if these, with ``REMOTE``, are not the actions that a second opinion knows.
+    """
+    needed = {*actions, REMOTE}
+    differing = sorted(needed ^ set(known))
+    if differing:
+        lacks = "does not know" if differing[0] in needed else "also knows"
+        raise ConfigError(
+            f"the second opinion {lacks} '{differing[0]}', so it is about other actions than the device; fit it on rows of all "
+            "of its actions, and of requests without one"
+        )
+
+
+def file_of(folder: Path, digest: str) -> Path:
+    """Where the one with that digest is saved: each has a name of its own, so a new one leaves an old calibration whole."""
+    return folder / _NAME.format(digest[:12])
+
+
+def discard_others(folder: Path, digest: str | None) -> None:
+    """Remove saved ones but that with the digest: they belong to calibrations that were replaced."""
+    for file in folder.glob(_NAME.format("*")):
+        if digest is None or file != file_of(folder, digest):
+            file.unlink()
 
 
 def _problem(arrays: dict[str, np.ndarray]) -> str | None:
@@ -194,8 +212,8 @@ def _problem(arrays: dict[str, np.ndarray]) -> str | None:
     lists = [content["actions"], *content["texts"]] if isinstance(content["texts"], list) else []
     if len(lists) != 1 + len(_PARTS) or not all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in lists):
         return "its actions or texts are no lists of texts"
-    if any(len(set(x)) != len(x) for x in lists):
-        return "a text is there twice"
+    if not all(lists) or any(len(set(x)) != len(x) for x in lists):
+        return "a list of texts is empty, or has one twice"
     actions, *texts = lists
     try:
         checked([name for name in actions if name != REMOTE], "a second opinion")

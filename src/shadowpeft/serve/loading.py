@@ -83,9 +83,11 @@ def opinion_of(calibration: Calibration | None, file: Path | None) -> SecondOpin
     """The second opinion that a calibration in ``file`` was made with; raises as :meth:`SecondOpinion.load`."""
     if calibration is None or calibration.opinion is None or file is None:
         return None
-    from shadowpeft.data.second_opinion import FILE, SecondOpinion
+    from shadowpeft.data.second_opinion import SecondOpinion, file_of
 
-    return SecondOpinion.load(file.with_name(FILE), calibration.opinion)
+    real = file.resolve().parent  # where a link points to, unless it is there beside the link
+    folder = file.parent if file_of(file.parent, calibration.opinion).is_file() else real
+    return SecondOpinion.load(folder, calibration.opinion)
 
 
 def module_name(name: str) -> str:

@@ -14,7 +14,6 @@ from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
-from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.answers import ResponseBuilder
 from shadowpeft.serve.calibrated import Calibrated
@@ -40,7 +39,7 @@ from shadowpeft.serve.router import (
     decisive,
 )
 from shadowpeft.serve.tool_protocol import NamedTool, ToolName
-from shadowpeft.serve.toolbox import Toolbox, call_probabilities
+from shadowpeft.serve.toolbox import Toolbox, call_probabilities, request_text
 
 DEVICE_TOKENS = 256
 """Longest answer of a device where nobody names a length: a small model that does not come to an end asks the cloud then."""
@@ -131,12 +130,12 @@ class Role(ABC):
             raise DataError(f"prompt has the token {wrong} but the model has those from 0 to {rows - 1}; send these")
         return ids
 
-    async def held(self, asked: Asked, *, device: bool) -> Actions | None:
+    async def held(self, asked: Asked, *, device: bool, widely: bool = False) -> Actions | None:
         """What the answer is held to; see :meth:`Toolbox.actions`."""
         if not isinstance(asked, ChatRequest) or (asked.tools is None and asked.response_format is None):
             return None
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: self.toolbox.actions(asked, device=device))
+        return await loop.run_in_executor(self._threads, lambda: self.toolbox.actions(asked, device=device, widely=widely))
 
     def room(self, ids: list[int]) -> int:
         """Tokens that the model can still read after a prompt; negative if it is too long."""
@@ -260,15 +259,20 @@ class EdgeRole(Role):
             except CloudError as error:
                 return await self._instead(asked, ids, sampling, error, {}, began)
         self.toolbox.check(asked)
-        held, router = await self._held_to(asked), self._router(asked)
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
+        # the calibration is about all that the device knows: it chooses among that, and what was not offered is handed on
+        narrowed = self.router.calibration is not None and self.toolbox.narrows(asked)
+        held = await self._held_to(asked, widely=narrowed and reachable)
+        router = self._router(asked, calibrated=reachable or not narrowed)
         with Generation() as generation:
             until = router.lost if reachable else None
             generation.start(self.engine, ids, asked.model, sampling, until, held)
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
         decision = router.decide(pieces, scores)
-        if self.drift is not None and asked.route == "auto":
+        if narrowed and not reachable and self.cloud is not None and decision.where == DEVICE:
+            decision = replace(decision, where=CLOUD, reason=UNSURE)
+        if self.drift is not None and asked.route == "auto" and not narrowed:
             self.drift.add(decision)
         note = {"where": decision.where, "reason": decision.reason, "action": decision.action}
         if held is not None and decision.action is not None:
@@ -290,7 +294,7 @@ class EdgeRole(Role):
         try:
             return await self._forward(self._hinted(asked, note), ids, note, began)
         except CloudError as error:
-            complete = generation if finish.reason != "until" else None
+            complete = generation if finish.reason != "until" and not (narrowed and reachable) else None
             return await self._instead(asked, ids, sampling, error, note, began, complete)
 
     def _elsewhere(self, asked: Asked) -> str | None:
@@ -305,36 +309,28 @@ class EdgeRole(Role):
             return OTHER_TOOLS
         return TOOL_RESULT if asked.messages[-1].role == "tool" else None
 
-    async def _choices(self, asked: Asked) -> Actions | None:
-        """What the device's answer is held to: the request's tools, or what the device knows."""
+    async def _choices(self, asked: Asked, *, widely: bool = False) -> Actions | None:
+        """What the device's answer is held to: the request's tools (``widely``: all that it knows), or what it knows."""
         if not isinstance(asked, ChatRequest):
             return self.actions
         if asked.tools is not None and (asked.tool_choice == "none" or asked.messages[-1].role == "tool"):
             return None
-        weighed = isinstance(self.actions, ActionTrie) and self.actions.opinion is not None and self.actions
-        if weighed and asked.offered is not None and asked.response_format is None and self.toolbox.lacks(asked) is None:
-            return weighed.some(self.toolbox.chosen(asked).names)  # the calibration is about one action, weighed
-        return await self.held(asked, device=True) or self.actions
+        if isinstance(self.actions, ActionTrie) and asked.offered is not None and asked.response_format is None:
+            return self.actions if widely else self.actions.some(self.toolbox.chosen(asked).names)  # one action, as calibrated
+        return await self.held(asked, device=True, widely=widely) or self.actions
 
-    async def _held_to(self, asked: Asked, *, own: bool = False) -> Choices | None:
+    async def _held_to(self, asked: Asked, *, own: bool = False, widely: bool = False) -> Choices | None:
         """What one answer of the device is held to; ``own``: to what the device knows, whatever the request brings."""
-        actions = self.actions if own else await self._choices(asked)
+        actions = self.actions if own else await self._choices(asked, widely=widely)
         if actions is None:
             return None
-        prompt = self._request(asked)  # a second opinion on it takes some milliseconds
+        prompt = request_text(asked, self._tokenizer)  # a second opinion on it takes some milliseconds
         return await asyncio.get_running_loop().run_in_executor(self._threads, actions.start, prompt)
 
-    def _request(self, asked: Asked) -> str:
-        """The last user message; of a completion its prompt."""
-        if isinstance(asked, ChatRequest):
-            return next((m.content for m in reversed(asked.messages) if m.role == "user"), "")
-        (prompt,) = asked.prompt
-        return prompt if isinstance(prompt, str) else decode(self._tokenizer, prompt)
-
-    def _router(self, asked: Asked) -> Router:
+    def _router(self, asked: Asked, *, calibrated: bool) -> Router:
         """The router of the request's tools."""
         parser = self.toolbox.parser(asked)
-        return self.router if parser is None else Router(parser, self.router.calibration)
+        return self.router if parser is None else Router(parser, self.router.calibration if calibrated else None)
 
     def _hinted(self, asked: Asked, note: dict[str, Any]) -> Asked:
         """The request with the name that the device is sure of, where the client lets others choose."""

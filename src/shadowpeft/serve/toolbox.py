@@ -17,6 +17,7 @@ from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tool_grammar import MOST_CALLS
 from shadowpeft.data.tool_rows import compact_messages, writes_calls
 from shadowpeft.data.tools import Tools
+from shadowpeft.decode import decode
 from shadowpeft.errors import DataError
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.router import Scores, parts_probability
@@ -91,11 +92,18 @@ class Toolbox:
             return CallParser(self.chosen(asked), asked.offered)
         return TemplateCalls(self.chosen(asked), form, asked.offered)
 
-    def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool) -> Actions | None:
+    def narrows(self, asked: ChatRequest | CompletionRequest) -> bool:
+        """Whether an answer may call some of what the model was trained for, and not all of it."""
+        if not isinstance(asked, ChatRequest) or asked.offered is None or self.known is None or self.lacks(asked) is not None:
+            return False
+        return set(self.chosen(asked).names) != set(self.known.names)
+
+    def actions(self, asked: ChatRequest | CompletionRequest, *, device: bool, widely: bool = False) -> Actions | None:
         """What an answer to ``asked`` is held to; None: to nothing. Compiling takes up to a second, so not in the event loop.
 
         Args:
             device: the answer calls, or hands the request on. Otherwise ``tool_choice`` says whether it has to call.
+            widely: to all that the model was trained for, where the request narrows it.
 
         Raises:
             ConfigError: if a schema is more than the engine knows, or the engine is not installed.
@@ -106,7 +114,8 @@ class Toolbox:
         if asked.tools is None or asked.tool_choice == "none":
             return None if form is None else self._grammar(["schema", form], lambda engine: engine.schema(form))
         once = asked.parallel_tool_calls is False or isinstance(asked.tool_choice, NamedTool)
-        tools, most, free = self.chosen(asked), 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
+        tools = self.known if widely and self.known is not None else self.chosen(asked)
+        most, free = 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
         written = self.form(asked)
         if form is not None and free:
             key = ["calls or schema", tools.definitions(), most, form, written == COMPACT]
@@ -182,8 +191,16 @@ def call_probabilities(
             told.append({"name": found.calls[part.call].name, "probability": round(chance, 4), "arguments": {}})
         else:
             told[-1]["arguments"][part.argument] = round(chance, 4)
-    sure = len(told) == 1 and told[0]["probability"] >= SURE
+    sure = len(told) == 1 and bool(told[0]["arguments"]) and told[0]["probability"] >= SURE
     return told, told[0]["name"] if sure else None
+
+
+def request_text(asked: ChatRequest | CompletionRequest, tokenizer: Any) -> str:
+    """What is asked for: the last user message; of a completion its prompt."""
+    if isinstance(asked, ChatRequest):
+        return next((m.content for m in reversed(asked.messages) if m.role == "user"), "")
+    (prompt,) = asked.prompt
+    return prompt if isinstance(prompt, str) else decode(tokenizer, prompt)
 
 
 def prompt_text(tokenizer: Any, turns: list[dict[str, Any]]) -> str:

@@ -113,6 +113,7 @@ def with_calibration(card: str, report: dict[str, Any]) -> str:
     before, rest = card.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     held = f"with {report['level']:.0%} confidence" if report.get("bound") else "on these rows alone"
+    seconded = "\nThe device's choice is weighed by `second_opinion.safetensors`." if "second_opinion" in report else ""
     shares = [
         ("commands kept on the device", report["commands_kept"]),
         ("open requests handed on", report["open_handed_on"]),
@@ -121,7 +122,7 @@ def with_calibration(card: str, report: dict[str, Any]) -> str:
     lines = "\n".join(f"| {name} | {'-' if share is None else f'{share:.1%}'} |" for name, share in shares)
     return f"""{before}{BEGIN}
 Calibrated on `{report["data"]}` ({report["n"]} requests) so that at most {report["target"]:.0%} of what the device keeps
-is wrong, {held}. The shares are of the rows that were fitted, so they flatter.
+is wrong, {held}. The shares are of the rows that were fitted, so they flatter.{seconded}
 
 | share | |
 |---|---|
