@@ -155,6 +155,15 @@ def joint(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return table(head, lines)
 
 
+WAYS = {
+    "device": "device",
+    "classifier": "classifier",
+    "product, agreement": "both, signal `agreement`",
+    "product at every branch": "both, signal `action`",
+}
+"""Rows of the table about second opinions."""
+
+
 def second(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a second opinion is worth on validation rows: without requests out of scope, and with a device that learnt them."""
     head = [
@@ -164,12 +173,12 @@ def second(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, key in (("robot", "robot"), ("oos", "robot_oos")):
         part = records[name]["validation"][key]
-        for way in ("device", "classifier", "product at every branch"):
+        for way, title in WAYS.items():
             found = part["ways"][way]
             shares = [found.get(f"{what}_handed_on") for what in ("remote", "oos")]
             lines.append(
                 [
-                    f"{part['n']} of `{key}`: {way}",
+                    f"{part['n']} of `{key}`: {title}",
                     f"{100 * found['commands_right']:.1f}",
                     *(EMPTY if share is None else f"{100 * share:.1f}" for share in shares),
                     f"{found['auroc']:.3f}",

@@ -1,13 +1,14 @@
 """What a second opinion is worth, on validation rows: ``python -m scripts.second_opinion EDGE --train robot_oos``.
 
 ``C`` of the classifier comes from folds of the training rows, families apart. Then an edge model judges the packaged validation
-rows alone, and with the classifier in four ways of joining two judges. For each: what is right, how well the chance tells right
+rows alone, and with the classifier in five ways of joining two judges. For each: what is right, how well the chance tells right
 from wrong, and what a calibration keeps, averaged over samples of these rows drawn with replacement. No test row is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,13 +60,15 @@ def penalties(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     return {"chosen": best, "at_edge": best in (GRID[0], GRID[-1]), "folds": FOLDS, "trials": trials}
 
 
-def worth(chances: np.ndarray, names: Sequence[str], rows: Sequence[dict[str, str]], seed: int = 0) -> dict[str, Any]:
-    """What the likeliest action is worth, and its chance as a confidence.
+def worth(
+    chances: np.ndarray, names: Sequence[str], rows: Sequence[dict[str, str]], signal: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
+    """What the likeliest action is worth, and a confidence in it.
 
     Args:
-        chances: ``(N, A)``.
+        chances: ``(N, A)``. signal: ``(N,)``.
     """
-    action, signal = np.array(names)[chances.argmax(1)], chances.max(1)
+    action = np.array(names)[chances.argmax(1)]
     truth, kind = np.array([row["skill"] for row in rows]), np.array([row["kind"] for row in rows])
     known, right, command = action != REMOTE, action == truth, truth != REMOTE
     found: dict[str, Any] = {
@@ -92,7 +95,7 @@ def worth(chances: np.ndarray, names: Sequence[str], rows: Sequence[dict[str, st
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
 
 
-def judged(edge: str, train: str) -> dict[str, Any]:
+def validation(edge: str, train: str) -> dict[str, Any]:
     """Both judges on the validation rows, alone and joined."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(edge).eval(), AutoTokenizer.from_pretrained(edge)
     rows = [row for split in ROBOT["robot_oos"]["fit"] for row in robot.load(split)]
@@ -103,18 +106,23 @@ def judged(edge: str, train: str) -> dict[str, Any]:
     chosen = [choose(model, tokenizer, prompts, each, system=robot.SYSTEM) for each in (trie, weighed)]
     own, led = (np.array([[one.probabilities[name] for name in names] for one in ones]) for ones in chosen)
     other = np.array([[chances[name] for name in names] for chances in map(opinion.chances, prompts)])
-    half = np.sqrt(own) * other
+    whole, half = own * other, np.sqrt(own) * other
     ways = {
         "device": own,
         "classifier": other,
         "product at every branch": led,
-        "product of the whole": own * other / (own * other).sum(1, keepdims=True),
+        "product of the whole": whole / whole.sum(1, keepdims=True),
         "the device's root times the classifier": half / half.sum(1, keepdims=True),
         "mean": (own + other) / 2,
     }
+    judged = {way: (chances, chances.max(1)) for way, chances in ways.items()}
+    judged["product, agreement"] = (led, np.take_along_axis((own + other) / 2, led.argmax(1)[:, None], 1)[:, 0])
     asked = {"robot": [i for i, row in enumerate(rows) if row["kind"] != "oos"], "robot_oos": list(range(len(rows)))}
     return {
-        name: {"n": len(places), "ways": {way: worth(c[places], names, [rows[i] for i in places]) for way, c in ways.items()}}
+        name: {
+            "n": len(places),
+            "ways": {way: worth(c[places], names, [rows[i] for i in places], s[places]) for way, (c, s) in judged.items()},
+        }
         for name, places in asked.items()
     }
 
@@ -125,13 +133,16 @@ def main() -> None:
     parser.add_argument("--train", default="robot", choices=sorted(robot.SETS), help="what it was trained on")
     parser.add_argument("--about", default="", help="how it was trained, for the record")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--same-penalty", action="store_true", help="take the trials of C from the record that is there")
     options = parser.parse_args()
     prepare_cpu(1)
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.same_penalty else None
+    penalty = penalties(rows_to_learn(options.train)) if before is None else before["penalty"]
     record = {
         "train": options.train,
         "about": options.about,
-        "penalty": {"used": C, **penalties(rows_to_learn(options.train))},
-        "validation": judged(options.edge, options.train),
+        "penalty": {**penalty, "used": C},
+        "validation": validation(options.edge, options.train),
         "drawn": DRAWN,
         "level": LEVEL,
         "machine": environment(),

@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "tutorial.md"
 RECORD = ROOT / "docs" / "records" / "tutorial.json"
 _BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _REPORTED = ("target", "level", "tested", "commands", "commands_kept", "open_requests", "open_handed_on", "wrong_share")
+_WITHOUT = ("right", "commands_kept")  # of the device without its second opinion
 _READY = (
     "for i in $(seq 600); do curl --silent --fail --output /dev/null http://127.0.0.1:{port}/readyz && break; "
     "kill -0 $! || exit 1; sleep 0.5; done"
@@ -111,6 +112,7 @@ def record(folder: Path, note: str) -> dict[str, Any]:
         json.loads((folder / "said" / f"7-{place}.txt").read_text(encoding="utf-8"))["shadowpeft"] for place in (2, 3)
     ]
     calibration = {key: routing["report"][key] for key in _REPORTED}
+    calibration["without"] = {key: routing["report"]["second_opinion"]["without"][key] for key in _WITHOUT}
     alone = routing["report"]["without_confidence"]  # every known action kept
     right = alone["answered_on_device"] - alone["wrong_on_device"]
     return {
@@ -131,7 +133,7 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
     """What the page says of a record, by the name of the place."""
     minutes, calibration, tested = found["minutes"], found["calibration"], found["calibration"]["tested"]
     install = sum(seconds for name, seconds in found["seconds"]["1"].items() if name.startswith("pip ")) / 60
-    kept, commands = calibration["commands_kept"], calibration["commands"]
+    kept, commands, without = calibration["commands_kept"], calibration["commands"], calibration["without"]
     device, cloud = found["answers"]
     return {
         "minutes": f"It took {minutes['whole']:.0f} minutes from an empty folder, {minutes['training']:.0f} of them training "
@@ -139,8 +141,10 @@ def blocks(found: dict[str, Any]) -> dict[str, str]:
         "[Record](records/tutorial.json), made by `python -m scripts.tutorial`, which runs every command of this page.\n",
         "reached": f"The radio's device keeps {kept:.0%} of {commands} held-out commands, {tested['wrong']} of these "
         f"{tested['kept']} wrong, and hands on {calibration['open_handed_on']:.0%} of {calibration['open_requests']} open "
-        "requests. These are the rows that chose the threshold, so they flatter.\n",
-        "rival": f"On the radio's held-out sentences: {found['rival']}, the device before any handing on: {found['device']}.\n",
+        f"requests. Without the second opinion it would keep {without['commands_kept']:.0%}. These are the rows that chose the "
+        "threshold, so they flatter.\n",
+        "rival": f"On the radio's held-out sentences: {found['rival']}; the device before any handing on: {found['device']}, "
+        f"{without['right']} without its second opinion.\n",
         "answered": f"In the recorded pass the first was answered by the {device['where']} ({device['reason']}), the second by "
         f"the {cloud['where']} ({cloud['reason']}).\n",
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from typing import Annotated, Literal
 
 import openai
@@ -17,8 +18,9 @@ from shadowpeft.serve.client import CloudClient
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.roles import CloudRole, EdgeRole
-from shadowpeft.serve.router import ACTION, Calibration, Router
+from shadowpeft.serve.router import ACTION, Calibration, Router, Scores
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.toolbox import call_probabilities
 from webserver import Running
 
 WALK = {
@@ -304,6 +306,19 @@ def test_an_unsure_call_is_handed_on_with_the_name_as_a_hint(cloud):
     else:
         assert "hint" not in note
     assert note["where"] == "cloud"
+
+
+def test_a_hint_is_the_name_of_a_call_whose_arguments_are_in_doubt():
+    def found(*tokens):
+        pieces, chances = zip(*tokens, strict=True)
+        logs = [math.log(chance) for chance in chances]
+        return call_probabilities(pieces, Scores(logs, logs, logs), CallParser(TOOLS))
+
+    told, hint = found(("[Walk(", 0.95), ('direction="left"', 0.5), (")]", 1.0))
+    assert (told[0]["probability"], told[0]["arguments"], hint) == (0.95, {"direction": 0.5}, "Walk")
+    assert found(("[Walk(", 0.85), ('direction="left"', 0.5), (")]", 1.0))[1] is None
+    told, hint = found(("[Sit(", 0.95), (")]", 1.0))
+    assert (told[0]["probability"], hint) == (0.95, None)  # the device is as unsure of the name as of the whole
 
 
 def test_a_calibration_keeps_its_tools(tmp_path):

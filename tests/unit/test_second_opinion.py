@@ -17,7 +17,7 @@ from shadowpeft.data.second_opinion import SecondOpinion, discard_others, featur
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.generate import answer, request_of
 from shadowpeft.serve.loading import opinion_of
-from shadowpeft.serve.router import ACTION, Calibration, Scores, action_probability, decisive
+from shadowpeft.serve.router import ACTION, AGREEMENT, Calibration, Scores, action_probability, agreement, decisive
 from shadowpeft.serve.scoring import scored_answers
 
 SKILLS = ("Sit", "Stand", "StandUp", "SitDown", "Bark", "开灯")
@@ -84,9 +84,23 @@ def test_a_server_and_generate_choose_what_choose_chooses(edge, weighed):
     for one, text, (pieces, scores) in zip(expected, said, served, strict=True):
         n, action = decisive(pieces, PARSE)
         assert PARSE(text) == action == one.action
-        assert action_probability(Scores(scores.logprob, scores.margin, scores.entropy).first(n)) == pytest.approx(
-            one.probability, rel=1e-4
-        )  # float32 logits of another batch
+        # float32 logits of another batch
+        assert action_probability(scores.first(n)) == pytest.approx(one.probability, rel=1e-4)
+
+
+def test_agreement_is_the_mean_of_what_each_gives_the_action(edge, plain, weighed, opinion, tmp_path):
+    alone = choose(edge.model, edge.tokenizer, PROMPTS, plain)
+    served = scored_answers(edge, "edge", PROMPTS, system=None, max_tokens=24, actions=weighed)
+    for prompt, one, (pieces, scores) in zip(PROMPTS, alone, served, strict=True):
+        n, action = decisive(pieces, PARSE)
+        expected = (one.probabilities[action] + opinion.chances(prompt)[action]) / 2
+        assert agreement(scores.first(n)) == pytest.approx(expected, rel=1e-4)
+        calibration = Calibration(AGREEMENT, (0.0, 1.0), (0.0, 1.0), 0.5, skills=SKILLS, opinion="0" * 64)
+        assert calibration.value(scores.first(n)) == agreement(scores.first(n))
+    assert agreement(Scores()) == 0.0
+    Calibration(AGREEMENT, (0.0,), (1.0,), 0.5).save(tmp_path / "routing.json")
+    with pytest.raises(ConfigError, match="has the signal agreement but no second opinion"):
+        Calibration.load(tmp_path / "routing.json")
 
 
 def test_several_drawn_answers_lean_each_to_their_own_request(edge, weighed):

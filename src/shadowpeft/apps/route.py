@@ -42,7 +42,7 @@ def calibrate(
     ] = None,
     base: Base = None,
     signal: Annotated[
-        str, typer.Option(help="auto, action, logprob, mean_logprob, min_logprob, margin or entropy.")
+        str, typer.Option(help="auto, action, agreement, logprob, mean_logprob, min_logprob, margin or entropy.")
     ] = "auto",
     bound: Annotated[
         bool,
@@ -78,22 +78,24 @@ def calibrate(
     from shadowpeft.data.robot_tools import tools_named
     from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.loading import check_calls
-    from shadowpeft.serve.router import ACTION, FILE, SIGNALS
+    from shadowpeft.serve.router import ACTION, AGREEMENT, ALL, CHOSEN, FILE, SIGNALS
     from shadowpeft.versions import require_sklearn
 
     if not 0 <= target <= 1:
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
-    if signal not in ("auto", ACTION, *SIGNALS):
-        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join((ACTION, *SIGNALS))}")
+    if signal not in ("auto", *ALL):
+        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join(ALL)}")
     known = None if skills in (None, "robot") else tools_named(str(skills))
     tools = None if known is None or known.plain else known
     own = None if known is None or tools is not None else known.names
     if second_opinion is not None:
         if tools is not None:
             raise ConfigError("--second-opinion knows nothing of arguments but the actions of --skills have some; leave it out")
-        if signal not in ("auto", ACTION):
+        if signal not in ("auto", *CHOSEN):
             raise ConfigError(f"--second-opinion weighs chosen actions but --signal is {signal}; leave one of them out")
-        signal = ACTION
+        signal = AGREEMENT if signal == "auto" else signal
+    elif signal == AGREEMENT:
+        raise ConfigError(f"signal is '{signal}' but there is no second opinion; pass --second-opinion ROWS, or another signal")
     if tools is not None and signal not in ("auto", ACTION):
         raise ConfigError(
             f"signal is '{signal}' but actions with arguments are always chosen; leave it out, or set it to {ACTION}"
@@ -141,7 +143,7 @@ def calibrate(
         trie = Engine(edge.tokenizer, edge.model.config.get_text_config().vocab_size).calls(tools, hand_on=True)
     elif signal not in SIGNALS:
         trie = ActionTrie.of(edge.tokenizer, own or SKILLS)
-    asked: dict[str, tuple[Any, Any]] = {} if signal == ACTION else {_FREELY: (edge, None)}
+    asked: dict[str, tuple[Any, Any]] = {} if signal in CHOSEN else {_FREELY: (edge, None)}
     asked |= {} if trie is None else {_CHOOSING: (edge, trie)}
     opinion = None if second_opinion is None else second.fitted(learnt, second_opinion, console)
     if opinion is not None:
@@ -157,12 +159,13 @@ def calibrate(
         for way, parts in by_way.items():
             in_the_cloud = texts.get(_CLOUD, [None] * len(part))
             triples = zip(part, texts[way], in_the_cloud, strict=True)
-            parts[name] = [_sample(row, answer, other, way, parse) for row, answer, other in triples]
+            weighed = opinion is not None and way == _CHOOSING
+            parts[name] = [_sample(row, answer, other, way, parse, weighed=weighed) for row, answer, other in triples]
     alone = by_way.pop(_ALONE, None)
     # rows that choose between the two ways are not tested
     compared = choosing_rows(len(rows["fit"]), signal, 0) if bound else range(len(rows["fit"]))
     best = fitting.best_signal(_areas(by_way, compared)) if signal == "auto" else signal
-    samples = by_way[_CHOOSING if best == ACTION else _FREELY]
+    samples = by_way[_CHOOSING if best in CHOSEN else _FREELY]
     fitted = fitting.calibrate(samples["fit"], target=target, signal=signal, bound=bound, level=level)
     calibration = replace(fitted, skills=own, tools=None if tools is None else tuple(tools.definitions()))
     if opinion is not None and alone is not None:
@@ -304,16 +307,17 @@ def _areas(by_way: dict[str, dict[str, list[Any]]], places: Iterable[int]) -> di
     return {name: None if area is None else round(area, 4) for name, area in areas.items()}
 
 
-def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any) -> Any:
+def _sample(row: dict[str, Any], answer: Any, cloud: Any, way: str, parse: Any, *, weighed: bool) -> Any:
     """What the device's answer to a row is worth, and whether the cloud's (None: it was not asked) is right."""
     from shadowpeft.serve.calibration import Sample
-    from shadowpeft.serve.router import ACTION, action_probability, decisive, signals
+    from shadowpeft.serve.router import ACTION, AGREEMENT, action_probability, agreement, decisive, signals
 
     pieces, scores = answer
     n, action = decisive(pieces, parse)
     kept = action not in (None, REMOTE)
     own = scores.first(n)
     values = signals(own) if way == _FREELY else {ACTION: action_probability(own)}
+    values |= {AGREEMENT: agreement(own)} if weighed else {}
     cloud_right = None
     if cloud is not None:
         cloud_action = decisive(cloud[0], parse)[1]

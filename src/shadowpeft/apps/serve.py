@@ -159,7 +159,7 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
     from shadowpeft.data.robot import SKILLS
     from shadowpeft.data.tools import named, tools_of
     from shadowpeft.serve.loading import opinion_of
-    from shadowpeft.serve.router import ACTION, FILE, Calibration, Router
+    from shadowpeft.serve.router import CHOSEN, FILE, Calibration, Router
 
     given = _tools(options)
     chooses = given is not None
@@ -181,11 +181,11 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
                 f"--skills '{options.skills}' contradicts the calibration '{file}', which has {whose} {len(fitted)} skills "
                 f"({differing} is in one of them only); leave --skills out, or calibrate again with it"
             )
-        known, chooses = fitted, calibration.signal == ACTION
+        known, chooses = fitted, calibration.signal in CHOSEN
         if chooses and options.free_actions:
             raise ConfigError(
-                f"--free-actions contradicts the calibration '{file}', which is for chosen actions (its signal is '{ACTION}'); "
-                "leave it out, or calibrate with --signal logprob"
+                f"--free-actions contradicts the calibration '{file}', which is for chosen actions (its signal is "
+                f"'{calibration.signal}'); leave it out, or calibrate with --signal logprob"
             )
     if options.free_actions and not known.plain:
         raise ConfigError(

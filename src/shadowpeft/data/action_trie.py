@@ -159,7 +159,7 @@ class ActionTrie:
 class _Leaning:
     """A trie whose branches lean to what an opinion finds likely.
 
-    The share of a token is the sum of the chances of the actions that go on with it.
+    The share of a token is the sum of the chances of the actions that go on with it, of all that are still possible.
     """
 
     def __init__(self, trie: ActionTrie, chances: Mapping[str, float]) -> None:
@@ -179,4 +179,5 @@ class _Leaning:
         for name, ids in self._trie.tokens.items():
             if ids[:depth] == tuple(path):
                 shares[ids[depth]] += self._chances[name]
-        return [math.log(max(_LEAST, share)) for share in shares.values()]
+        whole = math.fsum(shares.values())
+        return [math.log(max(_LEAST, share / whole if whole else 1 / len(shares))) for share in shares.values()]

@@ -3,7 +3,7 @@
 The two read a request in different ways, so they seldom fail together. What both find likely is taken: the chance of an action
 is in proportion to the product of the model's and the classifier's, a product of experts (Hinton, 2002). The model is asked
 token by token, so the product is formed at every branch of the actions' tokens: the chance of a token there is in proportion to
-the model's times the classifier's sum over the actions that go on with it.
+the model's times the classifier's share of the actions that go on with it.
 
 The classifier is TF-IDF and multinomial logistic regression of scikit-learn. Its file holds numbers and texts and no code.
 """

@@ -20,7 +20,7 @@ import numpy as np
 
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.bound import Tested, choosing_rows, fewest_kept, require_rows, strictest_to_laxest
-from shadowpeft.serve.router import ACTION, KNOWN, SIGNALS, TAGGED, UNKNOWN, UNSURE, Calibration
+from shadowpeft.serve.router import ACTION, ALL, KNOWN, TAGGED, UNKNOWN, UNSURE, Calibration
 from shadowpeft.storage import whole
 from shadowpeft.versions import require_sklearn
 
@@ -77,8 +77,8 @@ def calibrate(
     require_sklearn("route calibrate")
     if not 0.0 <= target <= 1.0 or math.isnan(target):
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
-    if signal not in ("auto", *SIGNALS, ACTION):
-        raise ConfigError(f"signal is {signal!r} but must be auto or one of {', '.join((*SIGNALS, ACTION))}")
+    if signal not in ("auto", *ALL):
+        raise ConfigError(f"signal is {signal!r} but must be auto or one of {', '.join(ALL)}")
     if folds < 2:
         raise ConfigError(f"folds is {folds} but must be at least 2")
     if bound:
@@ -90,7 +90,7 @@ def calibrate(
             "data or a better trained shadow"
         )
     right = np.array([s.right for s in known], dtype=float)
-    values = {name: _column(known, name) for name in (*SIGNALS, ACTION) if name in known[0].signals}
+    values = {name: _column(known, name) for name in ALL if name in known[0].signals}
     if signal not in ("auto", *values):
         raise ConfigError(f"signal is {signal!r} but these answers have {', '.join(values)}; take one of these")
     tested: Tested | None = None
@@ -190,7 +190,7 @@ def signal_areas(samples: Sequence[Sample]) -> dict[str, float | None]:
     """The AUROC of each signal that the samples with a known action have."""
     known = [s for s in samples if s.kept]
     right = np.array([s.right for s in known], dtype=float)
-    names = [name for name in (*SIGNALS, ACTION) if known and name in known[0].signals]
+    names = [name for name in ALL if known and name in known[0].signals]
     return {name: auroc(right, _column(known, name)) for name in names}
 
 

@@ -81,6 +81,8 @@ class Token:
     entropy: float
     top: tuple[tuple[bytes, float], ...] = ()
     """The likeliest tokens and their log-probabilities."""
+    judges: tuple[float, float] = (0.0, 0.0)
+    """See :class:`~shadowpeft.serve.router.Scores`."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ SIGNALS = ("logprob", "mean_logprob", "min_logprob", "margin", "entropy")
 """Of an answer that was given freely; see :func:`signals`."""
 ACTION = "action"
 """Of an answer whose action was chosen among the known ones; see :func:`action_probability`."""
+AGREEMENT = "agreement"
+"""Of an answer whose action was chosen with a second opinion; see :func:`agreement`."""
+CHOSEN = (ACTION, AGREEMENT)
+ALL = (*SIGNALS, *CHOSEN)
 FILE = "routing.json"
 """Name of a saved calibration, beside the adapter's or the edge model's files."""
 _FORMAT = 1
@@ -43,7 +47,7 @@ _FORMAT = 1
 
 @dataclass
 class Scores:
-    """What the model thought of each token it chose; three lists of one length, natural logarithms.
+    """What the model thought of each token it chose; lists of one length, natural logarithms.
 
     Where the action was chosen among the known ones, of the distribution over the tokens that could follow.
     """
@@ -54,10 +58,12 @@ class Scores:
     """Log-probability of the likeliest token less that of the second."""
     entropy: list[float] = field(default_factory=list)
     """Entropy of the distribution, in nats."""
+    judges: list[tuple[float, float]] = field(default_factory=list)
+    """Log-probability of the chosen token by the model alone, and by the second opinion; zeros where none leans the choice."""
 
     @classmethod
     def of(cls, tokens: Iterable[Any]) -> Scores:
-        """The scores of tokens that carry theirs as ``logprob``, ``margin`` and ``entropy``."""
+        """The scores of tokens that carry theirs as ``logprob``, ``margin``, ``entropy`` and ``judges``."""
         scores = cls()
         for token in tokens:
             scores.append(token)
@@ -68,10 +74,11 @@ class Scores:
         self.logprob.append(token.logprob)
         self.margin.append(token.margin)
         self.entropy.append(token.entropy)
+        self.judges.append(token.judges)
 
     def first(self, n: int) -> Scores:
         """The scores of the first ``n`` tokens."""
-        return Scores(self.logprob[:n], self.margin[:n], self.entropy[:n])
+        return Scores(self.logprob[:n], self.margin[:n], self.entropy[:n], self.judges[:n])
 
 
 def signals(scores: Scores) -> dict[str, float]:
@@ -91,6 +98,13 @@ def signals(scores: Scores) -> dict[str, float]:
 def action_probability(scores: Scores) -> float:
     """The probability of an action among all known ones and ``[REMOTE]``, from the scores of its tokens; 0 without tokens."""
     return math.exp(sum(scores.logprob)) if scores.logprob else 0.0
+
+
+def agreement(scores: Scores) -> float:
+    """The mean of what model and second opinion each give the action, so that both have to be sure of it; 0 without tokens."""
+    if not scores.judges:
+        return 0.0
+    return sum(math.exp(sum(logs)) for logs in zip(*scores.judges, strict=True)) / 2
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,8 @@ class Calibration:
     """SHA-256 of the second opinion that weighed the probabilities, a file beside it; None: the model decided alone."""
 
     def __post_init__(self) -> None:
-        if self.signal not in (*SIGNALS, ACTION):
-            raise ConfigError(f"signal is {self.signal!r} but must be one of {', '.join((*SIGNALS, ACTION))}")
+        if self.signal not in ALL:
+            raise ConfigError(f"signal is {self.signal!r} but must be one of {', '.join(ALL)}")
         if not self.values or len(self.values) != len(self.chances):
             raise ConfigError(
                 f"a calibration has {len(self.values)} values and {len(self.chances)} chances but needs equally many, at least "
@@ -135,7 +149,7 @@ class Calibration:
             checked(self.skills, "a calibration")
         if self.tools is not None and self.skills is not None:
             raise ConfigError("a calibration has skills and also tools; calibrate again")
-        if self.opinion is not None and (self.signal != ACTION or self.tools is not None):
+        if self.opinion is not None and (self.signal not in CHOSEN or self.tools is not None):
             raise ConfigError("a calibration has a second opinion but is not for chosen actions; calibrate again")
 
     def confidence(self, scores: Scores) -> float:
@@ -144,6 +158,8 @@ class Calibration:
 
     def value(self, scores: Scores) -> float:
         """The value of the signal for these scores."""
+        if self.signal == AGREEMENT:
+            return agreement(scores)
         return action_probability(scores) if self.signal == ACTION else signals(scores)[self.signal]
 
     def keeps(self, value: float) -> bool:
@@ -202,6 +218,8 @@ class Calibration:
         opinion = content.get("opinion")
         if "opinion" in content and not isinstance(opinion, str):
             raise ConfigError(f"'{file}' has an opinion that is no digest; calibrate again")
+        if content["signal"] == AGREEMENT and opinion is None:
+            raise ConfigError(f"'{file}' has the signal {AGREEMENT} but no second opinion; calibrate again")
         content.update(values=tuple(content["values"]), chances=tuple(content["chances"]))
         numbers = {name: content[name] for name in kept}
         known = {name: None if given is None else tuple(given) for name, given in {"skills": skills, "tools": tools}.items()}

@@ -27,6 +27,8 @@ class Choice:
     margin: float
     entropy: float
     top: list[tuple[int, float]]
+    judges: tuple[float, float] = (0.0, 0.0)
+    """See :class:`~shadowpeft.serve.router.Scores`."""
 
 
 def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
@@ -43,8 +45,10 @@ def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
 def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
     """One of ``tokens`` ``(C,)``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
     own, leaning = logits[tokens.to(logits.device)], request.leaning()
+    alone, second = own.double().log_softmax(-1), None
     if leaning is not None:
-        own = own.double() + torch.tensor(leaning, dtype=torch.float64, device=own.device)
+        second = torch.tensor(leaning, dtype=torch.float64, device=own.device)
+        own = own.double() + second
     log_p = own.double().log_softmax(-1)
     place = int(log_p.argmax()) if request.generator is None else sample_token(own, request.sampling, request.generator)
     sure = log_p.topk(min(len(tokens), max(2, request.sampling.top_logprobs)))
@@ -52,7 +56,8 @@ def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
     margin = values[0] - values[1] if len(values) > 1 else math.inf
     entropy = float(torch.special.entr(log_p.exp()).sum())
     top = [(int(tokens[n]), value) for n, value in zip(sure.indices.tolist(), values, strict=True)]
-    return Choice(int(tokens[place]), float(log_p[place]), margin, entropy, top[: request.sampling.top_logprobs])
+    judges = (0.0, 0.0) if second is None else (float(alone[place]), float(second[place]))
+    return Choice(int(tokens[place]), float(log_p[place]), margin, entropy, top[: request.sampling.top_logprobs], judges)
 
 
 def _choose_freely(requests: list[Request], logits: Tensor) -> list[Choice]:
@@ -144,7 +149,7 @@ def append_token(request: Request, choice: Choice, tokenizer: Any, stop_token_id
         request.scores.append(choice)
         top = tuple((request.decoder.bytes(token), logprob) for token, logprob in choice.top)
         own = request.decoder.bytes(choice.id)
-        request.emit(Token(choice.id, delta, piece, own, choice.logprob, choice.margin, choice.entropy, top))
+        request.emit(Token(choice.id, delta, piece, own, choice.logprob, choice.margin, choice.entropy, top, choice.judges))
         delta = ""
     if over:
         reason = "stop"
