@@ -153,10 +153,14 @@ def calibrate(
     for name, part in rows.items():
         texts: dict[str, list[Any]] = {}
         for side, (backend, actions) in asked.items():
+            if side == _ALONE and name != "fit":  # it is told of the fit alone
+                continue
             tokens = _tokens(max_new_tokens, actions, tools, side)
             label = f"{name}, {side}"
             texts[side] = _answers(backend, part, parse, system, tokens, label, console, as_json, actions)
         for way, parts in by_way.items():
+            if way not in texts:
+                continue
             in_the_cloud = texts.get(_CLOUD, [None] * len(part))
             triples = zip(part, texts[way], in_the_cloud, strict=True)
             weighed = opinion is not None and way == _CHOOSING
