@@ -44,3 +44,15 @@ def test_the_best_cell_of_each_depth_is_shown():
     assert "11 ms" in lines[2]
     assert "[c](" in lines[4]
     assert "90.0" in lines[4]
+
+
+def test_what_a_second_opinion_keeps_of_requests_out_of_scope_is_the_records():
+    docs = RECORDS["oos"].parents[1]
+    check = json.loads((docs / "records" / "demo-oos-second.json").read_text(encoding="utf-8"))["check"]
+    text = " ".join((docs / "device.md").read_text(encoding="utf-8").split())
+    said = (
+        f"keeps {100 * check['commands_kept']:.1f} % of the {check['commands']} test commands",
+        f"hands on {100 * check['open_handed_on']:.1f} % of the {check['open_requests']} requests without an action",
+        f"{check['wrong_on_device']} of the {check['answered_on_device']} answers that it keeps are wrong",
+    )
+    assert [each for each in said if each not in text] == []
