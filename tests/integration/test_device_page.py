@@ -58,7 +58,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         assert code == 0, err
         said.append(out)
     routing = json.loads((folder / "run" / "adapter" / "routing.json").read_text(encoding="utf-8"))
-    assert routing["signal"] == "action"
+    assert routing["signal"] == "agreement"
     assert routing["skills"] == list(read_skills("actions.txt"))
     assert "[LampOn()]" in said[2]
     assert (folder / "edge" / "model.safetensors").is_file()
