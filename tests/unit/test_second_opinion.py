@@ -101,6 +101,9 @@ def test_agreement_is_the_mean_of_what_each_gives_the_action(edge, plain, weighe
     Calibration(AGREEMENT, (0.0,), (1.0,), 0.5).save(tmp_path / "routing.json")
     with pytest.raises(ConfigError, match="has the signal agreement but no second opinion"):
         Calibration.load(tmp_path / "routing.json")
+    Calibration(AGREEMENT, (0.0,), (1.0,), 0.5, opinion="../../secret").save(tmp_path / "routing.json")
+    with pytest.raises(ConfigError, match="has an opinion that is no digest"):
+        Calibration.load(tmp_path / "routing.json")
 
 
 def test_several_drawn_answers_lean_each_to_their_own_request(edge, weighed):

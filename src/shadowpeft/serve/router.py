@@ -7,6 +7,7 @@ is no known action and, with a calibration, a known action that is too likely to
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -216,7 +217,7 @@ class Calibration:
         if "tools" in content and not isinstance(tools, list):
             raise ConfigError(f"'{file}' has tools that are no list; calibrate again")
         opinion = content.get("opinion")
-        if "opinion" in content and not isinstance(opinion, str):
+        if "opinion" in content and not (isinstance(opinion, str) and re.fullmatch("[0-9a-f]{64}", opinion)):
             raise ConfigError(f"'{file}' has an opinion that is no digest; calibrate again")
         if content["signal"] == AGREEMENT and opinion is None:
             raise ConfigError(f"'{file}' has the signal {AGREEMENT} but no second opinion; calibrate again")
