@@ -19,7 +19,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     z, p = 1.959964, correct / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    # where all or none are hits, rounding may put an end beyond 0 or 1
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def accuracy(hits: list[bool]) -> dict[str, Any]:
