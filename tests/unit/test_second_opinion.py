@@ -7,6 +7,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
+from scripts import second_opinion as measuring
 
 from chatbase import chat_tokenizer
 from serving import detached
@@ -248,3 +249,20 @@ def test_words_alone_rule_nothing_out(weighed, plain):
     whole = plain.tokens["Sit"]
     assert held.leaning(whole) is None
     assert (held.allowed(whole), held.forced(whole)) == ([], [])
+
+
+def test_what_the_measuring_script_says_of_a_judge(monkeypatch):
+    """Of 200 commands and 60 requests without an action; the wrong answers are those of which the judge is least sure."""
+    monkeypatch.setattr(measuring, "DRAWN", 20)
+    names = ["Sit", "Bark", REMOTE]
+    rows = [{"skill": "Sit", "kind": "skill"}] * 200 + [{"skill": REMOTE, "kind": "remote"}] * 60
+    chances = np.array([[0.9, 0.05, 0.05]] * 180 + [[0.2, 0.6, 0.2]] * 20 + [[0.1, 0.1, 0.8]] * 57 + [[0.1, 0.55, 0.35]] * 3)
+    found = measuring.worth(chances, names, rows, chances.max(1))
+    assert found["commands_right"] == 0.9
+    assert found["commands_handed_on"] == 0.0
+    assert found["remote_handed_on"] == 0.95
+    assert found["auroc"] == 1.0
+    assert found["at_0.05"] == {"commands_kept": 0.9, "nothing_kept": 0.0, "wrong_of_kept": 0.0}
+    found = measuring.worth(chances, names, rows, -chances.max(1))  # the worst confidence there is
+    assert found["auroc"] == 0.0
+    assert found["at_0.05"]["nothing_kept"] == 1.0
