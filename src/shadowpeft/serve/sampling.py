@@ -45,10 +45,10 @@ def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
 def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
     """One of ``tokens`` ``(C,)``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
     own, leaning = logits[tokens.to(logits.device)], request.leaning()
-    alone, second = own.double().log_softmax(-1), None
+    alone, second = own.double(), None
     if leaning is not None:
         second = torch.tensor(leaning, dtype=torch.float64, device=own.device)
-        own = own.double() + second
+        own = alone + second
     log_p = own.double().log_softmax(-1)
     place = int(log_p.argmax()) if request.generator is None else sample_token(own, request.sampling, request.generator)
     sure = log_p.topk(min(len(tokens), max(2, request.sampling.top_logprobs)))
@@ -56,7 +56,7 @@ def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
     margin = values[0] - values[1] if len(values) > 1 else math.inf
     entropy = float(torch.special.entr(log_p.exp()).sum())
     top = [(int(tokens[n]), value) for n, value in zip(sure.indices.tolist(), values, strict=True)]
-    judges = (0.0, 0.0) if second is None else (float(alone[place]), float(second[place]))
+    judges = (0.0, 0.0) if second is None else (float(alone.log_softmax(-1)[place]), float(second[place]))
     return Choice(int(tokens[place]), float(log_p[place]), margin, entropy, top[: request.sampling.top_logprobs], judges)
 
 

@@ -113,7 +113,7 @@ def with_calibration(card: str, report: dict[str, Any]) -> str:
     before, rest = card.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
     held = f"with {report['level']:.0%} confidence" if report.get("bound") else "on these rows alone"
-    seconded = "\nThe device's choice is weighed by `second_opinion.safetensors`." if "second_opinion" in report else ""
+    seconded = "\nThe second opinion beside `routing.json` weighs the device's choice." if "second_opinion" in report else ""
     shares = [
         ("commands kept on the device", report["commands_kept"]),
         ("open requests handed on", report["open_handed_on"]),
