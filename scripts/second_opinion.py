@@ -42,18 +42,20 @@ def penalties(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
 
     prompts, actions = [row["prompt"] for row in rows], np.array([row["skill"] for row in rows])
     trials = []
-    parts = list(GroupKFold(FOLDS).split(prompts, actions, [row["family"] for row in rows]))
+    parts = []
+    for fit, held in GroupKFold(FOLDS).split(prompts, actions, [row["family"] for row in rows]):
+        union = features()
+        x = union.fit_transform([prompts[i] for i in fit])
+        parts.append((x, actions[fit], union.transform([prompts[i] for i in held]), actions[held]))
     for c in GRID:
         losses, hits = [], []
-        for fit, held in parts:
-            union = features()
-            x = union.fit_transform([prompts[i] for i in fit])
-            model = LogisticRegression(C=c, max_iter=300).fit(x, actions[fit])
-            chances = model.predict_proba(union.transform([prompts[i] for i in held]))
-            places = np.searchsorted(model.classes_, actions[held])
-            if not np.array_equal(model.classes_[places], actions[held]):
+        for x, taught, asked, right in parts:
+            model = LogisticRegression(C=c, max_iter=300).fit(x, taught)
+            chances = model.predict_proba(asked)
+            places = np.searchsorted(model.classes_, right)
+            if not np.array_equal(model.classes_[places], right):
                 raise DataError("a fold lacks an action; take fewer folds")
-            losses.append(-np.log(chances[np.arange(len(held)), places]).mean())
+            losses.append(-np.log(chances[np.arange(len(right)), places]).mean())
             hits.append((chances.argmax(1) == places).mean())
         trials.append({"C": c, "nll": round(float(np.mean(losses)), 4), "score": round(float(np.mean(hits)), 4)})
     best = min(trials, key=lambda trial: trial["nll"])["C"]

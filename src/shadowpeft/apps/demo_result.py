@@ -17,11 +17,11 @@ from shadowpeft.apps.common import bar
 from shadowpeft.apps.demo_picture import NAMES
 from shadowpeft.apps.detach import save_edge
 from shadowpeft.apps.intents import rows_to_learn
+from shadowpeft.apps.second_opinion import fitted
 from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, written
-from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
@@ -43,9 +43,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
     """Detach, calibrate on the validation rows, score the test rows, answer ``requests``; writes ``folder/edge``."""
     edge = shadowpeft.detach(model)
     files = save_edge(edge, tokenizer, folder / "edge")
-    learnt = rows_to_learn("robot")
-    with console.status("second opinion"):
-        opinion = SecondOpinion.fit([row["prompt"] for row in learnt], [row["skill"] for row in learnt])
+    opinion = fitted(rows_to_learn("robot"), "robot", console)
     tries = {"device": ActionTrie.of(tokenizer, robot.SKILLS)}
     tries["second"] = ActionTrie.of(tokenizer, robot.SKILLS, opinion)
 

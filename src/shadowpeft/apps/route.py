@@ -128,6 +128,7 @@ def calibrate(
     from shadowpeft.data.call_guide import Engine
     from shadowpeft.data.calls import CallParser
     from shadowpeft.data.robot import SKILLS
+    from shadowpeft.data.second_opinion import discard_others
     from shadowpeft.runtime import prepare_cpu
     from shadowpeft.serve import calibration as fitting
     from shadowpeft.serve.calibrated import sketch
@@ -191,7 +192,7 @@ def calibrate(
     if opinion is not None:
         calibration = replace(calibration, opinion=opinion.save(folder))
     calibration.save(folder / FILE)
-    second.discard_others(folder, calibration.opinion)
+    discard_others(folder, calibration.opinion)
     card = Path(source) / "README.md"
     if out is None and card.is_file():  # of an adapter
         from shadowpeft.storage import write_text

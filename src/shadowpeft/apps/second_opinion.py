@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowpeft.apps.intents import rows_to_learn, without_prompts_of
 from shadowpeft.data.robot import SKILLS
-from shadowpeft.data.second_opinion import SecondOpinion, check_actions, discard_others
+from shadowpeft.data.second_opinion import SecondOpinion, check_actions
 from shadowpeft.errors import DataError
 from shadowpeft.serve import calibration as fitting
 from shadowpeft.serve.loading import opinion_of
@@ -15,9 +15,6 @@ from shadowpeft.serve.router import ACTION, FILE, Calibration
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-__all__ = ["beside", "discard_others", "fitted", "learning_rows", "not_learnt", "without"]
 
 
 def learning_rows(source: str, skills: tuple[str, ...] | None) -> list[dict[str, Any]]:

@@ -152,17 +152,18 @@ class SecondOpinion:
         file = file_of(folder, digest)
         try:
             content = file.read_bytes()
-            if digest != sha256(content).hexdigest():
-                raise ConfigError(f"the second opinion '{file}' is not the one of its calibration; calibrate again")
-            arrays = load(content)
         except OSError as error:
             raise ConfigError(f"the second opinion '{file}' cannot be read ({error.strerror}); calibrate again") from error
+        if digest != sha256(content).hexdigest():
+            raise ConfigError(f"the second opinion '{file}' is not the one of its calibration; calibrate again")
+        try:
+            arrays = load(content)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ConfigError(f"the second opinion '{file}' is damaged ({error}); calibrate again") from error
-        problem = _problem(arrays)
-        if problem is not None:
-            raise ConfigError(f"'{file}' is no second opinion of format {_FORMAT}: {problem}; calibrate again")
-        about = parse_json(arrays["about"].tobytes())
+        try:
+            about = _about(arrays)
+        except ValueError as error:
+            raise ConfigError(f"'{file}' is no second opinion of format {_FORMAT}: {error}; calibrate again") from error
         rarity = [arrays[f"rarity.{part}"] for part in _PARTS]
         return cls(about["actions"], about["texts"], rarity, arrays["weights"], arrays["bias"])
 
@@ -194,31 +195,30 @@ def discard_others(folder: Path, digest: str | None) -> None:
             file.unlink()
 
 
-def _problem(arrays: dict[str, np.ndarray]) -> str | None:
-    """What is wrong with a file's content."""
+def _about(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a file says of itself.
+
+    Raises:
+        ValueError: saying what is wrong with its content.
+    """
     names = {"about", "weights", "bias", *(f"rarity.{part}" for part in _PARTS)}
     if arrays.keys() != names:
-        return f"it has {', '.join(sorted(arrays)) or 'nothing'}"
-    about = arrays.pop("about")
-    if about.dtype != np.uint8 or any(a.dtype != np.float32 or not np.isfinite(a).all() for a in arrays.values()):
-        return "its numbers are of other kinds, or not finite"
-    arrays["about"] = about
-    try:
-        content = parse_json(about.tobytes())
-    except ValueError as error:
-        return f"what it says of itself {error}"
-    if not isinstance(content, dict) or content.keys() != {"format", "actions", "texts"} or content["format"] != _FORMAT:
-        return "what it says of itself is something else"
-    lists = [content["actions"], *content["texts"]] if isinstance(content["texts"], list) else []
+        raise ValueError(f"it has {', '.join(sorted(arrays)) or 'nothing'}")
+    numbers = [arrays[name] for name in sorted(names - {"about"})]
+    if arrays["about"].dtype != np.uint8 or any(a.dtype != np.float32 or not np.isfinite(a).all() for a in numbers):
+        raise ValueError("its numbers are of other kinds, or not finite")
+    about = parse_json(arrays["about"].tobytes())
+    if not isinstance(about, dict) or about.keys() != {"format", "actions", "texts"} or about["format"] != _FORMAT:
+        raise ValueError("what it says of itself is something else")
+    lists = [about["actions"], *about["texts"]] if isinstance(about["texts"], list) else []
     if len(lists) != 1 + len(_PARTS) or not all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in lists):
-        return "its actions or texts are no lists of texts"
+        raise ValueError("its actions or texts are no lists of texts")
     if not all(lists) or any(len(set(x)) != len(x) for x in lists):
-        return "a list of texts is empty, or has one twice"
+        raise ValueError("a list of texts is empty, or has one twice")
     actions, *texts = lists
-    try:
-        checked([name for name in actions if name != REMOTE], "a second opinion")
-    except ConfigError as error:
-        return str(error)
+    checked([name for name in actions if name != REMOTE], "a second opinion")
     sizes = [arrays[f"rarity.{part}"].shape for part in _PARTS] == [(len(part),) for part in texts]
     fits = arrays["weights"].shape == (len(actions), sum(map(len, texts))) and arrays["bias"].shape == (len(actions),)
-    return None if sizes and fits else "its arrays do not fit its texts"
+    if not (sizes and fits):
+        raise ValueError("its arrays do not fit its texts")
+    return about

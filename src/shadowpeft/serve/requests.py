@@ -149,9 +149,12 @@ class Request:
         """Tokens that may come after those, a list or a tensor; empty: any."""
         return [] if self.actions is None else self.actions.allowed(self.new + self.ahead())
 
-    def leaning(self) -> list[float] | None:
-        """What is added to the logits of those; None: nothing."""
-        return None if self.actions is None else self.actions.leaning(self.new + self.ahead())
+    def next_tokens(self) -> tuple[Any, list[float] | None]:
+        """What :meth:`allowed` says, and what is added to the logits of those tokens; None: nothing."""
+        if self.actions is None:
+            return [], None
+        path = self.new + self.ahead()
+        return self.actions.allowed(path), self.actions.leaning(path)
 
     def fail(self, error: BaseException) -> None:
         """Tell the reader that there will be no more, unless it has left."""

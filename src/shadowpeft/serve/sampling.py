@@ -33,18 +33,20 @@ class Choice:
 
 def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
     """The next token of every row of ``logits`` ``(B, V)``; a row that has no action yet takes a token of one."""
-    allowed = [request.allowed() for request in requests]
-    free = [row for row, tokens in enumerate(allowed) if not len(tokens)]
+    held = [request.next_tokens() for request in requests]
+    free = [row for row, (tokens, _) in enumerate(held) if not len(tokens)]
     rest = iter(_choose_freely([requests[row] for row in free], logits if len(free) == len(requests) else logits[free]))
     return [
-        _choose_among(torch.as_tensor(tokens), request, row) if len(tokens) else next(rest)
-        for tokens, request, row in zip(allowed, requests, logits, strict=True)
+        _choose_among(torch.as_tensor(tokens), leaning, request, row) if len(tokens) else next(rest)
+        for (tokens, leaning), request, row in zip(held, requests, logits, strict=True)
     ]
 
 
-def _choose_among(tokens: Tensor, request: Request, logits: Tensor) -> Choice:
-    """One of ``tokens`` ``(C,)``, from logits ``(V,)``; in float64, since the confidence of a sure action is close to one."""
-    own, leaning = logits[tokens.to(logits.device)], request.leaning()
+def _choose_among(tokens: Tensor, leaning: list[float] | None, request: Request, logits: Tensor) -> Choice:
+    """One of ``tokens`` ``(C,)``, from logits ``(V,)`` and what leans them; in float64, since the confidence of a sure action is
+    close to one.
+    """
+    own = logits[tokens.to(logits.device)]
     alone, second = own.double(), None
     if leaning is not None:
         second = torch.tensor(leaning, dtype=torch.float64, device=own.device)

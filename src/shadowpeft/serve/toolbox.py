@@ -19,6 +19,7 @@ from shadowpeft.data.tool_rows import compact_messages, writes_calls
 from shadowpeft.data.tools import Tools
 from shadowpeft.decode import decode
 from shadowpeft.errors import DataError
+from shadowpeft.generate import request_of
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.router import Scores, parts_probability
 from shadowpeft.serve.tool_protocol import NamedTool
@@ -198,7 +199,7 @@ def call_probabilities(
 def request_text(asked: ChatRequest | CompletionRequest, tokenizer: Any) -> str:
     """What is asked for: the last user message; of a completion its prompt."""
     if isinstance(asked, ChatRequest):
-        return next((m.content for m in reversed(asked.messages) if m.role == "user"), "")
+        return request_of([{"role": m.role, "content": m.content} for m in asked.messages])
     (prompt,) = asked.prompt
     return prompt if isinstance(prompt, str) else decode(tokenizer, prompt)
 
