@@ -159,7 +159,7 @@ def test_a_file_gives_the_same_chances(opinion, tmp_path):
     for prompt in (*PROMPTS, "", "\u2028 \x00"):
         assert read.chances(prompt) == opinion.chances(prompt)
     assert read.parameters == opinion.parameters > 0
-    with pytest.raises(ConfigError, match="^the second opinion '.*' is not the one of its calibration; calibrate"):
+    with pytest.raises(ConfigError, match=r"^the second opinion '.*' is not the one of its calibration; calibrate"):
         SecondOpinion.load(tmp_path, digest[:12] + "0" * 52)
     with pytest.raises(ConfigError, match="cannot be read"):
         SecondOpinion.load(tmp_path, "0" * 64)

@@ -43,8 +43,9 @@ def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
 
 
 def _choose_among(tokens: Tensor, leaning: list[float] | None, request: Request, logits: Tensor) -> Choice:
-    """One of ``tokens`` ``(C,)``, from logits ``(V,)`` and what leans them; in float64, since the confidence of a sure action is
-    close to one.
+    """One of ``tokens`` ``(C,)``, from logits ``(V,)`` and what leans them.
+
+    In float64, since the confidence of a sure action is close to one.
     """
     own = logits[tokens.to(logits.device)]
     alone, second = own.double(), None
