@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.second_opinion import C, SecondOpinion, features
+from shadowpeft.data.second_opinion import C, SecondOpinion, features, file_of
 from shadowpeft.errors import DataError
 from shadowpeft.evaluate.record import commit
 from shadowpeft.runtime import environment, prepare_cpu
@@ -97,6 +99,26 @@ def worth(
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
 
 
+def cost(learnt: Sequence[dict[str, str]], asked: Sequence[str]) -> dict[str, Any]:
+    """What a second opinion takes: processor time to fit it and for one request, and its size in a file."""
+    began = time.process_time()
+    opinion = SecondOpinion.fit([row["prompt"] for row in learnt], [row["skill"] for row in learnt])
+    fitted, times = time.process_time() - began, []
+    for prompt in asked:
+        began = time.process_time()
+        opinion.chances(prompt)
+        times.append(1000 * (time.process_time() - began))
+    with TemporaryDirectory() as folder:
+        size = file_of(Path(folder), opinion.save(Path(folder))).stat().st_size
+    return {
+        "rows": len(learnt),
+        "actions": len(opinion.actions),
+        "fit_seconds": round(fitted, 1),
+        "request_milliseconds": round(statistics.median(times), 2),
+        "bytes": size,
+    }
+
+
 def validation(edge: str, train: str) -> dict[str, Any]:
     """Both judges on the validation rows, alone and joined."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(edge).eval(), AutoTokenizer.from_pretrained(edge)
@@ -144,6 +166,7 @@ def main() -> None:
         "train": options.train,
         "about": options.about,
         "penalty": {**penalty, "used": C},
+        "cost": cost(rows_to_learn(options.train), [row["prompt"] for row in robot.load("validation_normal")]),
         "validation": validation(options.edge, options.train),
         "drawn": DRAWN,
         "level": LEVEL,

@@ -56,3 +56,14 @@ def test_what_a_second_opinion_keeps_of_requests_out_of_scope_is_the_records():
         f"{check['wrong_on_device']} of the {check['answered_on_device']} answers that it keeps are wrong",
     )
     assert [each for each in said if each not in text] == []
+
+
+def test_what_a_second_opinion_costs_is_the_records():
+    cost = json.loads(device_results.SECOND["oos"].read_text(encoding="utf-8"))["cost"]
+    text = " ".join((RECORDS["oos"].parents[1] / "routing.md").read_text(encoding="utf-8").split())
+    said = (
+        f"{cost['fit_seconds']} processor seconds for {cost['rows']:,} rows and {cost['actions']} actions",
+        f"{cost['bytes'] / 1e6:.1f} MB for `robot_oos`",
+        f"A request costs {cost['request_milliseconds']:.1f} ms more",
+    )
+    assert [each for each in said if each not in text] == []
