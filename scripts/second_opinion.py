@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shadowpeft.apps.intents import ROBOT, rows_to_learn
+from shadowpeft.apps.intents import rows_to_learn
 from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
@@ -122,7 +122,7 @@ def cost(learnt: Sequence[dict[str, str]], asked: Sequence[str]) -> dict[str, An
 def validation(edge: str, train: str) -> dict[str, Any]:
     """Both judges on the validation rows, alone and joined."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(edge).eval(), AutoTokenizer.from_pretrained(edge)
-    rows = [row for split in ROBOT["robot_oos"]["fit"] for row in robot.load(split)]
+    rows = [row for split in ("validation_normal", "validation_remote", "validation_oos") for row in robot.load(split)]
     learnt, prompts = rows_to_learn(train), [row["prompt"] for row in rows]
     opinion = SecondOpinion.fit([row["prompt"] for row in learnt], [row["skill"] for row in learnt])
     trie, weighed = (ActionTrie.of(tokenizer, robot.SKILLS, each) for each in (None, opinion))

@@ -13,7 +13,7 @@ TYPO_RATE = 0.07
 """Share of English skill commands with one typo."""
 
 BARE_RATE = 0.35
-"""Share of validation and test commands that are the core alone."""
+"""Share of commands that are the core alone, where they are not for training."""
 
 
 def build(seed: int = 0) -> dict[str, list[Row]]:
@@ -122,8 +122,8 @@ def _open_requests(split: str, lang: str, count: int, rng: random.Random, taken:
     rng.shuffle(singles)
     rng.shuffle(groups)
     rounds = [request for column in zip_longest(*groups) for request in column if request is not None]
-    if split == "test_remote_large":
-        rounds = rounds[: len(groups)]  # a test asks for each fact once
+    if split in ("calibration_remote", "test_remote_large"):
+        rounds = rounds[: len(groups)]  # each fact once: another wording of one fact is little evidence
     rows: list[Row] = []
     for request in singles + rounds:
         if len(rows) == count:

@@ -88,7 +88,7 @@ def few(monkeypatch):
 
     def load(split):
         by_skill = sorted(whole[split], key=lambda row: (row["skill"] != "Sit", row["id"]))
-        return by_skill[: 110 if split == "validation_normal" else 12]
+        return by_skill[: 110 if split == "calibration_normal" else 12]
 
     monkeypatch.setattr(robot, "load", load)
     monkeypatch.setattr(demo_result, "TARGET", 0.9)

@@ -64,10 +64,10 @@ def test_a_file_of_tools_without_arguments_has_names_that_skills_may_have(tmp_pa
         read_tools(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("name", "rows", "open_"), [("robot", 264, 60), ("robot_oos", 382, 178)])
+@pytest.mark.parametrize(("name", "rows", "open_"), [("robot", 626, 320), ("robot_oos", 821, 515)])
 def test_packaged_requests_and_how_many_no_skill_answers(name, rows, open_):
     found = read_intents(name, "fit", None)
     assert (len(found), sum(row["skill"] == "REMOTE" for row in found)) == (rows, open_)
-    assert found[0]["where"].startswith(f"{name}, row validation_normal-")
+    assert found[0]["where"].startswith(f"{name}, row calibration_normal-")
     with pytest.raises(ConfigError, match=f"'{name}' has the packaged skills but --skills names others"):
         read_intents(name, "fit", None, ("Sit",))

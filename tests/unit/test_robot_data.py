@@ -21,7 +21,7 @@ from scripts.robot_set.compose import build
 from shadowpeft.data import robot
 from shadowpeft.data.robot import MEANINGS
 
-SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; validation, the large and the oos splits are ours
+SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the other ones are ours
     "train_normal": (2074, 1326),
     "train_remote_base": (541, 459),
     "train_remote_shadow": (21, 26),
@@ -33,6 +33,9 @@ SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; validatio
     "train_oos": (420, 330),
     "validation_oos": (66, 52),
     "test_oos": (117, 79),
+    "calibration_normal": (170, 136),
+    "calibration_remote": (180, 140),
+    "calibration_oos": (117, 78),
 }
 NORMAL = [split for split in SIZES if split.endswith("_normal")]
 REMOTE = [split for split in SIZES if split not in NORMAL]
@@ -146,11 +149,11 @@ def test_every_skill_as_evenly_as_the_size_permits(
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-@pytest.mark.parametrize(("lang", "least"), [("en", (14, 3, 5)), ("zh", (10, 2, 4))])
-def test_enough_families_for_each_skill(lang: str, least: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("lang", "least"), [("en", (14, 3, 4, 5)), ("zh", (10, 2, 3, 4))])
+def test_enough_families_for_each_skill(lang: str, least: tuple[int, int, int, int]) -> None:
     counts = Counter((family.skill, family.part) for family in seeds.families(lang))
     for skill in robot.SKILLS:
-        for part, n in zip(("train", "validation", "test"), least, strict=True):
+        for part, n in zip(("train", "validation", "calibration", "test"), least, strict=True):
             assert counts[skill, part] >= n, (skill, part)
 
 
@@ -171,19 +174,19 @@ def test_a_core_text_is_in_one_part_and_one_skill_only(lang: str) -> None:
     assert {core: found for core, found in owners.items() if len(found) > 1} == {}
 
 
-@pytest.mark.parametrize(("lang", "least"), [("en", (15, 4, 7)), ("zh", (15, 3, 5))])
-def test_what_is_out_of_scope_has_enough_families_of_each_topic(lang: str, least: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("lang", "least"), [("en", (15, 4, 9, 7)), ("zh", (15, 3, 6, 5))])
+def test_what_is_out_of_scope_has_enough_families_of_each_topic(lang: str, least: tuple[int, int, int, int]) -> None:
     counts = Counter((family.skill, family.part) for family in seeds.families(lang, "oos"))
     topics = {topic for topic, _ in counts}
     assert len(topics) == 13
     assert topics == {family.skill for family in seeds.families("en", "oos")}
     assert all(len(set(seeds.replies(lang, "oos")[topic])) >= 4 for topic in topics)
     for topic in topics:
-        for part, n in zip(("train", "validation", "test"), least, strict=True):
+        for part, n in zip(("train", "validation", "calibration", "test"), least, strict=True):
             assert counts[topic, part] >= n, (topic, part)
 
 
-@pytest.mark.parametrize("part", ["train", "validation", "test"])
+@pytest.mark.parametrize("part", ["train", "validation", "calibration", "test"])
 def test_every_family_out_of_scope_is_asked(data: dict[str, list[dict[str, str]]], part: str) -> None:
     asked = Counter(row["family"] for row in data[f"{part}_oos"])
     assert set(asked) == {f.id for lang in seeds.LANGS for f in seeds.families(lang, "oos") if f.part == part}
@@ -245,8 +248,9 @@ def test_no_evaluation_prompt_is_a_rewrapped_training_prompt(data: dict[str, lis
     assert [(row["id"], row["prompt"]) for row in held if bare(row) in trained] == []
 
 
-def test_no_test_prompt_is_a_rewrapped_validation_prompt(data: dict[str, list[dict[str, str]]]) -> None:
-    seen = {bare(row) for split in SIZES if split.startswith("validation") for row in data[split]}
+@pytest.mark.parametrize("part", ["validation", "calibration"])
+def test_no_test_prompt_is_a_rewrapped_one_of_another_part(data: dict[str, list[dict[str, str]]], part: str) -> None:
+    seen = {bare(row) for split in SIZES if split.startswith(part) for row in data[split]}
     held = [row for split in SIZES if split.startswith("test") for row in data[split]]
     assert [(row["id"], row["prompt"]) for row in held if bare(row) in seen] == []
 
@@ -291,12 +295,12 @@ def test_styles_are_covered(data: dict[str, list[dict[str, str]]]) -> None:
         "chat",
         "typo",
     }
-    for split in ("train_normal", "test_normal"):
+    for split in ("train_normal", "calibration_normal", "test_normal"):
         assert {row["style"] for row in data[split]} == styles
     typos = sum(row["style"] == "typo" for row in data["train_normal"])
     assert 60 < typos < 250
-    large = {row["style"] for row in data["test_remote_large"]}
-    assert large == {"open", "plain", "polite", "vocative", "chat"}
+    for split in ("calibration_remote", "test_remote_large"):
+        assert {row["style"] for row in data[split]} == {"open", "plain", "polite", "vocative", "chat"}
 
 
 @pytest.mark.parametrize("field", ["prompt", "response"])

@@ -40,7 +40,7 @@ Row = dict[str, str]
 
 
 def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], console: Console) -> dict[str, Any]:
-    """Detach, calibrate on the validation rows, score the test rows, answer ``requests``; writes ``folder/edge``."""
+    """Detach, calibrate on the calibration rows, score the test rows, answer ``requests``; writes ``folder/edge``."""
     edge = shadowpeft.detach(model)
     files = save_edge(edge, tokenizer, folder / "edge")
     opinion = fitted(rows_to_learn("robot"), "robot", console)
@@ -59,7 +59,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
             answers = answer(model, tokenizer, [row["prompt"] for row in rows], progress=progress, **options)
         return [robot.parse_action(a.text) for a in answers]
 
-    fit = robot.load("validation_normal") + robot.load("validation_remote")
+    fit = robot.load("calibration_normal") + robot.load("calibration_remote")
     options: dict[str, Any] = {"target": TARGET, "level": LEVEL, "signal": ACTION}
     calibrations = {name: calibrate(samples(fit, decide(fit, name, "calibrating")), **options) for name in tries}
     calibration = replace(calibrations["second"], opinion=opinion.save(folder / "edge"))

@@ -18,13 +18,13 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.json_text import parse_json
 
 ROBOT: dict[str, dict[str, tuple[str, ...]]] = {
-    "robot": {"fit": ("validation_normal", "validation_remote"), "check": ("test_normal", "test_remote_large")},
+    "robot": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
     "robot_oos": {
-        "fit": ("validation_normal", "validation_remote", "validation_oos"),
+        "fit": ("calibration_normal", "calibration_remote", "calibration_oos"),
         "check": ("test_normal", "test_remote_large", "test_oos"),
     },
 }
-"""A packaged set of intents, and the splits of each part."""
+"""A packaged set of intents, and the splits of each part. Validation rows are in none: they have chosen settings."""
 ROBOT_TOOLS = {"fit": "validation", "check": "test"}
 
 

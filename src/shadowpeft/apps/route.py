@@ -32,8 +32,8 @@ def calibrate(
     data: Annotated[
         str,
         typer.Option(
-            help="JSONL file with prompt and skill, or chat rows with calls (docs/tools.md); robot, robot_oos or robot_tools: "
-            "the packaged validation set."
+            help="JSONL file with prompt and skill, or chat rows with calls (docs/tools.md); robot or robot_oos: the packaged "
+            "calibration rows; robot_tools: its validation rows."
         ),
     ] = "robot",
     check: Annotated[
