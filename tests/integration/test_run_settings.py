@@ -53,14 +53,15 @@ DIVERGING = {"max_steps": 12, "eval_every": 2, "learning_rate": 3.0, "scheduler"
 @pytest.mark.parametrize(("path", "key"), [("attached", "eval_task_loss"), ("detached", "eval_shadow_loss")])
 def test_the_best_adapter_by_either_path_and_an_early_stop(made, tmp_path, path, key):
     folder = tmp_path / "run"
-    settings = {**DIVERGING, "patience": 2, "load_best": True, "best_by": path}
+    # room for any order of so wild losses, which rounding decides
+    settings = {**DIVERGING, "max_steps": 60, "patience": 2, "load_best": True, "best_by": path}
     summary = start(made, folder, data={"validation": made["validation"]}, training=settings)
     values = losses(folder, key)
     during = values[:-1]  # the last is the final evaluation, of the adapter that is kept
     best = during.index(min(during))
     assert summary["stopped_early"] is True
     assert summary["interrupted"] is False
-    assert summary["steps"] == 2 * len(during) < 12
+    assert summary["steps"] == 2 * len(during) < 60
     assert len(during) - 1 - best == 2  # two evaluations after the best one
     assert summary["best_step"] == 2 * (best + 1)
     assert summary[key] == pytest.approx(during[best], rel=1e-5)

@@ -11,12 +11,14 @@ from sklearn.metrics import roc_auc_score
 from chatbase import save_base
 from commands import call
 from serving import ADAPTERS
+from shadowpeft.apps.calibrating import with_open_share
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve import calibration as fitting
 from shadowpeft.serve.calibrated import distance, sketch
 from shadowpeft.serve.calibration import Sample, auroc, calibrate, choose_threshold, ece, upper_bound
 from shadowpeft.serve.loading import load_edge
 from shadowpeft.serve.router import SIGNALS, Calibration
+from shadowpeft.terminal import terminal
 
 
 def made_up(n, seed=0, cloud=False):
@@ -228,7 +230,7 @@ def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_
         (("--data", "none.jsonl"), "'none.jsonl' does not exist"),
         (("--signal", "luck"), "signal is 'luck'"),
         (("--limit", "5", "--no-bound"), "a calibration needs 30"),
-        (("--target", "0.01"), "takes 299 kept answers without a wrong one, but the data has 204 commands"),
+        (("--target", "0.01"), "takes 299 kept answers without a wrong one, but the data has 306 commands"),
         (("--limit", "50"), "takes 59 kept answers without a wrong one"),
         (("--level", "95"), "level is 95.0"),
         (("--target", "0"), "target is 0.0, which no number of answers can hold"),
@@ -297,6 +299,65 @@ def test_rows_of_the_fit_are_left_out_of_the_check(place, monkeypatch, capsys):
     assert code == 0
     assert "35 of 37 prompts are among those of --data and are left out of the check" in err
     assert (report["check"]["n"], report["check"]["seen_in_data"]) == (2, 35)
+
+
+@pytest.mark.parametrize(
+    ("commands", "open_requests", "share", "left"),
+    [(40, 10, 0.5, (10, 10)), (40, 90, 0.2, (40, 10)), (30, 10, 0.25, (30, 10)), (30, 10, 0, (30, 0))],
+)
+def test_rows_are_left_out_until_the_share_is_the_one_asked_for(commands, open_requests, share, left, capsys):
+    kinds = [False] * commands + [True] * open_requests
+    random.Random(0).shuffle(kinds)
+    rows = [{"prompt": f"do {i}", "skill": "REMOTE" if kind else "Sit"} for i, kind in enumerate(kinds)]
+    kept, gone = with_open_share(rows, share, "data", terminal(stderr=True))
+    assert (sum(row["skill"] == "Sit" for row in kept), sum(row["skill"] == "REMOTE" for row in kept)) == left
+    assert gone == len(rows) - sum(left)
+    places = [rows.index(row) for row in kept]
+    assert places == sorted(places)  # in their order, so that one seed draws the same rows again
+    assert kept == with_open_share(rows, share, "data", terminal(stderr=True))[0]
+    said = f"{gone} of {len(rows)} rows are left out" in " ".join(capsys.readouterr().err.split())
+    assert said == (gone > 0)
+
+
+def test_what_is_left_for_a_share_is_a_fair_sample():
+    """Each command is left in as often as any other, over many orders of the rows: none is preferred."""
+    counts, order = np.zeros(40), random.Random(0)
+    for _ in range(400):
+        rows = [{"prompt": i, "skill": "Sit"} for i in range(40)]
+        order.shuffle(rows)
+        kept, _ = with_open_share([*rows, *[{"prompt": 99, "skill": "REMOTE"}] * 10], 0.5, "data", terminal(stderr=True))
+        for row in kept[:10]:
+            counts[row["prompt"]] += 1
+    assert counts.sum() == 4000
+    assert abs(counts - 100).max() < 5 * math.sqrt(400 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("skills", "share", "error", "message"),
+    [
+        ("Sit REMOTE", 1.0, ConfigError, "open-share is 1.0 but must be from 0 to below 1"),
+        ("Sit REMOTE", -0.1, ConfigError, "open-share is -0.1"),
+        ("Sit REMOTE", math.nan, ConfigError, "open-share is nan"),
+        ("Sit Sit", 0.5, DataError, "no requests with the skill REMOTE"),
+        ("REMOTE", 0.5, DataError, "no commands"),
+    ],
+)
+def test_a_share_that_cannot_be_had_is_refused(skills, share, error, message):
+    rows = [{"prompt": str(i), "skill": skill} for i, skill in enumerate(skills.split())]
+    with pytest.raises(error, match=message):
+        with_open_share(rows, share, "data", terminal(stderr=True))
+
+
+def test_the_bound_is_about_the_share_asked_for(place, monkeypatch, capsys):
+    said_by_script(monkeypatch)
+    rows = [*ROWS, *((f"why {i}", "REMOTE") for i in range(10))]
+    code, report, err = calibrated(monkeypatch, capsys, place, rows, **{"--open-share": "0"})
+    assert code == 0
+    assert "10 of 50 rows are left out, drawn at random, so that no action fits 0 % of the others" in err
+    assert (report["n"], report["open_requests"], report["open_share"], report["left_out_for_the_share"]) == (40, 0, 0, 10)
+    code, _, err = calibrated(monkeypatch, capsys, place, rows, **{"--open-share": "0.9"})
+    assert code == 2
+    assert "but the data has 1 commands" in err  # what is left, not what was given
 
 
 def test_a_prompt_that_is_too_long_is_named_with_its_line(place, monkeypatch, capsys):

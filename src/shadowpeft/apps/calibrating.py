@@ -1,0 +1,314 @@
+"""What ``shadowpeft route calibrate`` works on: its rows, the actions that are known, and what each half answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowpeft.apps import second_opinion as second
+from shadowpeft.apps.common import bar, load_tokenizer_of, placed
+from shadowpeft.apps.intents import distinct, read_intents
+from shadowpeft.data.actions import REMOTE, parser
+from shadowpeft.data.robot import SKILLS
+from shadowpeft.data.robot_tools import tools_named
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.serve.router import ACTION, AGREEMENT, ALL, CHOSEN, SIGNALS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FREELY, CHOOSING, ALONE, CLOUD = "device", "device, choosing", "device alone", "cloud"
+"""Who is asked: the device answers freely, or chooses among the known actions, with a second opinion or without it."""
+LONGEST_CALLS = 96
+"""Tokens of an answer that calls tools; what is longer counts as no call."""
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the device may do."""
+
+    names: tuple[str, ...] | None = None
+    """as the user wrote them; None: the packaged skills"""
+    tools: Any = None
+    """the same with arguments, if any has some"""
+
+    @classmethod
+    def of(cls, skills: str | None) -> Actions:
+        """Those of a file, or of a packaged set."""
+        if skills in (None, "robot"):
+            return cls()
+        known = tools_named(str(skills))
+        return cls(known.names, None if known.plain else known)
+
+    @property
+    def own(self) -> tuple[str, ...] | None:
+        """The user's names without arguments."""
+        return None if self.tools is not None else self.names
+
+    def parser(self) -> Any:
+        """What reads the action off an answer."""
+        from shadowpeft.data.calls import CallParser
+
+        return parser(self.own or SKILLS) if self.tools is None else CallParser(self.tools)
+
+    def choice(self, backend: Any, opinion: Any = None) -> Any:
+        """What holds an answer to these actions."""
+        from shadowpeft.data.action_trie import ActionTrie
+        from shadowpeft.data.call_guide import Engine
+
+        if self.tools is None:
+            return ActionTrie.of(backend.tokenizer, self.own or SKILLS, opinion)
+        vocabulary = backend.model.config.get_text_config().vocab_size
+        return Engine(backend.tokenizer, vocabulary).calls(self.tools, hand_on=True)
+
+    def tokens(self, asked: int, choice: Any) -> int:
+        """How long an answer may be: long enough for its action."""
+        if self.tools is not None:
+            return max(asked, LONGEST_CALLS)
+        return asked if choice is None else max(asked, choice.longest)
+
+
+def signal_for(signal: str, actions: Actions, second_opinion: str | None) -> str:
+    """The signal to take: the one asked for, ``auto``, or the only one that fits.
+
+    Raises:
+        ConfigError: if it does not fit the actions, or there is no second opinion for it.
+    """
+    if signal not in ("auto", *ALL):
+        raise ConfigError(f"signal is '{signal}' but must be auto or one of {', '.join(ALL)}")
+    if second_opinion is not None:
+        if actions.tools is not None:
+            raise ConfigError("--second-opinion knows nothing of arguments but the actions of --skills have some; leave it out")
+        if signal not in ("auto", *CHOSEN):
+            raise ConfigError(f"--second-opinion weighs chosen actions but --signal is {signal}; leave one of them out")
+        return AGREEMENT if signal == "auto" else signal
+    if signal == AGREEMENT:
+        raise ConfigError(f"signal is '{signal}' but there is no second opinion; pass --second-opinion ROWS, or another signal")
+    if actions.tools is not None and signal not in ("auto", ACTION):
+        raise ConfigError(
+            f"signal is '{signal}' but actions with arguments are always chosen; leave it out, or set it to {ACTION}"
+        )
+    return ACTION if actions.tools is not None else signal
+
+
+@dataclass
+class Rows:
+    """The rows of one calibration, each prompt once, and what the report says of them."""
+
+    fit: list[dict[str, Any]]
+    check: list[dict[str, Any]] = field(default_factory=list)
+    learnt: list[dict[str, Any]] = field(default_factory=list)
+    """of the second opinion"""
+    about: dict[str, Any] = field(default_factory=dict)
+    about_check: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        data: str,
+        limit: int | None,
+        actions: Actions,
+        second_opinion: str | None,
+        open_share: float | None,
+        console: Console,
+    ) -> Rows:
+        """Those to calibrate on.
+
+        Raises:
+            ConfigError, DataError: as :func:`read_intents`; if a second opinion has learnt them, or another action for one of
+            them; or if there are none of a kind that ``open_share`` asks for.
+        """
+        rows = read_intents(data, "fit", limit, actions.own, actions.tools)
+        fit, copies = _each_once(rows, data, console)
+        found = cls(fit, about={"data": Path(data).name, "copies": copies})
+        if second_opinion is not None:
+            found.learnt = second.learning_rows(second_opinion, actions.own)
+            found.fit, found.about["learnt_already"] = second.not_learnt(found.fit, found.learnt, data, console)
+        if open_share is not None:
+            found.fit, left_out = with_open_share(found.fit, open_share, data, console)
+            found.about |= {"open_share": open_share, "left_out_for_the_share": left_out}
+        return found
+
+    def read_check(self, check: str, limit: int | None, actions: Actions, console: Console) -> None:
+        """Add rows to measure the choice on, as they come.
+
+        Raises:
+            ConfigError, DataError: as :meth:`read`, or if there are none but those that the threshold is fitted on.
+        """
+        rows, _ = _each_once(read_intents(check, "check", limit, actions.own, actions.tools), check, console)
+        self.check, seen = _unseen(rows, self.fit, check, console)
+        self.about_check = {"data": Path(check).name, "seen_in_data": seen}
+        if self.learnt:
+            self.check, learnt = second.not_learnt(self.check, self.learnt, check, console)
+            self.about_check["learnt_already"] = learnt
+
+    def parts(self) -> dict[str, list[dict[str, Any]]]:
+        """``fit``, and ``check`` if there is one."""
+        return {"fit": self.fit, **({"check": self.check} if self.check else {})}
+
+
+def with_open_share(
+    rows: list[dict[str, Any]], share: float, source: str, console: Console
+) -> tuple[list[dict[str, Any]], int]:
+    """As many of the rows as have this share of requests without an action, the others left out at random (seed 0).
+
+    A random part of the commands is a sample of the commands, so a bound on these rows holds for that mixture.
+
+    Raises:
+        ConfigError: if the share is not from 0 to below 1. DataError: if there are no rows of a kind that it takes.
+    """
+    if not 0.0 <= share < 1.0:
+        raise ConfigError(
+            f"open-share is {share} but must be from 0 to below 1: the share of requests that no action fits, such as 0.5"
+        )
+    places = {kind: [i for i, row in enumerate(rows) if (row["skill"] == REMOTE) == kind] for kind in (False, True)}
+    if not places[False] or (share and not places[True]):
+        missing = "commands" if not places[False] else f"requests with the skill {REMOTE}"
+        raise DataError(f"'{source}' has no {missing}, so no share of it can have them; add some, or leave --open-share out")
+    wanted = {False: len(places[True]) * (1 - share) / share if share else len(places[False])}
+    wanted[True] = len(places[False]) * share / (1 - share)
+    draw = random.Random(0)
+    kept: set[int] = set()
+    for kind, found in places.items():
+        kept.update(draw.sample(found, min(len(found), round(wanted[kind]))))
+    if len(kept) < len(rows):
+        console.print(
+            f"'{source}': {len(rows) - len(kept)} of {len(rows)} rows are left out, drawn at random, so that no action fits "
+            f"{100 * share:g} % of the others"
+        )
+    return [row for i, row in enumerate(rows) if i in kept], len(rows) - len(kept)
+
+
+def _each_once(rows: list[dict[str, Any]], source: str, console: Console) -> tuple[list[dict[str, Any]], int]:
+    """Rows with each prompt once, and how many copies were left out: copies are no evidence of other requests."""
+    kept = distinct(rows)
+    copies = len(rows) - len(kept)
+    if copies:
+        console.print(f"'{source}': {copies} of {len(rows)} rows repeat a prompt; each prompt counts once")
+    return kept, copies
+
+
+def _unseen(
+    rows: list[dict[str, Any]], fitted: list[dict[str, Any]], source: str, console: Console
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows to measure on without those whose prompt the threshold is fitted on, and how many these were."""
+    kept = distinct(rows, without=fitted)
+    seen = len(rows) - len(kept)
+    if not kept:
+        raise DataError(
+            f"every prompt of --check '{source}' is one of --data too, so it measures nothing new; give rows that had no part "
+            "in the fit, or leave --check out"
+        )
+    if seen:
+        console.print(f"'{source}': {seen} of {len(rows)} prompts are among those of --data and are left out of the check")
+    return kept, seen
+
+
+def backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[Any, Any]:
+    """The device half of an adapter or an edge folder, and the cloud half if it is to be asked."""
+    import shadowpeft
+    from shadowpeft.serve.backend import Attached, Detached
+    from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
+
+    if is_edge_folder(source):
+        if cloud:
+            raise ConfigError(
+                f"'{source}' is an edge model and has no attached path; pass --no-cloud, or the adapter's folder"
+            )
+        model, tokenizer = load_edge(source)
+        return Detached(placed(model, where), tokenizer, "edge"), None
+    check_answers(source)
+    tokenizer = load_tokenizer_of(source, base)
+    model = placed(shadowpeft.load(source, base), where)
+    edge = Detached(shadowpeft.detach(model), tokenizer, "edge")
+    return edge, Attached(model, tokenizer, {"default": source}, "base") if cloud else None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How the halves are asked."""
+
+    edge: Any
+    cloud: Any
+    """None: it is not asked"""
+    actions: Actions
+    parse: Any
+    """of the actions"""
+    signal: str
+    opinion: Any
+    system: str | None
+    max_new_tokens: int
+    console: Console
+    quiet: bool
+
+    def samples(self, rows: Rows) -> dict[str, dict[str, list[Any]]]:
+        """What every answer is worth: by way of asking the device, by part of the rows."""
+        ways = self._ways()
+        found: dict[str, dict[str, list[Any]]] = {way: {} for way in ways}
+        for name, part in rows.parts().items():
+            asked = {way: choice for way, choice in ways.items() if way != ALONE or name == "fit"}  # told of the fit alone
+            texts = {way: self._answers(self.edge, part, f"{name}, {way}", choice) for way, choice in asked.items()}
+            in_cloud: list[Any] = [None] * len(part)
+            if self.cloud is not None:
+                in_cloud = self._answers(self.cloud, part, f"{name}, {CLOUD}", None)
+            for way, answers in texts.items():
+                triples = zip(part, answers, in_cloud, strict=True)
+                found[way][name] = [self._sample(row, answer, other, way) for row, answer, other in triples]
+        return found
+
+    def _ways(self) -> dict[str, Any]:
+        """Each way of asking the device, with what holds its answers."""
+        ways: dict[str, Any] = {} if self.signal in CHOSEN else {FREELY: None}
+        if self.opinion is not None:
+            return {CHOOSING: self.actions.choice(self.edge, self.opinion), ALONE: self.actions.choice(self.edge)}
+        if self.signal not in SIGNALS:
+            ways[CHOOSING] = self.actions.choice(self.edge)
+        return ways
+
+    def _answers(self, backend: Any, rows: list[dict[str, Any]], label: str, choice: Any) -> list[Any]:
+        from shadowpeft.serve.router import settled
+        from shadowpeft.serve.scoring import scored_answers
+
+        parse = self.parse
+        with bar(self.console, label, len(rows), quiet=self.quiet) as progress:
+            return scored_answers(
+                backend,
+                backend.names[0],
+                [row["prompt"] for row in rows],
+                places=[row["where"] for row in rows],
+                system=self.system,
+                max_tokens=self.actions.tokens(self.max_new_tokens, choice),
+                until=lambda pieces, _: settled(pieces, parse),  # what follows the action does not count
+                actions=choice,
+                progress=progress,
+            )
+
+    def _sample(self, row: dict[str, Any], answer: Any, cloud: Any, way: str) -> Any:
+        """What the device's answer to a row is worth, and whether the cloud's (None: it was not asked) is right."""
+        from shadowpeft.serve.calibration import Sample
+        from shadowpeft.serve.router import action_probability, agreement, decisive, signals
+
+        pieces, scores = answer
+        n, action = decisive(pieces, self.parse)
+        kept = action not in (None, REMOTE)
+        own = scores.first(n)
+        values = signals(own) if way == FREELY else {ACTION: action_probability(own)}
+        values |= {AGREEMENT: agreement(own)} if self.opinion is not None and way == CHOOSING else {}
+        cloud_right = None
+        if cloud is not None:
+            cloud_action = decisive(cloud[0], self.parse)[1]
+            cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
+        is_open, tagged = row["skill"] == REMOTE, action == REMOTE
+        return Sample(kept, kept and action == row["skill"], values, cloud_right, is_open, tagged, row["times"])
+
+
+def areas(by_way: Mapping[str, Mapping[str, list[Any]]], places: Iterable[int]) -> dict[str, float | None]:
+    """AUROC of the signals of every way, on these rows of the fit."""
+    from shadowpeft.serve.calibration import signal_areas
+
+    chosen = list(places)
+    found = {k: v for parts in by_way.values() for k, v in signal_areas([parts["fit"][i] for i in chosen]).items()}
+    return {name: None if area is None else round(area, 4) for name, area in found.items()}
