@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shadowpeft.errors import ConfigError
 
@@ -11,10 +11,18 @@ if TYPE_CHECKING:
 
 
 def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that prints text as it is: ``[red]`` is no colour and ``:dog:`` no picture."""
+    """A console that prints text as it is: ``[red]`` is no colour, ``:dog:`` no picture, and no line is broken at a width, so
+    that a path in it can be copied and searched for. Tables have the width that there is."""
     from rich.console import Console  # a command's --help does not need it
+    from rich.text import Text
 
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
+    class Lines(Console):
+        def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+            if soft_wrap is None:
+                soft_wrap = all(isinstance(each, (str, Text)) for each in objects)
+            super().print(*objects, soft_wrap=soft_wrap, **options)
+
+    return Lines(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)
 
 
 def one_line(text: str) -> str:

@@ -140,7 +140,7 @@ def show(result: dict[str, Any], title: str, as_json: bool) -> None:
     for key, value in flat(result).items():
         table.add_row(one_line(key.replace("_", " ")), one_line(value))
     console = terminal()
-    console.print(one_line(title), soft_wrap=True)
+    console.print(one_line(title))
     console.print(table)
 
 

@@ -310,10 +310,10 @@ def _print(result: dict[str, Any], shown: list[tuple[Any, Any]], tokenizer: Any)
     if long["rows"]:
         console.print(f"{long['rows']} rows have more than {long['max_length']} tokens:")
         for line in long["which"]:
-            console.print(Text(line, style="yellow"), soft_wrap=True)
+            console.print(Text(line, style="yellow"))
         _rest(console, long["rows"])
     for problem in result["refused"]["why"]:
-        console.print(Text(problem, style="red"), soft_wrap=True)
+        console.print(Text(problem, style="red"))
     _rest(console, result["refused"]["rows"])
 
 

@@ -67,9 +67,9 @@ def _print(console: Console, check: Check) -> None:
     from rich.text import Text
 
     state = Text(f"{check.state:<8}", style=_COLOURS[check.state])
-    console.print(state, f"{check.name}: {one_line(check.text)}", soft_wrap=True)
+    console.print(state, f"{check.name}: {one_line(check.text)}")
     if check.fix:
-        console.print(f"         fix: {check.fix}", soft_wrap=True)
+        console.print(f"         fix: {check.fix}")
 
 
 # --------------------------------------------------------------------------------------------------------- environment

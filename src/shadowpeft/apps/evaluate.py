@@ -180,7 +180,7 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     counts = {mode: r["n"] for mode, r in records.items()}
     if len(set(counts.values())) > 1:
         asked = ", ".join(f"{mode} {n}" for mode, n in counts.items())
-        terminal().print(f"some rows are for one path alone, so the modes are asked different rows: {asked}", soft_wrap=True)
+        terminal().print(f"some rows are for one path alone, so the modes are asked different rows: {asked}")
     for record in records.values():
         if "speculation" in record:
             terminal().print(str(DraftCounts.read(record["speculation"])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 from shadowpeft.apps.common import quiet_libraries, show
@@ -47,7 +46,7 @@ def plan(run: Any) -> dict[str, Any]:
     t = run.training
     prepare_cpu(t.threads)
     tokenizer = load_tokenizer(run.base)
-    data = load_run_data(run, tokenizer, partial(terminal(stderr=True).print, soft_wrap=True))
+    data = load_run_data(run, tokenizer, terminal(stderr=True).print)
     check_paths(run, data)
     sequences, classifies = data.training, data.labels is not None
     source = source_of(run.base)

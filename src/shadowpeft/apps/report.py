@@ -46,7 +46,7 @@ def main(
             note = f"The examples could not be made: {error}"
     with written_whole(file, "the page", "free some space or choose another place with --out", folder=False) as beside:
         beside.write_text(page(run, answers, note), encoding="utf-8")
-    terminal().print(f"wrote {file}" + (f" ({note})" if not answers and examples else ""), soft_wrap=True)
+    terminal().print(f"wrote {file}" + (f" ({note})" if not answers and examples else ""))
     if show:
         webbrowser.open(file.resolve().as_uri())
 

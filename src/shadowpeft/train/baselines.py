@@ -325,7 +325,7 @@ def train_task(
     folder.mkdir(parents=True, exist_ok=True)
     console = console or terminal(stderr=True)
     if isinstance(data, chat.ChatDataset) and data.skipped is not None:
-        console.print(str(data.skipped), soft_wrap=True)
+        console.print(str(data.skipped))
     lengths = tokens_of(data)
     per_step = sum(lengths) / len(lengths) * training.batch_size * training.gradient_accumulation
     shown = RunCallback(folder, per_step, console, quiet)

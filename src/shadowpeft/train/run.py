@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def _stored(
         precision=t.precision,
         batch_size=t.eval_batch_size,
         shadow=t.freeze_shadow and not t.shadow_epochs,
-        tell=partial(console.print, soft_wrap=True),
+        tell=console.print,
     )
 
 
@@ -128,12 +127,12 @@ def train(
     folder = Path(run.output)
     last = _start_or_resume(run, folder, resume)
     if resume and last is None:
-        console.print(f"there is no checkpoint in '{folder}' yet: the run starts from its beginning", soft_wrap=True)
+        console.print(f"there is no checkpoint in '{folder}' yet: the run starts from its beginning")
     check_loggers(t.report_to)
     check_optimizer(t.optimizer)
 
     tokenizer = load_tokenizer(run.base)
-    data = load_run_data(run, tokenizer, partial(console.print, soft_wrap=True))
+    data = load_run_data(run, tokenizer, console.print)
     if last is not None:
         _check_same_data(data.record, folder)
     check_paths(run, data)
@@ -143,8 +142,7 @@ def train(
         if len(learnt) < len(training):
             when = " once it is frozen" if t.shadow_epochs else ""
             console.print(
-                f"training.freeze_shadow: {len(training) - len(learnt)} rows for the shadow alone are left out{when}",
-                soft_wrap=True,
+                f"training.freeze_shadow: {len(training) - len(learnt)} rows for the shadow alone are left out{when}"
             )
         if not t.shadow_epochs:
             data.training = learnt
@@ -272,8 +270,7 @@ def _timed(
             training, alone = pack(training, pack_to), pack(alone, pack_to)
         steps, seconds = steps_in_time(t, training, alone, model, build)
         console.print(
-            f"training.target_minutes: a step takes {seconds:.2g} s, so {steps} steps fit into {t.target_minutes:g} minutes",
-            soft_wrap=True,
+            f"training.target_minutes: a step takes {seconds:.2g} s, so {steps} steps fit into {t.target_minutes:g} minutes"
         )
     return t.model_copy(update={"max_steps": steps, "target_minutes": None})
 
