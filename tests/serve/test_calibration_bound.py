@@ -12,10 +12,12 @@ import pytest
 from scipy.stats import binom, binomtest
 from scripts.calibration_bound import CURVES, LEVEL, RECORD, ROWS, TARGETS, Draw, World, cell
 
+from shadowpeft.apps.calibrating import with_open_share
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve.bound import choosing_rows, fewest_kept, require_rows, strictest, strictest_to_laxest
 from shadowpeft.serve.calibration import Sample, calibrate
 from shadowpeft.serve.router import SIGNALS, Calibration, Router, Scores
+from shadowpeft.terminal import terminal
 
 RUNS = {"informative": 100, "mislabelled": 100, "weak": 100, "worst": 500, "tied": 100}
 """Where confidence says nothing the bound is closest to its level."""
@@ -68,6 +70,23 @@ def test_choosing_the_signal_on_the_tested_rows_would_be_seen():
         every = [strictest_to_laxest(values[s], 1 - right, target=0.1, level=LEVEL, seed=run) for s in SIGNALS]
         missed += max(t.kept for t in every) > 0
     assert missed > unlikely(100)
+
+
+def test_a_share_of_open_requests_moves_the_bound_to_another_mixture():
+    """A device that is right on every command and keeps 11.7 % of the open requests: where half of the requests are open, 10.5
+    % of what it keeps is wrong, and a confidence that says nothing cannot tell. In the rows a fifth are open."""
+    console, missed = terminal(stderr=True), {None: 0, 0.5: 0}
+    for run in range(300):
+        rng = np.random.default_rng(run)
+        rows = [{"skill": "REMOTE" if rng.random() < 0.2 else "Sit"} for _ in range(1000)]
+        for share in missed:
+            left = rows if share is None else with_open_share(rows, share, "data", console)[0]
+            wrong = np.array([row["skill"] == "REMOTE" for row in left])
+            kept = ~wrong | (rng.random(len(left)) < 0.117)
+            tested = strictest_to_laxest(rng.random(kept.sum()), wrong[kept].astype(float), target=0.1, level=LEVEL, seed=run)
+            missed[share] += tested.kept > 0  # whatever is kept, 10.5 % of it would be wrong
+    assert missed[None] > 290
+    assert missed[0.5] <= unlikely(300)
 
 
 def test_the_report_counts_the_rows_that_were_tested():
