@@ -230,7 +230,7 @@ def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_
         (("--data", "none.jsonl"), "'none.jsonl' does not exist"),
         (("--signal", "luck"), "signal is 'luck'"),
         (("--limit", "5", "--no-bound"), "a calibration needs 30"),
-        (("--target", "0.01"), "takes 299 kept answers without a wrong one, but the data has 306 commands"),
+        (("--target", "0.005"), "takes 598 kept answers without a wrong one, but the data has 510 commands"),
         (("--limit", "50"), "takes 59 kept answers without a wrong one"),
         (("--level", "95"), "level is 95.0"),
         (("--target", "0"), "target is 0.0, which no number of answers can hold"),

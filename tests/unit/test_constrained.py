@@ -238,4 +238,22 @@ def test_the_record_of_a_device_has_the_constrained_score_beside_the_free_one(ad
     with in_mode(adapted, "detached") as edge:
         names = [c.action for c in choose(edge, TOKENIZER, [task.chat(e) for e in examples], trie)]
     assert beside["scores"] == task.score(names, examples)
+    assert "second_opinion" not in record
     assert "constrained" not in evaluate_task(adapted, TOKENIZER, task, mode="attached", **quiet)
+
+
+def test_a_device_is_judged_with_its_second_opinion_beside(adapted, tmp_path):
+    task = get_task("robot")
+    task.max_new_tokens = 1
+    names = [*task.actions, "REMOTE"]
+    opinion = SecondOpinion.fit([f"word{i} {name}" for i, name in enumerate(names)], names)
+    quiet = {"limit": 12, "batch_size": 8, "progress": lambda done: None, "folder": tmp_path / "eval"}
+    record = evaluate_task(adapted, TOKENIZER, task, mode="detached", opinion=opinion, **quiet)
+    examples = task.for_path(task.load("test", limit=12), "shadow")
+    with in_mode(adapted, "detached") as edge:
+        weighed = ActionTrie.of(TOKENIZER, task.actions, opinion)
+        said = [c.action for c in choose(edge, TOKENIZER, [task.chat(e) for e in examples], weighed)]
+    assert record["second_opinion"]["scores"] == task.score(said, examples)
+    assert record["settings"]["second_opinion"] == opinion.digest == opinion.save(tmp_path)
+    with pytest.raises(ConfigError, match="another second_opinion"):
+        evaluate_task(adapted, TOKENIZER, task, mode="detached", resume=True, **quiet)

@@ -66,6 +66,7 @@ def main(
         raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
     data = (data or "robot") if name is None else None
     quiet_libraries()
+    from shadowpeft.apps.second_opinion import beside
     from shadowpeft.evaluate import MODES, evaluate_task
     from shadowpeft.hf import formats
     from shadowpeft.hf.files.locate import CONFIG, find_file
@@ -112,6 +113,7 @@ def main(
             extra={"adapter": adapter},
             loss=data is not None and task.kind != "classify",
             speculative=Speculation() if speculative and mode == "attached" else None,
+            opinion=beside(adapter, task.actions) if mode == "detached" and task.actions else None,
             progress=(lambda done: None) if as_json else None,
         )
     if data is not None and task.kind != "classify":
@@ -166,15 +168,15 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     from shadowpeft.hf.forward.speculation import DraftCounts
 
     with_loss = any("loss" in record for record in records.values())
-    chosen = any("constrained" in record for record in records.values())
-    more = [*(["loss"] if with_loss else []), *(["constrained"] if chosen else [])]
+    chosen = [key for key in ("constrained", "second_opinion") if any(key in record for record in records.values())]
+    more = [*(["loss"] if with_loss else []), *(key.replace("_", " ") for key in chosen)]
     columns = ("mode", "score", "95 % interval", "n", "tokens/s", "record", *more)
     table = Table(*columns, title=title)
     for mode, r in records.items():
         low, high = r.get("wilson_interval", r["interval"])  # a share's; the bootstrap's has no width where all are right
         shown = [f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"]]
         shown += [f"{r['loss']:.3f}"] if with_loss else []
-        shown += [f"{r['constrained']['score']:.2%}" if "constrained" in r else ""] if chosen else []
+        shown += [f"{r[key]['score']:.2%}" if key in r else "" for key in chosen]
         table.add_row(mode, *shown)
     terminal().print(table)
     counts = {mode: r["n"] for mode, r in records.items()}

@@ -125,18 +125,25 @@ class SecondOpinion:
         return dict(zip(self.actions, (chances / chances.sum()).tolist(), strict=True))
 
     def save(self, folder: Path) -> str:
-        """Write it whole, in the form of safetensors, under a name of its own; the SHA-256 of the file."""
+        """Write it whole, in the form of safetensors, under a name of its own; its :attr:`digest`."""
+        content = self._content()
+        with whole(file_of(folder, self.digest)) as beside:
+            beside.write_bytes(content)
+        return self.digest
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its file."""
+        return sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
         from safetensors.numpy import save
 
         about = {"format": _FORMAT, "actions": self.actions, "texts": self._texts}
         told = np.frombuffer(json.dumps(about, ensure_ascii=False).encode(), dtype=np.uint8)
         arrays = {"about": told, "weights": self._weights, "bias": self._bias}
         arrays |= {f"rarity.{part}": idf for part, idf in zip(_PARTS, self._rarity, strict=True)}
-        content = save(arrays)
-        digest = sha256(content).hexdigest()
-        with whole(file_of(folder, digest)) as beside:
-            beside.write_bytes(content)
-        return digest
+        return save(arrays)
 
     @classmethod
     def load(cls, folder: Path, digest: str) -> SecondOpinion:

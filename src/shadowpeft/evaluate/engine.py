@@ -19,6 +19,7 @@ from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
 from shadowpeft.data.padding import pad_inputs
+from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
@@ -57,6 +58,7 @@ def evaluate_task(
     max_length: int = CLASSIFY_MAX_LENGTH,
     loss: bool = False,
     speculative: Speculation | None = None,
+    opinion: SecondOpinion | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a task, in the mode given.
@@ -78,6 +80,7 @@ def evaluate_task(
         extra: kept in the record. max_length: tokens of a text that a classifier reads.
         loss: whether the record also has ``loss`` and ``perplexity`` per token of the examples' answers, ``answer_tokens``.
         speculative: how the shadow drafts answers of the attached model; its counts go into the record.
+        opinion: of the device's calibration; the score with it is ``second_opinion`` in the record.
         progress: called with the number of examples done after each batch; None: a bar on standard error.
 
     The device of a task with actions is also asked to choose among them: ``constrained`` in the record has the score that this
@@ -128,6 +131,9 @@ def evaluate_task(
             settings["loss"] = True
         if speculative is not None:
             settings["speculative"] = True
+        chooses = bool(task.actions) and mode == "detached" and method == "generate"
+        if chooses and opinion is not None:
+            settings["second_opinion"] = opinion.digest
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
             return read_object(folder / RECORD)  # the same number keeps its id
@@ -145,8 +151,10 @@ def evaluate_task(
                 report(sum(e.id in done for e in examples))
         rows = [done[e.id] for e in examples]
         result = _record(task, examples, rows, settings, origin, runner, extra)
-        if task.actions and mode == "detached" and method == "generate":
+        if chooses:
             result["constrained"] = _constrained(runner, tokenizer, task, examples, batch_size)
+        if chooses and opinion is not None:
+            result["second_opinion"] = _constrained(runner, tokenizer, task, examples, batch_size, opinion)
         if speculative is not None:
             result["speculation"] = speculative.counts.summary()
         if loss:
@@ -278,10 +286,15 @@ def sequence_likelihoods(model: nn.Module, pad: int, texts: list[tuple[list[int]
 
 
 def _constrained(
-    model: nn.Module, tokenizer: Any, task: Task, examples: list[Example], batch_size: int
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    examples: list[Example],
+    batch_size: int,
+    opinion: SecondOpinion | None = None,
 ) -> dict[str, Any]:
     """Scores of the action that is likeliest among all of the task's and ``[REMOTE]``."""
-    actions = ActionTrie.of(tokenizer, task.actions)
+    actions = ActionTrie.of(tokenizer, task.actions, opinion)
     chosen = choose(model, tokenizer, [task.chat(e) for e in examples], actions, batch_size=batch_size)
     names = [c.action for c in chosen]
     scores = task.score(names, examples)

@@ -53,7 +53,7 @@ SPLITS: dict[str, dict[str, int | str]] = {
     "train_oos": {"size": 750, "en": 420, "zh": 330, "kind": "oos"},
     "validation_oos": {"size": 118, "en": 66, "zh": 52, "kind": "oos"},
     "test_oos": {"size": 196, "en": 117, "zh": 79, "kind": "oos"},
-    "calibration_normal": {"size": 306, "en": 170, "zh": 136, "kind": "skill"},
-    "calibration_remote": {"size": 320, "en": 180, "zh": 140, "kind": "remote"},
-    "calibration_oos": {"size": 195, "en": 117, "zh": 78, "kind": "oos"},
+    "calibration_normal": {"size": 510, "en": 283, "zh": 227, "kind": "skill"},
+    "calibration_remote": {"size": 530, "en": 300, "zh": 230, "kind": "remote"},
+    "calibration_oos": {"size": 325, "en": 195, "zh": 130, "kind": "oos"},
 }
