@@ -85,7 +85,7 @@ def calibrated(result: Mapping[str, Any]) -> list[str]:
     rest = [EMPTY] * (len(ways) - 1)
     lines.append(["right, device and cloud together", *rest, share(result["methods"]["routed"]["commands"])])
     lines.append(["right, always cloud", *rest, share(result["methods"]["cloud"]["commands"])])
-    asked = f"at most {100 * kept['target']:g} % wrong, level {100 * kept['level']:g} %, {kept['rows']} rows"
+    asked = f"at most {100 * kept['target']:g} % wrong, level {100 * kept['level']:g} %, {kept['rows']:,} rows"
     return table([f"{asked}: % [95 % interval]", *ways], lines)
 
 
