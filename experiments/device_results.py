@@ -78,15 +78,20 @@ def methods(result: Mapping[str, Any]) -> list[str]:
 
 def calibrated(result: Mapping[str, Any]) -> list[str]:
     """What the calibrated device keeps of the test rows."""
-    kept = result["calibrated"]
-    ways = {"device alone": kept.get("alone", kept)}
-    ways |= {"with a second opinion": kept} if "alone" in kept else {}
+    ways, asked = {}, []
+    for kept in (result[key] for key in ("calibrated", "strict") if key in result):
+        target = f"{100 * kept['target']:g} %"
+        asked.append(target)
+        ways[f"{target}: device alone"] = kept.get("alone", kept)
+        ways |= {f"{target}: with a second opinion": kept} if "alone" in kept else {}
     lines = [[label, *(share(way[key]) for way in ways.values())] for key, label in KEPT.items()]
-    rest = [EMPTY] * (len(ways) - 1)
-    lines.append(["right, device and cloud together", *rest, share(result["methods"]["routed"]["commands"])])
-    lines.append(["right, always cloud", *rest, share(result["methods"]["cloud"]["commands"])])
-    asked = f"at most {100 * kept['target']:g} % wrong, level {100 * kept['level']:g} %, {kept['rows']:,} rows"
-    return table([f"{asked}: % [95 % interval]", *ways], lines)
+    one = 1 if "alone" in result["calibrated"] else 0  # the column that decides where a request goes
+    for label, name in (("right, device and cloud together", "routed"), ("right, always cloud", "cloud")):
+        row = [EMPTY] * len(ways)
+        row[one] = share(result["methods"][name]["commands"])
+        lines.append([label, *row])
+    about = f"at most {' or '.join(asked)} wrong, level {100 * kept['level']:g} %, {kept['rows']:,} rows"
+    return table([f"{about}: % [95 % interval]", *ways], lines)
 
 
 def frontier(cells: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> list[str]:

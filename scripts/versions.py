@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,22 @@ def pythons(record: dict[str, Any]) -> str:
         "these parts of the tests in it, and records the result in [records/pythons.json](records/pythons.json).",
         "",
     ]
-    header = ["Python", "torch", "transformers", "numpy", "parts", "passed", "failed", "skipped", "date"]
+    header = ["Python", "torch", "transformers", "numpy", "installed", "parts", "passed", "failed", "skipped", "date"]
     rows = []
     for row in record.values():
         parts = " ".join(f"`{part}`" for part in row["tests"])
         counts = [str(row["passed"]), str(len(row["failed"])), str(row["skipped"])]
         found = row["versions"]
-        rows.append([row["python"], found["torch"], found["transformers"], found["numpy"], parts, *counts, row["date"]])
+        source = "wheel" if row["from_a_wheel"] else "clone"
+        about = [row["python"], *(found[name] for name in ("torch", "transformers", "numpy")), source]
+        rows.append([*about, parts, *counts, row["date"]])
     lines += table(header, rows)
-    failures = {row["python"]: [f"`{name}`" for name in row["failed"]] for row in record.values()}
-    notes = [f"- {python} failed: {', '.join(names)}" for python, names in failures.items() if names]
+    failures = {row["python"]: Counter(name.partition("[")[0] for name in row["failed"]) for row in record.values()}
+    notes = [
+        f"- {python} failed: " + ", ".join(f"`{name}`" + (f" ({n} times)" if n > 1 else "") for name, n in names.items())
+        for python, names in failures.items()
+        if names
+    ]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 

@@ -92,6 +92,7 @@ def few(monkeypatch):
 
     monkeypatch.setattr(robot, "load", load)
     monkeypatch.setattr(demo_result, "TARGET", 0.9)
+    monkeypatch.setattr(demo_result, "STRICT", 0.8)
     learnt = [{"prompt": name, "skill": name} for name in (*robot.SKILLS, "REMOTE")]
     learnt += [{"prompt": row["prompt"], "skill": "Sit"} for row in load("test_normal")]
     monkeypatch.setattr(demo_result, "rows_to_learn", lambda source: learnt)
@@ -115,14 +116,15 @@ def test_what_is_measured(tmp_path, few):
     digest = Calibration.load(tmp_path / "edge" / "routing.json").opinion
     opinion = SecondOpinion.load(tmp_path / "edge", digest)
     assert result["size"]["opinion_parameters"] == opinion.parameters
-    assert result["calibrated"]["alone"].keys() < result["calibrated"].keys()
+    assert result["calibrated"]["alone"].keys() < result["calibrated"].keys() == result["strict"].keys()
+    assert (result["calibrated"]["target"], result["strict"]["target"]) == (0.9, 0.8)
     demo_picture.draw(result, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     console = Console(record=True, width=200)
     demo_picture.show_tables(result, console)
     shown = console.export_text()
     assert "TF-IDF and LinearSVC" in shown
-    assert "commands kept on the device" in shown
+    assert shown.count("commands kept on the device") == 2
     assert "device with a second opinion" in shown
     json.dumps(result)
 

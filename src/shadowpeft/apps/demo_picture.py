@@ -42,7 +42,7 @@ def percent(share: dict[str, Any], *, interval: bool = True) -> str:
 
 def show_tables(result: dict[str, Any], console: Console) -> None:
     """Print what :func:`shadowpeft.apps.demo_result.measure` found."""
-    methods, kept, ms = result["methods"], result["calibrated"], result["milliseconds"]
+    methods, ms = result["methods"], result["milliseconds"]
     commands, open_ = methods["device"]["commands"]["n"], methods["device"]["open_handed_on"]["n"]
     table = Table(
         "",
@@ -60,15 +60,12 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
         time = f"{ms[name]:.1f}" if name in ms else ""
         table.add_row(title, percent(found["commands"]), languages, *handed, time)
     console.print(table)
-    table = Table(
-        "",
-        "with a second opinion",
-        "alone",
-        title=f"the device keeps what it is sure of: at most {kept['target']:.0%} wrong with {kept['level']:.0%} confidence",
-    )
-    for key, label in KEPT.items():
-        table.add_row(label, percent(kept[key]), percent(kept["alone"][key]))
-    console.print(table)
+    for kept in (result["calibrated"], result["strict"]):
+        bound = f"at most {kept['target']:.0%} wrong with {kept['level']:.0%} confidence"
+        table = Table("", "with a second opinion", "alone", title=f"the device keeps what it is sure of: {bound}")
+        for key, label in KEPT.items():
+            table.add_row(label, percent(kept[key]), percent(kept["alone"][key]))
+        console.print(table)
     size = result["size"]
     table = Table("", "parameters", "on disk", title="size")
     table.add_row("base", f"{size['base_parameters']:,}", "")
