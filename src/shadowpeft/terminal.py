@@ -19,7 +19,7 @@ def terminal(*, stderr: bool = False, quiet: bool = False) -> Console:
     class Lines(Console):
         def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
             if soft_wrap is None:
-                soft_wrap = all(isinstance(each, (str, Text)) for each in objects)
+                soft_wrap = all(isinstance(each, Text) or not hasattr(each, "__rich_console__") for each in objects)
             super().print(*objects, soft_wrap=soft_wrap, **options)
 
     return Lines(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False)

@@ -230,6 +230,9 @@ def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_
         (("--data", "none.jsonl"), "'none.jsonl' does not exist"),
         (("--signal", "luck"), "signal is 'luck'"),
         (("--limit", "5", "--no-bound"), "a calibration needs 30"),
+        (("--open-share", "1"), "open-share is 1.0 but must be from 0 to below 1"),
+        (("--open-share", "-0.1"), "open-share is -0.1"),
+        (("--open-share", "nan"), "open-share is nan"),
         (("--target", "0.005"), "takes 598 kept answers without a wrong one, but the data has 510 commands"),
         (("--limit", "50"), "takes 59 kept answers without a wrong one"),
         (("--level", "95"), "level is 95.0"),
@@ -303,7 +306,15 @@ def test_rows_of_the_fit_are_left_out_of_the_check(place, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("commands", "open_requests", "share", "left"),
-    [(40, 10, 0.5, (10, 10)), (40, 90, 0.2, (40, 10)), (30, 10, 0.25, (30, 10)), (30, 10, 0, (30, 0))],
+    [
+        (40, 10, 0.5, (10, 10)),
+        (40, 90, 0.2, (40, 10)),
+        (30, 10, 0.25, (30, 10)),
+        (30, 10, 0, (30, 0)),
+        (200, 60, 0.001, (200, 1)),  # at least the share asked for, which is the safe side
+        (100, 2, 0.6, (1, 2)),
+        (100, 100, 1e-320, (100, 1)),
+    ],
 )
 def test_rows_are_left_out_until_the_share_is_the_one_asked_for(commands, open_requests, share, left, capsys):
     kinds = [False] * commands + [True] * open_requests
@@ -312,7 +323,7 @@ def test_rows_are_left_out_until_the_share_is_the_one_asked_for(commands, open_r
     kept, gone = with_open_share(rows, share, "data", terminal(stderr=True))
     assert (sum(row["skill"] == "Sit" for row in kept), sum(row["skill"] == "REMOTE" for row in kept)) == left
     assert gone == len(rows) - sum(left)
-    places = [rows.index(row) for row in kept]
+    places = [[each["prompt"] for each in rows].index(row["prompt"]) for row in kept]
     assert places == sorted(places)  # in their order, so that one seed draws the same rows again
     assert kept == with_open_share(rows, share, "data", terminal(stderr=True))[0]
     said = f"{gone} of {len(rows)} rows are left out" in " ".join(capsys.readouterr().err.split())
@@ -320,12 +331,10 @@ def test_rows_are_left_out_until_the_share_is_the_one_asked_for(commands, open_r
 
 
 def test_what_is_left_for_a_share_is_a_fair_sample():
-    """Each command is left in as often as any other, over many orders of the rows: none is preferred."""
-    counts, order = np.zeros(40), random.Random(0)
-    for _ in range(400):
-        rows = [{"prompt": i, "skill": "Sit"} for i in range(40)]
-        order.shuffle(rows)
-        kept, _ = with_open_share([*rows, *[{"prompt": 99, "skill": "REMOTE"}] * 10], 0.5, "data", terminal(stderr=True))
+    """Each command is left in as often as any other, over many draws: no place in the file is preferred."""
+    counts, rows = np.zeros(40), [{"prompt": i, "skill": "Sit"} for i in range(40)]
+    for seed in range(400):
+        kept, _ = with_open_share([*rows, *[{"prompt": 99, "skill": "REMOTE"}] * 10], 0.5, "data", terminal(stderr=True), seed)
         for row in kept[:10]:
             counts[row["prompt"]] += 1
     assert counts.sum() == 4000
@@ -333,18 +342,16 @@ def test_what_is_left_for_a_share_is_a_fair_sample():
 
 
 @pytest.mark.parametrize(
-    ("skills", "share", "error", "message"),
+    ("skills", "share", "message"),
     [
-        ("Sit REMOTE", 1.0, ConfigError, "open-share is 1.0 but must be from 0 to below 1"),
-        ("Sit REMOTE", -0.1, ConfigError, "open-share is -0.1"),
-        ("Sit REMOTE", math.nan, ConfigError, "open-share is nan"),
-        ("Sit Sit", 0.5, DataError, "no requests with the skill REMOTE"),
-        ("REMOTE", 0.5, DataError, "no commands"),
+        ("Sit Sit", 0.5, "no requests with the skill REMOTE"),
+        ("REMOTE", 0.5, "no commands"),
+        ("Sit REMOTE", 0.9, "1 requests with the skill REMOTE, too few for a share of 0.9 with a command"),
     ],
 )
-def test_a_share_that_cannot_be_had_is_refused(skills, share, error, message):
+def test_a_share_that_cannot_be_had_is_refused(skills, share, message):
     rows = [{"prompt": str(i), "skill": skill} for i, skill in enumerate(skills.split())]
-    with pytest.raises(error, match=message):
+    with pytest.raises(DataError, match=message):
         with_open_share(rows, share, "data", terminal(stderr=True))
 
 

@@ -14,6 +14,7 @@ SUMMARY = {"steps": 8, "trainable_parameters": 1234}
 RECORD = {"train": {"source": "rows.jsonl", "rows": 12, "sha256": "0123456789abcdef" * 4}}
 REPORT = {
     "n": 146,
+    "open_requests": 32,
     "target": 0.1,
     "level": 0.95,
     "bound": True,

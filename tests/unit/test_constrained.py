@@ -254,6 +254,9 @@ def test_a_device_is_judged_with_its_second_opinion_beside(adapted, tmp_path):
         weighed = ActionTrie.of(TOKENIZER, task.actions, opinion)
         said = [c.action for c in choose(edge, TOKENIZER, [task.chat(e) for e in examples], weighed)]
     assert record["second_opinion"]["scores"] == task.score(said, examples)
-    assert record["settings"]["second_opinion"] == opinion.digest == opinion.save(tmp_path)
-    with pytest.raises(ConfigError, match="another second_opinion"):
-        evaluate_task(adapted, TOKENIZER, task, mode="detached", resume=True, **quiet)
+    assert record["second_opinion"]["digest"] == opinion.digest == opinion.save(tmp_path)
+    again = evaluate_task(adapted, TOKENIZER, task, mode="detached", opinion=opinion, resume=True, **quiet)
+    assert again == record
+    without = evaluate_task(adapted, TOKENIZER, task, mode="detached", resume=True, **quiet)  # calibrated anew since
+    assert "second_opinion" not in without
+    assert without["constrained"] == record["constrained"]

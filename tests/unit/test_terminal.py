@@ -1,5 +1,7 @@
 """What a command prints: texts in whole lines, tables in the width that there is."""
 
+from pathlib import Path
+
 from rich.table import Table
 from rich.text import Text
 
@@ -13,9 +15,10 @@ def test_a_path_is_not_broken_at_the_width_of_a_terminal_that_nobody_has(capsys)
     assert console.width < len(PATH)
     console.print(f"'{PATH}' is skipped")
     console.print("warning:", Text(PATH, style="red"))
+    console.print("read", 3, Path(PATH))
     terminal().print(PATH)
     captured = capsys.readouterr()
-    assert captured.err.splitlines() == [f"'{PATH}' is skipped", f"warning: {PATH}"]
+    assert captured.err.splitlines() == [f"'{PATH}' is skipped", f"warning: {PATH}", f"read 3 {PATH}"]
     assert captured.out == PATH + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -151,35 +152,52 @@ class Rows:
 
 
 def with_open_share(
-    rows: list[dict[str, Any]], share: float, source: str, console: Console
+    rows: list[dict[str, Any]], share: float, source: str, console: Console, seed: int = 0
 ) -> tuple[list[dict[str, Any]], int]:
-    """As many of the rows as have this share of requests without an action, the others left out at random (seed 0).
+    """As many of the rows as have this share of requests without an action at least, the others left out at random.
 
-    A random part of the commands is a sample of the commands, so a bound on these rows holds for that mixture.
+    A random part of the commands is a sample of the commands, so a bound on these rows holds for that mixture of the same kinds
+    of requests. Copies count once here and for the traffic: how often they came was part of the mixture that is left.
+
+    Args:
+        seed: of the draw.
 
     Raises:
-        ConfigError: if the share is not from 0 to below 1. DataError: if there are no rows of a kind that it takes.
+        DataError: if there are no rows of a kind that it takes, or too few.
     """
-    if not 0.0 <= share < 1.0:
-        raise ConfigError(
-            f"open-share is {share} but must be from 0 to below 1: the share of requests that no action fits, such as 0.5"
-        )
     places = {kind: [i for i, row in enumerate(rows) if (row["skill"] == REMOTE) == kind] for kind in (False, True)}
     if not places[False] or (share and not places[True]):
         missing = "commands" if not places[False] else f"requests with the skill {REMOTE}"
         raise DataError(f"'{source}' has no {missing}, so no share of it can have them; add some, or leave --open-share out")
-    wanted = {False: len(places[True]) * (1 - share) / share if share else len(places[False])}
-    wanted[True] = len(places[False]) * share / (1 - share)
-    draw = random.Random(0)
-    kept: set[int] = set()
-    for kind, found in places.items():
-        kept.update(draw.sample(found, min(len(found), round(wanted[kind]))))
+    commands, open_ = len(places[False]), len(places[True])
+    if open_ >= share * (commands + open_):  # enough open requests for all commands
+        wanted = {False: commands, True: max(math.ceil(share * commands / (1 - share) - 1e-9), 1 if share else 0)}
+    else:
+        wanted = {False: math.floor(open_ * (1 - share) / share + 1e-9), True: open_}
+    if not wanted[False]:
+        raise DataError(
+            f"'{source}' has {open_} requests with the skill {REMOTE}, too few for a share of {share:g} with a command; add "
+            "some, or leave --open-share out"
+        )
+    draw = random.Random(seed)
+    kept = {i for kind, found in places.items() for i in draw.sample(found, min(len(found), wanted[kind]))}
     if len(kept) < len(rows):
         console.print(
             f"'{source}': {len(rows) - len(kept)} of {len(rows)} rows are left out, drawn at random, so that no action fits "
-            f"{100 * share:g} % of the others"
+            f"{100 * wanted[True] / len(kept):.3g} % of the others"
         )
-    return [row for i, row in enumerate(rows) if i in kept], len(rows) - len(kept)
+    return [{**row, "times": 1} for i, row in enumerate(rows) if i in kept], len(rows) - len(kept)
+
+
+def check_share(share: float | None) -> None:
+    """
+    Raises:
+        ConfigError: if the share of open requests is not from 0 to below 1.
+    """
+    if share is not None and not 0.0 <= share < 1.0:
+        raise ConfigError(
+            f"open-share is {share} but must be from 0 to below 1: the share of requests that no action fits, such as 0.5"
+        )
 
 
 def _each_once(rows: list[dict[str, Any]], source: str, console: Console) -> tuple[list[dict[str, Any]], int]:

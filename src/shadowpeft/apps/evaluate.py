@@ -88,6 +88,7 @@ def main(
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():
         task.for_path(examples, "shadow" if mode == "detached" else "base")
+    opinion = beside(adapter, task.actions) if task.actions and "detached" in (modes or ("detached",)) else None
     model, tokenizer, fitting = _load(adapter, base, task)
     model = placed(model, where)
     if modes is None:  # the bare base of a classifier has a random head, so only generating tasks ask it
@@ -113,7 +114,7 @@ def main(
             extra={"adapter": adapter},
             loss=data is not None and task.kind != "classify",
             speculative=Speculation() if speculative and mode == "attached" else None,
-            opinion=beside(adapter, task.actions) if mode == "detached" and task.actions else None,
+            opinion=opinion if mode == "detached" else None,
             progress=(lambda done: None) if as_json else None,
         )
     if data is not None and task.kind != "classify":

@@ -75,7 +75,18 @@ def calibrate(
     """Fit a confidence on held-out requests and choose which answers stay on the device."""
     quiet_libraries()
     from shadowpeft.apps import second_opinion as second
-    from shadowpeft.apps.calibrating import ALONE, CHOOSING, FREELY, Actions, Asking, Rows, areas, backends, signal_for
+    from shadowpeft.apps.calibrating import (
+        ALONE,
+        CHOOSING,
+        FREELY,
+        Actions,
+        Asking,
+        Rows,
+        areas,
+        backends,
+        check_share,
+        signal_for,
+    )
     from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.router import CHOSEN, FILE
@@ -83,6 +94,7 @@ def calibrate(
 
     if not 0 <= target <= 1:
         raise ConfigError(f"target is {target} but must be a share from 0 to 1, such as 0.05")
+    check_share(open_share)
     actions = Actions.of(skills)
     signal = signal_for(signal, actions, second_opinion)
     if actions.names is not None:
@@ -108,6 +120,8 @@ def calibrate(
     prepare_cpu()
     system = system_message(source, system_of(data, system))
     edge, in_cloud = backends(source, base, cloud, pick_device(device))
+    if second_opinion is not None:
+        actions.choice(edge)  # refuses what the tokenizer cannot tell apart before anything is fitted
     opinion = None if second_opinion is None else second.fitted(rows.learnt, second_opinion, console)
     asking = Asking(
         edge, in_cloud, actions, actions.parser(), signal, opinion, system, max_new_tokens, console, quiet=as_json
@@ -208,9 +222,11 @@ def _kept_from(calibration: Any) -> str:
 
 def _tested(report: dict[str, Any]) -> str:
     tested, target, level = report["tested"], report["target"], report["level"]
+    share = report["open_requests"] / report["n"]
+    mixture = f", where {100 * share:.0f} % of the requests are open as here"
     if tested["kept"]:
         return (
-            f"At most {target:g} of what is kept is wrong, at level {level:g}: of {tested['rows']} tested answers "
+            f"At most {target:g} of what is kept is wrong, at level {level:g}{mixture}: of {tested['rows']} tested answers "
             f"{tested['kept']} are kept and {tested['wrong']} of these are wrong."
         )
     return (

@@ -132,11 +132,12 @@ def evaluate_task(
         if speculative is not None:
             settings["speculative"] = True
         chooses = bool(task.actions) and mode == "detached" and method == "generate"
-        if chooses and opinion is not None:
-            settings["second_opinion"] = opinion.digest
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
-            return read_object(folder / RECORD)  # the same number keeps its id
+            record = read_object(folder / RECORD)
+            judged = record.get("second_opinion", {}).get("digest")
+            if not chooses or judged == (None if opinion is None else opinion.digest):
+                return record  # the same number keeps its id
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
         facts.reset_peak(runner)
         batches = _batches(tokenizer, task, examples, method, batch_size, max_length)
@@ -154,7 +155,8 @@ def evaluate_task(
         if chooses:
             result["constrained"] = _constrained(runner, tokenizer, task, examples, batch_size)
         if chooses and opinion is not None:
-            result["second_opinion"] = _constrained(runner, tokenizer, task, examples, batch_size, opinion)
+            weighed = _constrained(runner, tokenizer, task, examples, batch_size, opinion)
+            result["second_opinion"] = {**weighed, "digest": opinion.digest}
         if speculative is not None:
             result["speculation"] = speculative.counts.summary()
         if loss:
