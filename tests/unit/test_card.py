@@ -49,7 +49,7 @@ def test_results_where_there_are_some_and_actions_where_they_are_learnt():
 
 def test_a_calibration_writes_its_results_once():
     once = with_calibration(card(), REPORT)
-    assert "at most 10% of what the device keeps\nis wrong, with 95% confidence" in once
+    assert "(146 requests, 32 of them open) so that at most\n10% of what the device keeps is wrong, with 95% confidence" in once
     assert "| commands kept on the device | 63.2% |" in once
     assert "| wrong, of what is kept | 1.4% |" in once
     again = with_calibration(once, {**REPORT, "commands_kept": 0.0, "wrong_share": None, "bound": False})

@@ -122,7 +122,8 @@ def with_calibration(card: str, report: dict[str, Any]) -> str:
     lines = "\n".join(f"| {name} | {'-' if share is None else f'{share:.1%}'} |" for name, share in shares)
     return f"""{before}{BEGIN}
 Calibrated on `{report["data"]}` ({report["n"]} requests, {report["open_requests"]} of them open) so that at most
-{report["target"]:.0%} of what the device keeps is wrong, {held}. The shares are of the rows that were fitted, so they flatter.{seconded}
+{report["target"]:.0%} of what the device keeps is wrong, {held}.
+The shares are of the rows that were fitted, so they flatter.{seconded}
 
 | share | |
 |---|---|
