@@ -313,7 +313,7 @@ def test_rows_of_the_fit_are_left_out_of_the_check(place, monkeypatch, capsys):
         (30, 10, 0, (30, 0)),
         (200, 60, 0.001, (200, 1)),  # at least the share asked for, which is the safe side
         (100, 2, 0.6, (1, 2)),
-        (100, 100, 1e-320, (100, 1)),
+        (100, 100, 1e-300, (100, 1)),
     ],
 )
 def test_rows_are_left_out_until_the_share_is_the_one_asked_for(commands, open_requests, share, left, capsys):
