@@ -168,6 +168,7 @@ def pythons(record: dict[str, Any]) -> str:
         for python, names in failures.items()
         if names
     ]
+    notes += [f"- {row['python']}, {row['since']}." for row in record.values() if "since" in row]
     return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
 
 
