@@ -6,17 +6,36 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import shadowpeft
 from shadowpeft.apps import second_opinion as second
 from shadowpeft.apps.common import bar, load_tokenizer_of, placed
-from shadowpeft.apps.intents import distinct, read_intents
+from shadowpeft.apps.intents import distinct, read_intents, without_prompts_of
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, parser
+from shadowpeft.data.call_guide import Engine
+from shadowpeft.data.calls import CallParser
 from shadowpeft.data.robot import SKILLS
 from shadowpeft.data.robot_tools import tools_named
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.router import ACTION, AGREEMENT, ALL, CHOSEN, SIGNALS
+from shadowpeft.serve import scoring
+from shadowpeft.serve.backend import Attached, Detached
+from shadowpeft.serve.calibration import Sample, signal_areas
+from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
+from shadowpeft.serve.router import (
+    ACTION,
+    AGREEMENT,
+    ALL,
+    CHOSEN,
+    action_probability,
+    agreement,
+    decisive,
+    settled,
+    signals,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,17 +68,13 @@ class Actions:
         """The user's names without arguments."""
         return None if self.tools is not None else self.names
 
-    def parser(self) -> Any:
+    @cached_property
+    def parse(self) -> Any:
         """What reads the action off an answer."""
-        from shadowpeft.data.calls import CallParser
-
         return parser(self.own or SKILLS) if self.tools is None else CallParser(self.tools)
 
     def choice(self, backend: Any, opinion: Any = None) -> Any:
         """What holds an answer to these actions."""
-        from shadowpeft.data.action_trie import ActionTrie
-        from shadowpeft.data.call_guide import Engine
-
         if self.tools is None:
             return ActionTrie.of(backend.tokenizer, self.own or SKILLS, opinion)
         vocabulary = backend.model.config.get_text_config().vocab_size
@@ -165,26 +180,27 @@ def with_open_share(
     Raises:
         DataError: if there are no rows of a kind that it takes, or too few.
     """
-    places = {kind: [i for i, row in enumerate(rows) if (row["skill"] == REMOTE) == kind] for kind in (False, True)}
-    if not places[False] or (share and not places[True]):
-        missing = "commands" if not places[False] else f"requests with the skill {REMOTE}"
+    commands = [i for i, row in enumerate(rows) if row["skill"] != REMOTE]
+    others = [i for i, row in enumerate(rows) if row["skill"] == REMOTE]
+    if not commands or (share and not others):
+        missing = f"requests with the skill {REMOTE}" if commands else "commands"
         raise DataError(f"'{source}' has no {missing}, so no share of it can have them; add some, or leave --open-share out")
-    commands, open_ = len(places[False]), len(places[True])
-    if open_ >= share * (commands + open_):  # enough open requests for all commands
-        wanted = {False: commands, True: max(math.ceil(share * commands / (1 - share) - 1e-9), 1 if share else 0)}
+    kept_commands, kept_others = len(commands), len(others)
+    if len(others) >= share * len(rows):  # enough for all commands
+        kept_others = max(math.ceil(share * len(commands) / (1 - share) - 1e-9), 1 if share else 0)
     else:
-        wanted = {False: math.floor(open_ * (1 - share) / share + 1e-9), True: open_}
-    if not wanted[False]:
+        kept_commands = math.floor(len(others) * (1 - share) / share + 1e-9)
+    if not kept_commands:
         raise DataError(
-            f"'{source}' has {open_} requests with the skill {REMOTE}, too few for a share of {share:g} with a command; add "
-            "some, or leave --open-share out"
+            f"'{source}' has {len(others)} requests with the skill {REMOTE}, too few for a share of {share:g} with a command; "
+            "add some, or leave --open-share out"
         )
     draw = random.Random(seed)
-    kept = {i for kind, found in places.items() for i in draw.sample(found, min(len(found), wanted[kind]))}
+    kept = {*draw.sample(commands, kept_commands), *draw.sample(others, kept_others)}
     if len(kept) < len(rows):
         console.print(
             f"'{source}': {len(rows) - len(kept)} of {len(rows)} rows are left out, drawn at random, so that no action fits "
-            f"{100 * wanted[True] / len(kept):.3g} % of the others"
+            f"{100 * kept_others / len(kept):.3g} % of the others"
         )
     return [{**row, "times": 1} for i, row in enumerate(rows) if i in kept], len(rows) - len(kept)
 
@@ -212,8 +228,12 @@ def _each_once(rows: list[dict[str, Any]], source: str, console: Console) -> tup
 def _unseen(
     rows: list[dict[str, Any]], fitted: list[dict[str, Any]], source: str, console: Console
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows to measure on without those whose prompt the threshold is fitted on, and how many these were."""
-    kept = distinct(rows, without=fitted)
+    """Rows to measure on without those whose prompt the threshold is fitted on, and how many these were.
+
+    Raises:
+        DataError: if there are no others.
+    """
+    kept, _ = without_prompts_of(rows, fitted)
     seen = len(rows) - len(kept)
     if not kept:
         raise DataError(
@@ -227,10 +247,6 @@ def _unseen(
 
 def backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[Any, Any]:
     """The device half of an adapter or an edge folder, and the cloud half if it is to be asked."""
-    import shadowpeft
-    from shadowpeft.serve.backend import Attached, Detached
-    from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
-
     if is_edge_folder(source):
         if cloud:
             raise ConfigError(
@@ -253,9 +269,9 @@ class Asking:
     cloud: Any
     """None: it is not asked"""
     actions: Actions
-    parse: Any
-    """of the actions"""
     signal: str
+    plain: Any
+    """What holds a chosen answer; None: the device answers freely alone."""
     opinion: Any
     system: str | None
     max_new_tokens: int
@@ -279,45 +295,36 @@ class Asking:
 
     def _ways(self) -> dict[str, Any]:
         """Each way of asking the device, with what holds its answers."""
-        ways: dict[str, Any] = {} if self.signal in CHOSEN else {FREELY: None}
         if self.opinion is not None:
-            return {CHOOSING: self.actions.choice(self.edge, self.opinion), ALONE: self.actions.choice(self.edge)}
-        if self.signal not in SIGNALS:
-            ways[CHOOSING] = self.actions.choice(self.edge)
-        return ways
+            return {CHOOSING: self.actions.choice(self.edge, self.opinion), ALONE: self.plain}
+        free: dict[str, Any] = {} if self.signal in CHOSEN else {FREELY: None}
+        return free if self.plain is None else {**free, CHOOSING: self.plain}
 
     def _answers(self, backend: Any, rows: list[dict[str, Any]], label: str, choice: Any) -> list[Any]:
-        from shadowpeft.serve.router import settled
-        from shadowpeft.serve.scoring import scored_answers
-
-        parse = self.parse
         with bar(self.console, label, len(rows), quiet=self.quiet) as progress:
-            return scored_answers(
+            return scoring.scored_answers(
                 backend,
                 backend.names[0],
                 [row["prompt"] for row in rows],
                 places=[row["where"] for row in rows],
                 system=self.system,
                 max_tokens=self.actions.tokens(self.max_new_tokens, choice),
-                until=lambda pieces, _: settled(pieces, parse),  # what follows the action does not count
+                until=lambda pieces, _: settled(pieces, self.actions.parse),  # what follows the action does not count
                 actions=choice,
                 progress=progress,
             )
 
     def _sample(self, row: dict[str, Any], answer: Any, cloud: Any, way: str) -> Any:
         """What the device's answer to a row is worth, and whether the cloud's (None: it was not asked) is right."""
-        from shadowpeft.serve.calibration import Sample
-        from shadowpeft.serve.router import action_probability, agreement, decisive, signals
-
         pieces, scores = answer
-        n, action = decisive(pieces, self.parse)
+        n, action = decisive(pieces, self.actions.parse)
         kept = action not in (None, REMOTE)
         own = scores.first(n)
         values = signals(own) if way == FREELY else {ACTION: action_probability(own)}
         values |= {AGREEMENT: agreement(own)} if self.opinion is not None and way == CHOOSING else {}
         cloud_right = None
         if cloud is not None:
-            cloud_action = decisive(cloud[0], self.parse)[1]
+            cloud_action = decisive(cloud[0], self.actions.parse)[1]
             cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
         is_open, tagged = row["skill"] == REMOTE, action == REMOTE
         return Sample(kept, kept and action == row["skill"], values, cloud_right, is_open, tagged, row["times"])
@@ -325,8 +332,6 @@ class Asking:
 
 def areas(by_way: Mapping[str, Mapping[str, list[Any]]], places: Iterable[int]) -> dict[str, float | None]:
     """AUROC of the signals of every way, on these rows of the fit."""
-    from shadowpeft.serve.calibration import signal_areas
-
     chosen = list(places)
     found = {k: v for parts in by_way.values() for k, v in signal_areas([parts["fit"][i] for i in chosen]).items()}
     return {name: None if area is None else round(area, 4) for name, area in found.items()}

@@ -82,14 +82,13 @@ def rows_to_learn(source: str, skills: tuple[str, ...] | None = None) -> list[di
     return [{**row, "where": f"{source}, row {row['id']}"} for split in SETS[source] for row in load(split)]
 
 
-def distinct(rows: list[dict[str, Any]], without: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """The rows with each prompt once, the first of its copies with how often it came as ``times``; none whose prompt is in
-    ``without``. Prompts that differ in white space alone are copies.
+def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with each prompt once, the first of its copies with how often it came as ``times``. Prompts that differ in white
+    space alone are copies.
     """
-    elsewhere = {_said(row) for row in without}
     times = Counter(_said(row) for row in rows)
     first = {_said(row): row for row in reversed(rows)}
-    return [{**first[said], "times": n} for said, n in times.items() if said not in elsewhere]
+    return [{**first[said], "times": n} for said, n in times.items()]
 
 
 def without_prompts_of(

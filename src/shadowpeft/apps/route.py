@@ -89,7 +89,7 @@ def calibrate(
     )
     from shadowpeft.serve.bound import choosing_rows, require_rows
     from shadowpeft.serve.loading import check_calls
-    from shadowpeft.serve.router import CHOSEN, FILE
+    from shadowpeft.serve.router import CHOSEN, FILE, SIGNALS
     from shadowpeft.versions import require_sklearn
 
     if not 0 <= target <= 1:
@@ -120,12 +120,9 @@ def calibrate(
     prepare_cpu()
     system = system_message(source, system_of(data, system))
     edge, in_cloud = backends(source, base, cloud, pick_device(device))
-    if second_opinion is not None:
-        actions.choice(edge)  # refuses what the tokenizer cannot tell apart before anything is fitted
+    plain = None if signal in SIGNALS else actions.choice(edge)  # refuses what cannot be told apart before anything is fitted
     opinion = None if second_opinion is None else second.fitted(rows.learnt, second_opinion, console)
-    asking = Asking(
-        edge, in_cloud, actions, actions.parser(), signal, opinion, system, max_new_tokens, console, quiet=as_json
-    )
+    asking = Asking(edge, in_cloud, actions, signal, plain, opinion, system, max_new_tokens, console, quiet=as_json)
     by_way = asking.samples(rows)
     alone = by_way.pop(ALONE, None)
     # rows that choose between the two ways are not tested
@@ -222,11 +219,11 @@ def _kept_from(calibration: Any) -> str:
 
 def _tested(report: dict[str, Any]) -> str:
     tested, target, level = report["tested"], report["target"], report["level"]
-    share = report["open_requests"] / report["n"]
-    mixture = f", where {100 * share:.0f} % of the requests are open as here"
     if tested["kept"]:
+        share = 100 * report["open_requests"] / report["n"]
         return (
-            f"At most {target:g} of what is kept is wrong, at level {level:g}{mixture}: of {tested['rows']} tested answers "
+            f"At most {target:g} of what is kept is wrong, at level {level:g}, where {share:.0f} % of the requests are open as "
+            f"here: of {tested['rows']} tested answers "
             f"{tested['kept']} are kept and {tested['wrong']} of these are wrong."
         )
     return (

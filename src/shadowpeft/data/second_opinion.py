@@ -127,9 +127,10 @@ class SecondOpinion:
     def save(self, folder: Path) -> str:
         """Write it whole, in the form of safetensors, under a name of its own; its :attr:`digest`."""
         content = self._content()
-        with whole(file_of(folder, self.digest)) as beside:
+        digest = sha256(content).hexdigest()
+        with whole(file_of(folder, digest)) as beside:
             beside.write_bytes(content)
-        return self.digest
+        return digest
 
     @property
     def digest(self) -> str:
