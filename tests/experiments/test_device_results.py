@@ -58,6 +58,45 @@ def test_what_a_second_opinion_keeps_of_requests_out_of_scope_is_the_records():
     assert [each for each in said if each not in text] == []
 
 
+def test_how_the_calibration_rows_mattered_is_the_records():
+    """Their mixture and their number, for the long demo."""
+    docs = RECORDS["full"].parents[1]
+    text = " ".join((docs / "device.md").read_text(encoding="utf-8").split())
+    by_rows = {n: json.loads((docs / "records" / f"demo-full-{n}.json").read_text(encoding="utf-8")) for n in (264, 626)}
+    full = json.loads(RECORDS["full"].read_text(encoding="utf-8"))
+    first, second, last = (each["calibrated"] for each in (by_rows[264], by_rows[626], full))
+    assert [each["rows"] for each in (first, second, last)] == [264, 626, 1040]
+
+    def percent(share):
+        return f"{100 * share['accuracy']:.1f} %"
+
+    said = (
+        f"{100 - 100 * last['open_kept']['accuracy']:.1f} % of the open requests are handed on",
+        f"kept {percent(first['commands_kept'])} of the commands, and {percent(first['wrong_of_kept'])} of all that it kept",
+        f"626 of them kept {percent(second['commands_kept'])} of the commands",
+        f"1,040 keep {percent(last['commands_kept'])}",
+        f"had {percent(by_rows[264]['methods']['second']['commands'])} of the commands right before, and has "
+        f"{percent(full['methods']['second']['commands'])} now",
+    )
+    assert [each for each in said if each not in text] == []
+
+
+def test_the_measured_case_of_routing_is_the_records():
+    docs = RECORDS["demo"].parents[1]
+    report = json.loads((docs / "records" / "routing.json").read_text(encoding="utf-8"))["report"]
+    lines = (docs / "routing.md").read_text(encoding="utf-8").splitlines()
+    check, whole = report["check"], report["curve"][0]
+    assert whole["threshold"] == 0.0  # every known action
+    for label, found in (("every known action kept", whole), ("calibrated", check)):
+        (line,) = [line for line in lines if line.startswith(f"| {label} |") and "(" in line]
+        shares = (found["commands_kept"], found["open_handed_on"], found["wrong_share"], found["accuracy_routed"])
+        cells = line.split("|")[2:6]
+        assert [cell.split("%")[0].strip() for cell in cells] == [f"{100 * share:.1f}" for share in shares]
+        assert f"({found['wrong_on_device']} of {found['answered_on_device']}" in line
+    fitted = f"{report['wrong_on_device']} of {report['answered_on_device']} kept answers are wrong"
+    assert any(fitted in line for line in lines)
+
+
 def test_what_a_second_opinion_costs_is_the_records():
     cost = json.loads(device_results.SECOND["oos"].read_text(encoding="utf-8"))["cost"]
     text = " ".join((RECORDS["oos"].parents[1] / "routing.md").read_text(encoding="utf-8").split())
