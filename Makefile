@@ -20,7 +20,7 @@ $(VENV)/dev: $(VENV)/base
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(VENV)/base  ## train, calibrate and measure a robot-dog model beside a classifier: 13 to 16 minutes on two idle cores
+demo: $(VENV)/base  ## train, calibrate and measure a robot-dog model beside a classifier: 12 to 16 minutes on two idle cores
 	$(BIN)/shadowpeft demo
 
 demo-full: $(VENV)/base  ## ten shadow layers and a whole epoch of both paths; an hour
