@@ -66,7 +66,7 @@ def main() -> None:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
-        "from_a_wheel": ROOT not in Path(shadowpeft.__file__).resolve().parents,
+        "from_a_wheel": ROOT / "src" not in Path(shadowpeft.__file__).resolve().parents,
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "tests": list(arguments.tests),
         **run(list(arguments.tests), arguments.workers),
