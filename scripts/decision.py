@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from shadowpeft import export
-from shadowpeft.apps.export import trim_to_rows
+from shadowpeft.apps.export import Vocabulary
 from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import read_skills
@@ -98,7 +98,7 @@ def main() -> None:
                 folder = Path(beside) / name.replace(", ", "-").replace(" ", "-")
                 model, tokenizer = load_edge(str(options.folder))
                 if name in TRIMMED:
-                    model, tokenizer, _ = trim_to_rows(model, tokenizer, str(options.rows))
+                    model, tokenizer, _ = Vocabulary(str(options.rows)).trim(model, tokenizer)
                 export.write(target[0], model, tokenizer, folder, target[1])
             models[name] = load_edge(str(folder))
             sizes[name] = round(sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6, 1)

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from shadowpeft import export
 from shadowpeft.apps.common import quiet_libraries
-from shadowpeft.apps.export import load_source, run, trim_to_rows
+from shadowpeft.apps.export import Vocabulary, load_source, run
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.export import verify
@@ -97,11 +97,11 @@ def main() -> None:
         import llama_cpp
 
         record["versions"]["llama-cpp-python"] = llama_cpp.__version__
-    small = trim_to_rows(model, tokenizer, "robot")
+    small = Vocabulary("robot").trim(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         for i, (to, dtype, vocabulary) in enumerate(track(cases, console=Console(stderr=True))):
             path = Path(folder) / f"{i}{export.FORMATS[to].suffix}"
-            case = run(model, tokenizer, path, to, dtype, vocabulary, True, None, None, quiet)
+            case = run(model, tokenizer, path, to, dtype, vocabulary and Vocabulary(vocabulary), True, None, None, quiet)
             words, kept = (tokenizer, None) if vocabulary is None else small[1:]
             if options.limit and export.FORMATS[to].generates:
                 case["robot"] = score(export.read(to, path), words)

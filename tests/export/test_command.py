@@ -114,6 +114,7 @@ def test_scores_before_and_after(folders, run, tmp_path):
         (("o", "--to", "gguf"), "does not end in .gguf"),
         (("o", "--to", "onnx", "--evaluate", "robot"), "leave it out"),
         (("o", "--to", "hf", "--vocab-from", "nowhere.jsonl"), "does not exist"),
+        (("o", "--to", "hf", "--skills", "actions.json"), "--skills names the tools that the rows of --vocab-from call"),
         ((".", "--to", "hf"), "exists"),
         (("o", "--to", "hf", "--limit", "5"), "--limit says how many rows --evaluate scores"),
         (("o", "--to", "hf", "--base", "somewhere"), "--base is the base of an adapter, but"),

@@ -8,9 +8,12 @@ import torch
 
 import edges
 import tiny
+from chatbase import write_rows
+from shadowpeft.apps.export import Vocabulary
 from shadowpeft.data.chat import check_row, prompt_ids
-from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.export import gguf, verify, vocab
+from shadowpeft.train.rows import read_rows, system_of, tools_of_run
 
 ROWS = [
     check_row({"prompt": "Sit down, please", "response": "[Sit()] the dog sits"}, "1"),
@@ -130,3 +133,59 @@ def test_a_saved_copy_reads_the_same(trimmed, tmp_path):
     for text in edges.TEXTS:
         assert again(text).input_ids == small.tokenizer(text).input_ids
     assert len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) <= len(small.kept)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A model, and a tokenizer that knows whole words of its actions."""
+    monkeypatch.setattr(edges, "SENTENCES", [*edges.SENTENCES, *['[REMOTE] [Dim(percent=30)] [Dim(room="hall")]'] * 20])
+    return edges.model(), edges.tokenizer()
+
+
+PROPERTIES = {"room": {"type": "string"}, "percent": {"type": "integer"}}
+DIM = {"name": "Dim", "parameters": {"type": "object", "properties": PROPERTIES}}
+
+
+def called(**arguments):
+    call = {"type": "function", "function": {"name": "Dim", "arguments": json.dumps(arguments)}}
+    turns = [{"role": "user", "content": "dim it"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": turns}
+
+
+def test_calls_of_a_device_keep_their_tokens(device, tmp_path):
+    source, words = device
+    write_rows(tmp_path / "rows.jsonl", [called(percent=30), called(room="hall")])
+    (tmp_path / "actions.json").write_text(json.dumps([{"type": "function", "function": DIM}]))
+    rows = Vocabulary(str(tmp_path / "rows.jsonl"), str(tmp_path / "actions.json"))
+    _, small, kept = rows.trim(source, words)
+    assert len(kept) < len(words)
+    for text in ("[Dim(percent=30)]", '[Dim(room="hall")]'):
+        ids = words(text, add_special_tokens=False).input_ids
+        assert kept[small(text, add_special_tokens=False).input_ids].tolist() == ids
+        assert len(ids) < len(text)  # so there was something to lose
+
+
+def test_rows_that_call_need_the_tools(device, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [called(percent=30)])
+    with pytest.raises(ConfigError, match=r"rows.jsonl, line 1 calls tools, .* name them with --skills actions.json"):
+        Vocabulary(str(tmp_path / "rows.jsonl")).trim(*device)
+
+
+def test_handing_on_keeps_its_tokens_where_rows_have_words_for_it(device, tmp_path):
+    source, words = device
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "why", "response": "so"}])
+    _, small, kept = Vocabulary(str(tmp_path / "rows.jsonl")).trim(source, words)
+    ids = words("[REMOTE]", add_special_tokens=False).input_ids
+    assert kept[small("[REMOTE]", add_special_tokens=False).input_ids].tolist() == ids
+    assert len(ids) < len("[REMOTE]")
+
+
+@pytest.mark.parametrize("name", ["robot_oos", "robot_tools"])
+def test_packaged_sets_bring_their_tools_and_their_system_message(name, device):
+    source, words = device
+    _, small, kept = Vocabulary(name).trim(source, words)
+    part = read_rows(name, "train", tools=tools_of_run(name, None))[::97]
+    for row in part:
+        chat = [{"role": "system", "content": system_of(name, None)}, *row["messages"]]
+        assert kept[prompt_ids(small, chat)].tolist() == prompt_ids(words, chat)
+        assert kept[small(row["response"]).input_ids].tolist() == words(row["response"]).input_ids

@@ -71,3 +71,16 @@ def test_packaged_requests_and_how_many_no_skill_answers(name, rows, open_):
     assert found[0]["where"].startswith(f"{name}, row calibration_normal-")
     with pytest.raises(ConfigError, match=f"'{name}' has the packaged skills but --skills names others"):
         read_intents(name, "fit", None, ("Sit",))
+
+
+def test_tables_are_read_too(tmp_path):
+    file = tmp_path / "held-out.csv"
+    file.write_text("prompt,skill,response\nsit down,Sit,\nwhy,REMOTE,\nup,,[StandUp()] Up!\n")
+    assert [(row["prompt"], row["skill"]) for row in read_intents(str(file), "fit", None)] == [
+        ("sit down", "Sit"),
+        ("why", "REMOTE"),
+        ("up", "StandUp"),
+    ]
+    (tmp_path / "rows.json").write_text('[{"prompt": "sit", "skill": "Sit"}, {"prompt": "sit"}]')
+    with pytest.raises(DataError, match=r"rows.json, row 2 must have the strings 'prompt' and 'skill'"):
+        read_intents(str(tmp_path / "rows.json"), "fit", None)

@@ -1,4 +1,4 @@
-"""``shadowpeft eval ADAPTER``: an adapter in each of its modes on a task, on the robot set, or on the rows of a JSONL file."""
+"""``shadowpeft eval ADAPTER``: an adapter in each of its modes on a task, on the robot set, or on the rows of a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(
     data: Annotated[
         Optional[str],
         typer.Option(
-            help="JSONL file, or 'robot' for the commands of the packaged test set (--task robot has its open requests too). "
+            help="File of rows, or 'robot' for the commands of the packaged test set (--task robot has its open requests too). "
             "Default: robot."
         ),
     ] = None,

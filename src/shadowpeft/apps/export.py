@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -32,8 +33,13 @@ def main(
     vocab_from: Annotated[
         Optional[str],
         typer.Option(
-            help="JSONL file, or 'robot': keep only the tokens that its rows need, and those of single bytes."
+            help="File of rows, or a packaged set such as robot: keep only the tokens that the rows need, and those of single "
+            "bytes."
         ),
+    ] = None,
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="With --vocab-from: file of the tools that its rows call."),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the file back and compare greedy tokens with the source.")] = True,
     evaluate: Annotated[
@@ -57,6 +63,10 @@ def main(
         raise ConfigError(f"--evaluate needs a format that transformers loads, which '{to}' is not; leave it out")
     if base is not None and not is_adapter(source):
         raise ConfigError(f"--base is the base of an adapter, but '{source}' is a model that needs none; leave it out")
+    if skills is not None and vocab_from is None:
+        raise ConfigError(
+            "--skills names the tools that the rows of --vocab-from call, which was not given; give both or neither"
+        )
     attached = None
     if to == "vllm":
         if vocab_from is not None:
@@ -72,7 +82,8 @@ def main(
     with console.status("loading the source"):
         model, tokenizer = load_source(source, base)
     system = system_message(source, None) if is_adapter(source) else None
-    result = run(model, tokenizer, path, to, dtype, vocab_from, verify, evaluate, limit, console, attached, system)
+    needs = None if vocab_from is None else Vocabulary(vocab_from, skills, system)
+    result = run(model, tokenizer, path, to, dtype, needs, verify, evaluate, limit, console, attached)
     show(result, f"{source} as {to}", as_json)
 
 
@@ -134,19 +145,18 @@ def run(
     path: Path,
     to: str,
     dtype: str,
-    vocab_from: str | None,
+    needs: Vocabulary | None,
     verify: bool,
     evaluate: str | None,
     limit: int | None,
     console: Console,
     attached: tuple[str, str | None] | None = None,
-    system: str | None = None,
 ) -> dict[str, Any]:
     """Trim, write beside, read back, compare, rename; returns the report.
 
     Args:
+        needs: the rows whose tokens are kept; None: all tokens are.
         attached: adapter and base, where the format holds the attached model too.
-        system: the message of rows in ``vocab_from`` that bring none.
 
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
@@ -158,9 +168,9 @@ def run(
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     report["source"] = {"parameters": model.num_parameters(), "vocabulary": model.config.vocab_size, "bytes": before}
     small, words, kept = model, tokenizer, None
-    if vocab_from is not None:
+    if needs is not None:
         with console.status("trimming the vocabulary"):
-            small, words, kept = trim_to_rows(model, tokenizer, vocab_from, system)
+            small, words, kept = needs.trim(model, tokenizer)
     ends = words.convert_ids_to_tokens(end_tokens(small, words))
     report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     if to == "gguf":
@@ -210,23 +220,42 @@ def write_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> str:
         return f"none: {error}"
 
 
-def trim_to_rows(model: Any, tokenizer: Any, vocab_from: str, system: str | None = None) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and kept ids over the tokens that the rows of ``vocab_from`` need; ``robot``: the packaged set.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows whose tokens a smaller vocabulary keeps."""
 
-    Args:
-        system: the message of rows that bring none.
-    """
-    from shadowpeft.data import chat
-    from shadowpeft.data.robot import SYSTEM as ROBOT_SYSTEM
-    from shadowpeft.export import vocab
-    from shadowpeft.train.rows import robot_rows
+    rows: str
+    """A file, or the name of a packaged set."""
+    skills: str | None = None
+    """The file of the tools that they call; a packaged set has its own."""
+    system: str | None = None
+    """The message of rows that bring none."""
 
-    if vocab_from == "robot":
-        rows, system = [*robot_rows("train"), *robot_rows("validation")], ROBOT_SYSTEM
-    else:
-        rows = chat.read_file(vocab_from)
-    small = vocab.trim(model, tokenizer, vocab.needed_tokens(tokenizer, rows, system))
-    return small.model, small.tokenizer, small.kept
+    def trim(self, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
+        """Model, tokenizer and kept ids over these tokens.
+
+        Raises:
+            ConfigError: if rows call tools and none are named.
+        """
+        from shadowpeft.data.actions import REMOTE, written
+        from shadowpeft.data.chat_rows import check_row
+        from shadowpeft.data.robot_tools import tools_named
+        from shadowpeft.export import vocab
+        from shadowpeft.train.rows import packaged, read_rows, system_of, tools_of_run
+
+        tools = tools_of_run(self.rows, None) if self.skills is None else tools_named(self.skills)
+        parts = ("train", "validation") if packaged(self.rows) else ("train",)
+        rows = [row for part in parts for row in read_rows(self.rows, part, tools=tools)]
+        calling = next((row for row in rows if "tool_calls" in row.get("answer", {})), None)
+        if calling is not None:
+            raise ConfigError(
+                f"{getattr(calling, 'where', '') or self.rows} calls tools, which the device writes in a form of its own; name "
+                "them with --skills actions.json"
+            )
+        rows.append(check_row({"prompt": "", "response": written(REMOTE)}, "handing on"))  # a row with words may stand for it
+        needed = vocab.needed_tokens(tokenizer, rows, system_of(self.rows, self.system))
+        small = vocab.trim(model, tokenizer, needed)
+        return small.model, small.tokenizer, small.kept
 
 
 def check_against_source(

@@ -11,11 +11,11 @@ from typing import Any
 from shadowpeft.data import robot_tools
 from shadowpeft.data.actions import REMOTE, only_action
 from shadowpeft.data.calls import only_calls, written
-from shadowpeft.data.chat_rows import check_row, read_file
+from shadowpeft.data.chat_rows import check_row, read_file, without_null
+from shadowpeft.data.forms import rows_in
 from shadowpeft.data.robot import SETS, SKILLS, load
 from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.json_text import parse_json
 
 ROBOT: dict[str, dict[str, tuple[str, ...]]] = {
     "robot": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
@@ -38,7 +38,7 @@ def read_intents(
     whole_chats: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows with ``prompt``, ``skill`` (``REMOTE`` for requests that no skill fits) and ``where`` they stand: a packaged set, or
-    a JSONL file.
+    a file (:func:`shadowpeft.data.forms.rows_in`).
 
     Args:
         skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
@@ -63,12 +63,10 @@ def read_intents(
         file = Path(source)
         if not file.is_file():
             raise DataError(f"data file '{file}' does not exist; check the path, or write robot for the packaged set")
-        rows = []
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            if line.strip():
-                rows.append(_checked(line, f"{file}, line {number}", {*(skills or SKILLS), REMOTE}, whole_chats))
+        known = {*(skills or SKILLS), REMOTE}
+        rows = [_checked(row, where, known, whole_chats) for where, row in rows_in(file)]
         if not rows:
-            raise DataError(f"data file '{file}' holds no rows; each line must be one JSON object")
+            raise DataError(f"data file '{file}' holds no rows; give it some requests and their actions")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
     return rows
@@ -107,11 +105,8 @@ def _said(row: dict[str, Any]) -> str:
     return " ".join(row["prompt"].split())
 
 
-def _checked(line: bytes, where: str, known: set[str], whole_chats: bool) -> dict[str, Any]:
-    try:
-        row = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{where} {error}; write one JSON object a line") from error
+def _checked(row: Any, where: str, known: set[str], whole_chats: bool) -> dict[str, Any]:
+    row = without_null(row)  # an empty cell of a table
     if isinstance(row, dict) and "skill" not in row and ("messages" in row or "response" in row):
         row = _of_chat(check_row(row, where), named(known - {REMOTE}), where, whole_chats)
     good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("skill"), str)

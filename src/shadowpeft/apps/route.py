@@ -26,13 +26,13 @@ def calibrate(
     data: Annotated[
         str,
         typer.Option(
-            help="JSONL file with prompt and skill, or chat rows with calls (docs/tools.md); robot or robot_oos: the packaged "
-            "calibration rows; robot_tools: its validation rows."
+            help="File with prompt and skill (JSONL, CSV, parquet), or chat rows with calls (docs/tools.md); robot or "
+            "robot_oos: the packaged calibration rows; robot_tools: its validation rows."
         ),
     ] = "robot",
     check: Annotated[
         Optional[str],
-        typer.Option(help="Further rows to measure the choice on: a JSONL file; robot, robot_oos, robot_tools: the test set."),
+        typer.Option(help="Further rows to measure the choice on: a file; robot, robot_oos, robot_tools: the test set."),
     ] = None,
     base: Base = None,
     signal: Annotated[
@@ -59,7 +59,7 @@ def calibrate(
     second_opinion: Annotated[
         Optional[str],
         typer.Option(
-            help="Rows that the device was trained on: a JSONL file, robot or robot_oos. A linear classifier learns them; its "
+            help="Rows that the device was trained on: a file, robot or robot_oos. A linear classifier learns them; its "
             "chances weigh the device's (docs/routing.md)."
         ),
     ] = None,
