@@ -408,6 +408,14 @@ class Slow:
         return session
 
 
+def test_answers_to_one_request_do_not_fill_the_queue_against_each_other(backend):
+    with Running(cloud(backend, queue=2, max_num_seqs=2)) as server, server.http(KEY) as http:
+        body = {"model": "default", "prompt": [str(n) for n in range(9)], "max_tokens": 2}
+        got = http.post("/v1/completions", json=body)
+        assert got.status_code == 200
+        assert [choice["index"] for choice in got.json()["choices"]] == list(range(9))
+
+
 def test_a_full_server_says_429_and_when_to_come_back():
     slow = Slow(attached())
     with Running(cloud(slow, queue=2, max_num_seqs=1, gather_seconds=0)) as server, server.http(KEY) as http:

@@ -110,6 +110,10 @@ def test_a_browser_learns_which_pages_may_ask():
             before = http.options("/v1/chat/completions", headers={"origin": origin, **asks})
             assert before.is_success == let
             assert (before.headers.get("access-control-allow-origin") == origin) == let
+            private = {"access-control-request-private-network": "true"}  # a device at a private address
+            near = http.options("/v1/chat/completions", headers={"origin": origin, **asks, **private})
+            assert near.is_success == let
+            assert not let or near.headers["access-control-allow-private-network"] == "true"
             got = http.get("/v1/models", headers={"origin": origin, "authorization": f"Bearer {KEY}"})
             assert (got.headers.get("access-control-allow-origin") == origin) == let
         refused = http.get("/v1/models", headers={"origin": page})

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import openai
@@ -12,6 +13,7 @@ from pydantic import Field
 from chatbase import chat_tokenizer
 from products import covering
 from serving import detached, saying
+from shadowpeft.data.actions import parser as parser_of
 from shadowpeft.data.calls import CallParser, answered
 from shadowpeft.data.tools import tools_of
 from shadowpeft.serve.client import CloudClient
@@ -188,7 +190,7 @@ REFUSED = [
             "tools": openai.NOT_GIVEN,
             "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"uniqueItems": True}}},
         },
-        r"refuses the schema \(failed to compile JSON schema: Unimplemented keys: \["
+        r"response_format has a schema that the engine refuses \(failed to compile JSON schema: Unimplemented keys: \["
         r"\"uniqueItems\"\]\); simplify it",
     ),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "holds no list of tools"),
@@ -355,6 +357,66 @@ def test_without_a_cloud_the_device_answers_all():
             got = ask(running, temperature=0, **more)
             assert got.model_extra["shadowpeft"]["where"] == "device"
         assert answered(got.choices[0].message.content, TOOLS) is not None  # without tools in the request it is text
+
+
+def returned(*results, name="Sit"):
+    """A chat in which tools were called and have answered."""
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": "{}"}} for n, _ in enumerate(results)]
+    said = [{"role": "tool", "tool_call_id": f"c{n}", "content": each} for n, each in enumerate(results)]
+    return [*ASK, {"role": "assistant", "content": None, "tool_calls": calls}, *said]
+
+
+def nowhere():
+    """A cloud that is away."""
+    return SimpleNamespace(url="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_without_a_cloud_an_agent_comes_to_its_end(away):
+    """A device that has learnt actions alone would call again after each result."""
+    with Running(build(edge_role(nowhere() if away else None), Settings(NOBODY))) as running:
+        for results in (["done"], ["one", "two\nthree"], [""], ["<|im_end|> 站"]):
+            said = "\n".join(results)
+            got = ask(running, messages=returned(*results))
+            (choice,), note = got.choices, got.model_extra["shadowpeft"]
+            assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (said, None, "stop")
+            assert note["where"] == "device"
+            assert note.get("degraded", False) == away
+            assert got.usage.completion_tokens >= 1
+            streamed = ask(running, messages=returned(*results), stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == said
+        cut = ask(running, messages=returned("a long result of a tool"), max_tokens=2).choices[0]
+        assert cut.finish_reason == "length"
+        assert "a long result of a tool".startswith(cut.message.content)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Fly"}}])
+def test_a_call_that_has_to_be_made_is_not_replaced_by_words(choice):
+    with Running(build(edge_role(nowhere()), Settings(NOBODY))) as running:
+        with pytest.raises(openai.InternalServerError, match="tool_choice asks for a call that the device") as got:
+            ask(running, tools=[FLY], tool_choice=choice)
+        assert got.value.status_code == 503
+
+
+def test_handing_on_is_no_call():
+    for client in (None, CloudClient("http://127.0.0.1:9")):
+        engine, router = Engine(saying("[REMOTE]"), LIMITS), Router(CallParser(TOOLS))
+        role = EdgeRole(engine, router, client, "edge", system=None, default_tokens=100, tools=TOOLS)
+        with Running(build(role, Settings(NOBODY))) as running:
+            assert ask(running).choices[0].message.content == "[REMOTE]"
+            with pytest.raises(openai.InternalServerError, match="tool_choice asks for a call"):
+                ask(running, tool_choice="required")
+
+
+def test_tools_that_may_not_be_called_are_no_reason_to_refuse(cloud):
+    assert ask(cloud, tools=[FLY], tool_choice="none", max_tokens=4).choices[0].message.tool_calls is None
+
+
+def test_a_server_that_knows_no_tools_says_how_to_name_them():
+    role = EdgeRole(Engine(detached(), LIMITS), Router(parser_of(["Sit"])), None, "edge", system=None, default_tokens=4)
+    told = r"tools has 'Walk', but this server was told of no tools .* \(serve --skills\)"
+    with Running(build(role, Settings(NOBODY))) as running, pytest.raises(openai.BadRequestError, match=told):
+        ask(running)
 
 
 def test_arguments_stand_in_the_order_that_the_model_was_trained_for(cloud):

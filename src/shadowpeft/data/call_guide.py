@@ -71,6 +71,14 @@ class Engine:
         return Grammar(self, schema_grammar(schema, tools, calls=most, form=form), closed=self._end)
 
 
+class RefusedSchemaError(ConfigError):
+    """The engine knows less than a schema has; ``clause`` says what."""
+
+    def __init__(self, clause: str) -> None:
+        super().__init__(f"the engine refuses the schema ({clause}); simplify it")
+        self.clause = clause
+
+
 class Grammar:
     """A compiled grammar.
 
@@ -80,7 +88,7 @@ class Grammar:
         trigger: of an optional one: the token from which on an answer is held, wherever it stands; None: the first.
 
     Raises:
-        ConfigError: if the engine refuses it.
+        RefusedSchemaError: if the engine refuses it.
     """
 
     def __init__(
@@ -97,7 +105,7 @@ class Grammar:
         self.optional, self.closed, self.trigger = optional, closed, trigger
         self._first = LLMatcher(engine.tokenizer, grammar, log_level=0)
         if self._first.is_error():
-            raise ConfigError(f"the engine refuses the schema ({_clause(self._first.get_error())}); simplify it")
+            raise RefusedSchemaError(_clause(self._first.get_error()))
 
     def start(self, prompt: str = "") -> Guide:
         """What one answer is held to, whatever the request."""

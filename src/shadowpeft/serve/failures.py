@@ -79,7 +79,8 @@ def _answer(status: int, message: str, **more: Any) -> JSONResponse:
 def _field(message: str, path: str) -> str | None:
     """The field that a sentence of this package is about: it begins with its name."""
     word = message.partition(" ")[0]
-    return word if word in (ResponsesRequest.model_fields if path == RESPONSES else _CHAT_FIELDS) else None
+    known = ResponsesRequest.model_fields if path == RESPONSES else _CHAT_FIELDS
+    return word if word.partition(".")[0] in known else None
 
 
 def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
@@ -102,7 +103,7 @@ def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
         return AsciiResponse(error(given["message"], **more), failure.status)
     said = str(failure)
     if path == RESPONSES:
-        said = re.sub(r"\bmax_tokens\b", NAMES["max_tokens"], said)
+        said = re.sub(r"\bmax_tokens\b|^messages\b|\bresponse_format\b", lambda match: NAMES[match[0]], said)
     field = _field(said, path)
     if isinstance(failure, UnknownModelError):
         return _answer(404, said, param=field, code="model_not_found")

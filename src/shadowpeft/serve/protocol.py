@@ -35,7 +35,9 @@ Text = Annotated[StrictStr, Field(max_length=200_000)]
 Length = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
 _SEED = 2**63
 MOST_ANSWERS = 64
-"""Of one request: what a server with its default queue has room for."""
+"""Of one request."""
+MOST_MESSAGES = 4096
+"""Of one request: more than any context has room for, and few enough to check."""
 
 
 class TextPart(Strict):
@@ -215,7 +217,7 @@ class ChatRequest(_Generate):
         "verbosity": ("medium",),
         "web_search_options": (),
     }
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Optional[Length] = None
     logprobs: Optional[StrictBool] = None
     top_logprobs: Optional[Annotated[StrictInt, Field(ge=0, le=20)]] = None

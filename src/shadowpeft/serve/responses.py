@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, V
 
 from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
-from shadowpeft.serve.protocol import Ask, ChatRequest, Length, Message, Text, joined
+from shadowpeft.serve.protocol import MOST_MESSAGES, Ask, ChatRequest, Length, Message, Text, joined
 from shadowpeft.serve.strict import Strict, invalid, remedy
 from shadowpeft.serve.tool_protocol import CHOICES, FORMATS, NamedTool, ResponseFormat
 
@@ -238,7 +238,8 @@ class ResponsesRequest(Ask):
     input: Annotated[
         list[Message], BeforeValidator(turns, json_schema_input_type=Union[Text, list[dict[str, Any]]])
     ] = Field(
-        max_length=255, description="A text, or messages, function_call and function_call_output items: the whole conversation."
+        max_length=MOST_MESSAGES - 1,
+        description="A text, or messages, function_call and function_call_output items: the whole conversation.",
     )
     instructions: Optional[Text] = Field(default=None, description="A system message before the input.")
     max_output_tokens: Optional[Length] = None

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
-from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
+from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
-from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.answers import ResponseBuilder
+from shadowpeft.errors import ConfigError
 from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
-from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
+from shadowpeft.serve.protocol import ChatRequest
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
 from shadowpeft.serve.requests import SamplingParams, TooLongError
+from shadowpeft.serve.role import Asked, Role
 from shadowpeft.serve.router import (
     ASKED,
     CLOUD,
@@ -39,130 +37,11 @@ from shadowpeft.serve.router import (
     decisive,
 )
 from shadowpeft.serve.tool_protocol import NamedTool, ToolName
-from shadowpeft.serve.toolbox import Toolbox, call_probabilities, request_text
+from shadowpeft.serve.toolbox import Saying, call_probabilities, must_call, request_text, result_of
 
 DEVICE_TOKENS = 256
 """Longest answer of a device where nobody names a length: a small model that does not come to an end asks the cloud then."""
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
-Asked = ChatRequest | CompletionRequest
-
-
-class Role(ABC):
-    """Makes an answer to a request.
-
-    Args:
-        system: system message for chats that bring none. default_tokens: longest answer where the request names no
-            length; None: the engine's longest.
-        tools: what the model was trained to call.
-    """
-
-    name: str
-    reads_tools = False
-    """Whether its prompts have room for the tools of a request."""
-
-    def __init__(
-        self, engine: Engine, *, system: str | None, default_tokens: int | None = None, tools: Tools | None = None
-    ) -> None:
-        self.engine, self.system, self.default_tokens = engine, system, default_tokens
-        self._tokenizer = copy.deepcopy(engine.backend.tokenizer)  # the engine's thread uses the other
-        vocabulary = engine.backend.model.config.get_text_config().vocab_size
-        self.toolbox = Toolbox(self._tokenizer, vocabulary, tools, template=self.reads_tools)
-        self._threads = ThreadPoolExecutor(2, "shadowpeft-tokenizing")  # nothing that takes long may hold these up
-        longest = max(map(len, self._tokenizer.get_vocab()), default=1)
-        self.prompt_characters = longest * engine.limits.prompt_tokens
-        """Longer prompts have more tokens than allowed, whatever they are."""
-
-    @property
-    def elsewhere(self) -> int:
-        """Answers that another server makes for this one."""
-        return 0
-
-    def close(self) -> None:
-        """Tokenize no more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    @abstractmethod
-    async def answer(self, asked: Asked) -> Reply:
-        """An answer that has begun.
-
-        Raises:
-            ShadowPeftError: for a request that cannot be served, see :meth:`Engine.submit`.
-            CloudError: if the cloud would have to answer and does not.
-        """
-
-    async def prompt(self, asked: Asked) -> list[int]:
-        """The prompt's tokens.
-
-        Raises:
-            TooLongError: if it has so many characters that it must have too many tokens; it is not tokenized then.
-        """
-        texts = (
-            [prompt for prompt in asked.prompt if isinstance(prompt, str)]
-            if isinstance(asked, CompletionRequest)
-            else [m.content + str(m.tool_calls or "") for m in asked.messages]
-        )
-        characters = sum(map(len, texts))
-        if characters > self.prompt_characters:
-            raise TooLongError(
-                f"the prompt has {characters} characters but {self.engine.limits.prompt_tokens} tokens hold at most "
-                f"{self.prompt_characters}; shorten it"
-            )
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, asked)
-
-    def _encode(self, asked: Asked) -> list[int]:
-        if isinstance(asked, CompletionRequest):
-            (text,) = asked.prompt
-            if not isinstance(text, str):
-                return self._checked(text)
-        else:
-            turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
-            turns = with_system(turns, self.system)
-            text = self.toolbox.prompt(turns, asked)
-        # a chat template writes the tokens of a beginning itself
-        ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids
-        return ids
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        """Tokens that a client sent, if the model has them."""
-        rows = self.engine.backend.model.config.get_text_config().vocab_size
-        wrong = next((token for token in ids if not 0 <= token < rows), None)
-        if wrong is not None:
-            raise DataError(f"prompt has the token {wrong} but the model has those from 0 to {rows - 1}; send these")
-        return ids
-
-    async def held(self, asked: Asked, *, device: bool, widely: bool = False) -> Actions | None:
-        """What the answer is held to; see :meth:`Toolbox.actions`."""
-        if not isinstance(asked, ChatRequest) or (asked.tools is None and asked.response_format is None):
-            return None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: self.toolbox.actions(asked, device=device, widely=widely))
-
-    def room(self, ids: list[int]) -> int:
-        """Tokens that the model can still read after a prompt; negative if it is too long."""
-        return self.engine.backend.max_model_len - len(ids)
-
-    def sampling(self, asked: Asked, room: int | None = None) -> SamplingParams:
-        """What the engine is told.
-
-        Args:
-            room: what a default length is cut to, if there is any; a length that the request names is not.
-        """
-        default = self.default_tokens or self.engine.limits.new_tokens
-        if room is not None:
-            default = max(1, min(default, room))
-        return SamplingParams(
-            max_tokens=asked.wanted_tokens or default,
-            temperature=float(asked.temperature or 0.0),
-            top_p=1.0 if asked.top_p is None else float(asked.top_p),
-            seed=asked.seed,
-            stop=asked.stops,
-            top_logprobs=asked.wanted_logprobs or 0,
-        )
-
-    def builder(self, asked: Asked, note: dict[str, Any]) -> ResponseBuilder:
-        """How the answer will look."""
-        parser = self.toolbox.parser(asked)
-        return ResponseBuilder(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note, parser)
 
 
 class CloudRole(Role):
@@ -259,6 +138,9 @@ class EdgeRole(Role):
             except CloudError as error:
                 return await self._instead(asked, ids, sampling, error, {}, began)
         self.toolbox.check(asked)
+        if result_of(asked) is not None and self._acts(asked):
+            note = {"where": DEVICE, "reason": ASKED if asked.route == "device" else TOOL_RESULT}
+            return await self._last_words(asked, ids, sampling, note, began)
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
         # the calibration is about all that the device knows: it chooses among that, and what was not offered is handed on
         narrowed = self.router.calibration is not None and self.toolbox.narrows(asked)
@@ -309,11 +191,24 @@ class EdgeRole(Role):
             return OTHER_TOOLS
         return TOOL_RESULT if asked.messages[-1].role == "tool" else None
 
+    def _acts(self, asked: Asked) -> bool:
+        """Whether the device knows actions and no last words."""
+        return self.actions is not None or (isinstance(asked, ChatRequest) and asked.tools is not None)
+
+    async def _last_words(
+        self, asked: Asked, ids: list[int], sampling: SamplingParams, note: dict[str, Any], began: float
+    ) -> Reply:
+        """What the tools have said: a device that has learnt actions alone would call again, and again."""
+        text = self._tokenizer(result_of(asked), add_special_tokens=False, split_special_tokens=True).input_ids
+        said = Saying([*text, min(self.engine.backend.stop_token_ids)])
+        generation = Generation().start(self.engine, ids, asked.model, sampling, actions=said)
+        return await _begun(LocalReply(generation, self.builder(asked, note), began))
+
     async def _choices(self, asked: Asked, *, widely: bool = False) -> Actions | None:
         """What the device's answer is held to: the request's tools (``widely``: all that it knows), or what it knows."""
         if not isinstance(asked, ChatRequest):
             return self.actions
-        if asked.tools is not None and (asked.tool_choice == "none" or asked.messages[-1].role == "tool"):
+        if asked.tools is not None and asked.tool_choice == "none":
             return None
         if isinstance(self.actions, ActionTrie) and asked.offered is not None and asked.response_format is None:
             return self.actions if widely else self.actions.some(self.toolbox.chosen(asked).names)  # one action, as calibrated
@@ -376,8 +271,13 @@ class EdgeRole(Role):
         """The device's own answer, said to be one."""
         if self.when_down == "error":
             raise error
+        if must_call(asked) and (generation is None or note.get("action") in (None, REMOTE)):
+            said = f"tool_choice asks for a call that the device is not sure of, and {error}"
+            raise CloudError(error.reason, said) from error
         wanted = {"wanted": note["reason"]} if note else {}
         note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
+        if result_of(asked) is not None and self._acts(asked):
+            return await self._last_words(asked, ids, sampling, note, began)
         if generation is None:
             held = await self._held_to(asked, own=self.toolbox.lacks(asked) is not None)
             generation = Generation().start(self.engine, ids, asked.model, sampling, actions=held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,7 +29,8 @@ from shadowpeft.serve.requests import QueueFullError, UnknownModelError
 from shadowpeft.serve.response_reply import ResponsesReply
 from shadowpeft.serve.responses import PATH as RESPONSES
 from shadowpeft.serve.responses import ResponsesRequest
-from shadowpeft.serve.roles import CloudRole, EdgeRole, Role
+from shadowpeft.serve.role import Role
+from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.several import SeveralReplies, answer_all, single
 from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, once, until_gone
 
@@ -59,6 +61,12 @@ class Settings:
     managed: str | None = None
     replica: str | None = None
     origins: tuple[str, ...] = ()
+
+
+_PRIVATE: dict[str, Any] = (
+    {"allow_private_network": True} if "allow_private_network" in inspect.signature(CORSMiddleware).parameters else {}
+)
+"""A page that the operator names may ask a device at a private address; older releases of starlette cannot say so."""
 
 
 def build(role: Role, settings: Settings) -> FastAPI:
@@ -105,6 +113,7 @@ def build(role: Role, settings: Settings) -> FastAPI:
             allow_origins=settings.origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
+            **_PRIVATE,
             expose_headers=("retry-after", "x-request-id", "x-shadow-where", "x-shadow-reason"),
         )
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
@@ -318,7 +327,8 @@ class Server:
         wanted = single(asked)
         if len(wanted) == 1:
             return await self.role.answer(wanted[0])
-        return SeveralReplies(await answer_all(self.role.answer, wanted), asked.n or 1, began)
+        replies = await answer_all(self.role.answer, wanted, max(1, self.role.engine.limits.queue))
+        return SeveralReplies(replies, asked.n or 1, began)
 
     def _count(self, reply: Reply, began: float) -> None:
         for part in reply.parts:

@@ -26,9 +26,19 @@ def single(asked: Asked) -> list[Asked]:
     return wanted
 
 
-async def answer_all(answer: Callable[[Asked], Awaitable[Reply]], wanted: list[Asked]) -> list[Reply]:
-    """A reply to each; raises what the first that fails raises, and gives up the others then."""
-    tasks = [asyncio.ensure_future(answer(each)) for each in wanted]
+async def answer_all(answer: Callable[[Asked], Awaitable[Reply]], wanted: list[Asked], waiting: int) -> list[Reply]:
+    """A reply to each; raises what the first that fails raises, and gives up the others then.
+
+    Args:
+        waiting: how many wait at a time, so that they do not fill the queue against each other.
+    """
+    turn = asyncio.Semaphore(waiting)
+
+    async def begun(each: Asked) -> Reply:
+        async with turn:
+            return await answer(each)
+
+    tasks = [asyncio.ensure_future(begun(each)) for each in wanted]
     try:
         return list(await asyncio.gather(*tasks))
     except BaseException:

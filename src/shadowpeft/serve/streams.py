@@ -49,7 +49,8 @@ class EventStream(Response):
         gone: Callable[[], None],
         closed: Callable[[], None],
     ) -> None:
-        super().__init__(headers={**headers, "cache-control": "no-store"})
+        # a proxy such as nginx collects kilobytes otherwise
+        super().__init__(headers={**headers, "cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.reply, self.with_usage, self.overdue = reply, with_usage, overdue
         self._sent, self._gone, self._closed = sent, gone, closed

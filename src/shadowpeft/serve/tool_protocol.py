@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Optional
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
@@ -105,6 +106,6 @@ def checked_tools(given: Any) -> Any:
         tools_of(given, "it")
     except ConfigError as error:
         raise invalid(
-            f"holds no list of tools: {str(error).removeprefix('it ')}; send definitions of functions"
+            f"holds no list of tools: {re.sub('^it,? ', '', str(error))}; send definitions of functions"
         ) from error
     return given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import OrderedDict
@@ -11,14 +12,14 @@ from typing import Any
 from shadowpeft.chat_template import render_prompt
 from shadowpeft.data.action_trie import Actions
 from shadowpeft.data.call_form import COMPACT, CallForm, template_form
-from shadowpeft.data.call_guide import Engine, Grammar
+from shadowpeft.data.call_guide import Engine, Grammar, RefusedSchemaError
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tool_grammar import MOST_CALLS
 from shadowpeft.data.tool_rows import compact_messages, writes_calls
 from shadowpeft.data.tools import Tools
 from shadowpeft.decode import decode
-from shadowpeft.errors import DataError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.generate import request_of
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
 from shadowpeft.serve.router import Scores, parts_probability
@@ -28,6 +29,8 @@ SURE = 0.9
 """Probability of a name from which on it is told to the cloud as a hint."""
 _KEPT = 32
 """Compiled grammars that are kept."""
+_SCHEMAS = {"schema": "response_format", "calls or schema": "tools or response_format"}
+"""Kind of grammar -> the fields that it is made from; of others ``tools``."""
 
 
 class Toolbox:
@@ -51,16 +54,22 @@ class Toolbox:
         DataError: if the request has tools that the model was not trained for, and that its chat template cannot tell it.
         """
         lacks = self.lacks(asked)
-        if lacks is not None and self.form(asked) is COMPACT:
-            if self.known is not None and lacks in self.known.names:
+        wanted = isinstance(asked, ChatRequest) and asked.tool_choice != "none"
+        if lacks is not None and wanted and self.form(asked) is COMPACT:
+            if self.known is None:
+                raise DataError(
+                    f"tools has '{lacks}', but this server was told of no tools that its model knows (serve --skills), and "
+                    f"{self._why_not()}; leave tools out"
+                )
+            if lacks in self.known.names:
                 own = json.dumps(self.known.by_name[lacks].parameters, ensure_ascii=False)
                 raise DataError(
                     f"tools has '{lacks}' with other arguments than this server's model was trained for; send its parameters "
                     f"as {own[:700]}, or leave it out"
                 )
-            known = "none" if self.known is None else ", ".join(self.known.names)
             raise DataError(
-                f"tools has '{lacks}', which this server's model was not trained to call (but {known[:200]}), and "
+                f"tools has '{lacks}', which this server's model was not trained to call (but "
+                f"{', '.join(self.known.names)[:200]}), and "
                 f"{self._why_not()}; send what it knows, or leave it out"
             )
 
@@ -167,7 +176,11 @@ class Toolbox:
             if self._engine is None:
                 self._engine = Engine(self._tokenizer, self._vocabulary)
             if text not in self._compiled:
-                self._compiled[text] = make(self._engine)
+                try:
+                    self._compiled[text] = make(self._engine)
+                except RefusedSchemaError as error:
+                    field = _SCHEMAS.get(key[0], "tools") if isinstance(key[0], str) else "tools"
+                    raise ConfigError(f"{field} has a schema that the engine refuses ({error.clause}); simplify it") from error
                 if len(self._compiled) > _KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(text)
@@ -196,6 +209,37 @@ def call_probabilities(
     return told, told[0]["name"] if sure else None
 
 
+class Saying:
+    """An answer that is known: it is held to these tokens, which cost the model nothing."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def allowed(self, path: Sequence[int]) -> list[int]:
+        return self._tokens[len(path) :][:1]
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        return self._tokens[len(path) :]
+
+    def leaning(self, path: Sequence[int]) -> None:
+        return None
+
+
+def result_of(asked: ChatRequest | CompletionRequest) -> str | None:
+    """What the tools have said, if nothing was said after them."""
+    if not isinstance(asked, ChatRequest) or asked.messages[-1].role != "tool":
+        return None
+    last = itertools.takewhile(lambda message: message.role == "tool", reversed(asked.messages))
+    return "\n".join(reversed([message.content for message in last]))
+
+
+def must_call(asked: ChatRequest | CompletionRequest) -> bool:
+    """Whether words are no answer."""
+    if not isinstance(asked, ChatRequest) or asked.tools is None:
+        return False
+    return asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
+
+
 def request_text(asked: ChatRequest | CompletionRequest, tokenizer: Any) -> str:
     """What is asked for: the last user message; of a completion its prompt."""
     if isinstance(asked, ChatRequest):
@@ -214,10 +258,10 @@ def prompt_text(tokenizer: Any, turns: list[dict[str, Any]]) -> str:
         text = render_prompt(tokenizer, turns)
     except TypeError as error:  # of a template that wants the arguments of a call in another form
         raise DataError(
-            "tool_calls of a message cannot be written by the model's chat template; leave them out"
+            "messages have tool calls that the model's chat template cannot write; leave them out"
         ) from error
     if any("tool_calls" in turn for turn in turns):
         bare = [{key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns]
         if text == render_prompt(tokenizer, bare):
-            raise DataError("tool_calls of a message are not written by the model's chat template; leave them out")
+            raise DataError("messages have tool calls that the model's chat template does not write; leave them out")
     return text
