@@ -157,13 +157,20 @@ def test_unknown_settings_come_with_a_suggestion():
         ({"shadow_model": small_llama(vocab_size=60)}, "vocabulary of 60"),
         ({"shadow_model": torch.nn.Linear(2, 2)}, "Linear"),
         ({"shadow_init": "base_layers", "shadow_num_hidden_layers": 9}, "9 layers"),
-        ({"modules_to_save": ["nothing"], "shadow_model": "no/such-model"}, "no/such-model"),
+        ({"modules_to_save": ["lm_head"], "shadow_model": "no/such-model"}, "no/such-model"),
+        ({"modules_to_save": ["lm_haed"]}, "names 'lm_haed', which the base does not have.* did you mean 'lm_head'"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
 )
 def test_settings_that_do_not_fit_the_base(fields, message):
     with pytest.raises((ConfigError, UnsupportedModelError), match=message):
         adapt(base("llama"), **fields)
+
+
+def test_a_shadow_beside_a_shadow_is_refused_where_it_is_attached():
+    """As when a cell of a notebook runs a second time: what would be saved could not be loaded."""
+    with pytest.raises(ConfigError, match="the base is a PeftModel, which holds adapters already"):
+        adapt(adapt(base("llama")))
 
 
 def test_widths_that_the_architecture_does_not_have():

@@ -11,7 +11,8 @@ import pytest
 from chatbase import save_base
 from commands import call
 from shadowpeft.data import chat
-from shadowpeft.data.forms import forms_of
+from shadowpeft.data.chat_rows import check_row
+from shadowpeft.data.forms import forms_of, rows_in
 from shadowpeft.errors import DataError
 
 PAIR = {"prompt": "sit", "response": "[Sit()] ok"}
@@ -339,3 +340,41 @@ def test_data_check_of_a_run_that_would_train_nothing(monkeypatch, capsys, tmp_p
     (tmp_path / "run.yaml").write_text(json.dumps(content))
     code, _, err = call(monkeypatch, capsys, "data", "check", tmp_path / "run.yaml")
     assert (code, "every row of data.train is for the shadow alone" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "a", "input": "b", "response": "c"}, "has the key 'input', which is read in rows of instruction"),
+        ({"prompt": "a", "response": "c", "output": "d"}, "has the key 'output', which is read in rows of instruction"),
+        ({"prompt": "a", "completion": "c", "instruction": "d"}, "has the key 'instruction', which is read in rows of"),
+        ({"prompt": "a", "completion": "rude", "label": False}, "says by 'label' whether its answer is good"),
+        ({"prompt": "a", "response": "c", "chosen": "d"}, "has the key 'chosen', which is a preference"),
+        ({"messages": [], "chat_template_kwargs": {"enable_thinking": False}}, "has the key 'chat_template_kwargs'"),
+    ],
+)
+def test_what_would_be_dropped_is_refused(row, says):
+    with pytest.raises(DataError, match=says):
+        check_row(row, "x")
+
+
+def test_empty_columns_and_named_labels_are_left_alone():
+    row = check_row({"prompt": "a", "input": "", "response": "c", "label": "travel", "id": 3}, "x")
+    assert (row["messages"][0]["content"], row["response"]) == ("a", "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("a.jsonl.gz", "unpack it"), ("a.tsv", "save it as CSV"), ("a.xlsx", "save it as CSV"), ("a.arrow", "save it as parquet")],
+)
+def test_files_of_other_kinds_are_refused_by_their_kind(name, says, tmp_path):
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=rf"ends in \.\w+ but JSON lines .* are read; {says}"):
+        list(rows_in(tmp_path / name))
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_another_mark_between_columns_is_named(mark, tmp_path):
+    (tmp_path / "a.csv").write_text(f"prompt{mark}response\na{mark}b\n")
+    with pytest.raises(DataError, match=r"has one column, .* save the file with commas"):
+        list(rows_in(tmp_path / "a.csv"))

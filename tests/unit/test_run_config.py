@@ -318,3 +318,19 @@ def test_plan_and_train_take_settings(tmp_path):
         )
         assert done.returncode == 2
         assert "unknown key 'training.nothing'" in done.stderr
+
+
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("base: ~/base\noutput: ~/out\ndata: {train: ~/a.jsonl, system: ~/ is home}\n")
+    made = read_run(tmp_path / "run.yaml", ["data.validation=~/b.jsonl"])
+    home = str(tmp_path)
+    assert (made.base, made.output) == (f"{home}/base", f"{home}/out")
+    assert (made.data.train, made.data.validation) == (f"{home}/a.jsonl", f"{home}/b.jsonl")
+    assert made.data.system == "~/ is home"
+
+
+def test_the_folder_of_a_run_is_no_run_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("base: x")
+    with pytest.raises(ConfigError, match=r"is the folder of a run; give its run file, or '.*config.yaml'"):
+        read_run(tmp_path)

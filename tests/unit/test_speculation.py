@@ -13,6 +13,7 @@ from transformers import (
     SynthIDTextWatermarkingConfig,
 )
 
+from chatbase import chat_tokenizer
 from products import covering
 from several import several
 from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, draw
@@ -460,6 +461,17 @@ def test_what_cannot_be_drafted_is_refused(options, message):
     model = adapt(base("llama"))
     with pytest.raises(ConfigError, match=message):
         model.generate(**{"input_ids": tokens(2, 5), "speculative": True, **GREEDY, **options})
+
+
+def test_texts_that_stop_an_answer_stop_a_drafted_one():
+    model, words = alike(), chat_tokenizer()
+    ids = tokens(1, 5) % len(words)
+    said = model.generate(input_ids=ids, **GREEDY)[0, 5:]
+    stop = words.decode(said[3:5])
+    options = {"input_ids": ids, "stop_strings": [stop], "tokenizer": words, **GREEDY}
+    expected = model.generate(**options)
+    assert expected.shape[1] < len(said) + 5
+    assert torch.equal(model.generate(speculative=True, **options), expected)
 
 
 def test_other_ways_to_draft_are_refused():

@@ -16,7 +16,7 @@ def main(
     adapter: Adapter,
     out: Annotated[str, typer.Argument(help="New folder for the edge model.")],
     base: Base = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; f32, bf16, f16 mean the same.")] = "float32",
     as_json: Json = False,
 ) -> None:
     """Write the shadow as a stand-alone stock model."""
@@ -27,6 +27,7 @@ def main(
     import shadowpeft
     from shadowpeft.runtime import DTYPES
 
+    dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(dtype, dtype)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is '{dtype}' but must be one of {', '.join(DTYPES)}")
     tokenizer = load_tokenizer_of(adapter, base)

@@ -136,6 +136,15 @@ def missing(file: Path) -> str:
     return f"data file '{file}' does not exist; check the path"
 
 
+_KINDS = "JSON lines (.jsonl), JSON lists (.json), .csv and .parquet"
+_UNREAD = {
+    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "unpack it"),
+    **dict.fromkeys((".tsv", ".xlsx", ".xls", ".ods"), "save it as CSV, with commas between its cells"),
+    ".arrow": "save it as parquet",
+}
+"""Kinds of file that rows often stand in, and what to do with one."""
+
+
 def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[str, Any]]:
     """Every row of a file as it is, and where it stands: ``.csv``, ``.parquet``, ``.json`` (a list), else JSON lines.
 
@@ -148,8 +157,11 @@ def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[s
     file = Path(path)
     if not file.is_file():
         raise DataError(missing(file))
+    kind = file.suffix.lower()
+    if kind in _UNREAD:
+        raise DataError(f"data file '{file}' ends in {kind} but {_KINDS} are read; {_UNREAD[kind]}")
     readers = {".csv": _csv, ".parquet": _parquet, ".json": _json}
-    for where, row in readers.get(file.suffix.lower(), _lines)(file):
+    for where, row in readers.get(kind, _lines)(file):
         if isinstance(row, DataError) and not keep_damaged:
             raise row
         yield where, row
@@ -203,6 +215,11 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
                 if twice := [name for n, name in enumerate(cells) if name in cells[:n]]:
                     raise DataError(
                         f"{where} names the column {quote(twice[0])} twice, of which one would be lost; give each its own name"
+                    )
+                if len(cells) == 1 and (marks := [mark for mark in ";\t|" if mark in cells[0]]):
+                    raise DataError(
+                        f"{where} has one column, {quote(cells[0])}, but commas have to stand between columns, not "
+                        f"{marks[0]!r}; save the file with commas"
                     )
                 names = cells
             elif damage is not None:

@@ -22,13 +22,14 @@ from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder, full_names
 from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
+from shadowpeft.hf.cleanup import clean_on_failure, remove
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import FLOATS, check_tensors, check_value
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward import hooks, rows
 from shadowpeft.hf.forward.decoding import speculate
-from shadowpeft.hf.forward.speculation import Speculation
+from shadowpeft.hf.forward.speculation import Speculation, stopped_by_texts
 from shadowpeft.hf.layer import (
     HANDLES,
     ShadowHub,
@@ -71,10 +72,11 @@ class ShadowModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ShadowPeftConfig, model_config: dict[str, Any]) -> ShadowPeftConfig:
         if peft_config.task_type is None:
             raise ConfigError("task_type is missing; set it to 'CAUSAL_LM' or 'SEQ_CLS'")
-        if peft_config.weights_file is not None and isinstance(self.model, PeftModel):
+        inside = self.model.peft_config.values() if isinstance(self.model, PeftModel) else ()
+        if inside and (peft_config.weights_file is not None or any(isinstance(c, ShadowPeftConfig) for c in inside)):
             raise ConfigError(
-                "the base is a PeftModel, which holds adapters already; add this one with model.load_adapter(folder, "
-                "adapter_name), or pass the base that model.unload() gives"
+                "the base is a PeftModel, which holds adapters already; add this one with its load_adapter(folder, name) or "
+                "add_adapter(name, config), or pass the base that its unload() gives"
             )
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         check_bare(self.model)
@@ -276,7 +278,8 @@ class ShadowModel(BaseTuner):
             settings = Speculation() if speculative is True else speculative
             if kwargs.get("assistant_model") is not None or kwargs.get("custom_generate") is not None:
                 raise ConfigError("speculative=True was passed with assistant_model or custom_generate; leave one out")
-            kwargs["custom_generate"] = partial(speculate, settings=settings, streamer=kwargs.get("streamer"))
+            drafted = partial(speculate, settings=settings, streamer=kwargs.get("streamer"))
+            kwargs = {**stopped_by_texts(self.model, kwargs), "custom_generate": drafted}
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -370,31 +373,3 @@ class ShadowModel(BaseTuner):
         if hub is not None:
             hub.renew(adapter_name)
         return mapped
-
-
-@contextmanager
-def clean_on_failure(model: nn.Module) -> Iterator[None]:
-    """If a first adapter cannot be attached or loaded, take what exists of it out of ``model`` again."""
-    first = not hasattr(model, "peft_config")
-    try:
-        yield
-    except BaseException:
-        if first:
-            remove(model)
-        raise
-
-
-def remove(model: nn.Module) -> None:
-    """Take hub, links, hooks and ``modules_to_save`` of every adapter out of ``model``; its own modules never changed."""
-    for handle in getattr(model, HANDLES, []):
-        handle.remove()
-    for name in (HANDLES, "peft_config"):
-        if hasattr(model, name):
-            delattr(model, name)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.original_module)
-        for part in ("shadow_hub", "shadow_link"):
-            if part in getattr(module, "_modules", {}):
-                del module._modules[part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,7 +194,16 @@ def overridden(content: Any, settings: Sequence[str]) -> Any:
             place[key] = yaml.load(value, Loader=RunLoader)
         except yaml.YAMLError:
             raise ConfigError(f"{quote(value)} is no value for '{name}'; quote it as YAML does") from None
-    return content
+    return _at_home(content)
+
+
+def _at_home(content: Any) -> Any:
+    """``~/`` at the beginning of a path as the user's home, at any depth; texts such as a system message stay."""
+    if isinstance(content, dict):
+        return {key: value if key == "system" else _at_home(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_at_home(each) for each in content]
+    return os.path.expanduser(content) if isinstance(content, str) and re.match(r"~[\w.-]*/", content) else content
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -203,6 +213,8 @@ def read_yaml(path: str | Path) -> Any:
         ConfigError: if it is missing or not YAML.
     """
     file = Path(path)
+    if file.is_dir() and (file / "config.yaml").is_file():
+        raise ConfigError(f"'{file}' is the folder of a run; give its run file, or '{file / 'config.yaml'}'")
     if not file.is_file():
         raise ConfigError(f"run file '{file}' does not exist; check the path")
     try:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from shadowpeft.errors import UnsupportedModelError
+from shadowpeft.errors import ConfigError, UnsupportedModelError
+from shadowpeft.messages import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,16 @@ def classifier_of(model: nn.Module) -> nn.Linear:
 
 
 def full_names(model: nn.Module, endings: list[str]) -> list[str]:
-    """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's."""
+    """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's.
+
+    Raises:
+        ConfigError: if the base has no module of a name, other than those that PEFT itself looks for in a classifier.
+    """
     names = [name for name, _ in model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name]
     matching = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
+    lost = next((name for (name, *_) in matching if name not in (*names, *CLASSIFIERS)), None)
+    if lost is not None:
+        raise ConfigError(
+            f"modules_to_save names '{lost}', which the base does not have{did_you_mean(lost, names)}; name a module of it"
+        )
     return sorted({name for group in matching for name in group})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from shadowpeft.core.speculation import Gate
 from shadowpeft.errors import ConfigError
@@ -134,3 +137,18 @@ def draft_cost(model: Any, head: DraftHead, adapter: str | None = None) -> float
     }
     shadow = sum(p.numel() for p in backbone.parameters() if id(p) not in tables)
     return (shadow + (rows if named is None else len(named)) * width) / (base + shadow + rows * width)
+
+
+def stopped_by_texts(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``generate`` with the criterion of ``stop_strings`` made: it loses the tokenizer of a decoding loop of one's
+    own (transformers 5.23)."""
+    tokenizer = given.get("tokenizer")
+    config = given.get("generation_config") or model.generation_config
+    texts = given.get("stop_strings") or config.stop_strings
+    if tokenizer is None or not texts:
+        return given
+    config = copy.deepcopy(config)
+    config.stop_strings = None
+    rest = {name: value for name, value in given.items() if name not in ("tokenizer", "stop_strings")}
+    criteria = [*(given.get("stopping_criteria") or []), StopStringCriteria(tokenizer, texts)]
+    return {**rest, "generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
