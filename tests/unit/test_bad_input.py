@@ -158,7 +158,7 @@ def test_unknown_settings_come_with_a_suggestion():
         ({"shadow_model": torch.nn.Linear(2, 2)}, "Linear"),
         ({"shadow_init": "base_layers", "shadow_num_hidden_layers": 9}, "9 layers"),
         ({"modules_to_save": ["lm_head"], "shadow_model": "no/such-model"}, "no/such-model"),
-        ({"modules_to_save": ["lm_haed"]}, "names 'lm_haed', which the base does not have.* did you mean 'lm_head'"),
+        ({"modules_to_save": ["lm_haed"]}, "names 'lm_haed', which the base does not have.*did you mean 'lm_head'"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, str) else "",
 )
@@ -167,6 +167,7 @@ def test_settings_that_do_not_fit_the_base(fields, message):
         adapt(base("llama"), **fields)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify|Already found a `peft_config`")
 def test_a_shadow_beside_a_shadow_is_refused_where_it_is_attached():
     """As when a cell of a notebook runs a second time: what would be saved could not be loaded."""
     with pytest.raises(ConfigError, match="the base is a PeftModel, which holds adapters already"):
