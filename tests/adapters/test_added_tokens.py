@@ -144,6 +144,17 @@ def test_other_names_work(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
 
 
+@pytest.mark.filterwarnings("ignore:the base's weights differ")
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_tokens_that_were_added_after_the_adapter_are_saved_with_it(name: str, tmp_path: Path) -> None:
+    model = adapt(AutoModelForCausalLM.from_pretrained(FOLDERS[name])).eval()
+    model.resize_token_embeddings(V + 4, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(grown(name, seed=5), tmp_path).eval()
+    ids = _with_new_tokens()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_a_shadows_own_table_does_not_grow_with_the_bases() -> None:
     model = adapt(base(), share_embeddings=False).eval()
     before = model(input_ids=tokens()).logits

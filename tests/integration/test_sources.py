@@ -156,7 +156,7 @@ def test_a_split_that_a_single_file_does_not_have_is_refused(made, split):
 
 
 def test_a_missing_column_names_those_there_are(made):
-    with pytest.raises(DataError, match=r"row 1 has no column 'questoin' \(did you mean 'question'\?\); there are answer, id"):
+    with pytest.raises(DataError, match=r"line 1 has no column 'questoin' \(did you mean 'question'\?\); there are answer, id"):
         list(rows_of(Source(path=made["folder"], columns={"prompt": "questoin", "response": "answer"})))
     with pytest.raises(DataError, match=r"line 1 has no column 'a'"):
         list(rows_of(Source(path=made["plain"], columns={"prompt": "a"})))
@@ -338,3 +338,50 @@ def test_what_cannot_be_streamed(made, tmp_path, sections, message):
     assert message in str(refused.value)
 
 
+
+
+def folder_of(tmp_path, files):
+    folder = tmp_path / "rows"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_cells_of_a_folder_are_those_of_its_files(tmp_path):
+    """The datasets library would read numbers, absent values and one kind of file alone."""
+    table = "prompt,response\n2+2,04\nnothing?,null\n"
+    folder = folder_of(tmp_path, {"a.csv": table, "b.jsonl": '{"prompt": "c", "response": "d"}\n', "README.md": "# Rows"})
+    rows = [(row["prompt"], row["response"]) for _, row in rows_of(Source(path=str(folder)))]
+    assert sorted(rows) == [("2+2", "04"), ("c", "d"), ("nothing?", "null")]
+    assert len(list(rows_of(Source(path=str(folder), split="train[:2]")))) == 2
+    (folder / "a.csv").write_text("prompt,response\na,b,c\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 2 has 3 cells but the header has 2 names"):
+        list(rows_of(Source(path=str(folder))))
+    kept = [row for _, row in rows_of(Source(path=str(folder)), keep_damaged=True)]
+    assert sorted(isinstance(row, DataError) for row in kept) == [False, True]
+
+
+def test_splits_of_a_folder_are_those_of_its_names(tmp_path):
+    line = '{"prompt": "%s", "response": "b"}\n'
+    parts = ("train", "test")
+    folder = folder_of(tmp_path, {f"{part}/{part}-{n}.jsonl": line % f"{part}{n}" for part in parts for n in (1, 2)})
+    for part in parts:
+        rows = [row["prompt"] for _, row in rows_of(Source(path=str(folder), split=part))]
+        assert sorted(rows) == [f"{part}1", f"{part}2"]
+
+
+def test_a_file_that_is_of_no_split_is_named(tmp_path):
+    line = '{"prompt": "a", "response": "b"}\n'
+    folder = folder_of(tmp_path, {"train.jsonl": line, "more.jsonl": line})
+    with pytest.raises(DataError, match=r"has the file 'more.jsonl', which is of none of the splits .* \(train\); name it"):
+        list(rows_of(Source(path=str(folder))))
+
+
+def test_what_datasets_cannot_read_says_why(tmp_path):
+    folder = folder_of(tmp_path, {"a.json": '[{"prompt": "a"}, {"prom'})
+    with pytest.raises(DataError, match=r"when decoding .*; correct them, or the files"):
+        list(rows_of(Source(path=str(folder))))
+    datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="was written by save_to_disk, which keeps no splits"):
+        list(rows_of(Source(path=str(tmp_path / "saved"))))

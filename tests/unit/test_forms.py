@@ -272,6 +272,19 @@ def test_data_check_of_a_run_file_shows_what_that_run_would_learn(monkeypatch, c
     assert (code, "'data.max_length=50' was given beside" in err) == (2, True)
 
 
+@pytest.mark.parametrize("command", [("data", "check"), ("plan",), ("train",)])
+def test_rows_that_the_base_cannot_read_are_refused_by_every_command(command, monkeypatch, capsys, tmp_path):
+    base = save_base(tmp_path / "base", max_position_embeddings=64)
+    rows = written(tmp_path, ".jsonl", [PAIR, {**PAIR, "prompt": "sit " * 80}])
+    content = {"base": base, "data": {"train": str(rows), "max_length": 4000}, "output": str(tmp_path / "run")}
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    code, _, err = call(monkeypatch, capsys, *command, tmp_path / "run.yaml")
+    assert code == 2
+    assert "1 of 2 rows have more tokens than the base reads, which is 64" in " ".join(err.split())
+    assert "lower data.max_length to 64" in " ".join(err.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_learnt_has_the_colour_of_who_learns_it():
     from chatbase import chat_tokenizer
     from shadowpeft.apps.data import coloured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -66,10 +67,8 @@ def rows_of(source: Source, *, streaming: bool = False, keep_damaged: bool = Fal
             f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write data.train: "
             f"{{hub: {source.path}}}"
         )
-    if source.is_file:
-        rows = _rows_of_file(source, streaming, keep_damaged)
-    else:
-        rows = _rows_of_datasets(source, streaming)
+    files = [Path(str(source.path))] if source.is_file else _files_of_folder(source)
+    rows = _rows_of_datasets(source, streaming) if files is None else _rows_of_files(files, source, streaming, keep_damaged)
     return _with_columns(source, rows, keep_damaged) if source.columns else rows
 
 
@@ -106,13 +105,53 @@ def _no_column(theirs: str, there: Collection[str]) -> str:
     return f"no column '{theirs}'{did_you_mean(theirs, known)}; there are {', '.join(known)}, correct data's 'columns'"
 
 
-def _rows_of_file(source: Source, streaming: bool, keep_damaged: bool) -> Iterator[tuple[str, Any]]:
-    """Rows of a single file, or of the part of them that the split names."""
-    rows = rows_in(str(source.path), keep_damaged=keep_damaged)
-    return rows if source.split == "train" else _part(source, rows, streaming)
+def _files_of_folder(source: Source) -> list[Path] | None:
+    """The files of the split, if a folder holds JSON lines and CSV and nothing else; None: the ``datasets`` library reads it.
+
+    It would guess the types of cells, and read files of one kind alone. The splits are those that it sees in the names.
+
+    Raises:
+        DataError: if a file belongs to no split.
+    """
+    if source.path is None or source.config is not None:
+        return None
+    folder = Path(source.path)
+    inside = [file for file in folder.rglob("*") if file.is_file()]
+    found = {f for f in inside if not any(part[0] in "._" for part in f.relative_to(folder).parts)}
+    card = folder / "README.md"
+    if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return None  # it says which files there are
+    found -= {file for file in found if file.suffix.lower() == ".md" or file.stem.upper() == "LICENSE"}
+    if not found or any(file.suffix.lower() not in (".jsonl", ".csv") for file in found):
+        return None
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    splits = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    known = {Path(file): name for name, files in splits.items() for file in files}
+    lost = min((file for file in found if file.resolve() not in {each.resolve() for each in known}), default=None)
+    if lost is not None:
+        raise DataError(
+            f"'{folder}' has the file '{lost.relative_to(folder)}', which is of none of the splits that the other names say "
+            f"({', '.join(sorted(map(str, splits)))}); name it for one, such as train-2{lost.suffix}, or give single files"
+        )
+    return [file for file, name in known.items() if name == _name(source.split)] or None
 
 
-def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool) -> Iterator[tuple[str, Any]]:
+def _name(split: str) -> str:
+    """The split without the part of it."""
+    return split.partition("[")[0]
+
+
+def _rows_of_files(
+    files: list[Path], source: Source, streaming: bool, keep_damaged: bool
+) -> Iterator[tuple[str, Any]]:
+    """Rows of files that are one split, or of the part of them that the source names."""
+    rows = itertools.chain.from_iterable(rows_in(file, keep_damaged=keep_damaged) for file in files)
+    name = "train" if source.is_file else _name(source.split)
+    return rows if source.split == name else _part(source, rows, streaming, name)
+
+
+def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool, name: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     if streaming:
@@ -122,11 +161,12 @@ def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool) -> I
         )
     found = list(rows)
     try:
-        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": len(found)})
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(found)})
     except ValueError as error:
         raise DataError(
-            f"'{source.path}' is a single file, all {len(found)} rows of which are the split 'train', but its split is "
-            f"'{source.split}' ({shorten(error).rstrip('.')}); leave it out or write a part such as train[:75%]"
+            f"'{source.path}' is {'a single file' if source.is_file else 'a folder'}, all {len(found)} rows of which are the "
+            f"split '{name}', but its split is '{source.split}' ({shorten(error).rstrip('.')}); leave it out or write a part "
+            f"such as {name}[:75%]"
         ) from error
     for part in parts:
         yield from found[part.from_ : part.to]
@@ -160,6 +200,11 @@ def load(source: Source, streaming: bool) -> Any:
     import datasets
 
     name = str(source.hub or source.path)
+    if source.path is not None and (Path(source.path) / "state.json").is_file():
+        raise DataError(
+            f"'{name}' was written by save_to_disk, which keeps no splits; write it with to_json or to_parquet, or save a "
+            "DatasetDict"
+        )
     try:
         return datasets.load_dataset(
             name, source.config, split=source.split, revision=source.revision, streaming=streaming
@@ -172,7 +217,8 @@ def load(source: Source, streaming: bool) -> Any:
                 f"{'may not be asked (HF_HUB_OFFLINE is set)' if offline else 'cannot be reached'}: {shorten(error)}; fetch it "
                 "once with the network, or give files as data.train"
             ) from error
+        why = error.__cause__ or error
         raise DataError(
             f"the data set '{name}' cannot be opened with config {source.config!r}, split {source.split!r} and revision "
-            f"{source.revision!r} ({shorten(error)}); correct them"
+            f"{source.revision!r} ({shorten(why)}); correct them, or the files"
         ) from error

@@ -282,6 +282,14 @@ class ShadowModel(BaseTuner):
             kwargs = {**stopped_by_texts(self.model, kwargs), "custom_generate": drafted}
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the base; the adapters on it are saved as those of a base with so many tokens."""
+        table = self.model.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
+        identity = fingerprint(self.model, find_decoder(self.model))
+        for config in self.peft_config.values():
+            config.base_fingerprint = identity  # type: ignore[attr-defined]
+        return table
+
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' continuous batching is refused: its paged cache has no room for a shadow's layers.
 

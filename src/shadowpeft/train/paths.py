@@ -1,11 +1,15 @@
-"""Whether each path of a run has what it is to learn from and to be compared by; asked before training."""
+"""Whether each path of a run has what it is to learn from and to be compared by, and rows that the base can read; asked before
+training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import AutoConfig
+
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.hf.base.aliases import source_of
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.rows import RunData
 
@@ -19,7 +23,7 @@ def learns(sequences: Iterable[Any], path: str) -> bool:
 
 
 def check_paths(run: RunConfig, data: RunData) -> None:
-    """Refuse a run that would train nothing, or that compares evaluations of a path without targets.
+    """Refuse a run that would train nothing, that compares evaluations of a path without targets, or whose rows are too long.
 
     Of rows that are streamed not all are known, so what they lack is not told.
 
@@ -27,6 +31,7 @@ def check_paths(run: RunConfig, data: RunData) -> None:
         ConfigError, DataError: naming the setting and the rows that contradict it.
     """
     t, known = run.training, data.stream is None
+    _check_lengths(run, data)
     if known and run.shadow.auxiliary_loss_weight == 0 and not learns(data.training, "attached"):
         raise ConfigError(
             "shadow.auxiliary_loss_weight is 0 but every row of data.train is for the shadow alone, so nothing would train; "
@@ -45,3 +50,15 @@ def check_paths(run: RunConfig, data: RunData) -> None:
                 f"training.{key} compares the {t.best_by} path (training.best_by) but every row of data.{part} has path: "
                 f"{only}, so its loss says nothing; set best_by: {other}, or add rows for both paths"
             )
+
+
+def _check_lengths(run: RunConfig, data: RunData) -> None:
+    config = AutoConfig.from_pretrained(source_of(run.base), trust_remote_code=False)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = [len(sequence.ids) for sequence in data.training + (data.validation or [])]
+    long = [length for length in lengths if limit is not None and length > limit]
+    if long:
+        raise DataError(
+            f"{len(long)} of {len(lengths)} rows have more tokens than the base reads, which is {limit} (the longest has "
+            f"{max(long)}); lower data.max_length to {limit}"
+        )

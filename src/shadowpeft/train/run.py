@@ -19,7 +19,7 @@ from shadowpeft.data.class_rows import ClassRows
 from shadowpeft.data.frequent import frequent_tokens
 from shadowpeft.data.packed import pack
 from shadowpeft.ends import end_tokens
-from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.evaluate import evaluate_task
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base, of_labels, pad_with
@@ -151,10 +151,6 @@ def train(
         model.peft_config["default"].draft_tokens = frequent_tokens(s.learnt for s in data.training if s.base) or None
     if run.data.packing:
         check_packing(model)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(s.ids) for s in data.training + (data.validation or []))
-    if limit is not None and longest > limit:
-        raise DataError(f"a row has {longest} tokens but the base reads {limit}; lower data.max_length to {limit}")
     with exclusive(folder):
         last = _start_or_resume(run, folder, resume)  # again: another process may have begun while this one loaded
         write_records(folder, run, data.record)

@@ -125,7 +125,7 @@ def _mismatch(recorded: dict[str, Any], actual: dict[str, Any]) -> str | None:
         if distance > SAME:
             warnings.warn(
                 f"the base's weights differ from those the adapter was trained on by {distance:.2g} (relative, {name}); this "
-                "is expected for a quantised copy, otherwise check that this is the right base",
+                "is expected for a quantised copy or with added tokens, otherwise check that this is the right base",
                 stacklevel=3,
             )
     return None
