@@ -8,34 +8,62 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries
+from shadowpeft.apps.export import Vocabulary
 from shadowpeft.data import robot_tools
 from shadowpeft.data.call_guide import Engine
+from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import prompt_ids, with_system
+from shadowpeft.evaluate.calls import judge
 
 RECORD = Path(__file__).parents[1] / "docs" / "records" / "robot-tools-speed.json"
 
 
 def main() -> None:
+    """Detach, export, measure, record."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("adapter")
     arguments.add_argument("--rows", type=int, default=40)
+    arguments.add_argument("--note", default="")
     given = arguments.parse_args()
     quiet_libraries()
     import torch
-    from transformers import DynamicCache
 
     import shadowpeft
+    from shadowpeft import export
     from shadowpeft.runtime import environment, prepare_cpu
+    from shadowpeft.serve.loading import load_edge
 
     prepare_cpu()
     torch.set_num_threads(1)
     tokenizer = load_tokenizer_of(given.adapter, None)
     model = shadowpeft.detach(shadowpeft.load(given.adapter, None)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        small, words, _ = Vocabulary("robot_tools_large").trim(model, tokenizer)
+        export.write("hf", small, words, Path(folder) / "small", "f32")
+        exported = load_edge(str(Path(folder) / "small"))
+    models = {"as detached": (model, tokenizer), "exported, with fewer tokens": exported}
+    record = {
+        "rows": given.rows,
+        "layers": model.config.num_hidden_layers,
+        "models": {name: measure(*each, given.rows) for name, each in models.items()},
+        "note": given.note,
+        "environment": environment(),
+    }
+    print(json.dumps(record, indent=1))
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(model: Any, tokenizer: Any, wanted: int) -> dict[str, Any]:
+    """What answers to ``wanted`` validation rows cost, in processor time."""
+    import torch
+    from transformers import DynamicCache
+
     began = time.process_time()
     engine = Engine(tokenizer, model.config.vocab_size)
     made = time.process_time()
@@ -46,6 +74,7 @@ def main() -> None:
     prompts: list[float] = []
     whole: list[float] = []
     tokens: list[int] = []
+    right = 0
 
     def timed(into: list[float], work: Any) -> Any:
         start = time.process_time()
@@ -53,9 +82,11 @@ def main() -> None:
         into.append(time.process_time() - start)
         return result
 
-    rows = robot_tools.load("validation")[: given.rows + 2]
+    rows = robot_tools.load("validation")[: wanted + 2]
+    parser = CallParser(robot_tools.tools())
     for number, row in enumerate(rows):
         if number == 2:  # the first two warm up
+            right = 0
             for times in (guiding, passes, prompts, whole, tokens):
                 times.clear()  # type: ignore[attr-defined]
         start = time.process_time()
@@ -77,9 +108,12 @@ def main() -> None:
                 path += unread
         whole.append(time.process_time() - start)
         tokens.append(len(path))
-    record = {
-        "rows": len(whole),
-        "tokens_of_an_answer": statistics.mean(tokens),
+        found = parser.found(tokenizer.decode(path))
+        right += judge(found and found.calls, robot_tools.calls_of_row(row)).exact
+    return {
+        "parameters": model.num_parameters(),
+        "right": right,
+        "tokens_of_an_answer": round(statistics.mean(tokens), 2),
         "engine_seconds": round(made - began, 3),
         "grammar_seconds": round(compiled - made, 3),
         "milliseconds": {
@@ -91,10 +125,7 @@ def main() -> None:
         },
         "guiding_share_of_a_pass": round(2 * statistics.mean(guiding) / statistics.mean(passes), 4),
         "guiding_share_of_a_decision": round(sum(guiding) / sum(whole), 4),
-        "environment": environment(),
     }
-    print(json.dumps(record, indent=1))
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _next(guide: Any, path: list[int]) -> tuple[list[int], Any]:

@@ -375,7 +375,7 @@ def nowhere():
 def test_without_a_cloud_an_agent_comes_to_its_end(away):
     """A device that has learnt actions alone would call again after each result."""
     with Running(build(edge_role(nowhere() if away else None), Settings(NOBODY))) as running:
-        for results in (["done"], ["one", "two\nthree"], [""], ["<|im_end|> 站"]):
+        for results in (["done"], ["so " * 70], ["one", "two\nthree"], [""], ["<|im_end|> 站"]):
             said = "\n".join(results)
             got = ask(running, messages=returned(*results))
             (choice,), note = got.choices, got.model_extra["shadowpeft"]

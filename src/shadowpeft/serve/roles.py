@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
@@ -199,8 +200,12 @@ class EdgeRole(Role):
         self, asked: Asked, ids: list[int], sampling: SamplingParams, note: dict[str, Any], began: float
     ) -> Reply:
         """What the tools have said: a device that has learnt actions alone would call again, and again."""
-        text = self._tokenizer(result_of(asked), add_special_tokens=False, split_special_tokens=True).input_ids
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        encode = partial(self._tokenizer, result_of(asked), **options)
+        text = (await asyncio.get_running_loop().run_in_executor(self._threads, encode)).input_ids
         said = Saying([*text, min(self.engine.backend.stop_token_ids)])
+        if not asked.wanted_tokens:  # it costs no pass
+            sampling = replace(sampling, max_tokens=max(1, min(self.engine.limits.new_tokens, self.room(ids))))
         generation = Generation().start(self.engine, ids, asked.model, sampling, actions=said)
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
