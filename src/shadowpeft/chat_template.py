@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from shadowpeft.errors import DataError
 from shadowpeft.json_text import parse_json
@@ -31,8 +31,8 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, Any]], **options: Any
     """
     if tokenizer.chat_template is None:
         raise DataError(
-            "the tokenizer has no chat template, so prompts cannot be rendered or masked; set tokenizer.chat_template or "
-            "use an instruction-tuned base"
+            "the tokenizer has no chat template, so prompts cannot be rendered or masked; set data.chat_template in the run "
+            "file (plain, or a file with one), or tokenizer.chat_template, or use an instruction-tuned base"
         )
     return render(tokenizer, messages, add_generation_prompt=True, **options)
 
@@ -54,6 +54,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options}))
     except TemplateError as error:
+        if isinstance(error, TemplateSyntaxError):
+            raise DataError(f"the chat template of the tokenizer cannot be read ({error}); correct it") from error
         roles = ", ".join(m["role"] for m in messages)
         raise RefusedByTemplate(
             f"the chat template refuses messages with the roles {roles} ({error}); reorder them"

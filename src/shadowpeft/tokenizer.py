@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.aliases import looked_up, source_of
 from shadowpeft.messages import shorten
+
+PLAIN = (
+    "{% for message in messages %}### {{ message['role'] | capitalize }}\n{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
+)
+"""A chat template for bases that have none: a heading for each turn, and the end of text after an answer."""
 
 
 class Readable:
@@ -32,11 +41,14 @@ class Readable:
             raise ConfigError(f"{self.what} could not be loaded: {reason}{self.advice}") from error
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, template: str | None = None) -> Any:
     """The tokenizer of an alias, a folder or a Hub id, with a pad token.
 
+    Args:
+        template: a chat template in the place of its own: "plain" (:data:`PLAIN`), or a file with one.
+
     Raises:
-        ConfigError: if it cannot be loaded, or has neither a pad nor an eos token.
+        ConfigError: if it cannot be loaded, or has neither a pad nor an eos token; if the template cannot be read or used.
     """
     source = source_of(name)
     with Readable(f"the tokenizer of '{name}'", advice=looked_up(name)):
@@ -45,4 +57,27 @@ def load_tokenizer(name: str) -> Any:
         if tokenizer.eos_token is None:
             raise ConfigError(f"the tokenizer of '{name}' has neither a pad nor an eos token; give it one of them")
         tokenizer.pad_token = tokenizer.eos_token
+    if template is not None:
+        _give_template(tokenizer, template)
     return tokenizer
+
+
+def _give_template(tokenizer: Any, name: str) -> None:
+    if name == "plain":
+        if tokenizer.eos_token is None:
+            raise ConfigError("data.chat_template is 'plain' but the tokenizer has no eos token to end turns; give a file")
+        tokenizer.chat_template = PLAIN
+        return
+    try:
+        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template is '{name}', which is no readable file ({shorten(error)}); give a file, or plain"
+        ) from error
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(f"the chat template '{name}' cannot be used: {shorten(error)}; correct it") from error
+    if not ("a" in text and "b" in text):
+        raise ConfigError(f"the chat template '{name}' does not write what messages say; correct it")

@@ -209,7 +209,7 @@ def tokenizers(report: Report, model: Any, adapter: str, base: str | None) -> An
             there,
             "chat template",
             "present" if there else "missing or none called 'default': the commands cannot render prompts",
-            "set tokenizer.chat_template, or use an instruction-tuned base",
+            "set tokenizer.chat_template (a run file: data.chat_template), or use an instruction-tuned base",
             otherwise=WARNING,
         )
     if own is not None and of_base is not None:

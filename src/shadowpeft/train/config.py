@@ -64,7 +64,7 @@ class RunConfig(StrictSection):
     def _of_its_task(self) -> RunConfig:
         data, t = self.data, self.training
         if self.task_type == "SEQ_CLS":
-            for key in ("system", "tools", "call_form", "assistant_only_loss", "packing", "shadow_answers"):
+            for key in ("system", "chat_template", "tools", "call_form", "assistant_only_loss", "packing", "shadow_answers"):
                 if getattr(data, key):
                     raise ValueError(f"task_type is SEQ_CLS but data.{key} is of conversations; leave it out")
             if data.train in PACKAGED:

@@ -131,7 +131,7 @@ def train(
     check_loggers(t.report_to)
     check_optimizer(t.optimizer)
 
-    tokenizer = load_tokenizer(run.base)
+    tokenizer = load_tokenizer(run.base, run.data.chat_template)
     data = load_run_data(run, tokenizer, console.print)
     if last is not None:
         _check_same_data(data.record, folder)

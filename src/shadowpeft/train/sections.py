@@ -82,6 +82,8 @@ class DataConfig(StrictSection):
     """Longest sequence in tokens."""
     too_long: Literal["error", "skip", "cut"] = "error"
     """What happens to longer rows; "cut" is for texts that are classified."""
+    chat_template: str | None = None
+    """In the place of the base's: a file with one, or "plain", for bases that have none."""
     system: str | None = None
     """System message for rows that bring none."""
     assistant_only_loss: bool = False
