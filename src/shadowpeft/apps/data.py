@@ -198,6 +198,8 @@ def _examined(
     """What there is to say of all rows, and the first ``show`` of them with a sequence each."""
     from shadowpeft.data import chat
 
+    if not rules.classes and rules.tokenizer.chat_template is None:
+        chat.render_prompt(rules.tokenizer, [])  # says once what every row would say
     forms: Counter[str] = Counter()
     paths: Counter[str] = Counter()
     labels: Counter[str] = Counter()
