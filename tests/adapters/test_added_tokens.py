@@ -155,6 +155,16 @@ def test_tokens_that_were_added_after_the_adapter_are_saved_with_it(name: str, t
     torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:the base's weights differ")
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_a_base_that_is_loaded_along_gets_room_for_the_tokens(name: str, tmp_path: Path) -> None:
+    model = adapt(grown(name)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = shadowpeft.load(tmp_path, FOLDERS[name]).eval()
+    ids = _with_new_tokens()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
 def test_a_shadows_own_table_does_not_grow_with_the_bases() -> None:
     model = adapt(base(), share_embeddings=False).eval()
     before = model(input_ids=tokens()).logits

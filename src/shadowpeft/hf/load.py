@@ -89,6 +89,18 @@ def _padded(base: Any, config: ShadowPeftConfig) -> nn.Module:
     return base  # type: ignore[no-any-return]
 
 
+def _grown(base: Any, config: ShadowPeftConfig, weights: Path) -> nn.Module:
+    """A base of ours with room for the tokens that the adapter was trained with, if its file brings them."""
+    shapes = (config.base_fingerprint or {}).get("shapes")
+    wanted = shapes.get("vocab_size") if isinstance(shapes, dict) else None
+    table = base.get_input_embeddings()
+    own = next((name for name, module in base.named_modules() if module is table), "")
+    brought = [entry.shape[:1] for name, entry in read_header(weights).items() if own and name.endswith(f".{own}.weight")]
+    if type(wanted) is int and wanted > base.config.get_text_config().vocab_size and (wanted,) in map(tuple, brought):
+        base.resize_token_embeddings(wanted, mean_resizing=False)
+    return base  # type: ignore[no-any-return]
+
+
 def load(
     adapter: str | Path,
     base: nn.Module | str | Path | None = None,
@@ -135,12 +147,14 @@ def load(
     if config.base_alias is not None and not is_alias(config.base_alias):
         raise ConfigError(f"base_alias is {quote(config.base_alias)}, which is no built-in base; pass base=")
     task = str(getattr(config.task_type, "value", config.task_type))
-    classes = _classes(config, config.weights_file)
+    classes, given = _classes(config, config.weights_file), isinstance(base, nn.Module)
     if base is None:
         named, options = named_base(config)
         base = _padded(load_base(named, task, **options, **classes), config)
     elif not isinstance(base, nn.Module):
         base = _padded(load_base(base, task, **classes), config)
+    if not given:
+        base = _grown(base, config, config.weights_file)
     if shadow_model is not None:
         config.shadow_model = shadow_model
     folder = adapter if not Path(adapter).is_dir() else Path(adapter)
