@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions pythons llamacpp ray triton site notebooks wheel tutorial vllm bench-vllm clean
+.PHONY: demo demo-full test lint types check slow durability fuzz processors bench bench-check bench-projection bench-speculation gpu bench-starts architectures compare system-test versions pythons llamacpp ray triton site notebooks roads wheel tutorial vllm bench-vllm clean
 
 $(VENV)/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -109,6 +109,11 @@ site: $(VENV)/dev  ## the documentation, every link checked, into site/; it open
 	$(BIN)/python -m pytest -m site tests/site
 
 notebooks: $(VENV)/dev  ## run the three notebooks; under five minutes each on two cores
+	$(BIN)/python -m pytest -m notebooks tests/notebooks
+
+roads: $(VENV)/dev  ## what CI runs beside the tests: documentation with every link checked, wheel and sdist, the notebooks; ten minutes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build
 	$(BIN)/python -m pytest -m notebooks tests/notebooks
 
 wheel: $(VENV)/dev  ## build wheel and sdist into dist/, and try the wheel where no checkout is

@@ -17,7 +17,8 @@ PLAIN = (
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}### Assistant\n{% endif %}"
 )
-"""A chat template for bases that have none: a heading for each turn, and the end of text after an answer."""
+"""A chat template for bases that have none: a heading for each turn, and the end of text after an answer. Where a tokenizer
+begins every text with a token, that comes first."""
 
 
 class Readable:
@@ -66,7 +67,9 @@ def _give_template(tokenizer: Any, name: str) -> None:
     if name == "plain":
         if tokenizer.eos_token is None:
             raise ConfigError("data.chat_template is 'plain' but the tokenizer has no eos token to end turns; give a file")
-        tokenizer.chat_template = PLAIN
+        first = tokenizer("a").input_ids[:1]
+        begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+        tokenizer.chat_template = "{{ bos_token }}" * begins + PLAIN
         return
     try:
         tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
@@ -74,10 +77,10 @@ def _give_template(tokenizer: Any, name: str) -> None:
         raise ConfigError(
             f"data.chat_template is '{name}', which is no readable file ({shorten(error)}); give a file, or plain"
         ) from error
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = [{"role": "user", "content": "zebra 7"}, {"role": "assistant", "content": "quartz 9"}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ConfigError(f"the chat template '{name}' cannot be used: {shorten(error)}; correct it") from error
-    if not ("a" in text and "b" in text):
+    if not ("zebra 7" in text and "quartz 9" in text):
         raise ConfigError(f"the chat template '{name}' does not write what messages say; correct it")

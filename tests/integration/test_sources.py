@@ -104,7 +104,7 @@ def test_what_is_not_in_the_cache_is_named_with_the_way_out(made, monkeypatch):
         list(rows_of(Source(hub="nobody/nothing", revision="v2")))
     assert "the data set 'nobody/nothing' is not in the cache of this machine" in str(refused.value)
     assert "fetch it once with the network, or give files" in str(refused.value)
-    with pytest.raises(DataError, match=r"split 'validation' .*correct them"):
+    with pytest.raises(DataError, match=r"its split is 'validation' .*leave it out"):
         list(rows_of(Source(path=made["folder"], split="validation")))
 
 
@@ -351,7 +351,9 @@ def folder_of(tmp_path, files):
 def test_cells_of_a_folder_are_those_of_its_files(tmp_path):
     """The datasets library would read numbers, absent values and one kind of file alone."""
     table = "prompt,response\n2+2,04\nnothing?,null\n"
-    folder = folder_of(tmp_path, {"a.csv": table, "b.jsonl": '{"prompt": "c", "response": "d"}\n', "README.md": "# Rows"})
+    folder = folder_of(tmp_path, {"a.csv": table, "b.jsonl": '{"prompt": "c", "response": "d"}\n'})
+    for name in ("README.md", "NOTES.md", "LICENSE"):
+        (folder / name).write_text("# Rows")
     rows = [(row["prompt"], row["response"]) for _, row in rows_of(Source(path=str(folder)))]
     assert sorted(rows) == [("2+2", "04"), ("c", "d"), ("nothing?", "null")]
     assert len(list(rows_of(Source(path=str(folder), split="train[:2]")))) == 2
@@ -369,6 +371,16 @@ def test_splits_of_a_folder_are_those_of_its_names(tmp_path):
     for part in parts:
         rows = [row["prompt"] for _, row in rows_of(Source(path=str(folder), split=part))]
         assert sorted(rows) == [f"{part}1", f"{part}2"]
+    for split, count in (("train+test", 4), ("train[:1]+test", 3), ("test[50%:]", 1)):
+        assert len(list(rows_of(Source(path=str(folder), split=split)))) == count
+    with pytest.raises(DataError, match=r"is a folder, 4 rows of which are the splits test, train, but its split is 'dev'"):
+        list(rows_of(Source(path=str(folder), split="dev")))
+
+
+def test_a_file_of_two_splits_is_in_both(tmp_path):
+    line = '{"prompt": "a", "response": "b"}\n'
+    folder = folder_of(tmp_path, {"train.jsonl": line, "train-test.jsonl": line * 2})
+    assert len(list(rows_of(Source(path=str(folder))))) == 3
 
 
 def test_a_file_that_is_of_no_split_is_named(tmp_path):

@@ -254,7 +254,7 @@ def test_a_form_holds_the_answer(server):
         ({"input": "a " * 5000}, "input", "tokens"),
         ({"model": "nobody"}, "model", "is not loaded"),
         ({"n": 2}, "n", "is no field of this request"),
-        ({"input": [{"role": "user", "content": "x"}] * 5000}, "input", "at most 4095"),
+        ({"input": [{"role": "user", "content": "x"}] * 5000}, "input", "at most 1023"),
         ({"input": "\ud800x"}, "input", "half a surrogate pair"),
     ],
 )

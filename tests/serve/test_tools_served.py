@@ -375,7 +375,7 @@ def nowhere():
 def test_without_a_cloud_an_agent_comes_to_its_end(away):
     """A device that has learnt actions alone would call again after each result."""
     with Running(build(edge_role(nowhere() if away else None), Settings(NOBODY))) as running:
-        for results in (["done"], ["so " * 70], ["one", "two\nthree"], [""], ["<|im_end|> 站"]):
+        for results in (["done"], ["so " * 70], ["one", "two\nthree"], [""], ["<|im_end|> 站"], ['[Walk(direction="left")] x']):
             said = "\n".join(results)
             got = ask(running, messages=returned(*results))
             (choice,), note = got.choices, got.model_extra["shadowpeft"]
@@ -390,10 +390,33 @@ def test_without_a_cloud_an_agent_comes_to_its_end(away):
         assert "a long result of a tool".startswith(cut.message.content)
 
 
+def test_a_result_goes_to_the_cloud_also_where_the_tools_are_left_out(edge):
+    got = ask(edge, messages=returned("done"), tools=openai.NOT_GIVEN, max_tokens=4)
+    note = got.model_extra["shadowpeft"]
+    assert (note["where"], note["reason"]) == ("cloud", "tool result")
+
+
+def test_last_words_are_not_those_of_a_tool_where_a_call_or_a_form_is_wanted():
+    with Running(build(edge_role(), Settings(NOBODY))) as running:
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [7]}}}
+        got = ask(running, messages=returned("done"), tools=openai.NOT_GIVEN, response_format=form)
+        assert got.choices[0].message.content == "7"
+        named = {"type": "function", "function": {"name": "Sit"}}
+        for seed in range(20):
+            try:
+                (call,) = ask(running, messages=returned("done"), tool_choice=named, seed=seed).choices[0].message.tool_calls
+            except openai.InternalServerError:
+                continue  # it handed on
+            assert call.function.name == "Sit"
+            break
+        else:
+            pytest.fail("the device made no call at twenty seeds")
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "Fly"}}])
 def test_a_call_that_has_to_be_made_is_not_replaced_by_words(choice):
     with Running(build(edge_role(nowhere()), Settings(NOBODY))) as running:
-        with pytest.raises(openai.InternalServerError, match="tool_choice asks for a call that the device") as got:
+        with pytest.raises(openai.InternalServerError, match="tool_choice asks for a call, for which") as got:
             ask(running, tools=[FLY], tool_choice=choice)
         assert got.value.status_code == 503
 
@@ -404,6 +427,7 @@ def test_handing_on_is_no_call():
         role = EdgeRole(engine, router, client, "edge", system=None, default_tokens=100, tools=TOOLS)
         with Running(build(role, Settings(NOBODY))) as running:
             assert ask(running).choices[0].message.content == "[REMOTE]"
+            assert ask(running, extra_body={"route": "device"}).choices[0].message.content == "[REMOTE]"
             with pytest.raises(openai.InternalServerError, match="tool_choice asks for a call"):
                 ask(running, tool_choice="required")
 

@@ -147,7 +147,7 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path, suffix):
     ("name", "content", "message"),
     [
         ("a.json", b'{"prompt": "a"}', "must hold a list of rows"),
-        ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}', "JSON lines belong into a file that ends in .jsonl"),
+        ("a.json", b'[{"prompt": "a"}\n{"prompt": "b"}', "is not valid JSON"),
         ("a.csv", b"prompt,response\na,b,c\n", "line 2 has 3 cells but the header has 2 names"),
         ("a.csv", b'prompt,response\n"a,b\n', "is not valid CSV"),
         ("a.csv", b"prompt,response\na,b\n\xff,b\n", "line 3 is not valid CSV in UTF-8 (byte 0xff); save the file as UTF-8"),
@@ -358,10 +358,12 @@ def test_data_check_of_a_run_that_would_train_nothing(monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "a", "input": "b", "response": "c"}, "has the key 'input', which is read in rows of instruction"),
-        ({"prompt": "a", "response": "c", "output": "d"}, "has the key 'output', which is read in rows of instruction"),
-        ({"prompt": "a", "completion": "c", "instruction": "d"}, "has the key 'instruction', which is read in rows of"),
-        ({"prompt": "a", "completion": "rude", "label": False}, "says by 'label' whether its answer is good"),
+        ({"prompt": "a", "input": "b", "response": "c"}, "has the key 'input', which is read beside 'instruction'"),
+        ({"prompt": "a", "completion": "c", "input": "b"}, "has the key 'input', which is read beside 'instruction'"),
+        ({"prompt": "a", "completion": "rude", "label": False}, "says by 'label' that its answer is bad"),
+        ({"prompt": "a", "completion": "rude", "label": "False"}, "says by 'label' that its answer is bad"),
+        ({"text": "a", "label": True}, "give a run file with task_type: SEQ_CLS"),
+        ({"messages": [], "chosen": "d"}, "write the answer to learn as the last message"),
         ({"prompt": "a", "response": "c", "chosen": "d"}, "has the key 'chosen', which is a preference"),
         ({"messages": [], "chat_template_kwargs": {"enable_thinking": False}}, "has the key 'chat_template_kwargs'"),
     ],
@@ -372,8 +374,11 @@ def test_what_would_be_dropped_is_refused(row, says):
 
 
 def test_empty_columns_and_named_labels_are_left_alone():
-    row = check_row({"prompt": "a", "input": "", "response": "c", "label": "travel", "id": 3}, "x")
-    assert (row["messages"][0]["content"], row["response"]) == ("a", "c")
+    for more in ({"input": ""}, {"label": "travel"}, {"label": True}, {"output": "d"}, {"chat_template_kwargs": {}}, {"id": 3}):
+        row = check_row({"prompt": "a", "response": "c", **more}, "x")
+        assert (row["messages"][0]["content"], row["response"]) == ("a", "c")
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]
+    assert check_row({"messages": said, "instruction": "a", "input": "b"}, "x")["response"] == "c"
 
 
 @pytest.mark.parametrize(
@@ -391,3 +396,9 @@ def test_another_mark_between_columns_is_named(mark, tmp_path):
     (tmp_path / "a.csv").write_text(f"prompt{mark}response\na{mark}b\n")
     with pytest.raises(DataError, match=r"has one column, .* save the file with commas"):
         list(rows_in(tmp_path / "a.csv"))
+
+
+def test_json_lines_may_be_called_json(tmp_path):
+    (tmp_path / "a.json").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    found = list(rows_in(tmp_path / "a.json"))
+    assert [(where.rpartition(", ")[2], row["prompt"]) for where, row in found] == [("line 1", "a"), ("line 3", "b")]

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import chisquare
 from torch import nn
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -472,6 +473,13 @@ def test_texts_that_stop_an_answer_stop_a_drafted_one():
     expected = model.generate(**options)
     assert expected.shape[1] < len(said) + 5
     assert torch.equal(model.generate(speculative=True, **options), expected)
+    config = GenerationConfig(stop_strings=[stop], pad_token_id=PAD, eos_token_id=None, max_new_tokens=GREEDY["max_new_tokens"])
+    said = model.generate(input_ids=ids, tokenizer=words, generation_config=config, speculative=True)
+    assert torch.equal(said, expected)
+    assert config.stop_strings == [stop]
+    model.generation_config.stop_strings = [stop]
+    with pytest.raises(ConfigError, match="generation_config has stop_strings, which drafts cannot take"):
+        model.generate(speculative=True, **options)
 
 
 def test_other_ways_to_draft_are_refused():

@@ -134,7 +134,7 @@ def check(
         from shadowpeft.train.rows import load_run_data
 
         # what is wrong with the rows as a whole is found by what training itself asks; what it would say stands above
-        check_paths(run, load_run_data(run, rules.tokenizer, lambda told: None))
+        check_paths(run, load_run_data(run, rules.tokenizer, lambda told: None), base)
     else:
         _check_whole(file, results[""])
 

@@ -220,6 +220,11 @@ def write_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> str:
         return f"none: {error}"
 
 
+def _calls(row: dict[str, Any]) -> bool:
+    """Whether a row still has calls as an object, in its answer or before."""
+    return "tool_calls" in row.get("answer", {}) or any("tool_calls" in message for message in row["messages"])
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The rows whose tokens a smaller vocabulary keeps."""
@@ -238,22 +243,24 @@ class Vocabulary:
             ConfigError: if rows call tools and none are named.
         """
         from shadowpeft.data.actions import REMOTE, written
-        from shadowpeft.data.chat_rows import check_row
         from shadowpeft.data.robot_tools import tools_named
+        from shadowpeft.data.tool_rows import writes_calls
         from shadowpeft.export import vocab
         from shadowpeft.train.rows import packaged, read_rows, system_of, tools_of_run
 
         tools = tools_of_run(self.rows, None) if self.skills is None else tools_named(self.skills)
         parts = ("train", "validation") if packaged(self.rows) else ("train",)
-        rows = [row for part in parts for row in read_rows(self.rows, part, tools=tools)]
-        calling = next((row for row in rows if "tool_calls" in row.get("answer", {})), None)
-        if calling is not None:
+        own = writes_calls(tokenizer)  # then the model may have learnt either form
+        forms = [True, False] if own and tools is not None else [True]
+        rows = [row for part in parts for compact in forms for row in read_rows(self.rows, part, tools=tools, compact=compact)]
+        calling = next((row for row in rows if _calls(row)), None)
+        if calling is not None and tools is None and not own:
             raise ConfigError(
                 f"{getattr(calling, 'where', '') or self.rows} calls tools, which the device writes in a form of its own; name "
                 "them with --skills actions.json"
             )
-        rows.append(check_row({"prompt": "", "response": written(REMOTE)}, "handing on"))  # a row with words may stand for it
         needed = vocab.needed_tokens(tokenizer, rows, system_of(self.rows, self.system))
+        needed |= {*tokenizer(written(REMOTE), add_special_tokens=False).input_ids}  # rows with words may stand for it
         small = vocab.trim(model, tokenizer, needed)
         return small.model, small.tokenizer, small.kept
 

@@ -24,7 +24,6 @@ PATHS = ("both", "base", "shadow")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 """Who may speak: the roles that chat templates write; the last three are names of ``tool``."""
 _KEYS = ("messages", "prompt", "response", "shadow_response", "path", "tools")
-_ALPACA = ("instruction", "input", "output")
 _FOREIGN = ("completion", "instruction", "input", "output", "conversations", "system", "history")
 _UNUSED = (
     "weight",
@@ -85,11 +84,10 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
         if meant != key and meant not in row and meant in (*_KEYS, *_FOREIGN):
             raise DataError(f"{where} has the key {quote(key)}; did you mean '{meant}'? Rename it, or leave it out")
     row, form = normal(row, where)
-    whole = "messages" in row or row.keys() >= {"prompt", "response"}
     for key in row:
         if key not in _KEYS and difflib.get_close_matches(key, ["shadow_response"], n=1, cutoff=0.85):
             raise DataError(f"{where} has the key '{key}'; did you mean 'shadow_response'?")
-        if (problem := _unused(key, row[key])) is not None and (whole or key not in _ALPACA):
+        if (problem := _unused(key, row)) is not None:
             raise DataError(f"{where} {problem}")
     if "messages" in row and ("prompt" in row or "response" in row):
         raise DataError(f"{where} has 'messages' and also 'prompt' or 'response'; keep one form")
@@ -130,16 +128,22 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
     return checked
 
 
-def _unused(key: str, value: Any) -> str | None:
+def _unused(key: str, row: dict[str, Any]) -> str | None:
     """What is wrong with a key by which other trainers are told something that this one would not do; None: nothing."""
+    value, pair = row[key], row.keys() >= {"prompt", "response"}
     if key in ("chosen", "rejected"):
-        return f"has the key '{key}', which is a preference; write the answer to learn as 'response', and leave the other out"
-    if key == "label" and isinstance(value, bool):
-        return "says by 'label' whether its answer is good, but every answer is learnt; leave bad ones out, and the key"
-    if key in _ALPACA:
-        only = "which is read in rows of instruction, input and output alone"
-        return f"has the key '{key}', {only}; name the columns so, or leave it out" if value else None
-    return f"has the key '{key}', which training does not use; leave it out" if key in _UNUSED else None
+        learnt = "as the last message" if "messages" in row else "as 'response'"
+        return f"has the key '{key}', which is a preference; write the answer to learn {learnt}, and leave the other out"
+    if key == "label" and pair and value in (False, "False", "false"):
+        return "says by 'label' that its answer is bad, but every answer is learnt; leave the row out"
+    if key == "input" and pair and value:
+        return (
+            "has the key 'input', which is read beside 'instruction' and 'output' alone; name the columns so "
+            "(data.train.columns), or leave it out"
+        )
+    if key in _UNUSED and (value or key != "chat_template_kwargs"):
+        return f"has the key '{key}', which training does not use; leave it out"
+    return None
 
 
 def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[str, Any]]:

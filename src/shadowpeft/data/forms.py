@@ -182,8 +182,12 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = parse_json(file.read_bytes(), object_pairs_hook=once_each)
     except ValueError as error:
-        way = "; JSON lines belong into a file that ends in .jsonl" if "is not valid JSON" in str(error) else ""
-        raise DataError(f"{file} {error}{way}") from error
+        with file.open("rb") as handle:
+            first, second = handle.readline().strip(), handle.read(1 << 16).strip()
+            if second and (first[:1], first[-1:]) == (b"{", b"}"):  # JSON lines, which are called so too
+                yield from _lines(file)
+                return
+        raise DataError(f"{file} {error}") from error
     if not isinstance(content, list):
         raise DataError(f"{file} holds a JSON {type(content).__name__} but must hold a list of rows")
     for number, row in enumerate(content, 1):

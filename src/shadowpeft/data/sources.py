@@ -22,6 +22,10 @@ COLUMNS = (
 """Every column of ours."""
 
 
+_BY_ROWS = (".jsonl", ".csv")
+"""Kinds of file that a folder may hold to be read as its files are."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from."""
@@ -67,8 +71,8 @@ def rows_of(source: Source, *, streaming: bool = False, keep_damaged: bool = Fal
             f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write data.train: "
             f"{{hub: {source.path}}}"
         )
-    files = [Path(str(source.path))] if source.is_file else _files_of_folder(source)
-    rows = _rows_of_datasets(source, streaming) if files is None else _rows_of_files(files, source, streaming, keep_damaged)
+    splits = {"train": [Path(str(source.path))]} if source.is_file else _splits_of_folder(source)
+    rows = _rows_of_datasets(source, streaming) if splits is None else _rows_of_files(splits, source, streaming, keep_damaged)
     return _with_columns(source, rows, keep_damaged) if source.columns else rows
 
 
@@ -105,8 +109,8 @@ def _no_column(theirs: str, there: Collection[str]) -> str:
     return f"no column '{theirs}'{did_you_mean(theirs, known)}; there are {', '.join(known)}, correct data's 'columns'"
 
 
-def _files_of_folder(source: Source) -> list[Path] | None:
-    """The files of the split, if a folder holds JSON lines and CSV and nothing else; None: the ``datasets`` library reads it.
+def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
+    """The files of each split, if a folder holds JSON lines and CSV and no other rows; None: the ``datasets`` library reads it.
 
     It would guess the types of cells, and read files of one kind alone. The splits are those that it sees in the names.
 
@@ -122,36 +126,38 @@ def _files_of_folder(source: Source) -> list[Path] | None:
     if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
         return None  # it says which files there are
     found -= {file for file in found if file.suffix.lower() == ".md" or file.stem.upper() == "LICENSE"}
-    if not found or any(file.suffix.lower() not in (".jsonl", ".csv") for file in found):
+    if not found or any(file.suffix.lower() not in _BY_ROWS for file in found):
         return None
-    from datasets.data_files import DataFilesDict, get_data_patterns
+    from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
-    splits = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
-    known = {Path(file): name for name, files in splits.items() for file in files}
-    lost = min((file for file in found if file.resolve() not in {each.resolve() for each in known}), default=None)
+    try:
+        known = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    except EmptyDatasetError:
+        return None
+    splits = {str(name): [Path(file) for file in files] for name, files in known.items()}
+    splits = {name: [file for file in files if file.suffix.lower() in _BY_ROWS] for name, files in splits.items()}
+    listed = {file.resolve() for files in splits.values() for file in files}
+    lost = min((file for file in found if file.resolve() not in listed), default=None)
     if lost is not None:
         raise DataError(
             f"'{folder}' has the file '{lost.relative_to(folder)}', which is of none of the splits that the other names say "
-            f"({', '.join(sorted(map(str, splits)))}); name it for one, such as train-2{lost.suffix}, or give single files"
+            f"({', '.join(sorted(splits))}); name it for one, such as train-2{lost.suffix}, or give single files"
         )
-    return [file for file, name in known.items() if name == _name(source.split)] or None
-
-
-def _name(split: str) -> str:
-    """The split without the part of it."""
-    return split.partition("[")[0]
+    return splits
 
 
 def _rows_of_files(
-    files: list[Path], source: Source, streaming: bool, keep_damaged: bool
+    splits: dict[str, list[Path]], source: Source, streaming: bool, keep_damaged: bool
 ) -> Iterator[tuple[str, Any]]:
-    """Rows of files that are one split, or of the part of them that the source names."""
-    rows = itertools.chain.from_iterable(rows_in(file, keep_damaged=keep_damaged) for file in files)
-    name = "train" if source.is_file else _name(source.split)
-    return rows if source.split == name else _part(source, rows, streaming, name)
+    """Rows of the split, or of the parts of splits, that the source names."""
+
+    def rows(name: str) -> Iterator[tuple[str, Any]]:
+        return itertools.chain.from_iterable(rows_in(file, keep_damaged=keep_damaged) for file in splits[name])
+
+    return rows(source.split) if source.split in splits else _parts(source, {name: rows(name) for name in splits}, streaming)
 
 
-def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool, name: str) -> Iterator[tuple[str, Any]]:
+def _parts(source: Source, splits: dict[str, Iterator[tuple[str, Any]]], streaming: bool) -> Iterator[tuple[str, Any]]:
     import datasets
 
     if streaming:
@@ -159,17 +165,19 @@ def _part(source: Source, rows: Iterator[tuple[str, Any]], streaming: bool, name
             f"data.streaming reads '{source.path}' from its beginning to its end but its split is '{source.split}'; leave "
             "split out, or make a file of each part"
         )
-    found = list(rows)
+    found = {name: list(rows) for name, rows in splits.items()}
     try:
-        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({name: len(found)})
+        lengths = {name: len(rows) for name, rows in found.items()}
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
     except ValueError as error:
+        there = "a single file, all" if source.is_file else "a folder,"
+        named = "of which are the split 'train'" if source.is_file else f"of which are the splits {', '.join(sorted(found))}"
         raise DataError(
-            f"'{source.path}' is {'a single file' if source.is_file else 'a folder'}, all {len(found)} rows of which are the "
-            f"split '{name}', but its split is '{source.split}' ({shorten(error).rstrip('.')}); leave it out or write a part "
-            f"such as {name}[:75%]"
+            f"'{source.path}' is {there} {sum(lengths.values())} rows {named}, but its split is '{source.split}' "
+            f"({shorten(error).rstrip('.')}); leave it out or write a part such as {min(found)}[:75%]"
         ) from error
     for part in parts:
-        yield from found[part.from_ : part.to]
+        yield from found[part.splitname][part.from_ : part.to]
 
 
 def _rows_of_datasets(source: Source, streaming: bool) -> Iterator[tuple[str, Any]]:

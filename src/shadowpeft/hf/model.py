@@ -96,7 +96,9 @@ class ShadowModel(BaseTuner):
             )
         peft_config.target_modules = "|".join(re.escape(name) for name in targets)
         if peft_config.modules_to_save:
-            peft_config.modules_to_save = full_names(self.model, peft_config.modules_to_save)
+            peft_config.modules_to_save = full_names(
+                self.model, peft_config.modules_to_save, strict=not peft_config._loaded
+            )
             for name in peft_config.modules_to_save:
                 if any(f"{target}.".startswith(f"{name}." if name else "") for target in targets):
                     raise ConfigError(
@@ -284,10 +286,12 @@ class ShadowModel(BaseTuner):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """That of the base; the adapters on it are saved as those of a base with so many tokens."""
+        before = self.model.get_input_embeddings().weight.shape  # type: ignore[operator]
         table = self.model.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
-        identity = fingerprint(self.model, find_decoder(self.model))
-        for config in self.peft_config.values():
-            config.base_fingerprint = identity  # type: ignore[attr-defined]
+        if table.weight.shape != before:
+            identity = fingerprint(self.model, find_decoder(self.model))
+            for config in self.peft_config.values():
+                config.base_fingerprint = identity  # type: ignore[attr-defined]
         return table
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,7 @@ Length = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
 _SEED = 2**63
 MOST_ANSWERS = 64
 """Of one request."""
-MOST_MESSAGES = 4096
+MOST_MESSAGES = 1024
 """Of one request: more than any context has room for, and few enough to check."""
 
 

@@ -134,7 +134,7 @@ class Role(ABC):
             top_logprobs=asked.wanted_logprobs or 0,
         )
 
-    def builder(self, asked: Asked, note: dict[str, Any]) -> ResponseBuilder:
-        """How the answer will look."""
-        parser = self.toolbox.parser(asked)
+    def builder(self, asked: Asked, note: dict[str, Any], *, calls: bool = True) -> ResponseBuilder:
+        """How the answer will look; ``calls``: whether text of it may be a call."""
+        parser = self.toolbox.parser(asked) if calls else None
         return ResponseBuilder(isinstance(asked, ChatRequest), asked.model, asked.wanted_logprobs, note, parser)

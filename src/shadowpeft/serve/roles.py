@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
-from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
@@ -139,7 +138,7 @@ class EdgeRole(Role):
             except CloudError as error:
                 return await self._instead(asked, ids, sampling, error, {}, began)
         self.toolbox.check(asked)
-        if result_of(asked) is not None and self._acts(asked):
+        if self._only_repeats(asked):
             note = {"where": DEVICE, "reason": ASKED if asked.route == "device" else TOOL_RESULT}
             return await self._last_words(asked, ids, sampling, note, began)
         reachable = asked.route == "auto" and self.cloud is not None and self.cloud.breaker.state != "open"
@@ -187,19 +186,21 @@ class EdgeRole(Role):
         if asked.response_format is not None:
             return FORMAT
         if asked.tools is None:
-            return None
+            return TOOL_RESULT if self._only_repeats(asked) else None
         if asked.tool_choice == "none" or self.toolbox.lacks(asked) is not None:
             return OTHER_TOOLS
         return TOOL_RESULT if asked.messages[-1].role == "tool" else None
 
-    def _acts(self, asked: Asked) -> bool:
-        """Whether the device knows actions and no last words."""
-        return self.actions is not None or (isinstance(asked, ChatRequest) and asked.tools is not None)
+    def _only_repeats(self, asked: Asked) -> bool:
+        """Whether the device has no words of its own for what a tool has said: it knows actions, and would act again."""
+        if result_of(asked) is None or must_call(asked) or not isinstance(asked, ChatRequest):
+            return False
+        return asked.response_format is None and (self.actions is not None or asked.tools is not None)
 
     async def _last_words(
         self, asked: Asked, ids: list[int], sampling: SamplingParams, note: dict[str, Any], began: float
     ) -> Reply:
-        """What the tools have said: a device that has learnt actions alone would call again, and again."""
+        """What the tools have said, which is no call even if it reads like one."""
         options = {"add_special_tokens": False, "split_special_tokens": True}
         encode = partial(self._tokenizer, result_of(asked), **options)
         text = (await asyncio.get_running_loop().run_in_executor(self._threads, encode)).input_ids
@@ -207,7 +208,7 @@ class EdgeRole(Role):
         if not asked.wanted_tokens:  # it costs no pass
             sampling = replace(sampling, max_tokens=max(1, min(self.engine.limits.new_tokens, self.room(ids))))
         generation = Generation().start(self.engine, ids, asked.model, sampling, actions=said)
-        return await _begun(LocalReply(generation, self.builder(asked, note), began))
+        return await _begun(LocalReply(generation, self.builder(asked, note, calls=False), began))
 
     async def _choices(self, asked: Asked, *, widely: bool = False) -> Actions | None:
         """What the device's answer is held to: the request's tools (``widely``: all that it knows), or what it knows."""
@@ -276,17 +277,27 @@ class EdgeRole(Role):
         """The device's own answer, said to be one."""
         if self.when_down == "error":
             raise error
-        if must_call(asked) and (generation is None or note.get("action") in (None, REMOTE)):
-            said = f"tool_choice asks for a call that the device is not sure of, and {error}"
-            raise CloudError(error.reason, said) from error
         wanted = {"wanted": note["reason"]} if note else {}
         note = {**note, "where": DEVICE, "reason": error.reason, "degraded": True, **wanted}
-        if result_of(asked) is not None and self._acts(asked):
+        if self._only_repeats(asked):
             return await self._last_words(asked, ids, sampling, note, began)
-        if generation is None:
-            held = await self._held_to(asked, own=self.toolbox.lacks(asked) is not None)
+        lacks = self.toolbox.lacks(asked) is not None
+        if generation is None and not (lacks and must_call(asked)):
+            held = await self._held_to(asked, own=lacks)
             generation = Generation().start(self.engine, ids, asked.model, sampling, actions=held)
+        if must_call(asked) and (generation is None or not await self._calls(asked, generation)):
+            said = f"tool_choice asks for a call, for which the device has none, and {error}"
+            raise CloudError(error.reason, said) from error
+        assert generation is not None
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
+
+    async def _calls(self, asked: Asked, generation: Generation) -> bool:
+        """Whether a whole answer is a call."""
+        with generation:
+            await generation.run()
+        parser = self.toolbox.parser(asked)
+        found = None if parser is None else parser.found(generation.text)
+        return found is not None and bool(found.calls)
 
 
 async def _begun(reply: Reply) -> Reply:

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.hf.base.aliases import source_of
+from shadowpeft.hf.base.aliases import looked_up, source_of
+from shadowpeft.tokenizer import Readable
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.rows import RunData
 
@@ -22,16 +23,19 @@ def learns(sequences: Iterable[Any], path: str) -> bool:
     return any(getattr(sequence, PATHS[path][0]) for sequence in sequences)
 
 
-def check_paths(run: RunConfig, data: RunData) -> None:
+def check_paths(run: RunConfig, data: RunData, base: str | None = None) -> None:
     """Refuse a run that would train nothing, that compares evaluations of a path without targets, or whose rows are too long.
 
     Of rows that are streamed not all are known, so what they lack is not told.
+
+    Args:
+        base: in the place of the run's.
 
     Raises:
         ConfigError, DataError: naming the setting and the rows that contradict it.
     """
     t, known = run.training, data.stream is None
-    _check_lengths(run, data)
+    _check_lengths(base or run.base, data)
     if known and run.shadow.auxiliary_loss_weight == 0 and not learns(data.training, "attached"):
         raise ConfigError(
             "shadow.auxiliary_loss_weight is 0 but every row of data.train is for the shadow alone, so nothing would train; "
@@ -52,8 +56,9 @@ def check_paths(run: RunConfig, data: RunData) -> None:
             )
 
 
-def _check_lengths(run: RunConfig, data: RunData) -> None:
-    config = AutoConfig.from_pretrained(source_of(run.base), trust_remote_code=False)
+def _check_lengths(base: str, data: RunData) -> None:
+    with Readable(f"the configuration of '{base}'", advice=looked_up(base)):
+        config = AutoConfig.from_pretrained(source_of(base), trust_remote_code=False)
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     lengths = [len(sequence.ids) for sequence in data.training + (data.validation or [])]
     long = [length for length in lengths if limit is not None and length > limit]

@@ -129,16 +129,19 @@ def classifier_of(model: nn.Module) -> nn.Linear:
     )
 
 
-def full_names(model: nn.Module, endings: list[str]) -> list[str]:
+def full_names(model: nn.Module, endings: list[str], *, strict: bool) -> list[str]:
     """PEFT takes every module whose name ends so, and the shadow's are named like the base's: name the base's.
 
+    Args:
+        strict: whether a name that the base does not have is refused, other than those that PEFT looks for in a classifier.
+
     Raises:
-        ConfigError: if the base has no module of a name, other than those that PEFT itself looks for in a classifier.
+        ConfigError: naming it.
     """
     names = [name for name, _ in model.named_modules() if "shadow_hub" not in name and "shadow_link" not in name]
     matching = [[name for name in names if name.endswith(ending)] or [ending] for ending in endings]
     lost = next((name for (name, *_) in matching if name not in (*names, *CLASSIFIERS)), None)
-    if lost is not None:
+    if strict and lost is not None:
         raise ConfigError(
             f"modules_to_save names '{lost}', which the base does not have{did_you_mean(lost, names)}; name a module of it"
         )

@@ -141,14 +141,23 @@ def draft_cost(model: Any, head: DraftHead, adapter: str | None = None) -> float
 
 def stopped_by_texts(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``generate`` with the criterion of ``stop_strings`` made: it loses the tokenizer of a decoding loop of one's
-    own (transformers 5.23)."""
-    tokenizer = given.get("tokenizer")
-    config = given.get("generation_config") or model.generation_config
-    texts = given.get("stop_strings") or config.stop_strings
+    own (transformers 5.23).
+
+    Raises:
+        ConfigError: if the model itself brings such texts, which would come back.
+    """
+    tokenizer, config = given.get("tokenizer"), given.get("generation_config")
+    texts = given.get("stop_strings") or getattr(config, "stop_strings", None)
+    if model.generation_config.stop_strings:
+        raise ConfigError(
+            "the model's generation_config has stop_strings, which drafts cannot take from there; set them to None there, and "
+            "pass stop_strings and tokenizer"
+        )
     if tokenizer is None or not texts:
         return given
-    config = copy.deepcopy(config)
-    config.stop_strings = None
     rest = {name: value for name, value in given.items() if name not in ("tokenizer", "stop_strings")}
+    if config is not None:
+        rest["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
     criteria = [*(given.get("stopping_criteria") or []), StopStringCriteria(tokenizer, texts)]
-    return {**rest, "generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
+    return {**rest, "stopping_criteria": StoppingCriteriaList(criteria)}
