@@ -51,6 +51,21 @@ def test_the_tables_are_those_of_the_records(split, mark):
         assert f"{said}, a classifier with patterns {exact['rival']}" in readme
 
 
+def test_what_four_passes_reach_is_their_record():
+    record = json.loads((ROOT / "docs" / "records" / "robot-tools-four-passes.json").read_text(encoding="utf-8"))
+    (table,) = re.findall(r"<!-- tools-four -->\n(.*?)\n<!-- /tools-four -->", PAGE, re.DOTALL)
+    assert table == shown({"split": "test", "methods": record["test"]})
+    fit, check = record["calibrated"], record["calibrated"]["check"]
+    page = " ".join(PAGE.split())
+    assert f"for at most {100 * fit['target']:.0f} % wrong the device keeps {100 * fit['commands_kept']:.1f} % of the" in page
+    assert f"it then keeps {100 * check['commands_kept']:.1f} % of the {check['commands']} that call" in page
+    assert f"hands on {100 * check['open_handed_on']:.1f} % of the {check['open_requests']} for the cloud" in page
+    wrong = f"{check['wrong_on_device']} of the {check['answered_on_device']} answers that it keeps are wrong"
+    assert f"{wrong}, {100 * check['wrong_share']:.1f} %" in page
+    assert f"it has {100 * record['validation']['detached']['calls']['accuracy']:.1f} % of the 240 exactly right" in page
+    assert f"`{record['run']}`" in page
+
+
 def test_every_row_of_the_example_calls_its_tools():
     tools = read_tools(TOOLS / "actions.json")
     texts = {}
