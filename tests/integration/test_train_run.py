@@ -613,7 +613,7 @@ def test_a_run_that_cannot_be_leaves_no_folder(made, tmp_path, monkeypatch, sect
 
 def test_rows_longer_than_the_base_reads(made, tmp_path):
     rows = write_rows(tmp_path / "long.jsonl", [{"prompt": "hi", "response": "x" * 250}])
-    with pytest.raises(DataError, match=r"the base reads 256; lower data\.max_length to 256"):
+    with pytest.raises(DataError, match=r"the base reads, which is 256 .*; lower data\.max_length to 256"):
         start(made, tmp_path / "run", data={"train": rows, "max_length": 512})
 
 

@@ -134,7 +134,7 @@ def _unused(key: str, row: dict[str, Any]) -> str | None:
     if key in ("chosen", "rejected"):
         learnt = "as the last message" if "messages" in row else "as 'response'"
         return f"has the key '{key}', which is a preference; write the answer to learn {learnt}, and leave the other out"
-    if key == "label" and pair and value in (False, "False", "false"):
+    if key == "label" and pair and (value is False or value in ("False", "false")):
         return "says by 'label' that its answer is bad, but every answer is learnt; leave the row out"
     if key == "input" and pair and value:
         return (
