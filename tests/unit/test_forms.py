@@ -374,7 +374,8 @@ def test_what_would_be_dropped_is_refused(row, says):
 
 
 def test_empty_columns_and_named_labels_are_left_alone():
-    for more in ({"input": ""}, {"label": "travel"}, {"label": True}, {"label": 0}, {"output": "d"}, {"chat_template_kwargs": {}}, {"id": 3}):
+    labels = ({"label": label} for label in ("travel", True, 0))
+    for more in ({"input": ""}, *labels, {"output": "d"}, {"chat_template_kwargs": {}}, {"id": 3}):
         row = check_row({"prompt": "a", "response": "c", **more}, "x")
         assert (row["messages"][0]["content"], row["response"]) == ("a", "c")
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}]

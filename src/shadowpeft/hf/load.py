@@ -17,11 +17,10 @@ from shadowpeft.hf import formats
 from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.load import load_base, of_labels
 from shadowpeft.hf.base.weights import is_offloaded
-from shadowpeft.hf.cleanup import clean_on_failure
 from shadowpeft.hf.config import ShadowPeftConfig, config_from_file
 from shadowpeft.hf.files.locate import CONFIG, WEIGHTS, at_revision, find_file
 from shadowpeft.hf.files.reading import check_dtypes, read_header
-from shadowpeft.hf.layer import check_adapter_name
+from shadowpeft.hf.layer import check_adapter_name, clean_on_failure
 from shadowpeft.messages import quote
 
 

@@ -22,7 +22,6 @@ from shadowpeft.hf.base.signature import Signature, hands_down
 from shadowpeft.hf.base.structure import DecoderParts, classifier_of, find_decoder, full_names
 from shadowpeft.hf.base.tables import new_rows, tables_among, take
 from shadowpeft.hf.base.weights import device_of, is_offloaded, weighted
-from shadowpeft.hf.cleanup import clean_on_failure, remove
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.files.reading import FLOATS, check_tensors, check_value
@@ -37,7 +36,9 @@ from shadowpeft.hf.layer import (
     ShadowTunerLayer,
     check_adapter_name,
     check_one_adapter,
+    clean_on_failure,
     keep_in_float32,
+    remove,
 )
 from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve

@@ -21,12 +21,12 @@ from shadowpeft.hf.base.aliases import is_alias
 from shadowpeft.hf.base.fingerprint import fingerprint
 from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.base.structure import find_decoder
-from shadowpeft.hf.cleanup import clean_on_failure
 from shadowpeft.hf.files.locate import CONFIG, check_not_missing, find_file
 from shadowpeft.hf.files.projected import is_projected
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.hf.formats import authors, peft_shadow
 from shadowpeft.hf.formats.common import ForeignAdapter, Translation
+from shadowpeft.hf.layer import clean_on_failure
 
 OURS, AUTHORS, PEFT, PROJECTED = "shadowpeft", "authors", "peft", "projected"
 
