@@ -37,11 +37,12 @@ class Server(ForkServer):
             rows = [{"text": f"shard {shard} document {i} " + "word " * (i % 7 + 1)} for i in range(9)]
             write_rows(text / f"{shard}.jsonl", rows)
         held = write_rows(folder / "held.jsonl", [{"text": f"held out {i}"} for i in range(30)])
+        more = write_rows(folder / "more.jsonl", [{"text": f"one more {i}"} for i in range(30)])
         self.run_file = {
             "base": save_base(folder / "base"),
             "backbone": {"layers": "spread", "count": 2},
             "text": {
-                "corpora": [{"path": str(text), "weight": 2.0}, {"path": held}],
+                "corpora": [{"path": str(text), "weight": 2.0}, {"path": more}],
                 "validation": [{"path": held}],
                 "sequence_length": 32,
                 "shuffle_buffer": 7,
