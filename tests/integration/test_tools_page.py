@@ -66,6 +66,16 @@ def test_what_four_passes_reach_is_their_record():
     assert f"`{record['run']}`" in page
 
 
+def test_the_times_are_their_record():
+    record = json.loads((ROOT / "docs" / "records" / "robot-tools-speed.json").read_text(encoding="utf-8"))
+    assert f"{record['rows']} validation" in PAGE
+    for name, found in record["models"].items():
+        took = found["milliseconds"]
+        decision = f"{took['a_decision_p50']:.0f} ms | {took['a_decision_p95']:.0f} ms | {found['right']} |"
+        share = f"{100 * found['guiding_share_of_a_pass']:.1f} % | {took['a_pass']:.1f} ms"
+        assert f"| {name} | {found['parameters'] / 1e6:.1f}M | {share} | {decision}" in PAGE
+
+
 def test_every_row_of_the_example_calls_its_tools():
     tools = read_tools(TOOLS / "actions.json")
     texts = {}
