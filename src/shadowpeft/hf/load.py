@@ -92,10 +92,11 @@ def _grown(base: Any, config: ShadowPeftConfig, weights: Path) -> nn.Module:
     """A base of ours with room for the tokens that the adapter was trained with, if its file brings them."""
     shapes = (config.base_fingerprint or {}).get("shapes")
     wanted = shapes.get("vocab_size") if isinstance(shapes, dict) else None
+    if type(wanted) is not int or wanted <= base.config.get_text_config().vocab_size:
+        return base  # type: ignore[no-any-return]
     table = base.get_input_embeddings()
-    own = next((name for name, module in base.named_modules() if module is table), "")
-    brought = [entry.shape[:1] for name, entry in read_header(weights).items() if own and name.endswith(f".{own}.weight")]
-    if type(wanted) is int and wanted > base.config.get_text_config().vocab_size and (wanted,) in map(tuple, brought):
+    own = next(name for name, module in base.named_modules() if module is table)
+    if any(name.endswith(f".{own}.weight") and entry.shape[0] == wanted for name, entry in read_header(weights).items()):
         base.resize_token_embeddings(wanted, mean_resizing=False)
     return base  # type: ignore[no-any-return]
 
