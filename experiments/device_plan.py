@@ -69,6 +69,8 @@ class Cell(Recipe):
     """The open prompts of the base path's rows are learnt as ``[REMOTE]``."""
     hold_out: bool = True
     """Part of the training rows is held out for choosing; False: all train, and the packaged validation set chooses."""
+    more_rows: bool = False
+    """The further training rows of ``robot_large`` are learnt too, and choose nothing."""
     rate: float = 1e-3
     batch_size: int = 16
     warmup: int = 25

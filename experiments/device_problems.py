@@ -110,7 +110,7 @@ class Robot:
         self.cell = cell
         self.tokenizer = load_tokenizer(cell.base)
         self.model = detached(cell.base, cell.layers)
-        self.split = rows_of.split(open_rows=cell.open_rows, hold_out=cell.hold_out)
+        self.split = rows_of.split(open_rows=cell.open_rows, hold_out=cell.hold_out, more_rows=cell.more_rows)
         self.items = rows_of.encode(self.split.train, self.tokenizer, cell.target)
         self.trie = ActionTrie.of(self.tokenizer, SKILLS)
         self.prefix = Prefix(self.model, rows_of.shared_prefix(self.items))

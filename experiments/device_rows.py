@@ -45,7 +45,7 @@ def topic(row: dict[str, str]) -> str:
     return row["family"].split("-", 2)[2].rstrip("0123456789")
 
 
-def split(*, open_rows: bool = True, hold_out: bool = True) -> Split:
+def split(*, open_rows: bool = True, hold_out: bool = True, more_rows: bool = False) -> Split:
     """Training and development rows.
 
     Development is the packaged validation set (204 commands, 60 open requests) and, with ``hold_out``, one phrasing family of
@@ -55,6 +55,7 @@ def split(*, open_rows: bool = True, hold_out: bool = True) -> Split:
     Args:
         open_rows: the open prompts of the base path's rows are learnt too, as ``[REMOTE]``.
         hold_out: False trains on every training row and leaves the packaged validation set to choose by.
+        more_rows: the further rows of ``robot_large`` train too; development stays what it is.
     """
     commands, requests = robot.load("train_normal"), robot.load("train_remote_base")
     families = held_out_families(commands) if hold_out else set()
@@ -62,6 +63,8 @@ def split(*, open_rows: bool = True, hold_out: bool = True) -> Split:
     train = [row for row in commands if row["family"] not in families] + robot.load("train_remote_shadow")
     if open_rows:
         train += [row for row in requests if topic(row) not in topics]
+    if more_rows:
+        train += robot.load("more_normal") + (robot.load("more_remote") if open_rows else [])
     kept_back = [row for row in commands if row["family"] in families]
     kept_back += [row for row in requests if topic(row) in topics]
     return Split(train, [*robot.load("validation_normal"), *robot.load("validation_remote"), *kept_back])

@@ -3,7 +3,8 @@
     python -m scripts.robot_tools_eval runs/robot-tools/adapter --split validation --modes detached --out record.json
 
 ``detached`` is held to the tools and may hand on, as the edge does. ``attached`` may answer in words, and is held from where it
-begins a call, as the cloud does with ``tool_choice: auto``. The rival learns the rows that ``--rows`` names.
+begins a call, as the cloud does with ``tool_choice: auto``; so is ``lora``, an adapter of ``scripts.robot_tools_lora``, merged.
+The rival learns the rows that ``--rows`` names.
 """
 
 from __future__ import annotations
@@ -44,6 +45,17 @@ def ask(backend: Any, name: str, rows: list[dict[str, Any]], actions: Any) -> tu
     return ["".join(pieces) for pieces, _ in answers], time.process_time() - began
 
 
+def merged(adapter: str) -> Any:
+    """The base with a LoRA adapter merged into it."""
+    from peft import PeftConfig, PeftModel
+
+    from shadowpeft.hf.base.load import load_base
+
+    base = load_base(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    model: Any = PeftModel.from_pretrained(base, adapter)
+    return model.merge_and_unload()
+
+
 ROWS = {
     "calls": "exactly right, of {n} requests that call",
     "one": "one call",
@@ -55,7 +67,7 @@ ROWS = {
     "calls_handed_on": "requests that call, handed on",
     "cloud_handed_on": "{n} requests for the cloud, handed on",
 }
-TITLES = {"rival": "classifier and patterns", "detached": "device", "attached": "attached"}
+TITLES = {"rival": "classifier and patterns", "detached": "device", "attached": "attached", "lora": "LoRA"}
 
 
 def shown(record: dict[str, Any]) -> str:
@@ -99,18 +111,19 @@ def main() -> None:
         found = Patterns(learnt).answers([row["prompt"] for row in rows])
         judged = [judge(calls, own) for calls, own in zip(found, right, strict=True)]
         methods["rival"] = {**summary(rows, judged), "invalid": sum(calls is None for calls in found)}
-    if {"detached", "attached"} & set(given.modes):
+    asked = [mode for mode in given.modes if mode != "rival"]
+    if asked:
         tokenizer = load_tokenizer_of(given.adapter, None)
-        model = shadowpeft.load(given.adapter, None)
-        for mode in given.modes:
-            if mode == "rival":
-                continue
+        model: Any = None if asked == ["lora"] else shadowpeft.load(given.adapter, None)
+        for mode in asked:
             alone = mode == "detached"
-            backend: Any = (
-                Detached(shadowpeft.detach(model), tokenizer, "edge")
-                if alone
-                else Attached(model, tokenizer, {"default": given.adapter}, "base")
-            )
+            backend: Any
+            if mode == "lora":
+                backend = Detached(merged(given.adapter), tokenizer, "lora")
+            elif alone:
+                backend = Detached(shadowpeft.detach(model), tokenizer, "edge")
+            else:
+                backend = Attached(model, tokenizer, {"default": given.adapter}, "base")
             engine = Engine(tokenizer, backend.model.config.vocab_size)
             actions = engine.calls(robot_tools.tools(), hand_on=alone, optional=not alone)
             texts, seconds = ask(backend, backend.names[0], rows, actions)

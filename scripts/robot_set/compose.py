@@ -58,7 +58,7 @@ def _commands(split: str, lang: str, count: int, rng: random.Random, taken: set[
         own = [family for family in seeds.families(lang) if family.part == part and family.skill == skill]
         rng.shuffle(own)
         replies = seeds.replies(lang)[skill]
-        chosen = _take(own, lang, each + (skill in longer), rng, taken, bare_first=part == "train")
+        chosen = _take(own, lang, each + (skill in longer), rng, taken, bare_first=part in ("train", "more"))
         for family, style, prompt in chosen:
             reply = f"[{skill}()] {rng.choice(replies)}"
             rows.append(_row(split, lang, skill, family, style, prompt, reply))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-PARTS = {"T": "train", "V": "validation", "C": "calibration", "E": "test"}
+PARTS = {"T": "train", "M": "more", "V": "validation", "C": "calibration", "E": "test"}
 LANGS = ("en", "zh")
 
 
@@ -18,7 +18,7 @@ class Family:
 
     id: str
     part: str
-    """train, validation, calibration or test"""
+    """train, more (further training rows), validation, calibration or test"""
     skill: str
     """or the topic of what is out of scope"""
     form: str

@@ -36,6 +36,8 @@ SIZES = {  # split: (English, Chinese), as in Appendix F of the paper; the other
     "calibration_normal": (283, 227),
     "calibration_remote": (300, 230),
     "calibration_oos": (195, 130),
+    "more_normal": (2720, 2040),
+    "more_remote": (595, 595),
 }
 NORMAL = [split for split in SIZES if split.endswith("_normal")]
 REMOTE = [split for split in SIZES if split not in NORMAL]

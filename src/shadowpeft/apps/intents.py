@@ -19,6 +19,7 @@ from shadowpeft.errors import ConfigError, DataError
 
 ROBOT: dict[str, dict[str, tuple[str, ...]]] = {
     "robot": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
+    "robot_large": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
     "robot_oos": {
         "fit": ("calibration_normal", "calibration_remote", "calibration_oos"),
         "check": ("test_normal", "test_remote_large", "test_oos"),

@@ -36,8 +36,10 @@ def robot_rows(split: str, *, actions: bool = False, source: str = "robot") -> l
     ``actions`` they are not: there the shadow path learns the 1,000 open requests of the base path too, as ``[REMOTE]``.
     So does it learn what ``robot_oos`` has beside them: requests that are no questions and that no skill answers.
     """
+    in_words = {} if actions else {"path": "base"}  # words are no action, so [REMOTE] is learnt of them
     own: dict[str, dict[str, str]] = {
-        "train_remote_base": {} if actions else {"path": "base"},  # words are no action, so [REMOTE] is learnt of them
+        "train_remote_base": in_words,
+        "more_remote": in_words,
         "train_remote_shadow": {"path": "shadow"},
     }
     repeats = {} if actions else {"train_remote_shadow": ROBOT_REMOTE_REPEATS}

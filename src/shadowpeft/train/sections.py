@@ -12,7 +12,7 @@ from shadowpeft.messages import did_you_mean
 from shadowpeft.presets import PRESETS, preset
 from shadowpeft.settings import STRICT, VARIANTS, Count, ShadowSettings
 
-PACKAGED = ("robot", "robot_oos", "robot_tools", "robot_tools_large")
+PACKAGED = ("robot", "robot_large", "robot_oos", "robot_tools", "robot_tools_large")
 """Sets of rows that come with this package."""
 
 

@@ -29,6 +29,7 @@ SYSTEM = "You are a robot dog."
 
 SETS = {
     "robot": ("train_normal", "train_remote_base", "train_remote_shadow"),
+    "robot_large": ("train_normal", "train_remote_base", "train_remote_shadow", "more_normal", "more_remote"),
     "robot_oos": ("train_normal", "train_remote_base", "train_remote_shadow", "train_oos"),
 }
 """A packaged set, as run files name it -> the splits that it trains on."""

@@ -56,4 +56,6 @@ SPLITS: dict[str, dict[str, int | str]] = {
     "calibration_normal": {"size": 510, "en": 283, "zh": 227, "kind": "skill"},
     "calibration_remote": {"size": 530, "en": 300, "zh": 230, "kind": "remote"},
     "calibration_oos": {"size": 325, "en": 195, "zh": 130, "kind": "oos"},
+    "more_normal": {"size": 4760, "en": 2720, "zh": 2040, "kind": "skill"},
+    "more_remote": {"size": 1190, "en": 595, "zh": 595, "kind": "remote"},
 }
