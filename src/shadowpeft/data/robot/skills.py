@@ -57,5 +57,5 @@ SPLITS: dict[str, dict[str, int | str]] = {
     "calibration_remote": {"size": 530, "en": 300, "zh": 230, "kind": "remote"},
     "calibration_oos": {"size": 325, "en": 195, "zh": 130, "kind": "oos"},
     "more_normal": {"size": 4760, "en": 2720, "zh": 2040, "kind": "skill"},
-    "more_remote": {"size": 1190, "en": 595, "zh": 595, "kind": "remote"},
+    "more_remote": {"size": 1172, "en": 586, "zh": 586, "kind": "remote"},
 }
