@@ -171,6 +171,8 @@ def test_epochs_and_the_packaged_set(made, tmp_path):
     whole = config(made, tmp_path / "w", data={"train": "robot", "max_length": 512, "shadow_answers": "whole"})
     assert len(read_rows(whole.data.train, "train")) == 4447 + 9 * 47
     assert len(read_rows("robot_oos", "train", actions=True)) == 4447 + 750
+    assert len(read_rows("robot_large", "train", actions=True)) == 4447 + 4760 + 1172
+    assert [row.get("path") for row in read_rows("robot_large", "train")[-1172:]] == ["base"] * 1172
     handed_on = read_rows("robot_oos", "train")[-750:]
     assert all(row["shadow_response"] == f"[REMOTE] {row['response']}" for row in handed_on)
 

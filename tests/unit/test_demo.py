@@ -103,7 +103,8 @@ def test_what_is_measured(tmp_path, few):
     config = shadowpeft.ShadowPeftConfig.preset("tuned", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     model.save_pretrained(tmp_path / "run" / "adapter")
-    result = demo_result.measure(model, load_tokenizer(base), tmp_path, ["sit down", "why?"], terminal(stderr=True))
+    tokenizer, asked = load_tokenizer(base), ["sit down", "why?"]
+    result = demo_result.measure(model, tokenizer, tmp_path, asked, terminal(stderr=True), learnt="robot")
     sits = sum(row["skill"] == "Sit" for row in robot.load("test_normal")) / 12
     for name in ("device", "second", "cloud"):
         found = result["methods"][name]

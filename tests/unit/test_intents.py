@@ -64,7 +64,9 @@ def test_a_file_of_tools_without_arguments_has_names_that_skills_may_have(tmp_pa
         read_tools(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("name", "rows", "open_"), [("robot", 1040, 530), ("robot_oos", 1365, 855)])
+@pytest.mark.parametrize(
+    ("name", "rows", "open_"), [("robot", 1040, 530), ("robot_large", 1040, 530), ("robot_oos", 1365, 855)]
+)
 def test_packaged_requests_and_how_many_no_skill_answers(name, rows, open_):
     found = read_intents(name, "fit", None)
     assert (len(found), sum(row["skill"] == "REMOTE" for row in found)) == (rows, open_)

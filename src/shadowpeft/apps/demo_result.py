@@ -40,11 +40,16 @@ TIMED = 40
 Row = dict[str, str]
 
 
-def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], console: Console) -> dict[str, Any]:
-    """Detach, calibrate on the calibration rows, score the test rows, answer ``requests``; writes ``folder/edge``."""
+def measure(
+    model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], console: Console, *, learnt: str
+) -> dict[str, Any]:
+    """Detach, calibrate on the calibration rows, score the test rows, answer ``requests``; writes ``folder/edge``.
+
+    ``learnt``: the packaged set that the model was trained on, which its second opinion and the rival learn too.
+    """
     edge = shadowpeft.detach(model)
     files = save_edge(edge, tokenizer, folder / "edge")
-    opinion = fitted(rows_to_learn("robot"), "robot", console)
+    opinion = fitted(rows_to_learn(learnt), learnt, console)
     tries = {"device": ActionTrie.of(tokenizer, robot.SKILLS)}
     tries["second"] = ActionTrie.of(tokenizer, robot.SKILLS, opinion)
 
@@ -74,7 +79,7 @@ def measure(model: Any, tokenizer: Any, folder: Path, requests: Sequence[str], c
     decided = {name: decide(test, name, "test") for name in tries}
     with console.status("rival"):
         began = time.monotonic()
-        svc = rival.fit_robot()
+        svc = rival.fit_robot(learnt)
         seconds = time.monotonic() - began
         labels = rival.predict(svc, [row["prompt"] for row in test])[0]
     spoken = say(test, "cloud")

@@ -59,8 +59,8 @@ def calibrate(
     second_opinion: Annotated[
         Optional[str],
         typer.Option(
-            help="Rows that the device was trained on: a file, robot or robot_oos. A linear classifier learns them; its "
-            "chances weigh the device's (docs/routing.md)."
+            help="Rows that the device was trained on: a file, robot, robot_large or robot_oos. A linear classifier learns "
+            "them; its chances weigh the device's (docs/routing.md)."
         ),
     ] = None,
     open_share: Annotated[

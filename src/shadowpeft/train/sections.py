@@ -68,8 +68,9 @@ class DataConfig(StrictSection):
     """Which rows to train and to evaluate on."""
 
     train: Rows
-    """A file, a packaged set, or a :class:`SourceSection`. Packaged are ``robot``, intents, and ``robot_oos``, the same with
-    requests out of scope; ``robot_tools``, actions with arguments, and ``robot_tools_large``, the same with more rows."""
+    """A file, a packaged set, or a :class:`SourceSection`. Packaged are ``robot``, intents, ``robot_large``, the same with
+    three times the phrasings, and ``robot_oos``, with requests out of scope; ``robot_tools``, actions with arguments, and
+    ``robot_tools_large``, the same with more rows."""
     validation: Rows | None = None
     """The same; None: no evaluation during training (a packaged set brings its own)."""
     tools: str | None = None
