@@ -339,6 +339,36 @@ def test_a_loss_from_logits_alone_is_refused(task):
         loss.backward()
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("read", ["logits", "task_loss"])
+def test_a_loss_of_ones_own_beside_labels_is_refused(task, read):
+    """Many weight their classes so: the labels reach the model, but its loss is not taken."""
+    adapted = adapt(base("llama", task=task), task_type=task).train()
+    labels = tokens() if task == "CAUSAL_LM" else torch.tensor([0, 1, 2])[: len(tokens())]
+    out = adapted(input_ids=tokens(), labels=labels)
+    with pytest.raises(UnsupervisedShadowError, match="compute_loss_func"):
+        getattr(out, read).square().mean().backward()
+    adapted.zero_grad()
+    out = adapted(input_ids=tokens(), labels=labels)
+    (out.loss + out.logits.square().mean()).backward()  # what is added to the joint loss is nobody's business
+
+
+def test_a_trainer_whose_own_loss_forgets_the_shadow_is_refused(tmp_path):
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            out = model(**inputs)
+            loss = mean_cross_entropy(out, inputs["labels"])
+            return (loss, out) if return_outputs else loss
+
+    class Mixed(ShadowLossMixin, Weighted):
+        pass
+
+    for kind in (Weighted, Mixed):
+        _, _, adapted = pair()
+        with pytest.raises(UnsupervisedShadowError, match="compute_loss_func"):
+            train(kind, adapted, rows(), tmp_path / kind.__name__)
+
+
 def test_a_loss_that_leaves_the_shadows_out_is_refused():
     adapted = adapt(base("llama")).train()
     out = adapted(input_ids=tokens(), shadow_labels=tokens())

@@ -7,6 +7,7 @@ backward passes either add what is missing or raise :class:`~shadowpeft.errors.U
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class _Refuse(torch.autograd.Function):
 
 def refuse_gradients(logits: Tensor) -> Tensor:
     """``logits``, which raise in the backward pass: no labels were given, so there is no shadow loss to add."""
+    if not logits.requires_grad:
+        return logits
     return _Refuse.apply(logits)  # type: ignore[no-any-return]
 
 
@@ -70,18 +73,20 @@ class _Demand(torch.autograd.Function):
         def check() -> None:
             if not witness.seen:
                 raise UnsupervisedShadowError(
-                    "shadow_labels were given and out.shadow_loss was computed, but the loss that was differentiated does "
-                    f"not contain it; add auxiliary_loss_weight * out.shadow_loss to it, or {_REMEDY}"
+                    "out.shadow_loss was computed, but the loss that was differentiated contains neither it nor out.loss; add "
+                    "auxiliary_loss_weight * out.shadow_loss to your own loss, give it to shadowpeft.ShadowTrainer as "
+                    f"compute_loss_func, or {_REMEDY}"
                 )
 
         torch.autograd.Variable._execution_engine.queue_callback(check)  # type: ignore[attr-defined]
         return grads[0], None
 
 
-def demand_both(logits: Tensor, shadow_loss: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits`` and ``shadow_loss``, such that a backward pass through the first without the second raises at its end."""
+def demand_both(outputs: Sequence[Tensor | None], shadow_loss: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    """``outputs`` and ``shadow_loss``: a backward pass through one of the first without the second raises at its end."""
     witness = _Witness()
-    return _Demand.apply(logits, witness), _Mark.apply(shadow_loss, witness)
+    demanded = [None if x is None or not x.requires_grad else _Demand.apply(x, witness) for x in outputs]
+    return [x if new is None else new for x, new in zip(outputs, demanded, strict=True)], _Mark.apply(shadow_loss, witness)
 
 
 class _JoinLogProbs(torch.autograd.Function):
