@@ -51,9 +51,9 @@ STEPS = 750
 """649 of the shadow alone, and a hundred of both paths."""
 FULL: dict[str, Any] = {
     "shadow": {"last_layers": 10, "shadow_num_hidden_layers": 10},
-    "training": {"epochs": 1.0, "backbone_lr_ratio": 0.05},
+    "training": {"max_steps": 1150, "backbone_lr_ratio": 0.05},
 }
-"""What ``--full`` has instead: a deeper shadow, and every row for both paths."""
+"""What ``--full`` has instead: a deeper shadow, and five hundred steps of both paths."""
 
 
 def main(
