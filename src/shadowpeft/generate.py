@@ -124,19 +124,23 @@ class _Among(LogitsProcessor):
         self.actions, self.prompt, self.requests = actions, prompt, requests
         self._held: list[Choices] = []
 
+    def of_row(self, place: int, rows: int) -> _Among:
+        """The same for one row of a batch of ``rows``, as drafts need it (:mod:`shadowpeft.hf.forward.decoding`)."""
+        return _Among(self.actions, self.prompt, [self.requests[place * len(self.requests) // rows]])
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if len(self._held) < len(input_ids):  # several answers to a request stand side by side
             each = len(input_ids) // len(self.requests)
             self._held = [self.actions.start(request) for request in self.requests for _ in range(each)]
         rows = input_ids[:, self.prompt :].tolist()
-        allowed = [held.allowed(row) for held, row in zip(self._held, rows, strict=False)]
+        allowed = [held.allowed(row) for held, row in zip(self._held, rows, strict=True)]
         barred = torch.zeros_like(scores, dtype=torch.bool)
         for row, tokens in enumerate(allowed):
             if len(tokens):
                 barred[row] = True
                 barred[row, tokens] = False
         held_to = scores.masked_fill(barred, -torch.inf)
-        for row, (held, path) in enumerate(zip(self._held, rows, strict=False)):
+        for row, (held, path) in enumerate(zip(self._held, rows, strict=True)):
             if (leaning := held.leaning(path)) is not None:
                 held_to[row, allowed[row]] += torch.tensor(leaning, dtype=scores.dtype, device=scores.device)
         return held_to

@@ -18,15 +18,17 @@ from chatbase import chat_tokenizer
 from products import covering
 from several import several
 from shadowpeft.core.speculation import Gate, accept_greedy, accept_sampled, draw
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.frequent import frequent_tokens
 from shadowpeft.errors import CacheMismatchError, ConfigError, UnsupportedModelError
+from shadowpeft.generate import answer
 from shadowpeft.hf.forward import speculation
 from shadowpeft.hf.forward.drafting import DraftHead
 from shadowpeft.hf.forward.joining import moved_right
 from shadowpeft.hf.forward.speculation import Speculation, draft_cost, pass_cost
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.ops import thin
-from tiny import ARCHITECTURES, KINDS, PAD, V, adapt, base, padded, tokens
+from tiny import ARCHITECTURES, KINDS, PAD, V, adapt, base, padded, tokenizer, tokens
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
@@ -279,6 +281,46 @@ def test_processors_see_every_row_with_its_own_text(rows, tokens_):
         running = token != PAD
         for mine, theirs in ((found.scores, expected.scores), (found.logits, expected.logits)):
             torch.testing.assert_close(mine[step][running], theirs[step][running], rtol=1e-3, atol=1e-4)
+
+
+def test_what_knows_rows_by_their_place_meets_them_there():
+    """Processors and criteria of the caller's may hold something of each row."""
+    model, ids = alike(), tokens(3, 7)
+    barred, lengths = [[], list(range(0, V, 2)), list(range(V // 2))], torch.tensor([3, 9, 6])
+
+    class Bars(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            for row, tokens_ in enumerate(barred[: len(scores)]):
+                scores[row, tokens_] = -math.inf
+            return scores
+
+    def long_enough(input_ids, scores, **_):
+        return input_ids.shape[1] - 7 >= lengths[: len(input_ids)]
+
+    options = {**GREEDY, "input_ids": ids, "logits_processor": LogitsProcessorList([Bars()]), "eos_token_id": V - 1}
+    options["stopping_criteria"] = StoppingCriteriaList([long_enough])
+    expected = model.generate(**options)
+    assert [int((row[7:] != PAD).sum()) for row in expected] == lengths.tolist()
+    assert not set(expected[1, 7:].tolist()) & {token for token in barred[1] if token != PAD}
+    settings = always()
+    assert torch.equal(model.generate(speculative=settings, **options), expected)
+    assert settings.counts.accepted > 0
+
+
+def test_a_row_that_drafts_less_does_not_run_over_the_end_of_the_context():
+    model = adapt(base("gpt2"))
+    ids = tokens(2, 226)  # of 256 places
+    expected = model.generate(input_ids=ids, **{**GREEDY, "max_new_tokens": 30})
+    assert torch.equal(model.generate(input_ids=ids, speculative=always(), **{**GREEDY, "max_new_tokens": 30}), expected)
+
+
+def test_actions_hold_the_rows_of_a_drafted_batch():
+    model, words = alike(), tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    asked = {"max_new_tokens": 4, "actions": ActionTrie({"A": [5, 6], "B": [7]})}
+    expected = [each.text for each in answer(model, words, ["w3 w4", "w8 w9 w10"], **asked)]
+    assert all(text.startswith(("w5 w6", "w7")) for text in expected)
+    assert [each.text for each in answer(model, words, ["w3 w4", "w8 w9 w10"], speculative=True, **asked)] == expected
 
 
 def test_a_mixed_batch_drafts_with_each_rows_own_shadow():

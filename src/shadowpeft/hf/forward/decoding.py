@@ -41,8 +41,17 @@ _OF_EACH_ROW = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
 class _Row:
     """One answer that is being made."""
 
-    def __init__(self, place: int, ids: Tensor, room: int, gate: Gate | None, processors: list[Any], name: str | None) -> None:
-        self.place, self.gate, self.processors, self.name = place, gate, processors, name
+    def __init__(
+        self,
+        ids: Tensor,
+        place: int,
+        room: int,
+        gate: Gate | None,
+        processors: list[Any],
+        criteria: list[Any],
+        name: str | None,
+    ) -> None:
+        self.place, self.gate, self.processors, self.criteria, self.name = place, gate, processors, criteria, name
         self._ids = torch.cat([ids, ids.new_zeros(room)])
         self.length = len(ids)
         self.scores: list[Tensor] = []
@@ -71,14 +80,22 @@ class _Decoding:
     def __init__(
         self, model: Any, settings: Speculation, processors: Any, criteria: Any, config: Any, streamer: Any, ids: Tensor
     ) -> None:
-        self.model, self.settings, self.criteria = model, settings, criteria
+        self.model, self.settings = model, settings
         self.config, self.streamer = config, streamer
         self.head, self.samples = settings.head(), bool(config.do_sample)
         gates = settings.gates(model, len(ids), sampled=self.samples)
         room = int(config.max_length) - ids.shape[1] + 1
         names = row_names(model, len(ids)) or [None] * len(ids)
         self.rows = [
-            _Row(place, row, room, gate, [_for_row(each, place, len(ids)) for each in processors], name)
+            _Row(
+                row,
+                place,
+                room,
+                gate,
+                [_for_row(each, place, len(ids)) for each in processors],
+                [_as_one_of(each, place, len(ids)) for each in criteria],
+                name,
+            )
             for place, (row, gate, name) in enumerate(zip(ids, gates, names, strict=True))
         ]
         self.live = list(self.rows)
@@ -116,7 +133,8 @@ class _Decoding:
         self.settings.counts.tokens += 1
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        return not bool(self.criteria(row.ids(), tuple(row.scores) or None).all())
+        scores_so_far = tuple(row.scores) or None
+        return not any(bool(torch.as_tensor(ends(row.ids(), scores_so_far)).all()) for ends in row.criteria)
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
@@ -132,9 +150,8 @@ class _Decoding:
         column = torch.tensor([[row.last] for row in self.live], device=self.model.device)
         while True:
             mask = None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
-            places = positions if self.takes_positions else None
+            places = positions + self._steps(ahead.length, positions) if self.takes_positions else None
             ahead.read(column, cache, attention_mask=mask, position_ids=places, names=self.names)
-            positions = positions + 1
             if not any(row.drafts.go_on for row in self.live):
                 return ahead
             for place, (row, draft) in enumerate(zip(self.live, ahead.drafts(), strict=True)):
@@ -145,6 +162,12 @@ class _Decoding:
                     column[place, 0] = row.drafts.tokens[-1] if row.drafts.tokens else row.last
             if all(len(row.drafts.tokens) < ahead.length for row in self.live):
                 return ahead
+
+    def _steps(self, column: int, like: Tensor) -> Tensor:
+        """``(B, 1)``, how far a column's token is from the last one of each answer. What a row reads again stays where it
+        was: the context may end there.
+        """
+        return like.new_tensor([[min(column, len(row.drafts.tokens))] for row in self.live])
 
     def _draft_one(self, row: _Row, draft: Draft) -> None:
         whole = bool(row.processors) or self.samples  # scores of every token, those that are not drafted at -inf
@@ -236,7 +259,7 @@ class _Decoding:
         held = torch.cat([held, held.new_ones((len(held), columns))], 1)
         inputs: dict[str, Any] = {"attention_mask": None if shown is None else held}
         if self.takes_positions:
-            inputs["position_ids"] = positions + torch.arange(columns, device=positions.device)
+            inputs["position_ids"] = positions + torch.cat([self._steps(n, positions) for n in range(columns)], 1)
         if self.names is not None:
             inputs["adapter_names"] = self.names
         logits = self.model(
@@ -268,6 +291,29 @@ class _Decoding:
         return held[rows]
 
 
+def _is_stock(each: Any) -> bool:
+    """Whether a processor or criterion is one of transformers', which look at each row of a batch by itself."""
+    return type(each).__module__.startswith("transformers.")
+
+
+def _as_one_of(each: Any, place: int, rows: int) -> Any:
+    """A processor or criterion of the caller's, which may know rows by their place, asked about one row of a batch: it is
+    shown as many rows as there are, all of them alike, and what it says of the one at ``place`` counts.
+    """
+    if rows == 1 or _is_stock(each):
+        return each
+
+    def asked(ids: Tensor, scores: Any) -> Any:
+        if isinstance(scores, Tensor):
+            scores = scores.repeat(rows, 1)
+        elif scores is not None:
+            scores = tuple(one.expand(rows, -1) for one in scores)
+        said = each(ids.expand(rows, -1), scores)
+        return said[place : place + 1] if isinstance(said, Tensor) and said.dim() else said
+
+    return asked
+
+
 def _for_row(processor: Any, place: int, rows: int) -> Any:
     """A processor for one row of a batch: rows have texts of different length, so each is processed alone.
 
@@ -289,6 +335,8 @@ def _for_row(processor: Any, place: int, rows: int) -> Any:
     if own:
         processor = copy.copy(processor)
         vars(processor).update({name: each[place : place + 1] for name, each in own.items()})
+    if not _is_stock(processor):
+        return processor.of_row(place, rows) if hasattr(processor, "of_row") else _as_one_of(processor, place, rows)
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         processor.batch_size = 1
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
