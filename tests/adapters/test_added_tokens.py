@@ -70,6 +70,43 @@ def test_rows_of_new_tokens_come_from_the_file(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(input_ids=_with_new_tokens()).logits, model(input_ids=_with_new_tokens()).logits)
 
 
+def test_new_rows_that_are_drawn_alike_come_from_the_file_too(tmp_path: Path) -> None:
+    """transformers draws new rows near the mean of the old ones by default, so two drawings are the same within a percent."""
+
+    def with_means() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(FOLDERS["llama"])
+        model.resize_token_embeddings(V + 4)
+        return model.eval()
+
+    model = adapt(with_means()).eval()
+    model.save_pretrained(tmp_path)
+    for loaded in (PeftModel.from_pretrained(with_means(), tmp_path).eval(), shadowpeft.load(tmp_path, with_means())):
+        assert torch.equal(loaded.get_base_model().lm_head.weight, model.get_base_model().lm_head.weight)
+        assert torch.equal(loaded(input_ids=_with_new_tokens()).logits, model(input_ids=_with_new_tokens()).logits)
+
+
+def test_a_vocabulary_may_grow_by_a_third(tmp_path: Path) -> None:
+    """Much of what identifies a base is then drawn anew with each resize."""
+
+    def larger(seed: int) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(FOLDERS["llama"])
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(V + 20, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[V:].mul_(20)
+        return model.eval()
+
+    model = adapt(larger(4)).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="differ from those"):
+        loaded = shadowpeft.load(tmp_path, larger(5))
+    assert torch.equal(loaded(input_ids=_with_new_tokens()).logits, model(input_ids=_with_new_tokens()).logits)
+    other = base(seed=9)
+    other.resize_token_embeddings(V + 20)
+    with pytest.raises(BaseMismatchError, match="other weights"):
+        shadowpeft.load(tmp_path, other)
+
+
 def test_tables_that_were_asked_for_load_on_the_same_base_alone(tmp_path: Path) -> None:
     model = adapt(base("llama_tied")).eval()
     model.save_pretrained(tmp_path, save_embedding_layers=True)

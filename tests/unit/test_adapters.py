@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.layer import find_hub
 from tiny import adapt, adapter_config, base, randomise, tokens
 
 
@@ -154,3 +155,26 @@ def test_classification_adapters_have_heads_of_their_own():
     assert not torch.equal(logits(model), first)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
+
+
+def test_a_configuration_may_be_used_for_one_model_after_another():
+    """What it records of a base is that base's; the models before keep what it said of them."""
+
+    def classifier(labels, pad):
+        model = base("llama", task="SEQ_CLS", labels=len(labels), pad_token_id=pad)
+        model.config.id2label = dict(enumerate(labels))
+        return model
+
+    config = adapter_config(task_type="SEQ_CLS", modules_to_save=["input_layernorm"])
+    first = get_peft_model(classifier(["ham", "spam"], 7), config)
+    another = classifier(["up", "down", "aside"], None)
+    second = get_peft_model(another, config)
+    assert another.config.pad_token_id is None
+    assert second.peft_config["default"] is config
+    assert (config.labels, config.pad_token_id) == (["up", "down", "aside"], None)
+    kept = first.peft_config["default"]
+    assert (kept.labels, kept.pad_token_id) == (["ham", "spam"], 7)
+    assert find_hub(first).configs["default"] is kept
+    deeper = get_peft_model(base("llama", task="SEQ_CLS", num_hidden_layers=6), config)
+    trained = [[name for name, _ in m.named_parameters() if ".modules_to_save.default." in name] for m in (first, deeper)]
+    assert [len(names) for names in trained] == [4, 6]

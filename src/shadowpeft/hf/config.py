@@ -101,6 +101,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
         # Found by the tuner for each base; an attribute, not a field, since it says nothing that a file should hold.
         self.target_modules: str | None = None
         self._loaded = self.base_fingerprint is not None
+        # What the caller gave, and what a base put in its place, by field: the next base starts from what was given.
+        self._noted: dict[str, tuple[Any, Any]] = {}
         # The weights file beside the configuration file this was read from: compared with it before anything is built.
         self.weights_file: Path | None = None
         if isinstance(self.refined_layers, tuple):
@@ -233,11 +235,24 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
 
     def note_classes(self, base: Any) -> None:
         """Record the labels and the pad token of a classifier's configuration; it gets the recorded one if it has none."""
-        self.labels = self.labels or [base.id2label[i] for i in range(len(base.id2label))]
+        self.note("labels", self.labels or [base.id2label[i] for i in range(len(base.id2label))])
         if getattr(base, "pad_token_id", None) is None:
             base.pad_token_id = self.pad_token_id
         elif self.pad_token_id is None:
-            self.pad_token_id = base.pad_token_id
+            self.note("pad_token_id", base.pad_token_id)
+
+    def note(self, name: str, value: Any) -> None:
+        """Put what is found in a base into a field."""
+        given = getattr(self, name)
+        setattr(self, name, value)
+        self._noted[name] = (given, value)
+
+    def as_given(self) -> None:
+        """Forget what was noted of an earlier base; what the caller has changed since stays."""
+        for name, (given, noted) in self._noted.items():
+            if getattr(self, name) == noted:
+                setattr(self, name, given)
+        self._noted = {}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; a module given as ``shadow_model`` becomes its name, since the adapter holds its weights."""

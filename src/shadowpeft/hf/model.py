@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -37,6 +39,7 @@ from shadowpeft.hf.layer import (
     check_adapter_name,
     check_one_adapter,
     clean_on_failure,
+    find_hub,
     keep_in_float32,
     remove,
 )
@@ -44,6 +47,7 @@ from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
 
 PREFIX = "shadowpeft_"
+_LIVING: WeakSet[ShadowModel] = WeakSet()
 
 
 class ShadowModel(BaseTuner):
@@ -81,6 +85,8 @@ class ShadowModel(BaseTuner):
             )
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         check_bare(self.model)
+        if not peft_config._loaded:
+            self._take_over(peft_config)
         if peft_config.task_type == "SEQ_CLS":
             peft_config.note_classes(self.model.config)
         identity = fingerprint(self.model, parts)
@@ -97,18 +103,16 @@ class ShadowModel(BaseTuner):
             )
         peft_config.target_modules = "|".join(re.escape(name) for name in targets)
         if peft_config.modules_to_save:
-            peft_config.modules_to_save = full_names(
-                self.model, peft_config.modules_to_save, strict=not peft_config._loaded
-            )
+            saved = full_names(self.model, peft_config.modules_to_save, strict=not peft_config._loaded)
+            peft_config.note("modules_to_save", saved)
             for name in peft_config.modules_to_save:
                 if any(f"{target}.".startswith(f"{name}." if name else "") for target in targets):
                     raise ConfigError(
                         f"modules_to_save names '{name}', which holds the shadow's own parts; name modules inside a layer, "
                         "the head or the final norm"
                     )
-            modules = dict(self.model.named_modules())
-            for name in set(modules) & set(peft_config.modules_to_save):
-                if is_offloaded(self.model) and any(p.is_meta for p in modules[name].parameters()):
+            for name, module in self.model.named_modules():
+                if name in saved and is_offloaded(self.model) and any(p.is_meta for p in module.parameters()):
                     raise ConfigError(
                         f"modules_to_save names {name}, whose weights are offloaded and cannot train; keep it on a device in "
                         "device_map"
@@ -117,6 +121,14 @@ class ShadowModel(BaseTuner):
             check_file(type(self), self.model, peft_config, peft_config.weights_file)
             peft_config.weights_file = None  # once; what is attached later by this configuration need not be in the file
         return peft_config
+
+    def _take_over(self, peft_config: ShadowPeftConfig) -> None:
+        """A configuration may be used for one model after another; those before keep a copy of what it says of them."""
+        for other in _LIVING - {self}:
+            for name in [name for name, config in other.peft_config.items() if config is peft_config]:
+                other.peft_config[name] = find_hub(other).configs[name] = copy.copy(peft_config)
+        _LIVING.add(self)
+        peft_config.as_given()
 
     def _create_and_replace(
         self,

@@ -72,9 +72,9 @@ def new_rows(
             continue
         mine, theirs = own.detach().float().flatten(1), value.to(own.device).float().flatten(1)
         differing = ~((mine - theirs).norm(dim=1) <= SAME * theirs.norm(dim=1))
-        if not bool(differing.any()):
+        first = min(_first(differing, len(value)), _first_of_the_end(own, value))
+        if first == len(value):
             continue
-        first = int(differing.nonzero()[0])
         if first < len(value) / 2:
             raise AdapterFileError(
                 f"row {first} of '{name}' in the adapter's file is not that of this base; load the base it was trained on"
@@ -86,6 +86,20 @@ def new_rows(
             )
         new.append((own, first, value))
     return new
+
+
+def _first(rows: Tensor, count: int) -> int:
+    """The first place where ``rows`` holds, else ``count``."""
+    return int(rows.nonzero()[0]) if bool(rows.any()) else count
+
+
+def _first_of_the_end(own: Tensor, value: Tensor) -> int:
+    """Where the rows begin that are not bit for bit the base's, up to the last one; transformers draws new rows close to one
+    another, so a tolerance takes two drawings for one. The number of rows where the whole table has been rounded otherwise.
+    """
+    exact = (value.to(own) == own.detach()).flatten(1).all(1)
+    start = len(value) - _first(exact.flip(0), len(value))
+    return start if start >= len(value) / 2 else len(value)
 
 
 @torch.no_grad()
