@@ -177,4 +177,4 @@ def test_a_configuration_may_be_used_for_one_model_after_another():
     assert find_hub(first).configs["default"] is kept
     deeper = get_peft_model(base("llama", task="SEQ_CLS", num_hidden_layers=6), config)
     trained = [[name for name, _ in m.named_parameters() if ".modules_to_save.default." in name] for m in (first, deeper)]
-    assert [len(names) for names in trained] == [4, 6]
+    assert [len(names) for names in trained] == [4 + 1, 6 + 1]  # one a layer, and the head
