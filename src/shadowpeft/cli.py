@@ -35,6 +35,8 @@ from shadowpeft.messages import shorten
 from shadowpeft.serve.options import Options, command_of
 from shadowpeft.terminal import check_arguments, one_line
 
+STOPPED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 app = typer.Typer(
     name="shadowpeft",
     help="Adapt a frozen language model with a shadow network; use it attached, detached, or both.",
@@ -106,15 +108,18 @@ app.command("demo")(demo.main)
 
 
 def main() -> None:
-    """Entry point: exit 0 done, 1 failed, 2 wrong usage or configuration; one sentence unless ``--debug``."""
+    """Entry point: exit 0 done, 1 failed, 2 wrong usage or configuration, 130 stopped by Ctrl-C; one sentence unless
+    ``--debug``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 shows escapes
     try:
         check_arguments(sys.argv[1:])
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != STOPPED:
+            raise
         print("stopped", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(STOPPED)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

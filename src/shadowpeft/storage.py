@@ -87,8 +87,11 @@ def share(beside: Path, space: Path) -> None:
     """Let those read the files written in a workspace who may read the workspace: safetensors 0.8 lets the owner alone."""
     readers = space.stat().st_mode & 0o666  # a new folder has all that the process's mask leaves
     for part in [*beside.rglob("*"), beside]:
-        if part.is_file() and not part.is_symlink() and (mode := part.stat().st_mode) | readers != mode:
-            part.chmod(mode | readers)
+        if not part.is_file() or part.is_symlink():
+            continue
+        found = part.stat()
+        if found.st_nlink == 1 and found.st_mode | readers != found.st_mode:  # a linked file is somebody's own too
+            part.chmod(found.st_mode | readers)
 
 
 def take_name(beside: Path, path: Path, space: Path, replace: bool = True) -> None:

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import edges
 from chatbase import write_rows
 from commands import call
+from shadowpeft import export
+from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.export import gguf, hf
 from tiny import adapt
 
@@ -46,6 +48,21 @@ def test_an_adapter_as_a_stock_folder(folders, run, tmp_path):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folders / "edge")(input_ids=ids).logits
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "o")(input_ids=ids).logits, expected)
+
+
+def test_a_calibration_that_stays_behind_is_told(folders, run, tmp_path):
+    shutil.copytree(folders / "edge", tmp_path / "edge")
+    (tmp_path / "edge" / "routing.json").write_text("{}")
+    code, out, err = run(tmp_path / "edge", tmp_path / "o", "--to", "hf", "--no-verify", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)["export"]["calibration"]
+    assert told == f"stays in {tmp_path / 'edge' / 'routing.json'}; see docs/export.md"
+
+
+def test_heads_that_onnxruntime_cannot_attend_with_are_refused(tmp_path):
+    model = edges.model("qwen3", head_dim=24)
+    with pytest.raises(UnsupportedModelError, match="heads of 24 numbers"):
+        export.write("onnx-genai", model, edges.tokenizer(), tmp_path / "o", "f32")
 
 
 @pytest.mark.parametrize("arguments", [("gguf",), ("gguf", "--dtype", "q8_0"), ("hf", "--dtype", "f16"), ("int8",)])

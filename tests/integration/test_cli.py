@@ -622,6 +622,39 @@ def test_chat_in_the_terminal(monkeypatch, capsys, adapter):
     assert detached.strip() in out
 
 
+def test_ctrl_c_ends_the_answer_and_not_the_talk(monkeypatch, capsys, adapter):
+    from rich.console import Console
+
+    from shadowpeft import generate
+
+    lines = iter(["sit", "/help", "stand", "/quit"])
+    asked = []
+
+    def cut(runner, tokenizer, history, **options):
+        asked.append([turn["content"] for turn in history])
+        yield "half"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield " and half"
+
+    monkeypatch.setattr(generate, "stream", cut)
+    monkeypatch.setattr(Console, "input", lambda self, *args, **options: next(lines))
+    code, out, _ = call(monkeypatch, capsys, "chat", adapter)
+    assert code == 0
+    assert "half (stopped)" in out
+    assert "half and half" in out
+    assert "there is no command /help; there are /mode, /reset and /quit" in out
+    assert asked == [["sit"], ["sit", "half", "stand"]]
+
+
+def test_ctrl_c_stops_a_command(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shadowpeft.hf.load.read_config", interrupted)
+    assert call(monkeypatch, capsys, "info", "no-such-folder") == (130, "", "stopped\n")
+
+
 def test_a_message_that_is_too_long_does_not_end_the_conversation(monkeypatch, capsys, adapter):
     from rich.console import Console
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shadowpeft.apps.intents import read_intents
+from shadowpeft.apps.intents import distinct, read_intents
 from shadowpeft.data.tools import read_tools, tools_of
 from shadowpeft.errors import ConfigError, DataError
 
@@ -73,6 +73,16 @@ def test_packaged_requests_and_how_many_no_skill_answers(name, rows, open_):
     assert found[0]["where"].startswith(f"{name}, row calibration_normal-")
     with pytest.raises(ConfigError, match=f"'{name}' has the packaged skills but --skills names others"):
         read_intents(name, "fit", None, ("Sit",))
+
+
+def test_copies_that_contradict_each_other_are_refused(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,skill\nsit,Sit\nup,StandUp\n sit ,Sit\nup,Sit\nup,REMOTE\n")
+    rows = read_intents(str(file), "fit", None)
+    problem = r"line 3 and .*line 5 have the same request \('up'\) but other right answers, StandUp and Sit, and 1 more rows"
+    with pytest.raises(DataError, match=problem):
+        distinct(rows)
+    assert [(row["prompt"], row["times"]) for row in distinct(rows[:3])] == [("sit", 2), ("up", 1)]
 
 
 def test_tables_are_read_too(tmp_path):

@@ -152,6 +152,15 @@ def test_who_may_read_the_folder_may_read_the_weights(tmp_path, mask, mode):
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == mode
 
 
+def test_a_linked_file_keeps_its_rights(tmp_path):
+    """``export --to vllm`` links the base's weights, and their owner may keep them from others."""
+    (tmp_path / "base").touch(0o600)
+    with storage.written_whole(tmp_path / "out") as beside:
+        os.link(tmp_path / "base", beside / "base")
+    assert (tmp_path / "base").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "base").stat().st_nlink == 2
+
+
 # ---------------------------------------------------------------------------------------------------- what others put there
 
 

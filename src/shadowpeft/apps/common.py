@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 MODES = ("attached", "detached", "base")
 
 
+def quiet_imports() -> None:
+    """Only errors from the imports of torchao and bitsandbytes, where they are installed."""
+    import logging
+
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
-    """Only errors from transformers, and from torchao's import where it is installed: a command prints its own messages."""
-    import logging as standard
+    """Only errors from transformers and from what it imports: a command prints its own messages."""
     import warnings
 
-    for name in ("torchao", "torch.utils._pytree"):
-        standard.getLogger(name).setLevel(standard.ERROR)
+    quiet_imports()
     from transformers import logging
     from transformers.utils import logging as hf_logging
 

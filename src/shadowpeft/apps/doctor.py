@@ -50,9 +50,11 @@ def main(
 
 def diagnose(report: Report, adapter: str | None, base: str | None) -> None:
     """Run the checks in order; what needs a part that failed is left out."""
+    from shadowpeft.apps.common import quiet_imports, quiet_libraries
+
+    quiet_imports()
     if not check_environment(report) or adapter is None:
         return
-    from shadowpeft.apps.common import quiet_libraries
     from shadowpeft.apps.selftest import self_test
 
     quiet_libraries()

@@ -84,6 +84,10 @@ def main(
     system = system_message(source, None) if is_adapter(source) else None
     needs = None if vocab_from is None else Vocabulary(vocab_from, skills, system)
     result = run(model, tokenizer, path, to, dtype, needs, verify, evaluate, limit, console, attached)
+    from shadowpeft.serve.router import FILE
+
+    if (calibration := Path(source) / FILE).is_file():
+        result["export"]["calibration"] = f"stays in {calibration}; see docs/export.md"
     show(result, f"{source} as {to}", as_json)
 
 

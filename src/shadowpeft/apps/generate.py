@@ -39,13 +39,20 @@ def opened(
 
     prepare_cpu()
     where = pick_device(device)
-    if not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature is {temperature} but must be a number from 0 up")
+    check_temperature(temperature)
     set_seed(seed)
     check_answers(adapter)
     tokenizer = load_tokenizer_of(adapter, base)
     model = placed(shadowpeft.load(adapter, base), where)
     return model, tokenizer, {} if temperature < GREEDY else {"do_sample": True, "temperature": temperature}
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises:
+    ConfigError: if it is negative, infinite or no number.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature} but must be a number from 0 up")
 
 
 def check_mode(mode: str, speculative: bool) -> None:
@@ -89,9 +96,11 @@ def generate(
     """Answer one prompt."""
     from shadowpeft.data.robot_tools import tools_named
 
+    check_mode(mode, speculative)
+    check_temperature(temperature)
+    quiet_libraries()
     known = None if skills is None else tools_named(skills)
     system = system_message(adapter, system)
-    check_mode(mode, speculative)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
     from shadowpeft.apps.second_opinion import beside
     from shadowpeft.constrained import choose
@@ -164,6 +173,8 @@ def chat(
 ) -> None:
     """Talk to the model in the terminal."""
     check_mode(mode, speculative)
+    check_temperature(temperature)
+    quiet_libraries()
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
     from rich.text import Text
@@ -197,6 +208,9 @@ def chat(
             continue
         if not text:
             continue
+        if text.startswith("/") and len(text.split()) == 1:
+            console.print(f"there is no command {text}; there are /mode, /reset and /quit", highlight=False, markup=False)
+            continue
         history.append({"role": "user", "content": text})
         console.print(Text(f"{mode} ", style="bold"), end="")
         pieces = []
@@ -210,6 +224,8 @@ def chat(
             console.print(f"{error}; your message was left out, and /reset begins anew", highlight=False, markup=False)
             history.pop()
             continue
+        except KeyboardInterrupt:  # of the answer, not of the talk: what was said stays
+            console.print(Text(" (stopped)", style="dim"), end="")
         print()
         if drafts:
             console.print(Text(str(drafts["speculative"].counts), style="dim"))

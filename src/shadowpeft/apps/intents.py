@@ -16,6 +16,7 @@ from shadowpeft.data.forms import rows_in
 from shadowpeft.data.robot import SETS, SKILLS, load
 from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.messages import shorten
 
 ROBOT: dict[str, dict[str, tuple[str, ...]]] = {
     "robot": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
@@ -84,9 +85,20 @@ def rows_to_learn(source: str, skills: tuple[str, ...] | None = None) -> list[di
 def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with each prompt once, the first of its copies with how often it came as ``times``. Prompts that differ in white
     space alone are copies.
+
+    Raises:
+        DataError: if copies have different skills, so that nobody knows what is right.
     """
     times = Counter(_said(row) for row in rows)
     first = {_said(row): row for row in reversed(rows)}
+    differing = [row for row in rows if row["skill"] != first[_said(row)]["skill"]]
+    if differing:
+        row, other = differing[0], first[_said(differing[0])]
+        more = f", and {len(differing) - 1} more rows contradict an earlier one" if len(differing) > 1 else ""
+        raise DataError(
+            f"{other['where']} and {row['where']} have the same request ({shorten(row['prompt'], 60)!r}) but other right "
+            f"answers, {other['skill']} and {row['skill']}{more}; keep one of them"
+        )
     return [{**first[said], "times": n} for said, n in times.items()]
 
 

@@ -104,7 +104,6 @@ def calibrate(
     if out is None and not folder.is_dir():
         raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
     require_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     console = terminal(stderr=True)
     rows = Rows.read(data, limit, actions, second_opinion, open_share, console)
     if bound:
@@ -147,6 +146,7 @@ def calibrate(
     if check is not None:
         calibration.report["check"] = {**rows.about_check, **fitting.check(calibration, samples["check"])}
     calibration.report["curve"] = fitting.curve(calibration, samples[shown])
+    folder.mkdir(parents=True, exist_ok=True)
     if opinion is not None:
         calibration = replace(calibration, opinion=opinion.save(folder))
     calibration.save(folder / FILE)

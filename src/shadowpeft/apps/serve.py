@@ -195,7 +195,13 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
     cloud = without_password(options.cloud_url) if options.cloud_url else None
     facts: dict[str, Any] = {"calibration": str(file) if file else None, "second_opinion": opinion is not None}
     facts |= {"skills": len(known), "chooses": chooses, "cloud": cloud}
-    logging.getLogger("shadowpeft.serve").info("edge %s", json.dumps(facts))
+    log = logging.getLogger("shadowpeft.serve")
+    log.info("edge %s", json.dumps(facts))
+    if calibration is None and cloud is not None:
+        log.warning(
+            "the edge has no calibration, so it keeps every known action, however unsure; make one with shadowpeft route "
+            "calibrate, or pass --routing FILE"
+        )
     if not known.plain:
         return Router(CallParser(known), calibration), None, known, None
     return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None, opinion

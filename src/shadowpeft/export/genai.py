@@ -6,6 +6,7 @@ The builder is run as a program of its own, as its documentation does: it prints
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,12 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
         raise UnsupportedModelError(
             f"the model has rotary scaling of type '{rope}', which onnxruntime-genai may ignore; choose another format"
         )
+    heads = getattr(model.config, "num_attention_heads", 1)
+    width = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    if width % 16:  # its attention with rotary positions; found by writing such a model
+        raise UnsupportedModelError(
+            f"the model has heads of {width} numbers, but onnxruntime's attention takes multiples of 16; choose another format"
+        )
     with tempfile.TemporaryDirectory() as source:
         model.save_pretrained(source)
         generation_config(model, tokenizer).save_pretrained(source)
@@ -42,6 +49,8 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
         run = subprocess.run([*builder, *options], capture_output=True, text=True, check=False)
     if run.returncode != 0:
         last = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        if (number := re.search(r"\[Errno (\d+)\]", last)) is not None:  # a full disk is not the format's fault
+            raise OSError(int(number[1]), last)
         raise UnsupportedModelError(
             f"onnxruntime-genai could not build {type(model).__name__} ({last[:200]}); choose another format"
         )
