@@ -109,6 +109,7 @@ def frontier(cells: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> li
             [
                 str(layers),
                 f"[{record['name']}](../experiments/records/{record['id']}.json)",
+                f"{record['data']['train']['rows']:,}",
                 str(last["pass"]),
                 percent(last["constrained"]["commands"], interval=True),
                 percent(last["constrained"]["open_handed_on"]),
@@ -118,13 +119,13 @@ def frontier(cells: Sequence[Mapping[str, Any]], costs: Mapping[str, Any]) -> li
             ]
         )
     lines += [
-        [k, "not trained", EMPTY, EMPTY, EMPTY, f"{cost['parameters'] / 1e6:.0f}M", EMPTY, *_cost(cost)]
+        [k, "not trained", EMPTY, EMPTY, EMPTY, EMPTY, f"{cost['parameters'] / 1e6:.0f}M", EMPTY, *_cost(cost)]
         for k, cost in costs.items()
         if int(k) not in best
     ]
     lines.sort(key=lambda line: int(line[0]))
     head = [
-        "layers", "cell", "passes", "commands, % [95 %]", "open handed on", "parameters", "processor minutes",
+        "layers", "cell", "rows", "passes", "commands, % [95 %]", "open handed on", "parameters", "processor minutes",
         "a decision, one thread", "attached, of the base's time",
     ]  # fmt: skip
     return table(head, lines)

@@ -262,14 +262,15 @@ def summary(curve: list[dict[str, Any]]) -> str:
 
 
 def final(cell: Cell, work: Path = WORK, folder: Path = FOLDER) -> dict[str, Any]:
-    """Look at the test rows, once: with the recipe that was chosen on development rows.
+    """Look at the test rows, once for each depth: with the recipe that was chosen on development rows.
 
     Raises:
-        ConfigError: if any record of the same problem has seen them, or the cell was not run to its end.
+        ConfigError: if a record of the same problem and depth has seen them, or the cell was not run to its end.
     """
+    question = (cell.problem, cell.layers)
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if record.get("test") is not None and record["settings"]["problem"] == cell.problem:
+        if record.get("test") is not None and (record["settings"]["problem"], record["settings"]["layers"]) == question:
             raise ConfigError(f"'{record['name']}' has already been tested; the test rows are looked at once")
     prepare_cpu(1)
     training = Training(cell, work, folder)

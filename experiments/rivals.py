@@ -71,20 +71,23 @@ def choose_c(problem: Problem, grid: Sequence[float] = GRID) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- the problems
 
 
-def robot_problem(*, open_rows: bool) -> Problem:
-    """Robot intents with ``[REMOTE]`` as a class: the 47 rows of the shadow path, or with ``open_rows`` all open prompts too.
+ROBOT: dict[str, tuple[str, dict[str, bool]]] = {
+    "robot-svc": ("commands and 47 [REMOTE] rows", {"open_rows": False}),
+    "robot-svc-open": ("commands and all open rows", {"open_rows": True}),
+    "robot-svc-large": ("all rows of robot_large", {"open_rows": True, "more_rows": True}),
+}
+"""Record -> what it is called, and the rows that it learns (:func:`experiments.device_rows.split`)."""
+
+
+def robot_problem(name: str) -> Problem:
+    """Robot intents with ``[REMOTE]`` as a class, the rows as ``ROBOT`` has them.
 
     C is chosen on the packaged validation set and the phrasings held out of training, as in the device search; the test rows
     are scored by a fit on all training rows.
     """
-    part = device_rows.split(open_rows=open_rows)
-    return Problem(
-        id="robot-svc-open" if open_rows else "robot-svc",
-        title="commands and all open rows" if open_rows else "commands and 47 [REMOTE] rows",
-        task="robot",
-        train=_robot(part.train),
-        validation=_robot(part.development),
-    )
+    title, rows = ROBOT[name]
+    part = device_rows.split(**rows)
+    return Problem(name, title, "robot", train=_robot(part.train), validation=_robot(part.development))
 
 
 def _robot(rows: Sequence[dict[str, str]]) -> list[tuple[str, Any]]:
@@ -101,8 +104,7 @@ def class_problem(name: str) -> Problem:
 def problems() -> list[Problem]:
     """What has records."""
     return [
-        robot_problem(open_rows=False),
-        robot_problem(open_rows=True),
+        *(robot_problem(name) for name in ROBOT),
         class_problem("clinc150"),
         class_problem("newsgroups"),
     ]
@@ -115,7 +117,7 @@ def final_rows(problem: Problem) -> list[tuple[str, Any]]:
     """What the chosen C is fitted on: for the robot all training rows, elsewhere the training split."""
     if problem.task != "robot":
         return problem.train
-    return _robot(device_rows.split(open_rows=problem.id.endswith("open"), hold_out=False).train)
+    return _robot(device_rows.split(**ROBOT[problem.id][1], hold_out=False).train)
 
 
 def result(task: Task, examples: Sequence[Example], model: Pipeline, split: str) -> tuple[dict[str, Any], str]:
@@ -194,7 +196,7 @@ def record(problem: Problem, splits: Sequence[str] | None = None) -> dict[str, A
 def development(problem: Problem, c: float) -> dict[str, Any]:
     """The robot's development rows as the device search judges them, by a fit that has not seen them."""
     model = fit([text for text, _ in problem.train], [label for _, label in problem.train], c)
-    rows = device_rows.split(open_rows=problem.id.endswith("open")).development
+    rows = device_rows.split(**ROBOT[problem.id][1]).development
     return shares(rows, predict(model, [row["prompt"] for row in rows])[0])
 
 

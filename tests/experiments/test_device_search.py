@@ -25,9 +25,9 @@ from shadowpeft.errors import ConfigError
 # -------------------------------------------------------------------------------------------------------------------- rows
 
 
-@pytest.fixture(scope="module")
-def parts():
-    return device_rows.split()
+@pytest.fixture(scope="module", params=[False, True], ids=["", "more rows"])
+def parts(request):
+    return device_rows.split(more_rows=request.param)
 
 
 def test_no_phrasing_topic_or_prompt_stands_on_both_sides(parts):
@@ -67,6 +67,9 @@ def test_open_rows_and_holding_out_can_be_left_out():
     whole = device_rows.split(hold_out=False)
     assert len(whole.train) == 3400 + 1000 + 47
     assert {row["split"] for row in whole.development} == {"validation_normal", "validation_remote"}
+    large = device_rows.split(more_rows=True)
+    assert len(large.train) == len(device_rows.split().train) + 4760 + 1172
+    assert large.development == device_rows.split().development
 
 
 def test_an_open_prompt_of_the_base_path_is_handed_on_in_both_targets():

@@ -34,7 +34,7 @@ def rows(kind: str, count: int) -> list[dict[str, str]]:
 def tiny(monkeypatch):
     """Two tasks of a few rows instead of the real ones; the C that each fit was given."""
 
-    def split(*, open_rows: bool = True, hold_out: bool = True) -> device_rows.Split:
+    def split(*, open_rows: bool = True, hold_out: bool = True, more_rows: bool = False) -> device_rows.Split:
         return device_rows.Split(rows("train", 6 if hold_out else 8), rows("validation", 2))
 
     monkeypatch.setattr(device_rows, "split", split)
@@ -103,7 +103,7 @@ def test_test_rows_do_not_choose(tiny, monkeypatch):
 
 
 def test_the_robots_c_is_chosen_on_held_out_phrasings_and_fitted_on_all_rows(tiny):
-    problem = rivals.robot_problem(open_rows=True)
+    problem = rivals.robot_problem("robot-svc-open")
     assert len(problem.train) == len(rows("train", 6))
     assert [label for _, label in problem.validation] == [row["skill"] for row in rows("validation", 2)]
     assert len(rivals.final_rows(problem)) == len(rows("train", 8))
