@@ -56,7 +56,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
         "smollm2-135m": base,
         "max_length: 128": "max_length: 512",
         "last_layers: 10": "last_layers: 2, shadow_num_hidden_layers: 1",
-        "shadow_epochs: 2, max_steps: 660": "shadow_epochs: 0, max_steps: 2",
+        "shadow_epochs: 1, max_steps: 750": "shadow_epochs: 0, max_steps: 2",
         "learning_rate: 1.0e-2": "learning_rate: 1.0e-6",
     }
     (tmp_path / "robot.yaml").write_text(run, encoding="utf-8")
