@@ -9,6 +9,7 @@ from experiments.device_results import PAGES, RECORDS
 
 from experiments import device_results
 from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.rival import ROBOT_C
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -24,19 +25,24 @@ def test_a_page_without_marks_is_refused():
 
 
 def test_the_rival_of_the_demo_is_the_recorded_one():
-    """The demo fits it anew; its share of right commands is that of the record of the rivals."""
-    demo = json.loads(RECORDS["demo"].read_text(encoding="utf-8"))["methods"]["rival"]
-    file = RECORDS["demo"].parents[2] / "experiments" / "records" / "rivals" / "robot-svc-open.json"
-    scores = json.loads(file.read_text(encoding="utf-8"))["results"]["robot-svc-test_large"]["scores"]
-    assert demo["commands"]["accuracy"] == pytest.approx(scores["skill"])
-    assert demo["open_handed_on"]["accuracy"] == pytest.approx(scores["remote"])
+    """The demo fits it anew, at C = 1, in seconds. The record's is chosen: 3, worth one more row of 661."""
+    file = RECORDS["demo"].parents[2] / "experiments" / "records" / "rivals" / "robot-svc-large.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    scores = record["results"]["robot-svc-test_large"]["scores"]
+    by_c = {trial["C"]: trial["score"] for trial in record["rate"]["trials"]}
+    assert by_c[record["rate"]["chosen"]] - by_c[ROBOT_C] < 1.5 / record["rate"]["n"]
+    for name in ("demo", "full"):
+        rival = json.loads(RECORDS[name].read_text(encoding="utf-8"))["methods"]["rival"]
+        assert rival["commands"]["accuracy"] == pytest.approx(scores["skill"], abs=0.01)
+        assert rival["open_handed_on"]["accuracy"] == pytest.approx(scores["remote"], abs=0.01)
 
 
 def test_the_best_cell_of_each_depth_is_shown():
     def cell(name, layers, score):
         share = {"score": score, "interval": [0.0, 1.0], "n": 10}
         point = {"pass": 1, "processor_seconds": 60.0, "constrained": {"commands": share, "open_handed_on": share}}
-        return {"id": f"device/{name}", "name": name, "settings": {"layers": layers}, "parameters": 1e6, "curve": [point]}
+        own = {"settings": {"layers": layers}, "data": {"train": {"rows": 4050}}}
+        return {"id": f"device/{name}", "name": name, "parameters": 1e6, "curve": [point], **own}
 
     costs = {"1": {"parameters": 3e6, "decision_ms": 11.0, "attached_to_base": 1.07}}
     lines = device_results.frontier([cell("b", 6, 0.5), cell("a", 2, 0.4), cell("c", 6, 0.9)], costs)
@@ -62,21 +68,19 @@ def test_how_the_calibration_rows_mattered_is_the_records():
     """Their mixture and their number, for the long demo."""
     docs = RECORDS["full"].parents[1]
     text = " ".join((docs / "device.md").read_text(encoding="utf-8").split())
-    by_rows = {n: json.loads((docs / "records" / f"demo-full-{n}.json").read_text(encoding="utf-8")) for n in (264, 626)}
-    full = json.loads(RECORDS["full"].read_text(encoding="utf-8"))
-    first, second, last = (each["calibrated"] for each in (by_rows[264], by_rows[626], full))
+    counts = (264, 626, 1040)
+    by_rows = {n: json.loads((docs / "records" / f"demo-full-{n}.json").read_text(encoding="utf-8")) for n in counts}
+    first, second, last = (by_rows[n]["calibrated"] for n in counts)
     assert [each["rows"] for each in (first, second, last)] == [264, 626, 1040]
 
     def percent(share):
         return f"{100 * share['accuracy']:.1f} %"
 
     said = (
-        f"{100 - 100 * last['open_kept']['accuracy']:.1f} % of the open requests are handed on",
+        f"{100 - 100 * last['open_kept']['accuracy']:.1f} % of the open requests were handed on",
         f"kept {percent(first['commands_kept'])} of the commands, and {percent(first['wrong_of_kept'])} of all that it kept",
         f"626 of them kept {percent(second['commands_kept'])} of the commands",
-        f"1,040 keep {percent(last['commands_kept'])}",
-        f"had {percent(by_rows[264]['methods']['second']['commands'])} of the commands right before, and has "
-        f"{percent(full['methods']['second']['commands'])} now",
+        f"1,040 kept {percent(last['commands_kept'])}",
     )
     assert [each for each in said if each not in text] == []
 

@@ -66,6 +66,21 @@ def test_what_four_passes_reach_is_their_record():
     assert f"`{record['run']}`" in page
 
 
+def test_lora_stands_beside_both_halves_on_the_same_rows():
+    read = {
+        name: json.loads((ROOT / "docs" / "records" / f"robot-tools-{name}.json").read_text(encoding="utf-8"))
+        for name in ("large-validation", "four-passes", "lora")
+    }
+    methods = {"rival": read["large-validation"]["methods"]["rival"], **read["four-passes"]["validation"]}
+    methods["lora"] = read["lora"]["methods"]["lora"]
+    (table,) = re.findall(r"<!-- tools-lora -->\n(.*?)\n<!-- /tools-lora -->", PAGE, re.DOTALL)
+    assert table == shown({"split": "validation", "methods": methods})
+    page, training = " ".join(PAGE.split()), read["lora"]["training"]
+    assert f"`{read['lora']['run']}`" in page
+    assert f"{training['steps']} steps in {training['seconds'] / 60:.0f} minutes" in page
+    assert f"has {100 * methods['attached']['calls']['accuracy']:.1f} % of them" in page
+
+
 def test_the_times_are_their_record():
     record = json.loads((ROOT / "docs" / "records" / "robot-tools-speed.json").read_text(encoding="utf-8"))
     assert f"{record['rows']} validation" in PAGE
