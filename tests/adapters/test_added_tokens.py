@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import shadowpeft
 from shadowpeft.errors import AdapterFileError, BaseMismatchError, ConfigError, UnsupportedModelError
+from shadowpeft.hf.base.tables import new_rows
 from tiny import V, adapt, base, tokens
 
 WEIGHTS = "adapter_model.safetensors"
@@ -83,6 +84,19 @@ def test_new_rows_that_are_drawn_alike_come_from_the_file_too(tmp_path: Path) ->
     for loaded in (PeftModel.from_pretrained(with_means(), tmp_path).eval(), shadowpeft.load(tmp_path, with_means())):
         assert torch.equal(loaded.get_base_model().lm_head.weight, model.get_base_model().lm_head.weight)
         assert torch.equal(loaded(input_ids=_with_new_tokens()).logits, model(input_ids=_with_new_tokens()).logits)
+
+
+@pytest.mark.parametrize("file", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_new_rows_are_found_whatever_the_types(file: torch.dtype, own: torch.dtype) -> None:
+    """A head may have a bias too, which is a table of one number a token."""
+    table = torch.nn.Linear(8, 100)
+    stored = {f"head.{key}": value.detach().clone() for key, value in table.named_parameters()}
+    for value in stored.values():
+        value[96:] *= 1.01  # within the tolerance
+    tables = {name: table.to(own) for name in stored}
+    found = new_rows(tables, {name: value.to(file) for name, value in stored.items()})
+    assert [(first, len(value)) for _, first, value in found] == [(96, 100)] * 2
 
 
 def test_a_vocabulary_may_grow_by_a_third(tmp_path: Path) -> None:

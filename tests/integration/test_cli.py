@@ -627,11 +627,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(monkeypatch, capsys, adapter):
 
     from shadowpeft import generate
 
-    lines = iter(["sit", "/help", "stand", "/quit"])
+    lines = iter(["sit", "/help", "stand", "bark", "turn", "/quit"])
     asked = []
 
     def cut(runner, tokenizer, history, **options):
         asked.append([turn["content"] for turn in history])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
         yield "half"
         if len(asked) == 1:
             raise KeyboardInterrupt
@@ -644,7 +646,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(monkeypatch, capsys, adapter):
     assert "half (stopped)" in out
     assert "half and half" in out
     assert "there is no command /help; there are /mode, /reset and /quit" in out
-    assert asked == [["sit"], ["sit", "half", "stand"]]
+    said = ["sit", "half", "stand", "half and half"]
+    assert asked == [["sit"], said[:3], [*said, "bark"], [*said, "turn"]]  # nothing was said to the third
 
 
 def test_ctrl_c_stops_a_command(monkeypatch, capsys):

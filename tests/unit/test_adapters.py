@@ -178,3 +178,37 @@ def test_a_configuration_may_be_used_for_one_model_after_another():
     deeper = get_peft_model(base("llama", task="SEQ_CLS", num_hidden_layers=6), config)
     trained = [[name for name, _ in m.named_parameters() if ".modules_to_save.default." in name] for m in (first, deeper)]
     assert [len(names) for names in trained] == [4 + 1, 6 + 1]  # one a layer, and the head
+
+
+@pytest.mark.parametrize("before", ["unloaded", "failed", "transformers"])
+def test_so_may_it_after_other_fates_of_the_model_before(before):
+    """An unloaded model, an attempt that failed, and a model of transformers' own ``add_adapter``."""
+    config = adapter_config()
+    model = base("llama")
+    if before == "unloaded":
+        first = get_peft_model(model, config)
+        model = first.unload()
+    elif before == "failed":
+        config.modules_to_save = ["misspelt"]
+        with pytest.raises(ConfigError, match="misspelt") as kept:
+            get_peft_model(model, config)
+        config.modules_to_save = None
+        assert kept.value.__traceback__  # which holds the failed tuner
+    else:
+        other = base("llama")
+        other.add_adapter(config, "default")
+    second = get_peft_model(model, config)
+    assert second.peft_config["default"] is config
+    if before == "transformers":
+        assert other.peft_config["default"] is not config
+        assert find_hub(other).configs["default"] is other.peft_config["default"]
+
+
+def test_what_a_training_records_stays_with_its_model():
+    config = adapter_config(trained_ends=[1])
+    first = get_peft_model(base("llama"), config)
+    config.note("trained_ends", [2])
+    config.note("trained_ends", [3])
+    get_peft_model(base("llama"), config)
+    assert config.trained_ends == [1]
+    assert first.peft_config["default"].trained_ends == [3]

@@ -297,8 +297,11 @@ def test_what_knows_rows_by_their_place_meets_them_there():
     def long_enough(input_ids, scores, **_):
         return input_ids.shape[1] - 7 >= lengths[: len(input_ids)]
 
+    def never(input_ids, scores, **_):  # one value for all
+        return torch.tensor([False])
+
     options = {**GREEDY, "input_ids": ids, "logits_processor": LogitsProcessorList([Bars()]), "eos_token_id": V - 1}
-    options["stopping_criteria"] = StoppingCriteriaList([long_enough])
+    options["stopping_criteria"] = StoppingCriteriaList([never, long_enough])
     expected = model.generate(**options)
     assert [int((row[7:] != PAD).sum()) for row in expected] == lengths.tolist()
     assert not set(expected[1, 7:].tolist()) & {token for token in barred[1] if token != PAD}

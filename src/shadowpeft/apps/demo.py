@@ -16,7 +16,6 @@ import typer
 
 from shadowpeft.apps.common import quiet_libraries
 from shadowpeft.apps.options import Json
-from shadowpeft.data.robot import SETS
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.storage import discard, require_writable, write_json
 from shadowpeft.terminal import terminal
@@ -47,6 +46,8 @@ SETTINGS: dict[str, Any] = {
     "training": {"batch_size": 16, "shadow_epochs": 1, "log_every": 10},
 }
 """The run of the demo, chosen on development rows (docs/device-search.md); what it does not set is the preset's ("device")."""
+_EVER = {("robot", 2), ("robot", 3), ("robot_large", 1)}
+"""Rows and passes of the shadow that demos of any version have had."""
 STEPS = 750
 """649 of the shadow alone, and a hundred of both paths."""
 FULL: dict[str, Any] = {
@@ -105,9 +106,12 @@ def is_earlier_demo(folder: Path) -> bool:
         stored = read_run(file).model_dump()
     except ConfigError:
         return False
+    training = stored["training"]
+    if (stored["data"]["train"], training["shadow_epochs"]) not in _EVER:
+        return False
     own = {**SETTINGS, "data": {"max_length": SETTINGS["data"]["max_length"]}}
     own["training"] = {key: value for key, value in SETTINGS["training"].items() if key != "shadow_epochs"}
-    return str(stored["data"]["train"]) in SETS and all(  # earlier versions had other rows, and the passes that they needed
+    return all(
         stored[key].items() >= value.items() if isinstance(value, dict) else stored[key] == value
         for key, value in own.items()
     )

@@ -225,7 +225,10 @@ def chat(
             history.pop()
             continue
         except KeyboardInterrupt:  # of the answer, not of the talk: what was said stays
-            console.print(Text(" (stopped)", style="dim"), end="")
+            console.print(Text(" (stopped)", style="dim"), end="" if pieces else "\n")
+            if not pieces:
+                history.pop()
+                continue
         print()
         if drafts:
             console.print(Text(str(drafts["speculative"].counts), style="dim"))

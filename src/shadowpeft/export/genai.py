@@ -5,7 +5,9 @@ The builder is run as a program of its own, as its documentation does: it prints
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,8 +51,9 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
         run = subprocess.run([*builder, *options], capture_output=True, text=True, check=False)
     if run.returncode != 0:
         last = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
-        if (number := re.search(r"\[Errno (\d+)\]", last)) is not None:  # a full disk is not the format's fault
-            raise OSError(int(number[1]), last)
+        found = re.search(r"\[Errno (\d+)\]", last)
+        if found is not None and (number := int(found[1])) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise OSError(number, os.strerror(number), str(folder))  # which is not the format's fault
         raise UnsupportedModelError(
             f"onnxruntime-genai could not build {type(model).__name__} ({last[:200]}); choose another format"
         )

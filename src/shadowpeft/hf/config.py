@@ -242,10 +242,10 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
             self.note("pad_token_id", base.pad_token_id)
 
     def note(self, name: str, value: Any) -> None:
-        """Put what is found in a base into a field."""
-        given = getattr(self, name)
+        """Put what is found in a base, or in its training, into a field."""
+        given, (before, noted) = getattr(self, name), self._noted.get(name, (None, None))
         setattr(self, name, value)
-        self._noted[name] = (given, value)
+        self._noted[name] = (before if name in self._noted and given == noted else given, value)
 
     def as_given(self) -> None:
         """Forget what was noted of an earlier base; what the caller has changed since stays."""

@@ -110,6 +110,8 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.shadowpeft_head: Any = nn.ModuleDict()
         self.shadowpeft_embedding: Any = nn.ModuleDict()
         self.configs: dict[str, ShadowPeftConfig] = {}
+        self.peft_configs: dict[str, Any] = {}
+        """PEFT's own, of the model that the hub is in."""
         self.signatures: dict[str, Signature] = {}
         self.facts = HeadFacts()
         self.backbone_name = ""

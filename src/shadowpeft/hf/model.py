@@ -39,7 +39,6 @@ from shadowpeft.hf.layer import (
     check_adapter_name,
     check_one_adapter,
     clean_on_failure,
-    find_hub,
     keep_in_float32,
     remove,
 )
@@ -47,7 +46,7 @@ from shadowpeft.hf.shadow.build import build_shadow
 from shadowpeft.hf.shadow.source import resolve
 
 PREFIX = "shadowpeft_"
-_LIVING: WeakSet[ShadowModel] = WeakSet()
+_LIVING: WeakSet[ShadowHub] = WeakSet()
 
 
 class ShadowModel(BaseTuner):
@@ -124,10 +123,9 @@ class ShadowModel(BaseTuner):
 
     def _take_over(self, peft_config: ShadowPeftConfig) -> None:
         """A configuration may be used for one model after another; those before keep a copy of what it says of them."""
-        for other in _LIVING - {self}:
-            for name in [name for name, config in other.peft_config.items() if config is peft_config]:
-                other.peft_config[name] = find_hub(other).configs[name] = copy.copy(peft_config)
-        _LIVING.add(self)
+        for hub in [hub for hub in _LIVING if hub.peft_configs is not self.peft_config]:
+            for name in [name for name, config in hub.configs.items() if config is peft_config]:
+                hub.configs[name] = hub.peft_configs[name] = copy.copy(peft_config)
         peft_config.as_given()
 
     def _create_and_replace(
@@ -184,6 +182,8 @@ class ShadowModel(BaseTuner):
             facts = self._facts(parts)
             parts.backbone.shadow_hub = ShadowHub()
             parts.backbone.shadow_hub.facts, parts.backbone.shadow_hub.backbone_name = facts, parts.backbone_name
+            parts.backbone.shadow_hub.peft_configs = self.peft_config
+            _LIVING.add(parts.backbone.shadow_hub)
             self._install_hooks(parts)
         steps = len(config.refined(parts.num_layers))
         self._hub(parts).add(adapter, config, built, parts.hidden_size, steps=steps, head=head)

@@ -91,9 +91,9 @@ class ShadowLossMixin(WholeCheckpoints):
         words = getattr(words, "tokenizer", words)  # of a processor
         for config in getattr(trainer.model, "peft_config", {}).values():
             if config.task_type == "CAUSAL_LM" and getattr(words, "chat_template", None) is not None:
-                config.trained_ends = end_tokens(trainer.model, words)
+                config.note("trained_ends", end_tokens(trainer.model, words))
             if config.task_type == "SEQ_CLS":
-                config.pad_token_id = getattr(trainer.model.config, "pad_token_id", None)
+                config.note("pad_token_id", getattr(trainer.model.config, "pad_token_id", None))
         if freezes:
             if trainer.args.world_size > 1:
                 raise ConfigError(

@@ -70,7 +70,7 @@ def new_rows(
                 stacklevel=2,
             )
             continue
-        mine, theirs = own.detach().float().flatten(1), value.to(own.device).float().flatten(1)
+        mine, theirs = (rows.detach().float().reshape(len(rows), -1) for rows in (own, value.to(own.device)))
         differing = ~((mine - theirs).norm(dim=1) <= SAME * theirs.norm(dim=1))
         first = min(_first(differing, len(value)), _first_of_the_end(own, value))
         if first == len(value):
@@ -97,7 +97,8 @@ def _first_of_the_end(own: Tensor, value: Tensor) -> int:
     """Where the rows begin that are not bit for bit the base's, up to the last one; transformers draws new rows close to one
     another, so a tolerance takes two drawings for one. The number of rows where the whole table has been rounded otherwise.
     """
-    exact = (value.to(own) == own.detach()).flatten(1).all(1)
+    mine, theirs = own.detach(), value.to(own.device)  # either may have been rounded to the other's type
+    exact = ((theirs.to(mine.dtype) == mine) | (mine.to(theirs.dtype) == theirs)).reshape(len(value), -1).all(1)
     start = len(value) - _first(exact.flip(0), len(value))
     return start if start >= len(value) / 2 else len(value)
 

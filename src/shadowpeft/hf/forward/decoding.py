@@ -309,7 +309,7 @@ def _as_one_of(each: Any, place: int, rows: int) -> Any:
         elif scores is not None:
             scores = tuple(one.expand(rows, -1) for one in scores)
         said = each(ids.expand(rows, -1), scores)
-        return said[place : place + 1] if isinstance(said, Tensor) and said.dim() else said
+        return said[place : place + 1] if isinstance(said, Tensor) and said.dim() and len(said) == rows else said
 
     return asked
 
@@ -330,13 +330,13 @@ def _for_row(processor: Any, place: int, rows: int) -> Any:
         )
     if rows == 1:
         return processor
+    if not _is_stock(processor):
+        return processor.of_row(place, rows) if hasattr(processor, "of_row") else _as_one_of(processor, place, rows)
     held = {name: getattr(processor, name, None) for name in _OF_EACH_ROW}
     own = {name: each for name, each in held.items() if isinstance(each, (Tensor, list)) and len(each) == rows}
     if own:
         processor = copy.copy(processor)
         vars(processor).update({name: each[place : place + 1] for name, each in own.items()})
-    if not _is_stock(processor):
-        return processor.of_row(place, rows) if hasattr(processor, "of_row") else _as_one_of(processor, place, rows)
     if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         processor.batch_size = 1
     if isinstance(processor, PrefixConstrainedLogitsProcessor):

@@ -76,19 +76,14 @@ def join_losses(
             assert stock is not None
             task_loss = _recount(stock, stock.nan_to_num() if logits is None else logits, call, hub.facts.label_shift)
     loss, asked = task_loss, training and weight > 0 and not call.return_shadow
-    demanded = [logits, task_loss]
-    if asked and shadow_loss is None:
-        demanded = [None if logits is None else supervision.refuse_gradients(logits), task_loss]
-    elif (
-        asked
-        and shadow_loss is not None
-        and shadow_loss.requires_grad  # else the shadow is frozen
-        and (task_loss is None or not torch.compiler.is_compiling())  # the demand would cost a graph break
-    ):
-        demanded, shadow_loss = supervision.demand_both(demanded, shadow_loss)
+    if asked and logits is not None and logits.requires_grad:
+        if shadow_loss is None:
+            logits = supervision.refuse_gradients(logits)
+        # a frozen shadow has no gradient; and with labels the demand would cost a compiled graph a break
+        elif shadow_loss.requires_grad and (task_loss is None or not torch.compiler.is_compiling()):
+            logits, shadow_loss = supervision.demand_both(logits, shadow_loss)
     if task_loss is not None and training and shadow_loss is not None:
         loss = joint_loss(task_loss, shadow_loss, weight)
-    logits, task_loss = demanded
     return Joined(logits, loss, task_loss, shadow_loss, shadow_logits)
 
 

@@ -7,7 +7,6 @@ backward passes either add what is missing or raise :class:`~shadowpeft.errors.U
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ class _Refuse(torch.autograd.Function):
 
 def refuse_gradients(logits: Tensor) -> Tensor:
     """``logits``, which raise in the backward pass: no labels were given, so there is no shadow loss to add."""
-    if not logits.requires_grad:
-        return logits
     return _Refuse.apply(logits)  # type: ignore[no-any-return]
 
 
@@ -48,15 +45,19 @@ class _Witness:
         self.seen = False
 
 
+# Both hand on their input as it is (detached in a forward pass without a graph, so that it may be changed in place), and take
+# an undefined gradient, as DistributedDataParallel gives to what its loss does not contain, for none.
 class _Mark(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, witness: _Witness) -> Tensor:
         ctx.witness = witness
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)
+        return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.witness.seen = True
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        if grads[0] is not None:
+            ctx.witness.seen = True
         return grads[0], None
 
 
@@ -64,11 +65,14 @@ class _Demand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, witness: _Witness) -> Tensor:
         ctx.witness = witness
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)
+        return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         witness = ctx.witness
+        if grads[0] is None:
+            return None, None
 
         def check() -> None:
             if not witness.seen:
@@ -82,11 +86,10 @@ class _Demand(torch.autograd.Function):
         return grads[0], None
 
 
-def demand_both(outputs: Sequence[Tensor | None], shadow_loss: Tensor) -> tuple[list[Tensor | None], Tensor]:
-    """``outputs`` and ``shadow_loss``: a backward pass through one of the first without the second raises at its end."""
+def demand_both(logits: Tensor, shadow_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """``logits`` and ``shadow_loss``, such that a backward pass through the first without the second raises at its end."""
     witness = _Witness()
-    demanded = [None if x is None or not x.requires_grad else _Demand.apply(x, witness) for x in outputs]
-    return [x if new is None else new for x, new in zip(outputs, demanded, strict=True)], _Mark.apply(shadow_loss, witness)
+    return _Demand.apply(logits, witness), _Mark.apply(shadow_loss, witness)
 
 
 class _JoinLogProbs(torch.autograd.Function):
