@@ -16,6 +16,7 @@ from shadowpeft import versions
 from shadowpeft.core import count_targets
 from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, NonFiniteLossError
+from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.forward.beginning import after_beginning
 from shadowpeft.hf.forward.losses import shadow_path_loss
 from shadowpeft.hf.layer import adapted_base, find_hub
@@ -90,6 +91,8 @@ class ShadowLossMixin(WholeCheckpoints):
         words = trainer.processing_class
         words = getattr(words, "tokenizer", words)  # of a processor
         for config in getattr(trainer.model, "peft_config", {}).values():
+            if not isinstance(config, ShadowPeftConfig):
+                continue
             if config.task_type == "CAUSAL_LM" and getattr(words, "chat_template", None) is not None:
                 config.note("trained_ends", end_tokens(trainer.model, words))
             if config.task_type == "SEQ_CLS":

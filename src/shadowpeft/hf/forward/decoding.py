@@ -8,18 +8,11 @@ same distribution (:func:`shadowpeft.core.speculation.accept_sampled`).
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    EncoderNoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -29,13 +22,12 @@ from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward.drafting import Ahead, Draft, realigned, take_back
 from shadowpeft.hf.forward.joining import check_movable, select_rows
+from shadowpeft.hf.forward.one_row import as_one_of, for_row
 from shadowpeft.hf.forward.rows import row_names
 from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.ops.thin import thin_products
 
 _PASSED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict")
-_OF_EACH_ROW = ("prompt_ignore_length", "encoder_input_ids", "generated_ngrams")
-"""What processors of transformers hold of a batch, row by row."""
 
 
 class _Row:
@@ -92,8 +84,8 @@ class _Decoding:
                 place,
                 room,
                 gate,
-                [_for_row(each, place, len(ids)) for each in processors],
-                [_as_one_of(each, place, len(ids)) for each in criteria],
+                [for_row(each, place, len(ids)) for each in processors],
+                [as_one_of(each, place, len(ids)) for each in criteria],
                 name,
             )
             for place, (row, gate, name) in enumerate(zip(ids, gates, names, strict=True))
@@ -134,7 +126,8 @@ class _Decoding:
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
         scores_so_far = tuple(row.scores) or None
-        return not any(bool(torch.as_tensor(ends(row.ids(), scores_so_far)).all()) for ends in row.criteria)
+        ended = [bool(torch.as_tensor(ends(row.ids(), scores_so_far)).all()) for ends in row.criteria]  # all are asked
+        return not any(ended)
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
@@ -289,60 +282,6 @@ class _Decoding:
         self.live = [self.live[place] for place in rows]
         select_rows(cache, rows)
         return held[rows]
-
-
-def _is_stock(each: Any) -> bool:
-    """Whether a processor or criterion is one of transformers', which look at each row of a batch by itself."""
-    return type(each).__module__.startswith("transformers.")
-
-
-def _as_one_of(each: Any, place: int, rows: int) -> Any:
-    """A processor or criterion of the caller's, which may know rows by their place, asked about one row of a batch: it is
-    shown as many rows as there are, all of them alike, and what it says of the one at ``place`` counts.
-    """
-    if rows == 1 or _is_stock(each):
-        return each
-
-    def asked(ids: Tensor, scores: Any) -> Any:
-        if isinstance(scores, Tensor):
-            scores = scores.repeat(rows, 1)
-        elif scores is not None:
-            scores = tuple(one.expand(rows, -1) for one in scores)
-        said = each(ids.expand(rows, -1), scores)
-        return said[place : place + 1] if isinstance(said, Tensor) and said.dim() and len(said) == rows else said
-
-    return asked
-
-
-def _for_row(processor: Any, place: int, rows: int) -> Any:
-    """A processor for one row of a batch: rows have texts of different length, so each is processed alone.
-
-    Raises:
-        ConfigError: if it cannot be divided.
-    """
-    if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-        raise ConfigError(
-            "speculative=True was passed with guidance_scale, which runs the model on its own; leave one out"
-        )
-    if isinstance(processor, SynthIDTextWatermarkLogitsProcessor):
-        raise ConfigError(
-            "speculative=True was passed with a SynthID watermark, which would count drafts among the tokens; leave one out"
-        )
-    if rows == 1:
-        return processor
-    if not _is_stock(processor):
-        return processor.of_row(place, rows) if hasattr(processor, "of_row") else _as_one_of(processor, place, rows)
-    held = {name: getattr(processor, name, None) for name in _OF_EACH_ROW}
-    own = {name: each for name, each in held.items() if isinstance(each, (Tensor, list)) and len(each) == rows}
-    if own:
-        processor = copy.copy(processor)
-        vars(processor).update({name: each[place : place + 1] for name, each in own.items()})
-    if isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
-        processor.batch_size = 1
-    if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(place, ids), 1)
-    return processor
 
 
 @torch.no_grad()
