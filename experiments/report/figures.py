@@ -192,15 +192,19 @@ def bars_with_intervals(path: Path, shown: list[tuple[str, Score]]) -> None:
     _save(figure, path)
 
 
-def depth_against_score(path: Path, shown: list[tuple[int, Score]], rival: float | None) -> None:
-    """The best share of right commands of each depth of the shadow, and the classifier's as a line."""
+def depth_against_score(path: Path, shown: dict[str, list[tuple[int, Score]]], rivals: dict[str, float]) -> None:
+    """The best share of right commands of each depth of the shadow, and the classifier's as a line, by the rows they learnt."""
     figure, axes = _canvas(7.0, 3.6)
-    percent = [(100 * value, 100 * low, 100 * high) for _, (value, low, high) in shown]
-    layers = [depth for depth, _ in shown]
-    axes.errorbar(layers, [v for v, _, _ in percent], yerr=_sides(percent), fmt="o-", color=COLOURS["detached"], capsize=3)
-    if rival is not None:
-        axes.axhline(100 * rival, color=COLOURS["base"], linestyle="--", label="TF-IDF and LinearSVC")
-        axes.legend(frameon=False)
+    for name, colour in zip(sorted({*shown, *rivals}), ("base", "detached"), strict=False):
+        points = shown.get(name, [])
+        percent = [(100 * value, 100 * low, 100 * high) for _, (value, low, high) in points]
+        if points:
+            layers, values = [depth for depth, _ in points], [value for value, _, _ in percent]
+            options: dict[str, Any] = {"color": COLOURS[colour], "capsize": 3, "label": f"shadow, {name}"}
+            axes.errorbar(layers, values, yerr=_sides(percent), fmt="o-", **options)
+        if name in rivals:
+            axes.axhline(100 * rivals[name], color=COLOURS[colour], linestyle="--", label=f"TF-IDF and LinearSVC, {name}")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set_xlabel("layers of the shadow")
     axes.set_ylabel("right development commands, %")
     _save(figure, path)

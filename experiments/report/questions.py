@@ -14,6 +14,7 @@ from experiments.report.records import Page
 Share = tuple[float, float, float]
 """A share of rows and the ends of its 95 % interval."""
 FIGURES = ("question-lora.png", "question-device.png", "question-cost.png")
+RIVALS = {"robot": "robot-svc-open", "robot_large": "robot-svc-large"}
 
 
 def _share(found: Mapping[str, Any]) -> Share:
@@ -71,13 +72,19 @@ def device(page: Page) -> list[str]:
     """What the device half reaches beside the linear classifier."""
     lines = []
     for record, right, other in tested(page):
-        title = f"{'CLINC150' if right == 'in_scope' else 'robot commands'}: {record['settings']['layers']} shadow layers"
+        of = "CLINC150" if right == "in_scope" else f"robot commands, {_rows(record)}"
+        title = f"{of}: {record['settings']['layers']} shadow layers"
         shares = [percent(record["test"]["constrained"][name], interval=True) for name in (right, other)]
         lines.append([title, page.link(record["id"], record["name"]), *shares])
     if not lines:
         return []
     for name, title, scores in (
-        ("robot-svc-open", "robot commands: TF-IDF and LinearSVC", ("robot-svc-test_large", "skill", "remote")),
+        ("robot-svc-open", "robot commands, `robot`: TF-IDF and LinearSVC", ("robot-svc-test_large", "skill", "remote")),
+        (
+            "robot-svc-large",
+            "robot commands, `robot_large`: TF-IDF and LinearSVC",
+            ("robot-svc-test_large", "skill", "remote"),
+        ),
         ("clinc150-svc", "CLINC150: TF-IDF and LinearSVC", ("clinc150-svc", "in_scope", "oos_recall")),
     ):
         rival = read_file(f"rivals/{name}", page.records)
@@ -152,7 +159,7 @@ def figures(page: Page, folder: Path) -> list[Path]:
         bars_with_intervals(folder / FIGURES[0], shown)
         written.append(folder / FIGURES[0])
     if tested(page):
-        depth_against_score(folder / FIGURES[1], _by_depth(page), _rival(page))
+        depth_against_score(folder / FIGURES[1], _by_depth(page), _rivals(page))
         written.append(folder / FIGURES[1])
     if cost_rows(page):
         ratio_bars(folder / FIGURES[2], cost_rows(page))
@@ -160,18 +167,25 @@ def figures(page: Page, folder: Path) -> list[Path]:
     return written
 
 
-def _by_depth(page: Page) -> list[tuple[int, Share]]:
-    """The best development score of each depth on the robot set."""
-    best: dict[int, Share] = {}
+def _rows(record: dict[str, Any]) -> str:
+    """The packaged set that a cell of the robot's has learnt."""
+    return "`robot_large`" if record["settings"].get("more_rows") else "`robot`"
+
+
+def _by_depth(page: Page) -> dict[str, list[tuple[int, Share]]]:
+    """The best development score of each depth on the robot's rows, by the set that was learnt."""
+    best: dict[str, dict[int, Share]] = {}
     for record in read_folder(page.records / "device"):
         found = record["curve"][-1]["constrained"]
         if "commands" in found:
             layers, share = record["settings"]["layers"], _share(found["commands"])
-            best[layers] = max(best.get(layers, share), share)
-    return sorted(best.items())
+            own = best.setdefault(_rows(record).strip("`"), {})
+            own[layers] = max(own.get(layers, share), share)
+    return {rows: sorted(own.items()) for rows, own in sorted(best.items())}
 
 
-def _rival(page: Page) -> float | None:
-    """The classifier's share of right commands on the same development rows."""
-    record = read_file("rivals/robot-svc-open", page.records)
-    return None if record is None else float(record["rate"]["development"]["commands"]["score"])
+def _rivals(page: Page) -> dict[str, float]:
+    """The classifier's share of right commands on the same development rows, by the set that it was fitted on."""
+    records = {rows: read_file(f"rivals/{name}", page.records) for rows, name in RIVALS.items()}
+    scores = {rows: r["rate"]["development"]["commands"]["score"] for rows, r in records.items() if r is not None}
+    return {rows: float(score) for rows, score in scores.items()}
