@@ -59,11 +59,13 @@ def test_an_earlier_demo_is_replaced(tmp_path, start):
         assert not list((tmp_path / name).glob("*"))
 
 
-@pytest.mark.parametrize("kind", ["notes", "other run", "own run", "no run", "damaged", "file"])
+@pytest.mark.parametrize("kind", ["notes", "other run", "other source", "own run", "no run", "damaged", "file"])
 def test_what_somebody_else_put_there_stays(tmp_path, start, kind):
     folder = tmp_path / "out"
     if kind == "other run":
         earlier(folder, data={"train": "mine.jsonl"})
+    elif kind == "other source":
+        earlier(folder, data={"train": {"path": "mine"}})
     elif kind == "file":
         folder.write_text("precious")
     elif kind == "damaged":

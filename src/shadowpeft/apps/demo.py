@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "training": {"batch_size": 16, "shadow_epochs": 1, "log_every": 10},
 }
 """The run of the demo, chosen on development rows (docs/device-search.md); what it does not set is the preset's ("device")."""
-_EVER = {("robot", 2), ("robot", 3), ("robot_large", 1)}
+_EVER = (("robot", 2), ("robot", 3), ("robot_large", 1))
 """Rows and passes of the shadow that demos of any version have had."""
 STEPS = 750
 """649 of the shadow alone, and a hundred of both paths."""
@@ -106,14 +106,13 @@ def is_earlier_demo(folder: Path) -> bool:
         stored = read_run(file).model_dump()
     except ConfigError:
         return False
-    training = stored["training"]
-    if (stored["data"]["train"], training["shadow_epochs"]) not in _EVER:
+    data, training = stored["data"], stored["training"]
+    if (data["train"], training["shadow_epochs"]) not in _EVER:
         return False
-    own = {**SETTINGS, "data": {"max_length": SETTINGS["data"]["max_length"]}}
-    own["training"] = {key: value for key, value in SETTINGS["training"].items() if key != "shadow_epochs"}
+    data["train"], training["shadow_epochs"] = SETTINGS["data"]["train"], SETTINGS["training"]["shadow_epochs"]
     return all(
         stored[key].items() >= value.items() if isinstance(value, dict) else stored[key] == value
-        for key, value in own.items()
+        for key, value in SETTINGS.items()
     )
 
 
