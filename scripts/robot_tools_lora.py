@@ -31,6 +31,7 @@ def main() -> None:
 
     from shadowpeft.data.chat import ChatDataset
     from shadowpeft.hf.base.load import load_base
+    from shadowpeft.storage import write_json
     from shadowpeft.tokenizer import load_tokenizer
     from shadowpeft.train import baselines
     from shadowpeft.train.config import TrainingSection, read_run
@@ -42,15 +43,15 @@ def main() -> None:
     base = load_base(run.base)
     fields = {"r": given.rank, "target_modules": list(baselines.LINEARS), "dropout": 0.05}
     model = baselines.attach(base, "lora", fields, seed=0)
-    section = TrainingSection(
-        epochs=given.epochs, learning_rate=given.rate, batch_size=16, warmup=0.03, save_every=200, keep_checkpoints=1, threads=1
-    )
+    shared = {name: getattr(run.training, name) for name in ("batch_size", "warmup", "scheduler", "seed")}
+    own = {"epochs": given.epochs, "learning_rate": given.rate, "save_every": 200, "keep_checkpoints": 1, "threads": 1}
+    section = TrainingSection(**shared, **own)
     summary = baselines.train_task(
         model, tokenizer, ChatDataset(rows), section, given.folder, console=Console(stderr=True), quiet=False
     )
     model.save_pretrained(str(given.folder / "adapter"))
     tokenizer.save_pretrained(str(given.folder / "adapter"))
-    (given.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(given.folder / "summary.json", summary)
     print(json.dumps(summary))
 
 

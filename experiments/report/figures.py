@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -195,7 +196,7 @@ def bars_with_intervals(path: Path, shown: list[tuple[str, Score]]) -> None:
 def depth_against_score(path: Path, shown: dict[str, list[tuple[int, Score]]], rivals: dict[str, float]) -> None:
     """The best share of right commands of each depth of the shadow, and the classifier's as a line, by the rows they learnt."""
     figure, axes = _canvas(7.0, 3.6)
-    for name, colour in zip(sorted({*shown, *rivals}), ("base", "detached"), strict=False):
+    for name, colour in zip(sorted({*shown, *rivals}), itertools.cycle(("base", "detached")), strict=False):
         points = shown.get(name, [])
         percent = [(100 * value, 100 * low, 100 * high) for _, (value, low, high) in points]
         if points:

@@ -15,6 +15,7 @@ Share = tuple[float, float, float]
 """A share of rows and the ends of its 95 % interval."""
 FIGURES = ("question-lora.png", "question-device.png", "question-cost.png")
 RIVALS = {"robot": "robot-svc-open", "robot_large": "robot-svc-large"}
+"""Packaged set -> the record of the classifier that has learnt all of it."""
 
 
 def _share(found: Mapping[str, Any]) -> Share:
@@ -72,25 +73,22 @@ def device(page: Page) -> list[str]:
     """What the device half reaches beside the linear classifier."""
     lines = []
     for record, right, other in tested(page):
-        of = "CLINC150" if right == "in_scope" else f"robot commands, {_rows(record)}"
+        of = "CLINC150" if right == "in_scope" else f"robot commands, `{_rows(record)}`"
         title = f"{of}: {record['settings']['layers']} shadow layers"
         shares = [percent(record["test"]["constrained"][name], interval=True) for name in (right, other)]
         lines.append([title, page.link(record["id"], record["name"]), *shares])
     if not lines:
         return []
-    for name, title, scores in (
-        ("robot-svc-open", "robot commands, `robot`: TF-IDF and LinearSVC", ("robot-svc-test_large", "skill", "remote")),
-        (
-            "robot-svc-large",
-            "robot commands, `robot_large`: TF-IDF and LinearSVC",
-            ("robot-svc-test_large", "skill", "remote"),
-        ),
-        ("clinc150-svc", "CLINC150: TF-IDF and LinearSVC", ("clinc150-svc", "in_scope", "oos_recall")),
+    robot = ("robot-svc-test_large", "skill", "remote")
+    for name, of, scores in (
+        *((name, f"robot commands, `{rows}`", robot) for rows, name in RIVALS.items()),
+        ("clinc150-svc", "CLINC150", ("clinc150-svc", "in_scope", "oos_recall")),
     ):
         rival = read_file(f"rivals/{name}", page.records)
         if rival is not None:
             values = rival["results"][scores[0]]["scores"]
-            lines.append([title, page.link(f"rivals/{name}", name), *(f"{100 * values[key]:.1f}" for key in scores[1:])])
+            shares = [f"{100 * values[key]:.1f}" for key in scores[1:]]
+            lines.append([f"{of}: TF-IDF and LinearSVC", page.link(f"rivals/{name}", name), *shares])
     return [
         "### What does the device half reach?\n",
         "Test rows, which no search looked at; each chosen cell read them once. The last column is the share of open requests "
@@ -169,7 +167,7 @@ def figures(page: Page, folder: Path) -> list[Path]:
 
 def _rows(record: dict[str, Any]) -> str:
     """The packaged set that a cell of the robot's has learnt."""
-    return "`robot_large`" if record["settings"].get("more_rows") else "`robot`"
+    return "robot_large" if record["settings"].get("more_rows") else "robot"
 
 
 def _by_depth(page: Page) -> dict[str, list[tuple[int, Share]]]:
@@ -179,7 +177,7 @@ def _by_depth(page: Page) -> dict[str, list[tuple[int, Share]]]:
         found = record["curve"][-1]["constrained"]
         if "commands" in found:
             layers, share = record["settings"]["layers"], _share(found["commands"])
-            own = best.setdefault(_rows(record).strip("`"), {})
+            own = best.setdefault(_rows(record), {})
             own[layers] = max(own.get(layers, share), share)
     return {rows: sorted(own.items()) for rows, own in sorted(best.items())}
 

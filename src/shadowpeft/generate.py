@@ -125,7 +125,7 @@ class _Among(LogitsProcessor):
         self._held: list[Choices] = []
 
     def of_row(self, place: int, rows: int) -> _Among:
-        """The same for one row of a batch of ``rows``, as drafts need it (:mod:`shadowpeft.hf.forward.decoding`)."""
+        """The same for one row of a batch of ``rows``, as drafts need it (:mod:`shadowpeft.hf.forward.one_row`)."""
         return _Among(self.actions, self.prompt, [self.requests[place * len(self.requests) // rows]])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from shadowpeft.apps.common import bar, in_mode, system_message
-from shadowpeft.apps.generate import GREEDY, check_mode, drafts_of, opened
+from shadowpeft.apps.generate import GREEDY, drafts_of, opened, prepared
 from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.storage import (
@@ -232,7 +232,7 @@ def main(
     if Path(file).is_dir() and target.resolve().is_relative_to(Path(file).resolve()):
         raise ConfigError(f"'{out}' lies in the folder '{file}', whose files are the rows; choose another --out")
     require_writable(target.parent)
-    check_mode(mode, speculative)
+    prepared(mode, speculative, temperature)
     rows = read(file)
     from shadowpeft.data.chat_rows import rows_digest
     from shadowpeft.train.rows import system_of

@@ -29,8 +29,7 @@ GREEDY = 1e-30
 def opened(
     adapter: str, base: str | None, device: str, temperature: float, seed: int
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """The adapted model on its device, its tokenizer, and how to sample."""
-    quiet_libraries()
+    """The adapted model on its device, its tokenizer, and how to sample; :func:`prepared` comes before."""
     from transformers import set_seed
 
     import shadowpeft
@@ -39,7 +38,6 @@ def opened(
 
     prepare_cpu()
     where = pick_device(device)
-    check_temperature(temperature)
     set_seed(seed)
     check_answers(adapter)
     tokenizer = load_tokenizer_of(adapter, base)
@@ -47,22 +45,19 @@ def opened(
     return model, tokenizer, {} if temperature < GREEDY else {"do_sample": True, "temperature": temperature}
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises:
-    ConfigError: if it is negative, infinite or no number.
+def prepared(mode: str, speculative: bool, temperature: float) -> None:
+    """What needs no model is checked before any library is imported, and these are quiet then.
+
+    Raises:
+        ConfigError: if there is no such mode, nothing drafts in it, or the temperature is negative, infinite or no number.
     """
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature is {temperature} but must be a number from 0 up")
-
-
-def check_mode(mode: str, speculative: bool) -> None:
-    """Raises:
-    ConfigError: if there is no such mode, or nothing drafts in it.
-    """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}' but must be one of {', '.join(MODES)}")
     if speculative:
         check_drafts([mode])
+    quiet_libraries()
 
 
 def drafts_of(wanted: bool) -> dict[str, Any]:
@@ -96,9 +91,7 @@ def generate(
     """Answer one prompt."""
     from shadowpeft.data.robot_tools import tools_named
 
-    check_mode(mode, speculative)
-    check_temperature(temperature)
-    quiet_libraries()
+    prepared(mode, speculative, temperature)
     known = None if skills is None else tools_named(skills)
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
@@ -172,9 +165,7 @@ def chat(
     speculative: Speculative = False,
 ) -> None:
     """Talk to the model in the terminal."""
-    check_mode(mode, speculative)
-    check_temperature(temperature)
-    quiet_libraries()
+    prepared(mode, speculative, temperature)
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
     from rich.text import Text

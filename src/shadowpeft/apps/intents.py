@@ -18,9 +18,13 @@ from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.messages import shorten
 
+_ASKED: dict[str, tuple[str, ...]] = {
+    "fit": ("calibration_normal", "calibration_remote"),
+    "check": ("test_normal", "test_remote_large"),
+}
 ROBOT: dict[str, dict[str, tuple[str, ...]]] = {
-    "robot": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
-    "robot_large": {"fit": ("calibration_normal", "calibration_remote"), "check": ("test_normal", "test_remote_large")},
+    "robot": _ASKED,
+    "robot_large": _ASKED,
     "robot_oos": {
         "fit": ("calibration_normal", "calibration_remote", "calibration_oos"),
         "check": ("test_normal", "test_remote_large", "test_oos"),

@@ -35,8 +35,8 @@ class _Row:
 
     def __init__(
         self,
-        ids: Tensor,
         place: int,
+        ids: Tensor,
         room: int,
         gate: Gate | None,
         processors: list[Any],
@@ -80,8 +80,8 @@ class _Decoding:
         names = row_names(model, len(ids)) or [None] * len(ids)
         self.rows = [
             _Row(
-                row,
                 place,
+                row,
                 room,
                 gate,
                 [for_row(each, place, len(ids)) for each in processors],
@@ -143,7 +143,7 @@ class _Decoding:
         column = torch.tensor([[row.last] for row in self.live], device=self.model.device)
         while True:
             mask = None if mask is None else torch.cat([mask, mask.new_ones((len(mask), 1))], 1)
-            places = positions + self._steps(ahead.length, positions) if self.takes_positions else None
+            places = positions + self._steps(positions.new_tensor([ahead.length])) if self.takes_positions else None
             ahead.read(column, cache, attention_mask=mask, position_ids=places, names=self.names)
             if not any(row.drafts.go_on for row in self.live):
                 return ahead
@@ -156,11 +156,11 @@ class _Decoding:
             if all(len(row.drafts.tokens) < ahead.length for row in self.live):
                 return ahead
 
-    def _steps(self, column: int, like: Tensor) -> Tensor:
-        """``(B, 1)``, how far a column's token is from the last one of each answer. What a row reads again stays where it
-        was: the context may end there.
+    def _steps(self, columns: Tensor) -> Tensor:
+        """``(B, T)``, how far the tokens of columns ``(T,)`` are from the last one of each answer. What a row reads again stays
+        where it was: the context may end there.
         """
-        return like.new_tensor([[min(column, len(row.drafts.tokens))] for row in self.live])
+        return torch.minimum(columns, columns.new_tensor([[len(row.drafts.tokens)] for row in self.live]))
 
     def _draft_one(self, row: _Row, draft: Draft) -> None:
         whole = bool(row.processors) or self.samples  # scores of every token, those that are not drafted at -inf
@@ -252,7 +252,7 @@ class _Decoding:
         held = torch.cat([held, held.new_ones((len(held), columns))], 1)
         inputs: dict[str, Any] = {"attention_mask": None if shown is None else held}
         if self.takes_positions:
-            inputs["position_ids"] = positions + torch.cat([self._steps(n, positions) for n in range(columns)], 1)
+            inputs["position_ids"] = positions + self._steps(torch.arange(columns, device=positions.device))
         if self.names is not None:
             inputs["adapter_names"] = self.names
         logits = self.model(
