@@ -23,7 +23,7 @@ $(VENV)/dev: $(VENV)/base
 demo: $(VENV)/base  ## train, calibrate and measure a robot-dog model beside a classifier: 12 to 16 minutes on two idle cores
 	$(BIN)/shadowpeft demo
 
-demo-full: $(VENV)/base  ## ten shadow layers and a whole epoch of both paths; an hour
+demo-full: $(VENV)/base  ## ten shadow layers and five hundred steps of both paths; an hour
 	$(BIN)/shadowpeft demo --full
 
 test: $(VENV)/dev lint types  ## lint, types, tests

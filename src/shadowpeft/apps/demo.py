@@ -59,7 +59,7 @@ FULL: dict[str, Any] = {
 
 def main(
     out: Annotated[str, typer.Option(help="Folder for the results.")] = "demo-output",
-    full: Annotated[bool, typer.Option("--full", help="Ten shadow layers, a whole epoch of both paths: an hour.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Ten shadow layers, five hundred steps of both paths: an hour.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the packaged model on the robot set, measure device, cloud and both beside a classifier, show the result."""
