@@ -20,12 +20,13 @@ RECORDS = {
     "oos": ROOT / "docs" / "records" / "demo-oos.json",
 }
 SECOND = {name: ROOT / "docs" / "records" / f"second-opinion-{name}.json" for name in ("robot", "oos")}
+DECLINED = {name: ROOT / "docs" / "records" / f"declined-{name}.json" for name in ("demo", "full")}
 FRONTIER = ROOT / "docs" / "records" / "device-frontier.json"
 PAGES = {
     ROOT / "README.md": ("demo",),
     ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "oos", "frontier"),
     ROOT / "docs" / "scaled.md": ("joint",),
-    ROOT / "docs" / "routing.md": ("second",),
+    ROOT / "docs" / "routing.md": ("second", "declined"),
 }
 
 
@@ -62,7 +63,8 @@ def methods(result: Mapping[str, Any]) -> list[str]:
             continue
         found = result["methods"][name]
         asked = [key for key in ("open_handed_on", "oos_handed_on", "commands_handed_on") if key in found]
-        handed = [EMPTY if name == "routed" else share(found[key]) for key in asked]
+        # both together hand on nothing: a request either gets an action or it gets none
+        handed = [EMPTY if (name, key) == ("routed", "commands_handed_on") else share(found[key]) for key in asked]
         lines.append(
             [
                 title,
@@ -194,6 +196,26 @@ def second(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return table(head, lines)
 
 
+def declined(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a device's word changes in the cloud: of open requests and of commands, all splits together."""
+    head = ["%", "open requests", "declined by the device", "the cloud acts, by itself", "told", "commands", "declined", "told, it acts"]
+    lines = []
+    for trained, record in results.items():
+        for name, title in (("device", NAMES["device"]), ("second", NAMES["second"])):
+            open_, commands = (summed(record, name, kind) for kind in ("remote", "normal"))
+            n = open_["rows"]
+            shares = [f"{100 * open_[key] / n:.1f}" for key in ("declined", "acts", "acts_with_the_device_s_word")]
+            rest = (commands["rows"], commands["declined"], commands["acts_with_the_device_s_word"])
+            lines.append([f"`{trained}`: {title}", str(n), *shares, *map(str, rest)])
+    return table(head, lines)
+
+
+def summed(record: Mapping[str, Any], name: str, kind: str) -> dict[str, int]:
+    """The counts of a device over the splits of one kind."""
+    parts = [found[name] for split, found in record["splits"].items() if split.endswith(kind)]
+    return {key: sum(part[key] for part in parts) for key in parts[0]}
+
+
 def tables() -> dict[str, list[str]]:
     """Every table whose records are there."""
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in RECORDS.items() if file.is_file()}
@@ -208,6 +230,8 @@ def tables() -> dict[str, list[str]]:
         made["full"] = [*methods(results["full"]), "", *calibrated(results["full"])]
     if all(file.is_file() for file in SECOND.values()):
         made["second"] = second({name: json.loads(file.read_text(encoding="utf-8")) for name, file in SECOND.items()})
+    if all(file.is_file() for file in DECLINED.values()):
+        made["declined"] = declined({name: json.loads(file.read_text(encoding="utf-8")) for name, file in DECLINED.items()})
     return made
 
 

@@ -142,7 +142,7 @@ class _Among(LogitsProcessor):
         held_to = scores.masked_fill(barred, -torch.inf)
         for row, (held, path) in enumerate(zip(self._held, rows, strict=True)):
             if (leaning := held.leaning(path)) is not None:
-                held_to[row, allowed[row]] += torch.tensor(leaning, dtype=scores.dtype, device=scores.device)
+                held_to[row, allowed[row]] += torch.as_tensor(leaning, dtype=scores.dtype, device=scores.device)
         return held_to
 
 

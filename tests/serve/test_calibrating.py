@@ -139,6 +139,14 @@ def test_shares_stand_per_command_and_per_open_request():
     assert fitting.summarise(samples[:6], [False] * 6)["open_handed_on"] is None
 
 
+def test_the_whole_counts_the_cloud_s_answers_as_they_are_with_the_device_s_word():
+    """Of four requests that are handed on the cloud has two right by itself, and three once it is told of the [REMOTE]."""
+    cases = [(True, None), (False, True), (False, None), (True, True)]
+    samples = [Sample(False, False, {}, right, True, True, handed_right=told) for right, told in cases]
+    made = fitting.summarise([*samples, Sample(True, True, {}, False)], [False] * 4 + [True])
+    assert (made["accuracy_cloud"], made["accuracy_routed"]) == (0.4, 0.8)
+
+
 def test_what_cannot_be_calibrated_is_refused():
     with pytest.raises(DataError, match="16 of 20 device answers have a known action but a calibration needs 30"):
         calibrate(made_up(20), target=0.1, bound=False)

@@ -428,7 +428,7 @@ def test_what_a_request_does_not_offer_is_handed_on_and_has_no_calibrated_confid
         assert (names, note["where"]) == (["LampOff"], "device")
         assert "confidence" not in note
 
-    async def away(self, asked, ids, note, began):
+    async def away(self, asked, ids, note, began, declined=None):
         handed_on.append((note["reason"], note["action"]))
         raise CloudError("cloud unavailable", "it is away")
 

@@ -146,6 +146,20 @@ def test_shares_are_of_commands_and_of_open_requests():
     assert kept["wrong_of_kept_commands"]["accuracy"] == 0.5
 
 
+def test_the_cloud_is_told_where_that_may_change_its_answer():
+    rows = [{"prompt": str(n)} for n in range(5)]
+    decided = [("REMOTE", 0.9), ("REMOTE", 0.9), ("REMOTE", 0.4), ("Sit", 0.4), ("REMOTE", 0.8)]
+    spoken = ["Sit", None, None, "Bark", "Bark"]
+
+    def again(asked, chances):
+        assert [row["prompt"] for row in asked] == ["0", "2", "4"]
+        assert chances == {"0": 0.9, "2": 0.4, "4": 0.8}
+        return [None, "Sit", "Bark"]
+
+    assert demo_result.handed_on(rows, decided, spoken, again) == [None, None, "Sit", "Bark", "Bark"]
+    assert demo_result.handed_on(rows[1:2], decided[1:2], spoken[1:2], again) == [None]
+
+
 def test_a_share_of_nothing_is_no_number():
     kept = demo_result.shares([{"skill": "Sit", "lang": "en"}], ["Sit"], [False])
     assert kept["wrong_of_kept"]["accuracy"] is None

@@ -18,6 +18,7 @@ from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, parser
 from shadowpeft.data.call_guide import Engine
 from shadowpeft.data.calls import CallParser
+from shadowpeft.data.declined import Beginnings, DeclinedRequests
 from shadowpeft.data.robot import SKILLS
 from shadowpeft.data.robot_tools import tools_named
 from shadowpeft.errors import ConfigError, DataError
@@ -84,7 +85,7 @@ class Actions:
         """How long an answer may be: long enough for its action."""
         if self.tools is not None:
             return max(asked, LONGEST_CALLS)
-        return asked if choice is None else max(asked, choice.longest)
+        return max(asked, choice.longest) if isinstance(choice, ActionTrie) else asked
 
 
 def signal_for(signal: str, actions: Actions, second_opinion: str | None) -> str:
@@ -289,9 +290,29 @@ class Asking:
             if self.cloud is not None:
                 in_cloud = self._answers(self.cloud, part, f"{name}, {CLOUD}", None)
             for way, answers in texts.items():
-                triples = zip(part, answers, in_cloud, strict=True)
-                found[way][name] = [self._sample(row, answer, other, way) for row, answer, other in triples]
+                handed = self._handed_on(part, answers, in_cloud, name)
+                each = zip(part, answers, in_cloud, handed, strict=True)
+                found[way][name] = [self._sample(row, answer, other, told, way) for row, answer, other, told in each]
         return found
+
+    def _handed_on(self, part: list[dict[str, Any]], answers: list[Any], in_cloud: list[Any], name: str) -> list[Any]:
+        """The cloud's answers where the device's ``[REMOTE]`` goes along with the request and may change them, else None."""
+        if self.cloud is None:
+            return [None] * len(part)
+        chances: dict[str, float] = {}
+        for row, (pieces, scores), other in zip(part, answers, in_cloud, strict=True):
+            n, action = decisive(pieces, self.actions.parse)
+            chance = action_probability(scores.first(n))
+            # a likely [REMOTE] changes nothing where the cloud does not act by itself
+            if action == REMOTE and (chance < 0.5 or decisive(other[0], self.actions.parse)[1] is not None):
+                chances[row["prompt"]] = chance
+        again = [row for row in part if row["prompt"] in chances]
+        if not again:
+            return [None] * len(part)
+        begin = Beginnings.of(self.cloud.tokenizer, self.cloud.model.config.get_text_config().vocab_size)
+        said = self._answers(self.cloud, again, f"{name}, {CLOUD} again", DeclinedRequests(begin, chances))
+        by_prompt = dict(zip(chances, said, strict=True))
+        return [by_prompt.get(row["prompt"]) for row in part]
 
     def _ways(self) -> dict[str, Any]:
         """Each way of asking the device, with what holds its answers."""
@@ -314,20 +335,24 @@ class Asking:
                 progress=progress,
             )
 
-    def _sample(self, row: dict[str, Any], answer: Any, cloud: Any, way: str) -> Any:
-        """What the device's answer to a row is worth, and whether the cloud's (None: it was not asked) is right."""
+    def _right(self, row: dict[str, Any], cloud: Any) -> bool | None:
+        """Whether the cloud's answer to a row is right; None: it was not asked."""
+        if cloud is None:
+            return None
+        action = decisive(cloud[0], self.actions.parse)[1]
+        return bool(action == row["skill"] or (row["skill"] == REMOTE and action is None))
+
+    def _sample(self, row: dict[str, Any], answer: Any, cloud: Any, handed: Any, way: str) -> Any:
+        """What the device's answer to a row is worth, and whether the cloud's, alone and with the device's word, is right."""
         pieces, scores = answer
         n, action = decisive(pieces, self.actions.parse)
         kept = action not in (None, REMOTE)
         own = scores.first(n)
         values = signals(own) if way == FREELY else {ACTION: action_probability(own)}
         values |= {AGREEMENT: agreement(own)} if self.opinion is not None and way == CHOOSING else {}
-        cloud_right = None
-        if cloud is not None:
-            cloud_action = decisive(cloud[0], self.actions.parse)[1]
-            cloud_right = cloud_action == row["skill"] or (row["skill"] == REMOTE and cloud_action is None)
-        is_open, tagged = row["skill"] == REMOTE, action == REMOTE
-        return Sample(kept, kept and action == row["skill"], values, cloud_right, is_open, tagged, row["times"])
+        is_open, tagged, right = row["skill"] == REMOTE, action == REMOTE, kept and action == row["skill"]
+        in_cloud, told = self._right(row, cloud), self._right(row, handed)
+        return Sample(kept, right, values, in_cloud, is_open, tagged, row["times"], told)
 
 
 def areas(by_way: Mapping[str, Mapping[str, list[Any]]], places: Iterable[int]) -> dict[str, float | None]:

@@ -48,7 +48,7 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
         "",
         f"{commands} commands, right [95 %]",
         "en / zh",
-        f"{open_} open requests handed on",
+        f"{open_} open requests, no action",
         "commands handed on",
         "ms a decision",
         title="unseen requests",
@@ -56,7 +56,7 @@ def show_tables(result: dict[str, Any], console: Console) -> None:
     for name, title in NAMES.items():
         found = methods[name]
         languages = f"{100 * found['en']['accuracy']:.0f} / {100 * found['zh']['accuracy']:.0f}"
-        handed = ["-", "-"] if name == "routed" else [percent(found[k]) for k in ("open_handed_on", "commands_handed_on")]
+        handed = [percent(found["open_handed_on"]), "-" if name == "routed" else percent(found["commands_handed_on"])]
         time = f"{ms[name]:.1f}" if name in ms else ""
         table.add_row(title, percent(found["commands"]), languages, *handed, time)
     console.print(table)

@@ -22,6 +22,7 @@ from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, written
+from shadowpeft.data.declined import Beginnings, DeclinedRequests
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
@@ -59,10 +60,11 @@ def measure(
             found = choose(edge, tokenizer, prompts, tries[name], exact=False, system=robot.SYSTEM, progress=progress)
         return [(c.action, c.probability) for c in found]
 
-    def say(rows: Sequence[Row], label: str) -> list[str | None]:
+    def say(rows: Sequence[Row], label: str, actions: Any = None) -> list[str | None]:
         with bar(console, label, len(rows)) as progress:
             options: dict[str, Any] = {"system": robot.SYSTEM, "max_new_tokens": WORDS, "batch_size": 32}
-            answers = answer(model, tokenizer, [row["prompt"] for row in rows], progress=progress, **options)
+            prompts = [row["prompt"] for row in rows]
+            answers = answer(model, tokenizer, prompts, progress=progress, actions=actions, **options)
         return [robot.parse_action(a.text) for a in answers]
 
     fit = robot.load("calibration_normal") + robot.load("calibration_remote")
@@ -83,13 +85,19 @@ def measure(
         seconds = time.monotonic() - began
         labels = rival.predict(svc, [row["prompt"] for row in test])[0]
     spoken = say(test, "cloud")
+    begin = Beginnings.of(tokenizer, model.config.vocab_size)
+
+    def again(rows: Sequence[Row], chances: Mapping[str, float]) -> list[str | None]:
+        return say(rows, "cloud, told of the device's [REMOTE]", DeclinedRequests(begin, chances))
+
+    handed = handed_on(test, decided["second"], spoken, again)
 
     def keeping(by_name: Mapping[str, Calibration]) -> dict[str, list[bool]]:
         return {name: [a != REMOTE and by_name[name].keeps(p) for a, p in decided[name]] for name in tries}
 
     kept = keeping(calibrations)
     actions = {name: [action for action, _ in decided[name]] for name in tries}
-    routed = [a if k else other for a, other, k in zip(actions["second"], spoken, kept["second"], strict=True)]
+    routed = [a if k else other for a, other, k in zip(actions["second"], handed, kept["second"], strict=True)]
 
     def told(target: float, kept: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
         alone = shares(test, actions["device"], kept["device"])
@@ -113,11 +121,31 @@ def measure(
         "rival_seconds": round(seconds, 1),
         "milliseconds": times(svc, edge, model, tokenizer, tries, test),
         "size": size,
-        "requests": [one(request, edge, model, tokenizer, tries["second"], calibration) for request in requests],
+        "requests": [one(request, edge, model, tokenizer, tries["second"], calibration, begin) for request in requests],
         "machine": environment(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def handed_on(
+    rows: Sequence[Row],
+    decided: Sequence[tuple[str, float]],
+    spoken: Sequence[str | None],
+    again: Callable[[Sequence[Row], Mapping[str, float]], list[str | None]],
+) -> list[str | None]:
+    """The cloud's actions where the device's ``[REMOTE]`` goes along with the request.
+
+    Args:
+        decided: the device's actions and their probabilities. spoken: the cloud's actions by itself.
+        again: asks the cloud about some rows once more, told of the chances by prompt. A ``[REMOTE]`` that is likelier than not
+            changes nothing where the cloud does not act by itself, so those rows are left out.
+    """
+    each = enumerate(zip(decided, spoken, strict=True))
+    places = [n for n, ((action, p), said) in each if action == REMOTE and (said is not None or p < 0.5)]
+    said = again([rows[n] for n in places], {rows[n]["prompt"]: decided[n][1] for n in places}) if places else []
+    told = dict(zip(places, said, strict=True))
+    return [told.get(n, own) for n, own in enumerate(spoken)]
 
 
 def samples(rows: Sequence[Row], decided: Sequence[tuple[str, float]]) -> list[Sample]:
@@ -192,16 +220,17 @@ def times(
 
 
 def one(
-    request: str, edge: Any, model: Any, tokenizer: Any, trie: ActionTrie, calibration: Calibration
+    request: str, edge: Any, model: Any, tokenizer: Any, trie: ActionTrie, calibration: Calibration, begin: Beginnings
 ) -> dict[str, Any]:
-    """One request by the paper's procedure: the device first, the cloud if it hands on."""
+    """One request by the paper's procedure: the device first, the cloud if it hands on, told if the device found no action."""
     began = time.perf_counter()
     (chosen,) = choose(edge, tokenizer, [request], trie, exact=False, system=robot.SYSTEM)
     sure = calibration.keeps(chosen.probability)
     reason = TAGGED if chosen.action == REMOTE else KNOWN if sure else UNSURE
     text = written(chosen.action)
     if reason != KNOWN:
-        text = answer(model, tokenizer, [request], system=robot.SYSTEM, max_new_tokens=40)[0].text
+        declined = DeclinedRequests(begin, {request: chosen.probability}) if reason == TAGGED else None
+        text = answer(model, tokenizer, [request], system=robot.SYSTEM, max_new_tokens=40, actions=declined)[0].text
     return {
         "request": request,
         "where": "device" if reason == KNOWN else "cloud",

@@ -37,8 +37,8 @@ class Choices(Protocol):
     def forced(self, path: Sequence[int]) -> list[int]:
         """Tokens that must follow."""
 
-    def leaning(self, path: Sequence[int]) -> list[float] | None:
-        """What is added to the logits of the tokens that may follow, in their order; None: nothing."""
+    def leaning(self, path: Sequence[int]) -> Any:
+        """What is added to the logits of the tokens that may follow, in their order, a list or a tensor; None: nothing."""
 
 
 class Actions(Protocol):

@@ -49,6 +49,8 @@ class Sample:
     """Whether the answer is ``[REMOTE]``."""
     times: int = 1
     """How often the request came. It is one answer, and counts once but for the traffic."""
+    handed_right: bool | None = None
+    """As ``cloud_right``, where the device's ``[REMOTE]`` has gone along with the request; None: that changes nothing."""
 
 
 def calibrate(
@@ -241,7 +243,8 @@ def summarise(samples: Sequence[Sample], kept: Sequence[bool]) -> dict[str, Any]
         "open_handed_on": _share(of_open.count(False), len(of_open)),
     }
     if samples and all(s.cloud_right is not None for s in samples):
-        hits = sum(s.right if k else bool(s.cloud_right) for k, s in zip(kept, samples, strict=True))
+        handed = [s.cloud_right if s.handed_right is None else s.handed_right for s in samples]
+        hits = sum(s.right if k else bool(h) for k, h, s in zip(kept, handed, samples, strict=True))
         result["accuracy_routed"] = _share(hits, len(samples))
         result["accuracy_cloud"] = _share(sum(bool(s.cloud_right) for s in samples), len(samples))
     return result

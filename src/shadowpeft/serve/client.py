@@ -12,7 +12,7 @@ import math
 import re
 import time
 from codecs import BOM_UTF8
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -222,13 +222,13 @@ class CloudClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole answer to ``body``.
+    async def ask(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The whole answer to ``body``, sent with more ``headers``.
 
         Raises:
             CloudError: if none came. CloudRefusedError: if the request itself is at fault.
         """
-        async with self._open(path, body, self.seconds) as (exchange, response):
+        async with self._open(path, body, headers, self.seconds) as (exchange, response):
             content = _checked(await exchange.read(response, MAX_BYTES), "message" if "chat" in path else "text")
             counts = content.get("usage")
             if not content["choices"] or not _are_counts(counts):
@@ -236,10 +236,12 @@ class CloudClient:
             self._succeed(exchange)
             return content
 
-    async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(
+        self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
         ended = False
-        async with self._open(path, {**body, "stream": True}, self.timeout) as (exchange, response):
+        async with self._open(path, {**body, "stream": True}, headers, self.timeout) as (exchange, response):
             async for line in exchange.lines(response):
                 if exchange.over:
                     raise httpx.ReadTimeout("the cloud's answer takes longer than a whole answer may")
@@ -272,7 +274,7 @@ class CloudClient:
 
     @asynccontextmanager
     async def _open(
-        self, path: str, body: dict[str, Any], patience: float
+        self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None, patience: float
     ) -> AsyncIterator[tuple[Exchange, httpx.Response]]:
         # before anything counts against the cloud; in ASCII, so that there is nothing in it that cannot be sent
         content = json.dumps(body).encode()
@@ -287,7 +289,7 @@ class CloudClient:
         exchange = Exchange(self.seconds + self.delay, patience + self.delay, trial)
         try:
             await asyncio.sleep(self.delay)
-            request = self._http.build_request("POST", path, content=content)
+            request = self._http.build_request("POST", path, content=content, headers=dict(headers or {}))
             response = await exchange.within(self._http.send(request, stream=True))
             try:
                 exchange.progress()

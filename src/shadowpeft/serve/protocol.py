@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -21,6 +22,7 @@ from pydantic import (
 )
 
 from shadowpeft.data.tools import Tools, tools_of
+from shadowpeft.errors import DataError
 from shadowpeft.serve.strict import Strict, invalid
 from shadowpeft.serve.tool_protocol import (
     NamedTool,
@@ -31,6 +33,9 @@ from shadowpeft.serve.tool_protocol import (
     checked_tools,
 )
 
+DECLINED = "x-shadow-declined"
+"""Header of what a device hands on because it found no action: the probability of its ``[REMOTE]``. A header, since other
+servers refuse a field that they do not know."""
 Text = Annotated[StrictStr, Field(max_length=200_000)]
 Length = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
 _SEED = 2**63
@@ -136,6 +141,26 @@ class Ask(Strict):
     speculative: Optional[StrictBool] = Field(
         default=None, description="Cloud: whether the shadow drafts, where that is faster. Default: the server's."
     )
+    _declined: Optional[float] = PrivateAttr(default=None)
+
+    @property
+    def declined(self) -> float | None:
+        """The probability of a device's ``[REMOTE]``; None: no device has found that the request asks for no action."""
+        return self._declined
+
+    def decline(self, chance: str) -> None:
+        """Keep what a device says in a header.
+
+        Raises:
+            DataError: if that is no probability.
+        """
+        try:
+            self._declined = float(chance)
+        except ValueError:
+            self._declined = None
+        if self._declined is None or not 0.0 <= self._declined <= 1.0:
+            said = f"the header {DECLINED} is '{chance[:30]}' but must be the probability of the device's [REMOTE], from 0 to 1"
+            raise DataError(f"{said}; leave it out, or send one")
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -197,10 +197,17 @@ class ForwardedReply(Reply):
     """An answer of the cloud under this server's name and note. A stream is asked for its token counts in any case."""
 
     def __init__(
-        self, cloud: CloudClient, path: str, body: dict[str, Any], model: str, note: dict[str, Any], began: float
+        self,
+        cloud: CloudClient,
+        path: str,
+        body: dict[str, Any],
+        model: str,
+        note: dict[str, Any],
+        began: float,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(note, began)
-        self.cloud, self.path, self.body, self.model = cloud, path, body, model
+        self.cloud, self.path, self.body, self.model, self.headers = cloud, path, body, model, headers
         self._whole: dict[str, Any] | None = None
         self._chunks: AsyncIterator[dict[str, Any]] | None = None
         self._head: dict[str, Any] | None = None
@@ -208,10 +215,10 @@ class ForwardedReply(Reply):
     async def begin(self) -> None:
         if self.body.get("stream"):
             self.body["stream_options"] = {**(self.body.get("stream_options") or {}), "include_usage": True}
-            self._chunks = self.cloud.stream(self.path, self.body)
+            self._chunks = self.cloud.stream(self.path, self.body, self.headers)
             self._head = await anext(self._chunks)
         else:
-            self._whole = await self.cloud.ask(self.path, self.body)
+            self._whole = await self.cloud.ask(self.path, self.body, self.headers)
         self.first = time.monotonic() - self.began
 
     async def whole(self) -> dict[str, Any]:

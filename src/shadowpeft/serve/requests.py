@@ -149,8 +149,8 @@ class Request:
         """Tokens that may come after those, a list or a tensor; empty: any."""
         return [] if self.actions is None else self.actions.allowed(self.new + self.ahead())
 
-    def next_tokens(self) -> tuple[Any, list[float] | None]:
-        """What :meth:`allowed` says, and what is added to the logits of those tokens; None: nothing."""
+    def next_tokens(self) -> tuple[Any, Any]:
+        """What :meth:`allowed` says, and what is added to the logits of those tokens, a list or a tensor; None: nothing."""
         if self.actions is None:
             return [], None
         path = self.new + self.ahead()

@@ -11,23 +11,27 @@ from typing import Any
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
+from shadowpeft.data.declined import Beginnings, Declined
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import CloudClient, CloudError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
-from shadowpeft.serve.protocol import ChatRequest
+from shadowpeft.serve.protocol import DECLINED, ChatRequest
 from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
 from shadowpeft.serve.requests import SamplingParams, TooLongError
 from shadowpeft.serve.role import Asked, Role
 from shadowpeft.serve.router import (
     ASKED,
+    BASE_PATH,
     CLOUD,
     CLOUD_DOWN,
     DEVICE,
     FORMAT,
+    LORA,
     OTHER_TOOLS,
+    TAGGED,
     TOO_LONG,
     TOOL_RESULT,
     UNSURE,
@@ -49,6 +53,8 @@ class CloudRole(Role):
 
     name = "cloud"
     reads_tools = True
+    _begin: Beginnings | None = None
+    """What an action can begin with, once a device has declined."""
 
     async def answer(self, asked: Asked) -> Reply:
         if asked.route == "device":
@@ -57,13 +63,22 @@ class CloudRole(Role):
         self.toolbox.check(asked)
         ids, held = await self.prompt(asked), await self.held(asked, device=False)
         drafts = asked.speculative if held is None else False  # drafts are free text
-        actions = None if held is None else held.start()
+        actions: Choices | None = await self._declined(asked) if held is None else held.start()
         sampling = self.sampling(asked, self.room(ids))
         generation = Generation().start(
             self.engine, ids, asked.model, sampling, actions=actions, speculative=drafts
         )
         note = {"where": CLOUD, "reason": self.engine.backend.reason(asked.model)}
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
+
+    async def _declined(self, asked: Asked) -> Declined | None:
+        """How the answer leans because a device found no action; None: no device has, or the model has learnt none."""
+        if asked.declined is None or self.engine.backend.reason(asked.model) not in (BASE_PATH, LORA):
+            return None
+        if self._begin is None:  # a second of work for a large vocabulary
+            make = partial(Beginnings.of, self._tokenizer, self.toolbox.vocabulary)
+            self._begin = await asyncio.get_running_loop().run_in_executor(self._threads, make)
+        return Declined(self._begin, asked.declined)
 
 
 class EdgeRole(Role):
@@ -166,6 +181,9 @@ class EdgeRole(Role):
                     note["hint"] = sure
         if decision.confidence is not None:
             note["confidence"] = round(decision.confidence, 4)
+        declined = None
+        if decision.reason == TAGGED and (not isinstance(asked, ChatRequest) or asked.tools is None):
+            declined = action_probability(scores.first(decisive(pieces, router.parse)[0]))
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
         if asked.route == "device":
             note.update(where=DEVICE, reason=ASKED)
@@ -174,7 +192,7 @@ class EdgeRole(Role):
         if note["where"] == DEVICE:
             return await _begun(LocalReply(generation, self.builder(asked, note), began))
         try:
-            return await self._forward(self._hinted(asked, note), ids, note, began)
+            return await self._forward(self._hinted(asked, note), ids, note, began, declined)
         except CloudError as error:
             complete = generation if finish.reason != "until" and not (narrowed and reachable) else None
             return await self._instead(asked, ids, sampling, error, note, began, complete)
@@ -241,7 +259,10 @@ class EdgeRole(Role):
         named = NamedTool(function=ToolName(name=note["hint"]))
         return asked.model_copy(update={"tool_choice": named, "parallel_tool_calls": False})
 
-    async def _forward(self, asked: Asked, ids: list[int], note: dict[str, Any], began: float) -> Reply:
+    async def _forward(
+        self, asked: Asked, ids: list[int], note: dict[str, Any], began: float, declined: float | None = None
+    ) -> Reply:
+        """The cloud's answer; ``declined``: the probability of the device's ``[REMOTE]``, which goes along."""
         if self.cloud is None:
             raise CloudError(CLOUD_DOWN, "this edge server has no cloud")
         body = asked.model_dump(exclude_none=True, exclude={"route", "tools"}, by_alias=True)
@@ -260,7 +281,8 @@ class EdgeRole(Role):
             (body["prompt"],) = asked.prompt
         sent = time.monotonic()
         path = PATHS[isinstance(asked, ChatRequest)]
-        reply = await _begun(ForwardedReply(self.cloud, path, body, asked.model, note, began))
+        headers = {} if declined is None else {DECLINED: f"{declined:.6f}"}
+        reply = await _begun(ForwardedReply(self.cloud, path, body, asked.model, note, began, headers))
         note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)
         return reply
 

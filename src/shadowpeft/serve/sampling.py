@@ -42,15 +42,15 @@ def choose(requests: list[Request], logits: Tensor) -> list[Choice]:
     ]
 
 
-def _choose_among(tokens: Tensor, leaning: list[float] | None, request: Request, logits: Tensor) -> Choice:
-    """One of ``tokens`` ``(C,)``, from logits ``(V,)`` and what leans them.
+def _choose_among(tokens: Tensor, leaning: Any, request: Request, logits: Tensor) -> Choice:
+    """One of ``tokens`` ``(C,)``, from logits ``(V,)`` and what leans them, None, a list or a tensor.
 
     In float64, since the confidence of a sure action is close to one.
     """
     own = logits[tokens.to(logits.device)]
     alone, second = own.double(), None
     if leaning is not None:
-        second = torch.tensor(leaning, dtype=torch.float64, device=own.device)
+        second = torch.as_tensor(leaning, dtype=torch.float64, device=own.device)
         own = alone + second
     log_p = own.double().log_softmax(-1)
     place = int(log_p.argmax()) if request.generator is None else sample_token(own, request.sampling, request.generator)

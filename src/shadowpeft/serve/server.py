@@ -23,7 +23,7 @@ from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
 from shadowpeft.serve.options import Options
-from shadowpeft.serve.protocol import ChatRequest, CompletionRequest, error
+from shadowpeft.serve.protocol import DECLINED, ChatRequest, CompletionRequest, error
 from shadowpeft.serve.replies import Reply
 from shadowpeft.serve.requests import QueueFullError, UnknownModelError
 from shadowpeft.serve.response_reply import ResponsesReply
@@ -280,6 +280,8 @@ class Server:
                 "that server's --cloud-url to one with --role cloud"
             )
         self._known(asked.model)
+        if DECLINED in request.headers:
+            asked.decline(request.headers[DECLINED])
         here = self.in_flight - self.role.elsewhere  # a slow cloud must not fill this server
         if here >= self.settings.requests:
             raise QueueFullError(f"{here} requests are on their way already; try again later")

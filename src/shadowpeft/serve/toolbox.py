@@ -43,7 +43,7 @@ class Toolbox:
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, known: Tools | None, *, template: bool) -> None:
-        self.known, self._tokenizer, self._vocabulary, self._template = known, tokenizer, vocabulary, template
+        self.known, self._tokenizer, self.vocabulary, self._template = known, tokenizer, vocabulary, template
         self._own_form = template_form(tokenizer) if template else None
         self._engine: Engine | None = None
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
@@ -174,7 +174,7 @@ class Toolbox:
         text = json.dumps(key, sort_keys=False)
         with self._lock:
             if self._engine is None:
-                self._engine = Engine(self._tokenizer, self._vocabulary)
+                self._engine = Engine(self._tokenizer, self.vocabulary)
             if text not in self._compiled:
                 try:
                     self._compiled[text] = make(self._engine)

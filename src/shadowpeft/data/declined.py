@@ -1,0 +1,85 @@
+"""What a device's ``[REMOTE]`` says to the model behind it: the request asks for no action, and how sure of that the device is.
+
+The attached model answers freely, so it may begin with an action where the device rightly found none. The two are joined where
+an answer begins, as a product of experts (Hinton, 2002): the odds that it begins with an action are the model's own times the
+device's, ``(1 - p) / p`` for a ``[REMOTE]`` of probability ``p``. A device that is barely sure changes little, and a model
+that is surer of an action than the device is of none still acts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEAST = 1e-6
+"""Of either chance: no answer is ruled out by a device alone."""
+
+
+class Beginnings:
+    """The tokens that an action, ``[Name()]``, can begin with.
+
+    Args:
+        tokens: them. vocabulary: rows of the model's head, V.
+
+    Attributes:
+        all: every token ``(V,)``.
+    """
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
+        self.tokens, self.all = list(tokens), torch.arange(vocabulary)
+        self._here = torch.zeros(vocabulary, dtype=torch.float64)
+        self._here[self.tokens] = 1.0
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocabulary: int) -> Beginnings:
+        """Those of a tokenizer: tokens whose text begins with the bracket, spaces aside."""
+        known, special = range(min(len(tokenizer), vocabulary)), set(tokenizer.all_special_ids)
+        texts = zip(known, tokenizer.batch_decode([[token] for token in known]), strict=True)
+        return cls([n for n, text in texts if text.lstrip().startswith("[") and n not in special], vocabulary)
+
+    def leaning(self, chance: float) -> Tensor:
+        """The logarithm of the odds of an action, at the tokens that begin one, else 0: ``(V,)`` float64."""
+        remote = min(max(chance, _LEAST), 1.0 - _LEAST)
+        return self._here * (math.log1p(-remote) - math.log(remote))
+
+
+class Declined:
+    """One answer to a request for which a device found no action: free, and an action is as unlikely as the device says.
+
+    Args:
+        chance: the probability of the device's ``[REMOTE]``, 0 to 1.
+    """
+
+    def __init__(self, begin: Beginnings, chance: float) -> None:
+        self._begin, self._chance = begin, chance
+
+    def allowed(self, path: Sequence[int]) -> Any:
+        """All tokens ``(V,)`` where the answer begins, since they lean; behind that none is named, so any may follow."""
+        return [] if path else self._begin.all
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        """Nothing."""
+        return []
+
+    def leaning(self, path: Sequence[int]) -> Tensor | None:
+        """What is added to the logits where the answer begins."""
+        return None if path else self._begin.leaning(self._chance)
+
+
+class DeclinedRequests:
+    """The same of many requests, as :func:`shadowpeft.generate.answer` takes it.
+
+    Args:
+        chances: request -> probability of the device's ``[REMOTE]``; every request is among them.
+    """
+
+    def __init__(self, begin: Beginnings, chances: Mapping[str, float]) -> None:
+        self._begin, self._chances = begin, chances
+
+    def start(self, prompt: str = "") -> Declined:
+        """Of one answer."""
+        return Declined(self._begin, self._chances[prompt])
