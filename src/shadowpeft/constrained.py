@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from shadowpeft.data.action_trie import ActionTrie, Choices, Path
-from shadowpeft.data.chat import prompt_ids, with_system
+from shadowpeft.data.chat import prompt_ids
 from shadowpeft.errors import ConfigError
-from shadowpeft.generate import check_room, evaluating, messages_of, request_of
+from shadowpeft.generate import chats_of, check_room, evaluating, request_of
 from shadowpeft.hf.forward.joining import can_continue, select_rows
 
 _ROWS = 128
@@ -62,11 +62,12 @@ def choose(
         progress: called with the number of prompts done after each batch.
 
     Raises:
-        ConfigError: if ``batch_size`` is below 1. DataError: if a prompt with the longest action does not fit the model.
+        ConfigError: if ``batch_size`` is below 1, or ``prompts`` is one text.
+        DataError: if a prompt with the longest action does not fit the model.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
-    chats = [with_system(messages_of(p), system) for p in prompts]
+    chats = chats_of(prompts, system)
     rows = [prompt_ids(tokenizer, chat) for chat in chats]
     if not rows:
         return []

@@ -74,10 +74,10 @@ def answer(
         template: for each prompt what its chat template is told beside the messages, such as ``tools``; None: nothing.
 
     Raises:
-        ConfigError: if ``max_new_tokens`` is too low for the longest action.
+        ConfigError: if ``prompts`` is one text, or ``max_new_tokens`` is too low for the longest action.
         DataError: if a prompt with its answer does not fit the model's context.
     """
-    chats = [with_system(messages_of(p), system) for p in prompts]
+    chats = chats_of(prompts, system)
     if not chats:
         return []
     told = template or [{}] * len(chats)
@@ -174,6 +174,17 @@ def _length(row: list[int], ends: list[int]) -> int:
     return next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
 
 
+def chats_of(prompts: Any, system: str | None) -> list[list[dict[str, str]]]:
+    """Each prompt as a message list, with a system message where it brings none.
+
+    Raises:
+        ConfigError: if ``prompts`` is one text, each character of which would be a prompt, or one message list.
+    """
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+        raise ConfigError(f"prompts is one {'text' if isinstance(prompts, str) else 'message list'}; put it into a list")
+    return [with_system(messages_of(p), system) for p in prompts]
+
+
 def messages_of(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
     """A prompt as a message list."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -201,15 +212,18 @@ class _Tokens(BaseStreamer):
 
 
 def stream(
-    model: nn.Module, tokenizer: Any, messages: list[dict[str, str]], *, max_new_tokens: int = 256, **sampling: Any
+    model: nn.Module, tokenizer: Any, messages: str | list[dict[str, str]], *, max_new_tokens: int = 256, **sampling: Any
 ) -> Iterator[str]:
     """One answer, piece by piece as it is made; joined, the pieces are the text of :func:`answer`, white space aside.
+
+    Args:
+        messages: a user message, or a message list.
 
     Raises:
         DataError: if the prompt with its answer does not fit the model's context.
     """
     tokens, decoder, left = _Tokens(), Decoder(tokenizer), Event()
-    inputs = encode_prompts(tokenizer, [messages], next(model.parameters()).device)
+    inputs = encode_prompts(tokenizer, [messages_of(messages)], next(model.parameters()).device)
     check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling}
 

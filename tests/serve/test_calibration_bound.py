@@ -137,9 +137,17 @@ def test_equal_values_are_kept_together_or_not_at_all():
     assert (tested.kept, tested.wrong) == (100, 0)
     assert 1.0 < tested.least <= 2.0
     constant = strictest_to_laxest(np.ones(200), np.zeros(200), target=0.1, level=0.95)
-    assert (constant.kept, constant.least) == (200, -math.inf)
+    assert (constant.kept, constant.least) == (200, 1.0)
     shuffled = np.random.default_rng(0).permutation(200)
     assert strictest_to_laxest(x[shuffled], wrong[shuffled], target=0.1, level=0.95) == tested
+
+
+def test_an_answer_that_is_less_sure_than_every_tested_one_is_handed_on():
+    drawn = [Sample(True, i > 0, {"action": 0.5 + i / 400}) for i in range(160)]
+    made = calibrate(drawn, target=0.1, signal="action")
+    assert made.report["commands_kept"] == 1.0
+    assert (made.keeps(0.5), made.keeps(0.499), made.keeps(0.0)) == (True, False, False)
+    assert calibrate(drawn, target=1.0, signal="action").keeps(0.0)  # whoever asks for everything gets it
 
 
 def test_the_fewest_rows_are_those_of_the_exact_tail():

@@ -54,8 +54,10 @@ def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
         where: what holds them, for the message.
 
     Raises:
-        ConfigError: if there are none, or one is no identifier, too long, reserved or there twice.
+        ConfigError: if they are one text, there are none, or one is no identifier, too long, reserved or there twice.
     """
+    if isinstance(names, str):
+        raise ConfigError(f"{where} is the text {_short(names)}; give a list of names")
     good: dict[str, None] = {}
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -72,9 +72,18 @@ def normal(row: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
     return row, OWN[0] if "messages" in row else OWN[1]
 
 
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
+
+
 def _of_trl(row: dict[str, Any], where: str) -> dict[str, Any]:
     prompt, completion = row.pop("prompt"), row.pop("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
+        for name, text in (("prompt", prompt), ("completion", completion)):
+            if _MESSAGES_AS_TEXT.match(text):  # what a table makes of lists, in JSON or as Python writes it
+                raise DataError(
+                    f"{where}: '{name}' is a list of messages written as text, which would be learnt as it stands; write the "
+                    "rows as JSON lines (pandas: to_json(orient='records', lines=True))"
+                )
         return {**row, "prompt": prompt, "response": completion}
     if isinstance(prompt, list) and isinstance(completion, list):
         return {**row, "messages": [*prompt, *completion]}

@@ -24,6 +24,11 @@ COLUMNS = (
 
 _BY_ROWS = (".jsonl", ".csv")
 """Kinds of file that a folder may hold to be read as its files are."""
+_ROWS = (*_BY_ROWS, ".json", ".parquet")
+"""Kinds that a file may have; several of them in a folder are read as its files are too, since ``datasets`` reads one kind."""
+_OTHER_ROWS = (".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
+"""Kinds that ``datasets`` reads too, but not beside others."""
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,12 @@ def _no_column(theirs: str, there: Collection[str]) -> str:
 
 
 def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
-    """The files of each split, if a folder holds JSON lines and CSV and no other rows; None: the ``datasets`` library reads it.
+    """The files of each split, if a folder holds JSON lines and CSV, or several kinds; None: the ``datasets`` library reads it.
 
     It would guess the types of cells, and read files of one kind alone. The splits are those that it sees in the names.
 
     Raises:
-        DataError: if a file belongs to no split.
+        DataError: if a file belongs to no split, or is of a kind that is not read beside the others.
     """
     if source.path is None or source.config is not None:
         return None
@@ -125,8 +130,15 @@ def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
     card = folder / "README.md"
     if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
         return None  # it says which files there are
-    found -= {file for file in found if file.suffix.lower() == ".md" or file.stem.upper() == "LICENSE"}
-    if not found or any(file.suffix.lower() not in _BY_ROWS for file in found):
+    kinds = {file.suffix.lower() for file in found if file.name not in _NO_ROWS} & {*_ROWS, *_OTHER_ROWS}
+    beside = min((f for f in found if f.suffix.lower() in _OTHER_ROWS and f.stem.upper() != "LICENSE"), default=None)
+    if beside is not None and kinds & {*_ROWS}:
+        raise DataError(
+            f"'{folder}' has files of the kinds {', '.join(sorted(kinds))}, and '{beside.relative_to(folder)}' cannot be read "
+            "beside the others; give it a folder of its own, or move it out if it holds no rows"
+        )
+    found = {file for file in found if file.suffix.lower() in _ROWS and file.name not in _NO_ROWS}
+    if not found or (len(kinds) == 1 and not kinds <= {*_BY_ROWS}):
         return None
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
@@ -134,8 +146,9 @@ def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
         known = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
     except EmptyDatasetError:
         return None
-    splits = {str(name): [Path(file) for file in files] for name, files in known.items()}
-    splits = {name: [file for file in files if file.suffix.lower() in _BY_ROWS] for name, files in splits.items()}
+    ours = {file.resolve() for file in found}
+    splits = {str(name): [Path(file) for file in files if Path(file).resolve() in ours] for name, files in known.items()}
+    splits = {name: files for name, files in splits.items() if files}
     listed = {file.resolve() for files in splits.values() for file in files}
     lost = min((file for file in found if file.resolve() not in listed), default=None)
     if lost is not None:

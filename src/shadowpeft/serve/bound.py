@@ -36,7 +36,7 @@ class Tested:
     """What the tests found."""
 
     least: float
-    """Least value of the signal that is kept. Minus infinity: every known action is. Infinity: none is."""
+    """Least value of the signal that is kept. Minus infinity: every known action is (a target of 1). Infinity: none is."""
     rows: int
     """Answers with a known action that were tested."""
     kept: int
@@ -130,7 +130,10 @@ def strictest_to_laxest(x: np.ndarray, wrong: np.ndarray, *, target: float, leve
     if len(ranks) == 0:
         return Tested(math.inf, rows, 0, 0)
     kept = int(ranks[-1])
-    least = -math.inf if kept == rows else float(np.nextafter(falling[kept], math.inf))
+    if kept < rows:
+        least = float(np.nextafter(falling[kept], math.inf))
+    else:  # all of these may be kept; nothing is known of requests that are less sure than any of them
+        least = -math.inf if target >= 1.0 else float(falling[-1])
     return Tested(least, rows, kept, int(errors[kept - 1]))
 
 

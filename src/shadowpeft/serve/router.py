@@ -180,20 +180,20 @@ class Calibration:
         y0, y1 = self.chances[right - 1], self.chances[right]
         return y0 + (y1 - y0) * (value - x0) / (x1 - x0)
 
-    def save(self, file: Path) -> None:
+    def save(self, file: str | Path) -> None:
         """Write as JSON, without what is None: such a file is what it was before there were ``skills`` and ``least``."""
         content = {name: value for name, value in asdict(self).items() if value is not None}
-        write_json(file, {"format": _FORMAT, **content})
+        write_json(Path(file), {"format": _FORMAT, **content})
 
     @staticmethod
-    def load(file: Path) -> Calibration:
+    def load(file: str | Path) -> Calibration:
         """Read what :meth:`save` wrote.
 
         Raises:
             ConfigError: if the file is missing, damaged, or of another format.
         """
         try:
-            content = parse_json(file.read_bytes())
+            content = parse_json(Path(file).read_bytes())
         except OSError as error:
             raise ConfigError(f"the calibration '{file}' cannot be read ({error.strerror}); calibrate again") from error
         except ValueError as error:

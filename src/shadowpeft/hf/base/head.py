@@ -145,6 +145,8 @@ def _forward_from(model: Any, backbone: str, state: Tensor, **kwargs: Any) -> An
         parent = parent._modules[name]
     parent._modules = {**parent._modules, last: _Given(state, parent._modules[last])}
     ids = torch.zeros(state.shape[:2], dtype=torch.long, device=state.device)
+    if "output_router_logits" in Signature(model).names:  # the router's loss is no part of the head's, and has no states here
+        kwargs["output_router_logits"] = False
     return type(model).forward(whole, input_ids=ids, return_dict=True, **kwargs)
 
 

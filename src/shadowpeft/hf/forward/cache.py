@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from shadowpeft.errors import CacheMismatchError, UnsupportedModelError
 from shadowpeft.hf.forward.call import ShadowCall
@@ -99,9 +100,10 @@ def _check_lengths(base: int, shadow: int, ahead: int) -> None:
             f"shadow_state has {ahead} tokens, but the cache holds {base} tokens of the base and {shadow} of the shadow; pass "
             "the states of all tokens that the shadow is ahead"
         )
+    instead = ", or if the shadow keeps no cache, pass use_cache=False" if not shadow else ""
     raise CacheMismatchError(
         f"the cache holds {base} tokens of the base and {shadow} of the shadow; some were read with the adapter disabled, "
-        "start from an empty cache"
+        f"start from an empty cache{instead}"
     )
 
 
@@ -195,6 +197,28 @@ class _Divided:
         setattr(self, _NAMES, tuple(names[row] for row in source))
 
 
+class _Recurrent:
+    """Mixed into the class of a recurrent layer, whose state cannot go back; transformers takes back its convolution alone."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and any(self.is_recurrent_states_initialized.values()):  # type: ignore[attr-defined]
+            raise UnsupportedModelError(
+                f"{abs(tokens_to_remove)} tokens were to be cropped from the cache of a recurrent shadow, whose state cannot "
+                "do that; generate without drafts (speculative, assistant_model, prompt_lookup_num_tokens)"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
+
+def reads_singly(view: Any) -> bool:
+    """Whether a shadow's part of a cache holds a recurrent state, on which some architectures go on by one token alone."""
+    return any(isinstance(layer, LinearAttentionLayer) and _used(layer) for layer in view.layers)
+
+
+def is_recurrent(view: Any) -> bool:
+    """Whether all layers of a shadow's part of a cache are recurrent, so that none attends to what was read."""
+    return all(isinstance(layer, LinearAttentionLayer) for layer in view.layers)
+
+
 @functools.cache
 def _mixed_with(mixin: Any, kind: Any) -> Any:
     """The class ``kind`` with ``mixin`` before it, under its own name; one for each pair."""
@@ -202,12 +226,17 @@ def _mixed_with(mixin: Any, kind: Any) -> Any:
 
 
 @torch.compiler.disable  # a compiler that starts again must not find the class made already
+def _with(mixin: Any, layer: Any, **more: Any) -> Any:
+    """``layer``, not yet used, with ``mixin`` before its class, and more attributes."""
+    kind = _mixed_with(mixin, type(layer))  # type: ignore[arg-type]
+    made = kind.__new__(kind)
+    made.__dict__.update(vars(layer), **more)
+    return made
+
+
 def _divide(layer: Any, names: tuple[str, ...]) -> Any:
     """``layer``, not yet used, as one that holds the rows of its owner in a batch whose rows belong to ``names``."""
-    kind = _mixed_with(_Divided, type(layer))  # type: ignore[arg-type]
-    divided = kind.__new__(kind)
-    divided.__dict__.update(vars(layer), **{_NAMES: names})
-    return divided
+    return _with(_Divided, layer, **{_NAMES: names})
 
 
 def own_cache(backbone: Any) -> Cache:
@@ -314,4 +343,4 @@ def _new_layers(cache: Cache, shadow_config: PreTrainedConfig) -> list[Any]:
         for layer in layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
-    return list(layers)
+    return [_with(_Recurrent, layer) if isinstance(layer, LinearAttentionLayer) else layer for layer in layers]

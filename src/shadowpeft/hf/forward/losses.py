@@ -54,7 +54,7 @@ def join_losses(
             "skip_logits=False"
         )
     weight = _weight(call)
-    training = model.training and torch.is_grad_enabled()
+    training = model.training
     # no set_grad_enabled: a compiler may know lambda as a symbol, which is no constant
     learns = torch.is_grad_enabled() and (weight > 0 or call.return_shadow)
     with nullcontext() if learns else torch.no_grad():
@@ -127,7 +127,7 @@ def needs_no_logits(call: ShadowCall, model: Any, hub: ShadowHub, kwargs: dict[s
 
 def needs_all_logits(call: ShadowCall, model: nn.Module) -> bool:
     """Whether this pass must have the attached path's logits: a shadow learns from them, or they were asked for."""
-    return call.return_shadow or (_teaches(call) and model.training and torch.is_grad_enabled())
+    return call.return_shadow or (_teaches(call) and model.training)
 
 
 def _teaches(call: ShadowCall) -> bool:

@@ -106,7 +106,9 @@ class _JoinLogProbs(torch.autograd.Function):
         per_token = gradient[mask]
         # Of L = -sum(log p) / N the gradient of every log p is the same -1/N, and -1/N is also what scales the shadow's
         # sum. A trainer that weights its tokens (DFT, DPO, policy gradients) has no such N.
-        if per_token.numel() and not torch.allclose(per_token, per_token[0].expand_as(per_token), rtol=1e-4, atol=0.0):
+        # With one sequence all tokens have one weight; where that is an advantage, some sequence's has the other sign.
+        alike = per_token.numel() == 0 or torch.allclose(per_token, per_token[0].expand_as(per_token), rtol=1e-4, atol=0.0)
+        if not alike or bool((per_token > 0).any()):
             raise UnsupervisedShadowError(
                 "the trainer weights the tokens of its loss, so the shadow's loss has no defined share in it; set "
                 "auxiliary_loss_weight=0 for this trainer"

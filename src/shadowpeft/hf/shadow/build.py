@@ -74,6 +74,7 @@ def build_shadow(parts: DecoderParts, config: ShadowPeftConfig, source: ShadowSo
     backbone: Any
     if source is not None:
         backbone = source.backbone
+        backbone.set_attn_implementation(attention_for(parts, type(backbone)))  # as it will be when it is loaded
         shadow_config = backbone.config.get_text_config(decoder=True)
     elif config.is_recorded:
         mirror = config.is_mirror
@@ -125,12 +126,18 @@ def _check_record(config: ShadowPeftConfig, recorded: PreTrainedConfig) -> None:
             )
 
 
+def attention_for(parts: DecoderParts, kind: Any) -> str:
+    """How a shadow of class ``kind`` attends: as the base does, where its class can and its weights, in float32, allow it."""
+    attention = getattr(parts.config, "_attn_implementation", None) or "eager"
+    attention = "sdpa" if "flash" in attention else attention
+    return "eager" if attention == "sdpa" and not kind._supports_sdpa else attention
+
+
 def _make(
     parts: DecoderParts, config: ShadowPeftConfig, kind: Any, shadow: PreTrainedConfig, *, whole: bool = False
 ) -> PreTrainedModel:
     """A random backbone of class ``kind`` in float32 beside the base; ``whole``: with its full token embedding."""
-    attention = getattr(parts.config, "_attn_implementation", None) or "eager"
-    attention = "sdpa" if "flash" in attention else attention  # the shadow's weights are float32
+    attention = attention_for(parts, kind)
     built = copy.deepcopy(shadow)
     if config.shares_embeddings and not whole:
         # the table is taken out again; do not allocate vocabulary x width for it (two rows: the padding's and another)

@@ -20,6 +20,7 @@ from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.base.weights import dense_weight
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.files.projected import Projected, is_projected, read_projected
+from shadowpeft.hf.shadow.probe import hides_its_state
 
 
 def as_projected(module: nn.Module) -> Projected | None:
@@ -102,6 +103,11 @@ def resolve(config: ShadowPeftConfig, parts: DecoderParts, model: nn.Module) -> 
         common_rows(model, backbone, rows)  # refuses other tokens
         if rows[0] != rows[1]:
             align_embedding(backbone, rows[0])
+    if hides_its_state(backbone):
+        raise UnsupportedModelError(
+            f"shadow_model is a {type(backbone).__name__}, which keeps its recurrent state in its modules and not in a cache, "
+            "so a base's cache cannot carry it; use another class of shadow"
+        )
     text = backbone.config.get_text_config(decoder=True)
     check_widths(parts.config, text, config)
     projection = None

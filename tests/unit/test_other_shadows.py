@@ -1,0 +1,132 @@
+"""Explicit shadows of other classes than the base's: recurrent ones, ones that attend otherwise, and bases with routers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MambaConfig, RecurrentGemmaConfig
+
+import shadowpeft
+from shadowpeft.errors import UnsupervisedShadowError, UnsupportedModelError
+from shadowpeft.hf.forward.speculation import Speculation
+from shadowpeft.hf.forward.supervision import join_log_probs
+from tiny import V, adapt, base, padded, randomise, tokens
+
+OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def other(config):
+    torch.manual_seed(2)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def mamba():
+    return other(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8))
+
+
+def gemma2():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    return other(Gemma2Config(vocab_size=V, num_attention_heads=4, num_key_value_heads=2, **shape))
+
+
+@pytest.fixture(scope="module")
+def with_mamba():
+    return adapt(base("llama"), shadow_model=mamba())
+
+
+@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 4}], ids=["whole", "pieces"])
+def test_a_recurrent_shadow_goes_on_as_without_a_cache(with_mamba, more):
+    ids, mask = padded(tokens(3, 9), [9, 6, 7], side="left")
+    uncached = with_mamba.generate(input_ids=ids, attention_mask=mask, use_cache=False, **OPTIONS)
+    cached = with_mamba.generate(input_ids=ids, attention_mask=mask, **OPTIONS, **more)
+    assert torch.equal(cached, uncached)
+
+
+def test_a_recurrent_shadow_reads_several_tokens_behind_a_cache(with_mamba):
+    ids = tokens(2, 9)
+    cache = DynamicCache(config=with_mamba.config)
+    with torch.no_grad():
+        whole = with_mamba(input_ids=ids).logits
+        with_mamba(input_ids=ids[:, :4], past_key_values=cache)
+        rest = with_mamba(input_ids=ids[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_drafts_of_a_recurrent_shadow_cannot_be_taken_back(with_mamba):
+    draft = Speculation(max_draft=3, adaptive=False)
+    with pytest.raises(UnsupportedModelError, match="recurrent shadow"):
+        with_mamba.generate(input_ids=tokens(1, 9), speculative=draft, **OPTIONS)
+
+
+def test_a_shadow_that_keeps_its_state_to_itself_is_refused():
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8}
+    griffin = other(RecurrentGemmaConfig(vocab_size=V, num_attention_heads=4, num_key_value_heads=1, **shape))
+    with pytest.raises(UnsupportedModelError, match="RecurrentGemmaModel, which keeps its recurrent state in its modules"):
+        adapt(base("llama"), shadow_model=griffin)
+
+
+@pytest.mark.parametrize("make", [gemma2, mamba])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_a_shadow_that_attends_otherwise_is_loaded_as_it_was(tmp_path, make, attention):
+    model = base("llama")
+    model.set_attn_implementation(attention)
+    adapted = adapt(model, shadow_model=make())
+    ids = tokens(2, 9)
+    before = adapted(input_ids=ids, return_shadow=True)
+    adapted.save_pretrained(tmp_path)
+    again = base("llama")
+    again.set_attn_implementation(attention)
+    loaded = shadowpeft.load(tmp_path, again).eval()
+    after = loaded(input_ids=ids, return_shadow=True)
+    assert torch.equal(after.shadow_state, before.shadow_state)
+    assert torch.equal(after.logits, before.logits)
+
+
+def test_a_llama_shadow_on_a_base_that_attends_eagerly_is_bit_exact_when_loaded(tmp_path):
+    model = base("llama")
+    model.set_attn_implementation("eager")
+    adapted = adapt(model, shadow_model=base("llama", num_hidden_layers=2, seed=5))
+    before = adapted(input_ids=tokens(2, 9), return_shadow=True).shadow_state
+    adapted.save_pretrained(tmp_path)
+    again = base("llama")
+    again.set_attn_implementation("eager")
+    assert torch.equal(shadowpeft.load(tmp_path, again).eval()(input_ids=tokens(2, 9), return_shadow=True).shadow_state, before)
+
+
+def test_a_base_whose_configuration_asks_for_its_router_s_loss(tmp_path):
+    model = base("mixtral")
+    model.config.output_router_logits = True
+    ids = tokens(2, 9)
+    alone = model(input_ids=ids, labels=ids)
+    adapted = adapt(model, trained=False)
+    out = adapted(input_ids=ids, labels=ids)
+    assert out.task_loss.item() == pytest.approx(alone.loss.item(), rel=1e-6)
+    assert alone.aux_loss.item() != 0
+    randomise(adapted)
+    before = adapted(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path)
+    again = base("mixtral")
+    again.config.output_router_logits = True
+    assert torch.equal(shadowpeft.load(tmp_path, again).eval()(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(("weight", "refused"), [(1.0, False), (-1.0, True), (0.0, False)])
+def test_one_sequence_with_a_negative_advantage_does_not_teach_the_shadow_the_opposite(weight, refused):
+    log_probs = torch.randn(1, 4, requires_grad=True)
+    shadow = torch.tensor(3.0, requires_grad=True)
+    loss = -(weight * join_log_probs(log_probs, shadow * 2, torch.ones(1, 4, dtype=torch.bool), 0.5)).mean()
+    if refused:
+        with pytest.raises(UnsupervisedShadowError, match="weights the tokens"):
+            loss.backward()
+    else:
+        loss.backward()
+        assert shadow.grad.item() == pytest.approx(2 * 0.5 * weight / 4)
+
+
+def test_the_loss_is_joint_in_training_mode_without_gradients_too():
+    adapted = adapt(base("llama"), auxiliary_loss_weight=10.0, shadow_dropout=0.0).train()
+    ids = tokens(2, 9)
+    taught = adapted(input_ids=ids, labels=ids)
+    with torch.no_grad():
+        probed = adapted(input_ids=ids, labels=ids)
+    assert probed.loss.item() == pytest.approx(taught.loss.item(), rel=1e-6)
+    assert probed.loss.item() == pytest.approx((taught.task_loss + 10 * taught.shadow_loss).item(), rel=1e-6)
