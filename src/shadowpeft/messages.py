@@ -13,8 +13,9 @@ def quote(value: Any, limit: int = 80) -> str:
 
 
 def shorten(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's text."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
+    """The first line of an error's text, and the next one where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:limit]
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

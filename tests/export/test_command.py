@@ -208,3 +208,8 @@ def test_the_table(folders, run, tmp_path):
     assert code == 0
     assert "verify: tokens equal" in out
     assert "llama.cpp" in out
+
+
+@pytest.mark.parametrize(("given", "found"), [("Q8_0", "q8_0"), ("float16", "f16"), ("F32", "f32")])
+def test_number_types_may_be_spelled_as_torch_and_llama_cpp_do(given, found):
+    assert export.find("gguf", given)[1] == found

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -397,3 +398,44 @@ def test_what_datasets_cannot_read_says_why(tmp_path):
     datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="was written by save_to_disk, which keeps no splits"):
         list(rows_of(Source(path=str(tmp_path / "saved"))))
+
+
+ROWS = [{"prompt": f"q{i}", "response": f"a{i}"} for i in range(6)]
+
+
+def written(folder, name, rows):
+    table, file = pd.DataFrame(rows), folder / name
+    kinds = {".csv": lambda: table.to_csv(file, index=False), ".parquet": lambda: table.to_parquet(file)}
+    kinds |= {".jsonl": lambda: table.to_json(file, orient="records", lines=True)}
+    kinds |= {".json": lambda: table.to_json(file, orient="records")}
+    kinds[file.suffix]()
+
+
+@pytest.mark.parametrize(
+    "kinds", [(".csv", ".parquet"), (".jsonl", ".parquet"), (".json", ".csv"), (".jsonl", ".json", ".parquet")]
+)
+def test_a_folder_of_several_kinds_loses_no_row(tmp_path, kinds):
+    for n, kind in enumerate(kinds):
+        written(tmp_path, f"part{n}{kind}", ROWS[2 * n : 2 * n + 2])
+    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    found = [row for _, row in rows_of(Source(path=str(tmp_path)))]
+    assert sorted(row["prompt"] for row in found) == [f"q{n}" for n in range(2 * len(kinds))]
+    assert {tuple(row) for row in found} == {("prompt", "response")}
+
+
+@pytest.mark.parametrize("beside", ["notes.txt", "more.jsonl.gz", "old.tsv"])
+def test_a_kind_that_is_not_read_beside_others_is_named(tmp_path, beside):
+    written(tmp_path, "a.csv", ROWS)
+    (tmp_path / beside).write_text("something")
+    with pytest.raises(DataError, match=f"'{beside}' cannot be read beside the others"):
+        list(rows_of(Source(path=str(tmp_path))))
+
+
+def test_message_lists_that_a_table_holds_as_text_are_refused(tmp_path):
+    asked, said = [{"role": "user", "content": "turn on"}], [{"role": "assistant", "content": "on"}]
+    for write in (json.dumps, str):
+        written(tmp_path, "a.csv", [{"prompt": write(asked), "completion": write(said)}])
+        with pytest.raises(DataError, match="'prompt' is a list of messages written as text"):
+            list(chat.read_file(tmp_path / "a.csv"))
+    written(tmp_path, "a.csv", [{"prompt": "[x] and {y}", "completion": "[1]"}])
+    assert len(list(chat.read_file(tmp_path / "a.csv"))) == 1

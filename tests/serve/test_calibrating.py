@@ -134,6 +134,7 @@ def test_shares_stand_per_command_and_per_open_request():
     assert (made["commands"], made["open_requests"]) == (6, 4)
     assert made["commands_kept"] == pytest.approx(4 / 6, abs=1e-4)
     assert made["commands_handed_on"] == pytest.approx(2 / 6, abs=1e-4)
+    assert made["commands_right"] == 0.5
     assert made["open_handed_on"] == 0.75
     assert (made["on_device"], made["wrong_share"]) == (0.5, 0.4)
     assert fitting.summarise(samples[:6], [False] * 6)["open_handed_on"] is None

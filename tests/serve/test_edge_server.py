@@ -114,6 +114,16 @@ def test_who_answers_and_why(cloud, edge, text, where, reason, stream):
         assert passes < len(Scripted.LINES[text])  # the device stopped when it was lost
 
 
+@pytest.mark.parametrize("stop", ["(", "]", "it()"])
+def test_an_action_that_a_stop_text_cuts_is_unknown(cloud, edge, stop):
+    for stream in (False, True):
+        content, note, _ = say(edge, "sit", stream, stop=stop)
+        assert (note["where"], note["reason"]) == ("cloud", "unknown answer")
+        assert stop not in content
+    content, note, _ = say(edge, "sit", stop=" sit")
+    assert (content, note["where"]) == ("[Sit()] Here I", "device")
+
+
 def test_without_calibration_the_unsure_action_is_kept(cloud):
     with Running(edge_app(cloud.url)) as server:
         content, note, _ = say(server, "unsure")

@@ -18,7 +18,7 @@ from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import get_task
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import evaluate_task
-from shadowpeft.generate import answer
+from shadowpeft.generate import answer, stream
 from shadowpeft.serve.router import ACTION, Calibration
 from tiny import adapt, adapter_config, base
 
@@ -260,3 +260,25 @@ def test_a_device_is_judged_with_its_second_opinion_beside(adapted, tmp_path):
     without = evaluate_task(adapted, TOKENIZER, task, mode="detached", resume=True, **quiet)  # calibrated anew since
     assert "second_opinion" not in without
     assert without["constrained"] == record["constrained"]
+
+
+def test_one_text_is_no_list_of_prompts_or_names():
+    model = chat_model()
+    for ask in (lambda p: choose(model, TOKENIZER, p, TRIE), lambda p: answer(model, TOKENIZER, p, max_new_tokens=2)):
+        with pytest.raises(ConfigError, match="prompts is one text; put it into a list"):
+            ask("sit")
+        with pytest.raises(ConfigError, match="prompts is one message list; put it into a list"):
+            ask([{"role": "user", "content": "sit"}])
+    with pytest.raises(ConfigError, match="is the text 'LampOn'; give a list of names"):
+        ActionTrie.of(TOKENIZER, "LampOn")
+
+
+def test_a_streamed_answer_takes_a_text_and_a_calibration_a_path_as_text(tmp_path):
+    model = chat_model()
+    messages = [{"role": "user", "content": "sit"}]
+    assert "".join(stream(model, TOKENIZER, "sit", max_new_tokens=4)) == "".join(
+        stream(model, TOKENIZER, messages, max_new_tokens=4)
+    )
+    made = Calibration(ACTION, (0.5,), (1.0,), 0.5)
+    made.save(str(tmp_path / "routing.json"))
+    assert Calibration.load(str(tmp_path / "routing.json")) == made

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MambaConfig, RecurrentGemmaConfig
 
 import shadowpeft
-from shadowpeft.errors import UnsupervisedShadowError, UnsupportedModelError
+from shadowpeft.errors import ConfigError, UnsupervisedShadowError, UnsupportedModelError
 from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.hf.forward.supervision import join_log_probs
-from tiny import V, adapt, base, padded, randomise, tokens
+from tiny import V, adapt, adapter_config, base, padded, randomise, tokens
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -77,8 +77,10 @@ def test_a_shadow_that_attends_otherwise_is_loaded_as_it_was(tmp_path, make, att
     again.set_attn_implementation(attention)
     loaded = shadowpeft.load(tmp_path, again).eval()
     after = loaded(input_ids=ids, return_shadow=True)
-    assert torch.equal(after.shadow_state, before.shadow_state)
-    assert torch.equal(after.logits, before.logits)
+    # the same weights to the last bit; torch adds up Mamba's sums in an order that depends on where they lie in memory
+    slack = 1e-6 if make is mamba else 0.0
+    torch.testing.assert_close(after.shadow_state, before.shadow_state, rtol=slack, atol=slack)
+    torch.testing.assert_close(after.logits, before.logits, rtol=slack, atol=slack)
 
 
 def test_a_llama_shadow_on_a_base_that_attends_eagerly_is_bit_exact_when_loaded(tmp_path):
@@ -130,3 +132,13 @@ def test_the_loss_is_joint_in_training_mode_without_gradients_too():
         probed = adapted(input_ids=ids, labels=ids)
     assert probed.loss.item() == pytest.approx(taught.loss.item(), rel=1e-6)
     assert probed.loss.item() == pytest.approx((taught.task_loss + 10 * taught.shadow_loss).item(), rel=1e-6)
+
+
+def test_what_is_said_of_widths_that_no_layer_has_and_of_a_recurrent_base():
+    with pytest.raises(UnsupportedModelError, match=r"hidden size \(30\) is not a multiple"):
+        adapt(base("llama"), shadow_hidden_size=30, share_embeddings=False)
+    with pytest.raises(ConfigError, match="shadow_model is empty"):
+        adapter_config(shadow_model="")
+    recurrent = adapt(mamba())
+    with pytest.raises(ConfigError, match="a base whose cache is a recurrent state"):
+        recurrent.generate(input_ids=tokens(1, 9), speculative=True, **OPTIONS)

@@ -33,6 +33,10 @@ def main(
     tokenizer = load_tokenizer_of(adapter, base)
     edge: Any = shadowpeft.detach(shadowpeft.load(adapter, base), tokenizer=tokenizer)
     result = {**save_edge(edge.to(DTYPES[dtype]), tokenizer, folder), "dtype": dtype}
+    from shadowpeft.serve.router import FILE
+
+    if (calibration := Path(adapter) / FILE).is_file():
+        result["calibration"] = f"stays in {calibration}; see docs/routing.md"
     show(result, "edge model", as_json)
 
 

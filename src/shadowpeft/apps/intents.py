@@ -12,7 +12,7 @@ from shadowpeft.data import robot_tools
 from shadowpeft.data.actions import REMOTE, only_action
 from shadowpeft.data.calls import only_calls, written
 from shadowpeft.data.chat_rows import check_row, read_file, without_null
-from shadowpeft.data.forms import rows_in
+from shadowpeft.data.forms import missing, rows_in
 from shadowpeft.data.robot import SETS, SKILLS, load
 from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def read_intents(
     else:
         file = Path(source)
         if not file.is_file():
-            raise DataError(f"data file '{file}' does not exist; check the path, or write robot for the packaged set")
+            raise DataError(f"{missing(file)}, or write robot for the packaged set")
         known = {*(skills or SKILLS), REMOTE}
         rows = [_checked(row, where, known, whole_chats) for where, row in rows_in(file)]
         if not rows:

@@ -185,6 +185,7 @@ def _print(calibration: Any, console: Console) -> None:
         ("AUROC", "auroc"),
         ("ECE", "ece"),
         ("commands", "commands"),
+        ("... right by the device", "commands_right"),
         ("... kept on the device", "commands_kept"),
         ("... handed on", "commands_handed_on"),
         ("open requests", "open_requests"),

@@ -68,6 +68,9 @@ FORMATS = {
 }
 
 
+_SPELLINGS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
 def find(name: str, dtype: str | None = None) -> tuple[Format, str]:
     """The format of this name and the number type, the default for None.
 
@@ -77,6 +80,8 @@ def find(name: str, dtype: str | None = None) -> tuple[Format, str]:
     if name not in FORMATS:
         raise ConfigError(f"the format is '{name}' but must be one of {', '.join(FORMATS)}")
     target = FORMATS[name]
+    if dtype is not None:  # also as torch and llama.cpp write them
+        dtype = _SPELLINGS.get(dtype.lower(), dtype.lower())
     if dtype is not None and dtype not in target.limits:
         raise ConfigError(f"dtype is '{dtype}' but the format '{name}' only has {', '.join(target.limits)}")
     for package in target.packages:

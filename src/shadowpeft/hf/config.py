@@ -132,6 +132,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
             )
         if not isinstance(self.shadow_model, (str, nn.Module)):
             raise ConfigError(f"shadow_model is {type(self.shadow_model).__name__} but must be a string or a module")
+        if self.shadow_model == "":
+            raise ConfigError("shadow_model is empty; name a folder or Hub id, or leave it out for a copy of the base's kind")
         conflict = self.conflict()
         if conflict is not None:
             raise ConfigError(conflict)

@@ -150,7 +150,10 @@ def load(
     classes, given = _classes(config, config.weights_file), isinstance(base, nn.Module)
     if base is None:
         named, options = named_base(config)
-        base = _padded(load_base(named, task, **options, **classes), config)
+        try:
+            base = _padded(load_base(named, task, **options, **classes), config)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; the adapter names this base, so pass base= (--base) if it is elsewhere") from error
     elif not isinstance(base, nn.Module):
         base = _padded(load_base(base, task, **classes), config)
     if not given:

@@ -237,6 +237,7 @@ def summarise(samples: Sequence[Sample], kept: Sequence[bool]) -> dict[str, Any]
         "wrong_share": _share(wrong, here),
         "wrong_share_upper_95": _rounded(upper_bound(wrong, here)),
         "commands": len(of_commands),
+        "commands_right": _share(sum(s.right for s in samples if not s.is_open), len(of_commands)),
         "commands_kept": _share(sum(of_commands), len(of_commands)),
         "commands_handed_on": _share(of_commands.count(False), len(of_commands)),
         "open_requests": len(of_open),

@@ -34,7 +34,9 @@ from shadowpeft.serve.router import (
     TAGGED,
     TOO_LONG,
     TOOL_RESULT,
+    UNKNOWN,
     UNSURE,
+    Decision,
     Router,
     Scores,
     action_probability,
@@ -167,6 +169,8 @@ class EdgeRole(Role):
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
         decision = router.decide(pieces, scores)
+        if decision.where == DEVICE and finish.reason == "stop" and router.parse(generation.text) is None:
+            decision = Decision(CLOUD, UNKNOWN)  # a stop text of the request has cut the action
         if narrowed and not reachable and self.cloud is not None and decision.where == DEVICE:
             decision = replace(decision, where=CLOUD, reason=UNSURE)
         if self.drift is not None and asked.route == "auto" and not narrowed:

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from shadowpeft.core.speculation import Drafts, Gate, accept_greedy, accept_sampled, draw
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.signature import CACHE_NAMES, Signature
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward.drafting import Ahead, Draft, realigned, take_back
 from shadowpeft.hf.forward.joining import check_movable, select_rows
@@ -340,6 +340,8 @@ def _check(ids: Tensor, config: Any, kwargs: dict[str, Any], streamer: Any) -> N
     if not ids.shape[1]:
         refuse("inputs_embeds, but the shadow drafts from tokens", "pass input_ids")
     strange = sorted(key for key, value in kwargs.items() if key not in _PASSED_ON and value is not None)
+    if strange and strange[0] in CACHE_NAMES:
+        refuse("a base whose cache is a recurrent state, which cannot go back", "leave it out")
     if strange:
         refuse(f"{strange[0]}, which later passes would need too", "leave speculative or that out")
 

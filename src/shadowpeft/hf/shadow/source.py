@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,6 +143,10 @@ def _explicit_backbone(source: Any) -> PreTrainedModel:
 
 
 def load_source(auto: Any, source: str) -> PreTrainedModel:
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"shadow_model '{source}' is an adapter; pass the folder of a whole model, such as shadowpeft detach makes of it"
+        )
     # a pooler is no part of a decoder, and checkpoints of language models have none
     return load_whole(auto, source, f"shadow_model '{source}'", new=("pooler",), dtype=torch.float32)
 
