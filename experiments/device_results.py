@@ -198,8 +198,8 @@ def second(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def declined(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a device's word changes in the cloud: of open requests and of commands, all splits together."""
-    head = ["open requests in %", "rows", "declined by the device", "the cloud acts, by itself", "the cloud acts, told"]
-    head += ["commands", "declined by the device", "of these the cloud acts, told"]
+    head = ["device", "open requests", "declined by it, %", "the cloud acts by itself, %", "the cloud acts when told, %"]
+    head += ["commands", "declined by it", "on these the cloud acts when told"]
     lines = []
     for trained, record in results.items():
         for name, title in (("device", NAMES["device"]), ("second", NAMES["second"])):
