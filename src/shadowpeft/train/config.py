@@ -16,6 +16,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean, quote
 from shadowpeft.presets import TRAINING
 from shadowpeft.settings import explain
+from shadowpeft.train.further import filled
 from shadowpeft.train.sections import (
     PACKAGED,
     DataConfig,
@@ -33,7 +34,9 @@ class RunConfig(StrictSection):
     """One fine-tuning run."""
 
     base: str
-    """Alias (``smollm2-135m``), folder or Hub id."""
+    """Alias (``smollm2-135m``), folder or Hub id; with ``adapter`` the one that it names, unless given."""
+    adapter: str | None = None
+    """Folder of a trained adapter to go on from. Base, task and shadow are its own; ``shadow`` may set the losses alone."""
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
     """``SEQ_CLS``: texts with a label, for a classifier."""
     data: DataConfig
@@ -139,6 +142,7 @@ def parse_run(content: Any, where: str) -> RunConfig:
     Raises:
         ConfigError: naming the key, what it was, what it must be, and the nearest known key.
     """
+    content = filled(content, where) if isinstance(content, dict) else content
     return parse(content, where, RunConfig, _SECTIONS, "'base' and 'data'")
 
 

@@ -27,7 +27,8 @@ from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.layer import find_hub
-from shadowpeft.messages import shorten
+from shadowpeft.hf.load import load
+from shadowpeft.messages import quote, shorten
 from shadowpeft.runtime import DTYPES, prepare_cpu
 from shadowpeft.storage import exclusive, write_json, write_text, written_whole
 from shadowpeft.terminal import terminal
@@ -37,6 +38,7 @@ from shadowpeft.train.arguments import BEST, training_arguments
 from shadowpeft.train.card import model_card
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.folder import check_loggers, is_first_file, refuse_changed, stored_record, write_records
+from shadowpeft.train.further import LOSSES
 from shadowpeft.train.optimisers import check_optimizer, trainer_options
 from shadowpeft.train.packing import check_packing
 from shadowpeft.train.paths import check_paths, learns
@@ -62,24 +64,54 @@ def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None)
     set_seed(run.training.seed)  # the head of a classifier is new
     base = load_base(run.base, run.task_type, dtype=DTYPES[run.training.precision], **of_labels(labels))
     pad_with(base, tokenizer, classifies=labels is not None)
-    if run.shadow.shadow_model != "mirror":
-        shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
-    config = ShadowPeftConfig(task_type=run.task_type, **run.shadow.fields_for(find_decoder(base).num_layers))
-    config.base_alias = run.base if is_alias(run.base) else None
-    config.labels = labels
-    if labels is None:
-        config.trained_ends = end_tokens(base, tokenizer)
-        config.system_message = system_of(run.data.train, run.data.system)
-        config.shadow_answers = "action" if run.data.learns_actions else None
-        tools = tools_of_run(run.data.train, run.data.tools)
-        config.call_form = None if compact_calls(run.data, tools, tokenizer) else "template"
-    set_seed(run.training.seed)
-    model = get_peft_model(base, config)
+    if run.adapter is not None:
+        model = _further(run, base, labels)
+        _tell(model.peft_config["default"], run, base, tokenizer)
+    else:
+        if run.shadow.shadow_model != "mirror":
+            shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
+        config = ShadowPeftConfig(task_type=run.task_type, **run.shadow.fields_for(find_decoder(base).num_layers))
+        config.base_alias = run.base if is_alias(run.base) else None
+        config.labels = labels
+        _tell(config, run, base, tokenizer)
+        set_seed(run.training.seed)
+        model = get_peft_model(base, config)
     for parameter in model.parameters():  # PEFT leaves a new head in the base's dtype, in which small steps are lost
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if run.training.freeze_shadow and not run.training.shadow_epochs:
         find_hub(model).freeze_shadow("default")
+    return model
+
+
+def _tell(config: Any, run: RunConfig, base: Any, tokenizer: Any) -> None:
+    """Record what the rows of a language model's run teach beside words."""
+    if run.task_type == "SEQ_CLS":
+        return
+    config.trained_ends = end_tokens(base, tokenizer)
+    config.system_message = system_of(run.data.train, run.data.system)
+    config.shadow_answers = "action" if run.data.learns_actions else None
+    tools = tools_of_run(run.data.train, run.data.tools)
+    config.call_form = None if compact_calls(run.data, tools, tokenizer) else "template"
+
+
+def _further(run: RunConfig, base: Any, labels: list[str] | None) -> PeftModel:
+    """The base with the trained adapter that the run goes on from.
+
+    Raises:
+        ConfigError: if it was trained for other labels.
+    """
+    assert run.adapter is not None
+    model = load(run.adapter, base, is_trainable=True)
+    config = model.peft_config["default"]
+    if config.labels != labels:
+        raise ConfigError(
+            f"the adapter '{run.adapter}' has the labels {quote(config.labels)} but the rows have {quote(labels)}; give rows "
+            "of the same labels, or train a new adapter"
+        )
+    for name in LOSSES:
+        setattr(config, name, getattr(run.shadow, name))
+    set_seed(run.training.seed)
     return model
 
 
@@ -324,9 +356,9 @@ def _start_or_resume(run: RunConfig, folder: Path, resume: bool) -> str | None:
         return None
     refuse_changed(
         folder,
-        {"task_type": "CAUSAL_LM", **stored_record(folder / "config.yaml")},
+        {"task_type": "CAUSAL_LM", "adapter": None, **stored_record(folder / "config.yaml")},
         run.model_dump(),
-        ("base", "task_type"),
+        ("base", "adapter", "task_type"),
         ("data", "shadow", "training"),
         {
             "data": DataConfig(train="").model_dump(),
