@@ -31,6 +31,10 @@ def main(
             help="Instead of --data: mmlu, gsm8k, squad_v2, squad_v2_devsplit, amazon_reviews, newsgroups, clinc150 or robot.",
         ),
     ] = None,
+    skills: Annotated[
+        Optional[str],
+        typer.Option(help="With --data: judge the action of each answer. File of names, or robot for the packaged ones."),
+    ] = None,
     modes: Annotated[
         Optional[list[str]],
         typer.Option("--mode", help="attached, detached, base, lora or dora; repeatable. Default: all that fit."),
@@ -64,6 +68,8 @@ def main(
         raise typer.BadParameter(f"'{data}' is a folder; give one file of it", param_hint="--data")
     if name is None and split is not None:
         raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
+    if skills is not None and data in (None, "robot"):
+        raise typer.BadParameter("robot has its own actions; give --data FILE, or leave it out", param_hint="--skills")
     data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.apps.second_opinion import beside
@@ -84,7 +90,11 @@ def main(
     where = pick_device(device)
     if Path(adapter).is_dir() and formats.detect(adapter) != formats.AUTHORS:
         find_file(adapter, CONFIG)  # rows are read by what the adapter says, so its place is looked at first
-    task, split = _task(data, name, split or "test", max_new_tokens, adapter)
+    if skills is None:
+        task, split = _task(data, name, split or "test", max_new_tokens, adapter)
+    else:
+        task, split = _intents(str(data), skills, max_new_tokens, adapter), "test"
+    by_text = data is not None and skills is None and task.kind != "classify"
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():
         task.for_path(examples, "shadow" if mode == "detached" else "base")
@@ -112,12 +122,12 @@ def main(
             method=method,
             folder=Path(out) / mode if out else None,
             extra={"adapter": adapter},
-            loss=data is not None and task.kind != "classify",
+            loss=by_text,
             speculative=Speculation() if speculative and mode == "attached" else None,
             opinion=opinion if mode == "detached" else None,
             progress=(lambda done: None) if as_json else None,
         )
-    if data is not None and task.kind != "classify":
+    if by_text:
         records = {mode: _with_loss(record) for mode, record in records.items()}
     if as_json:
         about = {
@@ -150,6 +160,21 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
     task: Any = get_task("robot")
     task.max_new_tokens = max_new_tokens or task.max_new_tokens
     return task, "test_normal" if split == "test" else split
+
+
+def _intents(file: str, skills: str, max_new_tokens: int | None, adapter: str) -> Any:
+    """Requests of a file and their right actions, told to the model as in its training."""
+    from shadowpeft.apps.intents import read_intents
+    from shadowpeft.data.robot_tools import tools_named
+    from shadowpeft.data.tasks.intents import Intents
+
+    tools = tools_named(skills)
+    if not tools.plain:
+        raise ConfigError(
+            f"--skills '{skills}' has actions with arguments, which shadowpeft route calibrate judges; give names alone here"
+        )
+    rows = read_intents(file, "fit", None, tools.names, whole_chats=True)
+    return Intents(file, rows, tools.names, config_of(adapter).get("system_message"), max_new_tokens or 16)
 
 
 def _with_loss(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from shadowpeft.data import robot as package
-from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.robot import SYSTEM, parse_action
-from shadowpeft.data.tasks.base import Example, Task, mean, shares
+from shadowpeft.data.tasks.base import Example
+from shadowpeft.data.tasks.intents import Acting, Group
 from shadowpeft.errors import DataError
 
 _SPLITS = {
@@ -22,18 +21,14 @@ _SPLITS = {
 _PATHS = {"train_remote_base": "base", "train_remote_shadow": "shadow"}
 
 
-class Robot(Task):
-    """A skill command is right if that skill is called; an open request is right if no skill is.
-
-    The router hands on whatever is no known skill, with ``[REMOTE]`` or without, so one rule judges both paths: the shadow
-    answers ``[REMOTE]``, the base path answers in words. ``test_large`` has 320 open requests instead of the paper's 18, and
-    ``test_normal`` none.
-    """
+class Robot(Acting):
+    """The packaged requests. ``test_large`` has 320 open ones instead of the paper's 18, and ``test_normal`` none."""
 
     name = "robot"
     actions = package.SKILLS
     max_new_tokens = 16
     system = SYSTEM
+    groups: dict[str, Group] = {"en": lambda e: e.meta["lang"] == "en", "zh": lambda e: e.meta["lang"] == "zh"}  # noqa: RUF012
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if split not in _SPLITS:
@@ -49,9 +44,6 @@ class Robot(Task):
         }
         return rows, origin
 
-    def lead(self, shots: int, seed: int) -> str:
-        raise DataError("task 'robot' has no form with worked examples; set shots to 0")
-
     def example(self, row: dict[str, Any], identity: str) -> Example:
         meta = {"lang": row["lang"], "path": _PATHS.get(row["split"], "both")}
         return Example(row["id"], row["prompt"], row["response"], row["skill"], (), meta)
@@ -59,20 +51,3 @@ class Robot(Task):
     def parse(self, text: str) -> str | None:
         """The skill an answer starts with, ``REMOTE``, or None for words."""
         return parse_action(text)
-
-    def per_example(self, prediction: Any, example: Example) -> float:
-        if example.gold == REMOTE:
-            return float(prediction is None or prediction == REMOTE)
-        return float(prediction == example.gold)
-
-    def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """``score``; ``skill``, ``en``, ``zh``, ``remote``: parts of it; ``tagged``: open requests answered ``[REMOTE]``."""
-        groups = {
-            "skill": lambda e: e.gold != REMOTE,
-            "remote": lambda e: e.gold == REMOTE,
-            "en": lambda e: e.meta["lang"] == "en",
-            "zh": lambda e: e.meta["lang"] == "zh",
-        }
-        scores = shares(self, predictions, examples, groups)
-        asked = [float(p == REMOTE) for p, e in zip(predictions, examples, strict=True) if e.gold == REMOTE]
-        return {**scores, "tagged": mean(asked)} if asked else scores
