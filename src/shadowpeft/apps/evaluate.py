@@ -196,15 +196,17 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     with_loss = any("loss" in record for record in records.values())
     chosen = [key for key in ("constrained", "second_opinion") if any(key in record for record in records.values())]
     more = [*(["loss"] if with_loss else []), *(key.replace("_", " ") for key in chosen)]
-    columns = ("mode", "score", "95 % interval", "n", "tokens/s", "record", *more)
-    table = Table(*columns, title=title)
+    table = Table(title=title)
+    for column in ("mode", "score", "95 % interval", "n", "tokens/s", *more):  # titles may be broken, numbers not
+        table.add_column(column, overflow="fold", min_width=7 if column in more else None)
     for mode, r in records.items():
         low, high = r.get("wilson_interval", r["interval"])  # a share's; the bootstrap's has no width where all are right
-        shown = [f"{r['score']:.2%}", f"{low:.2%} - {high:.2%}", str(r["n"]), f"{r['tokens_per_second']:.0f}", r["id"]]
+        shown = [f"{r['score']:.2%}", f"{100 * low:.1f}-{100 * high:.1f}%", str(r["n"]), f"{r['tokens_per_second']:.0f}"]
         shown += [f"{r['loss']:.3f}"] if with_loss else []
         shown += [f"{r[key]['score']:.2%}" if key in r else "" for key in chosen]
         table.add_row(mode, *shown)
     terminal().print(table)
+    terminal().print("records: " + ", ".join(f"{mode} {r['id']}" for mode, r in records.items()))
     counts = {mode: r["n"] for mode, r in records.items()}
     if len(set(counts.values())) > 1:
         asked = ", ".join(f"{mode} {n}" for mode, n in counts.items())
