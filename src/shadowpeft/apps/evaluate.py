@@ -197,7 +197,7 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     chosen = [key for key in ("constrained", "second_opinion") if any(key in record for record in records.values())]
     more = [*(["loss"] if with_loss else []), *(key.replace("_", " ") for key in chosen)]
     table = Table(title=title)
-    for column in ("mode", "score", "95 % interval", "n", "tokens/s", *more):  # titles may be broken, numbers not
+    for column in ("mode", "score", "95 % interval", "n", "tok/s", *more):  # titles may be broken, numbers not
         table.add_column(column, overflow="fold", min_width=11 if "interval" in column else 7 if column in more else None)
     for mode, r in records.items():
         low, high = r.get("wilson_interval", r["interval"])  # a share's; the bootstrap's has no width where all are right
