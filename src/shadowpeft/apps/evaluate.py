@@ -198,7 +198,8 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     more = [*(["loss"] if with_loss else []), *(key.replace("_", " ") for key in chosen)]
     table = Table(title=title)
     for column in ("mode", "score", "95 % interval", "n", "tok/s", *more):  # titles may be broken, numbers not
-        table.add_column(column, overflow="fold", min_width=11 if "interval" in column else 7 if column in more else None)
+        least = {"95 % interval": 11, "loss": 5}.get(column, 7 if column in more else None)
+        table.add_column(column, overflow="fold", min_width=least)
     for mode, r in records.items():
         low, high = r.get("wilson_interval", r["interval"])  # a share's; the bootstrap's has no width where all are right
         shown = [f"{r['score']:.2%}", f"{100 * low:.1f}-{100 * high:.1f}%", str(r["n"]), f"{r['tokens_per_second']:.0f}"]
