@@ -263,7 +263,7 @@ def test_the_edge_hands_on_what_the_device_was_not_trained_for(edge, cloud):
     role = edge.app.state.server.role
     send = role.cloud.ask
 
-    async def record(path, body):
+    async def record(path, body, headers=None):
         bodies.append(body)
         return await send(path, {**body, "tools": [WALK, SIT]})
 
@@ -293,7 +293,7 @@ def test_an_unsure_call_is_handed_on_with_the_name_as_a_hint(cloud):
     bodies = []
     send = role.cloud.ask
 
-    async def record(path, body):
+    async def record(path, body, headers=None):
         bodies.append(body)
         return await send(path, body)
 
