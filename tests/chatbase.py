@@ -96,6 +96,11 @@ def mixed_rows() -> list[dict[str, Any]]:
     ]
 
 
+def other_rows() -> list[dict[str, Any]]:
+    """The same kinds of rows with other requests."""
+    return [{**row, "prompt": row["prompt"] + "!"} for row in mixed_rows()]
+
+
 def save_run_data(folder: Path, plain: int = 10) -> dict[str, str]:
     """A base, training rows of all kinds (``plain`` of them plain), and validation rows, as the paths of their files."""
     return {

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from chatbase import mixed_rows, plain_rows, run_file, save_base, write_rows
+from chatbase import mixed_rows, other_rows, plain_rows, run_file, save_base, write_rows
 from commands import call
 from shadowpeft import cli
 from shadowpeft.apps.common import flat, pick_device, placed
@@ -89,7 +89,7 @@ def road(tmp_path_factory):
         folder / "run",
         save_base(folder / "base"),
         write_rows(folder / "train.jsonl", plain_rows(8) + mixed_rows()),
-        data={"validation": write_rows(folder / "validation.jsonl", mixed_rows())},
+        data={"validation": write_rows(folder / "validation.jsonl", other_rows())},
         training={"learning_rate": 0.1},
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(content))

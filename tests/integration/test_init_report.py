@@ -292,7 +292,8 @@ def test_the_examples_of_rows_with_tools_are_asked_with_them(monkeypatch, capsys
 
 def test_the_page_of_a_classifier(monkeypatch, capsys, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "ab"[i % 2] * 5, "label": "xy"[i % 2]} for i in range(8)])
-    content = run_file(tmp_path / "run", save_base(tmp_path / "base"), rows, task_type="SEQ_CLS", data={"validation": rows})
+    held_out = write_rows(tmp_path / "held-out.jsonl", [{"text": "ab"[i % 2] * 6, "label": "xy"[i % 2]} for i in range(8)])
+    content = run_file(tmp_path / "run", save_base(tmp_path / "base"), rows, task_type="SEQ_CLS", data={"validation": held_out})
     train(parse_run(content, "here"), quiet=True)
     code, _, err = call(monkeypatch, capsys, "report", tmp_path / "run")
     assert (code, err) == (0, "")

@@ -923,3 +923,9 @@ def test_the_best_checkpoint_keeps_its_name_and_is_loaded(tmp_path, names):
             container, _, rest = key.partition("shadowpeft_injection.")
             assert torch.equal(own[f"{container}shadowpeft_injection.{name}.{rest}"], value)
         assert any(not torch.equal(value, last[key]) for key, value in kept.items()) is (name == names[-1])
+
+
+def test_rows_that_are_learnt_and_judged_are_counted(made, tmp_path, capsys):
+    both = write_rows(tmp_path / "both.jsonl", [*plain_rows(4)[2:], {"prompt": "new", "response": "one"}])
+    start(made, tmp_path / "run", data={"validation": both})
+    assert "data.validation: 2 of 3 rows are among those of data.train" in " ".join(capsys.readouterr().err.split())

@@ -222,7 +222,19 @@ def load_run_data(run: RunConfig, tokenizer: Any, warn: Callable[[str], None]) -
             made.training = encoded + [s.alone() for s in encoded if s.shadow] * data.shadow_repeats
         else:
             made.validation = encoded
+    tell_of_copies(made, warn)
     return made
+
+
+def tell_of_copies(data: RunData, warn: Callable[[str], None]) -> None:
+    """Rows that are learnt and judged: of streamed ones, what is known at the start."""
+    learnt = {tuple(s.ids) for s in data.training}
+    copies = sum(tuple(s.ids) in learnt for s in data.validation or [])
+    if copies:
+        warn(
+            f"data.validation: {copies} of {len(data.validation or [])} rows are among those of data.train, so what they score "
+            "says nothing of other rows"
+        )
 
 
 def _record(given: str | SourceSection, rows: list[dict[str, Any]], encoded: chat.Encoded) -> dict[str, Any]:
@@ -272,6 +284,7 @@ def _class_data(
             made.training = encoded + [s.alone() for s in encoded if s.shadow] * run.data.shadow_repeats
         else:
             made.validation = encoded
+    tell_of_copies(made, warn)
     return made
 
 
