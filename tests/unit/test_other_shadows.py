@@ -1,8 +1,19 @@
 """Explicit shadows of other classes than the base's: recurrent ones, ones that attend otherwise, and bases with routers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, MambaConfig, RecurrentGemmaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconH1Config,
+    Gemma2Config,
+    JambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    RecurrentGemmaConfig,
+)
 
 import shadowpeft
 from shadowpeft.errors import ConfigError, UnsupervisedShadowError, UnsupportedModelError
@@ -18,8 +29,11 @@ def other(config):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+SHAPE = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}
+
+
 def mamba():
-    return other(MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8))
+    return other(MambaConfig(**SHAPE, state_size=8))
 
 
 def gemma2():
@@ -32,9 +46,53 @@ def with_mamba():
     return adapt(base("llama"), shadow_model=mamba())
 
 
+def mamba2():
+    return other(Mamba2Config(**SHAPE, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=4))
+
+
+def falcon_h1():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    scan = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    return other(FalconH1Config(**SHAPE, **heads, **scan, intermediate_size=48, mamba_chunk_size=4))
+
+
+def jamba():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+    scan = {"use_mamba_kernels": False, "mamba_d_state": 8, "mamba_dt_rank": 4}
+    return other(JambaConfig(**SHAPE, **heads, **scan, intermediate_size=48, num_experts=2))
+
+
+def qwen3_next():
+    return base("qwen3_next", seed=2)
+
+
+@pytest.mark.parametrize("make", [mamba, mamba2, falcon_h1, qwen3_next])
+@torch.no_grad()
+def test_a_recurrent_shadow_reads_padding_and_pieces_as_the_whole(make):
+    """The second and third row begin with padding, which the first piece ends in one of them alone."""
+    adapted = adapt(base("llama"), shadow_model=make())
+    ids, mask = padded(tokens(3, 9), [0, 3, 6], side="left")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = adapted(input_ids=ids, attention_mask=mask, position_ids=positions, return_shadow=True).shadow_state
+    for cuts in ([4, 9], [8, 9], [4, 8, 9]):
+        cache, states = DynamicCache(config=adapted.config), []
+        for start, end in pairwise([0, *cuts]):
+            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], "past_key_values": cache}
+            states.append(adapted(input_ids=ids[:, start:end], return_shadow=True, **given).shadow_state)
+        found = torch.cat(states, 1)[mask.bool()]
+        torch.testing.assert_close(found, whole[mask.bool()], rtol=1e-4, atol=2e-5)
+
+
+def test_a_recurrent_shadow_that_cannot_go_on_by_several_tokens_says_so():
+    adapted = adapt(base("llama"), shadow_model=jamba())
+    ids, plain = tokens(2, 9), {**OPTIONS, "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    with pytest.raises(UnsupportedModelError, match="JambaModel is recurrent and cannot read 4 tokens behind a cache"):
+        adapted.generate(input_ids=ids, prefill_chunk_size=4, **plain)
+
+
 @pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 4}], ids=["whole", "pieces"])
 def test_a_recurrent_shadow_goes_on_as_without_a_cache(with_mamba, more):
-    ids, mask = padded(tokens(3, 9), [9, 6, 7], side="left")
+    ids, mask = padded(tokens(3, 9), [0, 3, 6], side="left")
     uncached = with_mamba.generate(input_ids=ids, attention_mask=mask, use_cache=False, **OPTIONS)
     cached = with_mamba.generate(input_ids=ids, attention_mask=mask, **OPTIONS, **more)
     assert torch.equal(cached, uncached)

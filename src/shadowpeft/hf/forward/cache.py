@@ -209,16 +209,6 @@ class _Recurrent:
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
 
-def reads_singly(view: Any) -> bool:
-    """Whether a shadow's part of a cache holds a recurrent state, on which some architectures go on by one token alone."""
-    return any(isinstance(layer, LinearAttentionLayer) and _used(layer) for layer in view.layers)
-
-
-def is_recurrent(view: Any) -> bool:
-    """Whether all layers of a shadow's part of a cache are recurrent, so that none attends to what was read."""
-    return all(isinstance(layer, LinearAttentionLayer) for layer in view.layers)
-
-
 @functools.cache
 def _mixed_with(mixin: Any, kind: Any) -> Any:
     """The class ``kind`` with ``mixin`` before it, under its own name; one for each pair."""

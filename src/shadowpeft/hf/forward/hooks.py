@@ -25,10 +25,11 @@ from shadowpeft.hf.base.signature import Signature
 from shadowpeft.hf.base.weights import allow_gradients
 from shadowpeft.hf.forward import below, losses, rows
 from shadowpeft.hf.forward import call as calls
-from shadowpeft.hf.forward.cache import check_untouched, is_recurrent, own_cache, reads_singly, shadow_views
-from shadowpeft.hf.forward.call import CALL, AdapterWeights, Part, ShadowCall, initial_state, read_weights
+from shadowpeft.hf.forward.cache import check_untouched, own_cache, shadow_views
+from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, read_weights
 from shadowpeft.hf.forward.inputs import PACKED, pick_argument, shadow_mask, streams_axis
 from shadowpeft.hf.forward.outputs import keep_beside
+from shadowpeft.hf.forward.recurrent import goes_on, keeps_state
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step
 
 NO_PAGES = (
@@ -256,28 +257,17 @@ def run_shadow(part: Part, view: Any, call: ShadowCall, backbone: Any, kwargs: d
         passed["attention_mask"] = pick_argument(part, "attention_mask", mask, batch)
     passed.update({takes.cache: view, "use_cache": view is not None})
     ids, embeds = (None if kwargs.get(k) is None else part.pick(kwargs[k]) for k in ("input_ids", "inputs_embeds"))
-    if view is not None and not weights.config.is_mirror and reads_singly(view):
-        s0 = _one_by_one(weights, ids, embeds, backbone, passed)
+
+    def run(new: slice, **given: Any) -> Tensor:
+        ids_now, embeds_now = (None if each is None else each[:, new] for each in (ids, embeds))
+        return initial_state(weights, ids_now, embeds_now, backbone, **given)
+
+    if view is not None and not weights.config.is_mirror and keeps_state(view):
+        new = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
+        s0 = goes_on(weights.backbone, run, new, passed, view)
     else:
-        s0 = initial_state(weights, ids, embeds, backbone, **passed)
+        s0 = run(slice(None), **passed)
     part.trajectory = Trajectory(first, s0, keep_all=torch.is_grad_enabled())
-
-
-def _one_by_one(weights: AdapterWeights, ids: Any, embeds: Any, backbone: Any, passed: dict[str, Any]) -> Tensor:
-    """``s^(0)`` of tokens that follow a recurrent state, each in a pass of its own; the mask counts what was read before."""
-    new = (embeds if ids is None else ids).shape[1]
-    mask, positions, view = (passed.get(k) for k in ("attention_mask", "position_ids", weights.signature.cache))
-    states = []
-    for t in range(new):
-        own = dict(passed)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            shown = mask.shape[1] - new + t + 1
-            own["attention_mask"] = mask[:, shown - 1 : shown] if is_recurrent(view) else mask[:, :shown]
-        if positions is not None:
-            own["position_ids"] = positions[..., t : t + 1]
-        one, its_embeds = (None if each is None else each[:, t : t + 1] for each in (ids, embeds))
-        states.append(initial_state(weights, one, its_embeds, backbone, **own))
-    return torch.cat(states, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- layer
