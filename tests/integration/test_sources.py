@@ -417,13 +417,22 @@ def written(folder, name, rows):
 def test_a_folder_of_several_kinds_loses_no_row(tmp_path, kinds):
     for n, kind in enumerate(kinds):
         written(tmp_path, f"part{n}{kind}", ROWS[2 * n : 2 * n + 2])
-    (tmp_path / "notes.pdf").write_bytes(b"%PDF")
+    for name in ("notes.pdf", "notes.txt", "LICENSE.txt", "config.json"):
+        (tmp_path / name).write_text("no rows")
     found = [row for _, row in rows_of(Source(path=str(tmp_path)))]
     assert sorted(row["prompt"] for row in found) == [f"q{n}" for n in range(2 * len(kinds))]
     assert {tuple(row) for row in found} == {("prompt", "response")}
 
 
-@pytest.mark.parametrize("beside", ["notes.txt", "more.jsonl.gz", "old.tsv"])
+def test_named_classes_of_parquet_alone_stay_names_beside_a_licence(tmp_path):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    made = datasets.Dataset.from_list([{"text": "a", "label": 0}, {"text": "b", "label": 1}], features=features)
+    made.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "LICENSE.txt").write_text("MIT")
+    assert [row["label"] for _, row in rows_of(Source(path=str(tmp_path)))] == ["neg", "pos"]
+
+
+@pytest.mark.parametrize("beside", ["more.ndjson", "more.jsonl.gz", "old.tsv", "all.tar"])
 def test_a_kind_that_is_not_read_beside_others_is_named(tmp_path, beside):
     written(tmp_path, "a.csv", ROWS)
     (tmp_path / beside).write_text("something")

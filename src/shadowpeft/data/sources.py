@@ -26,9 +26,12 @@ _BY_ROWS = (".jsonl", ".csv")
 """Kinds of file that a folder may hold to be read as its files are."""
 _ROWS = (*_BY_ROWS, ".json", ".parquet")
 """Kinds that a file may have; several of them in a folder are read as its files are too, since ``datasets`` reads one kind."""
-_OTHER_ROWS = (".txt", ".tsv", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
-"""Kinds that ``datasets`` reads too, but not beside others."""
-_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_OTHER_ROWS = (
+    *(".ndjson", ".tsv", ".arrow", ".feather", ".geoparquet", ".gpq", ".xml", ".h5", ".hdf5"),
+    *(".gz", ".zip", ".zst", ".xz", ".bz2", ".lz4", ".tar", ".7z", ".rar"),
+)
+"""Kinds that hold rows too, but are not read beside others."""
+_NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,15 @@ def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
     card = folder / "README.md"
     if card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
         return None  # it says which files there are
-    kinds = {file.suffix.lower() for file in found if file.name not in _NO_ROWS} & {*_ROWS, *_OTHER_ROWS}
-    beside = min((f for f in found if f.suffix.lower() in _OTHER_ROWS and f.stem.upper() != "LICENSE"), default=None)
+    found = {file for file in found if file.name not in _NO_ROWS and file.suffix.lower() in {*_ROWS, *_OTHER_ROWS}}
+    kinds = {file.suffix.lower() for file in found}
+    beside = min((file for file in found if file.suffix.lower() in _OTHER_ROWS), default=None)
     if beside is not None and kinds & {*_ROWS}:
         raise DataError(
             f"'{folder}' has files of the kinds {', '.join(sorted(kinds))}, and '{beside.relative_to(folder)}' cannot be read "
             "beside the others; give it a folder of its own, or move it out if it holds no rows"
         )
-    found = {file for file in found if file.suffix.lower() in _ROWS and file.name not in _NO_ROWS}
-    if not found or (len(kinds) == 1 and not kinds <= {*_BY_ROWS}):
+    if not kinds & {*_ROWS} or (len(kinds) == 1 and not kinds <= {*_BY_ROWS}):
         return None
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
