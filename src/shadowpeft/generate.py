@@ -180,9 +180,10 @@ def chats_of(prompts: Any, system: str | None) -> list[list[dict[str, str]]]:
     Raises:
         ConfigError: if ``prompts`` is one text, each character of which would be a prompt, or one message list.
     """
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+    asked = [] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str) or (asked and isinstance(asked[0], dict)):
         raise ConfigError(f"prompts is one {'text' if isinstance(prompts, str) else 'message list'}; put it into a list")
-    return [with_system(messages_of(p), system) for p in prompts]
+    return [with_system(messages_of(p), system) for p in asked]
 
 
 def messages_of(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:

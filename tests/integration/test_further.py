@@ -111,6 +111,7 @@ def test_a_run_is_resumed_with_the_adapter_it_began_with(made, tmp_path):
         ({"shadow": {"r": 4}}, "shadow.r is 4 but the adapter '.*' has 3, which a run that goes on from it cannot change"),
         ({"shadow": {"last_layers": 1}}, "shadow.last_layers is 1 but the adapter '.*' has 2"),
         ({"shadow": {"variant": "paper"}}, "shadow.variant is 'paper' but"),
+        ({"shadow": {"preset": "paper"}}, "shadow.preset is 'paper' but the adapter '.*' has settings of its own"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS' but the adapter '.*' is for CAUSAL_LM"),
         ({"adapter": "nowhere"}, "adapter is 'nowhere', where no adapter_config.json can be read"),
         ({"adapter": 3}, "'adapter' is 3 but must be"),
@@ -140,6 +141,31 @@ def test_a_classifier_goes_on_with_its_own_labels(made, tmp_path):
     adapter = str(tmp_path / "first" / "adapter")
     again = further({"adapter": adapter, "rows": rows("b.jsonl", ["y", "x"])}, tmp_path / "b")
     assert train(parse_run(again, "again"), quiet=True)["steps"] == 2
-    other = further({"adapter": adapter, "rows": rows("c.jsonl", ["x", "z"])}, tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"has the labels \['x', 'y'\] but the rows have \['x', 'z'\]"):
-        train(parse_run(other, "other"), quiet=True)
+    for labels in (["x", "z"], ["x", "y", "z"]):
+        other = further({"adapter": adapter, "rows": rows("c.jsonl", labels)}, tmp_path / "c")
+        with pytest.raises(ConfigError, match=r"has the labels \['x', 'y'\] but the rows have "):
+            train(parse_run(other, "other"), quiet=True)
+
+
+def test_the_chat_template_is_the_adapter_s(made, tmp_path):
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    )
+    data = {"chat_template": str(tmp_path / "own.jinja")}
+    first = run_file(tmp_path / "first", made["base"], made["rows"], shadow=SHAPE, data=data)
+    adapter = train(parse_run(first, "first"), quiet=True)["adapter"]
+    again = train(parse_run(further({**made, "adapter": adapter}, tmp_path / "again"), "again"), quiet=True)["adapter"]
+    templates = [load_tokenizer(name).chat_template for name in (adapter, again, made["base"])]
+    assert templates[0] == templates[1] != templates[2]
+
+
+def test_the_record_of_a_run_is_read_without_its_adapter(made, tmp_path):
+    shutil.copytree(made["adapter"], tmp_path / "copy")
+    content = further({**made, "adapter": str(tmp_path / "copy")}, tmp_path / "out")
+    train(parse_run(content, "here"), quiet=True)
+    recorded = read_run(tmp_path / "out" / "config.yaml")
+    shutil.rmtree(tmp_path / "copy")
+    assert read_run(tmp_path / "out" / "config.yaml") == recorded
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json can be read"):
+        parse_run(content, "here")

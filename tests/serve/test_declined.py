@@ -1,6 +1,8 @@
 """What a device's [REMOTE] does to the cloud's answer: the odds of an action, the header, and who is told."""
 
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from chatbase import chat_model, chat_tokenizer
 from serving import Scripted, attached, detached, saying
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import written
 from shadowpeft.data.chat import answer_ids
 from shadowpeft.data.declined import Beginnings, Declined, DeclinedRequests
@@ -19,12 +22,19 @@ from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import DECLINED
 from shadowpeft.serve.roles import CloudRole, EdgeRole
-from shadowpeft.serve.router import LORA, Router
+from shadowpeft.serve.router import ACTION, LORA, Calibration, Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running
 
 KEY = "user-key-0123456789"
 TURN = [{"role": "user", "content": "a"}]
+
+
+def byte_pairs():
+    """A tokenizer that writes brackets together with what follows them."""
+    made = chat_tokenizer()
+    made.add_tokens(["[Sit", "[]", "['", "[1", "[{", "[!["])
+    return made
 
 
 def beginnings():
@@ -56,8 +66,13 @@ def test_actions_begin_with_one_of_the_tokens_and_words_do_not():
         assert answer_ids(tokenizer, TURN, written(name), closed=False)[0] in begin.tokens
     for text in ("Rome.", "(a)", "]"):
         assert answer_ids(tokenizer, TURN, text, closed=False)[0] not in begin.tokens
-    texts = {token: tokenizer.decode([token]).lstrip() for token in begin.tokens}
-    assert all(text.startswith("[") for text in texts.values())
+    assert all(tokenizer.decode([token]).lstrip().startswith("[") for token in begin.tokens)
+
+
+def test_lists_links_and_footnotes_are_no_actions():
+    tokenizer = byte_pairs()
+    begin = Beginnings.of(tokenizer, len(tokenizer))
+    assert {tokenizer.decode([token]).strip() for token in begin.tokens} == {"[", "[Sit"}
 
 
 def test_only_the_first_token_leans():
@@ -113,14 +128,14 @@ def test_a_cloud_that_is_told_of_no_action_answers_in_words(acting):
     assert not text_of(drawn).startswith("[")
 
 
-@pytest.mark.parametrize("value", ["", "sure", "-0.1", "1.01", "nan", "inf"])
+@pytest.mark.parametrize("value", ["", "sure", "-0.1", "1.01", "nan", "inf", "0_1", "1e-3"])
 def test_what_is_no_probability_is_refused(acting, value):
     refused = ask(acting, "cloud", {DECLINED: value})
     assert refused.status_code == 400
     assert DECLINED in refused.json()["error"]["message"]
 
 
-def test_models_that_have_learnt_no_actions_do_not_lean():
+def test_models_that_have_learnt_no_actions_do_not_lean(monkeypatch):
     with served(saying("[1] is a footnote")) as server:  # a detached shadow of its own
         assert text_of(ask(server, "edge", {DECLINED: "1"})).startswith("[1]")
     with served(attached(max_position_embeddings=512)) as server:
@@ -129,48 +144,95 @@ def test_models_that_have_learnt_no_actions_do_not_lean():
             assert plain.status_code == told.status_code == 200
             first = chat_tokenizer()(text_of(plain), add_special_tokens=False).input_ids[0]
             # as if the answer of this random model were an action
-            server.app.state.server.role._begin = Beginnings([first], chat_model().config.vocab_size)
+            begin = Beginnings([first], chat_model().config.vocab_size)
+            monkeypatch.setattr(Beginnings, "of", lambda *_, begin=begin: begin)
+            server.app.state.server.role._begin = None
             told = ask(server, model, {DECLINED: "1"})
             assert (text_of(told)[:1] != text_of(plain)[:1]) == leans
 
 
-def edge_of(link):
-    engine = Engine(Scripted(detached()), EngineLimits())
-    role = EdgeRole(engine, Router(parse_action, None), link, "late", system=None, default_tokens=64)
+class Deciding:
+    """A second opinion that decides: ``[REMOTE]`` where the request says so, else an action."""
+
+    actions = ("Sit", "REMOTE")
+
+    def chances(self, prompt):
+        remote = 0.999999 if "remote" in prompt else 1e-12
+        return {"REMOTE": remote, "Sit": 1 - remote}
+
+
+def edge_of(link, model="late", chooses=True):
+    """An edge that hands on all: it keeps no action, and says ``[REMOTE]`` where it is asked for it."""
+    if chooses:
+        tokenizer = chat_tokenizer()
+        turn = [{"role": "user", "content": "a"}]
+        tokens = {name: answer_ids(tokenizer, turn, written(name), closed=False) for name in Deciding.actions}
+        backend, actions = detached(max_position_embeddings=512), ActionTrie(tokens, Deciding())
+    else:
+        backend, actions = Scripted(detached()), None
+    router = Router(parse_action, Calibration(ACTION, (0.0, 1.0), (0.0, 1.0), 2.0) if chooses else None)
+    role = EdgeRole(Engine(backend, EngineLimits()), router, link, model, system=None, default_tokens=64, actions=actions)
     return Running(build(role, Settings(Keys((KEY,), ()))))
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_the_edge_tells_the_cloud_of_a_remote_and_of_nothing_else(path):
-    told = []
+def recording(told):
+    """A cloud of its own that says Rome, also as a stream, and keeps the header of each request."""
 
     def cloud(request):
         told.append(request.headers.get(DECLINED))
-        assert "declined" not in request.content.decode()
-        key = {"message": {"role": "assistant", "content": "Rome"}} if "chat" in request.url.path else {"text": "Rome"}
+        body = json.loads(request.content)
+        assert not [key for key in body if "declined" in key]
+        words = "message" if not body.get("stream") else "delta"
+        key = {words: {"role": "assistant", "content": "Rome"}} if "chat" in request.url.path else {"text": "Rome"}
         choice = {"index": 0, "finish_reason": "stop", **key}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         whole = {"id": "x", "object": "x", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+        if body.get("stream"):
+            return httpx.Response(200, text=f"data: {json.dumps(whole)}\n\ndata: [DONE]\n\n")
         return httpx.Response(200, json=whole)
 
-    with edge_of(CloudClient("http://cloud", KEY, transport=httpx.MockTransport(cloud))) as server:
-        for text, more in (("remote", {}), ("words", {}), ("remote", {"route": "cloud"})):
-            content = {"prompt": text} if path == "completions" else {"messages": [{"role": "user", "content": text}]}
-            body = {"model": "edge", **content, **more}
-            answered = httpx.post(
-                f"{server.url}/v1/{path}", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=60
-            )
-            assert answered.json()["shadowpeft"]["where"] == "cloud"
+    return CloudClient("http://cloud", KEY, transport=httpx.MockTransport(cloud))
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_edge_tells_the_cloud_of_a_remote_and_of_nothing_else(path, stream):
+    told = []
+    with edge_of(recording(told)) as server:
+        for text, more in (("remote", {}), ("go", {}), ("remote", {"route": "cloud"})):
+            forms = {"completions": {"prompt": text}, "responses": {"input": text}}
+            content = forms.get(path, {"messages": [{"role": "user", "content": text}]})
+            body = {"model": "edge", "stream": stream, **content, **more}
+            own = {"authorization": f"Bearer {KEY}"}
+            answered = httpx.post(f"{server.url}/v1/{path}", json=body, headers=own, timeout=60)
+            assert answered.headers["x-shadow-where"] == "cloud"
+            assert "Rome" in answered.text
     assert told[1:] == [None, None]
-    assert 0.5 < float(told[0]) <= 1
+    assert 0.99 < float(told[0]) <= 1
+
+
+def test_several_answers_are_each_told():
+    told = []
+    with edge_of(recording(told)) as server:
+        body = {"model": "edge", "messages": [{"role": "user", "content": "remote"}], "n": 3, "temperature": 1.0, "seed": 1}
+        own = {"authorization": f"Bearer {KEY}"}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=own, timeout=60).status_code == 200
+    assert len(told) == 3
+    assert all(float(each) > 0.99 for each in told)
+
+
+def test_a_remote_that_was_written_freely_has_no_probability_of_an_action():
+    told = []
+    with edge_of(recording(told), chooses=False) as server:
+        body = {"model": "edge", "messages": [{"role": "user", "content": "remote"}]}
+        own = {"authorization": f"Bearer {KEY}"}
+        httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=own, timeout=60)
+    assert told == [None]
 
 
 def test_device_and_cloud_over_the_wire(acting):
-    link = CloudClient(acting.url, KEY)
-    engine = Engine(Scripted(detached()), EngineLimits())
-    role = EdgeRole(engine, Router(parse_action, None), link, "cloud", system=None, default_tokens=64)
-    with Running(build(role, Settings(Keys((KEY,), ())))) as server:
-        for text, acts in (("remote", False), ("words", True)):
+    with edge_of(CloudClient(acting.url, KEY), "cloud") as server:
+        for text, acts in (("remote", False), ("go", True)):
             body = {"model": "edge", "messages": [{"role": "user", "content": text}]}
             own = {"authorization": f"Bearer {KEY}"}
             said = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=own, timeout=60)
@@ -178,3 +240,18 @@ def test_device_and_cloud_over_the_wire(acting):
             assert text_of(said).startswith("[Sit()]") == acts
 
 
+def test_what_an_action_begins_with_is_made_once_for_many_requests(acting, monkeypatch):
+    made = []
+    of = Beginnings.of
+    monkeypatch.setattr(acting.app.state.server.role, "_begin", None)
+    monkeypatch.setattr(Beginnings, "of", lambda *given: made.append(1) or of(*given))
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(lambda _: text_of(ask(acting, "cloud", {DECLINED: "1"})), range(6)))
+    assert len(made) == 1
+    assert not any(text.startswith("[") for text in texts)
+
+
+def test_the_shadow_drafts_behind_the_first_token_as_without_the_header():
+    with served(attached(max_position_embeddings=512)) as server:
+        plain = text_of(ask(server, "default", {DECLINED: "0.9"}, speculative=False))
+        assert text_of(ask(server, "default", {DECLINED: "0.9"}, speculative=True)) == plain

@@ -70,7 +70,7 @@ def test_rows_to_train_on_have_their_action_in_the_answer(made, tmp_path, monkey
     [
         (["--skills", "robot"], "has the skill 'Nod', which is none of the 34 known ones"),
         (["--skills", "robot_tools"], "has actions with arguments, which shadowpeft route calibrate judges"),
-        (["--data", "robot"], "robot has its own actions"),
+        (["--data", "robot"], "a task and robot have their own"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(made, tmp_path, monkeypatch, capsys, more, message):

@@ -18,7 +18,7 @@ from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, parser
 from shadowpeft.data.call_guide import Engine
 from shadowpeft.data.calls import CallParser
-from shadowpeft.data.declined import Beginnings, DeclinedRequests
+from shadowpeft.data.declined import Beginnings, DeclinedRequests, may_change
 from shadowpeft.data.robot import SKILLS
 from shadowpeft.data.robot_tools import tools_named
 from shadowpeft.errors import ConfigError, DataError
@@ -290,7 +290,7 @@ class Asking:
             if self.cloud is not None:
                 in_cloud = self._answers(self.cloud, part, f"{name}, {CLOUD}", None)
             for way, answers in texts.items():
-                handed = self._handed_on(part, answers, in_cloud, name)
+                handed = [None] * len(part) if way == FREELY else self._handed_on(part, answers, in_cloud, name)
                 each = zip(part, answers, in_cloud, handed, strict=True)
                 found[way][name] = [self._sample(row, answer, other, told, way) for row, answer, other, told in each]
         return found
@@ -303,8 +303,7 @@ class Asking:
         for row, (pieces, scores), other in zip(part, answers, in_cloud, strict=True):
             n, action = decisive(pieces, self.actions.parse)
             chance = action_probability(scores.first(n))
-            # a likely [REMOTE] changes nothing where the cloud does not act by itself
-            if action == REMOTE and (chance < 0.5 or decisive(other[0], self.actions.parse)[1] is not None):
+            if action == REMOTE and may_change(chance, decisive(other[0], self.actions.parse)[1] is not None):
                 chances[row["prompt"]] = chance
         again = [row for row in part if row["prompt"] in chances]
         if not again:

@@ -166,7 +166,7 @@ def _of_run(
     if max_length is not None:
         run.data.max_length = max_length
     data = run.data
-    tokenizer = load_tokenizer(base or run.base, data.chat_template)
+    tokenizer = load_tokenizer(base or run.words, data.chat_template)
     tools = tools_of_run(data.train, data.tools)
     rules = Rules(
         tokenizer,

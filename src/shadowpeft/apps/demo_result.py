@@ -22,7 +22,7 @@ from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, written
-from shadowpeft.data.declined import Beginnings, DeclinedRequests
+from shadowpeft.data.declined import Beginnings, DeclinedRequests, may_change
 from shadowpeft.evaluate import accuracy, rival
 from shadowpeft.evaluate.record import commit
 from shadowpeft.generate import answer
@@ -138,11 +138,10 @@ def handed_on(
 
     Args:
         decided: the device's actions and their probabilities. spoken: the cloud's actions by itself.
-        again: asks the cloud about some rows once more, told of the chances by prompt. A ``[REMOTE]`` that is likelier than not
-            changes nothing where the cloud does not act by itself, so those rows are left out.
+        again: asks the cloud once more about the rows whose answers that may change, told of the chances by prompt.
     """
     each = enumerate(zip(decided, spoken, strict=True))
-    places = [n for n, ((action, p), said) in each if action == REMOTE and (said is not None or p < 0.5)]
+    places = [n for n, ((action, p), said) in each if action == REMOTE and may_change(p, said is not None)]
     said = again([rows[n] for n in places], {rows[n]["prompt"]: decided[n][1] for n in places}) if places else []
     told = dict(zip(places, said, strict=True))
     return [told.get(n, own) for n, own in enumerate(spoken)]

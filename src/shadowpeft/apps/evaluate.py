@@ -42,7 +42,7 @@ def main(
     base: Base = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with --seed.")] = None,
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for robot 16.")
+        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for actions 16.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     split: Annotated[
@@ -69,7 +69,7 @@ def main(
     if name is None and split is not None:
         raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
     if skills is not None and data in (None, "robot"):
-        raise typer.BadParameter("robot has its own actions; give --data FILE, or leave it out", param_hint="--skills")
+        raise typer.BadParameter("a task and robot have their own; give --data FILE, or leave it out", param_hint="--skills")
     data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.apps.second_opinion import beside
@@ -174,7 +174,8 @@ def _intents(file: str, skills: str, max_new_tokens: int | None, adapter: str) -
             f"--skills '{skills}' has actions with arguments, which shadowpeft route calibrate judges; give names alone here"
         )
     rows = read_intents(file, "fit", None, tools.names, whole_chats=True)
-    return Intents(file, rows, tools.names, config_of(adapter).get("system_message"), max_new_tokens or 16)
+    longest = 2 * max(map(len, tools.names)) + 4  # tokens of a name have half a letter at least
+    return Intents(file, rows, tools.names, config_of(adapter).get("system_message"), max_new_tokens or max(16, longest))
 
 
 def _with_loss(record: dict[str, Any]) -> dict[str, Any]:

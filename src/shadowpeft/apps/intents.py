@@ -1,4 +1,4 @@
-"""Requests whose right answer is known, for ``shadowpeft route calibrate``."""
+"""Requests whose right answer is known, for ``shadowpeft route calibrate`` and ``eval --skills``."""
 
 from __future__ import annotations
 

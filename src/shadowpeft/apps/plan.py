@@ -45,7 +45,7 @@ def plan(run: Any) -> dict[str, Any]:
 
     t = run.training
     prepare_cpu(t.threads)
-    tokenizer = load_tokenizer(run.base, run.data.chat_template)
+    tokenizer = load_tokenizer(run.words, run.data.chat_template)
     data = load_run_data(run, tokenizer, terminal(stderr=True).print)
     check_paths(run, data)
     sequences, classifies = data.training, data.labels is not None

@@ -9,12 +9,14 @@ that is surer of an action than the device is of none still acts.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_BEGINS = re.compile(r"\s*\[(?:[^\W\d]\w*)?")
 _LEAST = 1e-6
 """Of either chance: no answer is ruled out by a device alone."""
 
@@ -36,10 +38,10 @@ class Beginnings:
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> Beginnings:
-        """Those of a tokenizer: tokens whose text begins with the bracket, spaces aside."""
+        """Those of a tokenizer: the bracket, spaces aside, with nothing behind it or the beginning of a name."""
         known, special = range(min(len(tokenizer), vocabulary)), set(tokenizer.all_special_ids)
         texts = zip(known, tokenizer.batch_decode([[token] for token in known]), strict=True)
-        return cls([n for n, text in texts if text.lstrip().startswith("[") and n not in special], vocabulary)
+        return cls([n for n, text in texts if _BEGINS.fullmatch(text) and n not in special], vocabulary)
 
     def leaning(self, chance: float) -> Tensor:
         """The logarithm of the odds of an action, at the tokens that begin one, else 0: ``(V,)`` float64."""
@@ -47,8 +49,15 @@ class Beginnings:
         return self._here * (math.log1p(-remote) - math.log(remote))
 
 
+def may_change(chance: float, acts: bool) -> bool:
+    """Whether a device's ``[REMOTE]`` of that probability may change a greedy answer, by whether that acts by itself: if it is
+    likelier than not, it changes no answer in words."""
+    return acts or chance < 0.5
+
+
 class Declined:
-    """One answer to a request for which a device found no action: free, and an action is as unlikely as the device says.
+    """One answer to a request for which a device found no action: free, and an action is as unlikely as the device says. White
+    space before an action is not looked through: no answer that was learnt begins so.
 
     Args:
         chance: the probability of the device's ``[REMOTE]``, 0 to 1.

@@ -80,10 +80,11 @@ def find(name: str, dtype: str | None = None) -> tuple[Format, str]:
     if name not in FORMATS:
         raise ConfigError(f"the format is '{name}' but must be one of {', '.join(FORMATS)}")
     target = FORMATS[name]
+    given = dtype
     if dtype is not None:  # also as torch and llama.cpp write them
         dtype = _SPELLINGS.get(dtype.lower(), dtype.lower())
     if dtype is not None and dtype not in target.limits:
-        raise ConfigError(f"dtype is '{dtype}' but the format '{name}' only has {', '.join(target.limits)}")
+        raise ConfigError(f"dtype is '{given}' but the format '{name}' only has {', '.join(target.limits)}")
     for package in target.packages:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"the format '{name}' needs the package {package}; run: pip install 'shadowpeft[export]'")

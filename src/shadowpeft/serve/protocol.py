@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
@@ -39,6 +40,7 @@ servers refuse a field that they do not know."""
 Text = Annotated[StrictStr, Field(max_length=200_000)]
 Length = Annotated[StrictInt, Field(ge=1, le=1 << 20)]
 _SEED = 2**63
+_NUMBER = re.compile(r"[0-9]{1,2}(\.[0-9]{1,20})?")
 MOST_ANSWERS = 64
 """Of one request."""
 MOST_MESSAGES = 1024
@@ -154,10 +156,7 @@ class Ask(Strict):
         Raises:
             DataError: if that is no probability.
         """
-        try:
-            self._declined = float(chance)
-        except ValueError:
-            self._declined = None
+        self._declined = float(chance) if _NUMBER.fullmatch(chance) else None
         if self._declined is None or not 0.0 <= self._declined <= 1.0:
             said = f"the header {DECLINED} is '{chance[:30]}' but must be the probability of the device's [REMOTE], from 0 to 1"
             raise DataError(f"{said}; leave it out, or send one")

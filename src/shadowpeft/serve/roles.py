@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from dataclasses import replace
 from functools import partial
@@ -55,7 +56,7 @@ class CloudRole(Role):
 
     name = "cloud"
     reads_tools = True
-    _begin: Beginnings | None = None
+    _begin: asyncio.Future[Beginnings] | None = None
     """What an action can begin with, once a device has declined."""
 
     async def answer(self, asked: Asked) -> Reply:
@@ -77,10 +78,10 @@ class CloudRole(Role):
         """How the answer leans because a device found no action; None: no device has, or the model has learnt none."""
         if asked.declined is None or self.engine.backend.reason(asked.model) not in (BASE_PATH, LORA):
             return None
-        if self._begin is None:  # a second of work for a large vocabulary
-            make = partial(Beginnings.of, self._tokenizer, self.toolbox.vocabulary)
-            self._begin = await asyncio.get_running_loop().run_in_executor(self._threads, make)
-        return Declined(self._begin, asked.declined)
+        if self._begin is None:  # a second of work for a large vocabulary, once, and not in the threads that tokenize
+            own = copy.deepcopy(self._tokenizer)
+            self._begin = asyncio.ensure_future(asyncio.to_thread(Beginnings.of, own, self.toolbox.vocabulary))
+        return Declined(await asyncio.shield(self._begin), asked.declined)
 
 
 class EdgeRole(Role):
@@ -169,12 +170,12 @@ class EdgeRole(Role):
             finish = await generation.run()
         pieces, scores = [t.piece for t in generation.tokens], Scores.of(generation.tokens)
         decision = router.decide(pieces, scores)
-        if decision.where == DEVICE and finish.reason == "stop" and router.parse(generation.text) is None:
-            decision = Decision(CLOUD, UNKNOWN)  # a stop text of the request has cut the action
         if narrowed and not reachable and self.cloud is not None and decision.where == DEVICE:
             decision = replace(decision, where=CLOUD, reason=UNSURE)
         if self.drift is not None and asked.route == "auto" and not narrowed:
             self.drift.add(decision)
+        if asked.stops and decision.where == DEVICE and router.parse(generation.text) is None:
+            decision = Decision(CLOUD, UNKNOWN)  # a stop text of the request has cut the action
         note = {"where": decision.where, "reason": decision.reason, "action": decision.action}
         if held is not None and decision.action is not None:
             n, _ = decisive(pieces, router.parse)
@@ -186,8 +187,8 @@ class EdgeRole(Role):
         if decision.confidence is not None:
             note["confidence"] = round(decision.confidence, 4)
         declined = None
-        if decision.reason == TAGGED and (not isinstance(asked, ChatRequest) or asked.tools is None):
-            declined = action_probability(scores.first(decisive(pieces, router.parse)[0]))
+        if decision.reason == TAGGED and held is not None and (not isinstance(asked, ChatRequest) or asked.tools is None):
+            declined = action_probability(scores.first(decisive(pieces, router.parse)[0]))  # of a free answer it is none
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
         if asked.route == "device":
             note.update(where=DEVICE, reason=ASKED)
@@ -285,6 +286,7 @@ class EdgeRole(Role):
             (body["prompt"],) = asked.prompt
         sent = time.monotonic()
         path = PATHS[isinstance(asked, ChatRequest)]
+        declined = asked.declined if declined is None else declined  # a client may know more
         headers = {} if declined is None else {DECLINED: f"{declined:.6f}"}
         reply = await _begun(ForwardedReply(self.cloud, path, body, asked.model, note, began, headers))
         note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)

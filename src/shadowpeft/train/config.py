@@ -47,6 +47,12 @@ class RunConfig(StrictSection):
     push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Hub id (owner/name) the adapter is uploaded to when the run has ended, with its model card; private if it is new."""
 
+    @property
+    def words(self) -> str:
+        """Whose tokenizer, with its chat template, the run reads and writes with."""
+        saved = self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file()
+        return str(self.adapter) if saved else self.base
+
     @model_validator(mode="before")
     @classmethod
     def _of_its_preset(cls, content: Any) -> Any:

@@ -21,31 +21,36 @@ LOSSES = ("auxiliary_loss_weight", "shadow_loss")
 def filled(content: dict[str, Any], where: str) -> dict[str, Any]:
     """The content of a run file with base, task and shadow of the adapter that it goes on from, if it names one.
 
+    The record of a run says all of it, and is read without the adapter, which may be gone by then.
+
     Raises:
         ConfigError: if the adapter cannot be read, or the file says something else than it.
     """
-    adapter = content.get("adapter")
-    if not isinstance(adapter, str):
+    adapter, given = content.get("adapter"), content.get("shadow") or {}
+    if not isinstance(adapter, str) or not isinstance(given, dict):
+        return content  # refused by its type
+    names = {field.name for field in fields(ShadowSettings)} - {"refined_layers"}
+    recorded = {"base", "task_type"} <= content.keys() and names <= given.keys()
+    if recorded and not (Path(adapter) / CONFIG).is_file():
         return content
     saved = _saved(adapter, where)
-    named = saved.get("base_alias") or saved.get("base_model_name_or_path")
-    told = {**({"base": named} if named else {}), "task_type": saved.get("task_type", "CAUSAL_LM")}
+    base = saved.get("base_alias") or saved.get("base_model_name_or_path")  # an alias's copy is made anew where it is needed
+    told = {"base": base, "task_type": saved.get("task_type", "CAUSAL_LM")}
     if content.get("task_type", told["task_type"]) != told["task_type"]:
         raise ConfigError(
             f"{where}: task_type is '{content['task_type']}' but the adapter '{adapter}' is for {told['task_type']}; leave it "
             "out"
         )
-    given = content.get("shadow") or {}
-    if not isinstance(given, dict):
-        return content  # refused by its type
-    own = _settings(saved)
+    usual = {field.name: field.default for field in fields(ShadowSettings)}
+    own = {name: saved.get(name, usual[name]) for name in names} | {"last_layers": _last_layers(saved)}
     for key, value in given.items():
-        if key in own and key not in LOSSES and value != own[key]:
+        if (key == "preset" and not recorded) or (key in own and key not in LOSSES and value != own[key]):
+            has = "has settings of its own" if key == "preset" else f"has {own[key]!r}"
             raise ConfigError(
-                f"{where}: shadow.{key} is {value!r} but the adapter '{adapter}' has {own[key]!r}, which a run that goes on "
-                "from it cannot change; leave it out"
+                f"{where}: shadow.{key} is {value!r} but the adapter '{adapter}' {has}, which a run that goes on from it "
+                "cannot change; leave it out"
             )
-    return {**told, **content, "shadow": {**own, **given}}
+    return {**{key: value for key, value in told.items() if value}, **content, "shadow": {**own, **given}}
 
 
 def _saved(adapter: str, where: str) -> dict[str, Any]:
@@ -68,10 +73,9 @@ def _saved(adapter: str, where: str) -> dict[str, Any]:
     return saved
 
 
-def _settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """What a run file would have said of the shadow."""
-    names = {field.name for field in fields(ShadowSettings)} - {"refined_layers"}
-    own = {name: saved[name] for name in names if name in saved}
-    layers = saved.get("refined_layers")
-    own["last_layers"] = layers[1] - layers[0] + 1 if isinstance(layers, list) and len(layers) == 2 else None
-    return own
+def _last_layers(saved: dict[str, Any]) -> int | None:
+    """How many of the base's last layers are corrected, if it is some of them and no others."""
+    layers, shapes = saved.get("refined_layers"), (saved.get("base_fingerprint") or {}).get("shapes") or {}
+    if not isinstance(layers, list) or len(layers) != 2 or layers[1] + 1 != shapes.get("num_hidden_layers"):
+        return None
+    return int(layers[1] - layers[0] + 1)

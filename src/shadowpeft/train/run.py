@@ -27,7 +27,7 @@ from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.vocabulary import shared_tokens
 from shadowpeft.hf.config import ShadowPeftConfig
 from shadowpeft.hf.layer import find_hub
-from shadowpeft.hf.load import load
+from shadowpeft.hf.load import load, read_config
 from shadowpeft.messages import quote, shorten
 from shadowpeft.runtime import DTYPES, prepare_cpu
 from shadowpeft.storage import exclusive, write_json, write_text, written_whole
@@ -60,13 +60,25 @@ from shadowpeft.train.trainer import ShadowTrainer
 
 
 def build_model(run: RunConfig, tokenizer: Any, labels: list[str] | None = None) -> PeftModel:
-    """Base and adapter of a run; ``labels`` of a classifier."""
+    """Base and adapter of a run; ``labels`` of a classifier.
+
+    Raises:
+        ConfigError: if the run goes on from an adapter that was trained for other labels.
+    """
+    if run.adapter is not None and (known := read_config(run.adapter).labels) != labels:
+        raise ConfigError(
+            f"the adapter '{run.adapter}' has the labels {quote(known)} but the rows have {quote(labels)}; give rows of the "
+            "same labels, or train a new adapter"
+        )
     set_seed(run.training.seed)  # the head of a classifier is new
     base = load_base(run.base, run.task_type, dtype=DTYPES[run.training.precision], **of_labels(labels))
     pad_with(base, tokenizer, classifies=labels is not None)
     if run.adapter is not None:
-        model = _further(run, base, labels)
+        model = load(run.adapter, base, is_trainable=True)
         _tell(model.peft_config["default"], run, base, tokenizer)
+        for name in LOSSES:
+            setattr(model.peft_config["default"], name, getattr(run.shadow, name))
+        set_seed(run.training.seed)
     else:
         if run.shadow.shadow_model != "mirror":
             shared_tokens(tokenizer, load_tokenizer(run.shadow.shadow_model))
@@ -93,26 +105,6 @@ def _tell(config: Any, run: RunConfig, base: Any, tokenizer: Any) -> None:
     config.shadow_answers = "action" if run.data.learns_actions else None
     tools = tools_of_run(run.data.train, run.data.tools)
     config.call_form = None if compact_calls(run.data, tools, tokenizer) else "template"
-
-
-def _further(run: RunConfig, base: Any, labels: list[str] | None) -> PeftModel:
-    """The base with the trained adapter that the run goes on from.
-
-    Raises:
-        ConfigError: if it was trained for other labels.
-    """
-    assert run.adapter is not None
-    model = load(run.adapter, base, is_trainable=True)
-    config = model.peft_config["default"]
-    if config.labels != labels:
-        raise ConfigError(
-            f"the adapter '{run.adapter}' has the labels {quote(config.labels)} but the rows have {quote(labels)}; give rows "
-            "of the same labels, or train a new adapter"
-        )
-    for name in LOSSES:
-        setattr(config, name, getattr(run.shadow, name))
-    set_seed(run.training.seed)
-    return model
 
 
 def _stored(
@@ -163,7 +155,7 @@ def train(
     check_loggers(t.report_to)
     check_optimizer(t.optimizer)
 
-    tokenizer = load_tokenizer(run.base, run.data.chat_template)
+    tokenizer = load_tokenizer(run.words, run.data.chat_template)
     data = load_run_data(run, tokenizer, console.print)
     if last is not None:
         _check_same_data(data.record, folder)

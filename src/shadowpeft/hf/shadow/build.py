@@ -129,7 +129,8 @@ def _check_record(config: ShadowPeftConfig, recorded: PreTrainedConfig) -> None:
 def attention_for(parts: DecoderParts, kind: Any) -> str:
     """How a shadow of class ``kind`` attends: as the base does, where its class can and its weights, in float32, allow it."""
     attention = getattr(parts.config, "_attn_implementation", None) or "eager"
-    attention = "sdpa" if "flash" in attention else attention
+    if "flash" in attention or (attention == "flex_attention" and not kind._supports_flex_attn):
+        attention = "sdpa"
     return "eager" if attention == "sdpa" and not kind._supports_sdpa else attention
 
 
