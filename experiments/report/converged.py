@@ -33,6 +33,7 @@ def section(page: Page) -> list[str]:
                 page.link(record["id"], record["name"]),
                 NAMES[record["settings"]["method"]],
                 f"{record['settings']['rate']:g}",
+                _trained(page, record),
                 f"{best['pass']:g} of {record['curve'][-1]['pass']:g}",
                 minutes,
                 percent(best["constrained"]["in_scope"], interval=True),
@@ -47,14 +48,15 @@ def section(page: Page) -> list[str]:
     if svc is not None:
         values = svc["results"]["clinc150-svc"]["scores"]
         shown = [f"{100 * values[key]:.1f}" for key in ("in_scope", "oos_recall")]
-        lines.append([page.link("rivals/clinc150-svc", "clinc150-svc"), "TF-IDF and LinearSVC", "", "", "", "-", *shown])
-    header = ["cell", "what", "rate", "best pass", "processor minutes", "in scope, validation", "in scope, test"]
+        lines.append([page.link("rivals/clinc150-svc", "clinc150-svc"), "TF-IDF and LinearSVC", *[""] * 4, "-", *shown])
+    header = ["cell", "what", "rate", "trained, million parameters", "best pass", "processor minutes"]
+    header += ["in scope, validation", "in scope, test", "out of scope, test"]
     return [
         "CLINC150, all 15,100 training rows, SmolLM2-135M, one seed. Every training went on until three judgements in a row"
         " (one a half pass) found no new best on the 3,100 validation rows; the averaged weights of the best were kept. The "
-        "shadow was trained alone before, which the second number of the minutes counts, and stayed frozen. Test rows are "
-        "read once, by the best cell of each method; a dash: not yet.\n",
-        *table([*header, "out of scope, test"], lines),
+        "shadow was trained alone before, which the second numbers of minutes and parameters count, and stayed frozen. Test "
+        "rows are read once, by the best cell of each method; a dash: not yet.\n",
+        *table(header, lines),
         *_difference(records),
         f"\n![Validation score against training time](figures/{FIGURE})\n",
     ]
@@ -71,8 +73,17 @@ def _detached(page: Page, records: list[dict[str, Any]]) -> list[list[str]]:
         first = record["started_processor_seconds"] if own is None else own["curve"][-1]["processor_seconds"]
         minutes = f"{first / 60:.0f}" if first else ""
         validation = percent(record["detached"]["in_scope"], interval=True)
-        rows.append([page.link(f"device/{name}", name), "the frozen shadow, detached", "", "", minutes, validation, *shown])
+        trained = "" if own is None else f"{own['trained_parameters'] / 1e6:.0f}"
+        what = "the frozen shadow, detached"
+        rows.append([page.link(f"device/{name}", name), what, "", trained, "", minutes, validation, *shown])
     return rows
+
+
+def _trained(page: Page, record: dict[str, Any]) -> str:
+    """Millions of parameters that trained, and those of the shadow that trained before."""
+    own = f"{record['trained_parameters'] / 1e6:.1f}"
+    shadow = read_file(f"device/{record['settings']['shadow']}", page.records) if record["settings"]["shadow"] else None
+    return own if shadow is None else f"{own} + {shadow['trained_parameters'] / 1e6:.0f}"
 
 
 def _paired(ours: str, theirs: str) -> tuple[int, tuple[float, float, float]]:
@@ -115,7 +126,7 @@ def figure(page: Page, folder: Path) -> list[Path]:
     """Validation score against processor minutes, a line a cell."""
     lines = [
         (
-            f"{NAMES[record['settings']['method']]}, {record['settings']['rate']:g}",
+            f"{NAMES[record['settings']['method']]}: {record['name']}",
             COLOURS[{"shadow": "attached"}.get(record["settings"]["method"], record["settings"]["method"])],
             [
                 (

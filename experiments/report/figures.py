@@ -211,6 +211,9 @@ def depth_against_score(path: Path, shown: dict[str, list[tuple[int, Score]]], r
     _save(figure, path)
 
 
+_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+
+
 def score_curves(
     path: Path, lines: list[tuple[str, str, list[tuple[float, float]]]], across: str, up: str
 ) -> None:
@@ -224,9 +227,9 @@ def score_curves(
     floor = min(statistics.median(value for _, value in points) for _, _, points in lines) - 2.0
     below = sum(value < floor for _, _, points in lines for _, value in points)
     for name, colour, points in lines:
-        style = ("-", "--", ":", "-.")[used.get(colour, 0) % 4]
+        style = _STYLES[used.get(colour, 0) % len(_STYLES)]
         used[colour] = used.get(colour, 0) + 1
-        axes.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=name)
+        axes.plot(*zip(*points, strict=True), linestyle=style, color=colour, marker=".", label=name)
     axes.set_xlim(left=0)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
