@@ -173,6 +173,7 @@ def a_record(name, method, scores, test=None, **settings):
         "best": max(curve, key=lambda point: point["constrained"]["all"]["score"]),
         "test": None if test is None else {"attached": judged(test)},
         "started_processor_seconds": 600.0 if method == "shadow" else None,
+        "trained_parameters": 1_500_000,
         "settings": {"method": method, "seed": 0, "rate": 0.001, **settings},
     }
 
@@ -191,11 +192,14 @@ def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
     ]
     for record in records:
         (tmp_path / "records" / "converged" / f"{record['name']}.json").write_text(json.dumps(record))
+    (tmp_path / "records" / "device").mkdir()
+    alone = {"trained_parameters": 35_000_000, "curve": [{"processor_seconds": 600.0}]}
+    (tmp_path / "records" / "device" / "before.json").write_text(json.dumps(alone))
     text = "\n".join(report.section(page))
-    assert "| shadow, attached | 0.001 | 1 of 1.5 | 2 + 10 | 75.0 [10.0, 90.0] | 100.0 [10.0, 90.0] |" in text
-    assert "| LoRA | 0.001 | 0.5 of 1.5 | 1 | 50.0 [10.0, 90.0] | 50.0 [10.0, 90.0] |" in text
+    assert "| shadow, attached | 0.001 | 1.5 + 35 | 1 of 1.5 | 2 + 10 | 75.0 [10.0, 90.0] | 100.0 [10.0, 90.0] |" in text
+    assert "| LoRA | 0.001 | 1.5 | 0.5 of 1.5 | 1 | 50.0 [10.0, 90.0] | 50.0 [10.0, 90.0] |" in text
     assert "| LoRA | 0.0003 |" in text
-    assert text.count("| the frozen shadow, detached |  |  | 10 | 50.0 [10.0, 90.0] | - | - |") == 1
+    assert text.count("| the frozen shadow, detached |  | 35 |  | 10 | 50.0 [10.0, 90.0] | - | - |") == 1
     assert "going" not in text
     assert "On all 4 test rows, in and out of scope, the attached shadow is right +50.0 points more often than LoRA" in text
     for record in records:
