@@ -82,7 +82,8 @@ def _detached(page: Page, records: list[dict[str, Any]]) -> list[list[str]]:
 def _trained(page: Page, record: dict[str, Any]) -> str:
     """Millions of parameters that trained, and those of the shadow that trained before."""
     own = f"{record['trained_parameters'] / 1e6:.1f}"
-    shadow = read_file(f"device/{record['settings']['shadow']}", page.records) if record["settings"]["shadow"] else None
+    before = record["settings"].get("shadow")
+    shadow = read_file(f"device/{before}", page.records) if before else None
     return own if shadow is None else f"{own} + {shadow['trained_parameters'] / 1e6:.0f}"
 
 
