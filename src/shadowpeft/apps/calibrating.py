@@ -15,7 +15,7 @@ from shadowpeft.apps import second_opinion as second
 from shadowpeft.apps.common import bar, load_tokenizer_of, placed
 from shadowpeft.apps.intents import distinct, read_intents, without_prompts_of
 from shadowpeft.data.action_trie import ActionTrie
-from shadowpeft.data.actions import REMOTE, parser
+from shadowpeft.data.actions import REMOTE, is_right, parser
 from shadowpeft.data.call_guide import Engine
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.declined import Beginnings, DeclinedRequests, may_change
@@ -295,6 +295,11 @@ class Asking:
                 found[way][name] = [self._sample(row, answer, other, told, way) for row, answer, other, told in each]
         return found
 
+    @cached_property
+    def _begin(self) -> Beginnings:
+        """What an action begins with in the cloud's tokens: a second of work for a large vocabulary."""
+        return Beginnings.of(self.cloud.tokenizer, self.cloud.model.config.get_text_config().vocab_size)
+
     def _handed_on(self, part: list[dict[str, Any]], answers: list[Any], in_cloud: list[Any], name: str) -> list[Any]:
         """The cloud's answers where the device's ``[REMOTE]`` goes along with the request and may change them, else None."""
         if self.cloud is None:
@@ -308,8 +313,7 @@ class Asking:
         again = [row for row in part if row["prompt"] in chances]
         if not again:
             return [None] * len(part)
-        begin = Beginnings.of(self.cloud.tokenizer, self.cloud.model.config.get_text_config().vocab_size)
-        said = self._answers(self.cloud, again, f"{name}, {CLOUD} again", DeclinedRequests(begin, chances))
+        said = self._answers(self.cloud, again, f"{name}, {CLOUD} again", DeclinedRequests(self._begin, chances))
         by_prompt = dict(zip(chances, said, strict=True))
         return [by_prompt.get(row["prompt"]) for row in part]
 
@@ -336,10 +340,7 @@ class Asking:
 
     def _right(self, row: dict[str, Any], cloud: Any) -> bool | None:
         """Whether the cloud's answer to a row is right; None: it was not asked."""
-        if cloud is None:
-            return None
-        action = decisive(cloud[0], self.actions.parse)[1]
-        return bool(action == row["skill"] or (row["skill"] == REMOTE and action is None))
+        return None if cloud is None else is_right(decisive(cloud[0], self.actions.parse)[1], row["skill"])
 
     def _sample(self, row: dict[str, Any], answer: Any, cloud: Any, handed: Any, way: str) -> Any:
         """What the device's answer to a row is worth, and whether the cloud's, alone and with the device's word, is right."""

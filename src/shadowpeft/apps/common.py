@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowpeft.errors import AdapterFileError, ConfigError
@@ -61,6 +62,14 @@ def load_tokenizer_of(adapter: str, base: str | None) -> Any:
     if not name:
         raise ConfigError("neither the adapter nor its base has a tokenizer; pass --base")
     return load_tokenizer(name)
+
+
+def left_behind(source: str, page: str) -> dict[str, str]:
+    """What is told of a calibration beside a model that is written elsewhere, and where to read on; nothing without one."""
+    from shadowpeft.serve.router import FILE
+
+    calibration = Path(source) / FILE
+    return {"calibration": f"stays in {calibration}; see {page}"} if calibration.is_file() else {}
 
 
 def config_of(adapter: str) -> dict[str, Any]:

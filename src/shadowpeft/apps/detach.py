@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show
+from shadowpeft.apps.common import left_behind, load_tokenizer_of, quiet_libraries, show
 from shadowpeft.apps.options import Adapter, Base, Json
 from shadowpeft.errors import ConfigError
 
@@ -33,10 +33,7 @@ def main(
     tokenizer = load_tokenizer_of(adapter, base)
     edge: Any = shadowpeft.detach(shadowpeft.load(adapter, base), tokenizer=tokenizer)
     result = {**save_edge(edge.to(DTYPES[dtype]), tokenizer, folder), "dtype": dtype}
-    from shadowpeft.serve.router import FILE
-
-    if (calibration := Path(adapter) / FILE).is_file():
-        result["calibration"] = f"stays in {calibration}; see docs/routing.md"
+    result |= left_behind(adapter, "docs/routing.md")
     show(result, "edge model", as_json)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from shadowpeft import export
-from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries, show, system_message
+from shadowpeft.apps.common import left_behind, load_tokenizer_of, quiet_libraries, show, system_message
 from shadowpeft.apps.options import Base, Json
 from shadowpeft.errors import ConfigError, ShadowPeftError, UnsupportedModelError
 from shadowpeft.storage import written_whole
@@ -84,10 +84,7 @@ def main(
     system = system_message(source, None) if is_adapter(source) else None
     needs = None if vocab_from is None else Vocabulary(vocab_from, skills, system)
     result = run(model, tokenizer, path, to, dtype, needs, verify, evaluate, limit, console, attached)
-    from shadowpeft.serve.router import FILE
-
-    if (calibration := Path(source) / FILE).is_file():
-        result["export"]["calibration"] = f"stays in {calibration}; see docs/export.md"
+    result["export"] |= left_behind(source, "docs/export.md")
     show(result, f"{source} as {to}", as_json)
 
 

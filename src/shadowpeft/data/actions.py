@@ -47,6 +47,11 @@ def written(name: str) -> str:
     return f"[{REMOTE}]" if name == REMOTE else f"[{name}()]"
 
 
+def is_right(said: str | None, wanted: str) -> bool:
+    """Whether an answer that begins with the action ``said``, None for words, is right: no action is, where none is wanted."""
+    return said == wanted or (wanted == REMOTE and said is None)
+
+
 def checked(names: Iterable[object], where: str) -> tuple[str, ...]:
     """``names``, if they can be skills.
 

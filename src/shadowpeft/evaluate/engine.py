@@ -21,7 +21,6 @@ from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
-from shadowpeft.data.tasks.intents import Intents
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder, read_object
@@ -127,9 +126,8 @@ def evaluate_task(
             "max_length": max_length if method == "classify" else None,
             "examples": rows_digest(asdict(e) for e in examples),
             "weights": facts.weights_digest(runner),
+            **task.settings,
         }
-        if isinstance(task, Intents):
-            settings["actions"] = list(task.actions)
         if loss:
             settings["loss"] = True
         if speculative is not None:

@@ -177,18 +177,19 @@ class EdgeRole(Role):
         if asked.stops and decision.where == DEVICE and router.parse(generation.text) is None:
             decision = Decision(CLOUD, UNKNOWN)  # a stop text of the request has cut the action
         note = {"where": decision.where, "reason": decision.reason, "action": decision.action}
+        declined = None
         if held is not None and decision.action is not None:
             n, _ = decisive(pieces, router.parse)
-            note["probability"] = round(action_probability(scores.first(n)), 4)
+            chance = action_probability(scores.first(n))
+            note["probability"] = round(chance, 4)
+            if decision.reason == TAGGED and (not isinstance(asked, ChatRequest) or asked.tools is None):
+                declined = chance  # of a free answer it is none
             if isinstance(router.parse, CallParser):
                 note["calls"], sure = call_probabilities(pieces[:n], scores.first(n), router.parse)
                 if decision.reason == UNSURE and sure is not None:
                     note["hint"] = sure
         if decision.confidence is not None:
             note["confidence"] = round(decision.confidence, 4)
-        declined = None
-        if decision.reason == TAGGED and held is not None and (not isinstance(asked, ChatRequest) or asked.tools is None):
-            declined = action_probability(scores.first(decisive(pieces, router.parse)[0]))  # of a free answer it is none
         note["device_milliseconds"] = round(1000 * (time.monotonic() - began), 2)
         if asked.route == "device":
             note.update(where=DEVICE, reason=ASKED)

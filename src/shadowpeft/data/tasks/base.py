@@ -50,6 +50,11 @@ class Task:
     held_out_by: ClassVar[str | None] = None
     """Column whose equal values stay on one side when a validation split is cut off the training rows."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its scores beside its name and rows, for the record."""
+        return {}
+
     # ---------------------------------------------------------------------------------------------------- rows
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

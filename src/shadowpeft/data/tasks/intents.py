@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shadowpeft.data.actions import REMOTE, parser
+from shadowpeft.data.actions import REMOTE, is_right, parser
 from shadowpeft.data.chat import rows_digest
 from shadowpeft.data.tasks.base import Example, Task, mean, shares
 from shadowpeft.errors import DataError
@@ -27,9 +27,7 @@ class Acting(Task):
         raise DataError(f"task '{self.name}' has no form with worked examples; set shots to 0")
 
     def per_example(self, prediction: Any, example: Example) -> float:
-        if example.gold == REMOTE:
-            return float(prediction is None or prediction == REMOTE)
-        return float(prediction == example.gold)
+        return float(is_right(prediction, example.gold))
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
         """``score``; ``skill``, ``remote`` and :attr:`groups`: parts of it; ``tagged``: open requests answered ``[REMOTE]``."""
@@ -53,6 +51,10 @@ class Intents(Acting):
         self.name, self.actions, self.max_new_tokens = name, tuple(actions), max_new_tokens  # type: ignore[misc]
         self.system = system  # type: ignore[misc]
         self._rows, self._parse = rows, parser(self.actions)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"actions": list(self.actions)}
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the file, whatever the split."""

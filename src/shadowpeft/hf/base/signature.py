@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import LinearAttentionLayer
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 """What architectures call their key-value cache or recurrent state."""
@@ -33,6 +34,11 @@ class Signature:
     def accepts(self, name: str) -> bool:
         """Whether the forward takes a keyword argument of this name."""
         return name in self.names or self.passes_on
+
+
+def keeps_state(cache: Any) -> bool:
+    """Whether a cache holds a recurrent state of something that it has read."""
+    return any(isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()) for layer in cache.layers)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shadowpeft.core import Trajectory, count_targets
 from shadowpeft.errors import ConfigError, UnsupportedModelError
-from shadowpeft.hf.base.signature import Signature
+from shadowpeft.hf.base.signature import Signature, keeps_state
 from shadowpeft.hf.base.weights import allow_gradients
 from shadowpeft.hf.forward import below, losses, rows
 from shadowpeft.hf.forward import call as calls
@@ -29,7 +29,7 @@ from shadowpeft.hf.forward.cache import check_untouched, own_cache, shadow_views
 from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, read_weights
 from shadowpeft.hf.forward.inputs import PACKED, pick_argument, shadow_mask, streams_axis
 from shadowpeft.hf.forward.outputs import keep_beside
-from shadowpeft.hf.forward.recurrent import goes_on, keeps_state
+from shadowpeft.hf.forward.recurrent import goes_on
 from shadowpeft.hf.layer import ShadowHub, ShadowLink, Step
 
 NO_PAGES = (

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.hf.base.signature import Signature, trial_mode
@@ -22,11 +22,6 @@ from shadowpeft.hf.files.reading import BUILD_ERRORS
 
 _SLACK = 1e-3
 _found: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-def keeps_state(view: Any) -> bool:
-    """Whether a shadow's part of a cache holds a recurrent state of something that it has read."""
-    return any(isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values()) for layer in view.layers)
 
 
 def goes_on(backbone: nn.Module, run: Callable[..., Tensor], new: int, passed: dict[str, Any], view: Any) -> Tensor:

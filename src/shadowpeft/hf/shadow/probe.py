@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionLayer
 
-from shadowpeft.hf.base.signature import CACHE_NAMES, Signature, trial_mode
+from shadowpeft.hf.base.signature import CACHE_NAMES, Signature, keeps_state, trial_mode
 from shadowpeft.hf.base.weights import device_of
 from shadowpeft.hf.files.reading import BUILD_ERRORS
 
@@ -76,12 +76,11 @@ def hides_its_state(backbone: PreTrainedModel) -> bool:
     """Whether a recurrent class keeps its state in its modules (RecurrentGemma) and not in the cache that it is given."""
     ids = _probe(backbone, 2)
     cache = DynamicCache(config=backbone.config)
-    recurrent = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
-    if not recurrent or ids.device.type == "meta":
+    if ids.device.type == "meta" or not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
         return False
     with torch.no_grad(), trial_mode(backbone):
         backbone(input_ids=ids, use_cache=True, **{Signature(backbone).cache: cache})
-    return not any(any(layer.has_previous_state.values()) for layer in recurrent)
+    return not keeps_state(cache)
 
 
 def caches_exactly(backbone: PreTrainedModel) -> bool:

@@ -20,6 +20,7 @@ from shadowpeft.hf.base.structure import DecoderParts
 from shadowpeft.hf.base.vocabulary import align_embedding, common_rows
 from shadowpeft.hf.base.weights import dense_weight
 from shadowpeft.hf.config import ShadowPeftConfig
+from shadowpeft.hf.files.locate import CONFIG
 from shadowpeft.hf.files.projected import Projected, is_projected, read_projected
 from shadowpeft.hf.shadow.probe import hides_its_state
 
@@ -143,7 +144,7 @@ def _explicit_backbone(source: Any) -> PreTrainedModel:
 
 
 def load_source(auto: Any, source: str) -> PreTrainedModel:
-    if (Path(source) / "adapter_config.json").is_file():
+    if (Path(source) / CONFIG).is_file():
         raise ConfigError(
             f"shadow_model '{source}' is an adapter; pass the folder of a whole model, such as shadowpeft detach makes of it"
         )
