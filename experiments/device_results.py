@@ -21,12 +21,15 @@ RECORDS = {
 }
 SECOND = {name: ROOT / "docs" / "records" / f"second-opinion-{name}.json" for name in ("robot", "oos")}
 DECLINED = {name: ROOT / "docs" / "records" / f"declined-{name}.json" for name in ("demo", "full")}
+VOTED = {
+    (name, part): ROOT / "docs" / "records" / f"voted-{name}{part}.json" for name in ("demo", "full") for part in ("", "-test")
+}
 FRONTIER = ROOT / "docs" / "records" / "device-frontier.json"
 PAGES = {
     ROOT / "README.md": ("demo",),
     ROOT / "docs" / "device.md": ("demo", "calibrated", "full", "oos", "frontier"),
     ROOT / "docs" / "scaled.md": ("joint",),
-    ROOT / "docs" / "routing.md": ("second", "declined"),
+    ROOT / "docs" / "routing.md": ("second", "declined", "voted"),
 }
 
 
@@ -211,6 +214,18 @@ def declined(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return table(head, lines)
 
 
+def voted(results: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    """What the vote of its own shadow changes in the cloud."""
+    keys = ("commands_right", "open_without_action")
+    lines = []
+    for (trained, part), record in results.items():
+        for name, title in (("shadow", "shadow alone"), ("cloud", "cloud"), ("voted", "cloud with its shadow's vote")):
+            found = record[name]
+            rows = f"{'test' if part else 'held-out'}, {found['commands_right']['n']} and {found['open_without_action']['n']}"
+            lines.append([f"`{trained}`: {title}", rows, *(share(found[key]) for key in keys)])
+    return table(["%, [95 % interval]", "rows", "commands: right action", "open requests: no action"], lines)
+
+
 def summed(record: Mapping[str, Any], name: str, kind: str) -> dict[str, int]:
     """The counts of a device over the splits of one kind."""
     parts = [found[name] for split, found in record["splits"].items() if split.endswith(kind)]
@@ -233,6 +248,8 @@ def tables() -> dict[str, list[str]]:
         made["second"] = second({name: json.loads(file.read_text(encoding="utf-8")) for name, file in SECOND.items()})
     if all(file.is_file() for file in DECLINED.values()):
         made["declined"] = declined({name: json.loads(file.read_text(encoding="utf-8")) for name, file in DECLINED.items()})
+    if all(file.is_file() for file in VOTED.values()):
+        made["voted"] = voted({key: json.loads(file.read_text(encoding="utf-8")) for key, file in VOTED.items()})
     return made
 
 

@@ -69,6 +69,26 @@ def choose(
         raise ConfigError(f"batch_size is {batch_size} but must be at least 1")
     chats = chats_of(prompts, system)
     rows = [prompt_ids(tokenizer, chat) for chat in chats]
+    held = [actions.start(request_of(chat)) for chat in chats]
+    return choose_after(model, rows, actions, held, exact=exact, batch_size=batch_size, progress=progress)
+
+
+@torch.inference_mode()
+def choose_after(
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    actions: ActionTrie,
+    held: Sequence[Choices],
+    *,
+    exact: bool = True,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[Chosen]:
+    """The same for prompts that are tokens: of each in ``rows`` what is held to ``held``, which ``actions`` has begun.
+
+    Raises:
+        DataError: as :func:`choose`.
+    """
     if not rows:
         return []
     check_room(model, max(map(len, rows)), actions.longest)
@@ -81,8 +101,8 @@ def choose(
         for places in equal_lengths([len(row) for row in rows], batch_size):
             tails = [rows[i][len(start.rows[0]) :] + list(actions.stem) for i in places]
             read = start.further([0] * len(places), tails)
-            held = [actions.start(request_of(chats[i])) for i in places]
-            chosen.update(zip(places, (_exact if exact else _greedy)(read, actions, held), strict=True))
+            found = (_exact if exact else _greedy)(read, actions, [held[i] for i in places])
+            chosen.update(zip(places, found, strict=True))
             if progress is not None:
                 progress(len(chosen))
     return [chosen[i] for i in range(len(rows))]
@@ -96,7 +116,7 @@ def equal_lengths(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield from (places[start : start + size] for start in range(0, len(places), size))
 
 
-def _common(rows: list[list[int]]) -> int:
+def _common(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with; each has one more at least."""
     low, high, shortest = min(rows), max(rows), min(map(len, rows)) - 1
     return next((i for i in range(shortest) if low[i] != high[i]), shortest)

@@ -11,7 +11,9 @@ from transformers import LlamaForSequenceClassification
 from chatbase import chat_model, chat_tokenizer, run_file, save_base, save_sitting_base, write_rows
 from commands import call
 from shadowpeft import generate
+from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.tasks.rows import Rows
+from shadowpeft.evaluate import engine
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train
 from tiny import adapt, randomise
@@ -169,7 +171,7 @@ def test_drafts_change_no_score_and_the_record_counts_them(monkeypatch, capsys, 
     assert "speculation" not in plain["attached"]
     for more, message in (
         (("--mode", "detached", "--mode", "base"), "given for --mode detached, base, but the shadow drafts for the attached"),
-        (("--data", tmp_path / "rows.jsonl"), "dora' has no shadow to draft, it is a dora adapter; leave it out"),
+        (("--data", tmp_path / "rows.jsonl"), "dora' has no shadow, it is a dora adapter; leave it out"),
     ):
         asked = arguments if "--mode" in more else ("eval", folders / "dora")
         code, _, err = call(monkeypatch, capsys, *asked, "--speculative", *more)
@@ -177,6 +179,41 @@ def test_drafts_change_no_score_and_the_record_counts_them(monkeypatch, capsys, 
         assert message in err
     out = call(monkeypatch, capsys, *arguments, "--speculative", "--mode", "attached")[1]
     assert "tokens a pass" in out or "did not pay" in out
+
+
+def test_answers_of_the_attached_model_are_held_to_its_shadow_s_vote(monkeypatch, capsys, tmp_path, device):
+    adapter, _ = device
+    rows = [{"prompt": f"sit {i}", "skill": "Sit"} for i in range(4)]
+    file, names = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "names.json"
+    names.write_text('["Sit", "Stand"]')
+    told = []
+
+    def votes(model, tokenizer, prompts, actions):
+        told.append([prompt[-1]["content"] for prompt in prompts])
+        assert actions.actions == ("Sit", "Stand", "REMOTE")
+        return ActionTrie.of(tokenizer, ["Stand", "Lie"])  # so that no answer can be right
+
+    monkeypatch.setattr(engine, "votes", votes)
+    arguments = ("eval", adapter, "--data", file, "--skills", names, "--json")
+    both = [json.loads(call(monkeypatch, capsys, *arguments, *more)[1])["modes"] for more in ((), ("--vote",))]
+    assert told == [[f"sit {i}" for i in range(4)]]
+    assert "vote" not in both[0]["attached"]["settings"]
+    assert both[1]["attached"]["settings"]["vote"] is True
+    assert "vote" not in both[1]["detached"]["settings"]
+    assert both[0]["detached"]["score"] == both[1]["detached"]["score"]
+    assert both[0]["attached"]["score"] != both[1]["attached"]["score"] == 0.0
+    for more, message in (
+        (("eval", adapter, "--data", device[1], "--vote"), "nothing that the shadow could weigh; pass --skills"),
+        ((*arguments, "--vote", "--mode", "detached"), "no --mode is attached"),
+        ((*arguments, "--vote", "--speculative", "--mode", "attached"), "and drafts"),
+        (("generate", adapter, "sit", "--vote"), "--vote needs --skills with names alone"),
+        (("generate", adapter, "sit", "--vote", "--skills", names, "--mode", "detached"), "--vote needs --skills"),
+    ):
+        code, _, err = call(monkeypatch, capsys, *more)
+        assert (code, message in " ".join(err.split())) == (2, True), err
+    code, out, err = call(monkeypatch, capsys, "generate", adapter, "sit 1", "--skills", names, "--vote", "--json")
+    assert code == 0, err
+    assert json.loads(out)["action"] in ("Sit", "Stand", None)
 
 
 def test_the_table_names_score_record_and_data(monkeypatch, capsys, data, folders):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from shadowpeft.apps.common import check_drafts, config_of, load_tokenizer_of, pick_device, placed, quiet_libraries
-from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative
+from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative, Vote
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
@@ -58,6 +58,7 @@ def main(
     ] = None,
     device: Device = "auto",
     speculative: Speculative = False,
+    vote: Vote = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate attached, detached and bare base, each on the rows that its path learns."""
@@ -86,6 +87,8 @@ def main(
         require_writable(Path(out))
     if speculative and modes:
         check_drafts(modes)
+    if vote and modes and "attached" not in modes:
+        raise ConfigError("--vote was given but no --mode is attached, whose answers the shadow weighs; leave it out")
     prepare_cpu()
     where = pick_device(device)
     if Path(adapter).is_dir() and formats.detect(adapter) != formats.AUTHORS:
@@ -94,6 +97,8 @@ def main(
         task, split = _task(data, name, split or "test", max_new_tokens, adapter)
     else:
         task, split = _intents(str(data), skills, max_new_tokens, adapter), "test"
+    if vote and not task.actions:
+        raise ConfigError("--vote was given but there are nothing that the shadow could weigh; pass --skills, or leave it out")
     by_text = data is not None and skills is None and task.kind != "classify"
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():
@@ -102,9 +107,10 @@ def main(
     model, tokenizer, fitting = _load(adapter, base, task)
     model = placed(model, where)
     if modes is None:  # the bare base of a classifier has a random head, so only generating tasks ask it
-        if speculative and "attached" not in fitting:
+        option = "--speculative" if speculative else "--vote"
+        if (speculative or vote) and "attached" not in fitting:
             raise ConfigError(
-                f"--speculative was given but '{adapter}' has no shadow to draft, it is a {fitting[0]} adapter; leave it out"
+                f"{option} was given but '{adapter}' has no shadow, it is a {fitting[0]} adapter; leave it out"
             )
         modes = fitting if task.kind == "classify" else ["base", *fitting]
     records: dict[str, dict[str, Any]] = {}
@@ -125,6 +131,7 @@ def main(
             loss=by_text,
             speculative=Speculation() if speculative and mode == "attached" else None,
             opinion=opinion if mode == "detached" else None,
+            vote=vote and mode == "attached",
             progress=(lambda done: None) if as_json else None,
         )
     if by_text:

@@ -18,7 +18,19 @@ from shadowpeft.apps.common import (
     quiet_libraries,
     system_message,
 )
-from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
+from shadowpeft.apps.options import (
+    Adapter,
+    Base,
+    Device,
+    Json,
+    Mode,
+    NewTokens,
+    Seed,
+    Speculative,
+    System,
+    Temperature,
+    Vote,
+)
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.terminal import terminal
 
@@ -86,6 +98,7 @@ def generate(
             help="Start the answer with one of these actions: a file of names or of tools, robot, or robot_tools."
         ),
     ] = None,
+    vote: Vote = False,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt."""
@@ -93,6 +106,11 @@ def generate(
 
     prepared(mode, speculative, temperature)
     known = None if skills is None else tools_named(skills)
+    if vote and (mode != "attached" or speculative or known is None or not known.plain):
+        raise ConfigError(
+            "--vote needs --skills with names alone and --mode attached, whose answers the shadow weighs, without "
+            "--speculative; leave it out, or give these"
+        )
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
     from shadowpeft.apps.second_opinion import beside
@@ -102,11 +120,14 @@ def generate(
     from shadowpeft.data.call_guide import Engine
     from shadowpeft.data.calls import CallParser
     from shadowpeft.generate import answer
+    from shadowpeft.vote import votes
 
     chooses = known is not None and known.plain
     opinion = beside(adapter, known.names) if known is not None and chooses and mode == "detached" else None
     trie = ActionTrie.of(tokenizer, known.names, opinion) if known is not None and chooses else None
     actions: Any = trie
+    if vote and trie is not None:
+        actions, trie = votes(model, tokenizer, [prompt], trie, system=system), None  # an answer in words has no action
     if known is not None and not known.plain:
         rows = model.config.get_text_config().vocab_size
         actions = Engine(tokenizer, rows).calls(known, hand_on=True)
@@ -132,6 +153,8 @@ def generate(
         action = parser(known.names)(reply.text)
         result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
         result |= {} if opinion is None else {"second_opinion": True}
+    if known is not None and vote:
+        result["action"] = parser(known.names)(reply.text)
     if known is not None and not known.plain:
         found = CallParser(known).found(reply.text)
         if found is None:  # it is held to calls, so it was cut

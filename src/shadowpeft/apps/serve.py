@@ -72,6 +72,8 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))
     actions = None if skills is None else ActionTrie.of(backend.tokenizer, skills, opinion)
+    if options.vote:
+        actions = _voters(options, tools, backend)
     role = _role(options, router, Engine(backend, limits), actions, tools)
     settings = Settings(
         keys=keys,
@@ -230,13 +232,29 @@ def _tools(options: Options) -> Any:
     return None if options.skills is None else tools_named(options.skills)
 
 
+def _voters(options: Options, tools: Any, backend: Any) -> Any:
+    """What the shadows of a cloud choose among.
+
+    Raises:
+        ConfigError: if the actions have arguments, or no adapter has a shadow.
+    """
+    from shadowpeft.data.action_trie import ActionTrie
+    from shadowpeft.data.robot import SKILLS
+
+    if tools is not None and not tools.plain:
+        raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
+    if all(backend.shadow(name) is None for name in backend.names):
+        raise ConfigError("--vote was given but no adapter here has a shadow beside its base; leave it out")
+    return ActionTrie.of(backend.tokenizer, SKILLS if tools is None else tools.names)
+
+
 def _role(options: Options, router: Any, engine: Any, actions: Any, tools: Any) -> Any:
     from shadowpeft.serve.client import CloudClient
     from shadowpeft.serve.roles import CloudRole, EdgeRole
 
     shared: dict[str, Any] = {"system": options.system, "default_tokens": options.default_tokens, "tools": tools}
     if options.role == "cloud":
-        return CloudRole(engine, **shared)
+        return CloudRole(engine, vote=actions, **shared)
     cloud = None
     if options.cloud_url:
         cloud = CloudClient(

@@ -126,7 +126,7 @@ class ActionTrie:
 
     def start(self, prompt: str = "") -> Choices:
         """What one answer is held to: the trie has no state; with an opinion, it leans as the opinion of ``prompt`` says."""
-        return self if self.opinion is None else _Leaning(self, self.opinion.chances(prompt))
+        return self if self.opinion is None else Leaning(self, self.opinion.chances(prompt))
 
     def leaning(self, path: Sequence[int]) -> None:
         """Nothing: without an opinion the model decides alone."""
@@ -156,7 +156,7 @@ class ActionTrie:
         ]
 
 
-class _Leaning:
+class Leaning:
     """A trie whose branches lean to what an opinion finds likely.
 
     The share of a token is the sum of the chances of the actions that go on with it, of all that are still possible.

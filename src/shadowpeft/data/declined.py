@@ -1,9 +1,12 @@
-"""What a device's ``[REMOTE]`` says to the model behind it: the request asks for no action, and how sure of that the device is.
+"""What the shadow says to the attached model where an answer begins: a device's ``[REMOTE]``, or the vote of its own shadow.
 
 The attached model answers freely, so it may begin with an action where the device rightly found none. The two are joined where
 an answer begins, as a product of experts (Hinton, 2002): the odds that it begins with an action are the model's own times the
 device's, ``(1 - p) / p`` for a ``[REMOTE]`` of probability ``p``. A device that is barely sure changes little, and a model
 that is surer of an action than the device is of none still acts.
+
+Without a device in front the adapter's own shadow is asked (:mod:`shadowpeft.vote`). Its chances of all actions also weigh
+which one the answer begins with.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from shadowpeft.data.action_trie import ActionTrie, Leaning
+from shadowpeft.data.actions import REMOTE
 
 _BEGINS = re.compile(r"\s*\[(?:[^\W\d]\w*)?")
 _LEAST = 1e-6
@@ -92,3 +98,45 @@ class DeclinedRequests:
     def start(self, prompt: str = "") -> Declined:
         """Of one answer."""
         return Declined(self._begin, self._chances[prompt])
+
+
+class Voted:
+    """One answer that the shadow's chances weigh: free, but what begins an action goes on as one of the known.
+
+    Args:
+        trie: the known actions and ``REMOTE``. chances: the shadow's, of each of them.
+        declined: the probability of a device's ``[REMOTE]``, which counts instead of the shadow's: the device is a shadow too.
+    """
+
+    def __init__(
+        self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, float], declined: float | None = None
+    ) -> None:
+        self._first = Declined(begin, chances[REMOTE] if declined is None else declined)
+        self._then = Leaning(trie, {**chances, REMOTE: 0.0})
+
+    def allowed(self, path: Sequence[int]) -> Any:
+        """All tokens ``(V,)`` where the answer begins; behind the beginning of an action those that go on with one."""
+        return self._then.allowed(path) if path else self._first.allowed(path)
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        """What an action that has begun must go on with."""
+        return self._then.forced(path) if path else []
+
+    def leaning(self, path: Sequence[int]) -> Any:
+        """What is added to the logits of the tokens that may follow."""
+        return self._then.leaning(path) if path else self._first.leaning(path)
+
+
+class VotedRequests:
+    """The same of many requests, as :func:`shadowpeft.generate.answer` takes it.
+
+    Args:
+        chances: request -> the shadow's chances of every action and ``REMOTE``; every request is among them.
+    """
+
+    def __init__(self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, Mapping[str, float]]) -> None:
+        self._begin, self._trie, self._chances = begin, trie, chances
+
+    def start(self, prompt: str = "") -> Voted:
+        """Of one answer."""
+        return Voted(self._begin, self._trie, self._chances[prompt])

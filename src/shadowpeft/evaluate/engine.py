@@ -18,6 +18,7 @@ from torch import nn
 from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
+from shadowpeft.data.declined import VotedRequests
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
@@ -31,6 +32,7 @@ from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
+from shadowpeft.vote import votes
 from shadowpeft.watching import Watched
 
 METHODS = ("generate", "likelihood", "classify")
@@ -59,6 +61,7 @@ def evaluate_task(
     loss: bool = False,
     speculative: Speculation | None = None,
     opinion: SecondOpinion | None = None,
+    vote: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a task, in the mode given.
@@ -81,6 +84,8 @@ def evaluate_task(
         loss: whether the record also has ``loss`` and ``perplexity`` per token of the examples' answers, ``answer_tokens``.
         speculative: how the shadow drafts answers of the attached model; its counts go into the record.
         opinion: of the device's calibration; the score with it is ``second_opinion`` in the record.
+        vote: whether the shadow weighs which action an answer of the attached model begins with, see
+            :mod:`shadowpeft.vote`; its time is in ``wall_seconds`` alone.
         progress: called with the number of examples done after each batch; None: a bar on standard error.
 
     The device of a task with actions is also asked to choose among them: ``constrained`` in the record has the score that this
@@ -109,6 +114,11 @@ def evaluate_task(
             f"speculative was given for mode '{mode}' and method '{method}', but the shadow drafts what the attached model "
             "generates; leave it out"
         )
+    if vote and (mode != "attached" or method != "generate" or not task.actions or speculative is not None):
+        raise ConfigError(
+            f"vote was given for task '{task.name}', mode '{mode}', method '{method}'{' and drafts' if speculative else ''}, "
+            "but the shadow weighs the action that an answer of the attached model begins with; leave it out"
+        )
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
     examples = task.for_path(examples, "shadow" if mode == "detached" else "base")
     lock = nullcontext() if folder is None else exclusive(folder)
@@ -132,6 +142,8 @@ def evaluate_task(
             settings["loss"] = True
         if speculative is not None:
             settings["speculative"] = True
+        if vote:
+            settings["vote"] = True
         chooses = bool(task.actions) and mode == "detached" and method == "generate"
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
@@ -142,10 +154,13 @@ def evaluate_task(
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
         facts.reset_peak(runner)
         batches = _batches(tokenizer, task, examples, method, batch_size, max_length)
+        voted = None
+        if vote:  # by all, so that a resumed evaluation has the same batches
+            voted = votes(runner, tokenizer, [task.chat(e) for e in examples], ActionTrie.of(tokenizer, task.actions))
         with _shown(progress, f"{task.name} {mode}", len(examples)) as report:
             for batch in batches:
                 if any(e.id not in done for e in batch):
-                    predictions = _run(runner, tokenizer, task, batch, method, max_length, speculative)
+                    predictions = _run(runner, tokenizer, task, batch, method, max_length, speculative, voted)
                     new = [p for p in predictions if p.id not in done]
                     if folder is not None:
                         append(folder, new)
@@ -194,11 +209,14 @@ def _run(
     method: str,
     max_length: int,
     speculative: Speculation | None = None,
+    voted: VotedRequests | None = None,
 ) -> list[Prediction]:
     began = time.perf_counter()
     if method == "generate":
         chats = [task.chat(e) for e in batch]
         options: dict[str, Any] = {} if speculative is None else {"speculative": speculative}
+        if voted is not None:
+            options["actions"] = voted
         answers = answer(model, tokenizer, chats, max_new_tokens=task.max_new_tokens, batch_size=len(batch), **options)
         judged: list[Judged] = [(task.parse(a.text), a.text, a.tokens, []) for a in answers]
     elif method == "classify":

@@ -17,6 +17,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.forward import rows
+from shadowpeft.hf.forward.alone import ShadowAlone
 from shadowpeft.hf.forward.call import Scope
 from shadowpeft.hf.forward.drafting import DraftHead
 from shadowpeft.hf.forward.speculation import DraftCounts, Speculation
@@ -75,6 +76,10 @@ class Backend(ABC):
 
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
         """What decides how much a shadow drafts of an answer of ``name``, which is drawn or not; None: nothing drafts there."""
+        return None
+
+    def shadow(self, name: str) -> ShadowAlone | None:
+        """The shadow of ``name`` by itself, with the weights it has now; None: it has none beside a base."""
         return None
 
     @abstractmethod
@@ -206,6 +211,9 @@ class Attached(Backend):
             fresh = Speculation(MAX_DRAFT).gate(self._inner, module_name(name), sampled=sampled)
             self._gates[name, sampled] = fresh
         return deepcopy(self._gates[name, sampled])
+
+    def shadow(self, name: str) -> ShadowAlone | None:
+        return None if name == self.base_name else ShadowAlone(self._inner, module_name(name))
 
     def _forget_gates(self, name: str) -> None:
         for sampled in (False, True):
@@ -348,6 +356,9 @@ class MultiBackend(Backend):
 
     def reason(self, name: str) -> str:
         return self._member[name].reason(name)
+
+    def shadow(self, name: str) -> ShadowAlone | None:
+        return self._member[name].shadow(name)
 
     def open(self, names: list[str]) -> Session:
         places: dict[Backend, list[int]] = {}

@@ -58,12 +58,16 @@ class Options:
     skills: Annotated[
         Optional[str],
         typer.Option(
-            help="File of the actions that the model knows, with or without arguments; robot, or robot_tools. Edge default: "
-            "the calibration's, or the packaged 34."
+            help="File of the actions that the model knows, with or without arguments; robot, or robot_tools. Default of an "
+            "edge: the calibration's, or the packaged 34; of --vote: these."
         ),
     ] = None
     free_actions: Annotated[
         bool, typer.Option("--free-actions", help="Edge: answer freely, where the device would choose a known action.")
+    ] = False
+    vote: Annotated[
+        bool,
+        typer.Option("--vote", help="Cloud: an adapter's own shadow weighs the action that an answer begins with."),
     ] = False
     hint: Annotated[
         bool, typer.Option("--hint", help="Edge: unsure of arguments alone, ask the cloud for the tool it is sure of.")
@@ -131,6 +135,10 @@ class Options:
             )
         if self.role == "edge" and len(self.named) > 1:
             raise ConfigError(f"{len(self.named)} adapters were given but an edge server has one; start one for each")
+        if self.role == "edge" and self.vote:
+            raise ConfigError(
+                "--vote belongs to the cloud, since the shadow is all that an edge has; leave it out or set --role cloud"
+            )
         if self.when_cloud_down not in ("local", "error"):
             raise ConfigError(f"when-cloud-down is '{self.when_cloud_down}' but must be local or error")
         if self.versions and not Path(self.versions).is_dir():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from shadowpeft.constrained import choose_after
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
-from shadowpeft.data.declined import Beginnings, Declined
+from shadowpeft.data.declined import Beginnings, Declined, Voted
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.calibrated import Calibrated
@@ -52,12 +54,33 @@ PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 
 
 class CloudRole(Role):
-    """Answers with the attached model, or its base."""
+    """Answers with the attached model, or its base.
+
+    Args:
+        vote: actions; an adapter's own shadow weighs which of them, or none, the answer to a chat begins with.
+    """
 
     name = "cloud"
     reads_tools = True
     _begin: asyncio.Future[Beginnings] | None = None
-    """What an action can begin with, once a device has declined."""
+    """What an action can begin with, once a device has declined or a shadow votes."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None,
+        default_tokens: int | None = None,
+        tools: Tools | None = None,
+        vote: ActionTrie | None = None,
+    ) -> None:
+        super().__init__(engine, system=system, default_tokens=default_tokens, tools=tools)
+        self.vote = vote
+        self._voting = ThreadPoolExecutor(1, "shadowpeft-voting")
+
+    def close(self) -> None:
+        super().close()
+        self._voting.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, asked: Asked) -> Reply:
         if asked.route == "device":
@@ -66,7 +89,7 @@ class CloudRole(Role):
         self.toolbox.check(asked)
         ids, held = await self.prompt(asked), await self.held(asked, device=False)
         drafts = asked.speculative if held is None else False  # drafts are free text
-        actions: Choices | None = await self._declined(asked) if held is None else held.start()
+        actions: Choices | None = await self._weighed(asked, ids) if held is None else held.start()
         sampling = self.sampling(asked, self.room(ids))
         generation = Generation().start(
             self.engine, ids, asked.model, sampling, actions=actions, speculative=drafts
@@ -74,14 +97,26 @@ class CloudRole(Role):
         note = {"where": CLOUD, "reason": self.engine.backend.reason(asked.model)}
         return await _begun(LocalReply(generation, self.builder(asked, note), began))
 
-    async def _declined(self, asked: Asked) -> Declined | None:
-        """How the answer leans because a device found no action; None: no device has, or the model has learnt none."""
-        if asked.declined is None or self.engine.backend.reason(asked.model) not in (BASE_PATH, LORA):
+    async def _weighed(self, asked: Asked, ids: list[int]) -> Declined | Voted | None:
+        """How the answer leans because a device found no action, or its own shadow would act; None: it leans nowhere."""
+        backend = self.engine.backend
+        if self.vote is not None and isinstance(asked, ChatRequest) and asked.messages[-1].role == "user":
+            self.engine.check(len(ids), asked.model, self.vote.longest)
+            alone = backend.shadow(asked.model)
+            if alone is not None:
+                ask = partial(choose_after, alone, [ids], self.vote, [self.vote])
+                (chosen,) = await asyncio.get_running_loop().run_in_executor(self._voting, ask)
+                assert chosen.probabilities is not None
+                return Voted(await self._beginnings(), self.vote, chosen.probabilities, asked.declined)
+        if asked.declined is None or backend.reason(asked.model) not in (BASE_PATH, LORA):
             return None
+        return Declined(await self._beginnings(), asked.declined)
+
+    async def _beginnings(self) -> Beginnings:
         if self._begin is None:  # a second of work for a large vocabulary, once, and not in the threads that tokenize
             own = copy.deepcopy(self._tokenizer)
             self._begin = asyncio.ensure_future(asyncio.to_thread(Beginnings.of, own, self.toolbox.vocabulary))
-        return Declined(await asyncio.shield(self._begin), asked.declined)
+        return await asyncio.shield(self._begin)
 
 
 class EdgeRole(Role):

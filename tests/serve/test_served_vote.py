@@ -1,0 +1,144 @@
+"""A cloud whose adapters' own shadows vote: what it says, which requests it is about, and which options it takes."""
+
+import httpx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from chatbase import chat_tokenizer
+from serving import attached, saying
+from shadowpeft.cli import app
+from shadowpeft.constrained import Chosen
+from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.actions import REMOTE
+from shadowpeft.serve import roles
+from shadowpeft.serve.backend import MultiBackend
+from shadowpeft.serve.engine import Engine, EngineLimits
+from shadowpeft.serve.guard import Keys
+from shadowpeft.serve.protocol import DECLINED
+from shadowpeft.serve.roles import CloudRole
+from shadowpeft.serve.server import Settings, build
+from webserver import Running
+
+KEY = "user-key-0123456789"
+
+
+@pytest.fixture(scope="module")
+def backend():
+    made = attached(max_position_embeddings=512)
+    with torch.no_grad():  # unsure of everything, so that the vote decides
+        made.model.get_base_model().lm_head.weight.mul_(0.01)
+    return made
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the shadows were asked, whose answer is scripted."""
+    seen, chances = [], {"Sit": 1e-9, "Stand": 1.0, REMOTE: 1e-9}
+
+    def choose(model, rows, actions, held):
+        seen.append((model.adapter, rows))
+        return [Chosen("Stand", 1.0, dict(chances))]
+
+    monkeypatch.setattr(roles, "choose_after", choose)
+    return seen, chances
+
+
+def served(backend):
+    vote = ActionTrie.of(chat_tokenizer(), ["Sit", "Stand"])
+    role = CloudRole(Engine(backend, EngineLimits()), system=None, default_tokens=12, vote=vote)
+    return Running(build(role, Settings(Keys((KEY,), ()))))
+
+
+def ask(server, model="default", path="chat/completions", headers=None, **more):
+    turns = [{"role": "user", "content": "who?"}]
+    body = {"model": model, **({"prompt": "who?"} if path == "completions" else {"messages": turns}), **more}
+    own = {"authorization": f"Bearer {KEY}", **(headers or {})}
+    return httpx.post(f"{server.url}/v1/{path}", json=body, headers=own, timeout=60)
+
+
+def text_of(response):
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def test_the_shadow_s_chances_weigh_the_answer(backend, asked):
+    seen, chances = asked
+    with served(backend) as server:
+        assert text_of(ask(server)).startswith("[Stand()]")
+        assert text_of(ask(server, temperature=0.7, seed=1)).startswith("[Stand()]")
+        assert {name for name, _ in seen} == {"default"}
+        chances.update(Sit=1.0, Stand=1e-9)
+        streamed = ask(server, model="late", stream=True)
+        assert "".join(streamed.text.split()).count("Sit") == 1 or "[" in streamed.text
+        assert text_of(ask(server, model="late")).startswith("[Sit()]")
+        assert seen[-1][0] == "late"
+        chances.update(Sit=1e-9, **{REMOTE: 1.0})
+        assert not text_of(ask(server)).startswith("[")
+
+
+def test_a_device_s_word_counts_instead(backend, asked):
+    with served(backend) as server:
+        assert not text_of(ask(server, headers={DECLINED: "0.999999"})).startswith("[")
+
+
+def test_nothing_votes_on_formats_completions_results_or_the_base(backend, asked):
+    seen, _ = asked
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with served(MultiBackend([backend, saying("[1] is a footnote")])) as server:
+        for more in (
+            {"response_format": {"type": "json_object"}},
+            {"path": "completions"},
+            {"model": "base"},
+            {"messages": turns},
+        ):
+            text_of(ask(server, **more))
+        assert text_of(ask(server, model="edge")).startswith("[1]")  # no shadow beside a base
+    assert not seen
+
+
+def test_unknown_names_and_prompts_that_are_too_long_are_refused_as_ever(backend, asked):
+    seen, _ = asked
+    with served(backend) as server:
+        assert ask(server, model="nobody").status_code == 404
+        assert ask(server, messages=[{"role": "user", "content": "a" * 600}]).status_code == 400
+    assert not seen
+
+
+def test_the_vote_is_that_of_the_adapter_s_shadow(backend):
+    """With the real shadow: the answer is the one that the shadow's own chances give."""
+    from shadowpeft.generate import answer
+    from shadowpeft.vote import votes
+
+    backend.model.set_adapter("deep")
+    trie = ActionTrie.of(chat_tokenizer(), ["Sit", "Stand"])
+    told = votes(backend.model, chat_tokenizer(), ["who?"], trie)
+    expected = answer(backend.model, chat_tokenizer(), ["who?"], max_new_tokens=12, actions=told)[0].text
+    with served(backend) as server:
+        assert text_of(ask(server, model="deep")).strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--role", "edge", "--vote"], "--vote belongs to the cloud"),
+        (["--role", "cloud", "--vote", "--skills", "robot_tools"], "have arguments"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, tmp_path, monkeypatch):
+    from shadowpeft.apps import serve
+
+    monkeypatch.setattr(serve, "_cloud_backend", lambda *_: saying("x"))
+    monkeypatch.setattr("shadowpeft.serve.loading.check_calls", lambda _: None)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--no-auth", *options])
+    assert result.exit_code != 0
+    assert message in str(result.exception or result.output)
+
+
+def test_a_cloud_without_a_shadow_cannot_vote(tmp_path, monkeypatch):
+    from shadowpeft.apps import serve
+
+    monkeypatch.setattr(serve, "_cloud_backend", lambda *_: saying("x"))
+    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--no-auth", "--role", "cloud", "--vote"])
+    assert "no adapter here has a shadow" in str(result.exception or result.output)
