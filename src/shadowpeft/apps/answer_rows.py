@@ -62,8 +62,9 @@ def read(file: str) -> list[_Row]:
     Raises:
         DataError: for a row that training would refuse, for one with tools, and for a file that asks nothing.
     """
+    from shadowpeft.apps.source import source_named
     from shadowpeft.data.chat_rows import check_row, without_null
-    from shadowpeft.data.sources import Source, rows_of
+    from shadowpeft.data.sources import rows_of
     from shadowpeft.train.rows import packaged, packaged_rows
 
     rows: list[_Row] = []
@@ -71,7 +72,7 @@ def read(file: str) -> list[_Row]:
         for n, checked in enumerate(packaged_rows(file, "train"), 1):
             rows.append(_row(f"row {n}", _own_form(checked), checked, bare=False))
     else:
-        for where, row in rows_of(Source(path=file)):
+        for where, row in rows_of(source_named(file)):
             present = without_null(row) if isinstance(row, dict) else row
             bare = isinstance(row, dict) and _is_bare(present)
             if bare and ("shadow_response" in present or present.get("path", "shadow") != "shadow"):
@@ -210,7 +211,9 @@ class _Begun:
 
 def main(
     adapter: Adapter,
-    file: Annotated[str, typer.Argument(help="JSON lines, .json, .csv, .parquet or a folder; robot.")],
+    file: Annotated[
+        str, typer.Argument(help="JSON lines, .json, .csv, .parquet or a folder; a mapping as in a run file; robot.")
+    ],
     out: Annotated[str, typer.Option(help="File of JSON lines to write.")],
     mode: Mode = "attached",
     base: Base = None,

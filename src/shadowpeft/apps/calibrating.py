@@ -7,13 +7,13 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import shadowpeft
 from shadowpeft.apps import second_opinion as second
 from shadowpeft.apps.common import bar, load_tokenizer_of, placed
 from shadowpeft.apps.intents import distinct, read_intents, without_prompts_of
+from shadowpeft.apps.source import shown
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE, is_right, parser
 from shadowpeft.data.call_guide import Engine
@@ -140,7 +140,7 @@ class Rows:
         """
         rows = read_intents(data, "fit", limit, actions.own, actions.tools)
         fit, copies = _each_once(rows, data, console)
-        found = cls(fit, about={"data": Path(data).name, "copies": copies})
+        found = cls(fit, about={"data": shown(data), "copies": copies})
         if second_opinion is not None:
             found.learnt = second.learning_rows(second_opinion, actions.own)
             found.fit, found.about["learnt_already"] = second.not_learnt(found.fit, found.learnt, data, console)
@@ -157,7 +157,7 @@ class Rows:
         """
         rows, _ = _each_once(read_intents(check, "check", limit, actions.own, actions.tools), check, console)
         self.check, seen = _unseen(rows, self.fit, check, console)
-        self.about_check = {"data": Path(check).name, "seen_in_data": seen}
+        self.about_check = {"data": shown(check), "seen_in_data": seen}
         if self.learnt:
             self.check, learnt = second.not_learnt(self.check, self.learnt, check, console)
             self.about_check["learnt_already"] = learnt

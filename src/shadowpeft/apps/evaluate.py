@@ -20,8 +20,8 @@ def main(
     data: Annotated[
         Optional[str],
         typer.Option(
-            help="File of rows, or 'robot' for the commands of the packaged test set (--task robot has its open requests too). "
-            "Default: robot."
+            help="File of rows or, as in a run file, '{path: F, split: S, columns: {...}}'; or 'robot' for the commands of the "
+            "packaged test set (--task robot has its open requests too). Default: robot."
         ),
     ] = None,
     name: Annotated[
@@ -66,9 +66,11 @@ def main(
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
     if data not in (None, "robot") and Path(str(data)).is_dir():
-        raise typer.BadParameter(f"'{data}' is a folder; give one file of it", param_hint="--data")
+        said = f"'{data}' is a folder; give one file of it, or a split of it as '{{path: {data}, split: test}}'"
+        raise typer.BadParameter(said, param_hint="--data")
     if name is None and split is not None:
-        raise typer.BadParameter("a file has no splits, and robot is its test set; leave it out", param_hint="--split")
+        said = "a file has no splits, and robot is its test set; leave it out, or ask for --data '{path: FOLDER, split: S}'"
+        raise typer.BadParameter(said, param_hint="--split")
     if skills is not None and data in (None, "robot"):
         raise typer.BadParameter("a task and robot have their own; give --data FILE, or leave it out", param_hint="--skills")
     data = (data or "robot") if name is None else None
@@ -150,20 +152,21 @@ def main(
 
 def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | None, adapter: str) -> tuple[Any, str]:
     """The task, and the split to ask; of a classifier, the rows of a file have its labels."""
+    from shadowpeft.apps.source import source_named
     from shadowpeft.data.class_rows import ClassRows
     from shadowpeft.data.tasks import get_task
     from shadowpeft.data.tasks.rows import Rows
-    from shadowpeft.train.rows import with_action
+    from shadowpeft.train.rows import class_rows_of, with_action
 
     if data is None:
         return get_task(str(name)), split
     config = config_of(adapter) if data != "robot" else {}
     if config.get("task_type") == "SEQ_CLS":
-        return ClassRows(data, config.get("labels")), split
+        return ClassRows(data, config.get("labels"), class_rows_of(source_named(data))), split
     if data != "robot":
         actions = config.get("shadow_answers") == "action"
         learnt = with_action if actions else None
-        return Rows(data, max_new_tokens or 64, system=config.get("system_message"), learnt=learnt), split
+        return Rows(source_named(data), max_new_tokens or 64, system=config.get("system_message"), learnt=learnt), split
     task: Any = get_task("robot")
     task.max_new_tokens = max_new_tokens or task.max_new_tokens
     return task, "test_normal" if split == "test" else split

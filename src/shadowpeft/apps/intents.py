@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from shadowpeft.apps.source import is_mapping, source_named
 from shadowpeft.data import robot_tools
 from shadowpeft.data.actions import REMOTE, only_action
 from shadowpeft.data.calls import only_calls, written
 from shadowpeft.data.chat_rows import check_row, read_file, without_null
-from shadowpeft.data.forms import missing, rows_in
+from shadowpeft.data.forms import missing
 from shadowpeft.data.robot import SETS, SKILLS, load
+from shadowpeft.data.sources import rows_of
 from shadowpeft.data.tools import Tools, named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.messages import shorten
@@ -44,7 +46,7 @@ def read_intents(
     whole_chats: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows with ``prompt``, ``skill`` (``REMOTE`` for requests that no skill fits) and ``where`` they stand: a packaged set, or
-    a file (:func:`shadowpeft.data.forms.rows_in`).
+    another source (:func:`shadowpeft.apps.source.source_named`).
 
     Args:
         skills: what ``skill`` may be, besides ``REMOTE``; None: a skill of the packaged set.
@@ -66,13 +68,13 @@ def read_intents(
     elif source in ROBOT:
         rows = [{**row, "where": f"{source}, row {row['id']}"} for split in ROBOT[source][part] for row in load(split)]
     else:
-        file = Path(source)
-        if not file.is_file():
-            raise DataError(f"{missing(file)}, or write robot for the packaged set")
+        if not is_mapping(source) and not Path(source).is_file():
+            raise DataError(f"{missing(Path(source))}, or write robot for the packaged set")
         known = {*(skills or SKILLS), REMOTE}
-        rows = [_checked(row, where, known, whole_chats) for where, row in rows_in(file)]
+        found = rows_of(source_named(source, intents=True))
+        rows = [_checked(row, where, known, whole_chats) for where, row in found]
         if not rows:
-            raise DataError(f"data file '{file}' holds no rows; give it some requests and their actions")
+            raise DataError(f"data '{source}' holds no rows; give it some requests and their actions")
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), limit))]
     return rows
@@ -158,7 +160,7 @@ def _calling(source: str, part: str, tools: Tools) -> list[dict[str, Any]]:
             }
             for row in packaged
         ]
-    return [_of_chat(row, tools, getattr(row, "where", source)) for row in read_file(source)]
+    return [_of_chat(row, tools, getattr(row, "where", source)) for row in read_file(source_named(source))]
 
 
 def _of_chat(row: dict[str, Any], tools: Tools, where: str, whole_chats: bool = False) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _rows(run: Any, count: int, tokenizer: Any) -> tuple[list[Any], str]:
     tools = tools_of_run(data.train, data.tools)
     compact = compact_calls(data, tools, tokenizer)
     if run.task_type == "SEQ_CLS":
-        rows = class_rows_of(given)
+        rows = class_rows_of(source_of(given))
     elif data.streaming and part == "train":
         from shadowpeft.data.chat import check_row
         from shadowpeft.data.sources import rows_of

@@ -26,8 +26,9 @@ def calibrate(
     data: Annotated[
         str,
         typer.Option(
-            help="File with prompt and skill (JSONL, CSV, parquet), or chat rows with calls (docs/tools.md); robot or "
-            "robot_oos: the packaged calibration rows; robot_tools: its validation rows."
+            help="File with prompt and skill (JSONL, CSV, parquet), or chat rows with calls (docs/tools.md), or, as in a run "
+            "file, '{path: F, split: S, columns: {...}}'; robot or robot_oos: the packaged calibration rows; robot_tools: its "
+            "validation rows."
         ),
     ] = "robot",
     check: Annotated[

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.data.forms import MESSAGE_KEYS, WRITTEN, normal, rows_in
+from shadowpeft.data.sources import Source, rows_of
 from shadowpeft.errors import DataError
 from shadowpeft.messages import did_you_mean, quote
 
@@ -51,13 +52,15 @@ class ChatRow(dict[str, Any]):
     """The keys by which it was recognised (:mod:`shadowpeft.data.forms`)."""
 
 
-def read_file(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a file, each a checked chat row; see :func:`shadowpeft.data.forms.rows_in` for the kinds of file.
+def read_file(path: str | Path | Source) -> list[dict[str, Any]]:
+    """Rows of a file, or of another source, each a checked chat row; see :func:`shadowpeft.data.forms.rows_in` for the kinds of
+    file.
 
     Raises:
         DataError: naming file and place, if the file is missing or empty or a row is malformed.
     """
-    rows = [check_row(row, where) for where, row in rows_in(path)]
+    found = rows_of(path) if isinstance(path, Source) else rows_in(path)
+    rows = [check_row(row, where) for where, row in found]
     if not rows:
         raise DataError(f"data file '{path}' holds no rows; each line must be one JSON object")
     return rows

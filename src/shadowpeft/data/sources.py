@@ -76,8 +76,8 @@ def rows_of(source: Source, *, streaming: bool = False, keep_damaged: bool = Fal
     """
     if source.path is not None and re.fullmatch(r"[\w-]+/[\w-]+", source.path) and not Path(source.path).exists():
         raise DataError(
-            f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write data.train: "
-            f"{{hub: {source.path}}}"
+            f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write "
+            f"{{hub: {source.path}}} in its place"
         )
     splits = {"train": [Path(str(source.path))]} if source.is_file else _splits_of_folder(source)
     rows = _rows_of_datasets(source, streaming) if splits is None else _rows_of_files(splits, source, streaming, keep_damaged)

@@ -254,22 +254,22 @@ def _stream(run: RunConfig, tokenizer: Any, options: dict[str, Any], reading: di
     return StreamedRows(read, buffer=run.data.shuffle_buffer, seed=seed, pack=pack)
 
 
-def class_rows_of(given: str | SourceSection) -> list[dict[str, Any]]:
+def class_rows_of(source: Source) -> list[dict[str, Any]]:
     """Checked texts with labels.
 
     Raises:
         DataError: naming the place, if a row is malformed or there is none.
     """
-    rows = [class_rows.check_row(row, where) for where, row in rows_of(source_of(given))]
+    rows = [class_rows.check_row(row, where) for where, row in rows_of(source)]
     if not rows:
-        raise DataError(f"data '{source_of(given)}' holds no rows; each must have 'text' and 'label'")
+        raise DataError(f"data '{source}' holds no rows; each must have 'text' and 'label'")
     return rows
 
 
 def _class_data(
     run: RunConfig, parts: dict[str, str | SourceSection], tokenizer: Any, warn: Callable[[str], None]
 ) -> RunData:
-    rows = {part: class_rows_of(given) for part, given in parts.items()}
+    rows = {part: class_rows_of(source_of(given)) for part, given in parts.items()}
     labels = class_rows.labels_of(rows["train"])
     made = RunData([], None, {}, labels)
     for part, given in parts.items():

@@ -54,7 +54,7 @@ from shadowpeft.train.rows import (
     tools_of_run,
 )
 from shadowpeft.train.schedule import check_warmup
-from shadowpeft.train.sections import DataConfig, TrainingSection
+from shadowpeft.train.sections import DataConfig, TrainingSection, source_of
 from shadowpeft.train.speed import planned_in, steps_in_time
 from shadowpeft.train.trainer import ShadowTrainer
 
@@ -300,7 +300,7 @@ def _accuracy(
 ) -> dict[str, float]:
     """Share of the validation rows whose class each of the ``paths`` finds."""
     assert run.data.validation is not None
-    task = ClassRows("validation", labels, class_rows_of(run.data.validation))
+    task = ClassRows("validation", labels, class_rows_of(source_of(run.data.validation)))
     options: dict[str, Any] = {"batch_size": run.training.eval_batch_size, "max_length": run.data.max_length}
     return {
         mode: evaluate_task(model, tokenizer, task, mode=mode, progress=lambda done: None, **options)["score"]

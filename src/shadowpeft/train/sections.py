@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
@@ -34,6 +34,7 @@ class SourceSection(StrictSection):
     split: str = "train"
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    columns_of_ours: ClassVar[tuple[str, ...]] = COLUMNS
     columns: dict[str, str] = Field(default_factory=dict)
     """Our names of columns and theirs, such as ``{prompt: question, response: answer}``; then no other column is read."""
 
@@ -43,11 +44,12 @@ class SourceSection(StrictSection):
             raise ValueError(f"hub and path are {'both' if self.hub else 'not'} set; give one of them")
         if self.hub is None and (self.revision is not None or self.config is not None):
             raise ValueError("revision and config are of a data set on the Hub but hub is not set; leave them out")
+        known = self.columns_of_ours
         for ours in self.columns:
-            if ours not in COLUMNS:
+            if ours not in known:
                 raise ValueError(
-                    f"columns has the key '{ours}'{did_you_mean(ours, list(COLUMNS))}, which no row has; give their column to "
-                    f"one of {', '.join(COLUMNS)}"
+                    f"columns has the key '{ours}'{did_you_mean(ours, list(known))}, which no row has; give their column to "
+                    f"one of {', '.join(known)}"
                 )
         return self
 

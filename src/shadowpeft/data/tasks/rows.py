@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.data.chat import read_file, rows_digest, with_system
+from shadowpeft.data.sources import Source
 from shadowpeft.data.tasks.base import Example, Task
 from shadowpeft.errors import DataError
 
@@ -16,7 +17,7 @@ class Rows(Task):
     """Share of answers that equal the row's, white space aside. A path is asked what it learns (:mod:`shadowpeft.data.chat`).
 
     Args:
-        file: JSONL. max_new_tokens: longest answer in tokens.
+        file: its name, or another source. max_new_tokens: longest answer in tokens.
         system: the system message of rows that bring none.
         learnt: makes of a row what the paths learn of it; None: it stays as it is.
 
@@ -26,13 +27,13 @@ class Rows(Task):
 
     def __init__(
         self,
-        file: str | Path,
+        file: str | Path | Source,
         max_new_tokens: int = 64,
         *,
         system: str | None = None,
         learnt: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
-        self.name, self.file, self.max_new_tokens = str(file), Path(file), max_new_tokens  # type: ignore[misc]
+        self.name, self.max_new_tokens = str(file), max_new_tokens  # type: ignore[misc]
         self.system = system  # type: ignore[misc]
         self._rows = read_file(file)
         for row in self._rows:
@@ -57,7 +58,7 @@ class Rows(Task):
         return self._rows, {**about, "rows": len(self._rows)}
 
     def lead(self, shots: int, seed: int) -> str:
-        raise DataError(f"'{self.file}' has no form with worked examples; set shots to 0")
+        raise DataError(f"'{self.name}' has no form with worked examples; set shots to 0")
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
         return Example(identity, row["messages"][-1]["content"], row["response"], row["response"], (), row)
@@ -66,7 +67,7 @@ class Rows(Task):
         """Rows that this path learns, with the shadow's own response for the shadow."""
         asked = [e for e in examples if e.meta["path"] in ("both", path)]
         if not asked:
-            raise DataError(f"'{self.file}' has no row for the {path} path; leave out the modes that answer with it")
+            raise DataError(f"'{self.name}' has no row for the {path} path; leave out the modes that answer with it")
         own = [e.meta["shadow_response"] if path == "shadow" else None for e in asked]
         return [e if text is None else replace(e, answer=text, gold=text) for e, text in zip(asked, own, strict=True)]
 
