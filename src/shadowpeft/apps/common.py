@@ -83,11 +83,20 @@ def config_of(adapter: str) -> dict[str, Any]:
         return {}
 
 
+def _config_of_model(folder: str) -> dict[str, Any]:
+    """The configuration of an edge model; empty without one."""
+    from shadowpeft.hf.files.reading import read_json
+
+    file = Path(folder) / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def system_message(adapter: str, given: str | None) -> str | None:
-    """The system message of prompts that bring none: what was ``given`` (an empty one: none), or that of the training."""
+    """The system message of prompts that bring none: what was ``given`` (an empty one: none), or that of the training,
+    which adapters and edge models record."""
     if given is not None:
         return given or None
-    trained = config_of(adapter).get("system_message")
+    trained = (config_of(adapter) or _config_of_model(adapter)).get("system_message")
     return trained if isinstance(trained, str) else None
 
 

@@ -81,7 +81,7 @@ def main(
     console = terminal(stderr=True, quiet=as_json)
     with console.status("loading the source"):
         model, tokenizer = load_source(source, base)
-    system = system_message(source, None) if is_adapter(source) else None
+    system = system_message(source, None)
     needs = None if vocab_from is None else Vocabulary(vocab_from, skills, system)
     result = run(model, tokenizer, path, to, dtype, needs, verify, evaluate, limit, console, attached)
     result["export"] |= left_behind(source, "docs/export.md")

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries
+from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries, system_message
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.options import Options, without_password
 from shadowpeft.terminal import terminal
@@ -171,7 +171,7 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
     opinion = opinion_of(calibration, file)
     known = given or named(SKILLS)
     if calibration is not None:
-        _check_system(options.system, calibration, file)
+        _check_system(options.system, system_message(next(iter(options.named.values())), options.system), calibration, file)
         fitted = named(calibration.skills or SKILLS)
         if calibration.tools is not None:
             fitted = tools_of(list(calibration.tools), f"'{file}'")
@@ -209,19 +209,23 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
     return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None, opinion
 
 
-def _check_system(system: str | None, calibration: Any, file: Any) -> None:
+def _check_system(given: str | None, system: str | None, calibration: Any, file: Any) -> None:
     """Requests may bring a system message of their own; this is about those that bring none.
+
+    Args:
+        given: ``--system``. system: what they get.
 
     Raises:
         ConfigError: if the calibration was made with another one. Older calibrations do not say.
     """
     made = calibration.report.get("system", system)
     if made != system:
-        given = "is not given" if system is None else f"is {system!r}"
-        remedy = "leave --system out" if made is None else f"pass --system {made!r}"
+        here = f"--system is {given!r}" if given is not None else "--system is not given"
+        here += f" and the model was trained under {system!r}" if given is None and system is not None else ""
+        remedy = "leave --system out" if made is None and given is not None else f"pass --system {made or ''!r}"
         raise ConfigError(
             f"the calibration '{file}' was made with {'no system message' if made is None else f'the system message {made!r}'} "
-            f"but --system {given}; {remedy}, or calibrate again with the other"
+            f"but {here}; {remedy}, or calibrate again with the other"
         )
 
 

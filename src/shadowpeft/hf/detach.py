@@ -23,6 +23,9 @@ from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.base.weights import dense_weight, gather, module_for_adapter, share_weight
 from shadowpeft.hf.layer import adapted_base, find_hub
 
+SYSTEM_MESSAGE = "system_message"
+"""The key of an edge model's configuration that records what its adapter was trained under."""
+
 
 @torch.no_grad()
 def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any = None) -> PreTrainedModel:
@@ -60,8 +63,9 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
-    if hub.configs[name].call_form is not None:  # a record, for those who serve it
-        config.call_form = hub.configs[name].call_form
+    for record in ("call_form", SYSTEM_MESSAGE):  # for those who serve it
+        if getattr(hub.configs[name], record) is not None:
+            setattr(config, record, getattr(hub.configs[name], record))
     if classifier:
         recorded = hub.configs[name].pad_token_id
         config.pad_token_id = config.pad_token_id if recorded is None else recorded

@@ -15,6 +15,7 @@ from shadowpeft.core.speculation import Gate
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
 from shadowpeft.hf.base.structure import find_decoder
+from shadowpeft.hf.detach import SYSTEM_MESSAGE
 from shadowpeft.hf.dry_run import check_file
 from shadowpeft.hf.forward import rows
 from shadowpeft.hf.forward.alone import ShadowAlone
@@ -76,6 +77,10 @@ class Backend(ABC):
 
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
         """What decides how much a shadow drafts of an answer of ``name``, which is drawn or not; None: nothing drafts there."""
+        return None
+
+    def system_message(self, name: str) -> str | None:
+        """What the model behind ``name`` was trained under, for chats that bring no system message; None: none is recorded."""
         return None
 
     def shadow(self, name: str) -> ShadowAlone | None:
@@ -212,6 +217,10 @@ class Attached(Backend):
             self._gates[name, sampled] = fresh
         return deepcopy(self._gates[name, sampled])
 
+    def system_message(self, name: str) -> str | None:
+        config = self._hub.configs.get(module_name(name)) if name in self.versions else None
+        return None if config is None else config.system_message
+
     def shadow(self, name: str) -> ShadowAlone | None:
         return None if name == self.base_name else ShadowAlone(self._inner, module_name(name))
 
@@ -293,6 +302,10 @@ class Detached(Backend):
     def reason(self, name: str) -> str:
         return self._kind
 
+    def system_message(self, name: str) -> str | None:
+        recorded = getattr(self.model.config, SYSTEM_MESSAGE, None)
+        return recorded if name == self._name and isinstance(recorded, str) else None
+
     def open(self, names: list[str]) -> Session:
         return DetachedSession(self.model)
 
@@ -356,6 +369,9 @@ class MultiBackend(Backend):
 
     def reason(self, name: str) -> str:
         return self._member[name].reason(name)
+
+    def system_message(self, name: str) -> str | None:
+        return self._member[name].system_message(name) if name in self._member else None
 
     def shadow(self, name: str) -> ShadowAlone | None:
         return self._member[name].shadow(name)

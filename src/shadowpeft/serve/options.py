@@ -73,7 +73,10 @@ class Options:
         bool, typer.Option("--hint", help="Edge: unsure of arguments alone, ask the cloud for the tool it is sure of.")
     ] = False
     versions: Annotated[Optional[str], typer.Option(help="Folder whose sub-folders may be swapped in.")] = None
-    system: Annotated[Optional[str], typer.Option(help="System message.")] = None
+    system: Annotated[
+        Optional[str],
+        typer.Option(help="System message of chats that bring none. Default: that of each model's training; '': none."),
+    ] = None
     rows: Annotated[int, typer.Option(min=1, help="Requests that run at the same time.")] = 16
     batches: Annotated[
         int, typer.Option(min=1, help="Forward passes a step, where rows differ so much in length that one is slower.")

@@ -26,8 +26,9 @@ class Role(ABC):
     """Makes an answer to a request.
 
     Args:
-        system: system message for chats that bring none. default_tokens: longest answer where the request names no
-            length; None: the engine's longest.
+        system: system message for chats that bring none; None: the one that the model was trained under, if that is
+            recorded; an empty one: none.
+        default_tokens: longest answer where the request names no length; None: the engine's longest.
         tools: what the model was trained to call.
     """
 
@@ -65,6 +66,10 @@ class Role(ABC):
             CloudError: if the cloud would have to answer and does not.
         """
 
+    def system_for(self, asked: Asked) -> str | None:
+        """The system message of a chat that brings none."""
+        return self.engine.backend.system_message(asked.model) if self.system is None else self.system or None
+
     async def prompt(self, asked: Asked) -> list[int]:
         """The prompt's tokens.
 
@@ -91,7 +96,7 @@ class Role(ABC):
                 return self._checked(text)
         else:
             turns = [m.model_dump(exclude={"name"}, exclude_none=True) for m in asked.messages]
-            turns = with_system(turns, self.system)
+            turns = with_system(turns, self.system_for(asked))
             text = self.toolbox.prompt(turns, asked)
         # a chat template writes the tokens of a beginning itself
         ids: list[int] = self._tokenizer(text, add_special_tokens=isinstance(asked, CompletionRequest)).input_ids

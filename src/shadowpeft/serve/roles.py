@@ -317,7 +317,7 @@ class EdgeRole(Role):
         if asked.temperature is None:  # here that means greedy; another server, such as vLLM, would draw
             body["temperature"] = 0.0
         if isinstance(asked, ChatRequest):
-            body["messages"] = with_system(body["messages"], self.system)
+            body["messages"] = with_system(body["messages"], self.system_for(asked))
         else:
             (body["prompt"],) = asked.prompt
         sent = time.monotonic()
