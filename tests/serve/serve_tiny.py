@@ -18,9 +18,10 @@ def main(role: str, port: int, versions: str, cloud_url: str | None, seconds: fl
     from shadowpeft.data.robot import parse_action
     from shadowpeft.serve import connections
     from shadowpeft.serve.client import Breaker, CloudClient
+    from shadowpeft.serve.cloud_role import CloudRole
+    from shadowpeft.serve.edge_role import EdgeRole
     from shadowpeft.serve.engine import Engine, EngineLimits
     from shadowpeft.serve.guard import Keys
-    from shadowpeft.serve.roles import CloudRole, EdgeRole
     from shadowpeft.serve.router import Router
     from shadowpeft.serve.server import Settings, build
     from shadowpeft.serve.versions import Version

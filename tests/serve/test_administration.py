@@ -22,10 +22,10 @@ from chatbase import chat_tokenizer, save_base
 from serving import ask, attached, engine_of
 from shadowpeft.apps.serve import _cloud_backend, _edge_backend
 from shadowpeft.errors import AdapterFileError, ConfigError, DataError, ShadowPeftError
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from shadowpeft.serve.versions import Version, own_memory, snapshot
 from tiny import adapter_config, randomise

@@ -8,9 +8,10 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from serving import attached, detached
 from shadowpeft.data.robot import parse_action
+from shadowpeft.serve.cloud_role import CloudRole
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running

@@ -17,10 +17,10 @@ from shadowpeft.export import quantize, vocab
 from shadowpeft.hf.base.fingerprint import SAME
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.calibrated import Calibrated, distance, sketch
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.options import Options
-from shadowpeft.serve.roles import EdgeRole
 from shadowpeft.serve.router import FILE, Calibration, Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running, metric

@@ -21,10 +21,10 @@ from shadowpeft.serve import engine as engine_module
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.calibration import best_signal
 from shadowpeft.serve.client import CloudError
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.requests import SamplingParams
-from shadowpeft.serve.roles import EdgeRole
 from shadowpeft.serve.router import ACTION, AGREEMENT, SIGNALS, Calibration, Scores, action_probability, decisive
 from shadowpeft.serve.scoring import scored_answers
 from tiny import base

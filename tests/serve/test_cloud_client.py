@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from products import covering
 from shadowpeft.serve import client as module
+from shadowpeft.serve import exchange
 from shadowpeft.serve.client import Breaker, CloudClient, CloudError, CloudRefusedError
 
 CHAT = "/v1/chat/completions"
@@ -93,14 +94,10 @@ NONSENSE = {
     "odd message": changed(choices=[{"message": "Rome"}]),
     "odd content": changed(choices=[{"message": {"content": 3}}]),
     "odd reason": changed(choices=[{**MESSAGE, "finish_reason": 3}]),
-    "no usage": changed(usage=None),
-    "negative usage": changed(usage={**COUNTS, "completion_tokens": -1}),
-    "endless usage": changed(usage={**COUNTS, "completion_tokens": 1 << 60}),
-    "true usage": changed(usage={**COUNTS, "completion_tokens": True}),
 }
 
 
-OF_WHOLE_ANSWERS = [kind for kind in NONSENSE if kind.endswith(("usage", "message", "content"))]
+OF_WHOLE_ANSWERS = [kind for kind in NONSENSE if kind.endswith(("message", "content"))]
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
@@ -116,6 +113,125 @@ def test_an_answer_that_is_none_is_the_clouds_fault(kind):
     assert first.breaker.failed == 1
 
 
+@pytest.mark.parametrize("usage", [None, {}, 3, *({**COUNTS, "completion_tokens": n} for n in (-1, 1 << 60, True))])
+def test_an_answer_without_token_counts_is_an_answer(usage):
+    cloud, kinds = answering(changed(usage=usage)), []
+    cloud.on_failure = kinds.append
+
+    async def asked():
+        try:
+            return await cloud.ask(CHAT, {})
+        finally:
+            await cloud.close()
+
+    content = asyncio.run(asked())
+    assert content["choices"][0]["message"]["content"] == "Rome"
+    assert content.get("usage") is None
+    assert (cloud.breaker.failed, kinds) == (0, [] if usage is None else ["usage"])
+    assert (cloud.problem is None) == (usage is None)
+
+
+def test_what_the_cloud_says_of_its_error_is_told():
+    cloud = answering(b'{"error": {"message": "the GPU is gone"}}')
+    error = asyncio.run(run(cloud, False))
+    assert "is the error 'the GPU is gone'" in str(error) == cloud.problem
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"error": {"message": "a", "param": "b"}}, "a"),
+        ({"object": "error", "message": "too long", "code": 400}, "too long"),
+        ({"error": "Input validation error", "error_type": "validation"}, "Input validation error"),
+        ({"detail": [{"loc": ["body", "n"], "msg": "must be 1"}, 3]}, "['body', 'n']: must be 1"),
+        ({"detail": "no"}, "no"),
+        ({"error": None, "detail": []}, None),
+        ([], None),
+    ],
+)
+def test_refusals_in_the_forms_of_other_servers(content, said):
+    refusal = asyncio.run(run(answering(json.dumps(content).encode(), 400), False))
+    assert isinstance(refusal, CloudRefusedError)
+    assert refusal.reason == said
+    assert refusal.details.get("param") == ("b" if said == "a" else None)
+
+
+async def served(handle, used):
+    """A client asked twice of a server on the loopback interface, whose connections ``handle`` answers in turn."""
+    connections = 0
+
+    async def connected(reader, writer):
+        nonlocal connections
+        connections += 1
+        try:
+            await handle(connections, reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    cloud = CloudClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    try:
+        return await used(cloud), cloud, connections
+    finally:
+        await cloud.close()
+        server.close()
+
+
+async def answered(reader, writer):
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")).split(b":")[1])
+    await reader.readexactly(length)
+    body = json.dumps(WHOLE).encode()
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+    await writer.drain()
+
+
+def test_a_connection_that_was_closed_while_it_was_idle_says_nothing_of_the_cloud():
+    async def handle(number, reader, writer):
+        await answered(reader, writer)
+        if number == 1:  # closed as the next request arrives
+            await reader.readuntil(b"\r\n\r\n")
+            return
+        await reader.read()
+
+    async def used(cloud):
+        return [(await cloud.ask(CHAT, {}))["choices"][0]["message"]["content"] for _ in range(2)]
+
+    said, cloud, connections = asyncio.run(served(handle, used))
+    assert (said, connections) == (["Rome", "Rome"], 2)
+    assert (cloud.breaker.failed, cloud.problem) == (0, None)
+
+
+def test_a_new_connection_that_breaks_is_not_tried_again():
+    async def handle(number, reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+
+    async def used(cloud):
+        try:
+            await cloud.ask(CHAT, {})
+        except CloudError as error:
+            return error
+        return None
+
+    error, cloud, connections = asyncio.run(served(handle, used))
+    assert "RemoteProtocolError" in str(error)
+    assert (connections, cloud.breaker.failed) == (1, 1)
+
+
+def test_a_stream_that_has_ended_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(module, "_LAST", 0.05)
+
+    async def held_open():
+        yield STREAM.replace(b"data: [DONE]\n\n", b"")
+        await asyncio.sleep(30)
+
+    began = time.monotonic()
+    cloud = answering(held_open())
+    assert asyncio.run(run(cloud, True)) == "Rome!"
+    assert time.monotonic() - began < 10
+    assert (cloud.breaker.failed, cloud.problem) == (0, None)
+
+
 FINE = {
     "as it should be": STREAM,
     "choices: null at the end": STREAM.replace(b"data: [", event({"choices": None, "usage": COUNTS}) + b"data: ["),
@@ -123,6 +239,9 @@ FINE = {
     "empty data line": b"data:\n\n" + STREAM,
     "comments": b": working\n\n" + STREAM,
     "other fields": b"event: message\nid: 1\nretry: 5\n" + STREAM,
+    "pings": b'event: ping\ndata: {"type": "ping"}\n\n' + STREAM.replace(b"\n\n", b"\n\nevent: ping\ndata: {}\n\n", 1),
+    "an event in several lines": STREAM.replace(b', "choices"', b',\ndata: "choices"'),
+    "no empty lines": STREAM.replace(b"\n\n", b"\n"),
     "a byte-order mark": b"\xef\xbb\xbf" + STREAM,
     "CR": STREAM.replace(b"\n", b"\r"),
     "CR LF": STREAM.replace(b"\n", b"\r\n"),
@@ -257,8 +376,9 @@ def test_lines_that_come_in_time_are_no_answer_when_the_whole_takes_too_long(mon
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("status", [200, 400, 503])
 def test_a_cloud_that_never_stops_is_left(stream, status, monkeypatch):
-    monkeypatch.setattr(module, "MAX_BYTES", 100_000)
-    monkeypatch.setattr(module, "MAX_LINE", 10_000)
+    for each in (module, exchange):
+        monkeypatch.setattr(each, "MAX_BYTES", 100_000)
+        monkeypatch.setattr(each, "MAX_LINE", 10_000)
     given_out = 0
 
     async def endless():

@@ -17,11 +17,11 @@ from chatbase import chat_tokenizer
 from products import covering
 from serving import ask, attached, detached, engine_of
 from shadowpeft.data.chat import render_prompt
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.failures import without_text
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from shadowpeft.serve.versions import Version
 from webserver import Running, metric, wait_for

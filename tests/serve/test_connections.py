@@ -15,10 +15,10 @@ import uvicorn
 
 from products import covering
 from serving import attached
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.connections import ConnectionLimits, DrainingServer, TimelyProtocol, quiet
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from shadowpeft.serve.streams import UNREAD, once
 from webserver import Running, metric, wait_for

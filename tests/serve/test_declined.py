@@ -18,10 +18,11 @@ from shadowpeft.data.robot import parse_action
 from shadowpeft.generate import answer
 from shadowpeft.serve.backend import Detached
 from shadowpeft.serve.client import CloudClient
+from shadowpeft.serve.cloud_role import CloudRole
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import DECLINED
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import ACTION, LORA, Calibration, Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running

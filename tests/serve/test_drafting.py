@@ -12,13 +12,14 @@ from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.hf.layer import find_hub
 from shadowpeft.ops import thin
-from shadowpeft.serve.backend import Attached, MultiBackend
+from shadowpeft.serve.backend import Attached
 from shadowpeft.serve.batch import NumbersError
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.requests import SamplingParams
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.several_backends import MultiBackend
 from webserver import Running, metric
 
 KEY = "user-key-0123456789"

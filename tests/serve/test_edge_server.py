@@ -11,12 +11,13 @@ import pytest
 from products import covering
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
-from shadowpeft.serve import roles
+from shadowpeft.serve import edge_role
 from shadowpeft.serve.client import Breaker, CloudClient, CloudError
+from shadowpeft.serve.cloud_role import CloudRole
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.options import without_password
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running, metric, wait_for
@@ -132,7 +133,7 @@ def test_without_calibration_the_unsure_action_is_kept(cloud):
 
 
 def test_a_device_that_does_not_end_hands_on_where_no_length_is_asked_for(cloud, monkeypatch):
-    monkeypatch.setattr(roles, "DEVICE_TOKENS", 10)
+    monkeypatch.setattr(edge_role, "DEVICE_TOKENS", 10)
     for link, n in ((CloudClient(cloud.url, KEY), 8), (None, 10)):
         engine = Engine(Scripted(detached()), EngineLimits())
         role = EdgeRole(engine, Router(parse_action, None), link, "late", system=None)
@@ -422,6 +423,40 @@ def test_what_is_sent_to_the_cloud():
     assert body["model"] == "late"
     assert "route" not in body
     assert (body["max_tokens"], body["temperature"], body["stop"], body["seed"]) == (64, 0.0, ["~"], 4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_field_that_the_edge_adds_is_no_reason_to_refuse(stream, caplog):
+    seen = []
+
+    def picky(request):
+        body = json.loads(request.content)
+        seen.append("temperature" in body)
+        if seen[-1]:
+            said = {"message": "Unsupported value: 'temperature'", "param": "temperature", "code": "unsupported_value"}
+            return httpx.Response(400, json={"error": said})
+        if not body.get("stream"):
+            return httpx.Response(200, json=ANSWER)
+        chunk = {**ANSWER, "choices": [{"index": 0, "delta": {"content": "Rome"}, "finish_reason": "stop"}]}
+        return httpx.Response(200, content=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n")
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(picky))) as server:
+        assert [say(server, "remote", stream)[0] for _ in range(2)] == ["Rome", "Rome"]
+        assert seen == [True, False, False]
+        with pytest.raises(openai.BadRequestError, match="Unsupported value"):  # of the client it is the client's
+            say(server, "remote", stream, temperature=0.5)
+    assert "the cloud refuses temperature, which no client asked for" in caplog.text
+
+
+def test_the_reason_of_a_foreign_refusal_is_told():
+    said = {"object": "error", "message": "This model's maximum context length is 2048 tokens", "code": 400}
+    transport = httpx.MockTransport(lambda _: httpx.Response(400, json=said))
+    with (
+        Running(edge_app("http://cloud", transport=transport)) as server,
+        pytest.raises(openai.BadRequestError) as caught,
+    ):
+        say(server, "remote")
+    assert (caught.value.code, caught.value.body["message"]) == ("context_length_exceeded", said["message"])
 
 
 def test_a_network_delay_is_added(cloud):

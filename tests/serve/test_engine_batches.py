@@ -227,7 +227,7 @@ def test_a_cancelled_request_leaves_and_its_neighbours_stay_right(backend, engin
 
 def test_a_full_queue_refuses_and_serves_those_it_took(backend):
     engine = Engine(backend)  # not started: everything waits
-    engine.limits = type(engine.limits)(queue=3)
+    engine.limits = type(engine.limits)(queue=1, max_num_seqs=2)  # both rows are free
     readers = [ask(engine, "sit", "default", max_tokens=2) for _ in range(3)]
     with pytest.raises(QueueFullError, match="3 requests are waiting"):
         ask(engine, "sit", "default")

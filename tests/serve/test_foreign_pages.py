@@ -10,10 +10,10 @@ import pytest
 from starlette.middleware.cors import CORSMiddleware
 
 from serving import attached
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import Metrics
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from webserver import Running
 

@@ -12,10 +12,11 @@ import pytest
 from serving import CALIBRATION, Scripted, attached, detached
 from shadowpeft.data.robot import parse_action
 from shadowpeft.serve.client import Breaker, CloudClient
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.drift import FEWEST
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import CLOUD, KNOWN, TAGGED, Decision, Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from chatbase import chat_tokenizer
 from serving import attached
 from shadowpeft.errors import DataError
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import ChatRequest, CompletionRequest
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from webserver import Running
 

@@ -15,12 +15,13 @@ from serving import attached, saying
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.tools import tools_of
 from shadowpeft.serve.client import CloudClient
+from shadowpeft.serve.cloud_role import CloudRole
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.replies import LocalReply
 from shadowpeft.serve.requests import QueueFullError
 from shadowpeft.serve.responses import ResponsesRequest
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import Router
 from shadowpeft.serve.server import Settings, build
 from webserver import Running, metric

@@ -11,16 +11,20 @@ from shadowpeft.cli import app
 from shadowpeft.constrained import Chosen
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.serve import roles
-from shadowpeft.serve.backend import MultiBackend
+from shadowpeft.data.tools import tools_of
+from shadowpeft.serve import cloud_role
+from shadowpeft.serve.backend import Detached
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.protocol import DECLINED
-from shadowpeft.serve.roles import CloudRole
+from shadowpeft.serve.router import BARE, LORA
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.several_backends import MultiBackend
 from webserver import Running
 
 KEY = "user-key-0123456789"
+SIT = {"type": "function", "function": {"name": "Sit", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def asked(monkeypatch):
         seen.append((model.adapter, rows))
         return [Chosen("Stand", 1.0, dict(chances))]
 
-    monkeypatch.setattr(roles, "choose_after", choose)
+    monkeypatch.setattr(cloud_role, "choose_after", choose)
     return seen, chances
 
 
@@ -142,3 +146,30 @@ def test_a_cloud_without_a_shadow_cannot_vote(tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "_cloud_backend", lambda *_: saying("x"))
     result = CliRunner().invoke(app, ["serve", str(tmp_path), "--no-auth", "--role", "cloud", "--vote"])
     assert "no adapter here has a shadow" in str(result.exception or result.output)
+
+
+def test_after_a_result_a_model_of_the_compact_form_says_words(backend):
+    """It learnt a call for each request, and would make the same one again and again."""
+    tools = tools_of([SIT, {**SIT, "function": {**SIT["function"], "name": "Stand"}}])
+    calling = saying("[Sit()] ok", "lora")
+    members = MultiBackend([backend, Detached(calling.model, calling.tokenizer, "lora", kind=LORA)])
+    role = CloudRole(Engine(members, EngineLimits()), system=None, default_tokens=12, tools=tools)
+    call = {"id": "c1", "type": "function", "function": {"name": "Sit", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "sit"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns.append({"role": "tool", "tool_call_id": "c1", "content": "done"})
+    with Running(build(role, Settings(Keys((KEY,), ())))) as server:
+
+        def said(model, **more):
+            reply = ask(server, model, messages=turns, **more).json()
+            return reply["choices"][0]["message"], reply["shadowpeft"]["reason"]
+
+        for more in ({"tools": [SIT]}, {}):
+            message, reason = said("lora", **more)
+            assert ("tool_calls" in message, message["content"].startswith("["), reason) == (False, False, LORA)
+            message, reason = said("default", **more)
+            assert ("tool_calls" in message, reason) == (False, BARE)
+        message, _ = said("lora", tools=[SIT], tool_choice="required")
+        assert message["tool_calls"][0]["function"]["name"] == "Sit"
+        assert ask(server, "nobody", messages=turns).status_code == 404
+        first = {**turns[0]}
+        assert ask(server, "lora", messages=[first], tools=[SIT]).json()["choices"][0]["message"]["tool_calls"]

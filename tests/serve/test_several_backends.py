@@ -11,13 +11,13 @@ from serving import ask, detached, engine_of
 from shadowpeft.apps.serve import _cloud_backend
 from shadowpeft.decode import decode
 from shadowpeft.errors import ConfigError
-from shadowpeft.serve.backend import MultiBackend
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.loading import load_adapters
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.router import REASONS
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.several_backends import MultiBackend
 from tiny import adapter_config, randomise
 from webserver import Running, metric
 

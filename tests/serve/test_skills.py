@@ -13,9 +13,9 @@ from serving import Scripted, attached, detached
 from shadowpeft.apps import serve as command
 from shadowpeft.data.robot import SKILLS
 from shadowpeft.errors import ConfigError
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.router import Calibration
 from shadowpeft.serve.server import Settings, build
 from tiny import adapter_config

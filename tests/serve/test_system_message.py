@@ -10,12 +10,13 @@ from commands import call
 from serving import ADAPTERS, attached, ending_model
 from several import several
 from shadowpeft.apps.common import system_message
-from shadowpeft.serve.backend import Attached, Detached, MultiBackend
+from shadowpeft.serve.backend import Attached, Detached
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.router import ACTION, FILE, Calibration
 from shadowpeft.serve.server import Settings, build
+from shadowpeft.serve.several_backends import MultiBackend
 from webserver import Running
 
 KEY, DOG = "user-key-0123456789", "Be a dog."

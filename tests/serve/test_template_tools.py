@@ -16,13 +16,13 @@ from shadowpeft.data.tools import tools_of
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.answers import ResponseBuilder, usage
 from shadowpeft.serve.backend import Detached
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.options import Options
 from shadowpeft.serve.requests import Token
 from shadowpeft.serve.response_reply import ResponsesReply
 from shadowpeft.serve.responses import ResponsesRequest
-from shadowpeft.serve.roles import CloudRole
 from shadowpeft.serve.server import Settings, build
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train

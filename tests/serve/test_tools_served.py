@@ -17,9 +17,10 @@ from shadowpeft.data.actions import parser as parser_of
 from shadowpeft.data.calls import CallParser, answered
 from shadowpeft.data.tools import tools_of
 from shadowpeft.serve.client import CloudClient
+from shadowpeft.serve.cloud_role import CloudRole
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.guard import Keys
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.router import ACTION, Calibration, Router, Scores
 from shadowpeft.serve.server import Settings, build
 from shadowpeft.serve.toolbox import call_probabilities

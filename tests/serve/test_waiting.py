@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from serving import Reader, attached, detached
 from several import several
-from shadowpeft.serve.backend import Attached, MultiBackend
+from shadowpeft.serve.backend import Attached
 from shadowpeft.serve.batch import NumbersError
 from shadowpeft.serve.engine import Engine, EngineLimits
 from shadowpeft.serve.requests import Failed, QueueFullError, SamplingParams
 from shadowpeft.serve.sampling import sample_token
 from shadowpeft.serve.scheduling import group_by_length
+from shadowpeft.serve.several_backends import MultiBackend
 from tiny import base, tokenizer
 
 LONG = 500
@@ -136,7 +137,7 @@ def test_adapters_take_turns():
 
 
 def test_a_full_queue_of_one_adapter_does_not_shut_out_another():
-    stepped = Stepped(endless(), queue=3)
+    stepped = Stepped(endless(), queue=2, max_num_seqs=1)
     for i in range(3):
         stepped.send(prompt(5, seed=i), "default", 2)
     with pytest.raises(QueueFullError, match="3 requests are waiting"):

@@ -113,9 +113,10 @@ def read_keys(options: Options) -> Any:
 
 
 def _cloud_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
-    from shadowpeft.serve.backend import Attached, Detached, MultiBackend
+    from shadowpeft.serve.backend import Attached, Detached
     from shadowpeft.serve.loading import is_edge_folder, is_lora, load_adapters, load_edge, load_lora
     from shadowpeft.serve.router import DETACHED, LORA
+    from shadowpeft.serve.several_backends import MultiBackend
     from shadowpeft.serve.versions import own_memory
 
     plain = {name: folder for name, folder in named.items() if is_edge_folder(folder) or is_lora(folder)}
@@ -254,7 +255,8 @@ def _voters(options: Options, tools: Any, backend: Any) -> Any:
 
 def _role(options: Options, router: Any, engine: Any, actions: Any, tools: Any) -> Any:
     from shadowpeft.serve.client import CloudClient
-    from shadowpeft.serve.roles import CloudRole, EdgeRole
+    from shadowpeft.serve.cloud_role import CloudRole
+    from shadowpeft.serve.edge_role import EdgeRole
 
     shared: dict[str, Any] = {"system": options.system, "default_tokens": options.default_tokens, "tools": tools}
     if options.role == "cloud":

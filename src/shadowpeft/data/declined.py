@@ -85,6 +85,27 @@ class Declined:
         return None if path else self._begin.leaning(self._chance)
 
 
+class InWords:
+    """One answer that begins with no action, and is free after its first token."""
+
+    def __init__(self, begin: Beginnings) -> None:
+        kept = torch.ones(len(begin.all), dtype=torch.bool)
+        kept[begin.tokens] = False
+        self._words = begin.all[kept]
+
+    def allowed(self, path: Sequence[int]) -> Any:
+        """Where the answer begins all tokens but those that an action begins with; behind that none is named."""
+        return [] if path else self._words
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        """Nothing."""
+        return []
+
+    def leaning(self, path: Sequence[int]) -> None:
+        """Nothing."""
+        return None
+
+
 class DeclinedRequests:
     """The same of many requests, as :func:`shadowpeft.generate.answer` takes it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.drafting import MAX_DRAFT
 from shadowpeft.serve.loading import module_name
 from shadowpeft.serve.router import BARE, BASE_PATH, DETACHED
-from shadowpeft.serve.sessions import AttachedSession, DetachedSession, MultiSession, Session, Share
+from shadowpeft.serve.sessions import AttachedSession, DetachedSession, Session
 from shadowpeft.serve.versions import Version, own_memory, snapshot
 from shadowpeft.tokenizer import Readable
 
@@ -78,6 +78,10 @@ class Backend(ABC):
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
         """What decides how much a shadow drafts of an answer of ``name``, which is drawn or not; None: nothing drafts there."""
         return None
+
+    def plain(self, name: str) -> str:
+        """The name of the bare base of ``name``; ``name`` itself where that answers under none."""
+        return name
 
     def system_message(self, name: str) -> str | None:
         """What the model behind ``name`` was trained under, for chats that bring no system message; None: none is recorded."""
@@ -217,6 +221,9 @@ class Attached(Backend):
             self._gates[name, sampled] = fresh
         return deepcopy(self._gates[name, sampled])
 
+    def plain(self, name: str) -> str:
+        return self.base_name if name in self.versions else name
+
     def system_message(self, name: str) -> str | None:
         config = self._hub.configs.get(module_name(name)) if name in self.versions else None
         return None if config is None else config.system_message
@@ -335,58 +342,3 @@ class Detached(Backend):
                 "the server with it"
             )
         self.model, self.max_model_len = new, _max_model_len(new)
-
-
-class MultiBackend(Backend):
-    """Several backends in one server, to compare them: each row of a batch goes to the backend that has its name.
-
-    Every member keeps its own base in memory and runs its own forward pass.
-
-    Raises:
-        ConfigError: if two members share a name, or differ in tokenizer, chat template, end tokens or vocabulary.
-    """
-
-    def __init__(self, members: Sequence[Backend]) -> None:
-        first = members[0]
-        self._member: dict[str, Backend] = {}
-        for member in members:
-            for name in member.names:
-                if name in self._member:
-                    raise ConfigError(f"two models are called '{name}'; write NAME=FOLDER with another name for one")
-                self._member[name] = member
-            alike = reads_alike(member.tokenizer, first.tokenizer) and member.stop_token_ids == first.stop_token_ids
-            if not alike or member.model.config.vocab_size != first.model.config.vocab_size:
-                raise ConfigError(
-                    f"'{member.names[0]}' and '{first.names[0]}' have different tokenizers or chat templates but one server "
-                    "uses one; start a server for each"
-                )
-        versions = {name: folders for member in members for name, folders in member.versions.items()}
-        super().__init__(first.model, first.tokenizer, versions)
-        self.max_model_len = min(member.max_model_len for member in members)
-
-    def _all_names(self) -> tuple[str, ...]:
-        return tuple(self._member)
-
-    def reason(self, name: str) -> str:
-        return self._member[name].reason(name)
-
-    def system_message(self, name: str) -> str | None:
-        return self._member[name].system_message(name) if name in self._member else None
-
-    def shadow(self, name: str) -> ShadowAlone | None:
-        return self._member[name].shadow(name)
-
-    def open(self, names: list[str]) -> Session:
-        places: dict[Backend, list[int]] = {}
-        for row, name in enumerate(names):
-            places.setdefault(self._member[name], []).append(row)
-        return MultiSession(
-            {m: Share(m.open([names[row] for row in rows]), rows) for m, rows in places.items()}, len(names)
-        )
-
-    def _replace(self, name: str, folder: str) -> None:
-        member = self._member[name]
-        member._replace(name, folder)
-        self.max_model_len = min(each.max_model_len for each in self._member.values())
-        if name in next(iter(self._member.values())).names:  # whose weights stand for all in ``model``
-            self.model = member.model

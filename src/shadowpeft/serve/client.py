@@ -8,31 +8,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import re
 import time
-from codecs import BOM_UTF8
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.json_text import parse_json
+from shadowpeft.serve.exchange import DONE, MAX_BYTES, MAX_LINE, Exchange, are_counts, checked, message_of, parse
 from shadowpeft.serve.options import Options
 from shadowpeft.serve.router import CIRCUIT_OPEN, CLOUD_BUSY, CLOUD_DOWN
 
-MAX_BYTES = 32 << 20
-"""Of one answer, a stream's too."""
-MAX_LINE = 1 << 20
-"""Bytes of one line of a stream, and of a refusal."""
 MAX_EXCHANGES = 128
 """Requests that wait for the cloud, or read from it, at the same time."""
 _GRACE = 1.0
 """Seconds beyond the answer's own limit: a cloud with the same limit cuts its answer at that time, which then has to arrive."""
-_NEWLINE = re.compile(rb"\r\n|\r|\n")
+_LAST = 2.0
+"""Seconds that the rest of a stream is waited for once the answer has ended."""
+_IDLE = 2.0
+"""Seconds that an idle connection is kept: less than servers keep theirs, so that none is closed under a request."""
 _HINTS = {
     401: "the key for it",
     403: "the key for it",
@@ -42,7 +40,6 @@ _HINTS = {
 HOP = "x-shadow-hop"
 """Header of what an edge hands on. An edge that would hand it on again is no cloud, and may be the same one."""
 _log = logging.getLogger("shadowpeft.serve")
-T = TypeVar("T")
 
 
 class CloudError(ShadowPeftError):
@@ -57,8 +54,16 @@ class CloudRefusedError(ShadowPeftError):
     """The cloud refused the request for a fault of the request itself (400, 413, 422)."""
 
     def __init__(self, status: int, content: Any) -> None:
+        self.reason = message_of(content)
+        """What the cloud says, in one sentence."""
         super().__init__(f"the cloud refused the request with status {status}")
         self.status, self.content = status, content
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What it says beside that, such as ``param``."""
+        said = self.content if isinstance(self.content, dict) else {}
+        return said["error"] if isinstance(said.get("error"), dict) else said
 
 
 class LoopError(ShadowPeftError):
@@ -108,67 +113,6 @@ class Breaker:
         self.trying = False
 
 
-class Exchange:
-    """One request to the cloud and what comes back.
-
-    Args:
-        seconds: for all of it. patience: for the headers, and for each line or the whole body after them.
-        trial: whether it is the one that an open circuit lets through.
-    """
-
-    def __init__(self, seconds: float, patience: float, trial: bool) -> None:
-        self.end, self.patience, self.trial = time.monotonic() + seconds, patience, trial
-        self.settled = False
-        """Whether the breaker was told of it."""
-        self.waits_until = 0.0
-        self.progress()
-
-    def progress(self) -> None:
-        """Something has come."""
-        self.waits_until = min(self.end, time.monotonic() + self.patience)
-
-    @property
-    def over(self) -> bool:
-        """Whether the time for all of it has passed."""
-        return time.monotonic() >= self.end
-
-    async def within(self, work: Awaitable[T]) -> T:
-        """The result of ``work``, if it comes in time."""
-        try:
-            return await asyncio.wait_for(work, max(self.waits_until - time.monotonic(), 0.001))
-        except asyncio.TimeoutError as error:
-            raise httpx.ReadTimeout("the cloud takes too long") from error
-
-    async def read(self, response: httpx.Response, limit: int) -> bytes:
-        """A whole body."""
-        return b"".join([piece async for piece in self._pieces(response, limit)])
-
-    async def lines(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        """The lines of a body, which CR and LF end and nothing else; the last one may have no end."""
-        rest = b""
-        async for piece in self._pieces(response, MAX_BYTES):
-            *lines, rest = _NEWLINE.split(rest + piece)
-            for line in lines:
-                self.progress()
-                yield line
-            if len(rest) > MAX_LINE:
-                raise httpx.DecodingError(f"a line of the cloud's answer has more than {MAX_LINE} bytes")
-        if rest:
-            yield rest
-
-    async def _pieces(self, response: httpx.Response, limit: int) -> AsyncIterator[bytes]:
-        source, size = response.aiter_bytes(), 0
-
-        async def following() -> bytes | None:
-            return await anext(source, None)
-
-        while (piece := await self.within(following())) is not None:
-            size += len(piece)
-            if size > limit:
-                raise httpx.DecodingError(f"the cloud's answer has more than {limit} bytes")
-            yield piece
-
-
 class CloudClient:
     """The edge's client of a cloud server.
 
@@ -215,7 +159,7 @@ class CloudClient:
             timeout=httpx.Timeout(self.seconds, connect=connect_timeout),
             transport=transport,
             trust_env=False,
-            limits=httpx.Limits(max_connections=2 * MAX_EXCHANGES),
+            limits=httpx.Limits(max_connections=2 * MAX_EXCHANGES, keepalive_expiry=_IDLE),
         )
 
     async def close(self) -> None:
@@ -229,11 +173,11 @@ class CloudClient:
             CloudError: if none came. CloudRefusedError: if the request itself is at fault.
         """
         async with self._open(path, body, headers, self.seconds) as (exchange, response):
-            content = _checked(await exchange.read(response, MAX_BYTES), "message" if "chat" in path else "text")
-            counts = content.get("usage")
-            if not content["choices"] or not _are_counts(counts):
-                raise ValueError("lacks choices or usage")
+            content = checked(parse(await exchange.read(response, MAX_BYTES)), "message" if "chat" in path else "text")
+            if not content["choices"]:
+                raise ValueError("lacks choices")
             self._succeed(exchange)
+            self._check_counts(content)
             return content
 
     async def stream(
@@ -242,23 +186,36 @@ class CloudClient:
         """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
         ended = False
         async with self._open(path, {**body, "stream": True}, headers, self.timeout) as (exchange, response):
-            async for line in exchange.lines(response):
+            messages = exchange.messages(response)
+            while True:
+                try:
+                    message = await anext(messages, None)
+                except httpx.HTTPError:
+                    if ended:  # no [DONE], but the answer is whole
+                        return
+                    raise
+                if message is None:
+                    break
                 if exchange.over:
                     raise httpx.ReadTimeout("the cloud's answer takes longer than a whole answer may")
-                field, _, data = line.removeprefix(BOM_UTF8).partition(b":")
-                if field != b"data" or not data.strip():
-                    continue
-                if data.strip() == b"[DONE]" and exchange.settled:
+                if message is DONE and exchange.settled:
                     return
-                chunk = _checked(data, "delta" if "chat" in path else "text", streamed=True)
+                chunk = checked(message, "delta" if "chat" in path else "text", streamed=True)
                 self._succeed(exchange)
-                if chunk.get("usage") is not None and not _are_counts(chunk["usage"]):
-                    self._failed("usage", "the cloud's answer has token counts that are none; they were left out")
-                    del chunk["usage"]
+                self._check_counts(chunk)
                 ended = ended or any(choice.get("finish_reason") for choice in chunk["choices"])
+                if ended:  # the counts may follow, and need not
+                    exchange.patience = min(exchange.patience, _LAST)
+                    exchange.progress()
                 yield chunk
             if not ended:
                 raise httpx.RemoteProtocolError("the cloud's answer ended in the middle")
+
+    def _check_counts(self, content: dict[str, Any]) -> None:
+        """Leave out token counts that are none; an answer without any is as good."""
+        if content.get("usage") is not None and not are_counts(content["usage"]):
+            self._failed("usage", "the cloud's answer has token counts that are none; they were left out")
+            del content["usage"]
 
     def _succeed(self, exchange: Exchange) -> None:
         """The cloud works: an answer came, or a stream's first chunk."""
@@ -289,8 +246,7 @@ class CloudClient:
         exchange = Exchange(self.seconds + self.delay, patience + self.delay, trial)
         try:
             await asyncio.sleep(self.delay)
-            request = self._http.build_request("POST", path, content=content, headers=dict(headers or {}))
-            response = await exchange.within(self._http.send(request, stream=True))
+            response = await self._send(exchange, path, content, dict(headers or {}))
             try:
                 exchange.progress()
                 if response.status_code != 200:
@@ -319,6 +275,22 @@ class CloudClient:
             if trial and not exchange.settled:
                 self.breaker.forget()
 
+    async def _send(self, exchange: Exchange, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
+        """The response as it begins. A connection that the cloud has closed since it was used last says nothing of the cloud,
+        so what breaks on such a one is sent once more."""
+        while True:
+            seen: list[str] = []
+
+            async def trace(event: str, _: Any, seen: list[str] = seen) -> None:
+                seen.append(event)
+
+            request = self._http.build_request("POST", path, content=content, headers=headers, extensions={"trace": trace})
+            try:
+                return await exchange.within(self._http.send(request, stream=True))
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                if not seen or any(event.startswith("connection.connect") for event in seen):
+                    raise
+
     def _fail(self, exchange: Exchange, kind: str, error: CloudError) -> None:
         # an answer that began and did not end in time says nothing: its client may read slowly
         begun, exchange.settled = exchange.settled, True
@@ -342,51 +314,3 @@ class CloudClient:
         except ValueError:
             said = None
         raise CloudRefusedError(status, said)
-
-
-def _checked(content: bytes, key: str, *, streamed: bool = False) -> dict[str, Any]:
-    """An answer, or a chunk of one, that is safe to pass on.
-
-    Args:
-        key: what each choice says it by: ``message``, ``delta`` or ``text``.
-
-    Raises:
-        ValueError: a clause, if it is none.
-    """
-    answer = parse_json(content, parse_constant=_no_number, parse_float=_finite)
-    if not isinstance(answer, dict) or "choices" not in answer:
-        raise ValueError("is an error, or nothing of this protocol")
-    choices = answer["choices"]
-    if choices is None and streamed:
-        choices = answer["choices"] = []
-    if not isinstance(choices, list) or not all(_is_choice(choice, key) for choice in choices):
-        raise ValueError("has choices that are none")
-    return answer
-
-
-def _is_choice(choice: Any, key: str) -> bool:
-    if not isinstance(choice, dict) or not isinstance(choice.get("finish_reason"), (str, type(None))):
-        return False
-    said = choice.get(key)
-    if key != "text":
-        if not isinstance(said, dict):
-            return key == "delta" and said is None
-        said = said.get("content")
-    return said is None or isinstance(said, str)
-
-
-def _are_counts(counts: Any) -> bool:
-    """Whether both are there and are numbers of tokens."""
-    if not isinstance(counts, dict):
-        return False
-    numbers = [counts.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return all(type(number) is int and 0 <= number < 1 << 53 for number in numbers)
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(f"holds {name}, which is no JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    return value if math.isfinite(value) else _no_number(text)

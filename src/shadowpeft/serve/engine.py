@@ -159,7 +159,9 @@ class Engine:
                 raise StoppedError(why)
             self._waiting = [r for r in self._waiting if not r.cancelled]
             # a name that has none waiting may always wait: the requests of others must not shut it out
-            if len(self._waiting) >= self.limits.queue and any(r.name == name for r in self._waiting):
+            # those that a free row takes with the next step do not wait
+            places = self.limits.queue + max(0, self.limits.max_num_seqs - self.running)
+            if len(self._waiting) >= places and any(r.name == name for r in self._waiting):
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(request)
             self._changed.notify_all()

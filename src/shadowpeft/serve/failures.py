@@ -40,6 +40,10 @@ _PROMPTS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", RES
 _CHAT_FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 _PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
 """What of a cloud's refusal is told beside its message."""
+TOO_LONG = "context_length_exceeded"
+"""The code of a prompt that does not fit."""
+_TOO_LONG = re.compile(r"(maximum )?context[ _](length|size)", re.IGNORECASE)
+"""How other servers say it."""
 _log = logging.getLogger("shadowpeft.serve")
 
 
@@ -95,12 +99,13 @@ def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
     if isinstance(failure, CloudError):
         return _answer(503, str(failure), kind="cloud_unavailable", code=failure.reason.replace(" ", "_"))
     if isinstance(failure, CloudRefusedError):
-        given = failure.content.get("error") if isinstance(failure.content, dict) else None
-        given = given if isinstance(given, dict) and isinstance(given.get("message"), str) else {"message": str(failure)}
+        given, said = failure.details, failure.reason or str(failure)
         more = {name: given[key] for name, key in _PASSED_ON.items() if isinstance(given.get(key), str)}
         if path == RESPONSES and "param" in more:
             more["param"] = NAMES.get(more["param"], more["param"])
-        return AsciiResponse(error(given["message"], **more), failure.status)
+        if "code" not in more and _TOO_LONG.search(f"{given.get('type')} {said}"):
+            more["code"] = TOO_LONG
+        return AsciiResponse(error(said, **more), failure.status)
     said = str(failure)
     if path == RESPONSES:
         said = re.sub(r"\bmax_tokens\b|^messages\b|\bresponse_format\b", lambda match: NAMES[match[0]], said)
@@ -108,7 +113,7 @@ def _of_the_package(failure: ShadowPeftError, path: str) -> Response:
     if isinstance(failure, UnknownModelError):
         return _answer(404, said, param=field, code="model_not_found")
     if isinstance(failure, TooLongError):
-        return _answer(400, said, param=field or _PROMPTS.get(path), code="context_length_exceeded")
+        return _answer(400, said, param=field or _PROMPTS.get(path), code=TOO_LONG)
     if isinstance(failure, (DataError, ConfigError)):
         return _answer(400, said, param=field)
     report(failure)

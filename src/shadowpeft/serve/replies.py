@@ -193,6 +193,16 @@ class LocalReply(Reply):
         self.note["milliseconds"] = _ms(self.began)
 
 
+async def begun(reply: Reply) -> Reply:
+    """The reply, once its first part is there; it is closed if none comes."""
+    try:
+        await reply.begin()
+    except BaseException:
+        reply.close()
+        raise
+    return reply
+
+
 class ForwardedReply(Reply):
     """An answer of the cloud under this server's name and note. A stream is asked for its token counts in any case."""
 
@@ -224,7 +234,7 @@ class ForwardedReply(Reply):
     async def whole(self) -> dict[str, Any]:
         assert self._whole is not None
         self.note["milliseconds"] = _ms(self.began)
-        self.counts = self._whole["usage"]
+        self.counts = self._whole.get("usage")
         return self._named(self._whole, note=True)
 
     async def chunks(self, with_usage: bool) -> AsyncIterator[dict[str, Any]]:

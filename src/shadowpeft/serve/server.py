@@ -18,7 +18,9 @@ from fastapi.responses import HTMLResponse
 from shadowpeft.serve.administration import Administration
 from shadowpeft.serve.calibrated import Calibrated
 from shadowpeft.serve.client import HOP, LoopError
+from shadowpeft.serve.cloud_role import CloudRole
 from shadowpeft.serve.drift import Drift
+from shadowpeft.serve.edge_role import EdgeRole
 from shadowpeft.serve.failures import AsciiResponse, add_handlers, described
 from shadowpeft.serve.guard import Guard, Keys
 from shadowpeft.serve.metrics import CONTENT_TYPE, Metrics
@@ -30,7 +32,6 @@ from shadowpeft.serve.response_reply import ResponsesReply
 from shadowpeft.serve.responses import PATH as RESPONSES
 from shadowpeft.serve.responses import ResponsesRequest
 from shadowpeft.serve.role import Role
-from shadowpeft.serve.roles import CloudRole, EdgeRole
 from shadowpeft.serve.several import SeveralReplies, answer_all, single
 from shadowpeft.serve.streams import UNREAD, EventStream, GoneError, once, until_gone
 

@@ -1,38 +1,33 @@
-"""The two roles of a server: the cloud answers by itself; the edge lets the shadow answer, and the router decide."""
+"""The edge: the shadow answers, and the router decides who else."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
+import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from shadowpeft.constrained import choose_after
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
-from shadowpeft.data.declined import Beginnings, Declined, Voted
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.calibrated import Calibrated
-from shadowpeft.serve.client import CloudClient, CloudError
+from shadowpeft.serve.client import CloudClient, CloudError, CloudRefusedError
 from shadowpeft.serve.drift import Drift
 from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import DECLINED, ChatRequest
-from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply
+from shadowpeft.serve.replies import ForwardedReply, Generation, LocalReply, Reply, begun
 from shadowpeft.serve.requests import SamplingParams, TooLongError
 from shadowpeft.serve.role import Asked, Role
 from shadowpeft.serve.router import (
     ASKED,
-    BASE_PATH,
     CLOUD,
     CLOUD_DOWN,
     DEVICE,
     FORMAT,
-    LORA,
     OTHER_TOOLS,
     TAGGED,
     TOO_LONG,
@@ -48,75 +43,10 @@ from shadowpeft.serve.router import (
 from shadowpeft.serve.tool_protocol import NamedTool, ToolName
 from shadowpeft.serve.toolbox import Saying, call_probabilities, must_call, request_text, result_of
 
+_log = logging.getLogger("shadowpeft.serve")
 DEVICE_TOKENS = 256
 """Longest answer of a device where nobody names a length: a small model that does not come to an end asks the cloud then."""
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
-
-
-class CloudRole(Role):
-    """Answers with the attached model, or its base.
-
-    Args:
-        vote: actions; an adapter's own shadow weighs which of them, or none, the answer to a chat begins with.
-    """
-
-    name = "cloud"
-    reads_tools = True
-    _begin: asyncio.Future[Beginnings] | None = None
-    """What an action can begin with, once a device has declined or a shadow votes."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        system: str | None,
-        default_tokens: int | None = None,
-        tools: Tools | None = None,
-        vote: ActionTrie | None = None,
-    ) -> None:
-        super().__init__(engine, system=system, default_tokens=default_tokens, tools=tools)
-        self.vote = vote
-        self._voting = ThreadPoolExecutor(1, "shadowpeft-voting")
-
-    def close(self) -> None:
-        super().close()
-        self._voting.shutdown(wait=False, cancel_futures=True)
-
-    async def answer(self, asked: Asked) -> Reply:
-        if asked.route == "device":
-            raise ConfigError("route is 'device' but this is the cloud; ask the edge server, or leave route out")
-        began = time.monotonic()
-        self.toolbox.check(asked)
-        ids, held = await self.prompt(asked), await self.held(asked, device=False)
-        drafts = asked.speculative if held is None else False  # drafts are free text
-        actions: Choices | None = await self._weighed(asked, ids) if held is None else held.start()
-        sampling = self.sampling(asked, self.room(ids))
-        generation = Generation().start(
-            self.engine, ids, asked.model, sampling, actions=actions, speculative=drafts
-        )
-        note = {"where": CLOUD, "reason": self.engine.backend.reason(asked.model)}
-        return await _begun(LocalReply(generation, self.builder(asked, note), began))
-
-    async def _weighed(self, asked: Asked, ids: list[int]) -> Declined | Voted | None:
-        """How the answer leans because a device found no action, or its own shadow would act; None: it leans nowhere."""
-        backend = self.engine.backend
-        if self.vote is not None and isinstance(asked, ChatRequest) and asked.messages[-1].role == "user":
-            self.engine.check(len(ids), asked.model, self.vote.longest)
-            alone = backend.shadow(asked.model)
-            if alone is not None:
-                ask = partial(choose_after, alone, [ids], self.vote, [self.vote])
-                (chosen,) = await asyncio.get_running_loop().run_in_executor(self._voting, ask)
-                assert chosen.probabilities is not None
-                return Voted(await self._beginnings(), self.vote, chosen.probabilities, asked.declined)
-        if asked.declined is None or backend.reason(asked.model) not in (BASE_PATH, LORA):
-            return None
-        return Declined(await self._beginnings(), asked.declined)
-
-    async def _beginnings(self) -> Beginnings:
-        if self._begin is None:  # a second of work for a large vocabulary, once, and not in the threads that tokenize
-            own = copy.deepcopy(self._tokenizer)
-            self._begin = asyncio.ensure_future(asyncio.to_thread(Beginnings.of, own, self.toolbox.vocabulary))
-        return await asyncio.shield(self._begin)
 
 
 class EdgeRole(Role):
@@ -152,6 +82,8 @@ class EdgeRole(Role):
         self.router, self.cloud, self.cloud_model, self.when_down = router, cloud, cloud_model, when_down
         self.actions: Actions | None = actions
         self.hint = hint
+        self._not_for_cloud: set[str] = set()
+        """Fields that this edge would add, and that its cloud refuses."""
         if actions is None and tools is not None and isinstance(router.parse, CallParser):
             self.actions = self.toolbox.calls(tools, device=True)
         self.drift = Drift.of(router.calibration)
@@ -231,7 +163,7 @@ class EdgeRole(Role):
         elif note["where"] == DEVICE and finish.reason == "length" and sampling != wanted:
             note.update(where=CLOUD, reason=TOO_LONG)
         if note["where"] == DEVICE:
-            return await _begun(LocalReply(generation, self.builder(asked, note), began))
+            return await begun(LocalReply(generation, self.builder(asked, note), began))
         try:
             return await self._forward(self._hinted(asked, note), ids, note, began, declined)
         except CloudError as error:
@@ -267,7 +199,7 @@ class EdgeRole(Role):
         if not asked.wanted_tokens:  # it costs no pass
             sampling = replace(sampling, max_tokens=max(1, min(self.engine.limits.new_tokens, self.room(ids))))
         generation = Generation().start(self.engine, ids, asked.model, sampling, actions=said)
-        return await _begun(LocalReply(generation, self.builder(asked, note, calls=False), began))
+        return await begun(LocalReply(generation, self.builder(asked, note, calls=False), began))
 
     async def _choices(self, asked: Asked, *, widely: bool = False) -> Actions | None:
         """What the device's answer is held to: the request's tools (``widely``: all that it knows), or what it knows."""
@@ -311,11 +243,12 @@ class EdgeRole(Role):
         if isinstance(asked, ChatRequest) and asked.tools is not None:
             body["tools"] = asked.tools  # as they came
         # a default that does not fit here may not fit there either, and must not be the reason of a refusal
-        default = self.default_tokens
+        default, own = self.default_tokens, dict[str, Any]()
         if not asked.wanted_tokens and default is not None and not 0 < self.room(ids) < default:
-            body["max_tokens"] = default
+            own["max_tokens"] = default
         if asked.temperature is None:  # here that means greedy; another server, such as vLLM, would draw
-            body["temperature"] = 0.0
+            own["temperature"] = 0.0
+        body |= {field: value for field, value in own.items() if field not in self._not_for_cloud}
         if isinstance(asked, ChatRequest):
             body["messages"] = with_system(body["messages"], self.system_for(asked))
         else:
@@ -324,7 +257,17 @@ class EdgeRole(Role):
         path = PATHS[isinstance(asked, ChatRequest)]
         declined = asked.declined if declined is None else declined  # a client may know more
         headers = {} if declined is None else {DECLINED: f"{declined:.6f}"}
-        reply = await _begun(ForwardedReply(self.cloud, path, body, asked.model, note, began, headers))
+        while True:
+            try:
+                reply = await begun(ForwardedReply(self.cloud, path, body, asked.model, note, began, headers))
+                break
+            except CloudRefusedError as refusal:
+                field = refusal.details.get("param")
+                if field not in own or field not in body:
+                    raise
+                del body[field]
+                self._not_for_cloud.add(field)
+                _log.warning("the cloud refuses %s, which no client asked for, so it goes without: %s", field, refusal.reason)
         note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)
         return reply
 
@@ -353,7 +296,7 @@ class EdgeRole(Role):
             said = f"tool_choice asks for a call, for which the device has none, and {error}"
             raise CloudError(error.reason, said) from error
         assert generation is not None
-        return await _begun(LocalReply(generation, self.builder(asked, note), began))
+        return await begun(LocalReply(generation, self.builder(asked, note), began))
 
     async def _calls(self, asked: Asked, generation: Generation) -> bool:
         """Whether a whole answer is a call."""
@@ -362,12 +305,3 @@ class EdgeRole(Role):
         parser = self.toolbox.parser(asked)
         found = None if parser is None else parser.found(generation.text)
         return found is not None and bool(found.calls)
-
-
-async def _begun(reply: Reply) -> Reply:
-    try:
-        await reply.begin()
-    except BaseException:
-        reply.close()
-        raise
-    return reply

@@ -1,0 +1,106 @@
+"""The cloud: it answers by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from shadowpeft.constrained import choose_after
+from shadowpeft.data.action_trie import ActionTrie, Choices
+from shadowpeft.data.call_form import COMPACT
+from shadowpeft.data.declined import Beginnings, Declined, InWords, Voted
+from shadowpeft.data.tools import Tools
+from shadowpeft.errors import ConfigError
+from shadowpeft.serve.engine import Engine
+from shadowpeft.serve.protocol import ChatRequest
+from shadowpeft.serve.replies import Generation, LocalReply, Reply, begun
+from shadowpeft.serve.role import Asked, Role
+from shadowpeft.serve.router import (
+    BASE_PATH,
+    CLOUD,
+    LORA,
+)
+from shadowpeft.serve.toolbox import must_call
+
+
+class CloudRole(Role):
+    """Answers with the attached model, or its base.
+
+    Args:
+        vote: actions; an adapter's own shadow weighs which of them, or none, the answer to a chat begins with.
+    """
+
+    name = "cloud"
+    reads_tools = True
+    _begin: asyncio.Future[Beginnings] | None = None
+    """What an action can begin with, once a device has declined or a shadow votes."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None,
+        default_tokens: int | None = None,
+        tools: Tools | None = None,
+        vote: ActionTrie | None = None,
+    ) -> None:
+        super().__init__(engine, system=system, default_tokens=default_tokens, tools=tools)
+        self.vote = vote
+        self._voting = ThreadPoolExecutor(1, "shadowpeft-voting")
+
+    def close(self) -> None:
+        super().close()
+        self._voting.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(self, asked: Asked) -> Reply:
+        if asked.route == "device":
+            raise ConfigError("route is 'device' but this is the cloud; ask the edge server, or leave route out")
+        began = time.monotonic()
+        self.toolbox.check(asked)
+        ids = await self.prompt(asked)
+        self.engine.check(len(ids), asked.model, 1)  # nothing below asks about a name that is not there
+        held = await self.held(asked, device=False)
+        drafts = asked.speculative if held is None else False  # drafts are free text
+        actions: Choices | None
+        name = asked.model
+        if self._says_last_words(asked):
+            name, actions = self.engine.backend.plain(name), InWords(await self._beginnings())
+        elif held is None:
+            actions = await self._weighed(asked, ids)
+        else:
+            actions = held.start()
+        sampling = self.sampling(asked, self.room(ids))
+        generation = Generation().start(self.engine, ids, name, sampling, actions=actions, speculative=drafts)
+        note = {"where": CLOUD, "reason": self.engine.backend.reason(name)}
+        return await begun(LocalReply(generation, self.builder(asked, note), began))
+
+    def _says_last_words(self, asked: Asked) -> bool:
+        """Whether the answer is about what a tool has said, and the model learnt calls in the compact form: a call for each
+        request, so it would call again and again. Words are said then, by the base where it is there."""
+        if not isinstance(asked, ChatRequest) or asked.messages[-1].role != "tool" or must_call(asked):
+            return False
+        known = self.toolbox.known is not None and self.toolbox.form(asked) is COMPACT
+        return known and asked.response_format is None and self.engine.backend.reason(asked.model) in (BASE_PATH, LORA)
+
+    async def _weighed(self, asked: Asked, ids: list[int]) -> Declined | Voted | None:
+        """How the answer leans because a device found no action, or its own shadow would act; None: it leans nowhere."""
+        backend = self.engine.backend
+        if self.vote is not None and isinstance(asked, ChatRequest) and asked.messages[-1].role == "user":
+            alone = backend.shadow(asked.model)
+            if alone is not None:
+                ask = partial(choose_after, alone, [ids], self.vote, [self.vote])
+                (chosen,) = await asyncio.get_running_loop().run_in_executor(self._voting, ask)
+                assert chosen.probabilities is not None
+                return Voted(await self._beginnings(), self.vote, chosen.probabilities, asked.declined)
+        if asked.declined is None or backend.reason(asked.model) not in (BASE_PATH, LORA):
+            return None
+        return Declined(await self._beginnings(), asked.declined)
+
+    async def _beginnings(self) -> Beginnings:
+        if self._begin is None:  # a second of work for a large vocabulary, once, and not in the threads that tokenize
+            own = copy.deepcopy(self._tokenizer)
+            self._begin = asyncio.ensure_future(asyncio.to_thread(Beginnings.of, own, self.toolbox.vocabulary))
+        return await asyncio.shield(self._begin)
