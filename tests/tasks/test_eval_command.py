@@ -171,7 +171,7 @@ def test_drafts_change_no_score_and_the_record_counts_them(monkeypatch, capsys, 
     assert "speculation" not in plain["attached"]
     for more, message in (
         (("--mode", "detached", "--mode", "base"), "given for --mode detached, base, but the shadow drafts for the attached"),
-        (("--data", tmp_path / "rows.jsonl"), "dora' has no shadow, it is a dora adapter; leave it out"),
+        (("--data", tmp_path / "rows.jsonl"), "dora' has no shadow beside a base, it is a dora adapter; leave it out"),
     ):
         asked = arguments if "--mode" in more else ("eval", folders / "dora")
         code, _, err = call(monkeypatch, capsys, *asked, "--speculative", *more)

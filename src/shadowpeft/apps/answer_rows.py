@@ -9,9 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from shadowpeft.apps.common import bar, in_mode, system_message
+from shadowpeft.apps.common import bar, in_mode, mode_of, system_message
 from shadowpeft.apps.generate import GREEDY, drafts_of, opened, prepared
-from shadowpeft.apps.options import Adapter, Base, Device, Json, Mode, NewTokens, Seed, Speculative, System, Temperature
+from shadowpeft.apps.options import (
+    AdapterOrEdge,
+    Base,
+    Device,
+    Json,
+    Mode,
+    NewTokens,
+    Seed,
+    Speculative,
+    System,
+    Temperature,
+)
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.storage import (
     LOCK,
@@ -210,12 +221,12 @@ class _Begun:
 
 
 def main(
-    adapter: Adapter,
+    adapter: AdapterOrEdge,
     file: Annotated[
         str, typer.Argument(help="JSON lines, .json, .csv, .parquet or a folder; a mapping as in a run file; robot.")
     ],
     out: Annotated[str, typer.Option(help="File of JSON lines to write.")],
-    mode: Mode = "attached",
+    mode: Mode = None,
     base: Base = None,
     system: System = None,
     max_new_tokens: NewTokens = 128,
@@ -235,6 +246,7 @@ def main(
     if Path(file).is_dir() and target.resolve().is_relative_to(Path(file).resolve()):
         raise ConfigError(f"'{out}' lies in the folder '{file}', whose files are the rows; choose another --out")
     require_writable(target.parent)
+    mode = mode_of(adapter, mode)
     prepared(mode, speculative, temperature)
     rows = read(file)
     from shadowpeft.data.chat_rows import rows_digest

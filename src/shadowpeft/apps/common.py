@@ -73,22 +73,31 @@ def left_behind(source: str, page: str) -> dict[str, str]:
 
 
 def config_of(adapter: str) -> dict[str, Any]:
-    """What the adapter's configuration says; nothing if there is none, of which whoever loads the adapter says more."""
+    """What the configuration of an adapter, or of an edge model, says; nothing if there is none, of which whoever loads it says
+    more."""
     from shadowpeft.hf.files.locate import CONFIG, find_file
     from shadowpeft.hf.files.reading import read_json
 
     try:
         return read_json(find_file(adapter, CONFIG))
     except AdapterFileError:
-        return {}
+        file = Path(adapter) / "config.json"
+        return read_json(file) if file.is_file() else {}
 
 
-def _config_of_model(folder: str) -> dict[str, Any]:
-    """The configuration of an edge model; empty without one."""
-    from shadowpeft.hf.files.reading import read_json
+def mode_of(source: str, mode: str | None) -> str:
+    """How an adapter answers, attached unless ``mode`` says otherwise; or an edge model, which is a detached shadow.
 
-    file = Path(folder) / "config.json"
-    return read_json(file) if file.is_file() else {}
+    Raises:
+        ConfigError: if another mode is asked of an edge model.
+    """
+    from shadowpeft.serve.loading import is_edge_folder
+
+    if not is_edge_folder(source):
+        return mode or "attached"
+    if mode not in (None, "detached"):
+        raise ConfigError(f"mode is '{mode}' but '{source}' is an edge model, a detached shadow alone; leave --mode out")
+    return "detached"
 
 
 def system_message(adapter: str, given: str | None) -> str | None:
@@ -96,7 +105,7 @@ def system_message(adapter: str, given: str | None) -> str | None:
     which adapters and edge models record."""
     if given is not None:
         return given or None
-    trained = (config_of(adapter) or _config_of_model(adapter)).get("system_message")
+    trained = config_of(adapter).get("system_message")
     return trained if isinstance(trained, str) else None
 
 

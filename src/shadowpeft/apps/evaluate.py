@@ -8,15 +8,23 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from shadowpeft.apps.common import check_drafts, config_of, load_tokenizer_of, pick_device, placed, quiet_libraries
-from shadowpeft.apps.options import Adapter, Base, Device, Json, Speculative, Vote
+from shadowpeft.apps.common import (
+    check_drafts,
+    config_of,
+    load_tokenizer_of,
+    mode_of,
+    pick_device,
+    placed,
+    quiet_libraries,
+)
+from shadowpeft.apps.options import AdapterOrEdge, Base, Device, Json, Speculative, Vote
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
 
 
 def main(
-    adapter: Adapter,
+    adapter: AdapterOrEdge,
     data: Annotated[
         Optional[str],
         typer.Option(
@@ -81,6 +89,7 @@ def main(
     from shadowpeft.hf.files.locate import CONFIG, find_file
     from shadowpeft.hf.forward.speculation import Speculation
     from shadowpeft.runtime import prepare_cpu
+    from shadowpeft.serve.loading import is_edge_folder
 
     for mode in modes or ():
         if mode not in MODES:
@@ -93,7 +102,9 @@ def main(
         raise ConfigError("--vote was given but no --mode is attached, whose answers the shadow weighs; leave it out")
     prepare_cpu()
     where = pick_device(device)
-    if Path(adapter).is_dir() and formats.detect(adapter) != formats.AUTHORS:
+    for mode in modes or ():
+        mode_of(adapter, mode)
+    if Path(adapter).is_dir() and not is_edge_folder(adapter) and formats.detect(adapter) != formats.AUTHORS:
         find_file(adapter, CONFIG)  # rows are read by what the adapter says, so its place is looked at first
     if skills is None:
         task, split = _task(data, name, split or "test", max_new_tokens, adapter)
@@ -111,10 +122,9 @@ def main(
     if modes is None:  # the bare base of a classifier has a random head, so only generating tasks ask it
         option = "--speculative" if speculative else "--vote"
         if (speculative or vote) and "attached" not in fitting:
-            raise ConfigError(
-                f"{option} was given but '{adapter}' has no shadow, it is a {fitting[0]} adapter; leave it out"
-            )
-        modes = fitting if task.kind == "classify" else ["base", *fitting]
+            kind = "an edge model" if fitting == ["detached"] else f"a {fitting[0]} adapter"
+            raise ConfigError(f"{option} was given but '{adapter}' has no shadow beside a base, it is {kind}; leave it out")
+        modes = fitting if task.kind == "classify" or fitting == ["detached"] else ["base", *fitting]
     records: dict[str, dict[str, Any]] = {}
     for mode in modes:
         records[mode] = evaluate_task(
@@ -238,6 +248,13 @@ def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str
 
     import shadowpeft
     from shadowpeft.hf import formats
+    from shadowpeft.serve.loading import is_edge_folder, load_edge
+
+    if is_edge_folder(adapter):
+        if task.kind == "classify" or base is not None:
+            what = "--base was given" if base is not None else f"task '{task.name}' needs a classifier's adapter"
+            raise ConfigError(f"{what} but '{adapter}' is an edge model; give the adapter it was made from")
+        return *load_edge(adapter), ["detached"]
     from shadowpeft.hf.base.load import load_base, of_labels, pad_with
     from shadowpeft.hf.files.locate import find_file
     from shadowpeft.hf.files.reading import read_json

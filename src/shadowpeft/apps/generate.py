@@ -13,13 +13,14 @@ from shadowpeft.apps.common import (
     check_drafts,
     in_mode,
     load_tokenizer_of,
+    mode_of,
     pick_device,
     placed,
     quiet_libraries,
     system_message,
 )
 from shadowpeft.apps.options import (
-    Adapter,
+    AdapterOrEdge,
     Base,
     Device,
     Json,
@@ -46,14 +47,19 @@ def opened(
 
     import shadowpeft
     from shadowpeft.runtime import prepare_cpu
-    from shadowpeft.serve.loading import check_answers
+    from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
 
     prepare_cpu()
     where = pick_device(device)
     set_seed(seed)
     check_answers(adapter)
-    tokenizer = load_tokenizer_of(adapter, base)
-    model = placed(shadowpeft.load(adapter, base), where)
+    if is_edge_folder(adapter):
+        if base is not None:
+            raise ConfigError(f"--base is the base of an adapter but '{adapter}' is an edge model; leave it out")
+        model, tokenizer = load_edge(adapter)
+    else:
+        model, tokenizer = shadowpeft.load(adapter, base), load_tokenizer_of(adapter, base)
+    model = placed(model, where)
     return model, tokenizer, {} if temperature < GREEDY else {"do_sample": True, "temperature": temperature}
 
 
@@ -82,9 +88,9 @@ def drafts_of(wanted: bool) -> dict[str, Any]:
 
 
 def generate(
-    adapter: Adapter,
+    adapter: AdapterOrEdge,
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    mode: Mode = "attached",
+    mode: Mode = None,
     base: Base = None,
     system: System = None,
     max_new_tokens: NewTokens = 64,
@@ -104,6 +110,7 @@ def generate(
     """Answer one prompt."""
     from shadowpeft.data.robot_tools import tools_named
 
+    mode = mode_of(adapter, mode)
     prepared(mode, speculative, temperature)
     known = None if skills is None else tools_named(skills)
     if vote and (mode != "attached" or speculative or known is None or not known.plain):
@@ -177,8 +184,8 @@ def generate(
 
 
 def chat(
-    adapter: Adapter,
-    mode: Mode = "attached",
+    adapter: AdapterOrEdge,
+    mode: Mode = None,
     base: Base = None,
     system: System = None,
     max_new_tokens: NewTokens = 256,
@@ -188,6 +195,7 @@ def chat(
     speculative: Speculative = False,
 ) -> None:
     """Talk to the model in the terminal."""
+    mode = mode_of(adapter, mode)
     prepared(mode, speculative, temperature)
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
@@ -215,7 +223,7 @@ def chat(
                 console.print(f"mode is '{mode}' and may be one of {', '.join(MODES)}", highlight=False)
                 continue
             try:
-                with in_mode(model, wanted):
+                with in_mode(model, mode_of(adapter, wanted)):
                     mode = wanted
             except ConfigError as error:
                 console.print(str(error))

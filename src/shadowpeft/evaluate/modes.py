@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.helpers import DoraCaching
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import evaluating
 from shadowpeft.hf.detach import detach
-from shadowpeft.hf.layer import find_hub
+from shadowpeft.hf.layer import ShadowHub, find_hub
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 
@@ -21,8 +23,8 @@ MODES = ("attached", "detached", "base", "lora", "dora")
 def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
     """The model to run for ``mode``, in eval mode.
 
-    ``attached``: with its shadow adapter; ``detached``: the shadow alone; ``base``: adapters off; ``lora``, ``dora``: a PEFT
-    model of that method as it is.
+    ``attached``: with its shadow adapter; ``detached``: the shadow alone, or a model that is one (:func:`detach` made it);
+    ``base``: adapters off; ``lora``, ``dora``: a PEFT model of that method as it is.
 
     Raises:
         ConfigError: for another mode, or a model of another method.
@@ -34,7 +36,7 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
             find_hub(model)
             yield model
         elif mode == "detached":
-            yield detach(model).eval()
+            yield model if _is_edge(model) else detach(model).eval()
         elif mode == "base":
             if hasattr(model, "disable_adapter"):
                 with model.disable_adapter():
@@ -47,6 +49,11 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
                 raise ConfigError(f"mode is '{mode}' but the model is {method}; pass a PEFT model of that method")
             with norms_kept(model):
                 yield model
+
+
+def _is_edge(model: Any) -> bool:
+    """Whether nothing is attached to a model, so that it is a detached shadow if any."""
+    return isinstance(model, PreTrainedModel) and not any(isinstance(m, (ShadowHub, BaseTunerLayer)) for m in model.modules())
 
 
 @contextmanager

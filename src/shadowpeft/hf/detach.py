@@ -63,7 +63,7 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
-    for record in ("call_form", SYSTEM_MESSAGE):  # for those who serve it
+    for record in ("call_form", "shadow_answers", SYSTEM_MESSAGE):  # for those who serve or judge it
         if getattr(hub.configs[name], record) is not None:
             setattr(config, record, getattr(hub.configs[name], record))
     if classifier:
