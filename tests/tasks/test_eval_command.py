@@ -205,7 +205,8 @@ def test_answers_of_the_attached_model_are_held_to_its_shadow_s_vote(monkeypatch
     for more, message in (
         (("eval", adapter, "--data", device[1], "--vote"), "nothing that the shadow could weigh; pass --skills"),
         ((*arguments, "--vote", "--mode", "detached"), "no --mode is attached"),
-        ((*arguments, "--vote", "--speculative", "--mode", "attached"), "and drafts"),
+        ((*arguments, "--vote", "--speculative", "--mode", "attached"), "--vote was given with --speculative"),
+        ((*arguments, "--vote", "--method", "likelihood"), "--vote was given with --method likelihood"),
         (("generate", adapter, "sit", "--vote"), "--vote needs --skills with names alone"),
         (("generate", adapter, "sit", "--vote", "--skills", names, "--mode", "detached"), "--vote needs --skills"),
     ):

@@ -98,6 +98,11 @@ def main(
         require_writable(Path(out))
     if speculative and modes:
         check_drafts(modes)
+    if vote and (speculative or method not in (None, "generate")):
+        raise ConfigError(
+            f"--vote was given with {'--speculative' if speculative else f'--method {method}'}, but the shadow weighs what answers "
+            "begin with that are generated without drafts; leave one out"
+        )
     if vote and modes and "attached" not in modes:
         raise ConfigError("--vote was given but no --mode is attached, whose answers the shadow weighs; leave it out")
     prepare_cpu()
@@ -111,7 +116,7 @@ def main(
     else:
         task, split = _intents(str(data), skills, max_new_tokens, adapter), "test"
     if vote and not task.actions:
-        raise ConfigError("--vote was given but there are nothing that the shadow could weigh; pass --skills, or leave it out")
+        raise ConfigError("--vote was given but there is nothing that the shadow could weigh; pass --skills, or leave it out")
     by_text = data is not None and skills is None and task.kind != "classify"
     examples = task.load(split, shots=shots, limit=limit, seed=seed)
     for mode in modes or ():

@@ -34,13 +34,14 @@ class Beginnings:
         tokens: them. vocabulary: rows of the model's head, V.
 
     Attributes:
-        all: every token ``(V,)``.
+        all: every token ``(V,)``. words: the others ``(V - tokens,)``.
     """
 
     def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
         self.tokens, self.all = list(tokens), torch.arange(vocabulary)
         self._here = torch.zeros(vocabulary, dtype=torch.float64)
         self._here[self.tokens] = 1.0
+        self.words = self.all[self._here == 0]
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> Beginnings:
@@ -89,9 +90,7 @@ class InWords:
     """One answer that begins with no action, and is free after its first token."""
 
     def __init__(self, begin: Beginnings) -> None:
-        kept = torch.ones(len(begin.all), dtype=torch.bool)
-        kept[begin.tokens] = False
-        self._words = begin.all[kept]
+        self._words = begin.words
 
     def allowed(self, path: Sequence[int]) -> Any:
         """Where the answer begins all tokens but those that an action begins with; behind that none is named."""
