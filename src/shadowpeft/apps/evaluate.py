@@ -99,9 +99,9 @@ def main(
     if speculative and modes:
         check_drafts(modes)
     if vote and (speculative or method not in (None, "generate")):
+        other = "--speculative" if speculative else f"--method {method}"
         raise ConfigError(
-            f"--vote was given with {'--speculative' if speculative else f'--method {method}'}, but the shadow weighs what answers "
-            "begin with that are generated without drafts; leave one out"
+            f"--vote was given with {other}, but the shadow weighs answers that are generated without drafts; leave one out"
         )
     if vote and modes and "attached" not in modes:
         raise ConfigError("--vote was given but no --mode is attached, whose answers the shadow weighs; leave it out")
