@@ -53,6 +53,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> st
     messages = _with_arguments(tokenizer, messages)
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options}))
+    except TypeError as error:  # of what a template writes as JSON
+        raise RefusedByTemplate(f"the chat template cannot write a message ({error}); correct it") from error
     except TemplateError as error:
         if isinstance(error, TemplateSyntaxError):
             raise DataError(f"the chat template of the tokenizer cannot be read ({error}); correct it") from error
@@ -94,10 +96,10 @@ def _wanted(call: Any, *, as_object: bool) -> Any:
             arguments = parse_json(given or "{}")
         except ValueError:
             arguments = None
+    if given is None:
+        arguments = given = {}
     if not isinstance(arguments, dict):
-        if given is None:
-            return call
-        raise DataError(
+        raise RefusedByTemplate(
             f"a call of {call.get('name')} has the arguments {quote(given)}, which are no JSON object; give an object, or its "
             "text"
         )

@@ -22,6 +22,7 @@ from shadowpeft.data.action_trie import ActionTrie, Choices, Path
 from shadowpeft.data.chat import prompt_ids
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import chats_of, check_room, evaluating, request_of
+from shadowpeft.hf.base.rotary import turns_by_length
 from shadowpeft.hf.forward.joining import can_continue, select_rows
 
 _ROWS = 128
@@ -192,7 +193,7 @@ class _Read:
     @property
     def can_go_on(self) -> bool:
         """Whether several tokens may follow on what the cache holds; else all is read again."""
-        return can_continue(self.cache)
+        return can_continue(self.cache) and not turns_by_length(self.model.config)
 
     def further(self, places: list[int], tails: list[list[int]]) -> _Read:
         """These rows (one may be there several times) read on, all by equally many tokens; this object stays as it is."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.tools import Tool, Tools, canonical, takes_null, value_text
+from shadowpeft.data.tools import Tool, Tools, canonical, said_arguments, value_text
 from shadowpeft.errors import ConfigError
 from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
@@ -142,10 +142,7 @@ def calls_of(given: Iterable[Any], tools: Tools, *, strict: bool = True) -> tupl
 def _said(call: Call, tools: Tools) -> Call:
     """The call without arguments that are null where its tool takes no null: a table has every key in every row."""
     tool = tools.by_name.get(call.name)
-    if tool is None or None not in call.arguments.values():
-        return call
-    no_null = {name for name, schema in tool.properties.items() if not takes_null(schema)}
-    return Call(call.name, {n: v for n, v in call.arguments.items() if v is not None or n not in no_null})
+    return call if tool is None else Call(call.name, said_arguments(call.arguments, tool.properties))
 
 
 def answered(text: str, tools: Tools) -> Answered | None:
@@ -235,7 +232,7 @@ class CallParser:
     def told(self, call: Call) -> Call:
         """The call as the client's schema wants it: null for what it requires and the model left out, and no other null."""
         tool = self.offered.by_name[call.name]
-        kept = {n: v for n, v in call.arguments.items() if v is not None or takes_null(tool.properties.get(n))}
+        kept = said_arguments(call.arguments, tool.properties)
         return Call(call.name, kept | {name: None for name in tool.properties if name in tool.required and name not in kept})
 
     def words(self, text: str) -> int:

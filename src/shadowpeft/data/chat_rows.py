@@ -18,7 +18,9 @@ from typing import Any
 
 from shadowpeft.data.forms import MESSAGE_KEYS, WRITTEN, normal, rows_in
 from shadowpeft.data.sources import Source, rows_of
+from shadowpeft.data.tools import said_arguments
 from shadowpeft.errors import DataError
+from shadowpeft.json_text import parse_json
 from shadowpeft.messages import did_you_mean, quote
 
 PATHS = ("both", "base", "shadow")
@@ -40,6 +42,10 @@ _UNUSED = (
     "videos",
 )
 """Keys by which other trainers are told something that this one would not do."""
+
+
+_NAMING = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords of JSON schema whose keys are names."""
 
 
 class ChatRow(dict[str, Any]):
@@ -122,13 +128,36 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
     checked = ChatRow(messages=history, response=response, shadow_response=shadow, path=path)
     if beside:
         checked["answer"] = beside
-    if "tools" in row:
-        if not isinstance(row["tools"], list) or not all(isinstance(tool, dict) for tool in row["tools"]):
-            raise DataError(f"{where}: 'tools' must be a list of objects")
-        if row["tools"]:
-            checked["tools"] = row["tools"]
+    if tools := _tools(row.get("tools", []), where):
+        checked["tools"] = tools
+        for message in (*history, beside):
+            if "tool_calls" in message:
+                message["tool_calls"] = [_without_absent(call, tools) for call in message["tool_calls"]]
     checked.where, checked.form = where, form
     return checked
+
+
+def _tools(given: Any, where: str) -> list[dict[str, Any]]:
+    """The tools of a row, which may stand there as JSON text."""
+    if isinstance(given, str):
+        try:
+            given = without_null(parse_json(given or "[]"))
+        except ValueError as error:
+            raise DataError(f"{where}: 'tools' is a text and no JSON ({error}); give a list of objects") from error
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise DataError(f"{where}: 'tools' must be a list of objects")
+    return given
+
+
+def _without_absent(call: dict[str, Any], tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """A call without arguments that its tool does not have, or not as null; of a tool that the row does not define as it is."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _without_absent(call["function"], tools)}
+    schemas = {(f := tool.get("function", tool)).get("name"): f.get("parameters") for tool in tools if isinstance(tool, dict)}
+    schema, arguments = schemas.get(call.get("name")), call.get("arguments")
+    if not isinstance(arguments, dict) or not isinstance(schema, dict):
+        return call
+    return {**call, "arguments": said_arguments(arguments, schema.get("properties") or {})}
 
 
 def _unused(key: str, row: dict[str, Any]) -> str | None:
@@ -168,6 +197,7 @@ def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[st
         if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
             raise DataError(f"{where}: 'tool_calls' of message {number} must be a list of objects")
         message = {"content": "", **message} if calls else message
+        message = {**message, "content": joined(message["content"])} if "content" in message else message
         if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
             raise wrong
         if message["role"] not in ROLES:
@@ -196,15 +226,35 @@ def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[st
     return checked
 
 
+def joined(content: Any) -> Any:
+    """A content in parts, as OpenAI's API has them, as one text; what has a part of another kind stays as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text" and len(part) == 2]
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    return "\n".join(texts) if len(texts) == len(content) else content
+
+
 def without_null(value: Any) -> Any:
     """``value`` without the keys that are null, at any depth: a table has every key in every row.
 
-    In the arguments of a call and in a schema null may mean something; :mod:`shadowpeft.data.calls` knows where it does not.
+    In the arguments of a call null may mean something; :mod:`shadowpeft.data.calls` knows where it does not.
     """
     if isinstance(value, dict):
-        kept = {key: each for key, each in value.items() if each is not None}
-        return {key: each if key in ("arguments", "parameters") else without_null(each) for key, each in kept.items()}
+        special: dict[str, Any] = {"arguments": lambda each: each, "parameters": _schema}
+        return {key: special.get(key, without_null)(each) for key, each in value.items() if each is not None}
     return [without_null(each) for each in value] if isinstance(value, list) else value
+
+
+def _schema(value: Any, names: bool = False) -> Any:
+    """A JSON schema without keywords and properties that are null; ``names``: its keys are no keywords."""
+    if isinstance(value, list):
+        return [_schema(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    means = () if names else ("default", "const")  # there null is a value
+    kept = {key: each for key, each in value.items() if each is not None or key in means}
+    return {key: _schema(each, not names and key in _NAMING) for key, each in kept.items()}
 
 
 def rows_digest(rows: Iterable[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -149,7 +150,7 @@ _KINDS = "JSON lines (.jsonl), JSON lists (.json), .csv and .parquet"
 _UNREAD = {
     **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "unpack it"),
     **dict.fromkeys((".tsv", ".xlsx", ".xls", ".ods"), "save it as CSV, with commas between its cells"),
-    ".arrow": "save it as parquet",
+    **dict.fromkeys((".arrow", ".feather"), "save it as parquet"),
 }
 """Kinds of file that rows often stand in, and what to do with one."""
 
@@ -178,6 +179,9 @@ def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[s
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as handle:
+        if handle.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+            raise DataError(f"{file} is UTF-16 text; save it as UTF-8")
+        handle.seek(0)
         for number, line in enumerate(handle, 1):
             if line.strip():
                 where = f"{file}, line {number}"
@@ -257,7 +261,11 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
 
     number = 0
     try:
-        for batch in ParquetFile(file).iter_batches():
+        table = ParquetFile(file)
+        names = table.schema_arrow.names
+        if twice := [name for n, name in enumerate(names) if name in names[:n]]:
+            raise DataError(f"{file} has the column {quote(twice[0])} twice, and one would be lost; give each its own name")
+        for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}, row {number}", row

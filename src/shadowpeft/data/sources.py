@@ -22,9 +22,9 @@ COLUMNS = (
 """Every column of ours."""
 
 
-_BY_ROWS = (".jsonl", ".csv")
+_BY_ROWS = (".jsonl", ".csv", ".json")
 """Kinds of file that a folder may hold to be read as its files are."""
-_ROWS = (*_BY_ROWS, ".json", ".parquet")
+_ROWS = (*_BY_ROWS, ".parquet")
 """Kinds that a file may have; several of them in a folder are read as its files are too, since ``datasets`` reads one kind."""
 _OTHER_ROWS = (
     *(".ndjson", ".tsv", ".arrow", ".feather", ".geoparquet", ".gpq", ".xml", ".h5", ".hdf5"),
@@ -74,6 +74,8 @@ def rows_of(source: Source, *, streaming: bool = False, keep_damaged: bool = Fal
     Raises:
         DataError: if the source is missing, cannot be reached or lacks the split or a column.
     """
+    if source.path is not None and re.match(r"[a-z0-9]+://", source.path):
+        raise DataError(f"'{source.path}' is an address but rows are read from files; download it, and give the file")
     if source.path is not None and re.fullmatch(r"[\w-]+/[\w-]+", source.path) and not Path(source.path).exists():
         raise DataError(
             f"data file '{source.path}' does not exist; check the path, or if it is a data set on the Hub, write "
@@ -118,7 +120,7 @@ def _no_column(theirs: str, there: Collection[str]) -> str:
 
 
 def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
-    """The files of each split, if a folder holds JSON lines and CSV, or several kinds; None: the ``datasets`` library reads it.
+    """The files of each split, if a folder holds JSON and CSV, or several kinds; None: the ``datasets`` library reads it.
 
     It would guess the types of cells, and read files of one kind alone. The splits are those that it sees in the names.
 

@@ -265,6 +265,12 @@ def _bare(schema: Any) -> Any:
     return {key: value for key, value in bare.items() if value != []}
 
 
+def said_arguments(arguments: dict[str, Any], properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those that are null where the tool takes no null, or has no such argument: in a table every row has
+    every argument of every tool."""
+    return {n: v for n, v in arguments.items() if v is not None or takes_null(properties.get(n))}
+
+
 def takes_null(schema: Any) -> bool:
     """Whether the schema of an argument says that it may be null."""
     if not isinstance(schema, Mapping):

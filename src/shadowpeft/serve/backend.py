@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from shadowpeft.core.speculation import Gate
 from shadowpeft.data.chat import stop_tokens
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.base.rotary import turns_by_length
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.detach import SYSTEM_MESSAGE
 from shadowpeft.hf.dry_run import check_file
@@ -214,7 +215,7 @@ class Attached(Backend):
         return BARE if name == self.base_name else BASE_PATH
 
     def gate(self, name: str, *, sampled: bool) -> Gate | None:
-        if name == self.base_name:
+        if name == self.base_name or turns_by_length(self._inner.config):  # drafts may cross the limit
             return None
         if (name, sampled) not in self._gates:
             fresh = Speculation(MAX_DRAFT).gate(self._inner, module_name(name), sampled=sampled)

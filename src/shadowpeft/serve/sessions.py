@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from shadowpeft.hf.base.rotary import turns_by_length
 from shadowpeft.hf.forward import joining
 from shadowpeft.hf.forward.call import Scope, within
 from shadowpeft.hf.forward.drafting import Ahead, Draft, DraftHead, take_back
@@ -117,7 +118,7 @@ class CachedSession(Session):
 
     @property
     def can_continue(self) -> bool:
-        return joining.can_continue(self.cache)
+        return joining.can_continue(self.cache) and not turns_by_length(self.model.config)
 
     @property
     def can_shift(self) -> bool:

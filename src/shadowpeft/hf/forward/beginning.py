@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from shadowpeft.core.losses import IGNORE
+from shadowpeft.hf.base.rotary import turns_by_length
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward.call import AdapterWeights, checkpoints
 from shadowpeft.hf.forward.rows import weights_of
@@ -45,10 +46,12 @@ def shared_tokens(ids: Tensor, mask: Tensor | None, *targets: Tensor | None) -> 
 def caches_in_graph(backbone: Any) -> bool:
     """Whether keys and values can be carried on within a graph: full attention, rotary positions, no checkpoints.
 
-    Other caches write in place, and other positions are counted in ways of their own.
+    Other caches write in place, and other positions are counted in ways of their own. Frequencies that depend on a text's
+    length would be others for the beginning alone.
     """
     return (
         not checkpoints(backbone)
+        and not turns_by_length(backbone.config)
         and any("rotary" in name for name, _ in backbone.named_children())
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=backbone.config).layers)
     )

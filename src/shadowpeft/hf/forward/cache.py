@@ -284,8 +284,9 @@ def _pair(cache: Cache, layers: list[Any]) -> None:
 def _length(cache_or_layer: Any) -> int | None:
     """Tokens held, or None where that is not defined (recurrent layers)."""
     if isinstance(cache_or_layer, Cache):
-        lengths = [_length(layer) for layer in cache_or_layer.layers]
-        return next((n for n in lengths if n is not None), None)
+        layers = [layer for layer in cache_or_layer.layers if not hasattr(layer, _OWNER)] or cache_or_layer.layers
+        lengths = [_length(layer) for layer in layers]
+        return max((n for n in lengths if n is not None), default=None)  # linear layers may hold an empty place
     if not hasattr(cache_or_layer, "get_seq_length"):
         return None
     length = cache_or_layer.get_seq_length()

@@ -18,6 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from shadowpeft.core.speculation import Drafts, Gate, accept_greedy, accept_sampled, draw
 from shadowpeft.errors import ConfigError
+from shadowpeft.hf.base.rotary import limit_of, turns_by_length
 from shadowpeft.hf.base.signature import CACHE_NAMES, Signature
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward.drafting import Ahead, Draft, realigned, take_back
@@ -303,7 +304,10 @@ def speculate(
         UnsupportedModelError: for several rows in a cache of recurrent or other layers that cannot be moved row by row.
     """
     _check(input_ids, generation_config, model_kwargs, streamer)
+    _check_positions(model, generation_config)
     outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+    if getattr(outputs, "past_key_values", None) is None:
+        raise ConfigError(f"speculative=True was passed but {type(model).__name__} gives no cache to draft in; leave it out")
     mask, given = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     beyond: Tensor | int = 0
     if given is not None and given.ndim == 2:
@@ -315,6 +319,17 @@ def speculate(
     if streamer is not None:
         streamer.end()
     return _result(decoding, input_ids, generation_config, cache)
+
+
+def _check_positions(model: Any, config: Any) -> None:
+    """Raises:
+    ConfigError: if the answer may cross the length at which the base turns its positions in another way.
+    """
+    if turns_by_length(model.config) and (config.max_length is None or config.max_length > limit_of(model.config)):
+        raise ConfigError(
+            f"speculative=True was passed with room for {config.max_length} tokens, but beyond {limit_of(model.config)} this "
+            "base turns its positions in another way, also of what was read before; leave it out, or lower max_new_tokens"
+        )
 
 
 def _check(ids: Tensor, config: Any, kwargs: dict[str, Any], streamer: Any) -> None:
