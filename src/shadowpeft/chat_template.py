@@ -104,7 +104,7 @@ def _wanted(call: Any, *, as_object: bool) -> Any:
             "text"
         )
     if not as_object:
-        arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+        arguments = given if isinstance(given, str) and given else json.dumps(arguments, ensure_ascii=False)
     return {**call, "arguments": arguments}
 
 

@@ -6,7 +6,7 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import edges
 import tiny
@@ -46,6 +46,15 @@ def difference(source, other):
     return float((other(input_ids=ids).logits - expected).abs().max() / expected.abs().max())
 
 
+def reads_alike(source, folder):
+    """Whether transformers by itself makes the same model of the file."""
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.gguf", dtype=torch.float32)
+    except (ValueError, RuntimeError):  # of shapes
+        return False
+    return difference(source, plain.eval()) < 1e-4
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_float32_is_exact(case, tmp_path):
     arch, overrides = MODELS[case]
@@ -56,6 +65,7 @@ def test_float32_is_exact(case, tmp_path):
     assert type(again) is type(source)
     assert again.config.tie_word_embeddings == source.config.tie_word_embeddings
     assert difference(source, again) < 1e-5  # the same numbers in another order of rows
+    assert ("transformers' gguf_file" in report) is not reads_alike(source, tmp_path)
 
 
 def test_the_named_file_is_read_whatever_stands_in_the_working_directory(tmp_path, monkeypatch):

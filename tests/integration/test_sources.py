@@ -448,3 +448,13 @@ def test_message_lists_that_a_table_holds_as_text_are_refused(tmp_path):
             list(chat.read_file(tmp_path / "a.csv"))
     written(tmp_path, "a.csv", [{"prompt": "[x] and {y}", "completion": "[1]"}])
     assert len(list(chat.read_file(tmp_path / "a.csv"))) == 1
+
+
+def test_texts_of_json_lists_in_a_folder_stay_texts(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "when", "response": "2020-01-01"}]')
+    assert [row for _, row in rows_of(Source(path=str(tmp_path)))] == [{"prompt": "when", "response": "2020-01-01"}]
+
+
+def test_an_address_is_no_file():
+    with pytest.raises(DataError, match="is an address but rows are read from files; download it"):
+        list(rows_of(Source(path="https://example.com/a.jsonl")))

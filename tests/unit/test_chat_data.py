@@ -455,3 +455,90 @@ def test_a_class_dataset_ends_and_begins_with_the_shadow_alone(epochs):
     assert len(rows) == 2 * (epochs + 1)
     assert [row["labels"] for row in rows] == [-100] * 2 * epochs + [1, 0]
     assert [row.get("shadow_labels") for row in rows[: 2 * epochs]] == [1, 0] * epochs
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+WALK = {"name": "Walk", "parameters": {"type": "object", "properties": {"distance": {"type": "number"}}}}
+SAY = {
+    "name": "Say",
+    "parameters": {"type": "object", "properties": {"text": {"type": "string"}, "to": {"type": ["string", "null"]}}},
+}
+ACTING = [
+    {
+        "messages": [
+            {"role": "user", "content": text},
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": given}}]},
+        ],
+        "tools": [{"type": "function", "function": tool} for tool in (WALK, SAY)],
+    }
+    for text, name, given in (("walk", "Walk", {"distance": 2}), ("hi", "Say", {"text": "hi", "to": None}))
+]
+
+
+def test_a_table_says_what_its_rows_say(tmp_path):
+    """Arrow gives every row every key: arguments of other tools, and keywords of other schemas, as null."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ACTING), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ACTING)))
+    table, lines = (chat.read_file(tmp_path / f"rows.{kind}") for kind in ("parquet", "jsonl"))
+    assert table == lines
+    calls = [row["answer"]["tool_calls"][0]["function"]["arguments"] for row in table]
+    assert calls == [{"distance": 2}, {"text": "hi", "to": None}]
+    assert table[0]["tools"][0]["function"] == WALK
+
+
+def test_null_stays_where_it_is_a_value():
+    schema = {"type": "object", "properties": {"a": {"default": None, "enum": [None, 1]}, "default": None}}
+    assert chat_rows.without_null({"parameters": schema, "b": None}) == {
+        "parameters": {"type": "object", "properties": {"a": {"default": None, "enum": [None, 1]}}}
+    }
+
+
+def test_a_column_of_one_name_twice_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [pyarrow.array([text]) for text in "abc"]
+    pyarrow.parquet.write_table(pyarrow.table(cells, names=["prompt", "response", "response"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="has the column 'response' twice"):
+        chat.read_file(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
+def test_a_call_without_arguments_is_one(arguments):
+    called = {"type": "function", "function": {"name": "sit", "arguments": arguments}}
+    (one,) = sequences([conversation(tool_calls=[called])], chat_tokenizer(TOOLS))
+    assert "CALL sit {}" in chat_tokenizer(TOOLS).decode(one.ids[one.start :])
+
+
+def test_arguments_that_are_none_name_the_row():
+    called = {"type": "function", "function": {"name": "sit", "arguments": "{distance: 2}"}}
+    with pytest.raises(DataError, match=r"row 1: a call of sit has the arguments '\{distance: 2\}', which are no JSON object"):
+        sequences([conversation(tool_calls=[called])], chat_tokenizer(TOOLS))
+
+
+def test_content_in_parts_and_tools_as_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]}
+    checked = chat.check_row({**row, "tools": json.dumps([{"type": "function", "function": WALK}])}, "here")
+    assert (checked["messages"][0]["content"], checked["response"]) == ("a\nb", "b")
+    assert checked["tools"][0]["function"] == WALK
+    picture = [{"type": "image_url", "image_url": {"url": "x"}}]
+    for wrong in ([{"role": "user", "content": picture}], [{"role": "user", "content": [*parts, "c"]}]):
+        with pytest.raises(DataError, match="string 'role' and 'content'"):
+            chat.check_row({"messages": [*wrong, {"role": "assistant", "content": "x"}]}, "here")
+    for text, said in (("{", "is a text and no JSON"), ('"x"', "must be a list of objects")):
+        with pytest.raises(DataError, match=said):
+            chat.check_row({**row, "tools": text}, "here")
+
+
+def test_kinds_of_file_that_are_no_json_lines_are_named_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(GOOD + "\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"rows\.jsonl is UTF-16 text; save it as UTF-8"):
+        chat.read_file(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.feather").write_bytes(b"ARROW1")
+    with pytest.raises(DataError, match=r"ends in \.feather .*; save it as parquet"):
+        chat.read_file(tmp_path / "rows.feather")

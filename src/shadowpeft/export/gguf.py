@@ -74,8 +74,10 @@ def write(model: PreTrainedModel, tokenizer: Any, file: Path, dtype: str) -> dic
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    misread = misread_by_transformers(model.config, arch)
     return {
         "loads with": "llama.cpp",
+        **({"transformers' gguf_file": f"no, it does not read the {' and the '.join(misread)}"} if misread else {}),
         "architecture": gguf.MODEL_ARCH_NAMES[arch],
         "pre_tokenizer": vocabulary["pre"],
         "kept_f16": kept,
@@ -144,6 +146,16 @@ def _write_config(writer: Any, model: PreTrainedModel, dtype: str) -> None:
     if config.rope_parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+
+
+def misread_by_transformers(config: Any, arch: Any) -> list[str]:
+    """What transformers' ``gguf_file=`` does not take from the file, so that its model would say something else."""
+    found = {
+        "rotary scaling": config.rope_parameters["rope_type"] != "default",
+        "size of its heads": arch is _ARCH.QWEN3 and _head_dim(config) != 128,  # the default of its class
+        "biases": arch is _ARCH.LLAMA and (config.attention_bias or config.mlp_bias),
+    }
+    return [name for name, is_so in found.items() if is_so]
 
 
 def neighbours(weight: Tensor, heads: int) -> Tensor:
