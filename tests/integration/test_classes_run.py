@@ -263,8 +263,8 @@ def test_eval_says_what_it_cannot_read(made, tmp_path, monkeypatch, capsys):
     edge = tmp_path / "edge"
     assert call(monkeypatch, capsys, "detach", made["adapter"], edge)[0] == 0
     refused = call(monkeypatch, capsys, "eval", edge, "--data", made["test"])
-    assert refused[0] == 1
-    assert "is a classifier and no adapter" in refused[2]
+    assert refused[0] == 2
+    assert "is an edge model that classifies; give the adapter it was made from" in " ".join(refused[2].split())
     folder = call(monkeypatch, capsys, "eval", made["adapter"], "--data", tmp_path)
     assert folder[0] == 2
     assert "is a folder; give one file of it" in " ".join(folder[2].replace("\u2502", " ").split())

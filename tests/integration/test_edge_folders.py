@@ -49,6 +49,14 @@ def test_an_edge_folder_is_judged_as_the_detached_adapter(monkeypatch, capsys, f
     assert edge["detached"]["loss"] != pytest.approx(both["attached"]["loss"], rel=1e-3)
 
 
+def test_a_bare_base_is_no_detached_shadow(folders):
+    from shadowpeft.errors import ConfigError
+    from shadowpeft.evaluate import runner_in_mode
+
+    with pytest.raises(ConfigError, match="has no shadow adapter"), runner_in_mode(chat_model(), "detached"):
+        pass
+
+
 def test_an_edge_folder_is_asked_about_rows(monkeypatch, capsys, folders, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "who?"}])
     out = ("--out", tmp_path / "out.jsonl", "--max-new-tokens", 6)

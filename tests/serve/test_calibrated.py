@@ -123,7 +123,7 @@ def test_a_model_that_was_not_calibrated_is_told_at_the_start(model, caplog):
     [
         ("Be a dog.", None, "made with the system message 'Be a dog.' but --system is not given; pass --system 'Be a dog.'"),
         ("Be a dog.", "Be a cat.", "but --system is 'Be a cat.'; pass --system 'Be a dog.', or calibrate again"),
-        (None, "Be a cat.", "made with no system message but --system is 'Be a cat.'; leave --system out, or calibrate"),
+        (None, "Be a cat.", "made with no system message but --system is 'Be a cat.'; pass --system '', or calibrate"),
     ],
 )
 def test_another_system_message_is_refused_at_the_start(monkeypatch, capsys, tmp_path, made, given, message):

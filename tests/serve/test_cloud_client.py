@@ -269,6 +269,19 @@ def test_a_stream_that_says_the_same_in_another_way_is_read(kind):
     assert (cloud.problem is not None) == (kind == "negative usage")
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("kind", ["pings", "an event in several lines"])
+def test_events_are_the_same_wherever_a_stream_is_cut(kind, end):
+    whole = FINE[kind].replace(b"\n", end)
+    for at in range(len(whole)):
+
+        async def given_out(at=at):
+            yield whole[:at]
+            yield whole[at:]
+
+        assert asyncio.run(run(answering(given_out()), True)) == "Rome!", (kind, at)
+
+
 TEXT = st.text(alphabet=st.sampled_from("ab \u2028\u2029\u0085\x0b\x0c\x1c\u00e9\u7ad9\U0001f600"), max_size=6)
 
 

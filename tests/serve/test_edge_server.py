@@ -445,7 +445,22 @@ def test_a_field_that_the_edge_adds_is_no_reason_to_refuse(stream, caplog):
         assert seen == [True, False, False]
         with pytest.raises(openai.BadRequestError, match="Unsupported value"):  # of the client it is the client's
             say(server, "remote", stream, temperature=0.5)
-    assert "the cloud refuses temperature, which no client asked for" in caplog.text
+    assert "the cloud takes no temperature, which this edge added by itself" in caplog.text
+
+
+@pytest.mark.parametrize("refusal", [{"param": ["temperature"]}, {"param": "temperature", "code": "invalid_value"}])
+def test_a_refusal_of_one_request_changes_no_other(refusal):
+    seen = []
+
+    def picky(request):
+        seen.append("temperature" in json.loads(request.content))
+        return httpx.Response(400, json={"error": {"message": "no", **refusal}})
+
+    with Running(edge_app("http://cloud", transport=httpx.MockTransport(picky))) as server:
+        for _ in range(2):
+            with pytest.raises(openai.BadRequestError, match="no"):
+                say(server, "remote")
+    assert seen == ([True, True] if isinstance(refusal["param"], list) else [True, False, True, False])
 
 
 def test_the_reason_of_a_foreign_refusal_is_told():

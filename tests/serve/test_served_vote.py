@@ -1,5 +1,7 @@
 """A cloud whose adapters' own shadows vote: what it says, which requests it is about, and which options it takes."""
 
+import json
+
 import httpx
 import pytest
 import torch
@@ -74,8 +76,9 @@ def test_the_shadow_s_chances_weigh_the_answer(backend, asked):
         assert text_of(ask(server, temperature=0.7, seed=1)).startswith("[Stand()]")
         assert {name for name, _ in seen} == {"default"}
         chances.update(Sit=1.0, Stand=1e-9)
-        streamed = ask(server, model="late", stream=True)
-        assert "".join(streamed.text.split()).count("Sit") == 1 or "[" in streamed.text
+        streamed = ask(server, model="late", stream=True).text.split("\n\n")
+        chunks = [json.loads(event[6:]) for event in streamed if event.startswith("data: {")]
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).startswith("[Sit()]")
         assert text_of(ask(server, model="late")).startswith("[Sit()]")
         assert seen[-1][0] == "late"
         chances.update(Sit=1e-9, **{REMOTE: 1.0})
@@ -96,6 +99,7 @@ def test_nothing_votes_on_formats_completions_results_or_the_base(backend, asked
             {"path": "completions"},
             {"model": "base"},
             {"messages": turns},
+            {"messages": [*turns, {"role": "tool", "tool_call_id": "c", "content": "done"}]},
         ):
             text_of(ask(server, **more))
         assert text_of(ask(server, model="edge")).startswith("[1]")  # no shadow beside a base
@@ -107,6 +111,10 @@ def test_unknown_names_and_prompts_that_are_too_long_are_refused_as_ever(backend
     with served(backend) as server:
         assert ask(server, model="nobody").status_code == 404
         assert ask(server, messages=[{"role": "user", "content": "a" * 600}]).status_code == 400
+        shortest = ask(server, messages=[{"role": "user", "content": ""}]).json()["usage"]["prompt_tokens"]
+        seen.clear()
+        room = ask(server, max_tokens=1, messages=[{"role": "user", "content": "a" * (510 - shortest)}])
+        assert room.status_code == 200  # it fits, but no action behind it does
     assert not seen
 
 
@@ -126,7 +134,8 @@ def test_the_vote_is_that_of_the_adapter_s_shadow(backend):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--role", "edge", "--vote"], "--vote belongs to the cloud"),
+        (["--role", "edge", "--vote", "--skills", "robot"], "--vote belongs to the cloud"),
+        (["--role", "cloud", "--vote"], "--vote weighs the actions of --skills, which was not given"),
         (["--role", "cloud", "--vote", "--skills", "robot_tools"], "have arguments"),
     ],
 )
@@ -144,7 +153,8 @@ def test_a_cloud_without_a_shadow_cannot_vote(tmp_path, monkeypatch):
     from shadowpeft.apps import serve
 
     monkeypatch.setattr(serve, "_cloud_backend", lambda *_: saying("x"))
-    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--no-auth", "--role", "cloud", "--vote"])
+    monkeypatch.setattr("shadowpeft.serve.loading.check_calls", lambda _: None)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path), "--no-auth", "--role", "cloud", "--vote", "--skills", "robot"])
     assert "no adapter here has a shadow" in str(result.exception or result.output)
 
 

@@ -79,6 +79,7 @@ def test_a_swap_brings_its_own(tmp_path):
         ("Be a cat.", None, "but --system is not given and the model was trained under 'Be a dog.'; pass --system 'Be a cat.'"),
         (None, None, "made with no system message but --system is not given and the model was trained under"),
         (DOG, "", "but --system is ''; pass --system 'Be a dog.'"),
+        (None, "Be a cat.", "but --system is 'Be a cat.'; pass --system ''"),
         (DOG, None, None),
         (None, "", None),
     ],

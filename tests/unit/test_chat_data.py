@@ -491,10 +491,25 @@ def test_a_table_says_what_its_rows_say(tmp_path):
 
 
 def test_null_stays_where_it_is_a_value():
-    schema = {"type": "object", "properties": {"a": {"default": None, "enum": [None, 1]}, "default": None}}
-    assert chat_rows.without_null({"parameters": schema, "b": None}) == {
-        "parameters": {"type": "object", "properties": {"a": {"default": None, "enum": [None, 1]}}}
-    }
+    a = {"default": None, "enum": [None, {"k": None}], "const": {"y": None}}
+    schema = {"type": "object", "properties": {"a": {**a, "minimum": None}, "default": None}}
+    found = chat_rows.without_null({"parameters": schema, "b": None})
+    assert found == {"parameters": {"type": "object", "properties": {"a": a}}}
+
+
+@pytest.mark.parametrize(
+    ("tool", "name"),
+    [
+        ({"type": "function", "function": "f"}, "f"),
+        ({"type": "function", "function": {"name": ["f"]}}, "f"),
+        ({"name": "f", "parameters": {"properties": ["a"]}}, "f"),
+        ({"name": "f", "parameters": {"properties": {}}}, ["f"]),
+    ],
+)
+def test_tools_that_are_none_stay_for_whoever_writes_them(tool, name):
+    row = conversation(tool_calls=[{"type": "function", "function": {"name": name, "arguments": {"a": None}}}])
+    checked = chat.check_row({**row, "tools": [tool]}, "here")
+    assert checked["answer"]["tool_calls"][0]["function"]["arguments"] == {"a": None}
 
 
 def test_a_column_of_one_name_twice_is_refused(tmp_path):

@@ -71,6 +71,12 @@ def test_the_commands_name_the_form(monkeypatch, capsys, tmp_path):
     write_rows(tmp_path / "test.jsonl", [{"prompt": "a", "response": "b"}])
     code, _, err = call(monkeypatch, capsys, "eval", "nothing", "--data", tmp_path)
     assert (code, "a split of it as" in " ".join(err.split())) == (2, True)
+    told = f"{{path: {tmp_path}}}"
+    code, _, err = call(monkeypatch, capsys, "data", "answer", "nothing", told, "--out", tmp_path / "out.jsonl")
+    assert (code, "lies in the folder" in err) == (2, True)
+    long = f"{{path: {tmp_path}, columns: {{prompt: {'q' * 400}}}}}"
+    code, _, err = call(monkeypatch, capsys, "eval", "nothing", "--data", long)
+    assert (code, "names no split, which would be train" in " ".join(err.split())) == (2, True)
     code, _, err = call(monkeypatch, capsys, "eval", "nothing", "--data", f"{{path: {tmp_path}, splt: test}}")
     assert (code, "unknown key 'splt'" in err) == (2, True)
 

@@ -65,12 +65,15 @@ def adapted(made):
     return model
 
 
-@pytest.mark.parametrize(("made", "by_length", "limit"), [(longrope, True, 16), (dynamic, True, 16), (linear, False, 64)])
+@pytest.mark.parametrize(("made", "by_length", "limit"), [(longrope, True, 16), (dynamic, True, 16), (linear, False, None)])
 def test_which_bases_they_are(made, by_length, limit):
     config = made().config
     assert (turns_by_length(config), limit_of(config)) == (by_length, limit)
     config.rope_parameters = {"full_attention": {"rope_type": "default"}, "sliding_attention": LONG}
     assert turns_by_length(config)
+    assert limit_of(config) == 16  # the base's own may be larger
+    config.rope_parameters = {"rope_type": "dynamic", "original_max_position_embeddings": 8}
+    assert limit_of(config) == config.max_position_embeddings  # transformers reads no other
 
 
 @pytest.mark.parametrize("made", [longrope, dynamic, linear])

@@ -23,6 +23,7 @@ from shadowpeft.apps.options import (
     System,
     Temperature,
 )
+from shadowpeft.apps.source import source_named
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.storage import (
     LOCK,
@@ -73,7 +74,6 @@ def read(file: str) -> list[_Row]:
     Raises:
         DataError: for a row that training would refuse, for one with tools, and for a file that asks nothing.
     """
-    from shadowpeft.apps.source import source_named
     from shadowpeft.data.chat_rows import check_row, without_null
     from shadowpeft.data.sources import rows_of
     from shadowpeft.train.rows import packaged, packaged_rows
@@ -243,7 +243,8 @@ def main(
     for the shadow alone. All other rows stay as they are. The command can be stopped and given again.
     """
     target = Path(out)
-    if Path(file).is_dir() and target.resolve().is_relative_to(Path(file).resolve()):
+    folder = source_named(file).path
+    if folder is not None and Path(folder).is_dir() and target.resolve().is_relative_to(Path(folder).resolve()):
         raise ConfigError(f"'{out}' lies in the folder '{file}', whose files are the rows; choose another --out")
     require_writable(target.parent)
     mode = mode_of(adapter, mode)

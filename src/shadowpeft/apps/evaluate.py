@@ -18,6 +18,7 @@ from shadowpeft.apps.common import (
     quiet_libraries,
 )
 from shadowpeft.apps.options import AdapterOrEdge, Base, Device, Json, Speculative, Vote
+from shadowpeft.apps.source import is_mapping
 from shadowpeft.errors import ConfigError
 from shadowpeft.storage import require_writable
 from shadowpeft.terminal import terminal
@@ -73,7 +74,7 @@ def main(
     if name is not None and (data is not None or max_new_tokens is not None):
         given = "--data" if data is not None else "--max-new-tokens"
         raise typer.BadParameter(f"a task brings its own; leave {given} or --task out", param_hint=given)
-    if data not in (None, "robot") and Path(str(data)).is_dir():
+    if data not in (None, "robot") and not is_mapping(str(data)) and Path(str(data)).is_dir():
         said = f"'{data}' is a folder; give one file of it, or a split of it as '{{path: {data}, split: test}}'"
         raise typer.BadParameter(said, param_hint="--data")
     if name is None and split is not None:
@@ -109,6 +110,9 @@ def main(
     where = pick_device(device)
     for mode in modes or ():
         mode_of(adapter, mode)
+    made = str((config_of(adapter).get("architectures") or [""])[0]) if is_edge_folder(adapter) else ""
+    if made.endswith("ForSequenceClassification"):
+        raise ConfigError(f"'{adapter}' is an edge model that classifies; give the adapter it was made from")
     if Path(adapter).is_dir() and not is_edge_folder(adapter) and formats.detect(adapter) != formats.AUTHORS:
         find_file(adapter, CONFIG)  # rows are read by what the adapter says, so its place is looked at first
     if skills is None:
@@ -177,14 +181,22 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
         return get_task(str(name)), split
     config = config_of(adapter) if data != "robot" else {}
     if config.get("task_type") == "SEQ_CLS":
-        return ClassRows(data, config.get("labels"), class_rows_of(source_named(data))), split
+        source = source_named(data, needs_split=True)
+        return ClassRows(str(source), config.get("labels"), class_rows_of(source)), _split_of(source)
     if data != "robot":
         actions = config.get("shadow_answers") == "action"
         learnt = with_action if actions else None
-        return Rows(source_named(data), max_new_tokens or 64, system=config.get("system_message"), learnt=learnt), split
+        source = source_named(data, needs_split=True)
+        rows = Rows(source, max_new_tokens or 64, system=config.get("system_message"), learnt=learnt)
+        return rows, _split_of(source)
     task: Any = get_task("robot")
     task.max_new_tokens = max_new_tokens or task.max_new_tokens
     return task, "test_normal" if split == "test" else split
+
+
+def _split_of(source: Any) -> str:
+    """The split that a record names; a file has none, and is called the test set."""
+    return "test" if source.is_file else str(source.split)
 
 
 def _intents(file: str, skills: str, max_new_tokens: int | None, adapter: str) -> Any:

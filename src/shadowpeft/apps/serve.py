@@ -65,6 +65,8 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     edge = options.role == "edge"
     router, skills, tools, opinion = _router(options) if edge else (None, None, _tools(options), None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
+    if options.vote and not tools.plain:
+        raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
     if tools is not None:
         for folder in options.named.values():
             check_calls(folder)
@@ -73,7 +75,9 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     backend = load_backend(named, options.base, pick_device(options.device))
     actions = None if skills is None else ActionTrie.of(backend.tokenizer, skills, opinion)
     if options.vote:
-        actions = _voters(options, tools, backend)
+        if all(backend.shadow(name) is None for name in backend.names):
+            raise ConfigError("--vote was given but no adapter here has a shadow beside its base; leave it out")
+        actions = ActionTrie.of(backend.tokenizer, tools.names)
     role = _role(options, router, Engine(backend, limits), actions, tools)
     settings = Settings(
         keys=keys,
@@ -223,7 +227,7 @@ def _check_system(given: str | None, system: str | None, calibration: Any, file:
     if made != system:
         here = f"--system is {given!r}" if given is not None else "--system is not given"
         here += f" and the model was trained under {system!r}" if given is None and system is not None else ""
-        remedy = "leave --system out" if made is None and given is not None else f"pass --system {made or ''!r}"
+        remedy = f"pass --system {made or ''!r}"
         raise ConfigError(
             f"the calibration '{file}' was made with {'no system message' if made is None else f'the system message {made!r}'} "
             f"but {here}; {remedy}, or calibrate again with the other"
@@ -235,22 +239,6 @@ def _tools(options: Options) -> Any:
     from shadowpeft.data.robot_tools import tools_named
 
     return None if options.skills is None else tools_named(options.skills)
-
-
-def _voters(options: Options, tools: Any, backend: Any) -> Any:
-    """What the shadows of a cloud choose among.
-
-    Raises:
-        ConfigError: if the actions have arguments, or no adapter has a shadow.
-    """
-    from shadowpeft.data.action_trie import ActionTrie
-    from shadowpeft.data.robot import SKILLS
-
-    if tools is not None and not tools.plain:
-        raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
-    if all(backend.shadow(name) is None for name in backend.names):
-        raise ConfigError("--vote was given but no adapter here has a shadow beside its base; leave it out")
-    return ActionTrie.of(backend.tokenizer, SKILLS if tools is None else tools.names)
 
 
 def _role(options: Options, router: Any, engine: Any, actions: Any, tools: Any) -> Any:

@@ -28,14 +28,14 @@ def shown(text: str) -> str:
     return str(source_named(text, intents=True)) if is_mapping(text) else Path(text).name
 
 
-def source_named(text: str, *, intents: bool = False) -> Source:
+def source_named(text: str, *, intents: bool = False, needs_split: bool = False) -> Source:
     """What ``text`` names: a file, or a mapping with ``path`` or ``hub``, ``split``, ``columns`` (docs/data.md).
 
     Args:
-        intents: whether a row may have a ``skill``.
+        intents: whether a row may have a ``skill``. needs_split: whether a folder or a data set must say which of its splits.
 
     Raises:
-        ConfigError: if it is a mapping that describes no source.
+        ConfigError: if it is a mapping that describes no source, or not the split that it must.
     """
     if not is_mapping(text):
         return Source(path=text)
@@ -47,6 +47,9 @@ def source_named(text: str, *, intents: bool = False) -> Source:
             "'{path: rows.csv, columns: {prompt: question, response: answer}}'"
         ) from error
     try:
-        return (_Intents if intents else SourceSection).model_validate(content).source
+        section = (_Intents if intents else SourceSection).model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"'{text}': {problems_in(error, SourceSection, {})}") from error
+    if needs_split and not section.source.is_file and "split" not in section.model_fields_set:
+        raise ConfigError(f"'{text}' names no split, which would be train; add split: test, or another one")
+    return section.source

@@ -130,9 +130,10 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
         checked["answer"] = beside
     if tools := _tools(row.get("tools", []), where):
         checked["tools"] = tools
+        properties = _properties(tools)
         for message in (*history, beside):
             if "tool_calls" in message:
-                message["tool_calls"] = [_without_absent(call, tools) for call in message["tool_calls"]]
+                message["tool_calls"] = [_without_absent(call, properties) for call in message["tool_calls"]]
     checked.where, checked.form = where, form
     return checked
 
@@ -149,15 +150,26 @@ def _tools(given: Any, where: str) -> list[dict[str, Any]]:
     return given
 
 
-def _without_absent(call: dict[str, Any], tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """A call without arguments that its tool does not have, or not as null; of a tool that the row does not define as it is."""
+def _properties(tools: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The arguments of each tool, by its name; what is not written so is refused by whoever writes it into a prompt."""
+    found = {}
+    for tool in tools:
+        function = tool.get("function", tool)
+        name, schema = (function.get("name"), function.get("parameters")) if isinstance(function, dict) else (None, None)
+        properties = schema.get("properties", {}) if isinstance(schema, dict) else None
+        if isinstance(name, str) and isinstance(properties, dict):
+            found[name] = properties
+    return found
+
+
+def _without_absent(call: dict[str, Any], properties: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A call without the null arguments that its tool does not have, or not as null; as it is if its tool is unknown."""
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _without_absent(call["function"], tools)}
-    schemas = {(f := tool.get("function", tool)).get("name"): f.get("parameters") for tool in tools if isinstance(tool, dict)}
-    schema, arguments = schemas.get(call.get("name")), call.get("arguments")
-    if not isinstance(arguments, dict) or not isinstance(schema, dict):
+        return {**call, "function": _without_absent(call["function"], properties)}
+    name, arguments = call.get("name"), call.get("arguments")
+    if not isinstance(arguments, dict) or not isinstance(name, str) or name not in properties:
         return call
-    return {**call, "arguments": said_arguments(arguments, schema.get("properties") or {})}
+    return {**call, "arguments": said_arguments(arguments, properties[name])}
 
 
 def _unused(key: str, row: dict[str, Any]) -> str | None:
@@ -252,9 +264,9 @@ def _schema(value: Any, names: bool = False) -> Any:
         return [_schema(each) for each in value]
     if not isinstance(value, dict):
         return value
-    means = () if names else ("default", "const")  # there null is a value
-    kept = {key: each for key, each in value.items() if each is not None or key in means}
-    return {key: _schema(each, not names and key in _NAMING) for key, each in kept.items()}
+    values = () if names else ("default", "const", "enum", "examples")  # there null is one
+    kept = {key: each for key, each in value.items() if each is not None or key in values[:2]}
+    return {key: each if key in values else _schema(each, not names and key in _NAMING) for key, each in kept.items()}
 
 
 def rows_digest(rows: Iterable[dict[str, Any]]) -> str:

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.helpers import DoraCaching
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import evaluating
-from shadowpeft.hf.detach import detach
-from shadowpeft.hf.layer import ShadowHub, find_hub
+from shadowpeft.hf.detach import DETACHED, detach
+from shadowpeft.hf.layer import find_hub
 
 MODES = ("attached", "detached", "base", "lora", "dora")
 
@@ -52,8 +51,8 @@ def runner_in_mode(model: Any, mode: str) -> Iterator[Any]:
 
 
 def _is_edge(model: Any) -> bool:
-    """Whether nothing is attached to a model, so that it is a detached shadow if any."""
-    return isinstance(model, PreTrainedModel) and not any(isinstance(m, (ShadowHub, BaseTunerLayer)) for m in model.modules())
+    """Whether a model is a detached shadow."""
+    return isinstance(model, PreTrainedModel) and bool(getattr(model.config, DETACHED, False))
 
 
 @contextmanager

@@ -26,6 +26,9 @@ from shadowpeft.hf.layer import adapted_base, find_hub
 SYSTEM_MESSAGE = "system_message"
 """The key of an edge model's configuration that records what its adapter was trained under."""
 
+DETACHED = "detached_shadow"
+"""The key by which an edge model's configuration says that it is one."""
+
 
 @torch.no_grad()
 def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any = None) -> PreTrainedModel:
@@ -63,6 +66,7 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     head = hub.shadowpeft_head[name] if classifier else hub.lm_head(name, base)
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
+    setattr(config, DETACHED, True)
     for record in ("call_form", "shadow_answers", SYSTEM_MESSAGE):  # for those who serve or judge it
         if getattr(hub.configs[name], record) is not None:
             setattr(config, record, getattr(hub.configs[name], record))

@@ -277,7 +277,7 @@ class CloudClient:
 
     async def _send(self, exchange: Exchange, path: str, content: bytes, headers: dict[str, str]) -> httpx.Response:
         """The response as it begins. A connection that the cloud has closed since it was used last says nothing of the cloud,
-        so what breaks on such a one is sent once more."""
+        so what breaks on such a one is sent again on another."""
         while True:
             seen: list[str] = []
 

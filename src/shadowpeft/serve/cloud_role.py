@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
-from shadowpeft.constrained import choose_after
+from shadowpeft.constrained import Chosen, choose_after
 from shadowpeft.data.action_trie import ActionTrie, Choices
 from shadowpeft.data.call_form import COMPACT
 from shadowpeft.data.declined import Beginnings, Declined, InWords, Voted
@@ -49,11 +47,6 @@ class CloudRole(Role):
     ) -> None:
         super().__init__(engine, system=system, default_tokens=default_tokens, tools=tools)
         self.vote = vote
-        self._voting = ThreadPoolExecutor(1, "shadowpeft-voting")
-
-    def close(self) -> None:
-        super().close()
-        self._voting.shutdown(wait=False, cancel_futures=True)
 
     async def answer(self, asked: Asked) -> Reply:
         if asked.route == "device":
@@ -89,15 +82,27 @@ class CloudRole(Role):
         """How the answer leans because a device found no action, or its own shadow would act; None: it leans nowhere."""
         backend = self.engine.backend
         if self.vote is not None and isinstance(asked, ChatRequest) and asked.messages[-1].role == "user":
-            alone = backend.shadow(asked.model)
-            if alone is not None:
-                ask = partial(choose_after, alone, [ids], self.vote, [self.vote])
-                (chosen,) = await asyncio.get_running_loop().run_in_executor(self._voting, ask)
-                assert chosen.probabilities is not None
-                return Voted(await self._beginnings(), self.vote, chosen.probabilities, asked.declined)
+            chances = await self._chances(self.vote, asked.model, ids)
+            if chances is not None:
+                return Voted(await self._beginnings(), self.vote, chances, asked.declined)
         if asked.declined is None or backend.reason(asked.model) not in (BASE_PATH, LORA):
             return None
         return Declined(await self._beginnings(), asked.declined)
+
+    async def _chances(self, trie: ActionTrie, name: str, ids: list[int]) -> dict[str, float] | None:
+        """What the shadow of ``name`` would do, asked between two steps of the engine; None: there is none, or no action fits
+        behind the prompt."""
+        if len(ids) + trie.longest > self.engine.backend.max_model_len:
+            return None
+        found: list[Chosen] = []
+
+        def ask() -> None:
+            self.engine.check(len(ids), name, 1)  # it may have gone meanwhile
+            alone = self.engine.backend.shadow(name)
+            found.extend([] if alone is None else choose_after(alone, [ids], trie, [trie]))
+
+        await asyncio.wrap_future(self.engine.between(ask))
+        return found[0].probabilities if found else None
 
     async def _beginnings(self) -> Beginnings:
         if self._begin is None:  # a second of work for a large vocabulary, once, and not in the threads that tokenize

@@ -250,24 +250,28 @@ class EdgeRole(Role):
             own["temperature"] = 0.0
         body |= {field: value for field, value in own.items() if field not in self._not_for_cloud}
         if isinstance(asked, ChatRequest):
-            body["messages"] = with_system(body["messages"], self.system_for(asked))
+            body["messages"] = with_system(body["messages"], self.system or None)  # else the cloud's own
         else:
             (body["prompt"],) = asked.prompt
         sent = time.monotonic()
         path = PATHS[isinstance(asked, ChatRequest)]
         declined = asked.declined if declined is None else declined  # a client may know more
         headers = {} if declined is None else {DECLINED: f"{declined:.6f}"}
+        without: set[str] = set()
         while True:
             try:
                 reply = await begun(ForwardedReply(self.cloud, path, body, asked.model, note, began, headers))
                 break
             except CloudRefusedError as refusal:
-                field = refusal.details.get("param")
-                if field not in own or field not in body:
+                field, code = refusal.details.get("param"), refusal.details.get("code")
+                if not isinstance(field, str) or field not in own or field not in body:
                     raise
                 del body[field]
-                self._not_for_cloud.add(field)
-                _log.warning("the cloud refuses %s, which no client asked for, so it goes without: %s", field, refusal.reason)
+                if isinstance(code, str) and code.startswith("unsupported"):  # whatever its value
+                    without.add(field)
+        for field in without - self._not_for_cloud:
+            self._not_for_cloud.add(field)
+            _log.warning("the cloud takes no %s, which this edge added by itself; it goes without from now on", field)
         note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)
         return reply
 

@@ -217,6 +217,17 @@ class Engine:
                 self.backend.leaving.discard(name)
                 raise
 
+    def between(self, action: Callable[[], None]) -> Future[None]:
+        """Do something in the engine's thread while no forward pass runs, after the present step.
+
+        Returns:
+            What is done when it is, or has what ``action`` raised.
+
+        Raises:
+            StoppedError: if nothing is done any more.
+        """
+        return self._between(_Change(action))
+
     def _between(self, change: _Change) -> Future[None]:
         change.done.set_running_or_notify_cancel()  # so that nobody who waits for it can cancel it for the others
         with self._changed:

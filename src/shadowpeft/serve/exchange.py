@@ -65,14 +65,18 @@ class Exchange:
         """The lines of a body, which CR and LF end and nothing else; the last one may have no end."""
         rest = b""
         async for piece in self._pieces(response, MAX_BYTES):
-            *lines, rest = _NEWLINE.split(rest + piece)
+            whole = rest + piece
+            end = len(whole) - whole.endswith(b"\r")  # its LF may be in the next piece
+            *lines, rest = _NEWLINE.split(whole[:end])
+            rest += whole[end:]
             for line in lines:
                 self.progress()
                 yield line
             if len(rest) > MAX_LINE:
                 raise httpx.DecodingError(f"a line of the cloud's answer has more than {MAX_LINE} bytes")
-        if rest:
-            yield rest
+        for line in _NEWLINE.split(rest):
+            if line:
+                yield line
 
     async def messages(self, response: httpx.Response) -> AsyncIterator[Any]:
         """What the events of a stream (server-sent events) hold, read as JSON; :data:`DONE` for ``[DONE]``.
@@ -83,21 +87,22 @@ class Exchange:
         Raises:
             ValueError: if an event holds no JSON.
         """
-        event, held = b"", b""
+        event, held, size = b"", list[bytes](), 0
         async for line in self.lines(response):
             field, _, value = line.removeprefix(BOM_UTF8).partition(b":")
             value = value.removeprefix(b" ")
             if not line:
                 if held:
-                    yield parse(held)
-                event = held = b""
+                    yield parse(b"\n".join(held))
+                event, held, size = b"", [], 0
             elif field == b"event":
                 event = value.strip()
             elif field == b"data" and event in _ANSWERS and (held or value.strip()):
-                if len(held) + len(value) > MAX_LINE:
+                size += len(value) + 1
+                if size > MAX_LINE:
                     raise httpx.DecodingError(f"an event of the cloud's answer has more than {MAX_LINE} bytes")
                 if held:
-                    held += b"\n" + value
+                    held.append(value)
                     continue
                 if value.strip() == b"[DONE]":
                     yield DONE
@@ -105,11 +110,12 @@ class Exchange:
                 try:
                     found = parse(value)
                 except ValueError:
-                    held = value  # more lines may follow
+                    held = [value]  # more lines may follow
                 else:
+                    size = 0
                     yield found
         if held:
-            yield parse(held)
+            yield parse(b"\n".join(held))
 
     async def _pieces(self, response: httpx.Response, limit: int) -> AsyncIterator[bytes]:
         source, size = response.aiter_bytes(), 0

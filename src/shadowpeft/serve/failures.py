@@ -42,7 +42,7 @@ _PASSED_ON = {"kind": "type", "param": "param", "code": "code"}
 """What of a cloud's refusal is told beside its message."""
 TOO_LONG = "context_length_exceeded"
 """The code of a prompt that does not fit."""
-_TOO_LONG = re.compile(r"(maximum )?context[ _](length|size)", re.IGNORECASE)
+_TOO_LONG = re.compile(r"maximum context length|exceed\w*[ _](the )?(available )?context", re.IGNORECASE)
 """How other servers say it."""
 _log = logging.getLogger("shadowpeft.serve")
 

@@ -70,12 +70,14 @@ def load_edge(path: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from shadowpeft.hf.base.load import load_whole
+    from shadowpeft.hf.detach import DETACHED
     from shadowpeft.tokenizer import load_tokenizer
 
     check_answers(path)
     if not (Path(path) / "tokenizer_config.json").is_file():
         raise ConfigError(f"'{path}' has no tokenizer; make the folder with shadowpeft detach")
     model = load_whole(AutoModelForCausalLM, path, f"the edge model in '{path}'").eval()
+    setattr(model.config, DETACHED, True)  # older folders do not say it
     return model, load_tokenizer(path)
 
 

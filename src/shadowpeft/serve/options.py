@@ -59,7 +59,7 @@ class Options:
         Optional[str],
         typer.Option(
             help="File of the actions that the model knows, with or without arguments; robot, or robot_tools. Default of an "
-            "edge: the calibration's, or the packaged 34; of --vote: these."
+            "edge: the calibration's, or the packaged 34."
         ),
     ] = None
     free_actions: Annotated[
@@ -138,6 +138,8 @@ class Options:
             )
         if self.role == "edge" and len(self.named) > 1:
             raise ConfigError(f"{len(self.named)} adapters were given but an edge server has one; start one for each")
+        if self.vote and self.skills is None:
+            raise ConfigError("--vote weighs the actions of --skills, which was not given; name them, or leave --vote out")
         if self.role == "edge" and self.vote:
             raise ConfigError(
                 "--vote belongs to the cloud, since the shadow is all that an edge has; leave it out or set --role cloud"

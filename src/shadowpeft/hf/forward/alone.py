@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.forward.call import Scope, within
+from shadowpeft.hf.forward.call import AdapterWeights, Scope, within
 from shadowpeft.hf.forward.drafting import Ahead, DraftHead
 from shadowpeft.hf.layer import adapted_base, find_hub
 
@@ -36,7 +36,7 @@ class ShadowAlone(nn.Module):
         if hub.is_classifier(self.adapter):
             raise ConfigError(f"adapter '{self.adapter}' is a classifier, which says nothing in words; take a causal one")
         self.config, self.training = self.base.config, self.base.training
-        self._scope = Scope(self.base)
+        self._held: dict[str, AdapterWeights] = {}
         self._head = DraftHead("all")
 
     def forward(
@@ -48,9 +48,8 @@ class ShadowAlone(nn.Module):
             input_ids: new tokens ``(B, T_new)``. attention_mask: of old and new ones ``(B, T)``.
             past_key_values: a cache for the base's configuration that no other pass has filled.
         """
-        self._scope.names = (self.adapter,) * len(input_ids)
         ahead = Ahead(self.base, self._head)
-        with within(self._scope):
+        with within(Scope(self.base, (self.adapter,) * len(input_ids), held=self._held)):
             ahead.read(
                 input_ids,
                 past_key_values,

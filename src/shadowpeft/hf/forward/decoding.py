@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from shadowpeft.core.speculation import Drafts, Gate, accept_greedy, accept_sampled, draw
 from shadowpeft.errors import ConfigError
-from shadowpeft.hf.base.rotary import limit_of, turns_by_length
+from shadowpeft.hf.base.rotary import limit_of
 from shadowpeft.hf.base.signature import CACHE_NAMES, Signature
 from shadowpeft.hf.base.structure import find_decoder
 from shadowpeft.hf.forward.drafting import Ahead, Draft, realigned, take_back
@@ -325,9 +325,10 @@ def _check_positions(model: Any, config: Any) -> None:
     """Raises:
     ConfigError: if the answer may cross the length at which the base turns its positions in another way.
     """
-    if turns_by_length(model.config) and (config.max_length is None or config.max_length > limit_of(model.config)):
+    limit = limit_of(model.config)
+    if limit is not None and (config.max_length is None or config.max_length > limit):
         raise ConfigError(
-            f"speculative=True was passed with room for {config.max_length} tokens, but beyond {limit_of(model.config)} this "
+            f"speculative=True was passed with room for {config.max_length} tokens, but beyond {limit} this "
             "base turns its positions in another way, also of what was read before; leave it out, or lower max_new_tokens"
         )
 
