@@ -118,8 +118,8 @@ def _difference(records: list[dict[str, Any]]) -> list[str]:
 def _sentence(rows: int, split: str, ours: str, theirs: str, found: tuple[float, float, float]) -> str:
     mean, low, high = found
     return (
-        f"\nOn all {rows:,} {split} rows, in and out of scope, {ours} is right {mean:+.1f} points "
-        f"more often than {theirs}, with a paired 95 % interval from {low:+.1f} to {high:+.1f}."
+        f"\nOn all {rows:,} {split} rows, in and out of scope, {ours} has {mean:+.1f} points more right than {theirs}, "
+        f"with a paired 95 % interval from {low:+.1f} to {high:+.1f}."
     )
 
 

@@ -201,12 +201,12 @@ def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
     assert "| LoRA | 0.0003 |" in text
     assert text.count("| the frozen shadow, detached |  | 35 |  | 10 | 50.0 [10.0, 90.0] | - | - |") == 1
     assert "going" not in text
-    assert "On all 4 test rows, in and out of scope, the attached shadow is right +50.0 points more often than LoRA" in text
+    assert "On all 4 test rows, in and out of scope, the attached shadow has +50.0 points more right than LoRA" in text
     for record in records:
         untested = {**record, "test": None}
         (tmp_path / "records" / "converged" / f"{record['name']}.json").write_text(json.dumps(untested))
     text = "\n".join(report.section(page))
-    assert "On all 4 validation rows, in and out of scope, ours is right +25.0 points more often than theirs" in text
+    assert "On all 4 validation rows, in and out of scope, ours has +25.0 points more right than theirs" in text
     assert "only 2 of LoRA's rates has ended" not in text
     assert "2 of LoRA's rates have ended" in text
     (file,) = report.figure(page, tmp_path)

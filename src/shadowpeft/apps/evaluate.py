@@ -175,6 +175,7 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
     from shadowpeft.data.class_rows import ClassRows
     from shadowpeft.data.tasks import get_task
     from shadowpeft.data.tasks.rows import Rows
+    from shadowpeft.hf.detach import ANSWERS
     from shadowpeft.train.rows import class_rows_of, with_action
 
     if data is None:
@@ -184,7 +185,7 @@ def _task(data: str | None, name: str | None, split: str, max_new_tokens: int | 
         source = source_named(data, needs_split=True)
         return ClassRows(str(source), config.get("labels"), class_rows_of(source)), _split_of(source)
     if data != "robot":
-        actions = config.get("shadow_answers") == "action"
+        actions = "action" in (config.get("shadow_answers"), config.get(ANSWERS))
         learnt = with_action if actions else None
         source = source_named(data, needs_split=True)
         rows = Rows(source, max_new_tokens or 64, system=config.get("system_message"), learnt=learnt)

@@ -26,8 +26,10 @@ from shadowpeft.hf.layer import adapted_base, find_hub
 SYSTEM_MESSAGE = "system_message"
 """The key of an edge model's configuration that records what its adapter was trained under."""
 
-DETACHED = "detached_shadow"
+DETACHED = "detached"
 """The key by which an edge model's configuration says that it is one."""
+ANSWERS = "answers"
+"""The key that records what it learnt of answers: ``action``, an action alone."""
 
 
 @torch.no_grad()
@@ -67,9 +69,11 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
     setattr(config, DETACHED, True)
-    for record in ("call_form", "shadow_answers", SYSTEM_MESSAGE):  # for those who serve or judge it
-        if getattr(hub.configs[name], record) is not None:
-            setattr(config, record, getattr(hub.configs[name], record))
+    own = hub.configs[name]
+    records = {"call_form": own.call_form, ANSWERS: own.shadow_answers, SYSTEM_MESSAGE: own.system_message}
+    for key, value in records.items():  # for those who serve or judge it
+        if value is not None:
+            setattr(config, key, value)
     if classifier:
         recorded = hub.configs[name].pad_token_id
         config.pad_token_id = config.pad_token_id if recorded is None else recorded
