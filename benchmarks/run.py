@@ -6,9 +6,9 @@ Decode: greedy tokens after a 32-token prompt, one row and eight; DoRA, far slow
 as PEFT runs it and with PEFT's cache of its norms (``DoraCaching``). Growth: the time of a token in answers of 64, 256 and
 1,024. Prefill: 256 tokens. Training: one step of 4 x 128 tokens with AdamW, with LoRA at the rank whose trainable parameters
 come closest to the shadow's. Each ratio is the median over rounds of the time divided by the bare base's (training: by LoRA's)
-in the same round. Peak memory is measured in processes of their own, in turn; the median counts. With --update, parts that are not measured keep their values
-in the record. With --page docs/compared.md and its figure are written from the record. With --check nothing is written:
-the exit status is 1 if a ratio of ours is more than 0.05 above the record's.
+in the same round. Peak memory is measured in processes of their own, in turn; the median counts. With --update, parts that
+are not measured keep their values in the record. With --page docs/compared.md and its figure are written from the record.
+With --check nothing is written: the exit status is 1 if a ratio of ours is more than 0.05 above the record's.
 """
 
 from __future__ import annotations

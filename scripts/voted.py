@@ -16,17 +16,15 @@ from experiments.measuring import processor
 
 import shadowpeft
 from shadowpeft.apps.common import load_tokenizer_of, quiet_libraries
-from shadowpeft.constrained import choose
 from shadowpeft.data import robot
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.declined import Beginnings, VotedRequests
 from shadowpeft.evaluate.record import commit
 from shadowpeft.evaluate.scores import accuracy
 from shadowpeft.generate import answer
-from shadowpeft.hf.forward.alone import ShadowAlone
 from shadowpeft.runtime import environment, prepare_cpu
 from shadowpeft.storage import write_json
+from shadowpeft.vote import votes
 
 HELD_OUT = ("validation_normal", "calibration_normal", "validation_remote", "calibration_remote")
 TEST = ("test_normal", "test_remote_large")
@@ -36,10 +34,9 @@ def asked(rows: list[dict[str, str]], model: Any, tokenizer: Any, trie: ActionTr
     """The action of each row: of the shadow by itself, of the cloud by itself, of the cloud with its shadow's vote."""
     prompts = [row["prompt"] for row in rows]
     options: dict[str, Any] = {"system": robot.SYSTEM, "max_new_tokens": trie.longest + 1, "batch_size": 32}
-    chosen = choose(ShadowAlone(model), tokenizer, prompts, trie, system=robot.SYSTEM)
-    found: dict[str, list[str | None]] = {"shadow": [c.action for c in chosen]}
-    begin = Beginnings.of(tokenizer, model.config.vocab_size)
-    told = VotedRequests(begin, trie, {p: c.probabilities or {} for p, c in zip(prompts, chosen, strict=True)})
+    told = votes(model, tokenizer, prompts, trie, system=robot.SYSTEM)
+    likeliest = {prompt: max(chances, key=chances.__getitem__) for prompt, chances in told.chances.items()}
+    found: dict[str, list[str | None]] = {"shadow": [likeliest[prompt] for prompt in prompts]}
     for name, actions in (("cloud", None), ("voted", told)):
         found[name] = [robot.parse_action(a.text) for a in answer(model, tokenizer, prompts, actions=actions, **options)]
     return found

@@ -90,7 +90,7 @@ def main(
     from shadowpeft.hf.files.locate import CONFIG, find_file
     from shadowpeft.hf.forward.speculation import Speculation
     from shadowpeft.runtime import prepare_cpu
-    from shadowpeft.serve.loading import is_edge_folder
+    from shadowpeft.serve.loading import classifies, is_edge_folder
 
     for mode in modes or ():
         if mode not in MODES:
@@ -110,8 +110,7 @@ def main(
     where = pick_device(device)
     for mode in modes or ():
         mode_of(adapter, mode)
-    made = str((config_of(adapter).get("architectures") or [""])[0]) if is_edge_folder(adapter) else ""
-    if made.endswith("ForSequenceClassification"):
+    if is_edge_folder(adapter) and classifies(adapter):
         raise ConfigError(f"'{adapter}' is an edge model that classifies; give the adapter it was made from")
     if Path(adapter).is_dir() and not is_edge_folder(adapter) and formats.detect(adapter) != formats.AUTHORS:
         find_file(adapter, CONFIG)  # rows are read by what the adapter says, so its place is looked at first

@@ -155,8 +155,8 @@ class VotedRequests:
     """
 
     def __init__(self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, Mapping[str, float]]) -> None:
-        self._begin, self._trie, self._chances = begin, trie, chances
+        self._begin, self._trie, self.chances = begin, trie, chances
 
     def start(self, prompt: str = "") -> Voted:
         """Of one answer."""
-        return Voted(self._begin, self._trie, self._chances[prompt])
+        return Voted(self._begin, self._trie, self.chances[prompt])

@@ -16,11 +16,7 @@ from shadowpeft.serve.engine import Engine
 from shadowpeft.serve.protocol import ChatRequest
 from shadowpeft.serve.replies import Generation, LocalReply, Reply, begun
 from shadowpeft.serve.role import Asked, Role
-from shadowpeft.serve.router import (
-    BASE_PATH,
-    CLOUD,
-    LORA,
-)
+from shadowpeft.serve.router import BASE_PATH, CLOUD, LORA
 from shadowpeft.serve.toolbox import must_call
 
 

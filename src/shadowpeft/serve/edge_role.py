@@ -269,8 +269,8 @@ class EdgeRole(Role):
                 del body[field]
                 if isinstance(code, str) and code.startswith("unsupported"):  # whatever its value
                     without.add(field)
-        for field in without - self._not_for_cloud:
-            self._not_for_cloud.add(field)
+        self._not_for_cloud |= without
+        for field in without:
             _log.warning("the cloud takes no %s, which this edge added by itself; it goes without from now on", field)
         note["cloud_milliseconds"] = round(1000 * (time.monotonic() - sent), 2)
         return reply

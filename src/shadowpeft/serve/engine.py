@@ -194,7 +194,7 @@ class Engine:
         Raises:
             ShadowPeftError: if it cannot be loaded; everything is as it was.
         """
-        self.backend.add(name, folder, lambda action: self._between(_Change(action)).result())
+        self.backend.add(name, folder, lambda action: self.between(action).result())
 
     def remove(self, name: str) -> Future[None]:
         """Take an adapter out: new requests for it are refused at once, those that are here are finished first.

@@ -21,21 +21,28 @@ def is_edge_folder(path: str) -> bool:
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
+def classifies(path: str) -> bool:
+    """Whether ``path``, an adapter or an edge model, is a classifier.
+
+    Raises:
+        AdapterFileError: if it has no configuration, or a damaged one.
+    """
+    from shadowpeft.hf import formats
+
+    if is_edge_folder(path):
+        made = [str(name) for name in read_json(Path(path) / "config.json").get("architectures") or []]
+        return any(name.endswith("ForSequenceClassification") for name in made)
+    says = formats.detect(path) in (formats.OURS, formats.PEFT)  # the other formats do not say it
+    return bool(says and read_json(find_file(path, CONFIG)).get("task_type") == "SEQ_CLS")
+
+
 def check_answers(path: str) -> None:
     """Refuse a classifier, an adapter or an edge model, where answers in words are wanted.
 
     Raises:
         ConfigError: if ``path`` is one. AdapterFileError: if it has no configuration, or a damaged one.
     """
-    from shadowpeft.hf import formats
-
-    if is_edge_folder(path):
-        made = [str(name) for name in read_json(Path(path) / "config.json").get("architectures") or []]
-        classifies = any(name.endswith("ForSequenceClassification") for name in made)
-    else:  # the other formats do not say it
-        says = formats.detect(path) in (formats.OURS, formats.PEFT)
-        classifies = says and read_json(find_file(path, CONFIG)).get("task_type") == "SEQ_CLS"
-    if classifies:
+    if classifies(path):
         raise ConfigError(
             f"'{path}' is a classifier, which finds labels and answers nothing in words; judge it with shadowpeft eval, or run "
             "the model that shadowpeft detach makes in Python"

@@ -100,6 +100,8 @@ class CachedSession(Session):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
+        self._whole = turns_by_length(model.config)
+        """Whether a prompt must be read at once."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         out = self._call(
@@ -118,7 +120,7 @@ class CachedSession(Session):
 
     @property
     def can_continue(self) -> bool:
-        return joining.can_continue(self.cache) and not turns_by_length(self.model.config)
+        return joining.can_continue(self.cache) and not self._whole
 
     @property
     def can_shift(self) -> bool:
