@@ -3,8 +3,9 @@
 Cells come from ``specs/device/converged.yaml``. Every method has the same rows, order, batches, constant rate after a short
 rise, and average of its weights, which is what is judged; a training ends when ``patience`` judgements in a row bring no
 new best, and the best average is kept. A shadow may start from a cell of :mod:`experiments.device_search` and stay frozen:
-then nothing below the first corrected layer, and no shadow, is computed twice. Only ``final`` reads test rows, with one
-cell for each method and seed.
+then nothing below the first corrected layer, and no shadow, is computed twice. Or it starts from the base's first layers and
+trains with the attached half, on the sum of both losses; then the base below is stored alone. Only ``final`` reads test
+rows, with one cell for each method and seed.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class Cell(Recipe):
     """Of the adapter's low-rank input."""
     shadow: str = ""
     """Shadow: the cell of the search whose averaged weights it starts from and stays frozen at."""
+    joint: int = 0
+    """Shadow: of how many first layers of the base it starts instead, to train with the attached half."""
     last: int = 0
     """Shadow: how many of the base's last layers are corrected; 0: all."""
     alpha: float = 0.5
@@ -85,8 +88,12 @@ class Cell(Recipe):
     """Of the search alone: here weights are placed, and the score decides."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS or bool(self.shadow) != (self.method == "shadow"):
-            raise ConfigError(f"cell '{self.name}': method '{self.method}' with shadow '{self.shadow}' is impossible")
+        starts = bool(self.shadow) + bool(self.joint)
+        if self.method not in METHODS or starts != (self.method == "shadow"):
+            raise ConfigError(
+                f"cell '{self.name}': method '{self.method}' with shadow '{self.shadow}' and joint {self.joint} is impossible; "
+                "a shadow starts from one of both, and no other method from any"
+            )
 
 
 def started(cell: Cell) -> Any:
@@ -117,20 +124,21 @@ class Attached(Clinc):
             return get_peft_model(base, own)
         return corrected(
             base,
-            started(cell).layers,
+            cell.joint or started(cell).layers,
             last=cell.last,
             task_type="SEQ_CLS",
             r=cell.r,
             shadow_alpha=cell.alpha,
             shadow_dropout=cell.dropout,
             variant=cell.variant,
+            auxiliary_loss_weight=1.0,
         )
 
     def store(self, folder: Path) -> None:
-        """Compute once what no step changes: the base below the first corrected layer, and the shadow."""
+        """Compute once what no step changes: the base below the first corrected layer, and a frozen shadow."""
         rows = [item.ids for item in self.items]
         rows += [class_ids(self.tokenizer, e.prompt, 64) for e in self.task.load("validation")]
-        self.stored = prepare(self.model, rows, folder, batch_size=64, shadow=True, tell=print)
+        self.stored = prepare(self.model, rows, folder, batch_size=64, shadow=not self.cell.joint, tell=print)
 
     def forward(self, ids: Sequence[list[int]], **given: Tensor) -> Any:
         """The model's outputs for some texts."""
@@ -143,7 +151,7 @@ class Attached(Clinc):
         return logits
 
     def loss(self, places: Sequence[int]) -> Tensor:
-        """Cross-entropy over the classes, of the attached path."""
+        """Cross-entropy over the classes, of the attached path; of a shadow that trains too, of both."""
         out = self.forward(
             [self.items[i].ids for i in places], labels=torch.tensor([self.examples[i].gold for i in places])
         )
@@ -154,7 +162,7 @@ class Attached(Clinc):
         """What both paths are worth on the test rows, of which nothing is stored."""
         self.stored = None
         found = {"attached": self.worth("test")["constrained"]}
-        return {**found, "detached": self.detached("test")} if self.cell.shadow else found
+        return {**found, "detached": self.detached("test")} if self.cell.method == "shadow" else found
 
     def detached(self, name: str) -> dict[str, Any]:
         """What the shadow alone is worth on a split."""
@@ -176,8 +184,8 @@ class Converging(Training):
         """All that asks for a gradient, after a shadow was placed and frozen."""
         if self.cell.shadow:
             place(self.model, averaged_of(self.cell.shadow, SEARCHED)).freeze_shadow("default")
-            if self.cell.last:
-                self.problem.store(self.file.parents[1] / "activations" / f"{self.cell.shadow}-{self.cell.last}")
+        if self.cell.last:
+            self.problem.store(self.file.parents[1] / "activations" / f"{self.cell.shadow or 'base'}-{self.cell.last}")
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     @property
@@ -262,9 +270,10 @@ def run(cell: Cell, is_over: Callable[[], bool], work: Path = WORK, folder: Path
     except NonFiniteLossError as error:
         training.write(str(error))
         return True
-    if done and cell.shadow:
+    if done and cell.method == "shadow":
         record = record_of(cell.name, folder)
         assert record is not None
+        training.place_best()
         write_json(folder / f"{cell.name}.json", {**record, "detached": training.problem.detached("validation")})
     return done
 

@@ -15,8 +15,10 @@ from experiments.report.records import Page
 from faketask import Fake
 from test_device_search import strip
 
+import shadowpeft
 from chatbase import save_base
 from experiments import converged, device_problems
+from shadowpeft.data.padding import pad_inputs
 from shadowpeft.errors import ConfigError
 
 
@@ -34,12 +36,13 @@ def cell(monkeypatch, base, tmp_path):
     monkeypatch.setattr(converged, "read_plan", lambda: [start])
     assert Training(start, tmp_path / "searched", tmp_path / "searched").run()
     usual = {"name": "cell", "base": base, "batch_size": 4, "rate": 0.01, "most": 4, "average": 0.5, "r": 4}
-    shadow = {"method": "shadow", "shadow": "start", "last": 2}
-    return lambda method="lora", **fields: Cell(**{**usual, **(shadow if method == "shadow" else {"method": method}), **fields})
+    shadow = {"method": "shadow", "last": 2}
+    own = {"shadow": {**shadow, "shadow": "start"}, "joint": {**shadow, "joint": 2}}
+    return lambda method="lora", **fields: Cell(**{**usual, **own.get(method, {"method": method}), **fields})
 
 
 @pytest.mark.parametrize(
-    "method", ["shadow", "lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "rslora"))]
+    "method", ["shadow", "joint", "lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "rslora"))]
 )
 def test_a_killed_training_goes_on_as_if_nothing_had_been(cell, tmp_path, method):
     whole = Converging(cell(method), tmp_path / "a", tmp_path / "ra")
@@ -123,6 +126,30 @@ def test_the_detached_half_is_the_model_that_it_started_from(cell, tmp_path):
     assert record["detached"]["values"] == started["values"]
     assert record["detached"]["log_loss"] == pytest.approx(started["log_loss"], abs=1e-4)
     assert record["test"] is None
+
+
+def test_a_joint_cell_trains_both_halves_on_both_losses(cell, tmp_path):
+    training = Converging(cell("joint", dropout=0.0), tmp_path / "w", tmp_path / "r")
+    problem, places = training.problem, [0, 5, 11]
+    assert problem.stored is not None
+    names = [name for name, _ in training.named]
+    assert all(any(part in name for name in names) for part in ("backbone", "shadowpeft_head", "injection", "score"))
+    assert not any("embed_tokens" in name for name in names)
+    training.model.train()
+    loss = problem.loss(places)
+    problem.stored = None
+    ids, gold = [problem.items[i].ids for i in places], torch.tensor([problem.examples[i].gold for i in places])
+    attached = problem.forward(ids).logits
+    alone = shadowpeft.detach(training.model)(**pad_inputs(ids, int(problem.tokenizer.pad_token_id))).logits
+    losses = [torch.nn.functional.cross_entropy(logits, gold).item() for logits in (attached, alone)]
+    assert losses[0] != losses[1]
+    assert loss.item() == pytest.approx(sum(losses), rel=1e-4)
+    loss.backward()
+    assert all(float(p.grad.abs().sum()) > 0 for name, p in training.named if "backbone" in name and "layers.0" in name)
+    assert run(cell("joint", name="both", most=1), lambda: False, tmp_path / "w", tmp_path / "r")
+    record = json.loads((tmp_path / "r" / "both.json").read_text())
+    assert record["detached"]["all"]["n"] == 12
+    assert record["started_processor_seconds"] is None
 
 
 def test_test_rows_are_read_once_for_a_method_and_seed(cell, tmp_path):
