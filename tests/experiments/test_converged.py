@@ -148,7 +148,7 @@ def test_a_joint_cell_trains_both_halves_on_both_losses(cell, tmp_path):
     assert all(float(p.grad.abs().sum()) > 0 for name, p in training.named if "backbone" in name and "layers.0" in name)
     assert run(cell("joint", name="both", most=1), lambda: False, tmp_path / "w", tmp_path / "r")
     record = json.loads((tmp_path / "r" / "both.json").read_text())
-    assert record["detached"]["all"]["n"] == 12
+    assert record["detached"]["all"]["n"] == 10
     assert record["started_processor_seconds"] is None
 
 
