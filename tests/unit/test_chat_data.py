@@ -536,7 +536,7 @@ def test_arguments_that_are_none_name_the_row():
 
 
 def test_content_in_parts_and_tools_as_text():
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}]
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]}
     checked = chat.check_row({**row, "tools": json.dumps([{"type": "function", "function": WALK}])}, "here")
     assert (checked["messages"][0]["content"], checked["response"]) == ("a\nb", "b")

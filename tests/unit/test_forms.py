@@ -72,6 +72,31 @@ def test_what_a_turn_of_sharegpt_has_beside_its_text_is_that_of_its_message():
         assert (found["response"], found["answer"]) == ("", beside)
 
 
+def test_a_function_call_of_sharegpt_is_an_answer_of_calls():
+    one = {"name": "sit", "arguments": {"for": 2}}
+    two = {"name": "bark", "arguments": "{}"}
+    turns = [("human", "sit"), ("function_call", json.dumps(one)), ("observation", "ok"), ("gpt", "done")]
+    made = lambda turns: {"conversations": [{"from": who, "value": text} for who, text in turns]}  # noqa: E731
+    found = chat.check_row({**made(turns), "tools": json.dumps([{"name": "sit", "parameters": {}}])}, "here")
+    assert [m["role"] for m in found["messages"]] == ["user", "assistant", "tool"]
+    assert found["messages"][1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": one}],
+    }
+    assert (found["response"], found["tools"][0]["name"]) == ("done", "sit")
+    found = chat.check_row(made([("human", "sit, bark"), ("function_call", json.dumps([one, two]))]), "here")
+    assert [call["function"] for call in found["answer"]["tool_calls"]] == [one, two]
+    for text, message in (
+        ("sit()", "turn 2 of 'conversations' is a function_call, whose value must be its calls as JSON, but it is not"),
+        ('{"name": "sit"}', "an object with 'name' and 'arguments', or a list of such; got '{\"name\": \"sit\"}'"),
+        ("[]", "or a list of such; got '[]'"),
+    ):
+        with pytest.raises(DataError) as caught:
+            chat.check_row(made([("human", "sit"), ("function_call", text)]), "here")
+        assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

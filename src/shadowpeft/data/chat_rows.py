@@ -239,10 +239,13 @@ def _check_messages(messages: Any, where: str, every_turn: bool) -> list[dict[st
 
 
 def joined(content: Any) -> Any:
-    """A content in parts, as OpenAI's API has them, as one text; what has a part of another kind stays as it is."""
+    """A content in parts, as OpenAI's API has them, as one text; what has a part of another kind stays as it is. How long a
+    provider may keep a part, ``cache_control``, says nothing of its text.
+    """
     if not isinstance(content, list) or not content:
         return content
-    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text" and len(part) == 2]
+    known = {"type", "text", "cache_control"}
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text" and part.keys() <= known]
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
     return "\n".join(texts) if len(texts) == len(content) else content
 

@@ -43,8 +43,9 @@ _ROLES = {
     "tool": "tool",
     "function_response": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
-"""Who speaks in ShareGPT's conversations, by the names in use."""
+"""Who speaks in ShareGPT's conversations, by the names in use; ``function_call`` is an answer that is its calls, as JSON."""
 
 
 def normal(row: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
@@ -133,8 +134,25 @@ def _of_sharegpt(row: dict[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: turn {number} of 'conversations' needs a string 'value' and 'from', one of {', '.join(_ROLES)}; got "
                 f"from {quote(speaker)}"
             )
+        if speaker == "function_call":
+            text, beside = "", {**beside, "tool_calls": _calls(text, f"{where}: turn {number} of 'conversations'")}
         messages.append({"role": _ROLES[speaker], "content": text, **beside})
     return {**row, "messages": messages}
+
+
+def _calls(text: str, where: str) -> list[dict[str, Any]]:
+    """The calls of a ``function_call``: one JSON object with a name and arguments, or a list of them."""
+    try:
+        found = parse_json(text, object_pairs_hook=once_each)
+    except ValueError as error:
+        raise DataError(f"{where} is a function_call, whose value must be its calls as JSON, but it {error}") from error
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and call.keys() >= {"name", "arguments"} for call in calls):
+        raise DataError(
+            f"{where} is a function_call, whose value must be an object with 'name' and 'arguments', or a list of such; got "
+            f"{quote(text)}"
+        )
+    return [{"type": "function", "function": call} for call in calls]
 
 
 def missing(file: Path) -> str:
