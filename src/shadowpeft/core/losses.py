@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shadowpeft.ops import rewritten
+
 IGNORE = -100
 
 HeadLoss = Callable[[Tensor, Tensor], Tensor]
@@ -163,6 +165,6 @@ def head_loss(rows: Tensor, targets: Tensor, loss: HeadLoss, *, frozen: bool, ch
     Returns:
         0-d float32, connected to ``rows`` also when ``N = 0``.
     """
-    if frozen and rows.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if frozen and rows.requires_grad and torch.is_grad_enabled() and not rewritten():
         return _HeadLoss.apply(rows, targets, loss, chunk)  # type: ignore[no-any-return, no-untyped-call]
     return loss(rows, targets).float()

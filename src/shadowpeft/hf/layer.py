@@ -121,6 +121,24 @@ class ShadowHub(nn.Module, ShadowTunerLayer):
         self.records: dict[str, Any] = {}
         """What :func:`shadowpeft.hf.forward.rows.weights_of` has collected."""
 
+    def active_name(self) -> str | None:
+        """As every layer of the tuner says it.
+
+        Raises:
+            ConfigError: if it is no shadow, such as a LoRA that transformers' ``add_adapter`` put beside the shadows.
+        """
+        name = super().active_name()
+        if name is not None and name not in self.configs:
+            raise ConfigError(
+                f"adapter '{name}' is active and no shadow; the shadows here are {', '.join(map(repr, self.configs))}, and "
+                f"another kind of adapter cannot share their base: delete one of them (delete_adapter('{name}'))"
+            )
+        return name
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As ``nn.Module``; accelerate's ``compile_regions`` wraps a table of modules, which hides its keys."""
+        super().add_module(name, getattr(module, "_orig_mod", module) if name.startswith("shadowpeft_") else module)
+
     def add(self, adapter: str, config: ShadowPeftConfig, parts: ShadowParts, d: int, *, steps: int, head: Any) -> None:
         """Put the parts of one adapter in place.
 

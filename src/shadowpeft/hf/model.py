@@ -70,6 +70,7 @@ class ShadowModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
+        kwargs.pop("state_dict", None)  # PEFT finds its targets in it; those of a shadow follow from its configuration
         with torch.inference_mode(False), torch.enable_grad():  # a trial finds out which weights gradients reach
             super().inject_adapter(model, adapter_name, *args, **kwargs)
 

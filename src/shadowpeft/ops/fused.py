@@ -42,8 +42,14 @@ class StepSettings:
 
 
 def fits(h: Tensor, s: Tensor) -> bool:
-    """Whether :func:`step` takes these states: of one shape, outside autocast and outside a compiler, which fuses by itself."""
-    return h.shape == s.shape and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(h.device.type)
+    """Whether :func:`step` takes these states: of one shape, outside autocast, and not :func:`rewritten`."""
+    return h.shape == s.shape and not rewritten() and not torch.is_autocast_enabled(h.device.type)
+
+
+def rewritten() -> bool:
+    """Whether plain operations alone are wanted: by a compiler, which fuses by itself, or by a transform of ``torch.func``,
+    which takes no backward pass that is written by hand."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def step(h: Tensor, s: Tensor, weights: Weights, how: StepSettings, *, training: bool = False) -> tuple[Tensor, Tensor]:

@@ -108,15 +108,17 @@ def _check_lengths(base: int, shadow: int, ahead: int) -> None:
 
 
 def check_untouched(cache: Any) -> None:
-    """A batch whose rows are all the base's continues no cache that shadows have filled.
+    """What the base answers alone, in every row of a batch or since adapters are disabled, continues no cache that shadows have
+    filled.
 
     Raises:
         CacheMismatchError: if one has.
     """
-    owners = _owners(_shadow_layers(cache)) if isinstance(cache, Cache) else {}
-    if owners:
+    own = _shadow_layers(cache) if isinstance(cache, Cache) else []
+    if owners := _owners([layer for layer in own if _used(layer)]):
         raise CacheMismatchError(
-            f"the cache was filled with {_say(owners)} but every row of adapter_names is '__base__'; start from an empty cache"
+            f"the cache was filled with {_say(owners)} but now the base answers alone (adapters are disabled, or every row of "
+            "adapter_names is '__base__'); start from an empty cache"
         )
 
 

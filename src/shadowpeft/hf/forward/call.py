@@ -107,6 +107,8 @@ class ShadowCall:
         """Whether nobody wants the logits."""
         self.last_state: Tensor | None = None
         """With ``loss_alone``: what the base's head reads, ``(B, T, d)``."""
+        self.headless = False
+        """Whether the backbone was called by itself, so that no head follows."""
         self.streams_first = False
         self.base_state: Tensor | None = None
         """The input of the first refined layer, ``(B, T, d)``, if the layers below are not to run."""

@@ -23,7 +23,7 @@ from shadowpeft.core import Trajectory, count_targets
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.hf.base.signature import Signature, keeps_state
 from shadowpeft.hf.base.weights import allow_gradients
-from shadowpeft.hf.forward import below, losses, rows
+from shadowpeft.hf.forward import below, losses, rows, supervision
 from shadowpeft.hf.forward import call as calls
 from shadowpeft.hf.forward.cache import check_untouched, own_cache, shadow_views
 from shadowpeft.hf.forward.call import CALL, Part, ShadowCall, initial_state, read_weights
@@ -144,15 +144,19 @@ def start(hub: ShadowHub, model: nn.Module, kwargs: dict[str, Any]) -> ShadowCal
 
 def after_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, kwargs_reach_layers: bool
-) -> None:
+) -> Any:
     """The forward of ``module`` has ended, also by an error: take its call out of the context."""
     if not (kwargs_reach_layers and torch.compiler.is_compiling()):
         call = calls.current()
         if call is not None:
             below.restore(call)
+            if call.headless and output is not None and losses.asks_for_shadow_loss(module, call):
+                # a loss from hidden states; the model's own hook, which joins the losses, will not run
+                output = supervision.refuse_states(output)
             if call.loss_alone and call.last_state is None and output is not None:  # the backbone's; the model's comes later
                 call.last_state = output[0]
         calls.leave()
+    return output
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
@@ -181,6 +185,9 @@ def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         head = (result.logits,) if result.loss is None else (result.loss, result.logits)
         return head + tuple(output[first + 1 :])
     output.loss, output.logits = result.loss, result.logits
+    unseen = result.shadow_loss is None or result.witness is not None  # else the shadow is frozen, or this is compiled
+    if unseen and getattr(output, "hidden_states", None) and losses.asks_for_shadow_loss(model, call):
+        output.hidden_states = supervision.guard_states(output.hidden_states, result.witness)
     # attributes, not fields: a field would turn Trainer's `predictions` into a tuple and break compute_metrics
     output.task_loss, output.shadow_loss = result.task_loss, result.shadow_loss
     if call.return_shadow:
@@ -210,8 +217,11 @@ def before_backbone(
     if call is None:
         adapter = hub.active_name()
         if adapter is None:
+            if not torch.compiler.is_compiling():
+                check_untouched(kwargs.get(signature.cache))
             return None
         call = ShadowCall([Part(hub.records.get(adapter) or read_weights(hub, adapter))])
+        call.headless = True
     config: Any = backbone.config
     cache = kwargs.get(signature.cache)
     use_cache = kwargs.get("use_cache")

@@ -21,6 +21,7 @@ from shadowpeft.hf.forward.beginning import shadow_caches_in_graph, shared_token
 from shadowpeft.hf.forward.call import AdapterWeights, Part, ShadowCall, initial_state
 from shadowpeft.hf.forward.rows import BASE, as_only_adapter, assemble, weights_of
 from shadowpeft.hf.layer import ShadowHub
+from shadowpeft.ops import rewritten
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Joined:
     task_loss: Tensor | None
     shadow_loss: Tensor | None
     shadow_logits: Tensor | None
+    witness: Any = None
+    """Of a pass with labels whose loss must contain the shadow's (:func:`shadowpeft.hf.forward.supervision.demand_both`)."""
 
 
 def join_losses(
@@ -75,16 +78,22 @@ def join_losses(
         else:
             assert stock is not None
             task_loss = _recount(stock, stock.nan_to_num() if logits is None else logits, call, hub.facts.label_shift)
-    loss, asked = task_loss, training and weight > 0 and not call.return_shadow
+    loss, witness = task_loss, None
+    asked = asks_for_shadow_loss(model, call)
     if asked and logits is not None and logits.requires_grad:
         if shadow_loss is None:
             logits = supervision.refuse_gradients(logits)
         # a frozen shadow has no gradient; and with labels the demand would cost a compiled graph a break
-        elif shadow_loss.requires_grad and (task_loss is None or not torch.compiler.is_compiling()):
-            logits, shadow_loss = supervision.demand_both(logits, shadow_loss)
+        elif shadow_loss.requires_grad and (task_loss is None or not rewritten()):
+            logits, shadow_loss, witness = supervision.demand_both(logits, shadow_loss)
     if task_loss is not None and training and shadow_loss is not None:
         loss = joint_loss(task_loss, shadow_loss, weight)
-    return Joined(logits, loss, task_loss, shadow_loss, shadow_logits)
+    return Joined(logits, loss, task_loss, shadow_loss, shadow_logits, witness)
+
+
+def asks_for_shadow_loss(module: nn.Module, call: ShadowCall) -> bool:
+    """Whether what trains here must train with the shadow's loss: lambda is not 0, and nobody computes both by themselves."""
+    return bool(module.training and call.parts and not call.return_shadow and _weight(call) > 0)
 
 
 def _weight(call: ShadowCall) -> float:

@@ -15,8 +15,9 @@ from torch import Tensor
 from shadowpeft.errors import UnsupervisedShadowError
 
 _REMEDY = (
-    "train with shadowpeft.ShadowTrainer (or put shadowpeft.ShadowLossMixin before your trainer's class), pass labels= and "
-    "use out.loss, pass return_shadow=True and compute both losses yourself, or set auxiliary_loss_weight=0"
+    "train with shadowpeft.ShadowTrainer (or put shadowpeft.ShadowLossMixin before the class of a trainer that learns from "
+    "labels), pass labels= and use out.loss, pass return_shadow=True and compute both losses yourself, or, with any other loss "
+    "of your trainer's own, set auxiliary_loss_weight=0"
 )
 
 
@@ -36,6 +37,31 @@ class _Refuse(torch.autograd.Function):
 def refuse_gradients(logits: Tensor) -> Tensor:
     """``logits``, which raise in the backward pass: no labels were given, so there is no shadow loss to add."""
     return _Refuse.apply(logits)  # type: ignore[no-any-return]
+
+
+def refuse_states(output: Any) -> Any:
+    """The output of a backbone that was called without its head, whose hidden states raise in the backward pass."""
+    if isinstance(output, tuple):
+        return tuple(_refused(each) for each in output)
+    for name in ("last_hidden_state", "hidden_states"):
+        if output.get(name) is not None:
+            output[name] = _refused(output[name])
+    return output
+
+
+def _refused(states: Any) -> Any:
+    """A tensor, or a tuple of them; whatever else an output has stays as it is."""
+    if isinstance(states, tuple):
+        return tuple(_refused(each) for each in states)
+    return refuse_gradients(states) if isinstance(states, Tensor) and states.requires_grad else states
+
+
+def guard_states(states: tuple[Tensor, ...], witness: _Witness | None) -> tuple[Tensor, ...]:
+    """The hidden states of a whole pass: a loss from them must contain the shadow's, which ``witness`` sees; None: there is
+    none, so they raise."""
+    if witness is None:
+        return tuple(_refused(each) for each in states)
+    return tuple(_Demand.apply(each, witness) if each.requires_grad else each for each in states)
 
 
 class _Witness:
@@ -86,10 +112,11 @@ class _Demand(torch.autograd.Function):
         return grads[0], None
 
 
-def demand_both(logits: Tensor, shadow_loss: Tensor) -> tuple[Tensor, Tensor]:
-    """``logits`` and ``shadow_loss``, such that a backward pass through the first without the second raises at its end."""
+def demand_both(logits: Tensor, shadow_loss: Tensor) -> tuple[Tensor, Tensor, _Witness]:
+    """``logits`` and ``shadow_loss``, such that a backward pass through the first without the second raises at its end; and
+    what sees it."""
     witness = _Witness()
-    return _Demand.apply(logits, witness), _Mark.apply(shadow_loss, witness)
+    return _Demand.apply(logits, witness), _Mark.apply(shadow_loss, witness), witness
 
 
 class _JoinLogProbs(torch.autograd.Function):
