@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import shadowpeft
 from chatbase import save_base
-from shadowpeft.errors import CacheMismatchError, ConfigError, UnsupervisedShadowError
+from shadowpeft.errors import CacheMismatchError, ConfigError, UnsupervisedShadowError, UnsupportedModelError
 
 IDS = torch.tensor([[5, 9, 11, 7, 6, 12], [8, 5, 10, 9, 13, 7]])
 
@@ -137,3 +137,21 @@ def test_the_remedy_names_labels_for_the_mixin():
 
     with pytest.raises(UnsupervisedShadowError, match=r"learns from labels.*of your trainer's own, set auxiliary"):
         F.relu(refuse_gradients(logits)).sum().backward()
+
+
+def test_a_compiled_base_is_named(base):
+    with pytest.raises(ConfigError, match="attach the adapter first and compile then"):
+        shadow(torch.compile(base, backend="eager"))
+    base.compile(backend="eager")
+    assert shadow(base)(input_ids=IDS).logits.shape[:2] == IDS.shape
+
+
+def test_a_shadow_without_a_model_of_its_own_is_named(tmp_path):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}  # fmt: skip
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+    model = shadow(Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)))
+    with pytest.raises(UnsupportedModelError, match="no CausalLM model of Qwen2VLTextConfig"):
+        shadowpeft.detach(model)

@@ -87,6 +87,11 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
             and (_scale(embedding) == 1.0 or config.model_type == parts.config.model_type)
         )
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        raise UnsupportedModelError(
+            f"transformers has no {auto.__name__.removeprefix('AutoModelFor')} model of {type(config).__name__}, so this "
+            "shadow cannot stand alone; use it attached, or give the adapter a shadow of another architecture (shadow_model)"
+        )
     edge: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     edge_body = next((module for module in edge.modules() if type(module) is type(backbone)), None)
     if edge_body is None:

@@ -83,6 +83,11 @@ class ShadowModel(BaseTuner):
                 "the base is a PeftModel, which holds adapters already; add this one with its load_adapter(folder, name) or "
                 "add_adapter(name, config), or pass the base that its unload() gives"
             )
+        if hasattr(self.model, "_orig_mod"):
+            raise ConfigError(
+                "the base is what torch.compile gave, which hides its parts; attach the adapter first and compile then, or "
+                "compile in place (base.compile())"
+            )
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         check_bare(self.model)
         if not peft_config._loaded:
