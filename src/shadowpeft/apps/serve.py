@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.apps.common import load_tokenizer_of, pick_device, placed, quiet_libraries, system_message
+from shadowpeft.apps.common import config_of, load_tokenizer_of, pick_device, placed, quiet_libraries, system_message
 from shadowpeft.errors import ConfigError
+from shadowpeft.messages import did_you_mean
 from shadowpeft.serve.options import Options, without_password
 from shadowpeft.terminal import terminal
 
@@ -67,9 +68,10 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
     if options.vote and not tools.plain:
         raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
-    if tools is not None:
-        for folder in options.named.values():
+    for folder in options.named.values():
+        if tools is not None:
             check_calls(folder)
+        _check_learnt(folder, _tools(options), packaged=router is not None and router.calibration is None)
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))
@@ -231,6 +233,33 @@ def _check_system(given: str | None, system: str | None, calibration: Any, file:
         raise ConfigError(
             f"the calibration '{file}' was made with {'no system message' if made is None else f'the system message {made!r}'} "
             f"but {here}; {remedy}, or calibrate again with the other"
+        )
+
+
+def _check_learnt(folder: str, given: Any, *, packaged: bool) -> None:
+    """The actions of a server are such as its model has learnt, where the model records them.
+
+    Args:
+        given: those of ``--skills``, or None. packaged: whether the packaged ones count where none are given.
+
+    Raises:
+        ConfigError: if one is not.
+    """
+    from shadowpeft.data.robot import SKILLS
+
+    learnt = config_of(folder).get("actions")
+    if not isinstance(learnt, list) or (given is None and not packaged):
+        return
+    others = [name for name in (SKILLS if given is None else given.names) if name not in learnt]
+    if others and given is None:
+        raise ConfigError(
+            f"'{folder}' has learnt {len(learnt)} actions of its own ({', '.join(learnt[:3])}, ...) but the packaged ones "
+            "would count; name its own with --skills FILE, or pass a calibration (--routing), which knows them"
+        )
+    if others:
+        raise ConfigError(
+            f"--skills has the action {others[0]}, which '{folder}' has not learnt{did_you_mean(others[0], learnt)}; it has "
+            f"learnt {', '.join(learnt[:20])}{', ...' if len(learnt) > 20 else ''}: leave the others out, or train with them"
         )
 
 

@@ -67,6 +67,8 @@ class ShadowPeftConfig(ShadowSettings, PeftConfig):
     """Record: ``action`` where the shadow learnt to answer with an action alone."""
     call_form: Literal["template"] | None = None
     """Record: ``template`` where calls of tools were learnt as the base's chat template writes them."""
+    actions: Names | None = field(default=None, repr=False)
+    """Record: the names of the actions or tools that a run named; None: it named none."""
     labels: Names | None = field(default=None, repr=False)
     """Record: the labels of a classifier, in the order of its classes."""
     pad_token_id: int | None = None
@@ -326,6 +328,7 @@ def check_complete(content: Mapping[str, Any]) -> None:
 def _required_in_files() -> set[str]:
     own = {f.name for f in fields(ShadowPeftConfig)} - {f.name for f in fields(PeftConfig)}
     return (own | {"task_type"}) - {
+        "actions",
         "base_alias",
         "call_form",
         "draft_tokens",

@@ -57,6 +57,7 @@ _TAKEN_OVER = (
     "system_message",
     "shadow_answers",
     "call_form",
+    "actions",
     "pad_token_id",
 )
 

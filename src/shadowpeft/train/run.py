@@ -18,6 +18,7 @@ from shadowpeft.data import chat
 from shadowpeft.data.class_rows import ClassRows
 from shadowpeft.data.frequent import frequent_tokens
 from shadowpeft.data.packed import pack
+from shadowpeft.data.robot import SKILLS
 from shadowpeft.ends import end_tokens
 from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.evaluate import evaluate_task
@@ -48,6 +49,7 @@ from shadowpeft.train.rows import (
     class_rows_of,
     compact_calls,
     load_run_data,
+    packaged,
     shadow_first,
     steps_by_epochs,
     system_of,
@@ -105,6 +107,8 @@ def _tell(config: Any, run: RunConfig, base: Any, tokenizer: Any) -> None:
     config.shadow_answers = "action" if run.data.learns_actions else None
     tools = tools_of_run(run.data.train, run.data.tools)
     config.call_form = None if compact_calls(run.data, tools, tokenizer) else "template"
+    names = tools.names if tools is not None else SKILLS if packaged(run.data.train) else ()
+    config.actions = sorted({*(config.actions or ()), *names}) or None  # a run may go on from an adapter that has some
 
 
 def _stored(
