@@ -2,6 +2,9 @@
 
 The token table and the head are most of a shadow, so they are quantised too, always to int8 with one scale a row. A tied head
 is untied first, since torchao's tensors cannot be shared in a file; the two still take half the bytes of one float32 table.
+
+Biases stay as they are. So does a token table of a class of its own, such as Gemma 3's, which scales what it looks up: after
+loading quantised weights transformers does not set the scale of such a module, which no file holds.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ def write(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: str) -> d
     rows = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=quantization.PerAxis(0))
     plan: dict[str, Any] = {}
     for name, module in plain.named_modules():
-        if isinstance(module, nn.Embedding) or module is plain.get_output_embeddings():
-            plan[name] = rows
+        weight = f"{name}.weight"  # the module's name would mean its bias too
+        if type(module) is nn.Embedding or module is plain.get_output_embeddings():
+            plan[weight] = rows
         elif isinstance(module, nn.Linear):
-            plan[name] = rows if dtype == "int8" else _int4(module.in_features)
+            plan[weight] = rows if dtype == "int8" else _int4(module.in_features)
     settings = TorchAoConfig(quantization.FqnToConfig(plan), include_input_output_embeddings=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as between:
         plain.save_pretrained(between)
