@@ -12,7 +12,7 @@ import edges
 from chatbase import CHATML
 from shadowpeft.chat_template import render
 from shadowpeft.errors import UnsupportedModelError
-from shadowpeft.export import modelfile
+from shadowpeft.export import modelfile, verify
 
 DEFAULT_SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are small.<|im_end|>\n{% endif %}" + CHATML
@@ -142,3 +142,71 @@ def test_export_writes_it_or_says_why_not(tmp_path, monkeypatch, capsys):
             assert said == "a.Modelfile"
             assert "<|im_end|>" in (tmp_path / "a.Modelfile").read_text(encoding="utf-8")
     assert not (tmp_path / "b.Modelfile").exists()
+
+
+ODD = 'Say "no" \\ or {{ .Content }}.\nYou are a "dog"'
+
+
+@pytest.mark.parametrize("message", [SYSTEM["content"], ODD])
+def test_the_system_message_of_the_training_is_said(message, tmp_path, monkeypatch, capsys):
+    from commands import call
+
+    source = edges.model()
+    source.config.system_message = message
+    source.save_pretrained(tmp_path / "edge")
+    words = edges.tokenizer()
+    words.chat_template = DEFAULT_SYSTEM
+    words.save_pretrained(tmp_path / "edge")
+    file = tmp_path / "edge.gguf"
+    code, out, err = call(monkeypatch, capsys, "export", tmp_path / "edge", file, "--to", "gguf", "--dtype", "f32", "--json")
+    assert code == 0, err
+    assert json.loads(out)["export"]["modelfile"] == "edge.Modelfile"
+    text = (tmp_path / "edge.Modelfile").read_text(encoding="utf-8")
+    template, said = re.fullmatch(
+        r'FROM .*?\nTEMPLATE """(.*?)"""\nSYSTEM """(.*?)"""\nPARAMETER .*', text, re.DOTALL
+    ).groups()
+    assert said == message
+    chat = [{"role": "system", "content": said}, USER]  # which is what Ollama makes of a chat that brings none
+    expected = render(words, [{"role": "system", "content": message}, USER], add_generation_prompt=True)
+    assert as_go_would(template, chat) == expected
+    assert "You are small." not in expected
+
+
+def test_a_system_message_is_written_as_the_template_writes_it():
+    words = edges.tokenizer(bos=True)
+    words.chat_template = HEADERS  # which trims
+    found = modelfile.pieces(words)
+    assert modelfile.system_line(words, found, "You are a dog.\n") == 'SYSTEM """You are a dog."""\n'
+    words = edges.tokenizer()  # whose template does not
+    assert modelfile.system_line(words, modelfile.pieces(words), "a dog\n") == 'SYSTEM """a dog\n"""\n'
+    for none in (None, ""):
+        assert modelfile.system_line(words, modelfile.pieces(words), none) == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [(CHATML, 'Say """no""".'), (CHATML.replace("m['content']", "m['content'] | lower"), "A Dog")]
+)
+def test_a_system_message_that_a_modelfile_cannot_say_is_refused(template, message, tmp_path):
+    words = edges.tokenizer()
+    words.chat_template = CHATML
+    found = modelfile.pieces(words)
+    words.chat_template = template
+    with pytest.raises(UnsupportedModelError, match=r"trained with the system message .*which a Modelfile does not express"):
+        modelfile.system_line(words, found, message)
+
+
+def test_the_comparison_asks_with_the_system_message():
+    words = edges.tokenizer()
+    ids = verify.encode_prompts(words, "Sit", SYSTEM["content"])
+    assert words.decode(ids) == render(words, [SYSTEM, {"role": "user", "content": "Sit"}], add_generation_prompt=True)
+    plain = verify.encode_prompts(words, "Sit")
+    assert words.decode(plain) == render(words, [{"role": "user", "content": "Sit"}], add_generation_prompt=True)
+    asked = []
+
+    def target(input_ids, attention_mask):
+        asked.append(input_ids[0].tolist())
+        return source(input_ids=input_ids)
+
+    source = edges.model()
+    verify.compare(source, target, words, prompts=("Sit",), new_tokens=2, system=SYSTEM["content"])
+    assert asked[0][: len(ids)] == ids

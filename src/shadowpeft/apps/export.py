@@ -83,7 +83,7 @@ def main(
         model, tokenizer = load_source(source, base)
     system = system_message(source, None)
     needs = None if vocab_from is None else Vocabulary(vocab_from, skills, system)
-    result = run(model, tokenizer, path, to, dtype, needs, verify, evaluate, limit, console, attached)
+    result = run(model, tokenizer, path, to, dtype, needs, verify, evaluate, limit, console, attached, system)
     result["export"] |= left_behind(source, "docs/export.md")
     show(result, f"{source} as {to}", as_json)
 
@@ -152,12 +152,14 @@ def run(
     limit: int | None,
     console: Console,
     attached: tuple[str, str | None] | None = None,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Trim, write beside, read back, compare, rename; returns the report.
 
     Args:
         needs: the rows whose tokens are kept; None: all tokens are.
         attached: adapter and base, where the format holds the attached model too.
+        system: the message that the model was trained with, for the Modelfile and for the prompts of the comparison.
 
     Raises:
         ShadowPeftError: if the file disagrees with its source (nothing is left behind), or cannot be written.
@@ -175,7 +177,7 @@ def run(
     ends = words.convert_ids_to_tokens(end_tokens(small, words))
     report["export"] = {"parameters": small.num_parameters(), "vocabulary": small.config.vocab_size, "ends": ends}
     if to == "gguf":
-        refuse_another_modelfile(path, words, ends)
+        refuse_another_modelfile(path, words, ends, system)
     is_folder, remedy = not export.FORMATS[to].suffix, "free some space or choose another folder"
     with written_whole(path, "the export", remedy, folder=is_folder, replace=False) as beside:
         with console.status(f"writing {to} {dtype}"):
@@ -191,15 +193,17 @@ def run(
                 again = export.read(to, beside)
         if verify:
             with console.status("comparing greedy tokens"):
-                report["verify"] = check_against_source(model, small, again, words, kept, to, dtype, path)
+                report["verify"] = check_against_source(
+                    model, small, again, words, kept, to, dtype, path, system
+                )
         if evaluate is not None:
             report["evaluate"] = scores(model, tokenizer, again, words, evaluate, limit, console)
     if to == "gguf":
-        report["export"]["modelfile"] = write_modelfile(path, words, ends)
+        report["export"]["modelfile"] = write_modelfile(path, words, ends, system)
     return {**report, "path": str(path)}
 
 
-def refuse_another_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> None:
+def refuse_another_modelfile(path: Path, tokenizer: Any, ends: list[str], system: str | None) -> None:
     """Raise if :func:`write_modelfile` would find another file in the Modelfile's place.
 
     Raises:
@@ -208,15 +212,15 @@ def refuse_another_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> Non
     from shadowpeft.export import modelfile
 
     with suppress(UnsupportedModelError):  # there will be none, and the report says why
-        modelfile.place(path, tokenizer, ends)
+        modelfile.place(path, tokenizer, ends, system)
 
 
-def write_modelfile(path: Path, tokenizer: Any, ends: list[str]) -> str:
+def write_modelfile(path: Path, tokenizer: Any, ends: list[str], system: str | None) -> str:
     """Write Ollama's Modelfile beside a GGUF file: its name, or why there is none."""
     from shadowpeft.export import modelfile
 
     try:
-        return modelfile.write(path, tokenizer, ends).name
+        return modelfile.write(path, tokenizer, ends, system).name
     except UnsupportedModelError as error:
         return f"none: {error}"
 
@@ -267,7 +271,15 @@ class Vocabulary:
 
 
 def check_against_source(
-    source: Any, small: Any, target: Any, tokenizer: Any, kept: Any, to: str, dtype: str, path: Path
+    source: Any,
+    small: Any,
+    target: Any,
+    tokenizer: Any,
+    kept: Any,
+    to: str,
+    dtype: str,
+    path: Path,
+    system: str | None,
 ) -> dict[str, Any]:
     """Greedy tokens against the ``source`` and weights against the ``small`` copy, held against the limits of the format.
 
@@ -277,7 +289,7 @@ def check_against_source(
     from shadowpeft.export.verify import compare, weight_error
 
     limits = export.FORMATS[to].limits[dtype]
-    measured = compare(source, target, tokenizer, kept)
+    measured = compare(source, target, tokenizer, kept, system=system)
     if export.FORMATS[to].generates:
         measured["weight_error"] = weight_error(small, target)
     failed = []

@@ -1,4 +1,4 @@
-"""Ollama's ``Modelfile`` beside a GGUF file: the chat template in Ollama's own language, and where an answer ends.
+"""Ollama's ``Modelfile`` beside a GGUF file: chat template in Ollama's own language, system message, where an answer ends.
 
 Ollama reads no Jinja; it wants a Go template. The pieces of text around each message are found by rendering chats with the
 tokenizer's own template, and what the Go template will write is compared with that template on chats of every shape that
@@ -14,6 +14,7 @@ from typing import Any
 
 from shadowpeft.chat_template import render
 from shadowpeft.errors import ConfigError, DataError, UnsupportedModelError
+from shadowpeft.messages import quote
 from shadowpeft.storage import written_whole
 
 _SYSTEM, _USER, _ASSISTANT, _SECOND = ("Qsystemq", "Quserq", "Qassistantq", "Qsecondq")
@@ -125,20 +126,47 @@ def go_template(found: Pieces) -> str:
     return f"{{{{ range $i, $m := .Messages }}}}{first}{roles}{{{{ end }}}}{{{{ end }}}}{found.answer}"
 
 
-def modelfile(gguf: str, found: Pieces, ends: Sequence[str]) -> str:
-    """The text of a Modelfile for the file ``gguf`` beside it; ``ends`` are the tokens at which an answer ends."""
+def system_line(tokenizer: Any, found: Pieces, system: str | None) -> str:
+    """The line that gives chats which bring no system message the one of the training; empty if it had none.
+
+    Raises:
+        UnsupportedModelError: if the message holds what ends a quotation, or the template changes it.
+    """
+    if not system:
+        return ""
+    user = {"role": "user", "content": _USER}
+    expected = _without_bos(tokenizer, _prompt(tokenizer, [{"role": "system", "content": system}, user]))
+    for text in (system, system.strip()):  # which many templates do, and Ollama's does not
+        if '"""' not in text and found.text([{"role": "system", "content": text}, user]) == expected:
+            return f'SYSTEM """{text}"""\n'
+    raise UnsupportedModelError(
+        f"the model was trained with the system message {quote(system)}, which a Modelfile does not express: it holds "
+        'three quotation marks in a row (""") or the chat template changes it'
+    )
+
+
+def modelfile(gguf: str, found: Pieces, ends: Sequence[str], system: str = "") -> str:
+    """The text of a Modelfile for the file ``gguf`` beside it.
+
+    Args:
+        ends: the tokens at which an answer ends. system: what :func:`system_line` gave.
+    """
     stops = "".join(f'PARAMETER stop "{end}"\n' for end in ends)
-    return f'FROM ./{gguf}\nTEMPLATE """{go_template(found)}"""\n{stops}PARAMETER temperature 0\n'
+    return f'FROM ./{gguf}\nTEMPLATE """{go_template(found)}"""\n{system}{stops}PARAMETER temperature 0\n'
 
 
-def place(file: Path, tokenizer: Any, ends: Sequence[str]) -> tuple[Path, str]:
+def place(file: Path, tokenizer: Any, ends: Sequence[str], system: str | None = None) -> tuple[Path, str]:
     """Where the Modelfile of the GGUF ``file`` belongs (``edge.gguf``: ``edge.Modelfile``, beside it), and its text.
+
+    Args:
+        system: the message of chats that bring none, with which the model was trained.
 
     Raises:
         ConfigError: if another file stands there.
-        UnsupportedModelError: if the tokenizer's chat template cannot be written for Ollama.
+        UnsupportedModelError: if the tokenizer's chat template or the system message cannot be written for Ollama.
     """
-    text = modelfile(file.name, pieces(tokenizer), ends)
+    found = pieces(tokenizer)
+    text = modelfile(file.name, found, ends, system_line(tokenizer, found, system))
     path = file.with_suffix(".Modelfile")
     if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
         raise ConfigError(
@@ -148,14 +176,14 @@ def place(file: Path, tokenizer: Any, ends: Sequence[str]) -> tuple[Path, str]:
     return path, text
 
 
-def write(file: Path, tokenizer: Any, ends: Sequence[str]) -> Path:
+def write(file: Path, tokenizer: Any, ends: Sequence[str], system: str | None = None) -> Path:
     """Write the Modelfile of the GGUF ``file`` beside it and return its path; one that is the same is left as it is.
 
     Raises:
         ConfigError, UnsupportedModelError: as :func:`place`.
         ShadowPeftError: if it cannot be written.
     """
-    path, text = place(file, tokenizer, ends)
+    path, text = place(file, tokenizer, ends, system)
     if path.exists():
         return path
     remedy = "free some space or choose another folder"

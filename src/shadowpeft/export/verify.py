@@ -22,11 +22,12 @@ PROMPTS = (
 NEW_TOKENS = 16
 
 
-def encode_prompts(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt: a user's turn where the tokenizer has a chat template, else the bare text."""
+def encode_prompts(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
+    """Token ids of a prompt: a user's turn after ``system`` where the tokenizer has a chat template, else the bare text."""
     if tokenizer.chat_template is None:
         return list(tokenizer(prompt).input_ids)
-    return prompt_ids(tokenizer, [{"role": "user", "content": prompt}])
+    first = [{"role": "system", "content": system}] if system else []
+    return prompt_ids(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
 @torch.no_grad()
@@ -51,6 +52,7 @@ def compare(
     *,
     prompts: tuple[str, ...] = PROMPTS,
     new_tokens: int = NEW_TOKENS,
+    system: str | None = None,
 ) -> dict[str, Any]:
     """Let ``source`` continue every prompt greedily and ask ``target``, which is given the same tokens, for its choices.
 
@@ -61,6 +63,7 @@ def compare(
         source: a transformers model. target: what :func:`shadowpeft.export.read` gave.
         tokenizer: the exported one. kept: ``(V')`` ids of the source that the exported ids 0 .. V'-1 stand for; None: all.
             The source then chooses among the kept ids alone.
+        system: the message before each prompt; None: none.
 
     Returns:
         prompts, prompts_equal (all choices equal), tokens, tokens_equal, max_logit_difference (kept ids, generated positions),
@@ -70,7 +73,7 @@ def compare(
     largest = 0.0
     device = next(source.parameters()).device
     for prompt in prompts:
-        ids = encode_prompts(tokenizer, prompt)
+        ids = encode_prompts(tokenizer, prompt, system)
         old = torch.tensor(ids) if kept is None else kept[torch.tensor(ids)]
         logits, unrestricted = _continue(source, old.to(device), kept, new_tokens)
         choices = logits.argmax(-1)
