@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from shadowpeft.apps.common import quiet_libraries, show
 from shadowpeft.apps.options import Json, Overrides, RunFile
 from shadowpeft.terminal import terminal
+
+if TYPE_CHECKING:
+    from shadowpeft.data.chat import ChatDataset
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -27,7 +31,7 @@ def plan(run: Any) -> dict[str, Any]:
     Memory is weights + gradients + AdamW states + logits + saved activations (about ``34 d`` values a token and layer, half
     that for what a frozen layer keeps; none below the first refined one); time is 2 FLOP per weight and token forward, as much
     again for gradients that pass through the frozen base, and 4 for trainable weights, over the measured speed of a float32
-    product on this device.
+    product on this device. Both are of the rows that the steps reach.
     """
     import torch
     from peft import get_peft_model
@@ -71,21 +75,19 @@ def plan(run: Any) -> dict[str, Any]:
     pack_to = run.data.max_length if run.data.packing else None
     rows, steps, _ = shadow_first(sequences, t, t.batch_size * t.gradient_accumulation, pack_to)
     packed = rows.parts[-1] if pack_to is not None else None  # of an epoch of both paths
-    sequences = rows.sequences  # of the whole run, where the shadow has epochs of its own
     steps = steps if t.target_minutes is None else None
     if steps is None and t.target_minutes is None:
         steps = steps_by_epochs(t, packed or count)
-    mean = sum(len(s.ids) for s in sequences) / len(sequences)
-    longest = max(len(s.ids) for s in sequences)
-    through_base = sum(len(s.ids) for s in sequences if s.base) / sum(len(s.ids) for s in sequences)
+    drawn = None if steps is None else steps * t.batch_size * t.gradient_accumulation
+    seen = shape_of(rows, drawn, answers=not classifies)
+    mean, longest, through_base = seen.mean, seen.longest, seen.through_base
     text = config.get_text_config(decoder=True)
     tied = getattr(text, "tie_word_embeddings", False) and not classifies
     active = base_parameters - (0 if tied else embedding)  # a tied table is the head, an untied one is only looked up
     forward = share if t.cache_activations else 1.0
     head = 0 if classifies else embedding  # a language model's is as large as the embedding
     through_layers = 2 * (forward + share) * (active - head) + 4 * head
-    learnt = 0.0 if classifies else _answer_share(sequences)
-    per_token = through_base * through_layers + 6 * trainable + 4 * head * learnt
+    per_token = through_base * through_layers + 6 * trainable + 4 * head * seen.answers
     tokens_per_step = mean * t.batch_size * t.gradient_accumulation
     flops = _measured_flops()
     if steps is None:
@@ -125,8 +127,39 @@ def plan(run: Any) -> dict[str, Any]:
     }
 
 
-def _answer_share(sequences: list[Any]) -> float:
-    return sum(len(s.learnt) for s in sequences if s.shadow) / sum(len(s.ids) for s in sequences)
+@dataclass(frozen=True)
+class Shape:
+    """What the rows of a run cost."""
+
+    mean: float
+    """Tokens of a row."""
+    longest: int
+    through_base: float
+    """Share of the tokens that the base computes."""
+    answers: float
+    """Tokens that the shadow learns to say, for each token; 0 of a classifier's rows."""
+
+
+def shape_of(rows: ChatDataset, drawn: int | None, *, answers: bool = True) -> Shape:
+    """The shape of the first ``drawn`` rows in the order of training; None: of all.
+
+    The parts of ``rows`` follow one another, the shadow's own epochs before those of both paths. Each is shuffled, so what is
+    drawn of the last one counts as its average. ``answers``: the rows have any, as a classifier's do not.
+    """
+    count = tokens = based = learnt = 0.0
+    longest = start = 0
+    for size in rows.parts:
+        share = 1.0 if drawn is None else min((drawn - start) / size, 1.0)
+        if share <= 0:
+            break
+        part = rows.sequences[start : start + size]
+        count += share * size
+        tokens += share * sum(len(s.ids) for s in part)
+        based += share * sum(len(s.ids) for s in part if s.base)
+        learnt += share * sum(len(s.learnt) for s in part if answers and s.shadow)
+        longest = max(longest, *(len(s.ids) for s in part))
+        start += size
+    return Shape(tokens / count, longest, based / tokens, learnt / tokens)
 
 
 def _measured_flops() -> float:
