@@ -240,8 +240,9 @@ def test_cache_continued_with_the_adapter_disabled_in_between_is_refused():
     model = adapt(base("llama"))
     ids = tokens(1, 8)
     cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-    with model.disable_adapter():
+    with model.disable_adapter(), pytest.raises(CacheMismatchError, match="adapters are disabled"):
         model(input_ids=ids[:, 5:6], past_key_values=cache, use_cache=True)
+    cache.layers[0].update(*(torch.zeros(1, 2, 1, 8) for _ in range(2)))  # the base read a token behind the adapter's back
     with pytest.raises(CacheMismatchError, match="disabled"):
         model(input_ids=ids[:, 6:], past_key_values=cache, use_cache=True)
 

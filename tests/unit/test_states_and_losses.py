@@ -140,7 +140,7 @@ def test_the_remedy_names_labels_for_the_mixin():
 
 
 def test_a_compiled_base_is_named(base):
-    with pytest.raises(ConfigError, match="attach the adapter first and compile then"):
+    with pytest.raises(UnsupportedModelError, match="attach first and compile then"):
         shadow(torch.compile(base, backend="eager"))
     base.compile(backend="eager")
     assert shadow(base)(input_ids=IDS).logits.shape[:2] == IDS.shape

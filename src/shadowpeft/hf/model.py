@@ -83,11 +83,6 @@ class ShadowModel(BaseTuner):
                 "the base is a PeftModel, which holds adapters already; add this one with its load_adapter(folder, name) or "
                 "add_adapter(name, config), or pass the base that its unload() gives"
             )
-        if hasattr(self.model, "_orig_mod"):
-            raise ConfigError(
-                "the base is what torch.compile gave, which hides its parts; attach the adapter first and compile then, or "
-                "compile in place (base.compile())"
-            )
         parts = self._parts = find_decoder(self.model)  # for all layers of this adapter
         check_bare(self.model)
         if not peft_config._loaded:
@@ -341,9 +336,7 @@ class ShadowModel(BaseTuner):
         hub: Any = self._hub(find_decoder(self.model))
         left = sorted(set(hub.configs) - {adapter_name})
         if adapter_name in hub.active_adapters and left:
-            warnings.warn(
-                f"adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now", stacklevel=2
-            )
+            warnings.warn(f"adapter '{adapter_name}' was active and is deleted; '{left[0]}' is active now", stacklevel=2)
             self.set_adapter(left[0], inference_mode=not any(p.requires_grad for p in hub.parameters()))
         super().delete_adapter(adapter_name)
         self.active_adapter = list(hub.active_adapters)

@@ -40,8 +40,13 @@ def find_decoder(model: nn.Module) -> DecoderParts:
     """Find backbone and decoder layers of ``model``.
 
     Raises:
-        UnsupportedModelError: for encoder-decoder models, models without decoder layers, and models with one layer.
+        UnsupportedModelError: for encoder-decoder models, models without decoder layers, and models with one layer; for what
+            ``torch.compile`` gave.
     """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "the base is what torch.compile gave, which hides its parts; attach first and compile then, or use base.compile()"
+        )
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
         raise UnsupportedModelError(
