@@ -53,9 +53,10 @@ def section(page: Page) -> list[str]:
     header += ["in scope, validation", "in scope, test", "out of scope, test"]
     return [
         "CLINC150, all 15,100 training rows, SmolLM2-135M, one seed. Every training went on until three judgements in a row"
-        " (one a half pass) found no new best on the 3,100 validation rows; the averaged weights of the best were kept. The "
-        "shadow was trained alone before, which the second numbers of minutes and parameters count, and stayed frozen. Test "
-        "rows are read once, by the best cell of each method; a dash: not yet.\n",
+        " (one a half pass) found no new best on the 3,100 validation rows; the averaged weights of the best were kept. A "
+        "shadow was trained alone before, which the second numbers of minutes and parameters count, and stayed frozen; in the "
+        "cells named joint it trained with the attached half, from the base's first layers. Test rows "
+        "are read once, by the best cell of each method; a dash: not yet.\n",
         *table(header, lines),
         *_difference(records),
         f"\n![Validation score against training time](figures/{FIGURE})\n",
@@ -63,19 +64,23 @@ def section(page: Page) -> list[str]:
 
 
 def _detached(page: Page, records: list[dict[str, Any]]) -> list[list[str]]:
-    """A row for each shadow that stayed frozen, by what it is worth alone."""
-    alone = {r["settings"]["shadow"]: r for r in records if r.get("detached")}
+    """A row for each shadow, by what it is worth alone: of the frozen ones, which cells share, and of each joint cell."""
+    alone = {r["settings"]["shadow"] or r["name"]: r for r in records if r.get("detached")}
     rows = []
     for name, record in sorted(alone.items()):
+        what, link, trained, own = "the frozen shadow, detached", page.link(f"device/{name}", name), "", None
+        if record["settings"]["shadow"]:
+            own = read_file(f"device/{name}", page.records)  # a cell may have trained it once more, on a busier machine
+            first = record["started_processor_seconds"] if own is None else own["curve"][-1]["processor_seconds"]
+            minutes = f"{first / 60:.0f}" if first else ""
+        else:
+            what, link, minutes = "its shadow, detached", page.link(record["id"], name), "the same"
+        if own is not None:
+            trained = f"{own['trained_parameters'] / 1e6:.0f}"
         test = (record["test"] or {}).get("detached") or {}
         shown = [percent(test.get(key), interval=True) for key in ("in_scope", "oos_recall")]
-        own = read_file(f"device/{name}", page.records)  # a cell may have trained it once more, on a busier machine
-        first = record["started_processor_seconds"] if own is None else own["curve"][-1]["processor_seconds"]
-        minutes = f"{first / 60:.0f}" if first else ""
         validation = percent(record["detached"]["in_scope"], interval=True)
-        trained = "" if own is None else f"{own['trained_parameters'] / 1e6:.0f}"
-        what = "the frozen shadow, detached"
-        rows.append([page.link(f"device/{name}", name), what, "", trained, "", minutes, validation, *shown])
+        rows.append([link, what, "", trained, "", minutes, validation, *shown])
     return rows
 
 

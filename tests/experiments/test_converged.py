@@ -213,6 +213,7 @@ def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
     records = [
         {**a_record("ours", "shadow", [1, 3, 2], test=4, shadow="before"), "detached": judged(2)},
         {**a_record("gentle", "shadow", [1, 1, 1], rate=0.0001, shadow="before"), "detached": judged(2)},
+        {**a_record("both", "shadow", [1, 2], shadow="", joint=2), "detached": judged(1), "started_processor_seconds": None},
         a_record("theirs", "lora", [2, 2, 1], test=2),
         a_record("slower", "lora", [1, 1, 1], rate=0.0003),
         {**a_record("going", "dora", [1]), "ended": None},
@@ -227,6 +228,7 @@ def test_the_page_names_what_each_reached_and_how_they_differ(tmp_path):
     assert "| LoRA | 0.001 | 1.5 | 0.5 of 1.5 | 1 | 50.0 [10.0, 90.0] | 50.0 [10.0, 90.0] |" in text
     assert "| LoRA | 0.0003 |" in text
     assert text.count("| the frozen shadow, detached |  | 35 |  | 10 | 50.0 [10.0, 90.0] | - | - |") == 1
+    assert "both.json) | its shadow, detached |  |  |  | the same | 25.0 [10.0, 90.0] | - | - |" in text
     assert "going" not in text
     assert "On all 4 test rows, in and out of scope, the attached shadow has +50.0 points more right than LoRA" in text
     for record in records:
