@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -38,7 +37,6 @@ from transformers import AutoModelForCausalLM, logging
 import shadowpeft
 from benchmarks.speed_page import COMPARED, DORA_ROUNDS, DORA_TOKENS, filled, picture, slower, training_rounds
 from shadowpeft.hf.base.aliases import materialise
-from shadowpeft.ops.fused import KERNELS
 from shadowpeft.storage import write_text
 from shadowpeft.train import baselines
 from shadowpeft.train.baselines import count_trainable, match_rank
@@ -101,15 +99,6 @@ def decode(model: Any, ids: torch.Tensor, new: int) -> float:
         )
     )
     return spent / new
-
-
-def decode_numba(model: Any, ids: torch.Tensor, new: int) -> float:
-    """Seconds per generated token, with the steps of the shadow compiled by Numba."""
-    os.environ[KERNELS] = "numba"
-    try:
-        return decode(model, ids, new)
-    finally:
-        del os.environ[KERNELS]
 
 
 def decode_dora(name: str, model: Any, ids: torch.Tensor) -> float:
@@ -185,7 +174,6 @@ def generation(parts: set[str], args: argparse.Namespace) -> dict[str, Any]:
     models["lora_merged"] = copy.deepcopy(models["lora"]).merge_and_unload()
     if "decode" in parts:
         runs = {n: partial(decode, m, short_prompt, args.new_tokens) for n, m in models.items()}
-        runs["shadow_numba"] = partial(decode_numba, models["shadow"], short_prompt, args.new_tokens)
         times = timed(runs, args.rounds)
         result["decode"] = {"ratio_to_base": ratios(times, "base"), "median_ms_per_token": medians(times, 1000, 2)}
     if "decode8" in parts:

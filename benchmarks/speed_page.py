@@ -20,7 +20,6 @@ ALLOWED = 0.05
 NAMES = {
     "base": "base",
     "shadow": "shadowpeft",
-    "shadow_numba": "shadowpeft, Numba",
     "peft_shadow": "PEFT's shadow",
     "authors": "authors' code",
     "lora": "LoRA",

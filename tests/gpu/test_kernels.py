@@ -119,14 +119,13 @@ def test_they_are_taken_where_they_are_asked_for(device, kernels, monkeypatch):
 def test_what_is_asked_for_and_not_there_is_said(monkeypatch):
     monkeypatch.setenv(fused.KERNELS, "cutlass")
     with pytest.raises(ConfigError, match="SHADOWPEFT_KERNELS is 'cutlass' but must be 'triton'"):
-        fused._kernels("triton")
+        fused._kernels()
     monkeypatch.setenv(fused.KERNELS, "triton")
-    fused._imported.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "shadowpeft.ops.kernels", None)
     with pytest.raises(ConfigError, match=r"pip install 'shadowpeft\[triton\]'"):
-        fused._kernels("triton")
+        fused._kernels()
     monkeypatch.setenv(fused.KERNELS, "")
-    assert fused._kernels("triton") is None
+    assert fused._kernels() is None
 
 
 def test_the_page_says_what_the_kernels_take():

@@ -6,7 +6,6 @@ the hidden state are kept, ``h`` and ``s``; the rest is computed again from them
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from dataclasses import dataclass
@@ -66,55 +65,39 @@ def step(h: Tensor, s: Tensor, weights: Weights, how: StepSettings, *, training:
     if torch.is_grad_enabled():
         out: tuple[Tensor, Tensor] = _Step.apply(h, s, how, *masks, *weights)  # type: ignore[no-untyped-call]
         return out
-    after, state, _ = _kernels_or_here(h, s, masks, weights)[0](h, s, how, masks, weights)
+    after, state, _ = _kernels_or_here(h, weights)[0](h, s, how, masks, weights)
     return after, s if state is None else state
 
 
 KERNELS = "SHADOWPEFT_KERNELS"
-"""Environment variable: what computes steps, with commas between names. ``triton``: :mod:`shadowpeft.ops.kernels`, on CUDA.
-``numba``: :mod:`shadowpeft.ops.few_tokens`, on a CPU."""
-_MODULES = {"triton": "kernels", "numba": "few_tokens"}
+"""Environment variable: ``triton`` computes steps on CUDA by :mod:`shadowpeft.ops.kernels`."""
 
 
-@functools.cache
-def _asked(names: str) -> frozenset[str]:
-    """The kernels that a value of :data:`KERNELS` names."""
-    found = frozenset(name.strip() for name in names.split(",") if name.strip())
-    if not found <= _MODULES.keys():
-        raise ConfigError(
-            f"{KERNELS} is '{names}' but must be {' or '.join(map(repr, _MODULES))}, or both with a comma between; unset it "
-            "for plain PyTorch"
-        )
-    return found
-
-
-def _kernels(name: str) -> Any:
-    """The kernels of that name where they are asked for, or None.
+def _kernels() -> Any:
+    """The Triton kernels where they are asked for, or None.
 
     Raises:
-        ConfigError: if they are asked for and not installed, or if the variable has another value.
+        ConfigError: if they are asked for and Triton is not installed, or if the variable has another value.
     """
-    if name not in _asked(os.environ.get(KERNELS, "")):
+    asked = os.environ.get(KERNELS, "")
+    if asked not in ("", "triton"):
+        raise ConfigError(f"{KERNELS} is '{asked}' but must be 'triton', or unset for plain PyTorch")
+    if not asked:
         return None
-    return _imported(name)
-
-
-@functools.cache
-def _imported(name: str) -> Any:
     try:
-        return importlib.import_module(f"shadowpeft.ops.{_MODULES[name]}")
+        return importlib.import_module("shadowpeft.ops.kernels")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{KERNELS} names '{name}' but {name} is not installed; run: pip install 'shadowpeft[{name}]', or leave it out"
+            f"{KERNELS} is 'triton' but Triton is not installed; run: pip install 'shadowpeft[triton]', or unset it"
         ) from error
 
 
-def _kernels_or_here(h: Tensor, s: Tensor, masks: Any, weights: Weights) -> tuple[Any, Any]:
+def _kernels_or_here(h: Tensor, weights: Weights) -> tuple[Any, Any]:
     """Forward and backward of a step: the kernels' where they are asked for and take it, else those of this file."""
-    found = _kernels("triton" if h.is_cuda else "numba")
-    if found is None or not found.takes(h, s, masks, weights):
+    found = _kernels() if h.is_cuda else None
+    if found is None or not found.takes(h, weights):
         return _forward, _backward
-    return found.forward, getattr(found, "backward", _backward)
+    return found.forward, found.backward
 
 
 def _masks(h: Tensor, weights: Weights, how: StepSettings) -> tuple[Tensor | None, Tensor | None]:
@@ -180,7 +163,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, s: Tensor, how: StepSettings, m0: Any, m1: Any, *weights: Any) -> tuple[Tensor, Tensor]:
-        compute, ctx.differentiate = _kernels_or_here(h, s, (m0, m1), weights)  # type: ignore[arg-type]
+        compute, ctx.differentiate = _kernels_or_here(h, weights)  # type: ignore[arg-type]
         after, state, z = compute(h, s, how, (m0, m1), weights)
         ctx.save_for_backward(h, s, z, m0, m1, *weights)
         ctx.how = how

@@ -26,7 +26,7 @@ WIDEST = 128
 """Largest rank and width of the update's nets that are kept in registers."""
 
 
-def takes(h: Tensor, s: Tensor, masks: Sequence[Tensor | None], weights: Weights) -> bool:
+def takes(h: Tensor, weights: Weights) -> bool:
     """Whether the kernels compute a step of these states ``(B, T, d)`` and weights; a LayerNorm without bias they do not."""
     w_down, _, _, w_out, _, _, norm, norm_bias = weights
     widest = max(w_down.shape[0], 0 if w_out is None else w_out.shape[-1])
