@@ -5,8 +5,10 @@ import random
 import pytest
 
 from shadowpeft.data import robot
-from shadowpeft.data.actions import LONGEST_TAG, REMOTE, only_action, parser, read_skills
-from shadowpeft.errors import ConfigError
+from shadowpeft.data.actions import LONGEST_TAG, REMOTE, almost_action, only_action, parser, read_skills
+from shadowpeft.data.chat_rows import check_row
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.train.rows import with_action
 
 LAMP = ("LampOn", "LampOff", "开灯")
 
@@ -133,3 +135,37 @@ def test_skills_are_refused_wherever_they_come_from():
 )
 def test_only_the_action_of_an_answer(text: str, action: str) -> None:
     assert only_action(text) == action
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[Light On()] ok", "[Light On()]"),
+        ("[LightOn] ok", "[LightOn]"),
+        ("Sure. [LightOn()]", "[LightOn()]"),
+        ("Sure,\n[walk(distance=2)]", "[walk(distance=2)]"),
+        ("[LightOn(room=1)]", "[LightOn(room=1)]"),
+        ("I cannot. [REMOTE]", "[REMOTE]"),
+        ("[LightOn()] ok", None),
+        ("[REMOTE]", None),
+        ("Paris.", None),
+        ("", None),
+        ("[1] says so", None),
+        ("[The manual](manual.html) says so", None),
+        ("Call f(x) with [a list]", None),
+        ("print() writes a line", None),
+        ("[Your Name]\n[Your street]", None),
+    ],
+)
+def test_what_almost_is_an_action(text, found):
+    assert almost_action(text) == found
+
+
+def test_a_row_that_almost_has_an_action_is_refused():
+    row = check_row({"prompt": "light", "response": "[Light On()] ok"}, "rows.jsonl, line 3")
+    with pytest.raises(DataError, match=r"rows.jsonl, line 3 has an answer with '\[Light On\(\)\]', which is no"):
+        with_action(row)
+    row = check_row({"prompt": "light", "response": "[LightOn()] ok", "path": "shadow"}, "here")
+    assert with_action(row)["response"] == "[LightOn()]"
+    row = check_row({"prompt": "light", "response": "Sure. [LightOn()]", "path": "base"}, "here")
+    assert with_action(row)["response"] == "Sure. [LightOn()]"

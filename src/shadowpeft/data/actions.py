@@ -15,6 +15,11 @@ LONGEST_TAG = 40
 _LONGEST_NAME = LONGEST_TAG - len("[()]")
 _NAME = re.compile(r"[^\W\d][\w-]*")
 _TAG = re.compile(r"\s*\[(?:(REMOTE)|([^\s\[\]()]+)\(\))\]")
+_ALMOST = re.compile(
+    r"\s*(\[[^\W\d](?:[\w-]*|[^\[\]\n]{0,60}\([^\[\]\n]*\))\])(?!\()"  # at the start, but for a link
+    r"|.*?(\[(?:REMOTE|[^\W\d][\w-]*\([^\[\]\n]*\))\])",  # behind words
+    re.DOTALL,
+)
 
 
 def parser(skills: Iterable[str]) -> Callable[[str], str | None]:
@@ -40,6 +45,12 @@ def only_action(text: str) -> str:
     """The action at the start of ``text``, known or not, as it is written: ``[Sit()]``; ``[REMOTE]`` if there is none."""
     match = _TAG.match(text)
     return written(REMOTE) if match is None else match[0].strip()
+
+
+def almost_action(text: str) -> str | None:
+    """What looks like an action in ``text`` and is none, since it is written otherwise or stands behind words; or None."""
+    match = None if _TAG.match(text) else _ALMOST.match(text)
+    return None if match is None else next(found for found in match.groups() if found)
 
 
 def written(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shadowpeft.data import chat, class_rows, robot_tools
-from shadowpeft.data.actions import only_action
+from shadowpeft.data.actions import REMOTE, almost_action, only_action, written
 from shadowpeft.data.calls import only_calls
 from shadowpeft.data.classify import ClassCollator
 from shadowpeft.data.forms import OWN, forms_of
@@ -21,6 +21,7 @@ from shadowpeft.data.streamed import StreamedRows, fingerprint
 from shadowpeft.data.tool_rows import with_tools, writes_calls
 from shadowpeft.data.tools import Tools, read_tools
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.messages import quote
 from shadowpeft.train.config import RunConfig
 from shadowpeft.train.sections import PACKAGED, DataConfig, SourceSection, TrainingSection, source_of
 
@@ -165,7 +166,11 @@ def told(row: dict[str, Any], *, actions: bool, tools: Tools | None, compact: bo
 
 def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, Any]:
     """The row with nothing but the action, or the calls of ``tools``, in the shadow path's answer; ``[REMOTE]`` if that begins
-    with none, such as an empty one."""
+    with none, such as an empty one.
+
+    Raises:
+        DataError: if the answer almost is an action, or has calls that are not named.
+    """
     if row["path"] == "base":
         return row
     if "tool_calls" in row.get("answer", {}):
@@ -177,6 +182,12 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
     key = "response" if row["path"] == "shadow" else "shadow_response"
     text = row["response"] if row["shadow_response"] is None else row["shadow_response"]
     row[key] = only_action(text) if tools is None else only_calls(text, tools)
+    if row[key] == written(REMOTE) and (found := almost_action(text)) is not None:
+        where = getattr(row, "where", "") or "a row"
+        raise DataError(
+            f"{where} has an answer with {quote(found)}, which is no action where it stands, so the shadow would learn "
+            "[REMOTE]; begin the answer with the action, such as [Sit()], or say it in other words"
+        )
     return row
 
 
