@@ -146,6 +146,7 @@ def test_only_the_action_of_an_answer(text: str, action: str) -> None:
         ("Sure,\n[walk(distance=2)]", "[walk(distance=2)]"),
         ("[LightOn(room=1)]", "[LightOn(room=1)]"),
         ("I cannot. [REMOTE]", "[REMOTE]"),
+        ("[REMOTE()] ok", "[REMOTE()]"),
         ("[LightOn()] ok", None),
         ("[REMOTE]", None),
         ("Paris.", None),

@@ -14,7 +14,7 @@ LONGEST_TAG = 40
 """Characters after which an answer that began with ``[`` has no action any more."""
 _LONGEST_NAME = LONGEST_TAG - len("[()]")
 _NAME = re.compile(r"[^\W\d][\w-]*")
-_TAG = re.compile(r"\s*\[(?:(REMOTE)|([^\s\[\]()]+)\(\))\]")
+_TAG = re.compile(r"\s*\[(?:(REMOTE)|(?!REMOTE\()([^\s\[\]()]+)\(\))\]")
 _ALMOST = re.compile(
     r"\s*(\[[^\W\d](?:[\w-]*|[^\[\]\n]{0,60}\([^\[\]\n]*\))\])(?!\()"  # at the start, but for a link
     r"|.*?(\[(?:REMOTE|[^\W\d][\w-]*\([^\[\]\n]*\))\])",  # behind words

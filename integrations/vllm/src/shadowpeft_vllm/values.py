@@ -12,6 +12,7 @@ KNOWN = frozenset(
         "base_alias",
         "base_fingerprint",
         "base_model_name_or_path",
+        "actions",
         "call_form",
         "draft_tokens",
         "format_version",
