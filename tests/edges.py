@@ -80,20 +80,25 @@ def tokenizer(kind: str = "gpt-2", size: int = 420, bos: bool = False) -> Any:
     return words
 
 
+SHAPE: dict[str, Any] = {
+    "vocab_size": 452,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def model(arch: str = "llama", **overrides: Any) -> Any:
     """A random model of two layers with 32 rows more than :func:`tokenizer` has tokens, every tensor non-zero."""
     shape = {
-        "vocab_size": 452,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        **SHAPE,
         "initializer_range": 0.2,  # wide enough that every layer matters and greedy choices are clear
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
         **({"head_dim": 16} if arch == "qwen3" else {}),
         **overrides,
     }

@@ -68,15 +68,15 @@ def _detached(page: Page, records: list[dict[str, Any]]) -> list[list[str]]:
     alone = {r["settings"]["shadow"] or r["name"]: r for r in records if r.get("detached")}
     rows = []
     for name, record in sorted(alone.items()):
-        what, link, trained, own = "the frozen shadow, detached", page.link(f"device/{name}", name), "", None
+        trained = ""
         if record["settings"]["shadow"]:
+            what, link = "the frozen shadow, detached", page.link(f"device/{name}", name)
             own = read_file(f"device/{name}", page.records)  # a cell may have trained it once more, on a busier machine
             first = record["started_processor_seconds"] if own is None else own["curve"][-1]["processor_seconds"]
             minutes = f"{first / 60:.0f}" if first else ""
+            trained = "" if own is None else f"{own['trained_parameters'] / 1e6:.0f}"
         else:
             what, link, minutes = "its shadow, detached", page.link(record["id"], name), "the same"
-        if own is not None:
-            trained = f"{own['trained_parameters'] / 1e6:.0f}"
         test = (record["test"] or {}).get("detached") or {}
         shown = [percent(test.get(key), interval=True) for key in ("in_scope", "oos_recall")]
         validation = percent(record["detached"]["in_scope"], interval=True)

@@ -12,21 +12,9 @@ from transformers import (
 )
 
 import edges
+from edges import SHAPE
 from shadowpeft.errors import UnsupportedModelError
 from shadowpeft.export import genai
-
-SHAPE = {
-    "vocab_size": 452,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 
 @pytest.fixture

@@ -137,5 +137,5 @@ def test_another_system_message_is_refused_at_the_start(monkeypatch, capsys, tmp
 @pytest.mark.parametrize(("report", "given"), [({"system": "Be a dog."}, "Be a dog."), ({"system": None}, None), ({}, "x")])
 def test_the_same_system_message_and_calibrations_that_do_not_say_are_served(tmp_path, report, given):
     dataclasses.replace(CALIBRATION, report=report).save(tmp_path / FILE)
-    router, *_ = serve._router(Options(adapters=[str(tmp_path)], role="edge", system=given))
+    router, *_ = serve._router(Options(adapters=[str(tmp_path)], role="edge", system=given), None)
     assert router.calibration == Calibration.load(tmp_path / FILE)

@@ -91,7 +91,7 @@ def test_a_calibration_is_compared_with_what_chats_get(monkeypatch, capsys, tmp_
     shadowpeft.detach(model, "default").save_pretrained(tmp_path)
     Calibration(ACTION, (0.0, 1.0), (0.0, 1.0), 0.5, report={"system": made}).save(tmp_path / FILE)
     if said is None:
-        assert serve._router(Options(adapters=[str(tmp_path)], role="edge", system=given))[0].calibration is not None
+        assert serve._router(Options(adapters=[str(tmp_path)], role="edge", system=given), None)[0].calibration is not None
         return
     more = () if given is None else ("--system", given)
     code, _, err = call(monkeypatch, capsys, "serve", tmp_path, "--role", "edge", "--no-auth", *more)

@@ -64,14 +64,15 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
         speculative=options.speculative,
     )
     edge = options.role == "edge"
-    router, skills, tools, opinion = _router(options) if edge else (None, None, _tools(options), None)
+    given = _tools(options)
+    router, skills, tools, opinion = _router(options, given) if edge else (None, None, given, None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
     if options.vote and not tools.plain:
         raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
     for folder in options.named.values():
         if tools is not None:
             check_calls(folder)
-        _check_learnt(folder, _tools(options), packaged=router is not None and router.calibration is None)
+        _check_learnt(folder, given, packaged=router is not None and router.calibration is None)
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     backend = load_backend(named, options.base, pick_device(options.device))
@@ -155,13 +156,13 @@ def _edge_backend(named: dict[str, str], base: str | None, where: Any) -> Any:
     return Detached(placed(model, where), tokenizer, name)
 
 
-def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
+def _router(options: Options, given: Any) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
     """The edge's router; the skills among which the device chooses; the tools that it was trained to call; the second
     opinion of its calibration. All but the first may be None.
 
     The calibration names the actions; without one ``--skills`` does, or they are the packaged. The device chooses where the
     calibration says so (its signal is ``action``), and without one where ``--skills`` names them: otherwise the model may be
-    one that was made for no skills at all. Actions with arguments are always chosen.
+    one that was made for no skills at all. Actions with arguments are always chosen. ``given``: those of ``--skills``, or None.
     """
     from shadowpeft.data.actions import parser
     from shadowpeft.data.calls import CallParser
@@ -170,7 +171,6 @@ def _router(options: Options) -> tuple[Any, tuple[str, ...] | None, Any, Any]:
     from shadowpeft.serve.loading import opinion_of
     from shadowpeft.serve.router import CHOSEN, FILE, Calibration, Router
 
-    given = _tools(options)
     chooses = given is not None
     beside = Path(next(iter(options.named.values()))) / FILE
     file = Path(options.routing) if options.routing else beside if beside.is_file() else None

@@ -50,7 +50,7 @@ def only_action(text: str) -> str:
 def almost_action(text: str) -> str | None:
     """What looks like an action in ``text`` and is none, since it is written otherwise or stands behind words; or None."""
     match = None if _TAG.match(text) else _ALMOST.match(text)
-    return None if match is None else next(found for found in match.groups() if found)
+    return None if match is None else match[1] or match[2]
 
 
 def written(name: str) -> str:

@@ -70,8 +70,13 @@ def detach(model: nn.Module, adapter_name: str | None = None, *, tokenizer: Any 
     config = _edge_config(backbone.config, parts.config, base, None if classifier else head)
     setattr(config, DETACHED, True)
     own = hub.configs[name]
-    records = {"call_form": own.call_form, "actions": own.actions, ANSWERS: own.shadow_answers}
-    for key, value in {**records, SYSTEM_MESSAGE: own.system_message}.items():  # for those who serve or judge it
+    records = {
+        "call_form": own.call_form,
+        "actions": own.actions,
+        ANSWERS: own.shadow_answers,
+        SYSTEM_MESSAGE: own.system_message,
+    }
+    for key, value in records.items():  # for those who serve or judge it
         if value is not None:
             setattr(config, key, value)
     if classifier:

@@ -173,8 +173,8 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
     """
     if row["path"] == "base":
         return row
+    where = getattr(row, "where", "") or "a row"
     if "tool_calls" in row.get("answer", {}):
-        where = getattr(row, "where", "") or "a row"
         raise DataError(
             f"{where} has 'tool_calls' but data.shadow_answers is 'action', which reads actions such as [Sit()] from the text; "
             "name the tools with data.tools, write them so, or set it to 'whole'"
@@ -183,7 +183,6 @@ def with_action(row: dict[str, Any], tools: Tools | None = None) -> dict[str, An
     text = row["response"] if row["shadow_response"] is None else row["shadow_response"]
     row[key] = only_action(text) if tools is None else only_calls(text, tools)
     if row[key] == written(REMOTE) and (found := almost_action(text)) is not None:
-        where = getattr(row, "where", "") or "a row"
         raise DataError(
             f"{where} has an answer with {quote(found)}, which is no action where it stands, so the shadow would learn "
             "[REMOTE]; begin the answer with the action, such as [Sit()], or say it in other words"

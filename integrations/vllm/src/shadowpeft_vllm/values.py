@@ -7,12 +7,12 @@ from typing import Any
 
 KNOWN = frozenset(
     [
+        "actions",
         "auto_mapping",
         "auxiliary_loss_weight",
         "base_alias",
         "base_fingerprint",
         "base_model_name_or_path",
-        "actions",
         "call_form",
         "draft_tokens",
         "format_version",

@@ -60,7 +60,7 @@ def guard_states(states: tuple[Tensor, ...], witness: _Witness | None) -> tuple[
     """The hidden states of a whole pass: a loss from them must contain the shadow's, which ``witness`` sees; None: there is
     none, so they raise."""
     if witness is None:
-        return tuple(_refused(each) for each in states)
+        return _refused(states)  # type: ignore[no-any-return]
     return tuple(_Demand.apply(each, witness) if each.requires_grad else each for each in states)
 
 
