@@ -24,8 +24,8 @@ TOOLS = ROOT / "examples" / "tools"
 
 
 def blocks(kind):
-    found = re.findall(rf"^ *```{kind}\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)
-    return ["\n".join(line.removeprefix("   ") for line in block.splitlines()) for block in found]
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", PAGE, re.DOTALL | re.MULTILINE)  # all kinds, so that no end begins one
+    return ["\n".join(line.removeprefix("   ") for line in block.splitlines()) for name, block in found if name == kind]
 
 
 def test_the_page_and_the_example_have_one_run_file():
@@ -119,6 +119,7 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert [shlex.split(line)[:2] for line in commands] == [
         ["shadowpeft", "train"],
+        ["shadowpeft", "eval"],
         ["shadowpeft", "route"],
         ["shadowpeft", "detach"],
         ["cp", "run/adapter/routing.json"],

@@ -69,7 +69,7 @@ def test_rows_to_train_on_have_their_action_in_the_answer(made, tmp_path, monkey
     ("more", "message"),
     [
         (["--skills", "robot"], "has the skill 'Nod', which is none of the 34 known ones"),
-        (["--skills", "robot_tools"], "has actions with arguments, which shadowpeft route calibrate judges"),
+        (["--method", "likelihood"], "--skills judges what is generated but --method is likelihood"),
         (["--data", "robot"], "a task and robot have their own"),
     ],
 )

@@ -42,7 +42,10 @@ def main(
     ] = None,
     skills: Annotated[
         Optional[str],
-        typer.Option(help="With --data: judge the action of each answer. File of names, or robot for the packaged ones."),
+        typer.Option(
+            help="With --data: judge the action, or the calls, of each answer. File of names or tools; robot and robot_tools "
+            "are the packaged ones."
+        ),
     ] = None,
     modes: Annotated[
         Optional[list[str]],
@@ -51,7 +54,8 @@ def main(
     base: Base = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Evaluate this many rows, drawn with --seed.")] = None,
     max_new_tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for actions 16.")
+        Optional[int],
+        typer.Option(min=1, help="Longest answer in tokens, with --data. Default: 64, for actions 16, for calls 96."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     split: Annotated[
@@ -82,6 +86,9 @@ def main(
         raise typer.BadParameter(said, param_hint="--split")
     if skills is not None and data in (None, "robot"):
         raise typer.BadParameter("a task and robot have their own; give --data FILE, or leave it out", param_hint="--skills")
+    if skills is not None and method not in (None, "generate") and not vote:
+        said = f"--skills judges what is generated but --method is {method}; leave one of them out"
+        raise typer.BadParameter(said, param_hint="--method")
     data = (data or "robot") if name is None else None
     quiet_libraries()
     from shadowpeft.apps.second_opinion import beside
@@ -117,7 +124,7 @@ def main(
     if skills is None:
         task, split = _task(data, name, split or "test", max_new_tokens, adapter)
     else:
-        task, split = _intents(str(data), skills, max_new_tokens, adapter), "test"
+        task, split = _acting(str(data), skills, max_new_tokens, adapter, base), "test"
     if vote and not task.actions:
         raise ConfigError("--vote was given but there is nothing that the shadow could weigh; pass --skills, or leave it out")
     by_text = data is not None and skills is None and task.kind != "classify"
@@ -199,20 +206,35 @@ def _split_of(source: Any) -> str:
     return "test" if source.is_file else str(source.split)
 
 
-def _intents(file: str, skills: str, max_new_tokens: int | None, adapter: str) -> Any:
-    """Requests of a file and their right actions, told to the model as in its training."""
+def _acting(file: str, skills: str, max_new_tokens: int | None, adapter: str, base: str | None) -> Any:
+    """Requests of a file and their right actions or calls, told to the model as in its training."""
     from shadowpeft.apps.intents import read_intents
-    from shadowpeft.data.robot_tools import tools_named
+    from shadowpeft.apps.source import source_named
+    from shadowpeft.data import robot_tools
+    from shadowpeft.data.call_form import COMPACT, template_form
+    from shadowpeft.data.chat_rows import check_row
+    from shadowpeft.data.tasks.calling import Calling
     from shadowpeft.data.tasks.intents import Intents
 
-    tools = tools_named(skills)
-    if not tools.plain:
+    tools, config = robot_tools.tools_named(skills), config_of(adapter)
+    system = config.get("system_message")
+    if tools.plain:
+        rows = read_intents(file, "fit", None, tools.names, whole_chats=True)
+        longest = 2 * max(map(len, tools.names)) + 4  # tokens of a name have half a letter at least
+        return Intents(file, rows, tools.names, system, max_new_tokens or max(16, longest))
+    form = None
+    if config.get("call_form") == "template" or config.get("peft_type") == "LORA":  # LoRA's file has no place for it
+        form = template_form(load_tokenizer_of(adapter, base))
+    if form is None and config.get("call_form") == "template":
         raise ConfigError(
-            f"--skills '{skills}' has actions with arguments, which shadowpeft route calibrate judges; give names alone here"
+            f"'{adapter}' learnt calls in the form of its base's chat template, which cannot be read; train with "
+            "data.call_form: compact to have them judged"
         )
-    rows = read_intents(file, "fit", None, tools.names, whole_chats=True)
-    longest = 2 * max(map(len, tools.names)) + 4  # tokens of a name have half a letter at least
-    return Intents(file, rows, tools.names, config_of(adapter).get("system_message"), max_new_tokens or max(16, longest))
+    packaged = None
+    if file == "robot_tools":
+        packaged = [check_row(robot_tools.chat_row(row), f"{file}, row {row['id']}") for row in robot_tools.load("test")]
+    source = file if packaged is not None else source_named(file, needs_split=True)
+    return Calling(source, tools, system, max_new_tokens or 96, form or COMPACT, packaged)
 
 
 def _with_loss(record: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +267,8 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
         shown += [f"{r[key]['score']:.2%}" if key in r else "" for key in chosen]
         table.add_row(mode, *shown)
     terminal().print(table)
+    if any("invalid" in r["scores"] for r in records.values()):
+        terminal().print(_of_calls(records))
     terminal().print("records: " + ", ".join(f"{mode} {r['id']}" for mode, r in records.items()))
     counts = {mode: r["n"] for mode, r in records.items()}
     if len(set(counts.values())) > 1:
@@ -257,6 +281,34 @@ def _print(records: dict[str, dict[str, Any]], title: str) -> None:
     files = ", ".join(origin.get("name") or origin.get("path") or [])
     lacks = f" (partial: {origin['lacks']})" if origin["partial"] else ""
     terminal().print(f"data from the {origin['from']}: {files}{lacks}")
+
+
+_PARTS = {
+    "calls": "requests that call, right",
+    "names": "all names right",
+    "arguments": "arguments right",
+    "calls_handed_on": "of these without a call",
+    "no_call": "others without a call",
+    "invalid": "invalid calls",
+}
+"""Parts of the score of calls, and what they are shares of."""
+
+
+def _of_calls(records: dict[str, dict[str, Any]]) -> Any:
+    """The parts of the score, of free answers and of those that are held to valid calls."""
+    from rich.table import Table
+
+    asked = {mode: record["scores"] for mode, record in records.items()}
+    asked |= {f"{mode}, constrained": r["constrained"]["scores"] for mode, r in records.items() if "constrained" in r}
+    table = Table()
+    table.add_column("of calls", min_width=max(map(len, _PARTS.values())))
+    for column in sorted(asked):
+        table.add_column(column, overflow="fold", min_width=7)
+    for key, title in _PARTS.items():
+        if any(key in scores for scores in asked.values()):
+            shown = [f"{asked[name][key]:.2%}" if key in asked[name] else "" for name in sorted(asked)]
+            table.add_row(title, *shown)
+    return table
 
 
 def _load(adapter: str, base: str | None, task: Any) -> tuple[Any, Any, list[str]]:

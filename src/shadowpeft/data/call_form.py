@@ -51,6 +51,12 @@ class CallForm:
         return next((token for text, token in self.tokens if self.begin.startswith(text)), None)
 
     @property
+    def mark(self) -> str:
+        """The text by which a call is known before it is whole: that of :attr:`trigger`, or all that calls begin with."""
+        begin = self.begin.strip()
+        return next((text for text, _ in self.tokens if begin.startswith(text)), begin)
+
+    @property
     def pieces(self) -> tuple[str, ...]:
         """The fixed texts."""
         between = self.between or ""

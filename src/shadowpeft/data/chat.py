@@ -256,9 +256,9 @@ def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict
     return [{"role": "system", "content": system}, *messages]
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[dict[str, Any]], **told: Any) -> list[int]:
     """Tokens of :func:`render_prompt`."""
-    return list(tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False).input_ids)
+    return list(tokenizer(render_prompt(tokenizer, messages, **told), add_special_tokens=False).input_ids)
 
 
 def answer_ids(tokenizer: Any, messages: list[dict[str, Any]], answer: str, *, closed: bool = True) -> list[int]:

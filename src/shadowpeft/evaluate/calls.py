@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from shadowpeft.data import robot_tools
 from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.calls import Call
+from shadowpeft.data.tasks.calling import Calls, Judged, judge
 from shadowpeft.evaluate import rival
 from shadowpeft.evaluate.scores import wilson
 
-Calls = tuple[Call, ...]
+__all__ = ["Calls", "Judged", "Patterns", "judge", "summary"]
+
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One answer beside the right one."""
-
-    exact: bool
-    """Names, arguments and order are right; for a request that has no call, no call was made."""
-    names: bool
-    """All names are, in order."""
-    arguments: tuple[int, int]
-    """Of the right calls' arguments: how many are right, and how many there are. A call with another name has none right."""
-    handed_on: bool
-    """No call was made."""
-
-
-def judge(given: Calls | None, right: Calls) -> Judged:
-    """``given`` beside ``right``; None: the answer could not be read as calls."""
-    own = given or ()
-    exact = given is not None and own == right
-    names = [call.name for call in own] == [call.name for call in right]
-    good = total = 0
-    for n, call in enumerate(right):
-        found = own[n].arguments if n < len(own) and own[n].name == call.name else {}
-        total += len(call.arguments)
-        good += sum(found.get(key) == value for key, value in call.arguments.items())
-    return Judged(exact, names, (good, total), given == ())
 
 
 def summary(rows: Sequence[Row], judged: Sequence[Judged]) -> dict[str, Any]:

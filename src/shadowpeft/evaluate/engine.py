@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
 from shadowpeft.data.declined import VotedRequests
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
+from shadowpeft.data.tasks.calling import Calling
 from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.evaluate import held
 from shadowpeft.evaluate import record as facts
 from shadowpeft.evaluate.folder import RECORD, Prediction, append, open_folder, read_object
 from shadowpeft.evaluate.modes import runner_in_mode
@@ -88,8 +89,8 @@ def evaluate_task(
             :mod:`shadowpeft.vote`; its time is in ``wall_seconds`` alone.
         progress: called with the number of examples done after each batch; None: a bar on standard error.
 
-    The device of a task with actions is also asked to choose among them: ``constrained`` in the record has the score that this
-    gives, beside that of free answers.
+    The device of a task with actions is also asked to choose among them, and both halves of one with tools are held to valid
+    calls: ``constrained`` in the record has the score that this gives, beside that of free answers.
 
     Returns:
         the record: id, score, interval (95 %, bootstrap), scores, n, seed, tokens_per_second, peak_memory_bytes, wall_seconds,
@@ -144,7 +145,7 @@ def evaluate_task(
             settings["speculative"] = True
         if vote:
             settings["vote"] = True
-        chooses = bool(task.actions) and mode == "detached" and method == "generate"
+        chooses = method == "generate" and held.holds(task, mode)
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
             record = read_object(folder / RECORD)
@@ -168,10 +169,13 @@ def evaluate_task(
                 report(sum(e.id in done for e in examples))
         rows = [done[e.id] for e in examples]
         result = _record(task, examples, rows, settings, origin, runner, extra)
-        if chooses:
-            result["constrained"] = _constrained(runner, tokenizer, task, examples, batch_size)
+        if chooses and isinstance(task, Calling):
+            alone = mode == "detached"
+            result["constrained"] = held.calling(runner, tokenizer, task, examples, batch_size, alone=alone)
+        elif chooses:
+            result["constrained"] = held.chosen(runner, tokenizer, task, examples, batch_size)
         if chooses and opinion is not None:
-            weighed = _constrained(runner, tokenizer, task, examples, batch_size, opinion)
+            weighed = held.chosen(runner, tokenizer, task, examples, batch_size, opinion)
             result["second_opinion"] = {**weighed, "digest": opinion.digest}
         if speculative is not None:
             result["speculation"] = speculative.counts.summary()
@@ -196,7 +200,7 @@ def _batches(
     if method == "classify":
         lengths = [len(class_ids(tokenizer, e.prompt, max_length)) for e in examples]
     else:
-        lengths = [len(prompt_ids(tokenizer, task.chat(e))) for e in examples]
+        lengths = [len(prompt_ids(tokenizer, task.chat(e), **task.told)) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
     return [[examples[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
 
@@ -214,7 +218,9 @@ def _run(
     began = time.perf_counter()
     if method == "generate":
         chats = [task.chat(e) for e in batch]
-        options: dict[str, Any] = {} if speculative is None else {"speculative": speculative}
+        options: dict[str, Any] = {"template": [task.told] * len(batch)}
+        if speculative is not None:
+            options["speculative"] = speculative
         if voted is not None:
             options["actions"] = voted
         answers = answer(model, tokenizer, chats, max_new_tokens=task.max_new_tokens, batch_size=len(batch), **options)
@@ -304,23 +310,6 @@ def sequence_likelihoods(model: nn.Module, pad: int, texts: list[tuple[list[int]
         at = scores[index, -1:] if single else scores[index, -len(tail) - 1 : -1]
         sums.append(float(at.gather(-1, torch.tensor(tail, device=where)[:, None]).double().sum()))
     return sums
-
-
-def _constrained(
-    model: nn.Module,
-    tokenizer: Any,
-    task: Task,
-    examples: list[Example],
-    batch_size: int,
-    opinion: SecondOpinion | None = None,
-) -> dict[str, Any]:
-    """Scores of the action that is likeliest among all of the task's and ``[REMOTE]``."""
-    actions = ActionTrie.of(tokenizer, task.actions, opinion)
-    chosen = choose(model, tokenizer, [task.chat(e) for e in examples], actions, batch_size=batch_size)
-    names = [c.action for c in chosen]
-    scores = task.score(names, examples)
-    values = [task.per_example(name, e) for name, e in zip(names, examples, strict=True)]
-    return {"score": scores["score"], "interval": list(wilson(int(sum(values)), len(values))), "scores": scores}
 
 
 def _loss(model: nn.Module, tokenizer: Any, task: Task, examples: list[Example]) -> dict[str, float]:

@@ -55,6 +55,11 @@ class Task:
         """What decides its scores beside its name and rows, for the record."""
         return {}
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What its chat template is told beside the messages, such as ``tools``."""
+        return {}
+
     # ---------------------------------------------------------------------------------------------------- rows
 
     def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -1,0 +1,70 @@
+"""What answers are worth that are held to the known actions, or to calls of known tools, as the servers hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from shadowpeft.constrained import choose
+from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.call_form import COMPACT
+from shadowpeft.data.call_guide import Engine
+from shadowpeft.data.second_opinion import SecondOpinion
+from shadowpeft.data.tasks import Example, Task
+from shadowpeft.data.tasks.calling import Calling
+from shadowpeft.evaluate.scores import wilson
+from shadowpeft.generate import answer
+
+
+def chosen(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    examples: list[Example],
+    batch_size: int,
+    opinion: SecondOpinion | None = None,
+) -> dict[str, Any]:
+    """Scores of the action that is likeliest among all of the task's and ``[REMOTE]``."""
+    actions = ActionTrie.of(tokenizer, task.actions, opinion)
+    found = choose(model, tokenizer, [task.chat(e) for e in examples], actions, batch_size=batch_size)
+    return _worth(task, [c.action for c in found], examples)
+
+
+def calling(
+    model: nn.Module, tokenizer: Any, task: Calling, examples: list[Example], batch_size: int, *, alone: bool
+) -> dict[str, Any]:
+    """Scores of answers that are held to valid calls.
+
+    Args:
+        alone: as on a device, each answer calls or hands on. Otherwise it may be words, and is held from where it begins a
+            call, as the cloud does with ``tool_choice: auto``.
+
+    Raises:
+        ConfigError: if an argument's schema says what the engine does not know, or the engine is not installed.
+    """
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    grammar = Engine(tokenizer, vocabulary).calls(task.tools, hand_on=alone, optional=not alone, form=task.form)
+    answers = answer(
+        model,
+        tokenizer,
+        [task.chat(e) for e in examples],
+        max_new_tokens=task.max_new_tokens,
+        batch_size=batch_size,
+        actions=grammar,
+        template=[task.told] * len(examples),
+    )
+    return _worth(task, [task.parse(a.text) for a in answers], examples)
+
+
+def holds(task: Task, mode: str) -> bool:
+    """Whether a server holds the answers of this mode: a device those to actions, both halves those to calls."""
+    if isinstance(task, Calling):
+        return mode == "attached" or (mode == "detached" and task.form is COMPACT)  # no edge writes tools into a prompt
+    return bool(task.actions) and mode == "detached"
+
+
+def _worth(task: Task, predictions: list[Any], examples: list[Example]) -> dict[str, Any]:
+    scores = task.score(predictions, examples)
+    values = [task.per_example(p, e) for p, e in zip(predictions, examples, strict=True)]
+    return {"score": scores["score"], "interval": list(wilson(int(sum(values)), len(values))), "scores": scores}
