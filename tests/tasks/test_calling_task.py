@@ -110,8 +110,8 @@ def test_calls_of_a_chat_template_are_read_and_the_template_is_told_of_the_tools
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (calling("fly", ("Fly", {})), r"rows.jsonl, line 1: message 2 calls 'Fly', which is none of the tools Walk, Sit"),
-        (calling("go", ("Walk", {"direction": "up"})), r"rows.jsonl, line 1: message 2 calls Walk with arguments that its schema"),
+        (calling("fly", ("Fly", {})), "rows.jsonl, line 1: message 2 calls 'Fly', which is none of the tools Walk, Sit"),
+        (calling("go", ("Walk", {"direction": "up"})), "rows.jsonl, line 1: message 2 calls Walk with arguments that its"),
     ],
 )
 def test_rows_that_call_something_else_are_refused(tmp_path, row, message):
