@@ -161,7 +161,9 @@ def after_forward(
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
     """Add ``task_loss``, ``shadow_loss`` and, where asked for, ``shadow_logits`` and ``shadow_state``; join the losses."""
-    call: ShadowCall | None = kwargs.get(CALL) or calls.current()
+    call: ShadowCall | None = kwargs.get(CALL)
+    if call is None and not torch.compiler.is_compiling():
+        call = calls.current()
     if call is None or not call.parts:
         if not isinstance(output, tuple):
             output.task_loss, output.shadow_loss = getattr(output, "loss", None), None
