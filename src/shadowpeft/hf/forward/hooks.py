@@ -336,6 +336,11 @@ def _refine(
         )
     s = part.trajectory.read(link.layer).to(h.device)
     norm = part.weights.norm
+    if norm is not None and "_hf_hook" in vars(norm) and norm.weight.is_meta:
+        raise UnsupportedModelError(
+            "accelerate has offloaded the adapter's own weights too, but the norm that all its updates share must stay; "
+            "offload the base (cpu_offload, disk_offload or device_map) first, and attach or load the adapter then"
+        )
     streams = None
     if h.dim() != s.dim():
         shape = s.shape if part.rows is None else (len(call.names or ()), *s.shape[1:])
