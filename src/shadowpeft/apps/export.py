@@ -49,6 +49,7 @@ def main(
     as_json: Json = False,
 ) -> None:
     """Write the edge model for another runtime, with a smaller vocabulary if wanted, and compare it with its source."""
+    to = to.lower() if to.lower() in export.FORMATS else to  # GGUF and ONNX are names that people write large
     target, dtype = export.find(to, dtype)
     path = Path(out)
     if path.exists():
