@@ -295,6 +295,13 @@ def check_against_source(
         measured["weight_error"] = weight_error(small, target)
     failed = []
     if measured["tokens_equal"] < limits.agreement * measured["tokens"]:
+        itself = compare(source, small, tokenizer, kept, system=system)  # a copy, read without a cache
+        if itself["tokens_equal"] < limits.agreement * itself["tokens"]:
+            raise ShadowPeftError(
+                f"a {type(source).__name__} chooses other tokens with its cache than without ({itself['tokens_equal']} of "
+                f"{itself['tokens']} are equal), so no export of it can be compared; '{path}' was not written (use --no-verify "
+                "to write it anyway)"
+            )
         failed.append(
             f"agrees with its source on {measured['tokens_equal']} of {measured['tokens']} greedy tokens but {to} {dtype} must "
             f"reach {limits.agreement:.0%}"
