@@ -138,7 +138,8 @@ def page(record: dict[str, object]) -> str:
         "and not trained (`shadow_frozen` in the adapter's configuration).",
         "- What stands between backbone and logits, and which target the base's loss uses, is tried out with random states; a "
         "head that is more than a matrix is run as it is.",
-        "- An architecture's own cache class gets the shadow's layers beside it.",
+        "- An architecture's own cache class gets the shadow's layers beside it; one that is no cache of transformers' kind "
+        "(xLSTM, Reformer) is refused.",
         "",
         "## Decoders",
         "",

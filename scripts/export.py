@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from shadowpeft import export
-from shadowpeft.apps.common import quiet_libraries
+from shadowpeft.apps.common import quiet_libraries, system_message
 from shadowpeft.apps.export import Vocabulary, load_source, run
 from shadowpeft.data.tasks import get_task
 from shadowpeft.evaluate import evaluate_task
@@ -73,6 +73,7 @@ def main() -> None:
     quiet_libraries()
     prepare_cpu()
     model, tokenizer = load_source(options.source)
+    system = system_message(options.source, None)
     task, quiet = get_task("robot"), Console(quiet=True)
 
     def score(subject: Any, words: Any) -> dict[str, Any]:
@@ -88,6 +89,7 @@ def main() -> None:
             "layers": model.config.num_hidden_layers,
             "width": model.config.hidden_size,
         },
+        "system_message": system,
         "source": score(model, tokenizer) if options.limit else None,
         "cases": [],
     }
@@ -97,16 +99,17 @@ def main() -> None:
         import llama_cpp
 
         record["versions"]["llama-cpp-python"] = llama_cpp.__version__
-    small = Vocabulary("robot").trim(model, tokenizer)
+    small = Vocabulary("robot", system=system).trim(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         for i, (to, dtype, vocabulary) in enumerate(track(cases, console=Console(stderr=True))):
             path = Path(folder) / f"{i}{export.FORMATS[to].suffix}"
-            case = run(model, tokenizer, path, to, dtype, vocabulary and Vocabulary(vocabulary), True, None, None, quiet)
+            needs = vocabulary and Vocabulary(vocabulary, system=system)
+            case = run(model, tokenizer, path, to, dtype, needs, True, None, None, quiet, system=system)
             words, kept = (tokenizer, None) if vocabulary is None else small[1:]
             if options.limit and export.FORMATS[to].generates:
                 case["robot"] = score(export.read(to, path), words)
             if llama and to == "gguf":
-                case["llama.cpp"] = verify.compare(model, LlamaCpp(path), words, kept)
+                case["llama.cpp"] = verify.compare(model, LlamaCpp(path), words, kept, system=system)
             del case["path"]
             record["cases"].append({"vocab_from": vocabulary, **case})
             write_text(options.out, json.dumps(record, indent=1) + "\n")

@@ -57,7 +57,7 @@ def answer(
     batch_size: int = 16,
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
-    actions: Actions | None = None,
+    actions: Actions | Sequence[Actions] | None = None,
     template: list[dict[str, Any]] | None = None,
     **sampling: Any,
 ) -> list[Answer]:
@@ -70,11 +70,13 @@ def answer(
     Args:
         prompts: user messages, or whole message lists. system: system message for prompts that bring none.
         progress: called with the number of prompts done after each batch.
-        actions: each answer starts with one of these, and is free after it; a temperature applies among them.
+        actions: each answer starts with one of these, and is free after it; a temperature applies among them. As a list:
+            those of each prompt.
         template: for each prompt what its chat template is told beside the messages, such as ``tools``; None: nothing.
 
     Raises:
-        ConfigError: if ``prompts`` is one text, or ``max_new_tokens`` is too low for the longest action.
+        ConfigError: if ``prompts`` is one text, ``max_new_tokens`` is too low for the longest action, or a list of actions is
+            not as long as ``prompts``.
         DataError: if a prompt with its answer does not fit the model's context.
     """
     chats = chats_of(prompts, system)
@@ -85,6 +87,8 @@ def answer(
     lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in prepared]
     if isinstance(actions, ActionTrie) and max_new_tokens < actions.longest:
         raise ConfigError(f"max_new_tokens is {max_new_tokens} but an action has {actions.longest} tokens; raise it")
+    if isinstance(actions, Sequence) and len(actions) != len(chats):
+        raise ConfigError(f"actions has {len(actions)} entries for {len(chats)} prompts; pass one for each, or one for all")
     check_room(model, max(lengths), max_new_tokens)
     ends = stop_tokens(model, tokenizer)
     order = sorted(range(len(chats)), key=lambda i: lengths[i])
@@ -96,7 +100,8 @@ def answer(
             chosen = order[start : start + batch_size]
             inputs = encode_prompts(tokenizer, [chats[i] for i in chosen], device, [told[i] for i in chosen])
             if actions is not None:
-                among = _Among(actions, inputs["input_ids"].shape[1], [request_of(chats[i]) for i in chosen])
+                own = [actions[i] if isinstance(actions, Sequence) else actions for i in chosen]
+                among = _Among(own, inputs["input_ids"].shape[1], [request_of(chats[i]) for i in chosen])
                 options["logits_processor"] = LogitsProcessorList([among])
             began = time.perf_counter()
             out = model.generate(  # type: ignore[operator]
@@ -120,18 +125,20 @@ def answer(
 class _Among(LogitsProcessor):
     """For ``generate``: while an answer has no action, the tokens that may follow; temperatures come after it."""
 
-    def __init__(self, actions: Actions, prompt: int, requests: Sequence[str]) -> None:
+    def __init__(self, actions: Sequence[Actions], prompt: int, requests: Sequence[str]) -> None:
         self.actions, self.prompt, self.requests = actions, prompt, requests
         self._held: list[Choices] = []
 
     def of_row(self, place: int, rows: int) -> _Among:
         """The same for one row of a batch of ``rows``, as drafts need it (:mod:`shadowpeft.hf.forward.one_row`)."""
-        return _Among(self.actions, self.prompt, [self.requests[place * len(self.requests) // rows]])
+        which = place * len(self.requests) // rows
+        return _Among([self.actions[which]], self.prompt, [self.requests[which]])
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if len(self._held) < len(input_ids):  # several answers to a request stand side by side
             each = len(input_ids) // len(self.requests)
-            self._held = [self.actions.start(request) for request in self.requests for _ in range(each)]
+            asked = zip(self.actions, self.requests, strict=True)
+            self._held = [actions.start(request) for actions, request in asked for _ in range(each)]
         rows = input_ids[:, self.prompt :].tolist()
         allowed = [held.allowed(row) for held, row in zip(self._held, rows, strict=True)]
         barred = torch.zeros_like(scores, dtype=torch.bool)

@@ -14,7 +14,8 @@ def quote(value: Any, limit: int = 80) -> str:
 
 def shorten(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's text, and the next one where the first only announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    text = repr(error) if isinstance(error, KeyError) else str(error)  # of a missing key, the text is the key alone
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:limit]
 
 

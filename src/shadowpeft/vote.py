@@ -9,9 +9,8 @@ from torch import nn
 
 from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
-from shadowpeft.data.declined import Beginnings, VotedRequests
-from shadowpeft.errors import ConfigError
-from shadowpeft.generate import chats_of, request_of
+from shadowpeft.data.declined import Beginnings, Vote
+from shadowpeft.generate import chats_of
 from shadowpeft.hf.forward.alone import ShadowAlone
 
 
@@ -24,7 +23,7 @@ def votes(
     system: str | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
-) -> VotedRequests:
+) -> list[Vote]:
     """What the shadow of ``model`` would do, for :func:`shadowpeft.generate.answer`: ``answer(..., actions=votes(...))``.
 
     The attached model then answers freely, but an answer begins with an action as likely as both together say
@@ -35,19 +34,14 @@ def votes(
         prompts, system: as they will be given to ``answer``. actions: the known ones.
         progress: called with the number of prompts done after each batch.
 
+    Returns:
+        the vote on each prompt, in their order.
+
     Raises:
-        ConfigError: as :func:`~shadowpeft.constrained.choose`; if two prompts end in one request after other words.
+        ConfigError: as :func:`~shadowpeft.constrained.choose`.
         DataError: if a prompt with the longest action does not fit the model.
     """
     alone, chats = ShadowAlone(model), chats_of(prompts, system)
-    before: dict[str, Any] = {}
-    for chat in chats:
-        request = request_of(chat)
-        if before.setdefault(request, chat) != chat:
-            raise ConfigError(
-                f"two prompts end in the request '{request[:60]}' after different words but a vote is kept by its request; "
-                "ask about them in two calls"
-            )
-    found = choose(alone, tokenizer, list(before.values()), actions, batch_size=batch_size, progress=progress)
+    found = choose(alone, tokenizer, chats, actions, batch_size=batch_size, progress=progress)
     begin = Beginnings.of(tokenizer, alone.config.get_text_config().vocab_size)
-    return VotedRequests(begin, actions, {r: c.probabilities or {} for r, c in zip(before, found, strict=True)})
+    return [Vote(begin, actions, chosen.probabilities or {}) for chosen in found]

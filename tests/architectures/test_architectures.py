@@ -106,6 +106,16 @@ def test_numbers_of_attention_layers_become_those_of_the_shadow():
     assert shadow.layers_block_type == ["full_attention"]
 
 
+def test_a_cache_that_no_shadow_fits_in_is_named():
+    from shadowpeft.errors import UnsupportedModelError
+    from shadowpeft.hf.base.structure import find_decoder
+
+    model = zoo.build("xlstm", qk_dim_factor=1.0, v_dim_factor=1.0)
+    with pytest.raises(UnsupportedModelError, match=r"xLSTMForCausalLM keeps what it has read in a xLSTMCache"):
+        find_decoder(model)
+    find_decoder(zoo.build("minimax"))  # a cache of its own, of transformers' kind
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused_at_attaching_by_name(name):
     result = matrix.isolated(matrix.shadowed, name)

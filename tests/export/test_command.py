@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import edges
 from chatbase import write_rows
@@ -112,6 +112,23 @@ def test_other_tokens_than_the_sources_are_refused(folders, run, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_contradicts_itself_is_named(folders, run, tmp_path, monkeypatch):
+    """As Bamba of transformers 5.23, which chooses other tokens with its cache than without: no fault of a file."""
+    real = LlamaForCausalLM.forward
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        out = real(self, *args, past_key_values=past_key_values, **kwargs)
+        out.logits = -out.logits if goes_on else out.logits
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    code, _, err = run(folders / "edge", tmp_path / "o", "--to", "hf")
+    assert code == 1
+    assert "a LlamaForCausalLM chooses other tokens with its cache than without" in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scores_before_and_after(folders, run, tmp_path):
     code, out, err = run(
         folders / "edge", tmp_path / "o", "--to", "int8", "--no-verify", "--evaluate", "robot", "--limit", "1", "--json"
@@ -129,6 +146,9 @@ def test_scores_before_and_after(folders, run, tmp_path):
         (("o", "--to", "tflite"), "must be one of hf, vllm, gguf"),
         (("o", "--to", "onnx", "--dtype", "f16"), "only has f32"),
         (("o", "--to", "gguf"), "does not end in .gguf"),
+        (("o", "--to", "GGUF", "--dtype", "F16"), "does not end in .gguf"),
+        (("o", "--to", "ONNX", "--dtype", "F16"), "the format 'onnx' only has f32"),
+        (("o", "--to", "GGFU"), "the format is 'GGFU' but must be one of"),
         (("o", "--to", "onnx", "--evaluate", "robot"), "leave it out"),
         (("o", "--to", "hf", "--vocab-from", "nowhere.jsonl"), "does not exist"),
         (("o", "--to", "hf", "--skills", "actions.json"), "--skills names the tools that the rows of --vocab-from call"),

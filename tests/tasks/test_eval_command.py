@@ -191,7 +191,7 @@ def test_answers_of_the_attached_model_are_held_to_its_shadow_s_vote(monkeypatch
     def votes(model, tokenizer, prompts, actions):
         told.append([prompt[-1]["content"] for prompt in prompts])
         assert actions.actions == ("Sit", "Stand", "REMOTE")
-        return ActionTrie.of(tokenizer, ["Stand", "Lie"])  # so that no answer can be right
+        return [ActionTrie.of(tokenizer, ["Stand", "Lie"])] * len(prompts)  # so that no answer can be right
 
     monkeypatch.setattr(engine, "votes", votes)
     arguments = ("eval", adapter, "--data", file, "--skills", names, "--json")

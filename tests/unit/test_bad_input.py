@@ -35,6 +35,7 @@ from shadowpeft.hf.base.load import load_base
 from shadowpeft.hf.files import locate
 from shadowpeft.hf.formats.common import explicit_config
 from shadowpeft.hf.load import read_config
+from shadowpeft.messages import shorten
 from shadowpeft.tokenizer import load_tokenizer
 from tiny import adapt, adapter_config, base, small_llama, tokens
 
@@ -484,3 +485,8 @@ def test_a_tokenizer_that_its_library_cannot_read_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text(f'{{"version": "1.0", "added_tokens": {added}, "model": {model}}}')
     with pytest.raises(ConfigError, match=r"tokenizer of .* could not be loaded: missing field `special`"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_missing_key_is_no_reason_by_itself():
+    assert shorten(KeyError(1)) == "KeyError(1)"
+    assert shorten(ValueError("no such layer\nin the cache")) == "no such layer"

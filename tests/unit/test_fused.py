@@ -157,9 +157,30 @@ def test_hooks_on_the_modules_are_called(which):
     assert not is_untouched(*modules)
 
 
-def test_a_gradient_of_a_gradient_is_refused():
-    w, (h, s) = weights(True, False, True), states()
-    after, _ = ops.step(h, s, w, StepSettings(0.5))
-    (gradient,) = torch.autograd.grad(after.sin().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize(("update", "bias", "norm", "activation", "normalised"), KINDS)
+def test_gradients_of_gradients_are_the_equations(update, bias, norm, activation, normalised):
+    torch.manual_seed(6)
+    w, (x, y) = weights(update, bias, norm), states()
+    how = StepSettings(0.5, normalised=normalised, activation=activation, gate_start=-1.0)
+    inputs = [x, y, *(each for each in w if each is not None)]
+
+    def second(step):
+        first = step(x, y, w, how)
+        after, state = step(first[0].sin(), first[1] + first[0], w, how)  # the states depend on each other and on the weights
+        gradients = torch.autograd.grad(after.sin().sum() + state.cos().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), inputs)
+
+    for ours, theirs in zip(second(ops.step), second(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)  # differences that cancel twice
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("update", [False, True])
+def test_second_differences_with_dropout_and_frozen_weights(frozen, update):
+    torch.manual_seed(7)
+    w, (h, s) = weights(update, True, True), states()
+    how = StepSettings(0.5, 0.4, 0.3)
+    masks = fused._masks(h, w, how)
+    if frozen:
+        w, s = (w[0], *(each if each is None else each.detach() for each in w[1:])), s.detach()
+    assert torch.autograd.gradgradcheck(lambda h, s, *w: fused._Step.apply(h, s, how, *masks, *w), (h, s, *w))

@@ -12,10 +12,11 @@ from several import several
 from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.actions import REMOTE
-from shadowpeft.data.declined import Beginnings, Voted, VotedRequests
+from shadowpeft.data.declined import Beginnings, Vote, Voted
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import answer
 from shadowpeft.hf.forward.alone import ShadowAlone
+from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.hf.swap import swap
 from shadowpeft.vote import votes
 
@@ -111,14 +112,13 @@ def test_a_device_s_word_counts_instead_of_the_shadow_s():
 def test_answers_follow_the_vote(adapted):
     adapted.set_adapter("default")
     found = votes(adapted, chat_tokenizer(), PROMPTS, trie())
-    assert isinstance(found, VotedRequests)
     edge = choose(shadowpeft.detach(adapted), chat_tokenizer(), PROMPTS, trie())
-    leans = found.start(PROMPTS[0]).leaning([])
+    leans = found[0].start().leaning([])
     expected = torch.logit(torch.tensor(edge[0].probabilities[REMOTE], dtype=torch.float64)).neg()
     assert leans.max().item() == pytest.approx(max(expected.item(), 0.0), abs=1e-4)
     begin = Beginnings.of(chat_tokenizer(), adapted.config.vocab_size)
     sure = dict.fromkeys((*NAMES, REMOTE), 1e-09)
-    surely = VotedRequests(begin, trie(), {"sit": {**sure, "Stand": 1.0}, "who is there?": {**sure, REMOTE: 1.0}})
+    surely = [Vote(begin, trie(), {**sure, name: 1.0}) for name in ("Stand", REMOTE)]
     adapted.get_base_model().lm_head.weight.data.mul_(0.01)  # so that the model itself is unsure
     said = answer(adapted, chat_tokenizer(), ["sit", "who is there?"], max_new_tokens=12, actions=surely)
     adapted.get_base_model().lm_head.weight.data.mul_(100.0)
@@ -126,10 +126,30 @@ def test_answers_follow_the_vote(adapted):
     assert not said[1].text.startswith("[")
 
 
-def test_one_request_after_different_words_is_refused(adapted):
+def test_one_request_after_different_words_has_a_vote_of_its_own(adapted):
+    adapted.set_adapter("default")
     chats = [
         [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "sit"}]
-        for text in "ab"
+        for text in ("a", "who is there?")
     ]
-    with pytest.raises(ConfigError, match="different words"):
-        votes(adapted, chat_tokenizer(), chats, trie())
+    found = votes(adapted, chat_tokenizer(), chats, trie())
+    alone = [votes(adapted, chat_tokenizer(), [chat], trie())[0].chances for chat in chats]
+    for vote, expected in zip(found, alone, strict=True):
+        assert vote.chances == pytest.approx(expected, abs=1e-6)
+    assert alone[0] != pytest.approx(alone[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"speculative": Speculation(max_draft=2, adaptive=False)}, {"num_beams": 2}])
+def test_each_prompt_of_a_batch_is_held_to_its_own_actions(adapted, options):
+    adapted.set_adapter("default")
+    pairs = [("Sit", "Stand"), ("Stretch", REMOTE)]
+    own = [ActionTrie({name: trie().tokens[name] for name in pair}) for pair in pairs]
+    for prompts in (["sit", "who is there?"], ["who is there?", "sit"]):  # in a batch they are sorted by length
+        said = answer(adapted, chat_tokenizer(), prompts, max_new_tokens=12, actions=own, **options)
+        for each, pair in zip(said, pairs, strict=True):
+            assert any(each.text.startswith(f"[{name}") for name in pair), (each.text, pair)
+
+
+def test_as_many_actions_as_prompts(adapted):
+    with pytest.raises(ConfigError, match="actions has 2 entries for 1 prompts"):
+        answer(adapted, chat_tokenizer(), ["sit"], actions=[trie(), trie()])

@@ -118,6 +118,17 @@ def test_compiled_bfloat16_base_in_the_trainer(tmp_path):
     assert float(torch.nn.functional.cosine_similarity(eager, found, dim=0)) > 0.99
 
 
+@torch.no_grad()
+def test_one_graph_of_the_base_alone():
+    model = base("llama")
+    adapted = adapt(model)
+    compiled = torch.compile(adapted.get_base_model(), backend="eager", fullgraph=True)
+    for _ in range(2):  # and back
+        torch.testing.assert_close(compiled(input_ids=tokens()).logits, adapted(input_ids=tokens()).logits, **CLOSE)
+        with adapted.disable_adapter():
+            assert torch.equal(compiled(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
 class Logits(torch.nn.Module):
     """Export takes a module of tensors only; a cache is no output of it."""
 

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import shadowpeft
 from naive import NaiveShadow, assert_same_gradients
 from products import covering
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, UnsupportedModelError
 from tiny import KINDS, adapt, adapter_config, base, tokens
 
 PARTS = ["model.embed_tokens", *[f"model.layers.{i}" for i in range(4)], "model.norm", "model.rotary_emb", "lm_head"]
@@ -144,3 +145,30 @@ def test_a_second_adapter_on_an_offloaded_base(plain, tmp_path):
         assert not any(p.is_meta for p in own(adapted).values())
         logits.append(outputs(adapted)[0])
     assert torch.equal(*logits)
+
+
+OFFLOAD = {
+    "cpu": lambda model, folder: cpu_offload(model, torch.device("cpu")),
+    "disk": lambda model, folder: disk_offload(model, str(folder / "offload"), torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("where", OFFLOAD)
+def test_offloading_the_base_before_and_the_adapter_never(plain, tmp_path, where):
+    trained = adapt(plain)
+    trained.save_pretrained(tmp_path / "adapter")
+    expected = outputs(trained)
+    OFFLOAD[where](trained, tmp_path / "trained")
+    with pytest.raises(UnsupportedModelError, match=r"offload the base .* first, and attach or load the adapter then"):
+        outputs(trained)
+    model = copy.deepcopy(plain)
+    OFFLOAD[where](model, tmp_path / "plain")
+    found = outputs(shadowpeft.load(tmp_path / "adapter", model))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_an_adapter_without_a_shared_norm_may_be_offloaded(plain):
+    adapted = adapt(plain, variant="peft")
+    expected = outputs(adapted)
+    cpu_offload(adapted, torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(outputs(adapted), expected, strict=True))

@@ -231,3 +231,21 @@ def test_quantised_generation_with_and_without_cache(folder, name):
 def test_copying_layers_of_a_quantised_base_is_refused(folder, name):
     with pytest.raises(ConfigError, match="quantised"):
         adapt(quantised(folder, name), copy_base=False, shadow_init="base_layers")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_torchs_own_dynamic_quantisation_comes_after_attaching(tmp_path):
+    def quantise(model):
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+    adapted = adapt(base("llama", **SHAPE))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsupportedModelError, match=r"q_proj .*quantize_dynamic.*attach first"):
+        shadowpeft.load(tmp_path / "adapter", quantise(base("llama", **SHAPE)))
+    expected = logits(adapted)
+    error, of_base = (
+        float((logits(quantise(model)) - logits(model)).norm() / logits(model).norm())
+        for model in (adapted, base("llama", **SHAPE))
+    )
+    assert torch.equal(logits(adapted), expected)  # quantised is a copy
+    assert error < 2 * of_base < 0.5

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from naive import NaiveShadow, assert_same_gradients
 from shadowpeft import ShadowLossMixin
-from shadowpeft.errors import UnsupervisedShadowError
+from shadowpeft.errors import ConfigError, UnsupervisedShadowError
 from tiny import adapt, adapter_config, base, tokenizer, tokens
 from ways.data import LAMBDA, KeepGradients
 
@@ -144,6 +144,26 @@ def test_reward_trainer_with_lambda_zero(tmp_path):
     moved = {n for n, p in made.model.named_parameters() if not torch.equal(p, before[n])}
     assert any("shadowpeft_" in n for n in moved)
     assert all("shadowpeft_" in n or "modules_to_save" in n for n in moved)
+
+
+def test_reward_trainer_with_a_tokenizer_that_pads_with_its_end(tmp_path):
+    """SmolLM2's does, and TRL ends each text with it, so the stock classifier reads the token before."""
+
+    def train(pad):
+        model, words = base("llama", task="SEQ_CLS", labels=1), tokenizer()
+        words.pad_token, model.config.pad_token_id = pad, words.convert_tokens_to_ids(pad)
+        trl.RewardTrainer(
+            model=model,
+            args=trl.RewardConfig(str(tmp_path), per_device_train_batch_size=4, **SILENT),
+            train_dataset=Dataset.from_list(data("implicit")),
+            processing_class=words,
+            peft_config=adapter_config(task_type="SEQ_CLS", auxiliary_loss_weight=0.0),
+        ).train()
+
+    end = tokenizer().eos_token
+    with pytest.raises(ConfigError, match=r"RewardTrainer writes one.*set tokenizer\.pad_token to another token"):
+        train(end)
+    train("<pad>")
 
 
 # ----------------------------------------------------------------------------------------------------------------- SFT

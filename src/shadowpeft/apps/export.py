@@ -49,6 +49,7 @@ def main(
     as_json: Json = False,
 ) -> None:
     """Write the edge model for another runtime, with a smaller vocabulary if wanted, and compare it with its source."""
+    to = to.lower() if to.lower() in export.FORMATS else to  # GGUF and ONNX are names that people write large
     target, dtype = export.find(to, dtype)
     path = Path(out)
     if path.exists():
@@ -294,6 +295,13 @@ def check_against_source(
         measured["weight_error"] = weight_error(small, target)
     failed = []
     if measured["tokens_equal"] < limits.agreement * measured["tokens"]:
+        itself = compare(source, small, tokenizer, kept, system=system)  # a copy, read without a cache
+        if itself["tokens_equal"] < limits.agreement * itself["tokens"]:
+            raise ShadowPeftError(
+                f"a {type(source).__name__} chooses other tokens with its cache than without ({itself['tokens_equal']} of "
+                f"{itself['tokens']} are equal), so no export of it can be compared; '{path}' was not written (use --no-verify "
+                "to write it anyway)"
+            )
         failed.append(
             f"agrees with its source on {measured['tokens_equal']} of {measured['tokens']} greedy tokens but {to} {dtype} must "
             f"reach {limits.agreement:.0%}"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shadowpeft.errors import ConfigError
 from shadowpeft.ops import rewritten
 
 IGNORE = -100
@@ -121,6 +122,11 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "a gradient of a gradient was asked for (create_graph=True) but the loss over a frozen head keeps only the "
+                "first; pass return_shadow=True without labels and compute both losses from out.logits and out.shadow_logits"
+            )
         return gradient * grads[0].to(gradient.dtype), None, None, None
 
 

@@ -147,16 +147,16 @@ class Voted:
         return self._then.leaning(path) if path else self._first.leaning(path)
 
 
-class VotedRequests:
-    """The same of many requests, as :func:`shadowpeft.generate.answer` takes it.
+class Vote:
+    """The same of one prompt, as :func:`shadowpeft.generate.answer` takes it.
 
     Args:
-        chances: request -> the shadow's chances of every action and ``REMOTE``; every request is among them.
+        chances: the shadow's, of every action and ``REMOTE``.
     """
 
-    def __init__(self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, Mapping[str, float]]) -> None:
+    def __init__(self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, float]) -> None:
         self._begin, self._trie, self.chances = begin, trie, chances
 
     def start(self, prompt: str = "") -> Voted:
-        """Of one answer."""
-        return Voted(self._begin, self._trie, self.chances[prompt])
+        """Of one answer, whatever the request: the shadow has read the whole prompt."""
+        return Voted(self._begin, self._trie, self.chances)

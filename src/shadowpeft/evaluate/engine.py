@@ -17,7 +17,7 @@ from torch import nn
 
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
-from shadowpeft.data.declined import VotedRequests
+from shadowpeft.data.declined import Vote
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
@@ -155,9 +155,10 @@ def evaluate_task(
         began, before = time.perf_counter(), sum(row.seconds for row in done.values())
         facts.reset_peak(runner)
         batches = _batches(tokenizer, task, examples, method, batch_size, max_length)
-        voted = None
+        voted: dict[str, Vote] | None = None
         if vote:  # by all, so that a resumed evaluation has the same batches
-            voted = votes(runner, tokenizer, [task.chat(e) for e in examples], ActionTrie.of(tokenizer, task.actions))
+            found = votes(runner, tokenizer, [task.chat(e) for e in examples], ActionTrie.of(tokenizer, task.actions))
+            voted = {e.id: vote for e, vote in zip(examples, found, strict=True)}
         with _shown(progress, f"{task.name} {mode}", len(examples)) as report:
             for batch in batches:
                 if any(e.id not in done for e in batch):
@@ -213,7 +214,7 @@ def _run(
     method: str,
     max_length: int,
     speculative: Speculation | None = None,
-    voted: VotedRequests | None = None,
+    voted: dict[str, Vote] | None = None,
 ) -> list[Prediction]:
     began = time.perf_counter()
     if method == "generate":
@@ -222,7 +223,7 @@ def _run(
         if speculative is not None:
             options["speculative"] = speculative
         if voted is not None:
-            options["actions"] = voted
+            options["actions"] = [voted[e.id] for e in batch]
         answers = answer(model, tokenizer, chats, max_new_tokens=task.max_new_tokens, batch_size=len(batch), **options)
         judged: list[Judged] = [(task.parse(a.text), a.text, a.tokens, []) for a in answers]
     elif method == "classify":

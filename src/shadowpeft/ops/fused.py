@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.ops.reference import activate, discrepancy, inject, rms
@@ -42,13 +41,14 @@ class StepSettings:
 
 def fits(h: Tensor, s: Tensor) -> bool:
     """Whether :func:`step` takes these states: of one shape, outside autocast, and not :func:`rewritten`."""
-    return h.shape == s.shape and not rewritten() and not torch.is_autocast_enabled(h.device.type)
+    return not rewritten() and h.shape == s.shape and not torch.is_autocast_enabled(h.device.type)
 
 
 def rewritten() -> bool:
-    """Whether plain operations alone are wanted: by a compiler, which fuses by itself, or by a transform of ``torch.func``,
-    which takes no backward pass that is written by hand."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether plain operations alone are wanted: by a compiler, which fuses by itself, by ``torch.jit.trace``, or by a
+    transform of ``torch.func``; the last two take no backward pass that is written by hand."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return traced or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def step(h: Tensor, s: Tensor, weights: Weights, how: StepSettings, *, training: bool = False) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ def step(h: Tensor, s: Tensor, weights: Weights, how: StepSettings, *, training:
         training: whether the dropouts drop.
 
     Returns:
-        ``h'`` and ``s'``, both ``(B, T, d)``; the gradient of a gradient is refused by torch.
+        ``h'`` and ``s'``, both ``(B, T, d)``; gradients of any order.
     """
     masks = _masks(h, weights, how) if training else (None, None)
     if torch.is_grad_enabled():
@@ -131,7 +131,8 @@ def _update(x: Tensor, s: Tensor, how: StepSettings, mask: Tensor | None, weight
     both = torch.bmm(a.view(2, 1, m) if one else a.view(-1, 2, m).transpose(0, 1), w_out.transpose(1, 2))
     if b_out is not None:
         both += b_out[:, None]
-    t, g = both.view(2, *x.shape).unbind()
+    both = both.view(2, *x.shape)
+    t, g = both[0], both[1]  # no unbind: its views may not be changed in place while a graph is built
     if how.gate_start:
         g += how.gate_start
     g.sigmoid_()
@@ -170,12 +171,34 @@ class _Step(torch.autograd.Function):
         return after, s.view_as(s) if state is None else state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g_after: Tensor, g_state: Tensor) -> tuple[Any, ...]:
         h, s, z, m0, m1, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are to have gradients themselves
+            return _backward_with_graph((g_after, g_state), ctx.how, (m0, m1), [h, s, *weights], ctx.needs_input_grad)
         g_h, g_s, grads = ctx.differentiate(g_after, g_state, h, s, z, ctx.how, (m0, m1), weights, needs)
         return (g_h, g_s, None, None, None, *grads)
+
+
+def _backward_with_graph(
+    gradients: tuple[Tensor, Tensor], how: StepSettings, masks: Any, inputs: list[Any], needs: Any
+) -> tuple[Any, ...]:
+    """What :meth:`_Step.backward` returns, by autograd through the step computed again.
+
+    Args:
+        inputs: ``h``, ``s`` and the weights. needs: which arguments of :meth:`_Step.forward` need a gradient.
+    """
+    # aliases, since inputs depend on each other further up (h on s, both on the shared norm): that is not this step's part
+    aliases: list[Any] = [each if each is None else each.view_as(each) for each in inputs]
+    h, s, *weights = aliases
+    after, state, _ = _forward(h, s, how, masks, weights)  # type: ignore[arg-type]
+    wanted = (*needs[:2], *needs[5:])
+    sources = [each for each, need in zip(aliases, wanted, strict=True) if need]
+    ends = [each for each in zip((after, s if state is None else state), gradients, strict=True) if each[0].requires_grad]
+    outputs, above = zip(*ends, strict=True)
+    found = iter(torch.autograd.grad(outputs, sources, above, create_graph=True, allow_unused=True))
+    g_h, g_s, *grads = (next(found) if need else None for need in wanted)
+    return g_h, g_s, None, None, None, *grads
 
 
 def _backward(

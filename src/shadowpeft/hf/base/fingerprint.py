@@ -54,11 +54,18 @@ def fingerprint(model: nn.Module, parts: DecoderParts, read: Read = dense_weight
 
 
 def check_bare(model: nn.Module) -> None:
-    """A shadow adapts a base that carries no other method's layers, which would be part of neither file.
+    """A shadow adapts a base that carries no other method's layers, which would be part of neither file, and whose weights
+    are tensors.
 
     Raises:
-        UnsupportedModelError: naming the method.
+        UnsupportedModelError: naming the method, or the layers without weights.
     """
+    packed = next((name for name, m in model.named_modules() if _is_packed(m)), None)
+    if packed is not None:
+        raise UnsupportedModelError(
+            f"{packed} of the base was quantised by torch.ao (quantize_dynamic), which leaves no weight to read; attach first "
+            "and quantise the adapted model, or quantise the base with torchao's quantize_(base, Int8WeightOnlyConfig())"
+        )
     modules = {type(m).__module__ for m in model.modules() if isinstance(m, BaseTunerLayer)}
     found = sorted(name.split(".")[2].upper() for name in modules if name.startswith("peft.tuners."))
     if found:
@@ -66,6 +73,10 @@ def check_bare(model: nn.Module) -> None:
             f"the base carries {' and '.join(found)} adapters, but a shadow adapts a base that has none; merge them into it "
             "(merge_and_unload), or unload them"
         )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.ao.nn.quantized")
 
 
 def _sample(model: nn.Module, parts: DecoderParts, read: Read) -> dict[str, list[float]]:

@@ -226,7 +226,8 @@ def pool_last(state: Tensor, config: PreTrainedConfig, input_ids: Tensor | None,
             row = int((attended != last).nonzero()[0])
             raise ConfigError(
                 f"row {row} ends at token {int(last[row])} by pad_token_id={pad} but at {int(attended[row])} by its "
-                "attention_mask; pad with the model's own pad token, and let no text end in it (a pad token that is the end of "
-                "a text too needs one of its own)"
+                "attention_mask; pad with the model's own pad token, and let no text end in it: where texts end in an "
+                "eos_token that pads too (TRL's RewardTrainer writes one), set tokenizer.pad_token to another token and "
+                "model.config.pad_token_id to its id"
             )
     return state[torch.arange(state.shape[0], device=state.device), last.to(state.device)]

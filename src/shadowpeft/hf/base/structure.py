@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from shadowpeft.errors import ConfigError, UnsupportedModelError
 from shadowpeft.messages import did_you_mean
@@ -40,8 +42,8 @@ def find_decoder(model: nn.Module) -> DecoderParts:
     """Find backbone and decoder layers of ``model``.
 
     Raises:
-        UnsupportedModelError: for encoder-decoder models, models without decoder layers, and models with one layer; for what
-            ``torch.compile`` gave.
+        UnsupportedModelError: for encoder-decoder models, models without decoder layers, models with one layer, and models
+            whose cache is none of transformers'; for what ``torch.compile`` gave.
     """
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError(
@@ -71,6 +73,12 @@ def find_decoder(model: nn.Module) -> DecoderParts:
                     f"the decoder layers of {type(model).__name__} belong to a {type(backbone).__name__}, which is no model "
                     "by itself; a shadow needs a decoder-only transformers model"
                 )
+            foreign = _foreign_cache(backbone)
+            if foreign is not None:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} keeps what it has read in a {foreign}, which is none of transformers' caches, so "
+                    "there is no place in it for what its shadow has read; choose another base"
+                )
             return DecoderParts(backbone, parent, module, name, text)
     raise UnsupportedModelError(
         f"no list of {length} decoder layers, each of which runs once, was found in {type(model).__name__}; only decoder-only "
@@ -93,6 +101,16 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and is_layer_list(name):
             return module
     raise UnsupportedModelError(f"no decoder layers were found in {type(backbone).__name__}")
+
+
+def _foreign_cache(backbone: nn.Module) -> str | None:
+    """The class that an architecture keeps its state in, if it brings one that is no ``Cache`` (xLSTM, Reformer)."""
+    module = type(backbone).__module__
+    for name, value in vars(sys.modules[module]).items():
+        own = isinstance(value, type) and value.__module__ == module
+        if own and name.endswith("Cache") and not issubclass(value, (Cache, CacheLayerMixin)):
+            return name
+    return None
 
 
 def name_of(model: nn.Module, part: nn.Module) -> str:

@@ -161,7 +161,9 @@ def after_forward(
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, backbone: str) -> Any:
     """Add ``task_loss``, ``shadow_loss`` and, where asked for, ``shadow_logits`` and ``shadow_state``; join the losses."""
-    call: ShadowCall | None = kwargs.get(CALL) or calls.current()
+    call: ShadowCall | None = kwargs.get(CALL)
+    if call is None and not torch.compiler.is_compiling():
+        call = calls.current()
     if call is None or not call.parts:
         if not isinstance(output, tuple):
             output.task_loss, output.shadow_loss = getattr(output, "loss", None), None
@@ -334,6 +336,11 @@ def _refine(
         )
     s = part.trajectory.read(link.layer).to(h.device)
     norm = part.weights.norm
+    if norm is not None and "_hf_hook" in vars(norm) and norm.weight.is_meta:
+        raise UnsupportedModelError(
+            "accelerate has offloaded the adapter's own weights too, but the norm that all its updates share must stay; "
+            "offload the base (cpu_offload, disk_offload or device_map) first, and attach or load the adapter then"
+        )
     streams = None
     if h.dim() != s.dim():
         shape = s.shape if part.rows is None else (len(call.names or ()), *s.shape[1:])
