@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from shadowpeft.constrained import choose
-from shadowpeft.data.action_trie import ActionTrie
+from shadowpeft.data.action_trie import Actions, ActionTrie
 from shadowpeft.data.declined import Beginnings, Vote
 from shadowpeft.generate import chats_of
 from shadowpeft.hf.forward.alone import ShadowAlone
@@ -20,6 +20,7 @@ def votes(
     prompts: Sequence[str] | Sequence[list[dict[str, str]]],
     actions: ActionTrie,
     *,
+    calls: Actions | None = None,
     system: str | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
@@ -31,7 +32,9 @@ def votes(
 
     Args:
         model: attached; see :class:`~shadowpeft.hf.forward.alone.ShadowAlone`.
-        prompts, system: as they will be given to ``answer``. actions: the known ones.
+        prompts, system: as they will be given to ``answer``. actions: the known ones; of tools with arguments their names.
+        calls: of tools with arguments, what an answer that begins a call is held to
+            (:meth:`~shadowpeft.data.call_guide.Engine.calls`, ``optional``). The shadow weighs whether there is a call.
         progress: called with the number of prompts done after each batch.
 
     Returns:
@@ -44,4 +47,4 @@ def votes(
     alone, chats = ShadowAlone(model), chats_of(prompts, system)
     found = choose(alone, tokenizer, chats, actions, batch_size=batch_size, progress=progress)
     begin = Beginnings.of(tokenizer, alone.config.get_text_config().vocab_size)
-    return [Vote(begin, actions, chosen.probabilities or {}) for chosen in found]
+    return [Vote(begin, actions, chosen.probabilities or {}, calls) for chosen in found]

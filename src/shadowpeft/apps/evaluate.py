@@ -93,6 +93,7 @@ def main(
     quiet_libraries()
     from shadowpeft.apps.second_opinion import beside
     from shadowpeft.evaluate import MODES, evaluate_task
+    from shadowpeft.evaluate.held import may_vote
     from shadowpeft.hf import formats
     from shadowpeft.hf.files.locate import CONFIG, find_file
     from shadowpeft.hf.forward.speculation import Speculation
@@ -125,7 +126,7 @@ def main(
         task, split = _task(data, name, split or "test", max_new_tokens, adapter)
     else:
         task, split = _acting(str(data), skills, max_new_tokens, adapter, base), "test"
-    if vote and not task.actions:
+    if vote and not may_vote(task):
         raise ConfigError("--vote was given but there is nothing that the shadow could weigh; pass --skills, or leave it out")
     by_text = data is not None and skills is None and task.kind != "classify"
     examples = task.load(split, shots=shots, limit=limit, seed=seed)

@@ -113,10 +113,10 @@ def generate(
     mode = mode_of(adapter, mode)
     prepared(mode, speculative, temperature)
     known = None if skills is None else tools_named(skills)
-    if vote and (mode != "attached" or speculative or known is None or not known.plain):
+    if vote and (mode != "attached" or speculative or known is None):
         raise ConfigError(
-            "--vote needs --skills with names alone and --mode attached, whose answers the shadow weighs, without "
-            "--speculative; leave it out, or give these"
+            "--vote needs --skills and --mode attached, whose answers the shadow weighs, without --speculative; leave it out, "
+            "or give these"
         )
     system = system_message(adapter, system)
     model, tokenizer, sampling = opened(adapter, base, device, temperature, seed)
@@ -133,11 +133,13 @@ def generate(
     opinion = beside(adapter, known.names) if known is not None and chooses and mode == "detached" else None
     trie = ActionTrie.of(tokenizer, known.names, opinion) if known is not None and chooses else None
     actions: Any = trie
-    if vote and trie is not None:
-        actions, trie = votes(model, tokenizer, [prompt], trie, system=system), None  # an answer in words has no action
     if known is not None and not known.plain:
         rows = model.config.get_text_config().vocab_size
-        actions = Engine(tokenizer, rows).calls(known, hand_on=True)
+        actions = Engine(tokenizer, rows).calls(known, hand_on=not vote, optional=vote)
+    if vote and known is not None:
+        calls = None if known.plain else actions
+        actions = votes(model, tokenizer, [prompt], ActionTrie.of(tokenizer, known.names), calls=calls, system=system)
+        trie = None  # an answer in words has no action
     drafts = drafts_of(speculative)
     with in_mode(model, mode) as runner:
         options: dict[str, Any] = {
@@ -160,16 +162,17 @@ def generate(
         action = parser(known.names)(reply.text)
         result |= {"action": action, "probability": probabilities[str(action)], "probabilities": probabilities}
         result |= {} if opinion is None else {"second_opinion": True}
-    if known is not None and vote:
+    if known is not None and known.plain and vote:
         result["action"] = parser(known.names)(reply.text)
     if known is not None and not known.plain:
         found = CallParser(known).found(reply.text)
-        if found is None:  # it is held to calls, so it was cut
+        words = vote and not reply.text.lstrip().startswith("[")
+        if found is None and not words:  # it is held to calls, so it was cut
             raise ConfigError(
                 f"max_new_tokens is {max_new_tokens} but the calls do not end within so many tokens ({reply.text!r}); raise it"
             )
-        calls = [{"name": call.name, "arguments": call.arguments} for call in found.calls]
-        result |= {"action": found.text, "calls": calls}
+        called = [] if found is None else [{"name": call.name, "arguments": call.arguments} for call in found.calls]
+        result |= {"action": None if found is None else found.text, "calls": called}
     if drafts:
         result["speculation"] = drafts["speculative"].counts.summary()
     if as_json:

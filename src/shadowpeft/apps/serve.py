@@ -67,8 +67,6 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     given = _tools(options)
     router, skills, tools, opinion = _router(options, given) if edge else (None, None, given, None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
-    if options.vote and not tools.plain:
-        raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
     for folder in options.named.values():
         if tools is not None:
             check_calls(folder)

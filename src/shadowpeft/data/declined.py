@@ -6,7 +6,7 @@ device's, ``(1 - p) / p`` for a ``[REMOTE]`` of probability ``p``. A device that
 that is surer of an action than the device is of none still acts.
 
 Without a device in front the adapter's own shadow is asked (:mod:`shadowpeft.vote`). Its chances of all actions also weigh
-which one the answer begins with.
+which one the answer begins with; of calls with arguments it weighs whether there is one, and the model writes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowpeft.data.action_trie import ActionTrie, Leaning
+from shadowpeft.data.action_trie import Actions, ActionTrie, Choices, Leaning
 from shadowpeft.data.actions import REMOTE
 
 _BEGINS = re.compile(r"\s*\[(?:[^\W\d]\w*)?")
@@ -147,16 +147,45 @@ class Voted:
         return self._then.leaning(path) if path else self._first.leaning(path)
 
 
+class VotedCalls:
+    """One answer that begins a call as likely as the shadow and the model together say, and is held to valid calls from there.
+
+    Args:
+        calls: what holds an answer that has begun a call; words are free. chance: the shadow's of no call, 0 to 1, or of a
+            device's ``[REMOTE]``.
+    """
+
+    def __init__(self, begin: Beginnings, calls: Choices, chance: float) -> None:
+        self._first, self._then = Declined(begin, chance), calls
+
+    def allowed(self, path: Sequence[int]) -> Any:
+        """All tokens ``(V,)`` where the answer begins; behind the beginning of a call those that go on with it."""
+        return self._then.allowed(path) if path else self._first.allowed(path)
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        """What a call that has begun must go on with."""
+        return list(self._then.forced(path)) if path else []
+
+    def leaning(self, path: Sequence[int]) -> Any:
+        """What is added to the logits where the answer begins."""
+        return self._then.leaning(path) if path else self._first.leaning(path)
+
+
 class Vote:
     """The same of one prompt, as :func:`shadowpeft.generate.answer` takes it.
 
     Args:
-        chances: the shadow's, of every action and ``REMOTE``.
+        chances: the shadow's, of every action and ``REMOTE``. calls: of tools with arguments, what holds an answer that has
+            begun a call.
     """
 
-    def __init__(self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, float]) -> None:
-        self._begin, self._trie, self.chances = begin, trie, chances
+    def __init__(
+        self, begin: Beginnings, trie: ActionTrie, chances: Mapping[str, float], calls: Actions | None = None
+    ) -> None:
+        self._begin, self._trie, self.chances, self._calls = begin, trie, chances, calls
 
-    def start(self, prompt: str = "") -> Voted:
+    def start(self, prompt: str = "") -> Voted | VotedCalls:
         """Of one answer, whatever the request: the shadow has read the whole prompt."""
-        return Voted(self._begin, self._trie, self.chances)
+        if self._calls is None:
+            return Voted(self._begin, self._trie, self.chances)
+        return VotedCalls(self._begin, self._calls.start(prompt), self.chances[REMOTE])

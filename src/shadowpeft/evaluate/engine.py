@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.chat import answer_ids, encode, prompt_ids, rows_digest
 from shadowpeft.data.declined import Vote
 from shadowpeft.data.padding import pad_inputs
@@ -33,7 +32,6 @@ from shadowpeft.hf.forward.speculation import Speculation
 from shadowpeft.runtime import peak_memory_bytes
 from shadowpeft.storage import exclusive, write_json
 from shadowpeft.terminal import terminal
-from shadowpeft.vote import votes
 from shadowpeft.watching import Watched
 
 METHODS = ("generate", "likelihood", "classify")
@@ -115,10 +113,10 @@ def evaluate_task(
             f"speculative was given for mode '{mode}' and method '{method}', but the shadow drafts what the attached model "
             "generates; leave it out"
         )
-    if vote and (mode != "attached" or method != "generate" or not task.actions or speculative is not None):
+    if vote and (mode != "attached" or method != "generate" or not held.may_vote(task) or speculative is not None):
         raise ConfigError(
             f"vote was given for task '{task.name}', mode '{mode}', method '{method}'{' and drafts' if speculative else ''}, "
-            "but the shadow weighs the action that an answer of the attached model begins with; leave it out"
+            "but the shadow weighs the action or call that an answer of the attached model begins with; leave it out"
         )
     examples, origin = task.load_with_source(split, shots=shots, limit=limit, seed=seed)
     examples = task.for_path(examples, "shadow" if mode == "detached" else "base")
@@ -145,7 +143,7 @@ def evaluate_task(
             settings["speculative"] = True
         if vote:
             settings["vote"] = True
-        chooses = method == "generate" and held.holds(task, mode)
+        chooses = method == "generate" and held.holds(task, mode) and not vote  # a vote holds the answers already
         done = open_folder(folder, settings, resume) if folder is not None else {}
         if folder is not None and (folder / RECORD).is_file() and all(e.id in done for e in examples):
             record = read_object(folder / RECORD)
@@ -157,7 +155,7 @@ def evaluate_task(
         batches = _batches(tokenizer, task, examples, method, batch_size, max_length)
         voted: dict[str, Vote] | None = None
         if vote:  # by all, so that a resumed evaluation has the same batches
-            found = votes(runner, tokenizer, [task.chat(e) for e in examples], ActionTrie.of(tokenizer, task.actions))
+            found = held.voted(runner, tokenizer, task, examples)
             voted = {e.id: vote for e, vote in zip(examples, found, strict=True)}
         with _shown(progress, f"{task.name} {mode}", len(examples)) as report:
             for batch in batches:

@@ -9,12 +9,14 @@ from torch import nn
 from shadowpeft.constrained import choose
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.call_form import COMPACT
-from shadowpeft.data.call_guide import Engine
+from shadowpeft.data.call_guide import Engine, Grammar
+from shadowpeft.data.declined import Vote
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import Example, Task
 from shadowpeft.data.tasks.calling import Calling
 from shadowpeft.evaluate.scores import wilson
 from shadowpeft.generate import answer
+from shadowpeft.vote import votes
 
 
 def chosen(
@@ -43,8 +45,7 @@ def calling(
     Raises:
         ConfigError: if an argument's schema says what the engine does not know, or the engine is not installed.
     """
-    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    grammar = Engine(tokenizer, vocabulary).calls(task.tools, hand_on=alone, optional=not alone, form=task.form)
+    grammar = _grammar(model, tokenizer, task, alone=alone)
     answers = answer(
         model,
         tokenizer,
@@ -55,6 +56,23 @@ def calling(
         template=[task.told] * len(examples),
     )
     return _worth(task, [task.parse(a.text) for a in answers], examples)
+
+
+def voted(model: nn.Module, tokenizer: Any, task: Task, examples: list[Example]) -> list[Vote]:
+    """The vote of an attached model's shadow on each example."""
+    calls = _grammar(model, tokenizer, task, alone=False) if isinstance(task, Calling) else None
+    names = task.tools.names if isinstance(task, Calling) else task.actions
+    return votes(model, tokenizer, [task.chat(e) for e in examples], ActionTrie.of(tokenizer, names), calls=calls)
+
+
+def may_vote(task: Task) -> bool:
+    """Whether there is something that a shadow could weigh: actions, or calls that begin an answer."""
+    return task.form is COMPACT if isinstance(task, Calling) else bool(task.actions)
+
+
+def _grammar(model: nn.Module, tokenizer: Any, task: Calling, *, alone: bool) -> Grammar:
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    return Engine(tokenizer, vocabulary).calls(task.tools, hand_on=alone, optional=not alone, form=task.form)
 
 
 def holds(task: Task, mode: str) -> bool:

@@ -7,9 +7,11 @@ import copy
 import time
 
 from shadowpeft.constrained import Chosen, choose_after
-from shadowpeft.data.action_trie import ActionTrie, Choices
+from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
+from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.call_form import COMPACT
-from shadowpeft.data.declined import Beginnings, Declined, InWords, Voted
+from shadowpeft.data.call_guide import Grammar
+from shadowpeft.data.declined import Beginnings, Declined, InWords, Voted, VotedCalls
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.engine import Engine
@@ -24,7 +26,8 @@ class CloudRole(Role):
     """Answers with the attached model, or its base.
 
     Args:
-        vote: actions; an adapter's own shadow weighs which of them, or none, the answer to a chat begins with.
+        vote: actions, of tools with arguments their names; an adapter's own shadow weighs which of them, or none, the answer
+            to a chat begins with.
     """
 
     name = "cloud"
@@ -60,7 +63,7 @@ class CloudRole(Role):
         elif held is None:
             actions = await self._weighed(asked, ids)
         else:
-            actions = held.start()
+            actions = await self._calling(asked, ids, held)
         sampling = self.sampling(asked, self.room(ids))
         generation = Generation().start(self.engine, ids, name, sampling, actions=actions, speculative=drafts)
         note = {"where": CLOUD, "reason": self.engine.backend.reason(name)}
@@ -74,16 +77,36 @@ class CloudRole(Role):
         known = self.toolbox.known is not None and self.toolbox.form(asked) is COMPACT
         return known and asked.response_format is None and self.engine.backend.reason(asked.model) in (BASE_PATH, LORA)
 
-    async def _weighed(self, asked: Asked, ids: list[int]) -> Declined | Voted | None:
+    async def _weighed(self, asked: Asked, ids: list[int]) -> Choices | None:
         """How the answer leans because a device found no action, or its own shadow would act; None: it leans nowhere."""
         backend = self.engine.backend
-        if self.vote is not None and isinstance(asked, ChatRequest) and asked.messages[-1].role == "user":
-            chances = await self._chances(self.vote, asked.model, ids)
-            if chances is not None:
+        chances = await self._vote_on(asked, ids)
+        if self.vote is not None and chances is not None:
+            if self.toolbox.known is None or self.toolbox.known.plain:
                 return Voted(await self._beginnings(), self.vote, chances, asked.declined)
+            calls = await asyncio.to_thread(self.toolbox.calls, self.toolbox.known, device=False, optional=True)
+            declined = chances[REMOTE] if asked.declined is None else asked.declined
+            return VotedCalls(await self._beginnings(), calls.start(), declined)
         if asked.declined is None or backend.reason(asked.model) not in (BASE_PATH, LORA):
             return None
         return Declined(await self._beginnings(), asked.declined)
+
+    async def _calling(self, asked: Asked, ids: list[int], held: Actions) -> Choices:
+        """What holds the answer to a request with tools or a form; where words may do, the shadow weighs whether it calls."""
+        guide = held.start()
+        if not isinstance(asked, ChatRequest) or not isinstance(held, Grammar) or not held.optional:
+            return guide
+        chances = await self._vote_on(asked, ids) if self.toolbox.form(asked) is COMPACT else None
+        if chances is None:
+            return guide
+        calls = sum(chances.get(name, 0.0) for name in self.toolbox.chosen(asked).names)
+        return VotedCalls(await self._beginnings(), guide, 1.0 - calls if asked.declined is None else asked.declined)
+
+    async def _vote_on(self, asked: Asked, ids: list[int]) -> dict[str, float] | None:
+        """The chances of the adapter's own shadow; None: nobody votes here."""
+        if self.vote is None or not isinstance(asked, ChatRequest) or asked.messages[-1].role != "user":
+            return None
+        return await self._chances(self.vote, asked.model, ids)
 
     async def _chances(self, trie: ActionTrie, name: str, ids: list[int]) -> dict[str, float] | None:
         """What the shadow of ``name`` would do, asked between two steps of the engine; None: there is none, or no action fits
