@@ -35,8 +35,7 @@ def asked(rows: list[dict[str, str]], model: Any, tokenizer: Any, trie: ActionTr
     prompts = [row["prompt"] for row in rows]
     options: dict[str, Any] = {"system": robot.SYSTEM, "max_new_tokens": trie.longest + 1, "batch_size": 32}
     told = votes(model, tokenizer, prompts, trie, system=robot.SYSTEM)
-    likeliest = {prompt: max(chances, key=chances.__getitem__) for prompt, chances in told.chances.items()}
-    found: dict[str, list[str | None]] = {"shadow": [likeliest[prompt] for prompt in prompts]}
+    found: dict[str, list[str | None]] = {"shadow": [max(vote.chances, key=vote.chances.__getitem__) for vote in told]}
     for name, actions in (("cloud", None), ("voted", told)):
         found[name] = [robot.parse_action(a.text) for a in answer(model, tokenizer, prompts, actions=actions, **options)]
     return found

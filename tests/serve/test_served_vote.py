@@ -106,6 +106,48 @@ def test_nothing_votes_on_formats_completions_results_or_the_base(backend, asked
     assert not seen
 
 
+WALK = {
+    "type": "function",
+    "function": {
+        "name": "Walk",
+        "parameters": {"type": "object", "properties": {"left": {"type": "boolean"}}, "required": ["left"]},
+    },
+}
+
+
+def calls_of(response):
+    """Names of the calls of an answer; its text if it has none."""
+    assert response.status_code == 200, response.text
+    message = response.json()["choices"][0]["message"]
+    return [call["function"]["name"] for call in message.get("tool_calls", [])] or message["content"]
+
+
+def test_the_shadow_weighs_whether_tools_with_arguments_are_called(backend, asked):
+    pytest.importorskip("llguidance")
+    seen, chances = asked
+    tools = tools_of([SIT, WALK])
+    vote = ActionTrie.of(chat_tokenizer(), tools.names)
+    role = CloudRole(Engine(backend, EngineLimits()), system=None, default_tokens=60, tools=tools, vote=vote)
+    with Running(build(role, Settings(Keys((KEY,), ())))) as server:
+        for offered, walk, called in (
+            ([SIT, WALK], 1.0, True),
+            ([SIT], 1.0, False),  # the call that the shadow would make is not offered
+            ([SIT, WALK], 0.0, False),
+        ):
+            chances.clear()
+            chances.update(Sit=0.0, Walk=walk, REMOTE=1.0 - walk)
+            before = len(seen)
+            assert isinstance(calls_of(ask(server, tools=offered)), list) == called
+            assert len(seen) == before + 1
+        chances.update(Walk=1.0, REMOTE=0.0)
+        assert text_of(ask(server)).startswith("[")  # without tools in the request the call is text
+        assert not text_of(ask(server, headers={DECLINED: "0.999999"})).startswith("[")
+        before = len(seen)
+        assert isinstance(calls_of(ask(server, tools=[SIT], tool_choice="required")), list)
+        text_of(ask(server, tools=[SIT], tool_choice="none"))
+        assert len(seen) == before + 1  # a call that must be made is not voted on; words without tools are, as ever
+
+
 def test_unknown_names_and_prompts_that_are_too_long_are_refused_as_ever(backend, asked):
     seen, _ = asked
     with served(backend) as server:
@@ -136,7 +178,6 @@ def test_the_vote_is_that_of_the_adapter_s_shadow(backend):
     [
         (["--role", "edge", "--vote", "--skills", "robot"], "--vote belongs to the cloud"),
         (["--role", "cloud", "--vote"], "--vote weighs the actions of --skills, which was not given"),
-        (["--role", "cloud", "--vote", "--skills", "robot_tools"], "have arguments"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, tmp_path, monkeypatch):

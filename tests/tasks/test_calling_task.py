@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
 from chatbase import calling_tokenizer, save_sitting_base, write_rows
 from commands import call
+from shadowpeft import vote
+from shadowpeft.constrained import Chosen
 from shadowpeft.data.call_form import template_form
 from shadowpeft.data.tasks.calling import INVALID, Calling
 from shadowpeft.data.tools import tools_of
@@ -157,7 +160,41 @@ def test_the_table_shows_the_parts(made, monkeypatch, capsys):
         assert text in " ".join(out.split())
 
 
-def test_the_shadow_cannot_vote_on_calls(made, monkeypatch, capsys):
-    code, _, err = evaluated(monkeypatch, capsys, made, "--vote")
-    assert code == 2
-    assert "nothing that the shadow could weigh" in " ".join(err.split())
+def test_the_shadow_votes_on_whether_there_is_a_call(made, monkeypatch, capsys):
+    pytest.importorskip("llguidance")
+    adapter = made[0] / "adapter"
+    chances = {"Walk": 0.0, "Sit": 0.0, "REMOTE": 1.0}
+
+    def choose(model, tokenizer, chats, trie, **_):
+        assert trie.actions == ("Walk", "Sit", "REMOTE")
+        return [Chosen("REMOTE", 1.0, dict(chances))] * len(chats)
+
+    monkeypatch.setattr(vote, "choose", choose)
+    flat(monkeypatch)
+    for remote, expected in ((1.0, (0.0, 1.0)), (0.0, (1.0, 0.0))):
+        chances["REMOTE"] = remote
+        code, out, err = evaluated(monkeypatch, capsys, made, "--mode", "attached", "--vote", "--json")
+        assert code == 0, err
+        record = json.loads(out)["modes"]["attached"]
+        assert (record["scores"]["no_call"], 1.0 - record["scores"]["calls_handed_on"]) == (expected[1], expected[0])
+        assert record["settings"]["vote"] is True
+        assert record["scores"]["invalid"] == 0.0
+        assert "constrained" not in record  # a vote holds the answers already
+        code, out, err = call(
+            monkeypatch, capsys, "generate", adapter, "sit", "--skills", made[0] / "tools.json", "--vote", "--json"
+        )
+        assert code == 0, err
+        assert bool(json.loads(out)["calls"]) == (remote == 0.0)
+
+
+def flat(monkeypatch):
+    """Models that are unsure of everything, so that the vote decides."""
+    load = shadowpeft.load
+
+    def loaded(*given):
+        model = load(*given)
+        with torch.no_grad():
+            model.get_base_model().lm_head.weight.mul_(1e-3)
+        return model
+
+    monkeypatch.setattr(shadowpeft, "load", loaded)

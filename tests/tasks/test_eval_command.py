@@ -13,7 +13,7 @@ from commands import call
 from shadowpeft import generate
 from shadowpeft.data.action_trie import ActionTrie
 from shadowpeft.data.tasks.rows import Rows
-from shadowpeft.evaluate import engine
+from shadowpeft.evaluate import held
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train
 from tiny import adapt, randomise
@@ -188,12 +188,13 @@ def test_answers_of_the_attached_model_are_held_to_its_shadow_s_vote(monkeypatch
     names.write_text('["Sit", "Stand"]')
     told = []
 
-    def votes(model, tokenizer, prompts, actions):
+    def votes(model, tokenizer, prompts, actions, *, calls):
+        assert calls is None
         told.append([prompt[-1]["content"] for prompt in prompts])
         assert actions.actions == ("Sit", "Stand", "REMOTE")
         return [ActionTrie.of(tokenizer, ["Stand", "Lie"])] * len(prompts)  # so that no answer can be right
 
-    monkeypatch.setattr(engine, "votes", votes)
+    monkeypatch.setattr(held, "votes", votes)
     arguments = ("eval", adapter, "--data", file, "--skills", names, "--json")
     both = [json.loads(call(monkeypatch, capsys, *arguments, *more)[1])["modes"] for more in ((), ("--vote",))]
     assert told == [[f"sit {i}" for i in range(4)]]
@@ -207,7 +208,7 @@ def test_answers_of_the_attached_model_are_held_to_its_shadow_s_vote(monkeypatch
         ((*arguments, "--vote", "--mode", "detached"), "no --mode is attached"),
         ((*arguments, "--vote", "--speculative", "--mode", "attached"), "--vote was given with --speculative"),
         ((*arguments, "--vote", "--method", "likelihood"), "--vote was given with --method likelihood"),
-        (("generate", adapter, "sit", "--vote"), "--vote needs --skills with names alone"),
+        (("generate", adapter, "sit", "--vote"), "--vote needs --skills and --mode attached"),
         (("generate", adapter, "sit", "--vote", "--skills", names, "--mode", "detached"), "--vote needs --skills"),
     ):
         code, _, err = call(monkeypatch, capsys, *more)
