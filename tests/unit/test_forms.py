@@ -336,7 +336,7 @@ def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):
     code, out, err = call(monkeypatch, capsys, "data", "check", file, "--task-type", "SEQ_CLS")
     assert code == 2
     assert "labels: a (1), b (1)" in out
-    assert "needs 'text' and 'label'" in " ".join(out.split())
+    assert "line 4 has nothing as 'label'; write it" in " ".join(out.split())
     assert "1 of 3 rows are refused" in err
     _, out, _ = call(monkeypatch, capsys, "data", "check", file)
     assert "line 2 has 'text' and 'label', which a classifier learns from" in " ".join(out.split())

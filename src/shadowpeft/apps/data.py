@@ -70,7 +70,7 @@ class Rules:
 
 def check(
     file: Annotated[
-        str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder, a run file (.yaml); robot, robot_tools.")
+        str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder, a run file (.yaml), a mapping as in one; robot.")
     ],
     settings: Overrides = None,
     base: Annotated[
@@ -184,12 +184,13 @@ def _of_run(
 
 def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, Any]]:
     """Every row and where it stands."""
-    from shadowpeft.data.sources import Source, rows_of
+    from shadowpeft.apps.source import source_named
+    from shadowpeft.data.sources import rows_of
     from shadowpeft.train.rows import packaged, packaged_rows
 
     if isinstance(given, str) and packaged(given):
         return ((f"row {n}", row) for n, row in enumerate(packaged_rows(given, part or "train", actions=rules.actions), 1))
-    return rows_of(given if isinstance(given, Source) else Source(path=given), keep_damaged=True)
+    return rows_of(source_named(given) if isinstance(given, str) else given, keep_damaged=True)
 
 
 def _examined(
