@@ -30,8 +30,8 @@ def parse_json(content: bytes | str, **options: Any) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from error
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"is not valid JSON ({error.msg} at {line}column {error.colno})") from error
+        line = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
+        raise ValueError(f"is not valid JSON ({error.msg} at {line}column {error.colno}{_why(text, error.pos)})") from error
     except RecursionError as error:
         raise ValueError("nests brackets more deeply than can be read") from error
     except ValueError as error:
@@ -39,6 +39,16 @@ def parse_json(content: bytes | str, **options: Any) -> Any:
             raise  # of a hook in the options
         raise ValueError("holds a number of more than 4,300 digits") from error
     return value
+
+
+def _why(text: str, place: int) -> str:
+    """What other readers would take at the place of an error, and JSON does not have: a comment, a comma before a bracket."""
+    before, rest = text[:place].rstrip(), text[place:].lstrip()
+    if rest.startswith(("//", "/*", "#")):
+        return "; JSON has no comments"
+    if re.match(r",\s*[]}]", rest) or (rest[:1] in ("]", "}") and before.endswith(",")):
+        return "; JSON has no comma before a closing bracket"
+    return ""
 
 
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

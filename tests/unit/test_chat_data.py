@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatbase import CHATML, chat_model, chat_tokenizer, write_rows
+from commands import call
 from shadowpeft.data import chat, chat_rows
 from shadowpeft.data.classify import ClassDataset
 from shadowpeft.errors import DataError
@@ -336,7 +337,11 @@ def test_a_file_with_blank_lines_and_a_byte_order_mark(tmp_path):
     [
         ('{"prompt": "hi", ', "not valid JSON .* at column"),
         ("[1, 2]", "a JSON list but must be an object"),
-        ('{"prompt": "hi"}', r"the keys \['prompt'\] but needs 'messages', or 'prompt' and 'response'"),
+        ('{"prompt": "hi"}', "has the key 'prompt' but needs 'messages', or 'prompt' and 'response'"),
+        ('{"prompt": "hi", "response": null}', "has nothing as 'response'; write it, or leave the row out"),
+        ('{"prompt": " \\n", "response": "ho"}', "line 3 has an empty prompt; write what is asked, or leave the row out"),
+        ('{"instruction": "", "input": "", "output": "ho"}', "line 3 has an empty prompt; write what is asked"),
+        (turns({"role": "system", "content": "a dog"}, {"role": "user", "content": ""}, ANSWER), "an empty message 3, which"),
         ('{"prompt": "hi", "response": 3}', "must be strings"),
         ('{"prompt": ["hi"], "response": "ho"}', "must be strings"),
         ('{"messages": "hi"}', "must be a list of objects"),
@@ -381,6 +386,30 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, message):
         chat.read_jsonl(file)
     assert str(caught.value).startswith(f"{file}, line 3")
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_message_is_refused_where_its_answer_is_learnt():
+    row = json.loads(turns({"role": "user", "content": ""}, {**ANSWER, "weight": 0}, {"role": "user", "content": "so"}, ANSWER))
+    assert chat.check_row(row, "here", every_turn=True)["messages"][1]["content"] == ""
+    del row["messages"][2]["weight"]
+    assert chat.check_row(row, "here")["messages"][1]["content"] == ""  # the last answer alone is learnt
+    with pytest.raises(DataError, match="here has an empty message 2, which is answered"):
+        chat.check_row(row, "here", every_turn=True)
+
+
+def test_rows_of_other_columns_name_them_and_the_way_to_map_them(monkeypatch, capsys, tmp_path):
+    (tmp_path / "rows.csv").write_text("id,question,answer\n1,hi,ho\n")
+    code, out, _ = call(monkeypatch, capsys, "data", "check", tmp_path / "rows.csv", "--json")
+    (said,) = json.loads(out)["refused"]["why"]
+    assert code == 2
+    assert "has the keys 'id', 'question', 'answer' but needs 'messages'" in said
+    assert "{path: FILE, columns: {prompt: YOUR_NAME, response: YOUR_NAME}} in the place of the file" in said
+    mapping = f"{{path: {tmp_path / 'rows.csv'}, columns: {{prompt: question, response: answer}}}}"  # as it says
+    code, out, _ = call(monkeypatch, capsys, "data", "check", mapping, "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 1)
+    code, out, _ = call(monkeypatch, capsys, "data", "check", tmp_path / "rows.csv", "--json", "--task-type", "SEQ_CLS")
+    (said,) = json.loads(out)["refused"]["why"]
+    assert (code, "columns: {text: YOUR_NAME, label: YOUR_NAME}" in said) == (2, True)
 
 
 def test_not_utf8_names_the_line(tmp_path):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -175,12 +174,18 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path, suffix):
         ("a.json", b'[{"prompt": "a"}\n{"prompt": "b"}', "is not valid JSON"),
         ("a.csv", b"prompt,response\na,b,c\n", "line 2 has 3 cells but the header has 2 names"),
         ("a.csv", b'prompt,response\n"a,b\n', "is not valid CSV"),
-        ("a.csv", b"prompt,response\na,b\n\xff,b\n", "line 3 is not valid CSV in UTF-8 (byte 0xff); save the file as UTF-8"),
+        ("a.csv", b"prompt,response\na,b\n\xff,b\n", "line 3 is not valid CSV in UTF-8 (byte 0xff, which is"),
         (
             "a.csv",
-            "prompt,response\na,b\n".encode("utf-16"),
-            "line 1 is not valid CSV in UTF-8 (" + ("byte 0xff)" if sys.version_info >= (3, 11) else "line contains NUL)"),
+            "prompt;response\nschön;b\n".encode("cp1252"),
+            "line 2 is not valid CSV in UTF-8 (byte 0xf6, which is 'ö' in cp1252, Excel's plain CSV); save the file as UTF-8, "
+            "in Excel as 'CSV UTF-8'",
         ),
+        ("a.csv", b"prompt,response\na\x81,b\n", "(byte 0x81); save the file as UTF-8"),
+        ("a.csv", "prompt,response\na,b\n".encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        ("a.csv", b"prompt;response\na;b;c\n", "line 2 has 3 cells but the header has 2 names; quote semicolons in texts"),
+        ("a.csv", b"prompt\tresponse\na\tb\n", r"commas have to stand between columns, not '\t'; save the file with commas"),
+        ("a.csv", b"sep=;\nprompt;response\na;b\n", "line 1 has one column, 'sep=;'"),
         ("a.csv", b'prompt,response\na,b\n"c,d\ne,f\n', "lines 3 to 4 are not valid CSV in UTF-8"),
         ("a.csv", b"prompt,response,prompt\na,b,c\n", "line 1 names the column 'prompt' twice"),
         ("a.jsonl", b'{"prompt": "a", "response": "b", "prompt": "c"}', "line 1 names the key 'prompt' twice"),
@@ -195,6 +200,17 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message):
         chat.read_file(tmp_path / name)
     assert str(tmp_path / name) in str(refused.value)
     assert message in str(refused.value)
+
+
+def test_a_table_as_excel_writes_it_with_semicolons(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes("\ufeffprompt;response\r\nschön, bitte;[Sit()] ja\r\n\"a;b\nc\";d,e\r\n".encode())
+    assert [(row["messages"][0]["content"], row["response"]) for row in chat.read_file(file)] == [
+        ("schön, bitte", "[Sit()] ja"),
+        ("a;b\nc", "d,e"),
+    ]
+    file.write_text("prompt,a;b,response\nx;y,1,z\n")  # the header has commas
+    assert next(iter(rows_in(file)))[1] == {"prompt": "x;y", "a;b": "1", "response": "z"}
 
 
 def test_a_cell_may_be_as_long_as_a_conversation(tmp_path):
@@ -336,7 +352,7 @@ def test_data_check_of_texts_with_labels(monkeypatch, capsys, tmp_path):
     code, out, err = call(monkeypatch, capsys, "data", "check", file, "--task-type", "SEQ_CLS")
     assert code == 2
     assert "labels: a (1), b (1)" in out
-    assert "needs 'text' and 'label'" in " ".join(out.split())
+    assert "line 4 has nothing as 'label'; write it" in " ".join(out.split())
     assert "1 of 3 rows are refused" in err
     _, out, _ = call(monkeypatch, capsys, "data", "check", file)
     assert "line 2 has 'text' and 'label', which a classifier learns from" in " ".join(out.split())
@@ -417,7 +433,7 @@ def test_files_of_other_kinds_are_refused_by_their_kind(name, says, tmp_path):
         list(rows_in(tmp_path / name))
 
 
-@pytest.mark.parametrize("mark", [";", "\t"])
+@pytest.mark.parametrize("mark", ["|", "\t"])
 def test_another_mark_between_columns_is_named(mark, tmp_path):
     (tmp_path / "a.csv").write_text(f"prompt{mark}response\na{mark}b\n")
     with pytest.raises(DataError, match=r"has one column, .* save the file with commas"):

@@ -14,7 +14,8 @@ from shadowpeft.data.actions import read_skills
 from shadowpeft.data.corpora import FileSource
 from shadowpeft.data.packing import HELD, STREAM, Batches, Mixture, PackedStream
 from shadowpeft.data.tasks.source import read_gzip
-from shadowpeft.errors import ShadowPeftError
+from shadowpeft.data.tools import read_tools
+from shadowpeft.errors import ConfigError, ShadowPeftError
 from shadowpeft.evaluate.folder import PREDICTIONS, SETTINGS, open_folder
 from shadowpeft.hf.files.reading import read_json
 from shadowpeft.json_text import parse_json
@@ -102,6 +103,27 @@ def test_every_reader_names_what_it_cannot_read(tmp_path, reader, wrong):
         read(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("content", "clause"),
+    [
+        ('[\n  {"name": "a"}, // the lamp\n  {"name": "b"}\n]', r"line 2, column 18; JSON has no comments\)"),
+        ('// my tools\n[\n  {"name": "a"}\n]', r"line 1, column 1; JSON has no comments\)"),
+        ('/* all */ [{"name": "a"}]', r"at column 1; JSON has no comments\)"),
+        ('[{"name": "a"}]\n# done', r"line 2, column 1; JSON has no comments\)"),
+        ('[\n  "LampOn",\n]', r"line [23], column \d+; JSON has no comma before a closing bracket\)"),
+        ('[{"name": "a",}]', r"column 1[45]; JSON has no comma before a closing bracket\)"),
+        ('["http://a" "b"]', r"column 13\)"),  # what is no comment is called none
+        ('{"name": "a"}', "is a JSON dict but must be a list"),
+    ],
+)
+@pytest.mark.parametrize("reader", [read_skills, read_tools])
+def test_comments_and_last_commas_of_a_file_of_actions_are_called_so(tmp_path, reader, content, clause):
+    (tmp_path / "actions.json").write_text(content)
+    with pytest.raises(ConfigError, match=clause) as caught:
+        reader(tmp_path / "actions.json")
+    assert str(caught.value).startswith(f"the actions file '{tmp_path / 'actions.json'}' is ")
 
 
 @settings(deadline=None)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatbase import calling_tokenizer, chat_model, chat_tokenizer, run_file, write_rows
+from chatbase import calling_tokenizer, chat_model, chat_tokenizer, run_file, save_base, write_rows
+from commands import call
 from edges import tokenizer as byte_pairs
 from shadowpeft.data import chat, robot, robot_tools
 from shadowpeft.data.call_guide import Engine
@@ -339,8 +340,9 @@ ROOTS = [
     ({"minProperties": 1}, "'minProperties'"),
     ({"anyOf": [{"required": ["a"]}]}, "'anyOf'"),
     ({"not": {"required": ["a"]}}, "'not'"),
-    ({"properties": {"a": {"type": "string", "format": "password"}}}, "format"),
-    ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 2}}, "required": ["a"]}, "with a schema"),
+    ({"properties": {"a": {"type": "string", "format": "password"}}}, r"in its argument a \(Unknown format: password\)"),
+    ({"properties": {"a": {"type": "integer", "minimum": 5, "maximum": 2}}, "required": ["a"]}, "in its argument a "),
+    ({"properties": {"a": {"type": "string"}, "b": {"type": "string", "pattern": "(?<=x)y"}}}, "in its argument b "),
 ]
 
 
@@ -350,6 +352,22 @@ def test_schemas_that_calls_cannot_be_held_to_are_refused_before_training(schema
     tools = tools_of([{"name": "T", "parameters": parameters}])
     with pytest.raises(ConfigError, match=f"has the tool T .*{problem}"):
         Writable(tools)
+
+
+@pytest.mark.parametrize("command", [("data", "check"), ("train",)])
+def test_a_schema_that_calls_cannot_be_held_to_is_no_fault_of_the_rows(command, monkeypatch, capsys, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"sit {i}", "response": "[Sit()]"} for i in range(3)])
+    file = tmp_path / "actions.json"
+    file.write_text(json.dumps([tool("Sit"), tool("Set", x={"type": "string"}, y={"type": "array", "uniqueItems": True})]))
+    content = {"base": save_base(tmp_path / "base"), "output": str(tmp_path / "run")}
+    content["data"] = {"train": str(tmp_path / "rows.jsonl"), "tools": str(file)}
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    code, out, err = call(monkeypatch, capsys, *command, tmp_path / "run.yaml")
+    said = " ".join(err.split())
+    assert code == 2
+    assert f"the actions file '{file}' has the tool Set with a schema that calls cannot be held to in its argument y" in said
+    assert "rows.jsonl" not in said + out
+    assert "t0_" not in said  # a grammar that nobody sees
 
 
 def test_references_are_written_out(machine):

@@ -19,6 +19,7 @@ from shadowpeft.terminal import terminal
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from shadowpeft.data.review import Review
     from shadowpeft.data.sources import Source
     from shadowpeft.train.config import RunConfig
 
@@ -27,6 +28,14 @@ _SHOWN = 20
 _COLOURS = {(True, True): "green", (True, False): "blue", (False, True): "yellow", (False, False): "dim"}
 """Of a token, by whether the base and the shadow learn it."""
 _NAMES = {"green": "both paths", "blue": "the base alone", "yellow": "the shadow alone", "dim": "nobody"}
+
+_ODD = {
+    "contradicting": "rows with another answer than an earlier row of the same prompt: {}; keep one, unless both are meant",
+    "repeated": "rows that repeat an earlier one: {}; leave them out, unless they are to count more",
+    "misspelt_actions": "actions that may be misspelt: {}; each spelling is learnt as an action of its own",
+    "unchecked_calls": "rows that call with arguments, which nothing checks: {}; name the tools (--tools FILE, or data.tools)",
+}
+"""What is said of rows that can be learnt and may not be meant."""
 
 
 class WrongRowsError(DataError):
@@ -70,7 +79,7 @@ class Rules:
 
 def check(
     file: Annotated[
-        str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder, a run file (.yaml); robot, robot_tools.")
+        str, typer.Argument(help="JSON lines, .json, .csv, .parquet, a folder, a run file (.yaml), a mapping as in one; robot.")
     ],
     settings: Overrides = None,
     base: Annotated[
@@ -117,10 +126,12 @@ def check(
         raise ConfigError(
             "a run file says how its rows are read; leave --system, --assistant-only-loss, --tools and --task-type out"
         )
-    results = {}
+    from shadowpeft.data.review import Review
+
+    results, review = {}, Review(rules.tools)
     for part, given in parts.items():
         name = f"data.{part}: {given}" if part else file
-        results[part], shown = _examined(name, _rows(given, part, rules), rules, show)
+        results[part], shown = _examined(name, _rows(given, part, rules), rules, show, review)
         if not as_json:
             _print(results[part], shown, rules.tokenizer)
     if as_json:
@@ -184,16 +195,17 @@ def _of_run(
 
 def _rows(given: str | Source, part: str, rules: Rules) -> Iterable[tuple[str, Any]]:
     """Every row and where it stands."""
-    from shadowpeft.data.sources import Source, rows_of
+    from shadowpeft.apps.source import source_named
+    from shadowpeft.data.sources import rows_of
     from shadowpeft.train.rows import packaged, packaged_rows
 
     if isinstance(given, str) and packaged(given):
         return ((f"row {n}", row) for n, row in enumerate(packaged_rows(given, part or "train", actions=rules.actions), 1))
-    return rows_of(given if isinstance(given, Source) else Source(path=given), keep_damaged=True)
+    return rows_of(source_named(given) if isinstance(given, str) else given, keep_damaged=True)
 
 
 def _examined(
-    name: str, rows: Iterable[tuple[str, Any]], rules: Rules, show: int
+    name: str, rows: Iterable[tuple[str, Any]], rules: Rules, show: int, review: Review
 ) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """What there is to say of all rows, and the first ``show`` of them with a sequence each."""
     from shadowpeft.data import chat
@@ -205,6 +217,7 @@ def _examined(
     labels: Counter[str] = Counter()
     shown: list[tuple[Any, Any]] = []
     lengths, learnt, problems, long, count = [], [], [], [], 0
+    review.start_part()
     for where, row in rows:
         count += 1
         try:
@@ -214,6 +227,7 @@ def _examined(
         except DataError as problem:
             problems.append(str(problem))
             continue
+        review.add(checked, getattr(checked, "where", "") or where)
         forms[getattr(checked, "form", "") or "prompt, response"] += 1
         paths[checked["path"]] += 1
         if rules.classes:
@@ -238,6 +252,16 @@ def _examined(
             "rows": len(long),
             "first": long[0].partition(" has ")[0] if long else None,
             "which": long[:_SHOWN],
+        },
+        "actions": dict(review.actions.most_common()),
+        **{
+            name: {"rows": len(found), "which": found[:_SHOWN]}
+            for name, found in (
+                ("repeated", review.repeated),
+                ("contradicting", review.contradicting),
+                ("misspelt_actions", review.misspelt()),
+                ("unchecked_calls", review.unchecked()),
+            )
         },
         "refused": {"rows": len(problems), "why": problems[:_SHOWN]},
     }
@@ -309,6 +333,17 @@ def _print(result: dict[str, Any], shown: list[tuple[Any, Any]], tokenizer: Any)
     console.print("paths: " + ", ".join(f"{name} {count}" for name, count in result["paths"].items() if count))
     if "labels" in result:
         console.print("labels: " + ", ".join(f"{name} ({count})" for name, count in result["labels"].items()))
+    if result["actions"]:
+        actions = Table("action", "rows")
+        for name, count in result["actions"].items():
+            actions.add_row(Text(name), f"{count:,}")
+        console.print(actions)
+    for key, says in _ODD.items():
+        if result[key]["rows"]:
+            console.print("warning: " + says.format(result[key]["rows"]))
+            for line in result[key]["which"]:
+                console.print(Text(line, style="yellow"))
+            _rest(console, result[key]["rows"])
     long = result["longer_than_max_length"]
     if long["rows"]:
         console.print(f"{long['rows']} rows have more than {long['max_length']} tokens:")

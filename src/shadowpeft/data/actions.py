@@ -105,14 +105,16 @@ def read_skills(file: str | Path) -> tuple[str, ...]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"the actions file '{file}' is not UTF-8; save it as UTF-8 text") from error
     names: list[object] = [line.strip() for line in text.splitlines() if line.strip()]
-    if text.startswith("["):  # no name does
+    if re.search(r"^\s*(?:[\[{]|/[/*])", text, re.MULTILINE):  # no name begins so
         try:
-            names = parse_json(text)
+            found = parse_json(text)
         except ValueError as error:
             raise ConfigError(
-                f"the actions file '{file}' starts with '[' but is no JSON list (it {error}); write LampOn, one a line, or"
-                ' ["LampOn", "LampOff"]'
+                f"the actions file '{file}' {error}; correct it, or write names such as LampOn, one a line"
             ) from error
+        if not isinstance(found, list):
+            raise ConfigError(f"the actions file '{file}' is a JSON {type(found).__name__} but must be a list; put it in [ ]")
+        names = found
     return checked(names, f"the actions file '{file}'")
 
 

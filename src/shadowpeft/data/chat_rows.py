@@ -87,6 +87,7 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
+    empty = [key for key in ("prompt", "response") if key in row and row[key] is None]
     row = without_null(row)
     for key in row:
         meant = str(key).strip().lower()
@@ -113,11 +114,14 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
             f"{where} has 'text' and 'label', which a classifier learns from; give a run file with task_type: SEQ_CLS (data "
             "check of the rows alone: --task-type SEQ_CLS), or rows of a form of docs/data.md"
         )
+    elif empty:
+        raise DataError(f"{where} has nothing as '{empty[0]}'; write it, or leave the row out")
     else:
         raise DataError(
-            f"{where} has the keys {sorted(row)[:6]} but needs 'messages', or 'prompt' and 'response', or "
-            "a form of docs/data.md"
+            f"{where} has {named_keys(row)} but needs 'messages', or 'prompt' and 'response', or a form of docs/data.md; "
+            f"{renamed('prompt', 'response')}"
         )
+    _check_asked(history, where, every_turn)
     shadow, path = row.get("shadow_response"), row.get("path", "both")
     if shadow is not None and not isinstance(shadow, str):
         raise DataError(f"{where}: 'shadow_response' must be a string")
@@ -136,6 +140,36 @@ def check_row(row: Any, where: str, *, every_turn: bool = False) -> dict[str, An
                 message["tool_calls"] = [_without_absent(call, properties) for call in message["tool_calls"]]
     checked.where, checked.form = where, form
     return checked
+
+
+def named_keys(row: dict[str, Any], most: int = 12) -> str:
+    """The keys that a row has, in words."""
+    rest = f" and {len(row) - most} more" if len(row) > most else ""
+    return f"the key{'s' * (len(row) > 1)} {', '.join(map(quote, list(row)[:most]))}{rest}" if row else "no key"
+
+
+def renamed(*ours: str) -> str:
+    """What to do about columns of other names."""
+    names = ", ".join(f"{name}: YOUR_NAME" for name in ours)
+    return (
+        f"rename them, or write {{path: FILE, columns: {{{names}}}}} in the place of the file (as data.train of a run file; "
+        "data check, eval and data answer take it too)"
+    )
+
+
+def _check_asked(history: list[dict[str, Any]], where: str, every_turn: bool) -> None:
+    """Whether the user's messages that are answered say something: an answer to nothing is what a model then says to anything.
+
+    Raises:
+        DataError: starting with ``where``, if not.
+    """
+    for number, message in enumerate(history, 1):
+        if message["role"] != "user" or message["content"].strip():
+            continue
+        after = history[number] if number < len(history) else None
+        if after is None or (every_turn and after["role"] == "assistant" and after.get("weight") != 0):
+            which = "has an empty prompt" if len(history) == 1 else f"has an empty message {number}, which is answered"
+            raise DataError(f"{where} {which}; write what is asked, or leave the row out")
 
 
 def _tools(given: Any, where: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.chat import Encoded, Skipped
-from shadowpeft.data.chat_rows import PATHS, ChatRow, rows_digest, without_null
+from shadowpeft.data.chat_rows import PATHS, ChatRow, named_keys, renamed, rows_digest, without_null
 from shadowpeft.data.forms import rows_in
 from shadowpeft.data.tasks.base import Example, Task, class_ids
 from shadowpeft.errors import ConfigError, DataError
@@ -30,11 +30,13 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where} is a JSON {type(row).__name__} but must be an object")
+    empty = [key for key in ("text", "label") if key in row and row[key] is None]
     row = without_null(row)
+    if empty:
+        raise DataError(f"{where} has nothing as '{empty[0]}'; write it, or leave the row out")
     if "text" not in row or "label" not in row:
         raise DataError(
-            f"{where} has the keys {sorted(row)[:6]} but a classifier needs 'text' and 'label'; rename them, or in a run file "
-            "give your names of them in data.train.columns (data.validation.columns)"
+            f"{where} has {named_keys(row)} but a classifier needs 'text' and 'label'; {renamed('text', 'label')}"
         )
     text, label, path = row["text"], row["label"], row.get("path", "both")
     if not isinstance(text, str):

@@ -173,6 +173,17 @@ _UNREAD = {
 """Kinds of file that rows often stand in, and what to do with one."""
 
 
+def check_kind(file: Path) -> None:
+    """Whether a file is of a kind that is read, by its name.
+
+    Raises:
+        DataError: naming the file, the kinds that are read, and what to do with it.
+    """
+    kind = file.suffix.lower()
+    if kind in _UNREAD:
+        raise DataError(f"data file '{file}' ends in {kind} but {_KINDS} are read; {_UNREAD[kind]}")
+
+
 def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[str, Any]]:
     """Every row of a file as it is, and where it stands: ``.csv``, ``.parquet``, ``.json`` (a list), else JSON lines.
 
@@ -185,9 +196,12 @@ def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[s
     file = Path(path)
     if not file.is_file():
         raise DataError(missing(file))
+    check_kind(file)
     kind = file.suffix.lower()
-    if kind in _UNREAD:
-        raise DataError(f"data file '{file}' ends in {kind} but {_KINDS} are read; {_UNREAD[kind]}")
+    if kind != ".parquet":
+        with file.open("rb") as handle:
+            if handle.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
+                raise DataError(f"{file} is UTF-16 text; save it as UTF-8")
     readers = {".csv": _csv, ".parquet": _parquet, ".json": _json}
     for where, row in readers.get(kind, _lines)(file):
         if isinstance(row, DataError) and not keep_damaged:
@@ -197,9 +211,6 @@ def rows_in(path: str | Path, *, keep_damaged: bool = False) -> Iterator[tuple[s
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as handle:
-        if handle.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
-            raise DataError(f"{file} is UTF-16 text; save it as UTF-8")
-        handle.seek(0)
         for number, line in enumerate(handle, 1):
             if line.strip():
                 where = f"{file}, line {number}"
@@ -226,10 +237,14 @@ def _json(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, Any]]:
-    """Empty cells are None; a comma separates. A row that spans several lines stands where it ends."""
+    """Empty cells are None; a comma separates, or a semicolon if the header has them and no comma, as Excel writes it in many
+    languages. A row that spans several lines stands where it ends."""
     csv.field_size_limit(2**31 - 1)  # a long conversation is a long cell; the limit of the csv module is 131,072 characters
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-        reader = csv.reader(handle, strict=True)
+        header = next((line.strip() for line in handle if line.strip()), "")
+        separator = ";" if ";" in header and "," not in header and not header.startswith("sep=") else ","
+        handle.seek(0)
+        reader = csv.reader(handle, delimiter=separator, strict=True)
         names: list[str] = []
         while True:
             begins = reader.line_num + 1
@@ -246,7 +261,7 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
             damage = _not_utf8(cells) if cells else None
             if not names:
                 if damage is not None:
-                    raise DataError(f"{where} is not valid CSV in UTF-8 ({damage}); save the file as UTF-8")
+                    raise DataError(f"{where} {damage}")
                 if twice := [name for n, name in enumerate(cells) if name in cells[:n]]:
                     raise DataError(
                         f"{where} names the column {quote(twice[0])} twice, of which one would be lost; give each its own name"
@@ -258,19 +273,25 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
                     )
                 names = cells
             elif damage is not None:
-                yield where, DataError(f"{where} is not valid CSV in UTF-8 ({damage}); save the file as UTF-8")
+                yield where, DataError(f"{where} {damage}")
             elif cells and len(cells) != len(names):
+                quoted = "commas" if separator == "," else "semicolons"
                 yield where, DataError(
-                    f"{where} has {len(cells)} cells but the header has {len(names)} names; quote commas in texts"
+                    f"{where} has {len(cells)} cells but the header has {len(names)} names; quote {quoted} in texts"
                 )
             elif cells:
                 yield where, {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
 def _not_utf8(cells: list[str]) -> str | None:
-    """The first byte that is no UTF-8, in words."""
+    """What is wrong with a line that is no UTF-8: its first such byte, and what Excel would have written with it."""
     found = re.search("[\udc80-\udcff]", "".join(cells))
-    return None if found is None else f"byte 0x{ord(found.group()) - 0xDC00:02x}"
+    if found is None:
+        return None
+    byte = bytes([ord(found.group()) - 0xDC00])
+    letter = byte.decode("cp1252", errors="ignore")
+    perhaps = f", which is {letter!r} in cp1252, Excel's plain CSV" if letter else ""
+    return f"is not valid CSV in UTF-8 (byte 0x{byte.hex()}{perhaps}); save the file as UTF-8, in Excel as 'CSV UTF-8'"
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.forms import rows_in
+from shadowpeft.data.forms import check_kind, rows_in
 from shadowpeft.errors import DataError
 from shadowpeft.messages import did_you_mean, shorten
 
@@ -27,10 +27,12 @@ _BY_ROWS = (".jsonl", ".csv", ".json")
 _ROWS = (*_BY_ROWS, ".parquet")
 """Kinds that a file may have; several of them in a folder are read as its files are too, since ``datasets`` reads one kind."""
 _OTHER_ROWS = (
-    *(".ndjson", ".tsv", ".arrow", ".feather", ".geoparquet", ".gpq", ".xml", ".h5", ".hdf5"),
+    *(".ndjson", ".tsv", ".xlsx", ".xls", ".ods", ".arrow", ".feather", ".geoparquet", ".gpq", ".xml", ".h5", ".hdf5"),
     *(".gz", ".zip", ".zst", ".xz", ".bz2", ".lz4", ".tar", ".7z", ".rar"),
 )
 """Kinds that hold rows too, but are not read beside others."""
+_TYPED = (".arrow", ".feather")
+"""Kinds that are not read as single files; of a folder of them ``datasets`` reads what they say and guesses nothing."""
 _NO_ROWS = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -143,6 +145,10 @@ def _splits_of_folder(source: Source) -> dict[str, list[Path]] | None:
             f"'{folder}' has files of the kinds {', '.join(sorted(kinds))}, and '{beside.relative_to(folder)}' cannot be read "
             "beside the others; give it a folder of its own, or move it out if it holds no rows"
         )
+    if not kinds & {*_ROWS}:
+        for file in sorted(found):
+            if file.suffix.lower() not in _TYPED:
+                check_kind(file)
     if not kinds & {*_ROWS} or (len(kinds) == 1 and not kinds <= {*_BY_ROWS}):
         return None
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns

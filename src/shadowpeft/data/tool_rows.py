@@ -71,6 +71,7 @@ def with_tools(row: dict[str, Any], tools: Tools, *, compact: bool) -> dict[str,
         compact: see :func:`writes_calls`. Otherwise a row that brings no tools gets these, for the template.
 
     Raises:
+        ConfigError: naming what holds ``tools``, if a device could not write calls of one.
         DataError: naming file and line, if the row has another tool, or a call that is not valid.
     """
     where = getattr(row, "where", "") or "a row"
@@ -93,10 +94,11 @@ def with_tools(row: dict[str, Any], tools: Tools, *, compact: bool) -> dict[str,
     if beside:
         made["answer"] = beside
     made.where, made.form = getattr(row, "where", ""), getattr(row, "form", "")
+    grammar = _grammar(tools)  # a schema that no call can be held to is no fault of a row
     for key in ("response", "shadow_response"):
         if made[key]:
             try:
-                found = _grammar(tools).read(made[key])
+                found = grammar.read(made[key])
             except ConfigError as error:
                 raise DataError(f"{where} {error}; correct it") from error
             if found is not None:  # in its one form
@@ -106,4 +108,4 @@ def with_tools(row: dict[str, Any], tools: Tools, *, compact: bool) -> dict[str,
 
 @lru_cache(maxsize=4)
 def _grammar(tools: Tools) -> Writable:
-    return Writable(tools, "the run's tools")
+    return Writable(tools)

@@ -78,12 +78,15 @@ class Tool:
 class Tools(Sequence[Tool]):
     """Tools by name, in order.
 
+    Args:
+        where: what holds them, for messages.
+
     Raises:
         ConfigError: if there is none, or two have one name.
     """
 
     def __init__(self, tools: Iterable[Tool], where: str = "the list of tools") -> None:
-        self._tools = tuple(tools)
+        self._tools, self.where = tuple(tools), where
         self.by_name: dict[str, Tool] = {tool.name: tool for tool in self._tools}
         if not self._tools:
             raise ConfigError(f"{where} has no tool; write at least one definition, or a name such as LampOn")
@@ -124,7 +127,7 @@ class Tools(Sequence[Tool]):
     def some(self, names: Iterable[str]) -> Tools:
         """Those with these names."""
         wanted = set(names)
-        return Tools(tool for tool in self._tools if tool.name in wanted)
+        return Tools((tool for tool in self._tools if tool.name in wanted), self.where)
 
     def lack(self, other: Tools) -> str | None:
         """The name of the first tool of ``other`` that is not here, or whose arguments are others; None: all are.
@@ -147,13 +150,13 @@ def tools_of(definitions: Any, where: str = "the list of tools") -> Tools:
     if not isinstance(definitions, (list, tuple)):
         raise ConfigError(f"{where} is a JSON {type(definitions).__name__} but must be a list of tools")
     if definitions and all(isinstance(each, str) for each in definitions):
-        return named(checked(definitions, where))
+        return named(checked(definitions, where), where)
     return Tools([_tool(each, f"{where}, tool {n}") for n, each in enumerate(definitions, 1)], where)
 
 
-def named(names: Iterable[str]) -> Tools:
+def named(names: Iterable[str], where: str = "the list of tools") -> Tools:
     """Tools without arguments."""
-    return Tools(Tool(name, "", {"type": "object", "properties": {}}) for name in names)
+    return Tools((Tool(name, "", {"type": "object", "properties": {}}) for name in names), where)
 
 
 def read_tools(file: str | Path) -> Tools:
@@ -166,13 +169,13 @@ def read_tools(file: str | Path) -> Tools:
     try:
         content = parse_json(Path(file).read_bytes())
     except (OSError, ValueError):
-        return named(read_skills(file))  # names, one a line, or what is wrong with the file
+        return named(read_skills(file), where)  # names, one a line, or what is wrong with the file
     if isinstance(content, list) and any(isinstance(each, dict) for each in content):
         tools = tools_of(content, where)
         if tools.plain:  # they are skills, which have shorter names
             checked(tools.names, where)
         return tools
-    return named(read_skills(file))
+    return named(read_skills(file), where)
 
 
 def _tool(given: Any, where: str) -> Tool:

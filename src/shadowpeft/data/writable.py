@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from shadowpeft.data.calls import Answered, answered
 from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar
-from shadowpeft.data.tools import ABOUT, Tools
+from shadowpeft.data.tools import ABOUT, Tool, Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import quote
 from shadowpeft.versions import require_llguidance
@@ -16,17 +18,27 @@ _KNOWN = ABOUT | {"type", "properties", "required", "additionalProperties"}
 _CALL = re.compile(r"\s*(\[\s*)?([^\W\d][\w-]*)\s*\(")
 
 
+def _with_one(tool: Tool, argument: str) -> Tool:
+    """The tool with one of its arguments alone."""
+    schema = {key: value for key, value in tool.parameters.items() if key != "required"}
+    return Tool(tool.name, "", {**schema, "properties": {argument: tool.properties[argument]}})
+
+
+def _problem(error: str) -> str:
+    """What the engine says of a schema, without the place in a grammar that nobody sees."""
+    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", re.split(r"\n +\d+ \|", error)[0])
+    return " ".join(said.split())[:200]
+
+
 class Writable:
     """The grammar of ``tools`` over bytes, without a model's tokenizer.
 
-    Args:
-        where: what holds the tools, for messages.
-
     Raises:
-        ConfigError: if ``llguidance`` is not installed, or a schema says what calls cannot be held to.
+        ConfigError: naming what holds the tools, and the tool with its argument, if a schema says what calls cannot be held to;
+            or if ``llguidance`` is not installed.
     """
 
-    def __init__(self, tools: Tools, where: str = "the list of tools") -> None:
+    def __init__(self, tools: Tools) -> None:
         require_llguidance()
         from llguidance import LLMatcher, LLTokenizer
 
@@ -35,16 +47,23 @@ class Writable:
             other = sorted(tool.parameters.keys() - _KNOWN)
             if other:
                 raise ConfigError(
-                    f"{where} has the tool {tool.name} with '{other[0]}' beside its properties, which a call cannot be held "
-                    "to; say it in the schemas of the arguments, or leave it out"
+                    f"{tools.where} has the tool {tool.name} with '{other[0]}' beside its properties, which a call cannot be "
+                    "held to; say it in the schemas of the arguments, or leave it out"
                 )
         bytewise = LLTokenizer("byte")
-        for some in ([tool] for tool in tools):  # alone, so that the one which is refused can be named
-            matcher = LLMatcher(bytewise, calls_grammar(Tools(some), hand_on=True), log_level=0)
-            if matcher.is_error():
-                problem = " ".join(matcher.get_error().split())[:200]
-                raise ConfigError(f"{where} has the tool {some[0].name} with a schema that calls cannot be held to ({problem})")
-        self._first = LLMatcher(bytewise, calls_grammar(tools, hand_on=True), log_level=0)
+
+        def matcher(some: Iterable[Tool]) -> Any:
+            return LLMatcher(bytewise, calls_grammar(Tools(some), hand_on=True), log_level=0)
+
+        for tool in tools:  # alone, so that the one which is refused can be named, and its argument
+            if matcher([tool]).is_error():
+                alone = ((name, matcher([_with_one(tool, name)])) for name in tool.properties)
+                name, refused = next(((name, each) for name, each in alone if each.is_error()), ("", matcher([tool])))
+                raise ConfigError(
+                    f"{tools.where} has the tool {tool.name} with a schema that calls cannot be held to"
+                    f"{f' in its argument {name}' if name else ''} ({_problem(refused.get_error())}); simplify the schema"
+                )
+        self._first = matcher(tools)
 
     def problem(self, text: str) -> str | None:
         """Why an answer cannot begin with ``text``, calls in the compact form; None if it can."""
