@@ -88,7 +88,7 @@ def calibrate(
         check_share,
         signal_for,
     )
-    from shadowpeft.serve.bound import choosing_rows, require_rows
+    from shadowpeft.serve.bound import choosing_rows, require_known, require_rows
     from shadowpeft.serve.loading import check_calls
     from shadowpeft.serve.router import CHOSEN, FILE, SIGNALS
     from shadowpeft.versions import require_sklearn
@@ -107,8 +107,11 @@ def calibrate(
     require_writable(folder)
     console = terminal(stderr=True)
     rows = Rows.read(data, limit, actions, second_opinion, open_share, console)
+    is_open = [row["skill"] == REMOTE for row in rows.fit]
     if bound:
-        require_rows([row["skill"] == REMOTE for row in rows.fit], target=target, level=level, signal=signal)
+        require_rows(is_open, target=target, level=level, signal=signal)
+    else:
+        require_known(is_open)
     if check is not None:
         rows.read_check(check, limit, actions, console)
     from shadowpeft.data.second_opinion import discard_others
