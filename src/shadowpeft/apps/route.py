@@ -89,7 +89,7 @@ def calibrate(
         signal_for,
     )
     from shadowpeft.serve.bound import choosing_rows, require_known, require_rows
-    from shadowpeft.serve.loading import check_calls
+    from shadowpeft.serve.loading import check_answers, check_calls
     from shadowpeft.serve.router import CHOSEN, FILE, SIGNALS
     from shadowpeft.versions import require_sklearn
 
@@ -98,6 +98,7 @@ def calibrate(
     check_share(open_share)
     actions = Actions.of(skills)
     signal = signal_for(signal, actions, second_opinion)
+    check_answers(source)
     if actions.names is not None:
         check_calls(source)
     require_sklearn("route calibrate")
