@@ -73,15 +73,20 @@ def application(options: Options, keys: Any, before_loading: Callable[[], object
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
     if options.vote and not tools.plain:
         raise ConfigError(f"--vote weighs names but the actions of --skills '{options.skills}' have arguments; leave it out")
-    for folder in options.named.values():
+
+    def suits(folder: str) -> None:
         if tools is not None:
             check_calls(folder)
         _check_learnt(folder, given, packaged=router is not None and router.calibration is None)
+
+    for folder in options.named.values():
+        suits(folder)
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
     device = pick_device(options.device)
     before_loading()
     backend = load_backend(named, options.base, device)
+    backend.suits = suits  # of what comes later, too
     actions = None if skills is None else ActionTrie.of(backend.tokenizer, skills, opinion)
     if options.vote:
         if all(backend.shadow(name) is None for name in backend.names):
