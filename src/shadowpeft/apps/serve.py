@@ -222,6 +222,13 @@ def _router(options: Options, given: Any) -> tuple[Any, tuple[str, ...] | None, 
             "the edge has no calibration, so it keeps every known action, however unsure; make one with shadowpeft route "
             "calibrate, or pass --routing FILE"
         )
+    if calibration is not None and calibration.threshold > 1:
+        log.warning(
+            "the calibration '%s' keeps nothing on the device, so %s; calibrate again with more rows, a larger --target or a "
+            "shadow that trained longer",
+            file,
+            "every answer is marked degraded: there is no cloud" if cloud is None else "every request goes to the cloud",
+        )
     if not known.plain:
         return Router(CallParser(known), calibration), None, known, None
     return Router(parser(known.names), calibration), known.names if chooses else None, known if chooses else None, opinion
