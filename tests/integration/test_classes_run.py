@@ -20,6 +20,7 @@ from shadowpeft.hf.load import read_config
 from shadowpeft.tokenizer import load_tokenizer
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train
+from webserver import free_port
 
 WORDS = {"hot": ["aaaa", "aaa a", "aa aa", "a aaa"], "cold": ["zzzz", "zz zz", "z zzz", "zzz z"], "wet": ["mm", "m m", "mmm"]}
 
@@ -79,7 +80,7 @@ def test_a_classifier_answers_nothing_in_words(made, monkeypatch, capsys, tmp_pa
         source = tmp_path / "edge"
         assert call(monkeypatch, capsys, "detach", made["adapter"], source)[0] == 0
     write_rows(tmp_path / "requests.jsonl", [{"prompt": "a", "skill": "REMOTE"}])
-    commands = [("serve", f"a={source}", "--role", role, "--no-auth", "--port", "1") for role in ("cloud", "edge")]
+    commands = [("serve", f"a={source}", "--role", role, "--no-auth", "--port", free_port()) for role in ("cloud", "edge")]
     commands.append(("route", "calibrate", source, "--data", tmp_path / "requests.jsonl", "--no-cloud", "--no-bound"))
     if not edge:
         commands += [("generate", source, "hello"), ("chat", source)]

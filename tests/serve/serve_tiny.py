@@ -22,6 +22,7 @@ def main(role: str, port: int, versions: str, cloud_url: str | None, seconds: fl
     from shadowpeft.serve.edge_role import EdgeRole
     from shadowpeft.serve.engine import Engine, EngineLimits
     from shadowpeft.serve.guard import Keys
+    from shadowpeft.serve.listener import Listener
     from shadowpeft.serve.router import Router
     from shadowpeft.serve.server import Settings, build
     from shadowpeft.serve.versions import Version
@@ -57,7 +58,9 @@ def main(role: str, port: int, versions: str, cloud_url: str | None, seconds: fl
             super().connection_made(transport)
 
     connections.TimelyProtocol = SmallBuffers
-    connections.serve(app, "127.0.0.1", port, 20)
+    listener = Listener("127.0.0.1", port)
+    listener.bind()
+    connections.serve(app, listener, 20)
 
 
 if __name__ == "__main__":

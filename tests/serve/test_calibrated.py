@@ -139,3 +139,15 @@ def test_the_same_system_message_and_calibrations_that_do_not_say_are_served(tmp
     dataclasses.replace(CALIBRATION, report=report).save(tmp_path / FILE)
     router, *_ = serve._router(Options(adapters=[str(tmp_path)], role="edge", system=given), None)
     assert router.calibration == Calibration.load(tmp_path / FILE)
+
+
+@pytest.mark.parametrize("threshold", [2.0, 0.5])
+@pytest.mark.parametrize("cloud", ["http://cloud:8000", None])
+def test_a_calibration_that_keeps_nothing_is_told_at_the_start(tmp_path, caplog, threshold, cloud):
+    dataclasses.replace(CALIBRATION, threshold=threshold).save(tmp_path / FILE)
+    with caplog.at_level(logging.WARNING, "shadowpeft.serve"):
+        serve._router(Options(adapters=[str(tmp_path)], role="edge", cloud_url=cloud), None)
+    told = [r.getMessage() for r in caplog.records if "keeps nothing on the device" in r.getMessage()]
+    assert len(told) == (threshold > 1)
+    follows = "every answer is marked degraded: there is no cloud" if cloud is None else "every request goes to the cloud"
+    assert all(f"'{tmp_path / FILE}'" in each and follows in each and "calibrate again" in each for each in told)

@@ -14,6 +14,7 @@ from serving import ADAPTERS
 from shadowpeft.apps.calibrating import with_open_share
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve import calibration as fitting
+from shadowpeft.serve.bound import require_rows
 from shadowpeft.serve.calibrated import distance, sketch
 from shadowpeft.serve.calibration import Sample, auroc, calibrate, choose_threshold, ece, upper_bound
 from shadowpeft.serve.loading import load_edge
@@ -149,7 +150,7 @@ def test_the_whole_counts_the_cloud_s_answers_as_they_are_with_the_device_s_word
 
 
 def test_what_cannot_be_calibrated_is_refused():
-    with pytest.raises(DataError, match="16 of 20 device answers have a known action but a calibration needs 30"):
+    with pytest.raises(DataError, match=r"16 of 20 .* needs 30; give about 38 rows like these"):
         calibrate(made_up(20), target=0.1, bound=False)
     with pytest.raises(ConfigError, match=r"target is 1\.5"):
         calibrate(made_up(100), target=1.5)
@@ -238,12 +239,10 @@ def test_the_command_saves_beside_and_reports(adapter, monkeypatch, capsys, tmp_
         (("--target", "2"), "target is 2.0"),
         (("--data", "none.jsonl"), "'none.jsonl' does not exist"),
         (("--signal", "luck"), "signal is 'luck'"),
-        (("--limit", "5", "--no-bound"), "a calibration needs 30"),
         (("--open-share", "1"), "open-share is 1.0 but must be from 0 to below 1"),
         (("--open-share", "-0.1"), "open-share is -0.1"),
         (("--open-share", "nan"), "open-share is nan"),
         (("--target", "0.005"), "takes 598 kept answers without a wrong one, but the data has 510 commands"),
-        (("--limit", "50"), "takes 59 kept answers without a wrong one"),
         (("--level", "95"), "level is 95.0"),
         (("--target", "0"), "target is 0.0, which no number of answers can hold"),
     ],
@@ -255,6 +254,28 @@ def test_wrong_use_ends_with_2(adapter, monkeypatch, capsys, arguments, message)
     assert code == 2
     assert message in err
     assert len(err.strip().splitlines()[-1]) < 300
+
+
+@pytest.mark.parametrize(
+    ("commands", "arguments", "needed"),
+    [(20, ("--no-bound",), 30), (20, ("--target", "0.2"), 30), (29, ("--target", "0.05"), 73), (20, ("--target", "1"), 30)],
+)
+def test_what_is_advised_is_enough_and_told_before_any_model_runs(
+    adapter, monkeypatch, capsys, tmp_path, commands, arguments, needed
+):
+    from shadowpeft.apps import calibrating
+
+    monkeypatch.setattr(calibrating, "backends", lambda *_: pytest.fail("a model was loaded"))
+    rows = [{"prompt": f"do {i}", "skill": "Sit" if i < commands else "REMOTE"} for i in range(50)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code, _, err = call(monkeypatch, capsys, "route", "calibrate", adapter / "adapter", "--data", data, *arguments)
+    assert code == 2
+    assert f"needs 30 answers with a known action but the data has {commands} commands in 50 rows" in err
+    assert f"give at least {needed} commands" in err
+    is_open = [False] * needed
+    target = float(arguments[1]) if arguments[1:] else 1.0
+    require_rows(is_open, target=target, level=0.95, signal="auto")
 
 
 def calibrated(monkeypatch, capsys, folder, rows, check=None, **more):
@@ -287,7 +308,7 @@ def test_copies_of_a_row_are_no_evidence(place, monkeypatch, capsys):
     code, _, err = calibrated(monkeypatch, capsys, place, [("do 1", "Sit")] * 100)
     assert code == 2
     assert "99 of 100 rows repeat a prompt; each prompt counts once" in err
-    assert "but the data has 1 commands" in err
+    assert "but the data has 1 commands in 1 rows" in err
     code, once, _ = calibrated(monkeypatch, capsys, place, ROWS)
     assert code == 0
     copies = [*ROWS, (" do  7 ", "Sit"), *ROWS[:10] * 9]

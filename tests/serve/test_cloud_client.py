@@ -232,6 +232,14 @@ def test_a_stream_that_has_ended_is_not_waited_for(monkeypatch):
     assert (cloud.breaker.failed, cloud.problem) == (0, None)
 
 
+def test_a_stream_without_the_reason_of_its_end_was_cut():
+    cut = STREAM.replace(b'"finish_reason": "stop"', b'"finish_reason": null')
+    for end in (cut, cut.replace(b"data: [DONE]\n\n", b"")):
+        cloud = answering(end)
+        assert isinstance(asyncio.run(run(cloud, True)), CloudError)
+        assert cloud.breaker.failed == 1
+
+
 FINE = {
     "as it should be": STREAM,
     "choices: null at the end": STREAM.replace(b"data: [", event({"choices": None, "usage": COUNTS}) + b"data: ["),
@@ -404,15 +412,21 @@ def test_a_cloud_that_never_stops_is_left(stream, status, monkeypatch):
     assert given_out <= 101_000
 
 
-def test_a_whole_answer_has_the_answers_time_and_a_stream_only_until_it_begins():
+def test_the_time_that_is_given_holds_for_whole_answers_and_streams_and_without_one_a_stream_begins_sooner(monkeypatch):
     async def late(request):
         await asyncio.sleep(0.3)
         return httpx.Response(200, content=STREAM if json.loads(request.content).get("stream") else json.dumps(WHOLE))
 
-    cloud = CloudClient("http://cloud", transport=httpx.MockTransport(late), timeout=0.1, answer_seconds=20)
-    assert asyncio.run(run(cloud, False)) == "Rome"
-    cloud = CloudClient("http://cloud", transport=httpx.MockTransport(late), timeout=0.1, answer_seconds=20)
-    assert isinstance(asyncio.run(run(cloud, True)), CloudError)
+    def asked(stream, **times):
+        cloud = CloudClient("http://cloud", transport=httpx.MockTransport(late), answer_seconds=20, **times)
+        return asyncio.run(run(cloud, stream))
+
+    monkeypatch.setattr(module, "STREAM_SECONDS", 0.1)
+    assert [asked(stream, timeout=5) for stream in (False, True)] == ["Rome", "Rome!"]
+    for stream in (False, True):
+        assert "gave no answer (ReadTimeout)" in str(asked(stream, timeout=0.1))
+    assert asked(False) == "Rome"
+    assert isinstance(asked(True), CloudError)
 
 
 def test_the_trial_succeeds_with_the_first_chunk():

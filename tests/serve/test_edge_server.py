@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 
 import httpx
 import openai
@@ -321,10 +322,24 @@ def test_a_slow_cloud_is_given_up(cloud):
     assert (content, note["reason"]) == (Scripted.LINES["remote"], "cloud unavailable")
 
 
-def test_a_stream_that_breaks_in_the_middle_says_so():
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_device_answers_for_a_cloud_that_takes_longer_than_it_may(stream):
+    async def slow(request):
+        await asyncio.sleep(30)
+
+    app = edge_app("http://cloud", transport=httpx.MockTransport(slow), timeout=0.2)
+    with Running(app) as server:
+        began = time.monotonic()
+        content, note, _ = say(server, "words", stream=stream)
+        assert time.monotonic() - began < 10
+    assert (content, note["reason"], note["degraded"]) == (Scripted.LINES["words"], "cloud unavailable", True)
+
+
+@pytest.mark.parametrize("end", ["", "data: [DONE]\n\n"])
+def test_a_stream_that_breaks_in_the_middle_says_so(end):
     first = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "late"}
     chunk = {**first, "choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]}
-    broken = f"data: {json.dumps(chunk)}\n\n"
+    broken = f"data: {json.dumps(chunk)}\n\n{end}"
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=broken))
     with Running(edge_app("http://cloud", transport=transport)) as server:
         with pytest.raises(openai.APIError, match="could not be finished"):

@@ -1,6 +1,7 @@
 """An adapter and its edge model record which actions they have learnt; a server of others is refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ from shadowpeft.serve.guard import Keys
 from shadowpeft.serve.options import Options
 from shadowpeft.train.config import parse_run
 from shadowpeft.train.run import train
+from webserver import Running
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,8 @@ def folders(tmp_path_factory):
 
 
 def application(folder, role="edge", **options):
-    return command.application(Options(role=role, adapters=[str(folder)], auth=False, device="cpu", **options), Keys(None, ()))
+    given = Options(role=role, adapters=[str(folder)], auth=False, device="cpu", **options)
+    return command.application(given, Keys(None, ("admin",)))
 
 
 def test_they_are_recorded(folders):
@@ -58,3 +61,31 @@ def test_its_own_are_served(folders, tmp_path):
     command._check_learnt(str(tmp_path), None, packaged=True)
     (tmp_path / "config.json").write_text(json.dumps(plain))
     command._check_learnt(str(tmp_path), None, packaged=True)
+
+
+@pytest.mark.parametrize("role", ["cloud", "edge"])
+def test_what_comes_later_has_to_have_learnt_them_too(folders, tmp_path, role):
+    """By the same check as at the start; before, an adapter of other actions was let in."""
+    source, file = (folders[0], "adapter_config.json") if role == "cloud" else (folders[1], "config.json")
+    for name, learnt in (("other", ["LampOff"]), ("same", ["LampOn", "LampOff"]), ("silent", None)):
+        shutil.copytree(source, tmp_path / name)
+        (tmp_path / name / "shadowpeft-files.sha256").unlink(missing_ok=True)  # the change is meant
+        content = json.loads((source / file).read_text())
+        del content["actions"]
+        (tmp_path / name / file).write_text(json.dumps(content | ({} if learnt is None else {"actions": learnt})))
+    (tmp_path / "own.txt").write_text("LampOn\n")
+    known = {"skills": str(tmp_path / "own.txt"), "versions": str(tmp_path)}
+    with Running(application(source, role, **known)) as server, server.http("admin") as http:
+        changes = ["/admin/adapters/default/swap", *(["/admin/adapters/more"] if role == "cloud" else [])]
+        for change in changes:
+            refused = http.post(change, json={"version": "other"})
+            assert refused.status_code == 409
+            said = refused.json()["error"]["message"]
+            assert f"--skills has the action LampOn, which '{tmp_path / 'other'}' has not learnt" in said
+        assert "more" not in [each["id"] for each in http.get("/v1/models").json()["data"]]
+        for version in ("same", "silent"):
+            for change in changes:
+                done = http.post(change, json={"version": version})
+                assert done.status_code == 200, done.text
+            if role == "cloud":
+                assert http.delete("/admin/adapters/more").status_code == 200

@@ -156,6 +156,20 @@ def test_log_probabilities_are_the_chats(server):
     assert [each for event in events if event["type"].endswith("text.delta") for each in event["logprobs"]] == told
 
 
+def allowed(*tools, mode="required"):
+    return {"type": "allowed_tools", "mode": mode, "tools": [*tools]}
+
+
+@pytest.mark.parametrize("mode", ["required", "auto"])
+def test_only_the_allowed_tools_are_called(calling, mode):
+    choice = allowed({"type": "function", "name": "Walk"}, mode=mode)
+    answer = ask(calling, tools=[WALK, SIT], tool_choice=choice)
+    assert {call.name for call in calls_of(answer)} <= {"Walk"}
+    assert calls_of(answer) or mode == "auto"
+    assert answer.tool_choice.model_dump() == choice
+    assert [tool.name for tool in answer.tools] == ["Walk", "Sit"]
+
+
 def calls_of(answer):
     return [item for item in answer.output if item.type == "function_call"]
 
@@ -242,7 +256,13 @@ def test_a_form_holds_the_answer(server):
         ({"tools": [{**SIT, "defer_loading": True}]}, "tools.0.defer_loading", "is true but all tools are read at once"),
         ({"tools": [SIT], "tool_choice": {"type": "function"}}, "tool_choice", '{"type": "function", "name": "..."}'),
         ({"tools": [SIT], "tool_choice": {"type": "function", "name": 5}}, "tool_choice", "must be none, auto, required, or"),
-        ({"tools": [SIT], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "must be none, auto, required, or"),
+        ({"tools": [SIT], "tool_choice": {"type": "file_search"}}, "tool_choice", "must be none, auto, required, or"),
+        ({"tools": [SIT], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode", "must be auto or required"),
+        ({"tools": [SIT], "tool_choice": allowed()}, "tool_choice.tools", "is no list of 1 to 128 tools"),
+        ({"tools": [SIT], "tool_choice": allowed(5)}, "tool_choice.tools.0", "is 5 but must be"),
+        ({"tools": [SIT], "tool_choice": allowed(SIT) | {"odd": 1}}, "tool_choice.odd", "is no field of this choice"),
+        ({"tools": [SIT], "tool_choice": allowed(SIT, WALK)}, "tool_choice.allowed_tools.tools.1", "names 'Walk'"),
+        ({"tool_choice": allowed(SIT)}, "tool_choice", "asks for a call but there are no tools"),
         ({"tool_choice": "required"}, "tool_choice", "asks for a call but there are no tools"),
         ({"tools": [SIT], "tool_choice": {"type": "function", "name": "Fly"}}, "tool_choice.function.name", "names 'Fly'"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "is missing; send the schema"),

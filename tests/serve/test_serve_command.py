@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 
 import httpx
 import pytest
@@ -20,12 +21,14 @@ from chatbase import chat_tokenizer, save_base
 from commands import call
 from serving import ask, engine_of
 from shadowpeft import cli
+from shadowpeft.apps import serve as command
 from shadowpeft.errors import ConfigError
 from shadowpeft.serve.backend import Attached, Detached
+from shadowpeft.serve.listener import Listener
 from shadowpeft.serve.loading import load_adapters, load_edge, module_name
 from shadowpeft.serve.options import Options, parse_adapters
 from tiny import adapter_config, randomise
-from webserver import wait_for
+from webserver import free_port, wait_for
 
 KEY = "user-key-0123456789"
 
@@ -222,10 +225,46 @@ def test_an_edge_model_that_is_not_whole_is_neither_loaded_nor_swapped_in(folder
     assert backend.model is model
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@pytest.mark.parametrize("role", ["cloud", "edge"])
+def test_a_port_that_is_taken_is_found_before_anything_is_loaded_or_said_to_be_ready(monkeypatch, capsys, folder, role):
+    for load in ("_cloud_backend", "_edge_backend"):
+        monkeypatch.setattr(command, load, lambda *_: pytest.fail("a model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, _, err = call(
+            monkeypatch, capsys, "serve", folder / "edge-one", "--role", role, "--no-auth", "--device", "cpu", "--port", port
+        )
+    assert code == 2
+    assert f"error: port {port} of 127.0.0.1 is taken by another program; choose another with --port" in err
+    assert "on http://" not in err
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_of_another_machine_is_refused(host):
+    with pytest.raises(ConfigError, match=f"--host is '{host}' but must be an address of this machine"):
+        Listener(host, free_port()).bind()
+
+
+def test_a_port_that_another_server_opened_while_this_one_loaded_is_refused_too():
+    first, second = (Listener("127.0.0.1", port) for port in [free_port()] * 2)
+    with closing(first), closing(second):
+        first.bind()
+        with pytest.raises(ConnectionRefusedError):  # nobody waits for a server that still loads
+            socket.create_connection(("127.0.0.1", first.port))
+        second.bind()
+        first.listen()
+        socket.create_connection(("127.0.0.1", first.port)).close()
+        with pytest.raises(ConfigError, match=f"port {first.port} of 127.0.0.1 is taken"):
+            second.listen()
+
+
+def test_the_name_of_this_machine_is_all_its_loopback_addresses():
+    port = free_port()
+    with closing(Listener("localhost", port)) as listener:
+        listener.bind()
+        listener.listen()
+        socket.create_connection(("127.0.0.1", port)).close()
+    assert Listener("::1", 80).url == "http://[::1]:80"
 
 
 @pytest.mark.server

@@ -103,6 +103,44 @@ def test_one_call_by_name_and_no_second(cloud):
     assert (call.function.name, call.function.arguments, call.type) == ("Sit", "{}", "function")
 
 
+def allowed(*names, mode="required"):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_the_allowed_tools_are_called_and_one_is_where_it_has_to_be(cloud):
+    called = set()
+    for seed, name in enumerate(["Sit", "Walk", "Sit", "Walk"]):
+        calls = ask(cloud, tool_choice=allowed(name), seed=seed).choices[0].message.tool_calls
+        assert {call.function.name for call in calls} == {name}
+        both = ask(cloud, tool_choice=allowed("Sit", "Walk"), seed=seed).choices[0].message.tool_calls
+        called |= {call.function.name for call in both}
+        free = ask(cloud, tool_choice=allowed(name, mode="auto"), seed=seed, max_tokens=8).choices[0]
+        assert free.message.content == ask(cloud, seed=seed, max_tokens=8).choices[0].message.content  # the model may talk
+    assert called == {"Sit", "Walk"}
+
+
+def test_a_device_calls_the_allowed_tools_and_the_cloud_gets_the_choice_as_it_came(cloud):
+    with Running(build(edge_role(), Settings(NOBODY))) as alone:
+        for name in ("Sit", "Walk"):
+            got = [ask(alone, tool_choice=allowed(name, mode="auto"), seed=seed) for seed in range(6)]
+            calls = [call for answer in got for call in answer.choices[0].message.tool_calls or []]
+            assert {call.function.name for call in calls} == {name}
+    role, bodies = edge_role(cloud), []
+    send = role.cloud.ask
+
+    async def record(path, body, headers=None):
+        bodies.append(body)
+        return await send(path, body)
+
+    role.cloud.ask = record
+    with Running(build(role, Settings(NOBODY))) as running:
+        got = ask(running, tool_choice=allowed("Walk"), extra_body={"route": "cloud"})
+    assert {call.function.name for call in got.choices[0].message.tool_calls} == {"Walk"}
+    assert bodies[0]["tool_choice"] == allowed("Walk")
+    assert bodies[0]["tools"] == [WALK, SIT]
+
+
 def test_none_is_text_and_auto_may_be(cloud):
     for choice in ("none", "auto"):
         got = ask(cloud, tool_choice=choice, max_tokens=8).choices[0]
@@ -179,6 +217,10 @@ REFUSED = [
     ({"tools": []}, None),
     ({"tools": openai.NOT_GIVEN, "tool_choice": "required"}, "tool_choice asks for a call but there are no tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "Fly"}}}, "names 'Fly', which is none of the tools"),
+    ({"tool_choice": allowed("Sit", "Fly")}, "allowed_tools.tools.1 names 'Fly', which is none of the tools"),
+    ({"tool_choice": allowed()}, "allowed_tools.tools is no list of 1 to 128 tools"),
+    ({"tool_choice": allowed("Sit", mode="none")}, "allowed_tools.mode is 'none' but must be auto or required"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "allowed_tools.mode is None but must be auto or required"),
     (
         {"tools": [{**SIT, "function": {**SIT["function"], "parameters": LONG}}]},
         "'Sit' with other arguments than this server's model was trained for",
@@ -497,7 +539,7 @@ def test_earlier_calls_are_written_whatever_they_called(edge, cloud):
 
 
 @pytest.mark.parametrize(
-    "choice", ["any", {"type": "function", "name": "Sit"}, {"type": "allowed_tools", "allowed_tools": {}}, 5]
+    "choice", ["any", {"type": "function", "name": "Sit"}, {"type": "custom", "custom": {"name": "Sit"}}, 5]
 )
 def test_another_form_of_tool_choice_is_refused_with_those_that_there_are(cloud, choice):
     with pytest.raises(openai.BadRequestError, match="must be none, auto, required, or") as caught:

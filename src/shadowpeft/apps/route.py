@@ -88,8 +88,8 @@ def calibrate(
         check_share,
         signal_for,
     )
-    from shadowpeft.serve.bound import choosing_rows, require_rows
-    from shadowpeft.serve.loading import check_calls
+    from shadowpeft.serve.bound import choosing_rows, require_known, require_rows
+    from shadowpeft.serve.loading import check_answers, check_calls
     from shadowpeft.serve.router import CHOSEN, FILE, SIGNALS
     from shadowpeft.versions import require_sklearn
 
@@ -98,6 +98,7 @@ def calibrate(
     check_share(open_share)
     actions = Actions.of(skills)
     signal = signal_for(signal, actions, second_opinion)
+    check_answers(source)
     if actions.names is not None:
         check_calls(source)
     require_sklearn("route calibrate")
@@ -107,8 +108,11 @@ def calibrate(
     require_writable(folder)
     console = terminal(stderr=True)
     rows = Rows.read(data, limit, actions, second_opinion, open_share, console)
+    is_open = [row["skill"] == REMOTE for row in rows.fit]
     if bound:
-        require_rows([row["skill"] == REMOTE for row in rows.fit], target=target, level=level, signal=signal)
+        require_rows(is_open, target=target, level=level, signal=signal)
+    else:
+        require_known(is_open)
     if check is not None:
         rows.read_check(check, limit, actions, console)
     from shadowpeft.data.second_opinion import discard_others

@@ -10,6 +10,7 @@ from shadowpeft.data.robot import SKILLS
 from shadowpeft.data.second_opinion import SecondOpinion, check_actions
 from shadowpeft.errors import DataError
 from shadowpeft.serve import calibration as fitting
+from shadowpeft.serve.bound import FEWEST
 from shadowpeft.serve.loading import opinion_of
 from shadowpeft.serve.router import ACTION, FILE, Calibration
 
@@ -67,7 +68,7 @@ def beside(adapter: str, skills: tuple[str, ...]) -> SecondOpinion | None:
 def without(samples: list[Any], target: float, bound: bool, level: float) -> dict[str, Any]:
     """What the device would keep by itself on the same rows; nothing where it knows too few actions to be calibrated."""
     found: dict[str, Any] = {"right": sum(sample.right for sample in samples)}
-    if sum(sample.kept for sample in samples) >= fitting.FEWEST:
+    if sum(sample.kept for sample in samples) >= FEWEST:
         report = fitting.calibrate(samples, target=target, signal=ACTION, bound=bound, level=level).report
         found |= {key: report[key] for key in ("auroc", "commands_kept", "open_handed_on", "wrong_share")}
     return found

@@ -6,12 +6,15 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from shadowpeft.apps.common import config_of, load_tokenizer_of, pick_device, placed, quiet_libraries, system_message
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import did_you_mean
+from shadowpeft.serve.listener import Listener
 from shadowpeft.serve.options import Options, without_password
 from shadowpeft.terminal import terminal
 
@@ -21,21 +24,22 @@ _SHORTEST_KEY = 16
 
 def main(options: Options) -> None:
     """Load, then serve until a signal."""
-    app = application(options, read_keys(options))
-    from shadowpeft.serve.connections import serve
+    with closing(Listener(options.host, options.port)) as listener:
+        app = application(options, read_keys(options), before_loading=listener.bind)
+        from shadowpeft.serve.connections import serve
 
-    names = app.state.server.role.engine.backend.names
-    terminal(stderr=True).print(
-        f"{options.role}: {', '.join(names)} on http://{options.host}:{options.port}", highlight=False
-    )
-    serve(app, options.host, options.port, options.drain_seconds)
+        names = app.state.server.role.engine.backend.names
+        listener.listen()
+        terminal(stderr=True).print(f"{options.role}: {', '.join(names)} on {listener.url}", highlight=False)
+        serve(app, listener, options.drain_seconds)
 
 
-def application(options: Options, keys: Any, **more: Any) -> Any:
+def application(options: Options, keys: Any, before_loading: Callable[[], object] = lambda: None, **more: Any) -> Any:
     """The FastAPI application of these options, its models loaded; it starts and stops its engine by itself.
 
     Args:
-        keys: :class:`~shadowpeft.serve.guard.Keys`. more: further fields of :class:`~shadowpeft.serve.server.Settings`.
+        keys: :class:`~shadowpeft.serve.guard.Keys`. before_loading: called once the options are found to be good, before any
+            model is loaded, which takes its time. more: further fields of :class:`~shadowpeft.serve.server.Settings`.
 
     Raises:
         ConfigError: for options that contradict each other, or a package that is not there.
@@ -67,13 +71,20 @@ def application(options: Options, keys: Any, **more: Any) -> Any:
     given = _tools(options)
     router, skills, tools, opinion = _router(options, given) if edge else (None, None, given, None)
     load_backend = _cloud_backend if options.role == "cloud" else _edge_backend
-    for folder in options.named.values():
+
+    def suits(folder: str) -> None:
         if tools is not None:
             check_calls(folder)
         _check_learnt(folder, given, packaged=router is not None and router.calibration is None)
+
+    for folder in options.named.values():
+        suits(folder)
     # links are followed once, so that configuration and weights are of one version whatever happens to the link
     named = {n: str(Path(f).resolve()) if Path(f).is_dir() else f for n, f in options.named.items()}
-    backend = load_backend(named, options.base, pick_device(options.device))
+    device = pick_device(options.device)
+    before_loading()
+    backend = load_backend(named, options.base, device)
+    backend.suits = suits  # of what comes later, too
     actions = None if skills is None else ActionTrie.of(backend.tokenizer, skills, opinion)
     if options.vote:
         if all(backend.shadow(name) is None for name in backend.names):
@@ -208,6 +219,13 @@ def _router(options: Options, given: Any) -> tuple[Any, tuple[str, ...] | None, 
         log.warning(
             "the edge has no calibration, so it keeps every known action, however unsure; make one with shadowpeft route "
             "calibrate, or pass --routing FILE"
+        )
+    if calibration is not None and calibration.threshold > 1:
+        log.warning(
+            "the calibration '%s' keeps nothing on the device, so %s; calibrate again with more rows, a larger --target or a "
+            "shadow that trained longer",
+            file,
+            "every answer is marked degraded: there is no cloud" if cloud is None else "every request goes to the cloud",
         )
     if not known.plain:
         return Router(CallParser(known), calibration), None, known, None

@@ -50,6 +50,7 @@ class Backend(ABC):
         leaving: names that are taken out; no request may ask for them any more.
         changing: held while weights come or go.
         drafts: what drafting did to all answers so far.
+        suits: raises for the folder of a model that this server may not have, however well its weights fit.
     """
 
     def __init__(self, model: Any, tokenizer: Any, versions: dict[str, list[Version]]) -> None:
@@ -57,6 +58,7 @@ class Backend(ABC):
         self.leaving: set[str] = set()
         self.changing = threading.Lock()
         self.drafts = DraftCounts()
+        self.suits: Callable[[str], None] = lambda folder: None
         self.stop_token_ids = frozenset(stop_tokens(model, tokenizer))
         self.max_model_len = _max_model_len(model)
 
@@ -106,6 +108,7 @@ class Backend(ABC):
             with snapshot(folder) as (copy, version):
                 if self.versions[name] and version.digest == self.versions[name][-1].digest:
                     return
+                self.suits(str(copy))
                 self._replace(name, str(copy))
             self.versions[name].append(version)
 
@@ -253,6 +256,7 @@ class Attached(Backend):
         with self.changing, snapshot(folder) as (copy, version):
             if name in (*self.versions, self.base_name):
                 raise ConfigError(f"'{name}' is loaded already; swap its weights, or choose another name")
+            self.suits(str(copy))
             config = check_fits(self._inner, copy)
             assert config.weights_file is not None
             check_file(ShadowModel, self._inner, config, config.weights_file)

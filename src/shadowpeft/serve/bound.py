@@ -23,6 +23,8 @@ import numpy as np
 
 from shadowpeft.errors import ConfigError, DataError
 
+FEWEST = 30
+"""Answers with a known action that a calibration needs."""
 _TESTS = 20
 """Thresholds at even steps of rank: each is one more chance to stop by bad luck, and fewer leave larger steps."""
 _STRICTEST, _FORGIVEN, _AT_MOST = 0.3, 2, 0.4
@@ -74,6 +76,23 @@ def choosing_rows(n: int, signal: str, seed: int) -> list[int]:
     return rows
 
 
+def require_known(is_open: list[bool], enough: int = FEWEST) -> None:
+    """Refuse rows with so few commands that no device could give :data:`FEWEST` answers worth a calibration.
+
+    Args:
+        is_open: for each row, whether no action is right for it. enough: commands to ask for.
+
+    Raises:
+        DataError: with the number of commands that there are, and that it takes.
+    """
+    commands = is_open.count(False)
+    if commands < FEWEST:
+        raise DataError(
+            f"a calibration needs {FEWEST} answers with a known action but the data has {commands} commands in {len(is_open)} "
+            f"rows; give at least {max(enough, FEWEST)} commands, and some more if the device does not know them all"
+        )
+
+
 def require_rows(is_open: list[bool], *, target: float, level: float, signal: str, seed: int = 0) -> None:
     """Refuse rows that cannot hold the target even if every command is kept and answered rightly.
 
@@ -81,16 +100,18 @@ def require_rows(is_open: list[bool], *, target: float, level: float, signal: st
         is_open: for each row, whether no action is right for it. signal: ``auto`` takes rows away from the tests.
 
     Raises:
-        ConfigError: for an impossible target or level. DataError: with the number of commands that it would take.
+        ConfigError: for an impossible target or level. DataError: with the number of commands that it would take, also as
+            :func:`require_known`.
     """
     needed = fewest_kept(target, level)
     aside = choosing_rows(len(is_open), signal, seed)
     commands, tested = is_open.count(False), is_open.count(False) - sum(not is_open[i] for i in aside)
-    if tested >= needed:
+    if tested >= needed and commands >= FEWEST:
         return
     enough = needed
     while enough - len(choosing_rows(enough, signal, seed)) < needed:
         enough += 1
+    require_known(is_open, enough)
     choosing = f", {commands - tested} of which choose the signal" if commands > tested else ""
     reach = f"a target from {math.ceil(1e4 * (1 - (1 - level) ** (1 / tested))) / 1e4:g}, " if tested else ""
     raise DataError(

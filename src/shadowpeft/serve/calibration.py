@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.serve.bound import Tested, choosing_rows, fewest_kept, require_rows, strictest_to_laxest
+from shadowpeft.serve.bound import FEWEST, Tested, choosing_rows, fewest_kept, require_rows, strictest_to_laxest
 from shadowpeft.serve.router import ACTION, ALL, KNOWN, TAGGED, UNKNOWN, UNSURE, Calibration
 from shadowpeft.storage import whole
 from shadowpeft.versions import require_sklearn
 
-FEWEST = 30
-"""Answers with a known action that a calibration needs."""
 NEAR = 0.01
 """Of two signals with AUROCs so close, the probability of the action is taken: it needs no answer but an action."""
 _NEVER = 2.0  # a threshold that no chance reaches
@@ -87,9 +85,10 @@ def calibrate(
         require_rows([s.is_open for s in samples], target=target, level=level, signal=signal, seed=seed)
     known = [s for s in samples if s.kept]
     if len(known) < FEWEST:
+        more = f"give about {math.ceil(FEWEST * len(samples) / len(known))} rows like these, or " if known else ""
         raise DataError(
-            f"{len(known)} of {len(samples)} device answers have a known action but a calibration needs {FEWEST}; use more "
-            "data or a better trained shadow"
+            f"{len(known)} of {len(samples)} device answers have a known action but a calibration needs {FEWEST}; {more}train "
+            "the shadow longer"
         )
     right = np.array([s.right for s in known], dtype=float)
     values = {name: _column(known, name) for name in ALL if name in known[0].signals}

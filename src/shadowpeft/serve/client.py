@@ -25,6 +25,8 @@ from shadowpeft.serve.router import CIRCUIT_OPEN, CLOUD_BUSY, CLOUD_DOWN
 
 MAX_EXCHANGES = 128
 """Requests that wait for the cloud, or read from it, at the same time."""
+STREAM_SECONDS = 30.0
+"""Until a stream's first line, and between lines: one that works says something soon."""
 _GRACE = 1.0
 """Seconds beyond the answer's own limit: a cloud with the same limit cuts its answer at that time, which then has to arrive."""
 _LAST = 2.0
@@ -118,7 +120,8 @@ class CloudClient:
 
     Args:
         url: such as ``http://host:8000``, with or without ``/v1``. key: its API key.
-        timeout: seconds until a stream's first line, and between lines.
+        timeout: seconds until a whole answer, or a stream's first line, and between lines. None: a stream has
+            :data:`STREAM_SECONDS`, a whole answer as long as it may take.
         delay: seconds to wait before each request, to stand for a network. answer_seconds: for a whole answer.
         hands_on: requests are marked as those of an edge (:data:`HOP`); False: it asks on its own account.
 
@@ -133,7 +136,7 @@ class CloudClient:
         url: str,
         key: str | None = None,
         *,
-        timeout: float = Options.cloud_timeout,
+        timeout: float | None = None,
         connect_timeout: float = 2.0,
         delay: float = 0.0,
         answer_seconds: float = Options.answer_seconds,
@@ -142,7 +145,9 @@ class CloudClient:
         hands_on: bool = True,
     ) -> None:
         self.breaker = breaker or Breaker()
-        self.delay, self.timeout, self.seconds = delay, timeout, answer_seconds + _GRACE
+        self.delay, self.seconds = delay, answer_seconds + _GRACE
+        self.patience = {False: timeout or self.seconds, True: timeout or STREAM_SECONDS}
+        """Seconds, by whether the answer is streamed."""
         self.exchanges = 0
         self.problem: str | None = None
         self.on_failure: Callable[[str], None] = lambda kind: None
@@ -172,7 +177,7 @@ class CloudClient:
         Raises:
             CloudError: if none came. CloudRefusedError: if the request itself is at fault.
         """
-        async with self._open(path, body, headers, self.seconds) as (exchange, response):
+        async with self._open(path, body, headers, self.patience[False]) as (exchange, response):
             content = checked(parse(await exchange.read(response, MAX_BYTES)), "message" if "chat" in path else "text")
             if not content["choices"]:
                 raise ValueError("lacks choices")
@@ -185,7 +190,7 @@ class CloudClient:
     ) -> AsyncIterator[dict[str, Any]]:
         """The chunks of a streamed answer to ``body``; raises as :meth:`ask`, also in the middle."""
         ended = False
-        async with self._open(path, {**body, "stream": True}, headers, self.timeout) as (exchange, response):
+        async with self._open(path, {**body, "stream": True}, headers, self.patience[True]) as (exchange, response):
             messages = exchange.messages(response)
             while True:
                 try:
@@ -199,7 +204,7 @@ class CloudClient:
                 if exchange.over:
                     raise httpx.ReadTimeout("the cloud's answer takes longer than a whole answer may")
                 if message is DONE and exchange.settled:
-                    return
+                    break
                 chunk = checked(message, "delta" if "chat" in path else "text", streamed=True)
                 self._succeed(exchange)
                 self._check_counts(chunk)

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shadowpeft.serve.failures import without_text
+from shadowpeft.serve.listener import Listener
 from shadowpeft.serve.streams import UNREAD
 
 _GRACE_SECONDS = 5.0
@@ -146,8 +147,9 @@ def quiet(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("Invalid HTTP request", "Unsupported upgrade request"))
 
 
-def serve(app: FastAPI, host: str, port: int, drain_seconds: float, limits: ConnectionLimits | None = None) -> None:
-    """Run until a signal. Running requests are finished within ``drain_seconds``; those that are not are told so."""
+def serve(app: FastAPI, listener: Listener, drain_seconds: float, limits: ConnectionLimits | None = None) -> None:
+    """Run on a bound ``listener`` until a signal. Running requests are finished within ``drain_seconds``; those that are not
+    are told so."""
     import signal
 
     # uvicorn ends gracefully on SIGTERM and then raises the signal again; a server that was asked to end has not failed
@@ -156,8 +158,6 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float, limits: Conn
         logging.getLogger("uvicorn.error").addFilter(filter_)
     settings = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=partial(TimelyProtocol, limits or ConnectionLimits(connections=_affordable())),  # type: ignore[arg-type]
         ws="none",
         access_log=False,
@@ -165,7 +165,7 @@ def serve(app: FastAPI, host: str, port: int, drain_seconds: float, limits: Conn
         timeout_graceful_shutdown=round(drain_seconds + _GRACE_SECONDS),
         h11_max_incomplete_event_size=1 << 16,
     )
-    DrainingServer(settings, app.state.server.drain).run()
+    DrainingServer(settings, app.state.server.drain).run(listener.sockets)
 
 
 def _affordable() -> int:

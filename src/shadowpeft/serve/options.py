@@ -48,8 +48,13 @@ class Options:
     cloud_url: Annotated[Optional[str], typer.Option(help="Edge: the cloud server.")] = None
     cloud_model: Annotated[str, typer.Option(help="Edge: the model's name there.")] = "default"
     cloud_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Edge: seconds until a stream of the cloud begins, and between its lines.")
-    ] = 30.0
+        Optional[float],
+        typer.Option(
+            min=0.1,
+            help="Edge: seconds until the cloud's answer is there, or a stream begins, and between its lines. Default: a "
+            "stream has 30, a whole answer --answer-seconds.",
+        ),
+    ] = None
     cloud_delay_ms: Annotated[float, typer.Option(min=0, help="Edge: wait before each request, as a network.")] = 0.0
     when_cloud_down: Annotated[str, typer.Option(help="Edge: local (say so) or error.")] = "local"
     routing: Annotated[

@@ -26,6 +26,8 @@ from shadowpeft.data.tools import Tools, tools_of
 from shadowpeft.errors import DataError
 from shadowpeft.serve.strict import Strict, invalid
 from shadowpeft.serve.tool_protocol import (
+    ALLOWED,
+    AllowedChoice,
     NamedTool,
     ResponseFormat,
     ToolCall,
@@ -249,9 +251,9 @@ class ChatRequest(_Generate):
         default=None, description="Functions that the answer may call, by name and JSON schema of their arguments."
     )
     tool_choice: Annotated[
-        Optional[Union[Literal["none", "auto", "required"], NamedTool]], BeforeValidator(checked_choice)
+        Optional[Union[Literal["none", "auto", "required"], NamedTool, AllowedChoice]], BeforeValidator(checked_choice)
     ] = Field(
-        default=None, description="Whether the answer calls: none, auto (default), required, or one by name."
+        default=None, description="Whether the answer calls: none, auto (default), required, one by name, or some by name."
     )
     parallel_tool_calls: Optional[StrictBool] = Field(default=None, description="false: one call at most.")
     response_format: Annotated[Optional[ResponseFormat], BeforeValidator(checked_format)] = Field(
@@ -276,16 +278,33 @@ class ChatRequest(_Generate):
             if self.tool_choice not in (None, "none", "auto"):
                 raise invalid("asks for a call but there are no tools; send tools", "tool_choice")
             self.tool_choice = self.parallel_tool_calls = None
-        elif isinstance(self.tool_choice, NamedTool):
-            named = self.tool_choice.function.name
-            if self.offered is not None and named not in self.offered.names:
-                problem = f"names '{named}', which is none of the tools; send one of them"
-                raise invalid(problem, "tool_choice", "function", "name")
+        elif self.offered is not None and self.called is not None:
+            one = isinstance(self.tool_choice, NamedTool)
+            for number, named in enumerate(self.called):
+                if named not in self.offered.names:
+                    where = ("function", "name") if one else (ALLOWED, "tools", str(number))
+                    raise invalid(f"names '{named}', which is none of the tools; send one of them", "tool_choice", *where)
         return self
+
+    @property
+    def called(self) -> list[str] | None:
+        """The names of the tools that the answer may call; None: of all."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return [choice.function.name]
+        return choice.names if isinstance(choice, AllowedChoice) else None
+
+    @property
+    def calling(self) -> Literal["none", "auto", "required"]:
+        """Whether the answer may call tools, or has to."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return "required"
+        return choice.allowed_tools.mode if isinstance(choice, AllowedChoice) else choice or "auto"
 
     @cached_property
     def offered(self) -> Tools | None:
-        """The tools that the answer may call, read once; None: there are none."""
+        """The tools that the request has, read once; None: there are none."""
         return None if self.tools is None else tools_of(self.tools)
 
     @property

@@ -13,7 +13,16 @@ from shadowpeft.json_text import parse_json
 from shadowpeft.messages import quote
 from shadowpeft.serve.protocol import MOST_MESSAGES, Ask, ChatRequest, Length, Message, Text, joined
 from shadowpeft.serve.strict import Strict, invalid, remedy
-from shadowpeft.serve.tool_protocol import CHOICES, FORMATS, NamedTool, ResponseFormat
+from shadowpeft.serve.tool_protocol import (
+    ALLOWED,
+    CHOICES,
+    FORMATS,
+    AllowedChoice,
+    NamedTool,
+    ResponseFormat,
+    allowed_choice,
+    name_of,
+)
 
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _ROLES = ("user", "assistant", "system", "developer")
@@ -147,16 +156,20 @@ def _tools(given: Any) -> Any:
     return nested
 
 
+_NAMED = '{"type": "function", "name": "..."}'
+
+
 def _choice(given: Any) -> Any:
     """The choice of a tool as chats have it."""
-    if given is None or given in CHOICES or isinstance(given, NamedTool):
+    if given is None or given in CHOICES or isinstance(given, (NamedTool, AllowedChoice)):
         return given
-    named = given if isinstance(given, dict) and given.get("type") == "function" else {}
-    name = named.get("name", named["function"].get("name") if isinstance(named.get("function"), dict) else None)
-    if not isinstance(name, str):
+    if isinstance(given, dict) and given.get("type") == ALLOWED:
+        return allowed_choice(given.get(ALLOWED, given), form=_NAMED)
+    name = name_of(given)
+    if name is None:
+        some = f'{{"type": "{ALLOWED}", "mode": "auto", "tools": [...]}}'
         raise invalid(
-            f"is {quote(given)} but must be {', '.join(CHOICES)}, or "
-            '{"type": "function", "name": "..."}; name the choice in one of these ways'
+            f"is {quote(given)} but must be {', '.join(CHOICES)}, or {_NAMED}, or {some}; name the choice in one of these ways"
         )
     return {"type": "function", "function": {"name": name}}
 
@@ -246,7 +259,7 @@ class ResponsesRequest(Ask):
     previous_response_id: Optional[StrictStr] = Field(default=None, description="Refused: nothing is kept.")
     tools: Annotated[Optional[list[dict[str, Any]]], BeforeValidator(_tools)] = None
     tool_choice: Annotated[
-        Optional[Union[Literal["none", "auto", "required"], NamedTool]], BeforeValidator(_choice)
+        Optional[Union[Literal["none", "auto", "required"], NamedTool, AllowedChoice]], BeforeValidator(_choice)
     ] = None
     parallel_tool_calls: Optional[StrictBool] = Field(default=None, description="false: one call at most.")
     text: Optional[TextOptions] = None
@@ -302,7 +315,12 @@ class ResponsesRequest(Ask):
         functions = [{"parameters": None, "strict": None, **tool["function"]} for tool in self.tools or ()]
         form = self.form
         schema = {} if form is None or form.json_schema is None else form.json_schema.model_dump(by_alias=True)
-        choice = self.tool_choice or "auto"
+        choice: Any = self.tool_choice or "auto"
+        if isinstance(choice, NamedTool):
+            choice = {"type": "function", "name": choice.function.name}
+        elif isinstance(choice, AllowedChoice):
+            named = [{"type": "function", "name": name} for name in choice.names]
+            choice = {"type": ALLOWED, "mode": choice.allowed_tools.mode, "tools": named}
         return {
             "background": False,
             "instructions": self.instructions,
@@ -314,7 +332,7 @@ class ResponsesRequest(Ask):
             "store": False,
             "temperature": self.temperature or 0.0,
             "text": {"format": {"type": "text" if form is None else form.type, **schema}},
-            "tool_choice": {"type": "function", "name": choice.function.name} if isinstance(choice, NamedTool) else choice,
+            "tool_choice": choice,
             "tools": [{"type": "function", **function} for function in functions],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": 1.0 if self.top_p is None else self.top_p,

@@ -125,7 +125,7 @@ class Toolbox:
             return None if form is None else self._grammar(["schema", form], lambda engine: engine.schema(form))
         once = asked.parallel_tool_calls is False or isinstance(asked.tool_choice, NamedTool)
         tools = self.known if widely and self.known is not None else self.chosen(asked)
-        most, free = 1 if once else MOST_CALLS, asked.tool_choice in (None, "auto")
+        most, free = 1 if once else MOST_CALLS, asked.calling == "auto"
         written = self.form(asked)
         if form is not None and free:
             key = ["calls or schema", tools.definitions(), most, form, written == COMPACT]
@@ -145,7 +145,7 @@ class Toolbox:
         """The tools that an answer may call."""
         tools = self.of(asked)
         assert tools is not None
-        return tools.some([asked.tool_choice.function.name]) if isinstance(asked.tool_choice, NamedTool) else tools
+        return tools if asked.called is None else tools.some(asked.called)
 
     def calls(
         self, tools: Tools, *, device: bool, most: int = MOST_CALLS, optional: bool = False, form: CallForm = COMPACT
@@ -237,7 +237,7 @@ def must_call(asked: ChatRequest | CompletionRequest) -> bool:
     """Whether words are no answer."""
     if not isinstance(asked, ChatRequest) or asked.tools is None:
         return False
-    return asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool)
+    return asked.calling == "required"
 
 
 def request_text(asked: ChatRequest | CompletionRequest, tokenizer: Any) -> str:
