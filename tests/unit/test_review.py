@@ -42,6 +42,12 @@ def test_a_row_is_compared_with_what_its_paths_have_learnt(rows, repeated, contr
     assert (len(found.repeated), len(found.contradicting)) == (repeated, contradicting)
 
 
+def test_calls_are_counted_once_for_each_row_and_what_is_none_is_not():
+    calls = [{"function": {"name": "Sit", "arguments": {}}}, {"name": "Sit"}, {"function": "Fly"}]
+    asked, said = {"role": "user", "content": "sit"}, {"role": "assistant", "tool_calls": calls}
+    assert reviewed({"messages": [asked, said]}).actions == {"Sit": 1}
+
+
 def test_texts_with_two_labels_contradict_themselves():
     found = reviewed(*({"text": "a", "label": label} for label in "xyx"), check=class_rows.check_row)
     assert found.contradicting == ["row 2 has the prompt of row 1 but another answer, 'y' and not 'x'"]
