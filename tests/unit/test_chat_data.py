@@ -269,8 +269,9 @@ def test_calls_and_results_of_earlier_turns_are_in_the_prompt():
     ],
 )
 def test_what_the_template_would_not_write_is_refused(row, key):
-    with pytest.raises(DataError, match=f"row 1 has '{key}' but the tokenizer's chat template does not write it"):
+    with pytest.raises(DataError, match=f"row 1 has '{key}' but the tokenizer's chat template does not write it") as refused:
         sequences([row])
+    assert ("name the tools in a file (data.tools; data check: --tools FILE)" in str(refused.value)) == ("tool" in key)
 
 
 JSON = st.recursive(

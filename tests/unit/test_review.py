@@ -42,6 +42,12 @@ def test_a_row_is_compared_with_what_its_paths_have_learnt(rows, repeated, contr
     assert (len(found.repeated), len(found.contradicting)) == (repeated, contradicting)
 
 
+def test_calls_are_counted_once_for_each_row_and_what_is_none_is_not():
+    calls = [{"function": {"name": "Sit", "arguments": {}}}, {"name": "Sit"}, {"function": "Fly"}]
+    asked, said = {"role": "user", "content": "sit"}, {"role": "assistant", "tool_calls": calls}
+    assert reviewed({"messages": [asked, said]}).actions == {"Sit": 1}
+
+
 def test_texts_with_two_labels_contradict_themselves():
     found = reviewed(*({"text": "a", "label": label} for label in "xyx"), check=class_rows.check_row)
     assert found.contradicting == ["row 2 has the prompt of row 1 but another answer, 'y' and not 'x'"]
@@ -113,6 +119,23 @@ def test_validation_rows_are_compared_with_those_of_training(monkeypatch, capsys
     assert code == 0
     assert found["repeated"]["which"] == [f"{tmp_path / 'test.jsonl'}, line 1 repeats {tmp_path / 'train.jsonl'}, line 2"]
     assert found["contradicting"]["rows"] == 1
+
+
+def test_calls_of_tools_that_are_not_named_say_once_what_to_give(monkeypatch, capsys, tmp_path):
+    def row(n):
+        called = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "Sit", "arguments": {}}}]}
+        return {"messages": [{"role": "user", "content": f"sit {n}"}, called]}
+
+    file, tools = write_rows(tmp_path / "calls.jsonl", [*map(row, range(6)), {"prompt": ""}]), tmp_path / "tools.json"
+    code, out, err = call(monkeypatch, capsys, "data", "check", file, "--show", 0)
+    assert (code, "7 of 7 rows are refused" in err) == (2, True)
+    assert out.count("name the tools in a file (data.tools; data check: --tools FILE)") == 1
+    assert f"... as 5 more rows: {file}, line 2, {file}, line 3, {file}, line 4, ..." in out
+    assert f"{file}, line 7 has the key 'prompt'" in out
+    write_rows(tmp_path / "calls.jsonl", map(row, range(6)))
+    tools.write_text('["Sit"]')
+    code, out, _ = call(monkeypatch, capsys, "data", "check", file, "--tools", tools, "--json")
+    assert (code, json.loads(out)["actions"]) == (0, {"Sit": 6})
 
 
 def test_a_packaged_set_that_gives_rows_several_times_has_no_copies(monkeypatch, capsys):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 """Problems that are listed at most."""
+_FIRST = 4
+"""Places that are named where several rows are refused for one reason."""
 _COLOURS = {(True, True): "green", (True, False): "blue", (False, True): "yellow", (False, False): "dim"}
 """Of a token, by whether the base and the shadow learn it."""
 _NAMES = {"green": "both paths", "blue": "the base alone", "yellow": "the shadow alone", "dim": "nobody"}
@@ -217,6 +219,7 @@ def _examined(
     labels: Counter[str] = Counter()
     shown: list[tuple[Any, Any]] = []
     lengths, learnt, problems, long, count = [], [], [], [], 0
+    alike: dict[str, tuple[str, list[str]]] = {}  # by what is said behind the place: the first of them, and all places
     review.start_part()
     for where, row in rows:
         count += 1
@@ -226,6 +229,7 @@ def _examined(
             checked, sequences = rules.sequences(row, where)
         except DataError as problem:
             problems.append(str(problem))
+            alike.setdefault(str(problem).removeprefix(where), (str(problem), []))[1].append(where)
             continue
         review.add(checked, getattr(checked, "where", "") or where)
         forms[getattr(checked, "form", "") or "prompt, response"] += 1
@@ -263,7 +267,13 @@ def _examined(
                 ("unchecked_calls", review.unchecked()),
             )
         },
-        "refused": {"rows": len(problems), "why": problems[:_SHOWN]},
+        "refused": {
+            "rows": len(problems),
+            "why": problems[:_SHOWN],
+            "reasons": [
+                {"why": why, "rows": len(places), "also": places[1:_FIRST]} for why, places in [*alike.values()][:_SHOWN]
+            ],
+        },
     }
     return result, shown
 
@@ -350,9 +360,15 @@ def _print(result: dict[str, Any], shown: list[tuple[Any, Any]], tokenizer: Any)
         for line in long["which"]:
             console.print(Text(line, style="yellow"))
         _rest(console, long["rows"])
-    for problem in result["refused"]["why"]:
-        console.print(Text(problem, style="red"))
-    _rest(console, result["refused"]["rows"])
+    told = 0
+    for reason in result["refused"]["reasons"]:
+        told += reason["rows"]
+        console.print(Text(reason["why"], style="red"))
+        if reason["also"]:
+            others = ", ".join(reason["also"]) + ", ..." * (reason["rows"] > _FIRST)
+            console.print(Text(f"... as {reason['rows'] - 1} more rows: {others}", style="red"))
+    if told < result["refused"]["rows"]:
+        console.print(f"... and {result['refused']['rows'] - told} more")
 
 
 def _rest(console: Any, count: int) -> None:

@@ -243,9 +243,10 @@ def _check_written(
     for key, bare, tools in unread:
         thinking = {k: v for k, v in options.items() if k == "enable_thinking"}
         if render(tokenizer, bare, **thinking, **tools) == whole:
+            calls = ", name the tools in a file (data.tools; data check: --tools FILE), so that their calls are learnt as text"
             raise DataError(
-                f"{where} has '{key}' but the tokenizer's chat template does not write it; use a base whose template does, or "
-                "leave it out"
+                f"{where} has '{key}' but the tokenizer's chat template does not write it; use a base whose template does"
+                f"{calls if key in ('tools', 'tool_calls') else ''}, or leave it out"
             )
 
 

@@ -65,7 +65,7 @@ class Review:
             return []
         if "tool_calls" in row.get("answer", {}):
             functions = [call.get("function", call) for call in row["answer"]["tool_calls"]]
-            return [*dict.fromkeys(str(function.get("name")) for function in functions)]
+            return [*dict.fromkeys(str(each["name"]) for each in functions if isinstance(each, dict) and "name" in each)]
         text = _learnt(row, _LEARNERS[row["path"]][-1])
         if self.tools is not None and (calls := answered(text, self.tools)) is not None:
             return [*dict.fromkeys(call.name for call in calls.calls)] or ["REMOTE"]
