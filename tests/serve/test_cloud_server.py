@@ -490,6 +490,14 @@ def test_metrics_count_what_happened(server, client, stream):
     assert metric(after, "shadowpeft_queue") == 0
 
 
+def test_a_slash_behind_the_models_is_no_redirect(server):
+    """Which would lead from https to http behind a proxy, and costs some clients their key."""
+    with server.http(KEY) as http:
+        listed = http.get("/v1/models/", follow_redirects=False)
+        assert (listed.status_code, listed.json()) == (200, http.get("/v1/models").json())
+    assert httpx.get(server.url + "/v1/models/", trust_env=False).status_code == 401
+
+
 def test_a_head_is_a_get_without_a_body(server):
     with server.http(KEY) as http:
         for path in ("/health", "/healthz", "/readyz", "/v1/models", "/v1/models/late"):

@@ -231,6 +231,26 @@ def test_without_a_cloud_the_device_says_what_it_can_and_that_it_is_not_enough()
         assert "degraded" not in say(server, "sit")[1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tag_alone_is_no_answer_for_a_cloud_that_is_away(monkeypatch, stream):
+    """A device that chooses among its actions says no more than that; clients showed it as the answer."""
+    monkeypatch.setattr(Scripted, "LINES", {**Scripted.LINES, "remote": "[REMOTE]"})
+    away = httpx.MockTransport(lambda _: httpx.Response(502))
+    with Running(edge_app("http://cloud", transport=away)) as server:
+        for more in ({}, {"extra_body": {"route": "cloud"}}):
+            with pytest.raises(openai.InternalServerError) as refused:
+                say(server, "remote", stream=stream, **more)
+            assert (refused.value.status_code, refused.value.code) == (503, "cloud_unavailable")
+            said = "the device hands this request on and has no answer of its own, and the cloud answered with status 502"
+            assert said in str(refused.value)
+            assert refused.value.response.headers["retry-after"]
+        wait_for(lambda: server.app.state.server.role.engine.running == 0)
+        assert say(server, "words", stream=stream)[1]["degraded"] is True
+        assert say(server, "remote", stream=stream, extra_body={"route": "device"})[0] == "[REMOTE]"  # as it was asked for
+    with Running(edge_app(None)) as server:  # nobody else could answer
+        assert say(server, "remote", stream=stream)[:1] == ("[REMOTE]",)
+
+
 def test_a_cloud_that_is_away_opens_the_circuit_and_answers_stay_honest():
     calls = []
 

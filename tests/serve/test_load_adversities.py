@@ -43,7 +43,7 @@ NEVER_READ = {
 }
 """A stream of 660 kB, more than the buffers on its way hold (``serve_tiny.py`` keeps them small)."""
 CLOUD_SECONDS = 2.0
-"""The edge's patience; three times as long, and one second, for a whole answer."""
+"""The edge's patience; three times as long, and one second, for the whole of a stream."""
 ORDINARY = {"edge", "edge to cloud", "cloud", "late", "extra"}
 OF_CHANGES = {"200", "404", "409"}
 """What a change may be answered with; 409: it is there already, or there is nothing to go back to."""

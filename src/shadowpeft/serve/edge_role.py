@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from shadowpeft.data.action_trie import Actions, ActionTrie, Choices
+from shadowpeft.data.actions import REMOTE, written
 from shadowpeft.data.calls import CallParser
 from shadowpeft.data.chat import with_system
 from shadowpeft.data.tools import Tools
@@ -54,7 +55,7 @@ class EdgeRole(Role):
 
     Args:
         cloud: None: everything is answered here. cloud_model: the cloud's name for the model.
-        when_down: ``local``: give the device's answer if the cloud has none, and say so; ``error``: refuse.
+        when_down: ``local``: give the device's answer, if it has one and the cloud has none, and say so; ``error``: refuse.
         actions: the device's answer starts with one of these; None: it answers freely, or with calls of ``tools``.
         tools: what the device was trained to call. hint: what it hands on because it is unsure of the arguments alone asks the
             cloud for the tool that it is sure of, where the client leaves the choice.
@@ -285,7 +286,11 @@ class EdgeRole(Role):
         began: float,
         generation: Generation | None = None,
     ) -> Reply:
-        """The device's own answer, said to be one."""
+        """The device's own answer, said to be one.
+
+        Raises:
+            CloudError: if that is to be refused, has to be a call and is none, or would be ``[REMOTE]`` and no more.
+        """
         if self.when_down == "error":
             raise error
         wanted = {"wanted": note["reason"]} if note else {}
@@ -300,7 +305,21 @@ class EdgeRole(Role):
             said = f"tool_choice asks for a call, for which the device has none, and {error}"
             raise CloudError(error.reason, said) from error
         assert generation is not None
+        try:
+            if self.cloud is not None and await self._only_hands_on(generation):
+                said = f"the device hands this request on and has no answer of its own, and {error}"
+                raise CloudError(error.reason, said) from error
+        except BaseException:
+            generation.__exit__()
+            raise
         return await begun(LocalReply(generation, self.builder(asked, note), began))
+
+    async def _only_hands_on(self, generation: Generation) -> bool:
+        """Whether an answer is the ``[REMOTE]`` alone, which tells a client nothing; read no further than it takes to know."""
+        tag = written(REMOTE)
+        while generation.finish is None and tag.startswith(generation.text.strip()):
+            await generation.next()
+        return generation.text.strip() == tag
 
     async def _calls(self, asked: Asked, generation: Generation) -> bool:
         """Whether a whole answer is a call."""

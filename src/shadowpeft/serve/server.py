@@ -196,6 +196,7 @@ class Server:
             """For Prometheus."""
             return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
+        @app.get("/v1/models/", include_in_schema=False)  # a redirect costs some clients their key
         @app.get("/v1/models", responses=described(401))
         async def models() -> dict[str, Any]:
             """Every name a request may ask for."""
