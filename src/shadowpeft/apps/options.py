@@ -25,7 +25,7 @@ Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1, 
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed for sampling.")]
 Vote = Annotated[
     bool,
-    typer.Option("--vote", help="Attached: let the adapter's own shadow weigh the action that an answer begins with."),
+    typer.Option("--vote", help="Attached: let the adapter's own shadow weigh the action or call that an answer begins with."),
 ]
 Speculative = Annotated[
     bool, typer.Option("--speculative", help="Let the shadow draft, where that is faster; answers stay what they are.")

@@ -72,7 +72,7 @@ class Options:
     ] = False
     vote: Annotated[
         bool,
-        typer.Option("--vote", help="Cloud: an adapter's own shadow weighs the action that an answer begins with."),
+        typer.Option("--vote", help="Cloud: an adapter's own shadow weighs the action or call that an answer begins with."),
     ] = False
     hint: Annotated[
         bool, typer.Option("--hint", help="Edge: unsure of arguments alone, ask the cloud for the tool it is sure of.")
