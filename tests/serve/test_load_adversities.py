@@ -306,7 +306,11 @@ class Storm:
     def slow_cloud(self, first):
         with client_of(self.edge) as edge:
             for i in range(first, first + 15, 3):
-                self.one("slow cloud", edge, self.slow_body(i))
+                body = self.slow_body(i)
+                self.one("slow cloud", edge, body)
+                while not self.between.trickled[body["prompt"]]:  # the circuit was open: nobody has asked the cloud
+                    time.sleep(0.5)
+                    self.one("slow cloud", edge, body)
 
     def long(self, name, prompt):
         with client_of(self.cloud) as cloud:

@@ -98,7 +98,6 @@ def calibrate(
     check_share(open_share)
     actions = Actions.of(skills)
     signal = signal_for(signal, actions, second_opinion)
-    check_answers(source)
     if actions.names is not None:
         check_calls(source)
     require_sklearn("route calibrate")
@@ -106,6 +105,7 @@ def calibrate(
     if out is None and not folder.is_dir():
         raise ConfigError(f"'{folder}' is not a folder, so the calibration cannot be saved there; pass --out")
     require_writable(folder)
+    check_answers(source)
     console = terminal(stderr=True)
     rows = Rows.read(data, limit, actions, second_opinion, open_share, console)
     is_open = [row["skill"] == REMOTE for row in rows.fit]
