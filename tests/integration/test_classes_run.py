@@ -205,7 +205,7 @@ def test_a_class_whose_rows_are_all_left_out_is_refused(made, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "needs 'text' and 'label'; rename them, or in a run file give your names"),
+        ({"text": "a"}, "needs 'text' and 'label'; rename them, or write {path: FILE, columns: {text: YOUR_NAME, label: "),
         ({"text": 1, "label": "a"}, "'text' must be a string"),
         ({"text": "a", "label": 0.5}, "'label' is 0.5 but must be a string or a whole number"),
         ({"text": "a", "label": True}, "'label' is True"),

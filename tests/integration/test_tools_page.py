@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from scripts import voted_tools
 from scripts.robot_tools_eval import shown
 
 from chatbase import save_sitting_base
@@ -49,6 +50,17 @@ def test_the_tables_are_those_of_the_records(split, mark):
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         said = f"the device has {exact['detached']} % of {n} test requests exactly right"
         assert f"{said}, a classifier with patterns {exact['rival']}" in readme
+
+
+def test_what_the_vote_changes_is_its_record():
+    record = json.loads((ROOT / "docs" / "records" / "robot-tools-voted.json").read_text(encoding="utf-8"))
+    (table,) = re.findall(r"<!-- tools-voted -->\n(.*?)\n<!-- /tools-voted -->", PAGE, re.DOTALL)
+    assert table == voted_tools.shown(record)
+    device = json.loads((ROOT / "docs" / "records" / "robot-tools-four-passes.json").read_text(encoding="utf-8"))
+    for split in ("validation", "test"):  # measured twice, by two programs
+        one, other = device[split]["detached"], record["splits"][split]["detached"]
+        assert one["calls"]["accuracy"] == other["calls"]["score"]
+        assert one["cloud_handed_on"]["accuracy"] == other["no_call"]["score"]
 
 
 def test_what_four_passes_reach_is_their_record():

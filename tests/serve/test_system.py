@@ -164,12 +164,12 @@ def saved(base, folder, config):
 def test_the_edge_model_and_its_calibration(tmp_path, base):
     shadow = saved(base, tmp_path / "shadow", adapter_config(shadow_init="base_layers"))
     given = ["--out", str(tmp_path), "--base", base]
-    options = parse([*given, "--calibrate", "1", "--calibration-rows", "60"])
+    options = parse([*given, "--calibrate", "1", "--calibration-rows", "80"])
     assert adapters.routing(shadow, parse(given)) is None
     made = adapters.routing(shadow, options)
     assert made == tmp_path / "routing" / "routing.json"
     report = json.loads(made.read_text())["report"]
-    assert report["n"] == report["known_actions"] == report["answered_on_device"] == 60
+    assert report["n"] == report["known_actions"] == report["answered_on_device"] == 80
     shutil.copy(made, shadow)
     assert adapters.routing(shadow, parse(given)) == tmp_path / "shadow" / "routing.json"
     assert adapters.detach(shadow, options.base, options.out / "edge")["folder"] == str(tmp_path / "edge")
