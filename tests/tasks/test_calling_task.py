@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
@@ -158,6 +158,18 @@ def test_the_table_shows_the_parts(made, monkeypatch, capsys):
     assert code == 0, err
     for text in ("requests that call, right", "all names right", "invalid calls"):
         assert text in " ".join(out.split())
+
+
+def test_a_lora_is_judged_by_the_same_rows(made, tmp_path, monkeypatch, capsys):
+    base = str(made[0] / "base")
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=2))
+    lora.save_pretrained(tmp_path / "lora")
+    arguments = ("--data", made[1], "--skills", made[0] / "tools.json", "--mode", "lora", "--json")
+    code, out, err = call(monkeypatch, capsys, "eval", tmp_path / "lora", *arguments)
+    assert code == 0, err
+    record = json.loads(out)["modes"]["lora"]
+    assert (record["scores"]["score"], record["scores"]["calls"]) == pytest.approx((1 / 5, 1 / 4))
+    assert record["settings"]["calls"] == "compact"
 
 
 def test_the_shadow_votes_on_whether_there_is_a_call(made, monkeypatch, capsys):

@@ -216,6 +216,7 @@ def _acting(file: str, skills: str, max_new_tokens: int | None, adapter: str, ba
     from shadowpeft.data.chat_rows import check_row
     from shadowpeft.data.tasks.calling import Calling
     from shadowpeft.data.tasks.intents import Intents
+    from shadowpeft.tokenizer import load_tokenizer
 
     tools, config = robot_tools.tools_named(skills), config_of(adapter)
     system = config.get("system_message")
@@ -223,9 +224,11 @@ def _acting(file: str, skills: str, max_new_tokens: int | None, adapter: str, ba
         rows = read_intents(file, "fit", None, tools.names, whole_chats=True)
         longest = 2 * max(map(len, tools.names)) + 4  # tokens of a name have half a letter at least
         return Intents(file, rows, tools.names, system, max_new_tokens or max(16, longest))
-    form = None
-    if config.get("call_form") == "template" or config.get("peft_type") == "LORA":  # LoRA's file has no place for it
+    form, named = None, base or config.get("base_model_name_or_path")
+    if config.get("call_form") == "template":
         form = template_form(load_tokenizer_of(adapter, base))
+    elif config.get("peft_type") == "LORA" and named:  # its file does not say how it learnt to call
+        form = template_form(load_tokenizer(named))
     if form is None and config.get("call_form") == "template":
         raise ConfigError(
             f"'{adapter}' learnt calls in the form of its base's chat template, which cannot be read; train with "
