@@ -18,6 +18,7 @@ from typing import Any
 from experiments.markdown import percent, table
 from experiments.measuring import processor
 
+from shadowpeft.data import robot_tools
 from shadowpeft.evaluate import wilson
 from shadowpeft.storage import write_json
 
@@ -27,13 +28,13 @@ RUN = "shadowpeft train examples/robot-tools.yaml training.shadow_epochs=4"
 """What trained the adapter."""
 
 
-def read(file: str) -> tuple[str, dict[str, Any]]:
+def read(split: str, file: str) -> tuple[str, dict[str, Any]]:
     """The name of a way to answer, and its shares with their 95 % intervals."""
     said = json.loads(Path(file).read_text(encoding="utf-8"))
     ((mode, record),) = said["modes"].items()
     voted = record["settings"].get("vote", False)
     scores = record["scores"] if voted else record["constrained"]["scores"]
-    called = said["rows"] - 60  # 60 rows of either split are for the cloud
+    called = sum(bool(row["calls"]) for row in robot_tools.load(split))
     found: dict[str, Any] = {"commit": record["commit"], "invalid": scores["invalid"], "names": scores["names"]}
     for part, n in (("calls", called), ("no_call", said["rows"] - called)):
         low, high = wilson(round(scores[part] * n), n)
@@ -62,7 +63,7 @@ def main() -> None:
     splits: dict[str, dict[str, Any]] = {}
     for each in given.files:
         split, _, file = each.partition(":")
-        name, found = read(file)
+        name, found = read(split, file)
         splits.setdefault(split, {})[name] = found
     about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "processor": processor()}
     write_json(given.out, {"set": "robot_tools", "run": RUN, "splits": splits, **about})

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import shadowpeft
+from shadowpeft.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -45,6 +49,15 @@ def calling_tokenizer() -> Any:
     made = chat_tokenizer(template=CALLING)
     made.add_tokens([AddedToken("<call>", special=False, normalized=False)])
     return made
+
+
+def save_sitting_adapter(folder: Path) -> Path:
+    """The folder of an adapter both halves of which say ``[Sit()]``, beside its base in ``folder / "base"``."""
+    base = save_sitting_base(folder / "base")
+    config = shadowpeft.ShadowPeftConfig.preset("tuned", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
+    load_tokenizer(base).save_pretrained(folder / "adapter")
+    return folder / "adapter"
 
 
 def chat_model(**overrides: Any) -> LlamaForCausalLM:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import shadowpeft
-from chatbase import calling_tokenizer, save_sitting_base, write_rows
+from chatbase import calling_tokenizer, save_sitting_adapter, write_rows
 from commands import call
 from shadowpeft import vote
 from shadowpeft.constrained import Chosen
@@ -16,7 +16,6 @@ from shadowpeft.data.call_form import template_form
 from shadowpeft.data.tasks.calling import INVALID, Calling
 from shadowpeft.data.tools import tools_of
 from shadowpeft.errors import DataError
-from shadowpeft.tokenizer import load_tokenizer
 
 pytest.importorskip("jsonschema_rs")
 
@@ -126,10 +125,7 @@ def test_rows_that_call_something_else_are_refused(tmp_path, row, message):
 def made(tmp_path_factory):
     """An adapter both halves of which say ``[Sit()]``, rows, and the tools."""
     folder = tmp_path_factory.mktemp("made")
-    base = save_sitting_base(folder / "base")
-    config = shadowpeft.ShadowPeftConfig.preset("tuned", task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
-    load_tokenizer(base).save_pretrained(folder / "adapter")
+    save_sitting_adapter(folder)
     (folder / "tools.json").write_text(json.dumps(DEFINITIONS))
     return folder, write_rows(folder / "rows.jsonl", ROWS)
 

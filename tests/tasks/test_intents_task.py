@@ -3,15 +3,11 @@
 import json
 
 import pytest
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
-import shadowpeft
-from chatbase import save_sitting_base, write_rows
+from chatbase import save_sitting_adapter, write_rows
 from commands import call
 from shadowpeft.data.tasks.base import Example
 from shadowpeft.data.tasks.intents import Intents
-from shadowpeft.tokenizer import load_tokenizer
 
 ROWS = [
     {"prompt": "sit down", "skill": "Sit"},
@@ -25,13 +21,10 @@ ROWS = [
 def made(tmp_path_factory):
     """An adapter both halves of which say ``[Sit()]``, requests, and the names of the actions."""
     folder = tmp_path_factory.mktemp("made")
-    base = save_sitting_base(folder / "base")
-    config = shadowpeft.ShadowPeftConfig.preset("tuned", task_type="CAUSAL_LM")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder / "adapter")
-    load_tokenizer(base).save_pretrained(folder / "adapter")
+    adapter = save_sitting_adapter(folder)
     (folder / "actions.txt").write_text("Sit\nBark\n")
     rows = write_rows(folder / "held-out.jsonl", ROWS)
-    return {"adapter": folder / "adapter", "rows": rows, "actions": folder / "actions.txt"}
+    return {"adapter": adapter, "rows": rows, "actions": folder / "actions.txt"}
 
 
 def evaluated(monkeypatch, capsys, made, *more):

@@ -25,7 +25,7 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.serve import scoring
 from shadowpeft.serve.backend import Attached, Detached
 from shadowpeft.serve.calibration import Sample, signal_areas
-from shadowpeft.serve.loading import check_answers, is_edge_folder, load_edge
+from shadowpeft.serve.loading import is_edge_folder, load_edge
 from shadowpeft.serve.router import (
     ACTION,
     AGREEMENT,
@@ -247,7 +247,7 @@ def _unseen(
 
 
 def backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[Any, Any]:
-    """The device half of an adapter or an edge folder, and the cloud half if it is to be asked."""
+    """The device half of an adapter or an edge folder, and the cloud half if it is to be asked; not of what classifies."""
     if is_edge_folder(source):
         if cloud:
             raise ConfigError(
@@ -255,7 +255,6 @@ def backends(source: str, base: str | None, cloud: bool, where: Any) -> tuple[An
             )
         model, tokenizer = load_edge(source)
         return Detached(placed(model, where), tokenizer, "edge"), None
-    check_answers(source)
     tokenizer = load_tokenizer_of(source, base)
     model = placed(shadowpeft.load(source, base), where)
     edge = Detached(shadowpeft.detach(model), tokenizer, "edge")

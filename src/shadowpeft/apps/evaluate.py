@@ -213,10 +213,10 @@ def _acting(file: str, skills: str, max_new_tokens: int | None, adapter: str, ba
     from shadowpeft.apps.source import source_named
     from shadowpeft.data import robot_tools
     from shadowpeft.data.call_form import COMPACT, template_form
-    from shadowpeft.data.chat_rows import check_row
     from shadowpeft.data.tasks.calling import Calling
     from shadowpeft.data.tasks.intents import Intents
     from shadowpeft.tokenizer import load_tokenizer
+    from shadowpeft.train.rows import packaged_rows
 
     tools, config = robot_tools.tools_named(skills), config_of(adapter)
     system = config.get("system_message")
@@ -234,9 +234,7 @@ def _acting(file: str, skills: str, max_new_tokens: int | None, adapter: str, ba
             f"'{adapter}' learnt calls in the form of its base's chat template, which cannot be read; train with "
             "data.call_form: compact to have them judged"
         )
-    packaged = None
-    if file == "robot_tools":
-        packaged = [check_row(robot_tools.chat_row(row), f"{file}, row {row['id']}") for row in robot_tools.load("test")]
+    packaged = packaged_rows(file, "test") if file == "robot_tools" else None
     source = file if packaged is not None else source_named(file, needs_split=True)
     return Calling(source, tools, system, max_new_tokens or 96, form or COMPACT, packaged)
 

@@ -129,16 +129,15 @@ def generate(
     from shadowpeft.generate import answer
     from shadowpeft.vote import votes
 
-    chooses = known is not None and known.plain
-    opinion = beside(adapter, known.names) if known is not None and chooses and mode == "detached" else None
-    trie = ActionTrie.of(tokenizer, known.names, opinion) if known is not None and chooses else None
+    plain = known is not None and known.plain
+    opinion = beside(adapter, known.names) if known is not None and plain and mode == "detached" else None
+    trie = ActionTrie.of(tokenizer, known.names, opinion) if known is not None and (plain or vote) else None
     actions: Any = trie
-    if known is not None and not known.plain:
+    if known is not None and not plain:
         rows = model.config.get_text_config().vocab_size
         actions = Engine(tokenizer, rows).calls(known, hand_on=not vote, optional=vote)
-    if vote and known is not None:
-        calls = None if known.plain else actions
-        actions = votes(model, tokenizer, [prompt], ActionTrie.of(tokenizer, known.names), calls=calls, system=system)
+    if vote and trie is not None:
+        actions = votes(model, tokenizer, [prompt], trie, calls=None if plain else actions, system=system)
         trie = None  # an answer in words has no action
     drafts = drafts_of(speculative)
     with in_mode(model, mode) as runner:

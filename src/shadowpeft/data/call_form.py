@@ -48,13 +48,12 @@ class CallForm:
     @property
     def trigger(self) -> int | None:
         """The token that calls begin with, if it is one that no words have."""
-        return next((token for text, token in self.tokens if self.begin.startswith(text)), None)
+        return dict(self.tokens).get(self.mark)
 
     @property
     def mark(self) -> str:
         """The text by which a call is known before it is whole: that of :attr:`trigger`, or all that calls begin with."""
-        begin = self.begin.strip()
-        return next((text for text, _ in self.tokens if begin.startswith(text)), begin)
+        return next((text for text, _ in self.tokens if self.begin.startswith(text)), self.begin.strip())
 
     @property
     def pieces(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ all that decoding asks (:mod:`shadowpeft.data.action_trie` is the special case o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shadowpeft.data.call_form import COMPACT, CallForm
-from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar, schema_grammar
+from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar, refusal, schema_grammar
 from shadowpeft.data.tools import Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.versions import require_llguidance
@@ -105,7 +104,7 @@ class Grammar:
         self.optional, self.closed, self.trigger = optional, closed, trigger
         self._first = LLMatcher(engine.tokenizer, grammar, log_level=0)
         if self._first.is_error():
-            raise RefusedSchemaError(_clause(self._first.get_error()))
+            raise RefusedSchemaError(refusal(self._first.get_error()))
 
     def start(self, prompt: str = "") -> Guide:
         """What one answer is held to, whatever the request."""
@@ -162,9 +161,3 @@ class Guide:
     def leaning(self, path: Sequence[int]) -> None:
         """Nothing: the model decides alone."""
         return None
-
-
-def _clause(text: str) -> str:
-    """What the engine says is wrong, without the place in a grammar that the client has never seen."""
-    what = re.sub(r"^at \d+\(\d+\): ", "", re.split(r"\n *\d+ \|", text)[0])
-    return " ".join(what.split())[:200]

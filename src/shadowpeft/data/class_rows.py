@@ -13,9 +13,9 @@ from typing import Any
 
 from shadowpeft.core.losses import IGNORE
 from shadowpeft.data.chat import Encoded, Skipped
-from shadowpeft.data.chat_rows import PATHS, ChatRow, named_keys, renamed, rows_digest, without_null
+from shadowpeft.data.chat_rows import PATHS, ChatRow, named_keys, renamed, without_null
 from shadowpeft.data.forms import rows_in
-from shadowpeft.data.tasks.base import Example, Task, class_ids
+from shadowpeft.data.tasks.base import Example, FileTask, class_ids
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.messages import quote
 
@@ -145,7 +145,7 @@ def encode(
     return encoded
 
 
-class ClassRows(Task):
+class ClassRows(FileTask):
     """Rows of a file as a task for a classifier; its record has accuracy.
 
     Args:
@@ -172,11 +172,6 @@ class ClassRows(Task):
             raise DataError(
                 f"{where} has the label {quote(unknown['label'])}, which the adapter has not learnt; it knows {known}"
             )
-
-    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The rows of the file, whatever the split."""
-        about = {"from": "file", "path": [self.name], "partial": False, "lacks": ""}
-        return self._rows, {**about, "fingerprint": rows_digest(self._rows), "rows": len(self._rows)}
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
         """The text, and the index of its label."""

@@ -191,3 +191,9 @@ def _text(text: str) -> str:
 
 def _pattern(pattern: str) -> str:
     return "/" + pattern.replace("/", r"\/") + "/"
+
+
+def refusal(error: str) -> str:
+    """What the engine says is wrong with a schema, without the place in a grammar that nobody has seen."""
+    what = re.sub(r"^at \d+\(\d+\): ", "", re.split(r"\n *\d+ \|", error)[0])
+    return " ".join(what.split())[:200]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shadowpeft.data.calls import Answered, answered
-from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar
+from shadowpeft.data.tool_grammar import MOST_CALLS, calls_grammar, refusal
 from shadowpeft.data.tools import ABOUT, Tool, Tools
 from shadowpeft.errors import ConfigError
 from shadowpeft.messages import quote
@@ -22,12 +22,6 @@ def _with_one(tool: Tool, argument: str) -> Tool:
     """The tool with one of its arguments alone."""
     schema = {key: value for key, value in tool.parameters.items() if key != "required"}
     return Tool(tool.name, "", {**schema, "properties": {argument: tool.properties[argument]}})
-
-
-def _problem(error: str) -> str:
-    """What the engine says of a schema, without the place in a grammar that nobody sees."""
-    said = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", re.split(r"\n +\d+ \|", error)[0])
-    return " ".join(said.split())[:200]
 
 
 class Writable:
@@ -59,9 +53,10 @@ class Writable:
             if matcher([tool]).is_error():
                 alone = ((name, matcher([_with_one(tool, name)])) for name in tool.properties)
                 name, refused = next(((name, each) for name, each in alone if each.is_error()), ("", matcher([tool])))
+                problem = refusal(refused.get_error()).removeprefix("failed to compile JSON schema: ")
                 raise ConfigError(
                     f"{tools.where} has the tool {tool.name} with a schema that calls cannot be held to"
-                    f"{f' in its argument {name}' if name else ''} ({_problem(refused.get_error())}); simplify the schema"
+                    f"{f' in its argument {name}' if name else ''} ({problem}); simplify the schema"
                 )
         self._first = matcher(tools)
 

@@ -20,7 +20,6 @@ from shadowpeft.data.declined import Vote
 from shadowpeft.data.padding import pad_inputs
 from shadowpeft.data.second_opinion import SecondOpinion
 from shadowpeft.data.tasks import CLASSIFY_MAX_LENGTH, Example, Task, class_ids, training_rows
-from shadowpeft.data.tasks.calling import Calling
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import held
 from shadowpeft.evaluate import record as facts
@@ -168,13 +167,11 @@ def evaluate_task(
                 report(sum(e.id in done for e in examples))
         rows = [done[e.id] for e in examples]
         result = _record(task, examples, rows, settings, origin, runner, extra)
-        if chooses and isinstance(task, Calling):
-            alone = mode == "detached"
-            result["constrained"] = held.calling(runner, tokenizer, task, examples, batch_size, alone=alone)
-        elif chooses:
-            result["constrained"] = held.chosen(runner, tokenizer, task, examples, batch_size)
+        asked = (runner, tokenizer, task, examples, batch_size)
+        if chooses:
+            result["constrained"] = held.worth(*asked, alone=mode == "detached")
         if chooses and opinion is not None:
-            weighed = held.chosen(runner, tokenizer, task, examples, batch_size, opinion)
+            weighed = held.worth(*asked, alone=True, opinion=opinion)
             result["second_opinion"] = {**weighed, "digest": opinion.digest}
         if speculative is not None:
             result["speculation"] = speculative.counts.summary()

@@ -19,32 +19,29 @@ from shadowpeft.generate import answer
 from shadowpeft.vote import votes
 
 
-def chosen(
+def worth(
     model: nn.Module,
     tokenizer: Any,
     task: Task,
     examples: list[Example],
     batch_size: int,
+    *,
+    alone: bool,
     opinion: SecondOpinion | None = None,
 ) -> dict[str, Any]:
-    """Scores of the action that is likeliest among all of the task's and ``[REMOTE]``."""
-    actions = ActionTrie.of(tokenizer, task.actions, opinion)
-    found = choose(model, tokenizer, [task.chat(e) for e in examples], actions, batch_size=batch_size)
-    return _worth(task, [c.action for c in found], examples)
-
-
-def calling(
-    model: nn.Module, tokenizer: Any, task: Calling, examples: list[Example], batch_size: int, *, alone: bool
-) -> dict[str, Any]:
-    """Scores of answers that are held to valid calls.
+    """Scores of the action that is likeliest among all of the task's and ``[REMOTE]``, or of answers that are held to calls.
 
     Args:
         alone: as on a device, each answer calls or hands on. Otherwise it may be words, and is held from where it begins a
-            call, as the cloud does with ``tool_choice: auto``.
+            call, as the cloud does with ``tool_choice: auto``. opinion: weighs actions.
 
     Raises:
         ConfigError: if an argument's schema says what the engine does not know, or the engine is not installed.
     """
+    if not isinstance(task, Calling):
+        actions = ActionTrie.of(tokenizer, task.actions, opinion)
+        found = choose(model, tokenizer, [task.chat(e) for e in examples], actions, batch_size=batch_size)
+        return _scored(task, [c.action for c in found], examples)
     grammar = _grammar(model, tokenizer, task, alone=alone)
     answers = answer(
         model,
@@ -55,7 +52,7 @@ def calling(
         actions=grammar,
         template=[task.told] * len(examples),
     )
-    return _worth(task, [task.parse(a.text) for a in answers], examples)
+    return _scored(task, [task.parse(a.text) for a in answers], examples)
 
 
 def voted(model: nn.Module, tokenizer: Any, task: Task, examples: list[Example]) -> list[Vote]:
@@ -82,7 +79,7 @@ def holds(task: Task, mode: str) -> bool:
     return bool(task.actions) and mode == "detached"
 
 
-def _worth(task: Task, predictions: list[Any], examples: list[Example]) -> dict[str, Any]:
+def _scored(task: Task, predictions: list[Any], examples: list[Example]) -> dict[str, Any]:
     scores = task.score(predictions, examples)
     values = [task.per_example(p, e) for p, e in zip(predictions, examples, strict=True)]
     return {"score": scores["score"], "interval": list(wilson(int(sum(values)), len(values))), "scores": scores}

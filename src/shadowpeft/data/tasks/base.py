@@ -160,6 +160,17 @@ class Task:
         return {"score": mean([self.per_example(p, e) for p, e in _pairs(predictions, examples)])}
 
 
+class FileTask(Task):
+    """The rows of a file, whatever the split; subclasses set ``name`` and ``_rows``."""
+
+    _rows: Sequence[dict[str, Any]]
+
+    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of the file, whatever the split."""
+        about = {"from": "file", "path": [self.name], "partial": False, "lacks": "", "rows": len(self._rows)}
+        return list(self._rows), {**about, "fingerprint": rows_digest(self._rows)}
+
+
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; nan of nothing."""
     return sum(values) / len(values) if values else float("nan")

@@ -10,9 +10,9 @@ from typing import Any
 from shadowpeft.data.actions import REMOTE
 from shadowpeft.data.call_form import COMPACT, CallForm
 from shadowpeft.data.calls import Call, CallParser, answered, calls_of, only_calls, written
-from shadowpeft.data.chat import read_file, rows_digest, with_system
+from shadowpeft.data.chat import read_file, with_system
 from shadowpeft.data.sources import Source
-from shadowpeft.data.tasks.base import Example, Task, mean
+from shadowpeft.data.tasks.base import Example, FileTask, mean
 from shadowpeft.data.template_calls import TemplateCalls
 from shadowpeft.data.tool_rows import with_tools
 from shadowpeft.data.tools import Tools
@@ -50,7 +50,7 @@ def judge(given: Calls | None, right: Calls) -> Judged:
     return Judged(exact, names, (good, total), given == ())
 
 
-class Calling(Task):
+class Calling(FileTask):
     """The rows of a file: an answer is right if its calls are, with names, arguments and order; words are no call.
 
     The shadow path of a row that only the base path learns is right if it makes no call, since the router hands it on then.
@@ -98,11 +98,6 @@ class Calling(Task):
     def told(self) -> dict[str, Any]:
         """What the chat template is told beside the messages."""
         return {} if self.form is COMPACT else {"tools": self.tools.definitions()}
-
-    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The rows of the file, whatever the split."""
-        about = {"from": "file", "path": [self.name], "partial": False, "lacks": "", "rows": len(self._rows)}
-        return self._rows, {**about, "fingerprint": rows_digest(self._rows)}
 
     def lead(self, shots: int, seed: int) -> str:
         raise DataError(f"'{self.name}' has no form with worked examples; set shots to 0")

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shadowpeft.data.actions import REMOTE, is_right, parser
-from shadowpeft.data.chat import rows_digest
-from shadowpeft.data.tasks.base import Example, Task, mean, shares
+from shadowpeft.data.tasks.base import Example, FileTask, Task, mean, shares
 from shadowpeft.errors import DataError
 
 Group = Callable[[Example], bool]
@@ -37,7 +36,7 @@ class Acting(Task):
         return {**scores, "tagged": mean(asked)} if asked else scores
 
 
-class Intents(Acting):
+class Intents(Acting, FileTask):
     """The rows of a file.
 
     Args:
@@ -55,11 +54,6 @@ class Intents(Acting):
     @property
     def settings(self) -> dict[str, Any]:
         return {"actions": list(self.actions)}
-
-    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The rows of the file, whatever the split."""
-        about = {"from": "file", "path": [self.name], "partial": False, "lacks": "", "rows": len(self._rows)}
-        return self._rows, {**about, "fingerprint": rows_digest(self._rows)}
 
     def example(self, row: dict[str, Any], identity: str) -> Example:
         return Example(identity, row["prompt"], "", row["skill"])

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.data.chat import read_file, rows_digest, with_system
+from shadowpeft.data.chat import read_file, with_system
 from shadowpeft.data.sources import Source
-from shadowpeft.data.tasks.base import Example, Task
+from shadowpeft.data.tasks.base import Example, FileTask
 from shadowpeft.errors import DataError
 
 
-class Rows(Task):
+class Rows(FileTask):
     """Share of answers that equal the row's, white space aside. A path is asked what it learns (:mod:`shadowpeft.data.chat`).
 
     Args:
@@ -45,17 +45,6 @@ class Rows(Task):
                 )
         if learnt is not None:
             self._rows = [learnt(row) for row in self._rows]
-
-    def rows(self, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The rows of the file, whatever the split."""
-        about = {
-            "from": "file",
-            "path": [self.name],
-            "fingerprint": rows_digest(self._rows),
-            "partial": False,
-            "lacks": "",
-        }
-        return self._rows, {**about, "rows": len(self._rows)}
 
     def lead(self, shots: int, seed: int) -> str:
         raise DataError(f"'{self.name}' has no form with worked examples; set shots to 0")
